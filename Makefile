@@ -4,10 +4,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install -c constraints.txt
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
+GPULESS := $(addprefix interpreter/,pyproject.toml setup.py) $(shell find interpreter/csrc -type f)
 DEMO := $(BIN)/forwardpass swap minilm --precision int8 --batch 8 --length 128 --json demo.json
 
 # A warning, or a spill, fails the builds of this file; those of users print it.
 export FORWARDPASS_BUILD_STRICT ?= 1
+export GPULESS_BUILD_STRICT ?= 1
 
 .PHONY: demo test test-all test-cuda-torch test-newest lint gates gpu bench clean
 
@@ -37,8 +39,9 @@ test-newest: .venv-newest/built
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	find csrc tests -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run -Werror
+	find csrc tests interpreter/csrc interpreter/tests -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/mypy
+	cd interpreter && ../$(BIN)/mypy
 
 gates: dist/built
 	$(BIN)/python tests/gates/gates.py dist/forwardpass-*.whl
@@ -62,39 +65,43 @@ bench: .venv/dev
 clean:
 	rm -rf .venv .venv-cuda .venv-newest build dist demo.json python/*.egg-info .pytest_cache .mypy_cache .ruff_cache
 	rm -f python/forwardpass/_*.so python/forwardpass/_*.a python/forwardpass/_build.json
-	rm -f python/forwardpass/interpreter/_host*.so
+	$(MAKE) -C interpreter clean
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One pip call names torch, so that no later one replaces it; pip is asked again whenever a source changed: ninja then compiles
 # what has to be, and the rest is a few seconds.
-.venv/built: $(SOURCES) constraints.txt
+.venv/built: $(SOURCES) $(GPULESS) constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit("make: the versions in constraints.txt need Python 3.11 or later, and \
 	$(PYTHON) is %d.%d: name another, as in make demo PYTHON=python3.12" % v[:2] if v < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	$(INSTALL) torch 'setuptools>=77' ninja
 	$(BIN)/python setup.py toolchain > .venv/toolchain.txt
 	$(INSTALL) -r .venv/toolchain.txt
-	FORWARDPASS_BUILD_INTERPRETER=1 $(INSTALL) --no-build-isolation -e '.[demo]'
+	$(INSTALL) pybind11
+	GPULESS_BUILD_HOST=1 $(INSTALL) --no-build-isolation -e ./interpreter
+	$(INSTALL) --no-build-isolation -e '.[demo]'
 	touch $@
 
 # The tools of the tests, and Triton, as a CPU build of torch brings none.
 .venv/dev: .venv/built
-	FORWARDPASS_BUILD_INTERPRETER=1 $(INSTALL) --no-build-isolation -e '.[dev]'
+	GPULESS_BUILD_HOST=1 $(INSTALL) --no-build-isolation -e './interpreter[dev]'
+	$(INSTALL) --no-build-isolation -e '.[dev]'
 	touch $@
 
-# build/lib keeps modules that no longer exist, and they would be shipped. auditwheel names the oldest glibc that the wheel's
-# libraries load on; torch's own library is not copied into it.
-dist/built: .venv/dev $(shell find python -name '*.py' -o -name '*.json')
-	rm -rf dist build/lib* build/bdist* build/wheel
-	$(BIN)/pip wheel --no-build-isolation --no-deps -w build/wheel .
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' -w dist build/wheel/*.whl
+# build/lib keeps modules that no longer exist, and they would be shipped. auditwheel names the oldest glibc that a wheel's
+# libraries load on; torch's own libraries, and gpuless's, are not copied into it.
+dist/built: .venv/dev $(shell find python interpreter/python -name '*.py' -o -name '*.json')
+	rm -rf dist build/wheel $(foreach folder,. interpreter,$(folder)/build/lib* $(folder)/build/bdist*)
+	$(BIN)/pip wheel --no-build-isolation --no-deps -w build/wheel . ./interpreter
+	for wheel in build/wheel/*.whl; do PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*.so' \
+	--exclude 'libc10*.so' --exclude libgpuless.so -w dist $$wheel || exit 1; done
 	touch $@
 
 # $(1): a venv, $(2): what is installed beside the wheel. The wheel is forced, as its version stays the same from build to build.
 define install_wheel
 	$(PYTHON) -m venv $(1)
-	$(1)/bin/pip install --force-reinstall --no-deps dist/forwardpass-*.whl
-	$(1)/bin/pip install $(2) "$$(echo dist/forwardpass-*.whl)[dev]"
+	$(1)/bin/pip install --force-reinstall --no-deps dist/*.whl
+	$(1)/bin/pip install $(2) "$$(echo dist/forwardpass-*.whl)[dev]" "$$(echo dist/gpuless-*.whl)[dev]"
 	touch $@
 endef
 

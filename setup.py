@@ -11,8 +11,11 @@ CXX                       default g++; a g++ >= 12, no clang++; arguments may fo
                           code too, unless NVCC_CCBIN or CUDAHOSTCXX names another
 CUDA_HOME, MAX_JOBS       as everywhere
 
-The machine that CXX compiles for decides what is built: the interpreter for x86-64 only, the rest for any. To compile for
-another machine, FORWARDPASS_BUILD_TORCH is a torch of that machine, unpacked from its wheel; there are no CUDA kernels then:
+Where gpuless is installed, which runs kernels without a GPU, the CUDA kernels are linked a second time, against its stand-in for
+cudart.
+
+The machine that CXX compiles for decides what is built. To compile for another machine, FORWARDPASS_BUILD_TORCH is a torch of that
+machine, unpacked from its wheel; there are no CUDA kernels then:
 
     CXX=aarch64-linux-gnu-g++ FORWARDPASS_BUILD_TORCH=unpacked/torch python setup.py bdist_wheel
 """
@@ -29,7 +32,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
 
 ROOT = pathlib.Path(__file__).parent.resolve()
 
@@ -42,8 +44,6 @@ def choice(name, *allowed):
 
 
 WANT_CUDA = choice("FORWARDPASS_BUILD_CUDA", "auto", "0", "1")
-# the interpreter's host-only objects in Python (csrc/interpreter/python), which bind the wheel to one Python version
-WANT_HOST = choice("FORWARDPASS_BUILD_INTERPRETER", "0", "1") == "1"
 STRICT = choice("FORWARDPASS_BUILD_STRICT", "0", "1") == "1"
 
 
@@ -136,15 +136,21 @@ def cxx():
     name = "clang++" if "#define __clang__ " in macros else "g++"  # which says that it is g++ 4, too
     version = re.search(rf"^#define {'__clang_major__' if name == 'clang++' else '__GNUC__'} (\d+)$", macros, re.M)
     if name == "clang++" or not version or int(version[1]) < 12:
-        sys.exit(f"forwardpass: the CPU kernels and the interpreter need g++ 12 or later, and {shlex.join(command)} is {name} "
+        sys.exit(f"forwardpass: the CPU kernels need g++ 12 or later, and {shlex.join(command)} is {name} "
                  f"{version[1] if version else 'of no version'}: apt install g++-12, and set CXX=g++-12")  # fmt: skip
     return command, machine
 
 
-def why_no_interpreter():
-    """None, or the sentence that says why this build has no interpreter."""
-    _, machine = cxx()
-    return None if machine == "x86_64" else f"built for {machine}, and the interpreter needs an x86-64 CPU with AVX2"
+@functools.cache
+def gpuless():
+    """(the folder of the gpuless to link against, None where there is none; its version, or the sentence that says why not)"""
+    spec = importlib.util.find_spec("gpuless")
+    if spec is None:
+        return None, "gpuless was not installed where it was built"
+    folder = pathlib.Path(spec.submodule_search_locations[0])
+    if not folder.joinpath("_cudart.a").exists():
+        return None, "the gpuless there was built without a CUDA toolkit"
+    return folder, json.loads(folder.joinpath("_build.json").read_text())["version"]
 
 
 def why_no_cuda():
@@ -271,9 +277,6 @@ def rules(out, obj, home):
         f"rule cxx\n command = {compile_cxx}\n{depfile} description = {compiler} $in",
         f"rule link\n command = {compiler} -shared $in $flags -Wl,--version-script=csrc/exports.map -o $out\n"
         " description = link $out",
-        # One member, so that whoever needs a name of it gets what runs before main too.
-        f"rule archive\n command = rm -f $out && {compiler} -r -nostdlib $in -o $flags && ar rcs $out $flags\n"
-        " description = archive $out",
     ]
 
     def path(p):
@@ -288,27 +291,9 @@ def rules(out, obj, home):
         return " ".join(outputs)
 
     csrc = ROOT / "csrc"
-    cpp = sorted(p for p in csrc.rglob("*.cpp") if p.relative_to(csrc).parts[0] not in ("interpreter", "kernels"))
+    cpp = sorted(p for p in csrc.rglob("*.cpp") if p.relative_to(csrc).parts[0] != "kernels")
     flags = f"-L{q(f'{t}/lib')} -ltorch_cpu -ldl -Wl,-z,defs"
     text.append(f"build {path(out / '_ops.so')}: link {objects('cxx', cpp)} | csrc/exports.map\n flags = {flags}")
-    core = []
-    if why_no_interpreter() is None:
-        # Its handlers are loops over 32 lanes, which want AVX2 (2013); the matrix products look for AVX-512 at run time.
-        core = sorted((*csrc.glob("interpreter/*.cpp"), *csrc.glob("interpreter/rows/*.cpp")))
-        outputs = objects("cxx", core, lambda s: "-march=x86-64-v3 -mtune=generic")
-        flags = "-Wl,-soname,_interpreter.so -Wl,-Bsymbolic -Wl,-z,defs -lpthread"
-        text.append(f"build {path(out / '_interpreter.so')}: link {outputs} | csrc/exports.map\n flags = {flags}")
-    host = sorted(csrc.glob("interpreter/python/*.cpp")) if WANT_HOST else []
-    if host:  # pybind11 is among torch's headers
-        python = f"-isystem {q(sysconfig.get_path('include'))}"
-        outputs = objects("cxx", host, lambda s: python)
-        parser = [csrc / f"interpreter/{name}.cpp" for name in ("parser", "types")]
-        if not core:
-            objects("cxx", parser)
-        outputs += "".join(f" build/ninja/csrc.interpreter.{p.name}.o" for p in parser)
-        name = f"interpreter/_host{sysconfig.get_config_var('EXT_SUFFIX')}"
-        text.append(f"build {path(out / name)}: link {outputs} | csrc/exports.map\n flags = -Wl,-Bsymbolic")
-    cu, standin = [], []
     if home:
         cu = sorted(p for p in csrc.glob("kernels/**/*_sm*.cu") if gencode(p))
         lib = next(p for p in (home / "lib64", home / "lib") if p.is_dir())
@@ -330,20 +315,12 @@ def rules(out, obj, home):
         kernels += " " + objects("cxx", sorted(csrc.glob("kernels/**/*.cpp")), lambda s: cuda)
         flags = f"{hide} -L{q(str(lib))} -lcudart_static -ldl -lrt -lpthread"
         text.append(f"build {path(out / '_kernels.so')}: link {kernels} | csrc/exports.map\n flags = {flags}")
-    if home and core:
-        # The same objects against the interpreter's stand-in for cudart; programs get it as an archive.
-        standin = sorted(csrc.glob("interpreter/standin/*.cpp"))
-        program = objects("cxx", [p for p in standin if p.stem == "program"], lambda s: cuda)
-        cudart = objects("cxx", [p for p in standin if p.stem != "program"], lambda s: cuda)
-        cublas = objects(
-            "cxx", sorted(csrc.glob("interpreter/standin/cublas/*.cpp")), lambda s: f"{cuda} -march=x86-64-v3"
-        )
-        interpreter = path(out / "_interpreter.so")
-        flags = f"{hide} -Wl,-rpath,'$$ORIGIN'"
-        inputs = f"{kernels} {cudart} {interpreter} | csrc/exports.map"
+    if home and (folder := gpuless()[0]):
+        # The same objects against gpuless's stand-in for cudart. Whoever opens it has opened libgpuless.so before.
+        archive, library = folder / "_cudart.a", folder / "libgpuless.so"
+        inputs = f"{kernels} | csrc/exports.map {path(archive)} {path(library)}"
+        flags = f"{hide} -Wl,--whole-archive {q(str(archive))} -Wl,--no-whole-archive {q(str(library))}"
         text.append(f"build {path(out / '_kernels_interpreted.so')}: link {inputs}\n flags = {flags}")
-        text.append(f"build {path(out / '_standin.a')}: archive {cudart} {program}\n flags = build/ninja/standin.o")
-        text.append(f"build {path(out / '_cublas.a')}: archive {cublas}\n flags = build/ninja/cublas.o")
     return "\n".join(text) + "\n", sum(rule.startswith("build build/ninja/") for rule in text)
 
 
@@ -391,27 +368,19 @@ from setuptools.command.build_ext import build_ext  # noqa: E402
 
 
 class Build(build_ext):
-    """Writes build.ninja and runs it: _ops.so always; on x86-64 _interpreter.so; where there is an nvcc the kernels
-    (_kernels.so), with both of them the kernels again (_kernels_interpreted.so) and the stand-ins for programs (_standin.a,
-    _cublas.a). _build.json says which, for `doctor`."""
+    """Writes build.ninja and runs it: _ops.so always; where there is an nvcc the kernels (_kernels.so); with gpuless too, the
+    kernels again (_kernels_interpreted.so). _build.json says which, for `doctor`."""
 
     def run(self):
         out = pathlib.Path(self.get_ext_fullpath("forwardpass._ops")).parent.resolve()
         obj = ROOT / "build" / "ninja"  # build_temp is new with each pip: nothing would be incremental
-        no_cuda, no_interpreter = why_no_cuda(), why_no_interpreter()
+        no_cuda, (folder, version) = why_no_cuda(), gpuless()
         if no_cuda and WANT_CUDA == "1":
             sys.exit(f"forwardpass: FORWARDPASS_BUILD_CUDA=1, but {no_cuda}")
-        if WANT_HOST and cxx()[1] != platform.machine():
-            sys.exit(
-                f"forwardpass: FORWARDPASS_BUILD_INTERPRETER=1 is for this Python, and CXX compiles for {cxx()[1]}"
-            )
         for folder in (out, obj):
             folder.mkdir(parents=True, exist_ok=True)
         # pip builds in the tree: what an earlier build has made would be shipped
-        unmade = ["_kernels.so"] if no_cuda else []
-        unmade += ["_interpreter.so"] if no_interpreter else []
-        unmade += ["_kernels_interpreted.so", "_standin.a", "_cublas.a"] if no_cuda or no_interpreter else []
-        for name in unmade:
+        for name in ["_kernels.so"] * bool(no_cuda) + ["_kernels_interpreted.so"] * (bool(no_cuda) or folder is None):
             out.joinpath(name).unlink(missing_ok=True)
         built, left_out = ([], []) if no_cuda else arches()
         if no_cuda:
@@ -419,8 +388,8 @@ class Build(build_ext):
         else:
             without = f"; left out of TORCH_CUDA_ARCH_LIST: {', '.join(left_out)}" if left_out else ""
             print(f"forwardpass: building CUDA kernels for {', '.join(f'sm_{a}' for a in built)}{without}")
-        if no_interpreter:
-            print(f"forwardpass: building without the interpreter: {no_interpreter}")
+        if folder is None and not no_cuda:
+            print(f"forwardpass: building no CUDA kernels for gpuless: {version}")
         text, count = rules(out, obj, None if no_cuda else cuda_home())
         obj.joinpath("build.ninja").write_text(text)
         import ninja
@@ -429,7 +398,8 @@ class Build(build_ext):
             [pathlib.Path(ninja.BIN_DIR, "ninja"), "-f", obj / "build.ninja", f"-j{jobs(count)}"], cwd=ROOT
         )
         info = {"version": self.distribution.get_version(), "torch": torch_says("__version__"),
-                "machine": cxx()[1], "interpreter_skipped": no_interpreter,
+                "machine": cxx()[1], "gpuless": version if folder else None,
+                "gpuless_skipped": None if folder else version,
                 "cuda_skipped": no_cuda, "nvcc": None if no_cuda else nvcc_release(cuda_home()),
                 "arches": [f"sm_{a}" for a in built], "arches_left_out": left_out}  # fmt: skip
         out.joinpath("_build.json").write_text(json.dumps(info, indent=1) + "\n")
@@ -437,10 +407,10 @@ class Build(build_ext):
 
 class Wheel(bdist_wheel):
     def get_tag(self):  # no Python C API in any other library: every Python 3 (free-threaded too), this platform
-        python, abi, system = super().get_tag()
+        _, _, system = super().get_tag()
         if cxx()[1] != platform.machine():
             system = f"linux_{cxx()[1]}"
-        return (python, abi, system) if WANT_HOST else ("py3", "none", system)
+        return "py3", "none", system
 
 
 setup(

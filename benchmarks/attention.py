@@ -18,9 +18,9 @@ from torch import Tensor
 from benchmarks import attention_on_gpu, bench, interpreted
 from benchmarks.interpreted import Interpreted, number
 from benchmarks.triton_tutorial import Tutorial
-from forwardpass.interpreter.core import ARCHITECTURES
 from forwardpass.ops.attention import ATTENTION, ATTENTION_WITH_LSE
 from forwardpass.ops.attention.cases import Case, real
+from gpuless.core import ARCHITECTURES
 
 
 def additive(

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import forwardpass as fp
+import gpuless
 from benchmarks import bench
-from forwardpass.interpreter import core
+from gpuless import core
 
 # The kernels that the tests take as witnesses: nobody chose them for speed.
 _SPEC = importlib.util.spec_from_file_location(
-    "witness_kernels", pathlib.Path(__file__).parents[1] / "tests/interpreter/witness_kernels.py"
+    "witness_kernels", pathlib.Path(__file__).parents[1] / "interpreter/tests/witness_kernels.py"
 )
 assert _SPEC and _SPEC.loader
 kernels = importlib.util.module_from_spec(_SPEC)
@@ -93,7 +93,7 @@ KERNELS: dict[str, tuple[Callable[[], Callable[[], Any]], str, tuple[str, ...]]]
 def measure(call: Callable[[], Any], arch: str, rounds: int, **options: Any) -> dict[str, float]:
     """Medians over rounds: seconds, those that the process had of them, instructions, and what of it is matrix arithmetic."""
     samples = []
-    with fp.interpret(arch, **options) as device:
+    with gpuless.gpu(arch, **options) as device:
         call()  # compiles and decodes
         for _ in range(rounds):
             before = dict(device.counters)
@@ -114,7 +114,7 @@ def launch(blocks: int, arch: str, threads: int) -> float:
     x, weight, bias = torch.randn(blocks, 128), torch.randn(128), torch.randn(128)
     y = torch.empty_like(x)
     times = []
-    with fp.interpret(arch, threads=threads):
+    with gpuless.gpu(arch, threads=threads):
         for _ in range(1000):
             start = time.perf_counter()
             kernels.layer_norm[(blocks,)](x, y, weight, bias, 128, 128, 1e-5, BLOCK=128)
@@ -127,15 +127,15 @@ def decode(arch: str, rounds: int) -> dict[str, float]:
     api = core.load()
     one = core.Dim3(1, 1, 1)
     samples = []
-    with fp.interpret(arch):
+    with gpuless.gpu(arch):
         ptx = attention(torch.float16)().asm["ptx"].encode()
         for _ in range(rounds):
             start = time.process_time()
-            module = api.fpi_module_load(ptx)
-            error = api.fpi_module_launch(module, None, core.Dim3(0, 1, 1), one, one, 0, b"", 0, False)
+            module = api.gpuless_module_load(ptx)
+            error = api.gpuless_module_launch(module, None, core.Dim3(0, 1, 1), one, one, 0, b"", 0, False)
             samples.append(time.process_time() - start)
             assert error  # it is decoded, and then has no blocks
-            api.fpi_module_unload(ctypes.c_void_p(module))
+            api.gpuless_module_unload(ctypes.c_void_p(module))
     return {"bytes": len(ptx), "process_seconds": statistics.median(samples)}
 
 

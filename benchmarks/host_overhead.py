@@ -1,7 +1,7 @@
 """Host time of a call in microseconds, Python to launch, each beside its bar; the launch itself does nothing.
 
 CPU tensors take the code that CUDA tensors take: the operation's table, torch's dispatcher, the torch side in C++, nvcc's
-host stub, and a stand-in for cudart whose launches return at once (csrc/interpreter/interpreter.h: fpi_drop_launches). A
+host stub, and a stand-in for cudart whose launches return at once (interpreter/csrc/profile.h: gpuless_drop_launches). A
 call on a GPU pays besides for torch's device guard and current stream, for CUDA's allocator in place of the CPU's, and for
 the driver's launches.
 
@@ -24,7 +24,7 @@ from benchmarks import bench
 from forwardpass import dispatch
 from forwardpass.common import environment
 from forwardpass.dispatch import Operation, Reason
-from forwardpass.interpreter import core
+from gpuless import core
 
 #: microseconds, by operation and by module; what is not here has no bar
 BARS = {
@@ -36,16 +36,19 @@ M, N, K = 16, 256, 256  # of no influence: nothing is computed
 
 
 class HostOnly:
-    """In the interpreter's place: a call goes to what a CUDA tensor's call goes to."""
+    """In gpuless's place: a call goes to what a CUDA tensor's call goes to."""
 
     memory = "cpu"
 
     def __init__(self, arch: str):
-        # Bound for an architecture: another one's name than the interpreter's, which must not find what is bound here.
+        # Bound for an architecture: another one's name than gpuless's, which must not find what is bound here.
         self.arch = arch.rstrip("a")
 
     def why_not(self, name: str) -> Reason | None:
         return None if name == "cuda" else Reason("host_time", "what is timed is the host code of CUDA kernels", "")
+
+    def active(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def bind(self, operation: Operation, run: Callable[..., Any]) -> Callable[..., Any]:
         return run
@@ -54,7 +57,7 @@ class HostOnly:
 @contextlib.contextmanager
 def launching_nothing(arch: str = "sm_90a") -> Iterator[Callable[[], int]]:
     """Within the block CUDA kernels are launched and not run; yields a function: how many since it was last called."""
-    drop = core.load().fpi_drop_launches
+    drop = core.load().gpuless_drop_launches
     with fp.interpret(arch), dispatch.interpreted_by(HostOnly(arch)), fp.use_backend("cuda"):
         drop(1)
         try:

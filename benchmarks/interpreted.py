@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from benchmarks import bench
+from forwardpass import interpret
 from forwardpass.dispatch import Operation
-from forwardpass.interpreter import core, interpret
-from forwardpass.interpreter.profile import Counts, KernelProfile
+from gpuless import core
+from gpuless.profile import Counts, KernelProfile
 
 IMPLEMENTATIONS = ("cuda", "triton")
 

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 
 from benchmarks import bench
-from forwardpass import dispatch, use_backend
-from forwardpass.interpreter import core, interpret
+from forwardpass import dispatch, interpret, use_backend
 from forwardpass.ops.attention.cases import real
 from forwardpass.ops.dequant_activation.cases import EpilogueCase
 from forwardpass.ops.fp8_gemm import cases as fp8_gemm
 from forwardpass.ops.int8_gemm import cases as int8_gemm
+from gpuless import core
 
 _EPILOGUE = EpilogueCase(bias=None, out_dtype=torch.bfloat16)
 

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks import interpreted
 from benchmarks.interpreted import Interpreted
-from forwardpass.interpreter import interpret
+from forwardpass import interpret
 from forwardpass.ops.attention.cases import Case
 
 

@@ -17,7 +17,7 @@ from forwardpass.testing import poisoned_outputs
 #: Of this checkout: what Triton compiled names the files it came from, and the mutants' reasons go by those names.
 os.environ.setdefault("TRITON_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / "build" / "triton"))
 #: What is against the letter of the ISA alone is an error of our own kernels too.
-os.environ.setdefault("FORWARDPASS_INTERPRET_STRICT", "1")
+os.environ.setdefault("GPULESS_STRICT", "1")
 #: No test has a network, and the hub's client waits 30 s for one, call after call. It reads this as it is imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 #: area -> core-seconds
@@ -42,7 +42,7 @@ def refusing(request, monkeypatch):
 
     def bind(op, args):
         if any(isinstance(a, torch.Tensor) and a.is_meta for a in args):
-            return op._bind(args)  # the interpreter refuses them in words of its own
+            return op._bind(args)  # gpuless refuses them in words of its own
         return op.runs.get("cpu") or fp.dispatch.interpreter().bind(op, op.runs["cuda"])
 
     monkeypatch.setattr(Operation, "_bind_checked", bind)
@@ -93,9 +93,9 @@ def poisoned():
 
 
 #: files that take half a minute and more: begun last, one of them would keep one process busy when the others have ended
-LONGEST = ("interpreter/test_gemm.py", "interpreter/test_mutants.py", "interpreter/test_attention_kernels.py",
-           "ops/test_triton.py", "cli/test_cli.py", "serving/test_pipeline.py", "interpreter/test_gemm_counters.py",
-           "ops/test_attention.py", "interpreter/test_kernels.py", "gates/test_gates.py")  # fmt: skip
+LONGEST = ("interpreted/test_gemm.py", "interpreted/test_mutants.py", "interpreted/test_attention_kernels.py",
+           "ops/test_triton.py", "cli/test_cli.py", "serving/test_pipeline.py", "interpreted/test_gemm_counters.py",
+           "ops/test_attention.py", "interpreted/test_kernels.py", "gates/test_gates.py")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
@@ -109,7 +109,7 @@ def pytest_collection_modifyitems(items):
 
 
 def area_of(path):
-    """tests/interpreter/test_rows_mma.py -> interpreter/rows: a file, or the files that share the word after `test_`."""
+    """tests/ops/test_int8_gemm.py -> ops/int8: a file, or the files that share the word after `test_`."""
     path = pathlib.Path(path)
     name = path.stem.removeprefix("test_")
     return f"{path.parent.name}/{name.split('_')[0]}" if path.parent.name != "tests" else name

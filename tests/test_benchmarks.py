@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import forwardpass as fp
 from forwardpass import dispatch
 from forwardpass.common.timing import untracked
+from forwardpass.dispatch.interpreted import KERNELS
 from forwardpass.testing import benchmark_cases, poisoned_outputs
 
 bench = pytest.importorskip("benchmarks.bench", reason="benchmarks are in the checkout only; run pytest from its root")
@@ -65,9 +66,9 @@ def test_the_clock_of_a_row_is_the_median_of_those_that_are_known():
 
 
 def needs_kernels(module):
-    from forwardpass.interpreter import core
+    from gpuless import core
 
-    if core.why_not() or not core.KERNELS.exists():
+    if core.why_not() or not KERNELS.exists():
         pytest.skip("there are no CUDA kernels that could be interpreted")
     return importlib.import_module(f"benchmarks.{module}")
 

@@ -1,5 +1,7 @@
 """setup.py without compiling: what it names, what it refuses, and the rules that it gives ninja."""
 
+import importlib.machinery
+import importlib.util
 import pathlib
 import platform
 import re
@@ -13,7 +15,6 @@ import pytest
 
 import forwardpass as fp
 from forwardpass.cli.console import print_examination
-from forwardpass.interpreter import core
 
 ROOT = pathlib.Path(__file__).parents[1]
 VARIABLES = (
@@ -255,21 +256,39 @@ def test_another_machine(setup_py, monkeypatch, tmp_path):
     torch.mkdir()
     (torch / "version.py").write_text("__version__ = '2.11.0+cu130'\ncuda: Optional[str] = '13.0'\n")
     made = setup_py(CXX=aarch64(tmp_path), FORWARDPASS_BUILD_TORCH=str(torch))
-    assert "for aarch64, and the interpreter needs an x86-64 CPU" in made.why_no_interpreter()
     assert "build on aarch64 to have them" in made.why_no_cuda()
     text = rules(made, tmp_path)
     assert f"-L{torch}/lib" in text and "_ops.so" in text
-    assert "x86-64" not in text and "_interpreter.so" not in text and "_standin.a" not in text
+    assert "x86-64" not in text and "_kernels" not in text
     wheel = made.Wheel(__import__("setuptools").Distribution({"name": "x"}))
     wheel.ensure_finalized()
     assert wheel.get_tag() == ("py3", "none", "linux_aarch64")
 
 
-def test_the_kernels_alone_where_there_is_an_nvcc_and_no_interpreter(setup_py, monkeypatch, tmp_path):
-    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
-    text = rules(setup_py(CXX=aarch64(tmp_path), FORWARDPASS_BUILD_INTERPRETER="1"), tmp_path)
-    assert "_kernels.so: link" in text and "_interpreted" not in text and "_standin" not in text
-    assert "build build/ninja/csrc.interpreter.parser.cpp.o" in text  # of the objects in Python
+@pytest.mark.parametrize(
+    ("parts", "why"),
+    [
+        (None, "gpuless was not installed where it was built"),
+        ((), "the gpuless there was built without a CUDA toolkit"),
+        (("_cudart.a",), "9.9"),
+    ],
+)
+def test_gpuless_is_linked_against_where_it_is_installed(setup_py, monkeypatch, tmp_path, parts, why):
+    folder = tmp_path / "site" / "gpuless"
+    if parts is not None:
+        folder.mkdir(parents=True)
+        folder.joinpath("__init__.py").touch()
+        folder.joinpath("_build.json").write_text('{"version": "9.9"}')
+        for part in parts:
+            folder.joinpath(part).touch()
+    found = importlib.util.find_spec
+    spec = importlib.machinery.PathFinder.find_spec("gpuless", [str(tmp_path / "site")])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: spec if name == "gpuless" else found(name, *a))
+    made = setup_py()
+    assert made.gpuless() == (folder if parts else None, why)
+    text = rules(made, tmp_path)
+    assert "_kernels.so: link" in text
+    assert ("_kernels_interpreted.so: link" in text) == (f"{folder}/libgpuless.so" in text) == bool(parts)
 
 
 def test_linux_only(clean, monkeypatch):
@@ -278,13 +297,6 @@ def test_linux_only(clean, monkeypatch):
     monkeypatch.setattr(platform, "system", lambda: "Darwin")
     with pytest.raises(SystemExit, match="it is for Linux only, and this is Darwin"):
         runpy.run_path(str(ROOT / "setup.py"))
-
-
-def test_an_installation_without_the_interpreter_says_why(monkeypatch, tmp_path):
-    monkeypatch.setattr(core, "LIBRARY", tmp_path / "_interpreter.so")
-    why = "built for aarch64, and the interpreter needs an x86-64 CPU with AVX2"
-    monkeypatch.setitem(fp.dispatch.library.build_info, "interpreter_skipped", why)
-    assert why in core.why_not.__wrapped__().text
 
 
 def test_the_libraries_need_no_glibc_after_2_34():
@@ -306,7 +318,7 @@ def test_the_libraries_export_their_c_functions_alone():
             ["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True
         ).stdout
         names = [line.split()[-1] for line in table.splitlines()]
-        assert [n for n in names if not re.match("forwardpass_|fpi_", n)] == [], library.name
+        assert [n for n in names if not n.startswith("forwardpass_")] == [], library.name
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="needs make")

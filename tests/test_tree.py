@@ -12,7 +12,9 @@ from forwardpass.dispatch import operations
 
 ROOT = pathlib.Path(__file__).parents[1]
 CSRC, PYTHON = ROOT / "csrc", ROOT / "python/forwardpass"
-#: the folders of csrc whose files those of a folder may include; the interpreter stands apart
+#: gpuless, a distribution of its own in this repository
+INTERPRETER = ROOT / "interpreter"
+#: the folders of csrc whose files those of a folder may include
 INCLUDES = {
     "params": {"params"},
     "schedule": {"params", "schedule"},
@@ -47,14 +49,13 @@ def test_an_operation_has_its_files_at_every_layer(op):
     assert any(re.search(rf"\b{op}\b", p.read_text()) for p in (ROOT / "tests/ops").glob("test_*.py"))
 
 
-def folders(*apart):
-    """(folder of csrc, file of it) of each file that is compiled, but of those apart."""
-    files = [(p.relative_to(CSRC).parts[0], p) for p in CSRC.rglob("*") if p.suffix in (".cpp", ".h", ".cu", ".cuh")]
-    return [(folder, p) for folder, p in files if folder not in apart]
+def folders():
+    """(folder of csrc, file of it) of each file that is compiled."""
+    return [(p.relative_to(CSRC).parts[0], p) for p in CSRC.rglob("*") if p.suffix in (".cpp", ".h", ".cu", ".cuh")]
 
 
 def test_layers_are_kept_apart():
-    files = folders("interpreter")
+    files = folders()
     assert {folder for folder, _ in files} == INCLUDES.keys()
     included = {
         (folder, top, str(p.relative_to(CSRC)))
@@ -65,7 +66,7 @@ def test_layers_are_kept_apart():
 
 
 def test_kernels_see_no_torch_and_the_torch_side_no_cuda():
-    files = folders("interpreter")
+    files = folders()
     torch = {folder for folder, p in files if re.search(r"#include <(torch|ATen|c10)/", p.read_text())}
     cuda = {folder for folder, p in files if re.search(r"#include <cuda", p.read_text())}
     assert (torch, cuda) == (TORCH, CUDA)
@@ -81,12 +82,14 @@ def test_params_name_a_launcher_of_their_own():
 
 
 def test_assembly_is_of_shared_device_code():
-    """And of the CPU kernels. The interpreter speaks of it, and the stand-in for cudart names its symbols with asm labels."""
-    assert not [p for _, p in folders("device", "cpu", "interpreter") if re.search(r"\basm\b", p.read_text())]
+    """And of the CPU kernels."""
+    assert not [
+        p for folder, p in folders() if folder not in ("device", "cpu") and re.search(r"\basm\b", p.read_text())
+    ]
 
 
 #: Of python/forwardpass: what a package may import, beside the version. Who stands later may import who stands earlier.
-LAYERS = ("common", "dispatch", "testing", "interpreter", "ops", "nn", "integrations", "swap", "planning", "serving", "profiling",
+LAYERS = ("common", "dispatch", "testing", "ops", "nn", "integrations", "swap", "planning", "serving", "profiling",
           "cli")  # fmt: skip
 
 
@@ -134,7 +137,8 @@ GONE = ("one behind the other", "change places", "capped scores", r"\bslabs?\b",
 
 
 def test_words_that_must_not_come_back():
-    files = [p for d in ("csrc", "python", "benchmarks", "examples", "docs") if (ROOT / d).exists() for p in (ROOT / d).rglob("*")
+    files = [p for d in ("csrc", "python", "benchmarks", "examples", "docs", "interpreter/csrc", "interpreter/python",
+                         "interpreter/docs") if (ROOT / d).exists() for p in (ROOT / d).rglob("*")
              if p.suffix in (".py", ".cpp", ".h", ".cu", ".cuh", ".md")]  # fmt: skip
     files.append(ROOT / "README.md")
     assert len(files) > 300
@@ -178,8 +182,13 @@ def names_in_python(path):
 
 
 def test_names_are_nouns():
-    files = {p: names_in_cpp(p) for _, p in folders()}
-    files |= {p: set(names_in_python(p)) for p in PYTHON.rglob("*.py")}
+    files = {
+        p: names_in_cpp(p)
+        for p in (CSRC, INTERPRETER / "csrc")
+        for p in p.rglob("*")
+        if p.suffix in (".cpp", ".h", ".cu", ".cuh")
+    }
+    files |= {p: set(names_in_python(p)) for p in (*PYTHON.rglob("*.py"), *(INTERPRETER / "python").rglob("*.py"))}
     assert len(files) > 300 and {"stage", "backend"} <= set().union(*files.values())
     assert not [(str(p.relative_to(ROOT)), name) for p, names in files.items() for name in names & NAMELESS]
 
@@ -188,10 +197,11 @@ def test_paths_in_the_documentation_exist():
     """A file by its path from the root, from csrc, from the document or within a folder named before it; a folder likewise."""
     sources = {
         str(p.relative_to(ROOT))
-        for d in ("csrc", "python", "tests", "benchmarks", "examples", "docs")
+        for d in ("csrc", "python", "tests", "benchmarks", "examples", "docs", "interpreter")
         for p in (ROOT / d).rglob("*")
     }
-    documents = [ROOT / "README.md", CSRC / "README.md", CSRC / "interpreter/README.md", *(ROOT / "docs").glob("*.md")]
+    documents = [ROOT / "README.md", CSRC / "README.md", INTERPRETER / "README.md", INTERPRETER / "csrc/README.md",
+                 *(ROOT / "docs").glob("*.md"), *(INTERPRETER / "docs").glob("*.md")]  # fmt: skip
     paths = [
         (str(document.relative_to(ROOT)), path.replace("<op>", "quantize").rstrip("/"))
         for document in documents
@@ -199,7 +209,7 @@ def test_paths_in_the_documentation_exist():
         if not re.search(r"<(?!op>)|^(build|dist)/", path)
     ]
     assert len(paths) > 100
-    by_the_reader = ("double.py", "tests/interpreter/golden")
+    by_the_reader = ("double.py", "tests/golden")
     assert not [
         (doc, path)
         for doc, path in paths
@@ -208,6 +218,7 @@ def test_paths_in_the_documentation_exist():
 
 
 def test_files_do_one_job():
-    sources = [p for d in ("csrc", "python", "tests", "benchmarks", "examples") for p in (ROOT / d).rglob("*") if p.suffix in
+    sources = [p for d in ("csrc", "python", "tests", "benchmarks", "examples", "interpreter/csrc", "interpreter/python",
+                           "interpreter/tests") for p in (ROOT / d).rglob("*") if p.suffix in
                (".py", ".cpp", ".h", ".cu", ".cuh")]  # fmt: skip
     assert not [p for p in sources if len(p.read_text().splitlines()) > 600]

@@ -24,7 +24,7 @@ void set_poison(bool on);
 bool poison();
 
 // The interpreter accepts only pointers into storage that it knows: what this thread allocates is reported to the
-// function at this address, fpi_storage_add of interpreter/interpreter.h, until it is set to 0.
+// function at this address, gpuless_storage_add of gpuless.h, until it is set to 0.
 void set_storage_hook(int64_t address);
 void report_storage(const torch::stable::Tensor&);
 

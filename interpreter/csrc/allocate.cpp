@@ -14,7 +14,7 @@
 #include "blocks.h"
 #include "decode.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 struct Interval {
@@ -153,4 +153,4 @@ void share_registers(Code& code) {
   code.image.erase(code.image.begin() + end, code.image.begin() + registers_end);
 }
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -8,7 +8,7 @@
 #include "special.h"
 #include "table.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 Bind::Bind(Module& module, Code& code, const Statement& statement, Instruction& instruction,
            const std::vector<std::string_view>& slots)
@@ -18,7 +18,7 @@ Bind::Bind(Module& module, Code& code, const Statement& statement, Instruction& 
   code.operand_lists.emplace_back().reserve(most);
 }
 
-void Bind::refuse(const std::string& why) const { interpreter::refuse(module, statement.line, code.name, why); }
+void Bind::refuse(const std::string& why) const { gpuless::refuse(module, statement.line, code.name, why); }
 
 bool Bind::has(std::string_view modifier) const {
   for (const auto s : slots_)
@@ -174,4 +174,4 @@ int64_t Bind::constant(const Operand& o) const {
   return static_cast<int64_t>(o.bits);
 }
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

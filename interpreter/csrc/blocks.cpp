@@ -3,7 +3,7 @@
 #include "decode.h"
 #include "rows/mov.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 std::vector<BasicBlock> basic_blocks(const Code& function) {
   const auto& code = function.instructions;
@@ -84,4 +84,4 @@ std::vector<char> asynchronous_registers(const Code& code, const Registers& regi
   return marks;
 }
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

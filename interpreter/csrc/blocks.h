@@ -5,7 +5,7 @@
 
 #include "program.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 struct BasicBlock {
   int begin, end;         // instructions [begin, end)
@@ -45,4 +45,4 @@ class Registers {
 // one that they do.
 std::vector<char> asynchronous_registers(const Code&, const Registers&);
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

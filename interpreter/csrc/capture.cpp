@@ -10,11 +10,11 @@
 #include <vector>
 
 #include "core.h"
-#include "interpreter.h"
+#include "cudart.h"
 
-using forwardpass::interpreter::guarded;
-using forwardpass::interpreter::cuda::kInvalidValue;
-using forwardpass::interpreter::cuda::kSuccess;
+using gpuless::guarded;
+using gpuless::cuda::kInvalidValue;
+using gpuless::cuda::kSuccess;
 
 namespace {
 
@@ -29,7 +29,7 @@ enum Error {  // of cudaError_t, those of captures
 enum Mode { kGlobal, kThreadLocal, kRelaxed };
 
 struct Work {
-  fpi_work work;
+  gpuless_work work;
   ~Work() { work.forget(work.data); }
 };
 using Graph = std::vector<std::shared_ptr<Work>>;
@@ -75,7 +75,7 @@ int use_legacy() {
 
 extern "C" {
 
-int fpi_capture_begin(void* stream, int mode, int blocking) {
+int gpuless_capture_begin(void* stream, int mode, int blocking) {
   return guarded([&]() -> int {
     const std::lock_guard lock(mutex);
     if (mode < kGlobal || mode > kRelaxed) return kInvalidValue;
@@ -87,7 +87,7 @@ int fpi_capture_begin(void* stream, int mode, int blocking) {
   });
 }
 
-int fpi_capture_end(void* stream, void** graph) {
+int gpuless_capture_end(void* stream, void** graph) {
   return guarded([&]() -> int {
     const std::lock_guard lock(mutex);
     *graph = nullptr;
@@ -102,7 +102,7 @@ int fpi_capture_end(void* stream, void** graph) {
   });
 }
 
-int fpi_capture_status(void* stream, int* status) {
+int gpuless_capture_status(void* stream, int* status) {
   *status = 0;
   if (!under_way) return kSuccess;
   const std::lock_guard lock(mutex);
@@ -111,14 +111,14 @@ int fpi_capture_status(void* stream, int* status) {
   return kSuccess;
 }
 
-int fpi_capture_mode(int mode) {
+int gpuless_capture_mode(int mode) {
   std::swap(mode, thread_mode);
   return mode;
 }
 
-int fpi_capturing(void) { return under_way; }
+int gpuless_capturing(void) { return under_way; }
 
-int fpi_capture_keep(void* stream, const fpi_work* work, int* captured) {
+int gpuless_capture_keep(void* stream, const gpuless_work* work, int* captured) {
   return guarded([&]() -> int {
     const std::shared_ptr<Work> owned(new Work{*work});
     const std::lock_guard lock(mutex);
@@ -133,17 +133,17 @@ int fpi_capture_keep(void* stream, const fpi_work* work, int* captured) {
   });
 }
 
-int fpi_capture_refuses(int what, void* stream) {
+int gpuless_capture_refuses(int what, void* stream) {
   if (!under_way) return kSuccess;
   const std::lock_guard lock(mutex);
   const auto self = std::this_thread::get_id();
   switch (what) {
-    case fpi_waits_for_stream:
+    case gpuless_waits_for_stream:
       if (is_legacy(stream)) return use_legacy();
       return invalidate([&](const Capture& c) { return c.stream == stream; }, kUnsupported);
-    case fpi_waits_for_device:
+    case gpuless_waits_for_device:
       return invalidate([](const Capture&) { return true; }, kUnsupported);
-    case fpi_waits_for_event:
+    case gpuless_waits_for_event:
       return invalidate([&](const Capture& c) { return c.stream == stream; }, kIsolation);
     default:
       if (thread_mode == kRelaxed) return kSuccess;
@@ -155,11 +155,11 @@ int fpi_capture_refuses(int what, void* stream) {
   }
 }
 
-void* fpi_graph_copy(const void* graph) {
+void* gpuless_graph_copy(const void* graph) {
   return guarded<void*>(nullptr, [&] { return new Graph(*static_cast<const Graph*>(graph)); });
 }
-void fpi_graph_release(void* graph) { delete static_cast<Graph*>(graph); }
-int fpi_graph_launch(const void* graph) {
+void gpuless_graph_release(void* graph) { delete static_cast<Graph*>(graph); }
+int gpuless_graph_launch(const void* graph) {
   for (const auto& w : *static_cast<const Graph*>(graph))
     if (const int error = w->work.run(w->work.data)) return error;
   return kSuccess;

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 using Clock = uint32_t;
 // Agents: the other clusters, the grids before, then the warps of all CTAs of the cluster, by rank, then the series of
@@ -78,4 +78,4 @@ struct Knowledge {
   }
 };
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -4,7 +4,7 @@
 #include "machine.h"
 #include "timeline_trace.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 // A warp that runs ahead still stops after so many, as it might spin on another cluster.
@@ -230,4 +230,4 @@ void Cluster::deadlock() {
   throw f;
 }
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

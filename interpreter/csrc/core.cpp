@@ -10,7 +10,7 @@
 #include "ignore_rules.h"
 #include "table.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 using namespace cuda;
@@ -23,9 +23,9 @@ struct State {
   uint64_t seeded = 0;            // launches since the options were set
   uint64_t first_concurrent = 0;  // of the chain of programmatic launches that the last one belongs to
   Launch::Counters counters;
-  Findings recorded;  // until fpi_findings_json
-  std::atomic<void (*)(const fpi_finding_record*)> listener{nullptr};
-  std::atomic<void (*)(const fpi_launch_record*)> recorder{nullptr};
+  Findings recorded;  // until gpuless_findings_json
+  std::atomic<void (*)(const gpuless_finding_record*)> listener{nullptr};
+  std::atomic<void (*)(const gpuless_launch_record*)> recorder{nullptr};
   std::atomic<Deadline::rep> allowance{Deadline::max().count()};  // what launches may still take together
   std::mutex mutex;
 };
@@ -61,7 +61,8 @@ void tell(const Finding& f, int error) {
   const auto listener = state().listener.load();
   if (!listener) return;
   const std::string text = f.text(), summary = f.summary();
-  const fpi_finding_record record{text.c_str(), summary.c_str(), f.count, error, f.rule >= 0, f.breaks == Breaks::isa};
+  const gpuless_finding_record record{text.c_str(), summary.c_str(), f.count,
+                                      error,        f.rule >= 0,     f.breaks == Breaks::isa};
   listener(&record);
 }
 
@@ -76,7 +77,7 @@ std::string three(const unsigned n[3]) {
 }
 
 // The launch's cluster: as configured, else as compiled in. A cudaError_t.
-int set_cluster(const Device& device, const ptx::Function& source, const fpi_launch_config& config, int largest,
+int set_cluster(const Device& device, const ptx::Function& source, const gpuless_launch_config& config, int largest,
                 unsigned cluster[3]) {
   std::copy(config.cluster, config.cluster + 3, cluster);
   const auto size = [&] { return static_cast<uint64_t>(cluster[0]) * cluster[1] * cluster[2]; };
@@ -143,7 +144,7 @@ int report_caught() noexcept {
 
 namespace {
 
-int launch(const Module& module, const Code& code, const fpi_launch_config& config, std::vector<uint8_t> parameters,
+int launch(const Module& module, const Code& code, const gpuless_launch_config& config, std::vector<uint8_t> parameters,
            int largest_cluster) {
   const Device* device = current_device();
   if (!device) return kNoDevice;
@@ -185,8 +186,8 @@ int launch(const Module& module, const Code& code, const fpi_launch_config& conf
 
   State& s = state();
   if (const auto recorder = s.recorder.load()) {
-    const fpi_launch_record record{module.text.c_str(), code.name.c_str(), config, parameters.data(),
-                                   static_cast<int64_t>(parameters.size())};
+    const gpuless_launch_record record{module.text.c_str(), code.name.c_str(), config, parameters.data(),
+                                       static_cast<int64_t>(parameters.size())};
     recorder(&record);
   }
   {
@@ -232,8 +233,8 @@ int launch(const Module& module, const Code& code, const fpi_launch_config& conf
 
 }  // namespace
 
-int launch(Module& module, const std::string& kernel, const fpi_launch_config& config, const ArgumentBytes& arguments,
-           int largest_cluster) {
+int launch(Module& module, const std::string& kernel, const gpuless_launch_config& config,
+           const ArgumentBytes& arguments, int largest_cluster) {
   try {
     const Code* const code = function(module, kernel);
     if (!code || !code->source->entry) return kInvalidValue;
@@ -255,13 +256,15 @@ int launch(Module& module, const std::string& kernel, const fpi_launch_config& c
   }
 }
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless
 
-using namespace forwardpass::interpreter;
+using namespace gpuless;
 
 extern "C" {
 
-void fpi_set_options(const fpi_options* o) {
+const char* gpuless_version(void) { return GPULESS_VERSION; }
+
+void gpuless_set_options(const gpuless_options* o) {
   guarded([&] {
     const std::lock_guard lock(state().mutex);
     Options& options = state().options;
@@ -275,12 +278,12 @@ void fpi_set_options(const fpi_options* o) {
     options.timeline = o->timeline != 0;
     options.sample = o->sample;
     options.step_limit = o->step_limit ? o->step_limit : Options().step_limit;
-    options.policy.collect = o->findings == fpi_findings_collect;
+    options.policy.collect = o->findings == gpuless_findings_collect;
     options.policy.isa = static_cast<FindingPolicy::Isa>(o->isa);
   });
 }
 
-void fpi_get_options(fpi_options* o) {
+void gpuless_get_options(gpuless_options* o) {
   guarded([&] {
     const std::lock_guard lock(state().mutex);
     const Options& options = state().options;
@@ -298,7 +301,7 @@ void fpi_get_options(fpi_options* o) {
   });
 }
 
-const char* fpi_ignore(const char* text) {
+const char* gpuless_ignore(const char* text) {
   thread_local std::string complaint;
   try {
     auto rules = std::make_shared<const IgnoreRules>(text);
@@ -311,19 +314,19 @@ const char* fpi_ignore(const char* text) {
   }
 }
 
-void fpi_set_time_limit(double seconds) {
+void gpuless_set_time_limit(double seconds) {
   const auto limit = std::chrono::duration_cast<Deadline>(std::chrono::duration<double>(seconds));
   state().allowance = (seconds > 0 ? limit : Deadline::max()).count();
 }
 
-void fpi_storage_enter() {
+void gpuless_storage_enter() {
   guarded([&] {
     const std::lock_guard lock(state().mutex);
     state().scopes.emplace_back();
   });
 }
 
-void fpi_storage_add(const void* begin, int64_t bytes, const char* name, int read_only) {
+void gpuless_storage_add(const void* begin, int64_t bytes, const char* name, int read_only) {
   guarded([&] {
     const std::lock_guard lock(state().mutex);
     state().memory.add(begin, bytes, name, read_only != 0);
@@ -331,7 +334,7 @@ void fpi_storage_add(const void* begin, int64_t bytes, const char* name, int rea
   });
 }
 
-void fpi_storage_remove(const void* begin) {
+void gpuless_storage_remove(const void* begin) {
   guarded([&] {
     const std::lock_guard lock(state().mutex);
     const int64_t bytes = state().memory.remove(begin);
@@ -339,14 +342,14 @@ void fpi_storage_remove(const void* begin) {
   });
 }
 
-int fpi_storage_find(const void* begin, int64_t bytes) {
+int gpuless_storage_find(const void* begin, int64_t bytes) {
   return guarded(0, [&]() -> int {
     Memory::Region region;
     return state().memory.find(reinterpret_cast<uint64_t>(begin), static_cast<uint64_t>(bytes), &region);
   });
 }
 
-int fpi_storage_region(const void* address, void** begin, int64_t* bytes) {
+int gpuless_storage_region(const void* address, void** begin, int64_t* bytes) {
   return guarded(0, [&]() -> int {
     Memory::Region region;
     if (!state().memory.find(reinterpret_cast<uint64_t>(address), 1, &region)) return 0;
@@ -356,7 +359,7 @@ int fpi_storage_region(const void* address, void** begin, int64_t* bytes) {
   });
 }
 
-void fpi_storage_leave() {
+void gpuless_storage_leave() {
   guarded([&] {
     const std::lock_guard lock(state().mutex);
     if (state().scopes.empty()) return;
@@ -365,15 +368,15 @@ void fpi_storage_leave() {
   });
 }
 
-void* fpi_module_load(const char* ptx) {
+void* gpuless_module_load(const char* ptx) {
   return guarded(static_cast<void*>(nullptr), [&]() -> void* { return load(ptx).release(); });
 }
 
-void fpi_module_unload(void* module) {
+void gpuless_module_unload(void* module) {
   guarded([&] { delete static_cast<Module*>(module); });
 }
 
-const char* fpi_module_json(void* handle) {
+const char* gpuless_module_json(void* handle) {
   return guarded("", [&]() -> const char* {
     thread_local std::string json;
     const auto& m = *static_cast<Module*>(handle);
@@ -401,9 +404,9 @@ const char* fpi_module_json(void* handle) {
   });
 }
 
-int fpi_module_launch(void* handle, const char* kernel, const unsigned grid[3], const unsigned block[3],
-                      const unsigned cluster[3], int64_t dynamic_shared, const void* parameters,
-                      int64_t parameter_bytes, int programmatic) {
+int gpuless_module_launch(void* handle, const char* kernel, const unsigned grid[3], const unsigned block[3],
+                          const unsigned cluster[3], int64_t dynamic_shared, const void* parameters,
+                          int64_t parameter_bytes, int programmatic) {
   return guarded([&]() -> int {
     auto& m = *static_cast<Module*>(handle);
     std::string name = kernel ? kernel : "";
@@ -411,7 +414,7 @@ int fpi_module_launch(void* handle, const char* kernel, const unsigned grid[3], 
       for (const auto& f : m.source.functions)
         if (f.entry) name = name.empty() ? f.name : "";
     }
-    fpi_launch_config c{};
+    gpuless_launch_config c{};
     std::copy(grid, grid + 3, c.grid);
     std::copy(block, block + 3, c.block);
     std::copy(cluster, cluster + 3, c.cluster);
@@ -423,28 +426,28 @@ int fpi_module_launch(void* handle, const char* kernel, const unsigned grid[3], 
   });
 }
 
-void fpi_refuse(int error, const char* why) {
+void gpuless_refuse(int error, const char* why) {
   guarded([&] { refuse(error, why); });
 }
-const char* fpi_take_refusal(int error) {
+const char* gpuless_take_refusal(int error) {
   return guarded<const char*>("", [&] {
     thread_local std::string words;
     words = std::exchange(refusal_error, kSuccess) == error ? refusal : std::string();
     return words.c_str();
   });
 }
-const char* fpi_finding() { return finding_text.c_str(); }
-const char* fpi_finding_json() { return finding_json.c_str(); }
-void fpi_finding_clear() {
+const char* gpuless_finding() { return finding_text.c_str(); }
+const char* gpuless_finding_json() { return finding_json.c_str(); }
+void gpuless_finding_clear() {
   finding_text.clear();
   finding_json.clear();
 }
 
-void fpi_on_launch(void (*recorder)(const fpi_launch_record*)) { state().recorder = recorder; }
+void gpuless_on_launch(void (*recorder)(const gpuless_launch_record*)) { state().recorder = recorder; }
 
-void fpi_on_finding(void (*listener)(const fpi_finding_record*)) { state().listener = listener; }
+void gpuless_on_finding(void (*listener)(const gpuless_finding_record*)) { state().listener = listener; }
 
-const char* fpi_findings_json() {
+const char* gpuless_findings_json() {
   return guarded("[]", [&]() -> const char* {
     thread_local std::string json;
     Findings recorded;
@@ -459,17 +462,17 @@ const char* fpi_findings_json() {
   });
 }
 
-void fpi_counters_read(fpi_counters* c) {
+void gpuless_counters_read(gpuless_counters* c) {
   const auto& k = state().counters;
   *c = {k.launches, k.warp_instructions, k.matrix_ns, k.matrix_macs};
 }
 
-void fpi_counters_reset() {
+void gpuless_counters_reset() {
   auto& k = state().counters;
   k.launches = k.warp_instructions = k.matrix_ns = k.matrix_macs = 0;
 }
 
-const char* fpi_rows_json() {
+const char* gpuless_rows_json() {
   return guarded("", [&]() -> const char* {
     static const std::string json = [] {
       std::string s = "[";

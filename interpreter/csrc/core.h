@@ -5,10 +5,10 @@
 #include <type_traits>
 #include <vector>
 
-#include "interpreter.h"
 #include "machine.h"
+#include "profile.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 // Values of cudaError_t, which are part of CUDA's ABI.
 namespace cuda {
@@ -23,15 +23,16 @@ constexpr int kSuccess = 0, kInvalidValue = 1, kMemoryAllocation = 2, kInvalidCo
 using ArgumentBytes = std::function<std::vector<uint8_t>(const Code&)>;
 
 // A cudaError_t. Checks the configuration against the device as a launch does and runs the grid. `largest_cluster` is
-// what the kernel may be launched with. Throws a finding that is an error of it; others are kept (fpi_findings_json).
-int launch(Module&, const std::string& kernel, const fpi_launch_config&, const ArgumentBytes&, int largest_cluster);
+// what the kernel may be launched with. Throws a finding that is an error of it; others are kept
+// (gpuless_findings_json).
+int launch(Module&, const std::string& kernel, const gpuless_launch_config&, const ArgumentBytes&, int largest_cluster);
 
-// Keeps it for fpi_finding(), tells who wants to know (fpi_on_finding), and returns the error that a launch with it
-// returns: by default cudaErrorLaunchFailure, or cudaErrorAssert for an assertion of the kernel's own.
+// Keeps it for gpuless_finding(), tells who wants to know (gpuless_on_finding), and returns the error that a launch
+// with it returns: by default cudaErrorLaunchFailure, or cudaErrorAssert for an assertion of the kernel's own.
 int report(const Finding&);
 int report(const Finding&, int error);
 
-// Keeps why a call is refused, which whoever tells of the error asks for (fpi_take_refusal), and returns the error.
+// Keeps why a call is refused, which whoever tells of the error asks for (gpuless_take_refusal), and returns the error.
 int refuse(int error, std::string why);
 
 // Called in a catch block of the C API: keeps the exception as report() does. An exception that is no Finding, such as
@@ -66,4 +67,4 @@ int guarded(F body) noexcept {
 // Storage that is registered now; kernels that run hold the lock shared.
 Memory& storage();
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

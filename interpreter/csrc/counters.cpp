@@ -12,7 +12,7 @@
 #include "table.h"
 #include "timeline_trace.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 // ---- Counting ----
 
@@ -23,9 +23,9 @@ uint64_t scaled(uint64_t n, double times) {
 }  // namespace
 
 void Count::add(const Count& other, double times) {
-#define FORWARDPASS_ADD(name) name += scaled(other.name, times);
-  FORWARDPASS_COUNTS(FORWARDPASS_ADD)
-#undef FORWARDPASS_ADD
+#define GPULESS_ADD(name) name += scaled(other.name, times);
+  GPULESS_COUNTS(GPULESS_ADD)
+#undef GPULESS_ADD
 }
 
 void Footprint::touch(uint64_t sector, bool read, bool write) {
@@ -209,10 +209,10 @@ std::string json_of(const Line& l, Count c) {
   if (!l.work.type.empty()) s += ",\"matrix\":" + quoted(l.work.type);
   c.macs += l.work.macs * c.active;
   c.matrix_shared += l.work.shared_bytes * c.active;
-#define FORWARDPASS_WRITE(name) \
+#define GPULESS_WRITE(name) \
   if (c.name) s += ",\"" #name "\":" + std::to_string(c.name);
-  FORWARDPASS_COUNTS(FORWARDPASS_WRITE)
-#undef FORWARDPASS_WRITE
+  GPULESS_COUNTS(GPULESS_WRITE)
+#undef GPULESS_WRITE
   return s + "}";
 }
 
@@ -246,8 +246,8 @@ std::string profile_json(const uint64_t* name) {
 
 const char* report_path() {
   static const char* const path = [] {
-    const char* p = std::getenv("FORWARDPASS_INTERPRET_COUNTERS");
-    if (p) std::atexit([] { std::ofstream(std::getenv("FORWARDPASS_INTERPRET_COUNTERS")) << profile_json(nullptr); });
+    const char* p = std::getenv("GPULESS_COUNTERS");
+    if (p) std::atexit([] { std::ofstream(std::getenv("GPULESS_COUNTERS")) << profile_json(nullptr); });
     return p;
   }();
   return path;
@@ -278,13 +278,13 @@ void record(const Launch& l, const Sheet& sheet, double times) {
   }
 }
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless
 
-using namespace forwardpass::interpreter;
+using namespace gpuless;
 
 extern "C" {
 
-const char* fpi_profile_json(uint64_t name) {
+const char* gpuless_profile_json(uint64_t name) {
   return guarded("", [&]() -> const char* {
     thread_local std::string json;
     json = profile_json(&name);
@@ -292,7 +292,7 @@ const char* fpi_profile_json(uint64_t name) {
   });
 }
 
-void fpi_profile_forget(uint64_t name) {
+void gpuless_profile_forget(uint64_t name) {
   guarded([&] {
     Record& r = the_record();
     const std::lock_guard lock(r.mutex);

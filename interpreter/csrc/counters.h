@@ -1,7 +1,8 @@
 #pragma once
-// What launches cost, counted by instruction where Options::counters asks for it: csrc/interpreter/README.md has the
+// What launches cost, counted by instruction where Options::counters asks for it: csrc/README.md has the
 // rules. A thread that runs CTAs writes into a Sheet of its own; a launch adds its sheets to the process's record, from
-// which fpi_profile_json reads. Without counters a warp's `count` is null and the loop of another instantiation runs.
+// which gpuless_profile_json reads. Without counters a warp's `count` is null and the loop of another instantiation
+// runs.
 #include <array>
 #include <compare>
 #include <cstdint>
@@ -14,7 +15,7 @@
 #include "program.h"
 #include "shadow.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 struct Launch;
 struct Options;
@@ -24,16 +25,16 @@ struct Options;
 // shared memory at the other end. An atomic is a read and a write. macs, matrix_shared: of what has its shape in a
 // register; else MatrixWork has them, for each time that the instruction is active.
 // clang-format off
-#define FORWARDPASS_COUNTS(X) \
+#define GPULESS_COUNTS(X) \
   X(issued) X(active) X(lanes) X(waits) X(requests) X(sectors) X(global_read) X(global_written) X(wavefronts) \
   X(ideal_wavefronts) X(shared_read) X(shared_written) X(local_read) X(local_written) X(bulk_read) X(bulk_written) \
   X(bulk_shared) X(macs) X(matrix_shared)
 // clang-format on
 
 struct Count {
-#define FORWARDPASS_FIELD(name) uint64_t name = 0;
-  FORWARDPASS_COUNTS(FORWARDPASS_FIELD)
-#undef FORWARDPASS_FIELD
+#define GPULESS_FIELD(name) uint64_t name = 0;
+  GPULESS_COUNTS(GPULESS_FIELD)
+#undef GPULESS_FIELD
 
   void step(Step how, Mask mask) {
     waits += how == Step::blocked || how == Step::yielded;
@@ -142,9 +143,9 @@ struct LaunchKey {
   auto operator<=>(const LaunchKey&) const = default;
 };
 
-// Whether a launch is: Options::counters, or FORWARDPASS_INTERPRET_COUNTERS=FILE, which gets the record at exit.
+// Whether a launch is: Options::counters, or GPULESS_COUNTERS=FILE, which gets the record at exit.
 bool counted(const Options&);
 // Adds a launch that is over, or that a finding ended. What was counted stands for `times` as much (Options::sample).
 void record(const Launch&, const Sheet&, double times = 1);
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

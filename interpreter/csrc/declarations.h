@@ -5,7 +5,7 @@
 
 #include "lexer.h"
 
-namespace forwardpass::ptx {
+namespace gpuless::ptx {
 
 class Declarations : public Lexer {
  protected:
@@ -189,4 +189,4 @@ class Declarations : public Lexer {
   std::vector<int64_t> dimensions_;  // of the variable being declared; 0: []
 };
 
-}  // namespace forwardpass::ptx
+}  // namespace gpuless::ptx

@@ -9,11 +9,11 @@
 
 #include "blocks.h"
 #include "finding.h"
-#include "limits.h"
+#include "ptx_limits.h"
 #include "table.h"
 #include "undefined.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 void refuse(const Module& m, int line, const std::string& kernel, const std::string& why) {
   Finding f;
@@ -287,4 +287,4 @@ const Code* function(Module& m, const std::string& name) {
   return &entry->second;
 }
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -2,7 +2,7 @@
 // What decode.cpp and the files that it calls share.
 #include "program.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 // Throws a Finding of kind unsupported, at a line of the PTX (0: at none) and in a kernel ("": in none).
 [[noreturn]] void refuse(const Module&, int line, const std::string& kernel, const std::string& why);
@@ -17,4 +17,4 @@ void find_missing_wgmma_fences(Code&);
 // Rewrites every Offset in the code, so that one that was stored elsewhere is no longer valid.
 void share_registers(Code&);
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -10,7 +10,7 @@
 #include <string>
 #include <utility>
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 constexpr int64_t kKiB = 1 << 10, kMiB = 1 << 20, kGiB = 1 << 30;
@@ -182,15 +182,15 @@ int resident_clusters(const Device& d, int blocks_per_multiprocessor, int size) 
   return d.major == 10 ? of_gpcs(6, 18) + of_gpcs(2, 20) : of_gpcs(8, 16) + of_gpcs(4, 15);
 }
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless
 
-using namespace forwardpass::interpreter;
+using namespace gpuless;
 
 extern "C" {
 
-int fpi_set_device(const char* arch) { return set_device(arch) ? 0 : 1; }
-const char* fpi_device() { return current_device() ? current_device()->arch : ""; }
-const fpi_device_properties* fpi_device_get() { return current_device(); }
-int64_t fpi_drop_launches(int on) { return std::max<int64_t>(0, std::exchange(dropped, on ? 0 : -1)); }
+int gpuless_set_device(const char* arch) { return set_device(arch) ? 0 : 1; }
+const char* gpuless_device() { return current_device() ? current_device()->arch : ""; }
+const gpuless_device_properties* gpuless_device_get() { return current_device(); }
+int64_t gpuless_drop_launches(int on) { return std::max<int64_t>(0, std::exchange(dropped, on ? 0 : -1)); }
 
 }  // extern "C"

@@ -1,18 +1,18 @@
 #pragma once
-// The GPU that there is: its properties (interpreter.h), and what fits into one of its multiprocessors.
+// The GPU that there is: its properties (cudart.h), and what fits into one of its multiprocessors.
 #include <string>
 
-#include "interpreter.h"
+#include "profile.h"
 #include "program.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
-using Device = fpi_device_properties;
+using Device = gpuless_device_properties;
 
 const Device* current_device();               // null: none is set
 const Device* find_device(const char* arch);  // null: unknown
 bool set_device(const char* arch);            // null: none
-bool drops_launch();                          // fpi_drop_launches is on in this thread; counts this launch
+bool drops_launch();                          // gpuless_drop_launches is on in this thread; counts this launch
 
 constexpr int kThreadsPerBlock = 1024;
 unsigned max_threads(const ptx::Function&);  // of a block: .maxntid, .reqntid or the device's
@@ -32,4 +32,4 @@ std::string shared_words(const Device&, const Code&, int64_t dynamic_shared);
 int resident_clusters(const Device&, int blocks_per_multiprocessor, int size);
 constexpr int kPortableCluster = 8, kLargestCluster = 16;
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

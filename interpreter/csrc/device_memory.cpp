@@ -30,26 +30,26 @@ constexpr const char* kNames[] = {"cudaMalloc", "cudaMallocHost", "cudaMallocMan
 
 }  // namespace
 
-using namespace forwardpass::interpreter;
+using namespace gpuless;
 
 extern "C" {
 
-int64_t fpi_memory_free() {
+int64_t gpuless_memory_free() {
   return guarded(int64_t{0}, [&]() -> int64_t {
     const std::lock_guard lock(mutex);
     return current_device() ? current_device()->memory - used : 0;
   });
 }
 
-int64_t fpi_memory_peak(int reset) {
+int64_t gpuless_memory_peak(int reset) {
   const std::lock_guard lock(mutex);
   if (reset) peak = used;
   return peak;
 }
 
-void* fpi_allocate(int64_t bytes, int kind) {
+void* gpuless_allocate(int64_t bytes, int kind) {
   return guarded(static_cast<void*>(nullptr), [&]() -> void* {
-    if (bytes > fpi_memory_free()) return nullptr;
+    if (bytes > gpuless_memory_free()) return nullptr;
     void* p = nullptr;
     if (posix_memalign(&p, kAlignment, bytes + std::clamp<int64_t>(bytes, kLeastGap, kLargestGap))) return nullptr;
     std::memset(p, kPoison, bytes);
@@ -62,7 +62,7 @@ void* fpi_allocate(int64_t bytes, int kind) {
   });
 }
 
-int fpi_release(void* begin) {
+int gpuless_release(void* begin) {
   return guarded(0, [&]() -> int {
     const std::lock_guard lock(mutex);
     const auto entry = allocations().find(reinterpret_cast<uintptr_t>(begin));
@@ -75,7 +75,7 @@ int fpi_release(void* begin) {
   });
 }
 
-int64_t fpi_allocation(const void* pointer, void** begin, int* kind) {
+int64_t gpuless_allocation(const void* pointer, void** begin, int* kind) {
   return guarded(int64_t{0}, [&]() -> int64_t {
     const std::lock_guard lock(mutex);
     const auto address = reinterpret_cast<uintptr_t>(pointer);

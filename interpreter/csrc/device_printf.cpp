@@ -5,7 +5,7 @@
 
 #include "finding.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 constexpr int kBuffer = 1 << 20;  // bytes, CUDA's for all output
@@ -88,4 +88,4 @@ std::string device_printf(const std::string& format, const ArgumentAt& argument,
   return out;
 }
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

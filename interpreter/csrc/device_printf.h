@@ -3,7 +3,7 @@
 #include <functional>
 #include <string>
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 using ArgumentAt = std::function<const uint8_t*(uint64_t offset, uint64_t bytes)>;
 using TextAt = std::function<std::string(uint64_t address)>;
@@ -13,4 +13,4 @@ using TextAt = std::function<std::string(uint64_t address)>;
 // Finding.
 std::string device_printf(const std::string& format, const ArgumentAt& argument, const TextAt& text_at);
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

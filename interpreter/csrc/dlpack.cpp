@@ -43,7 +43,7 @@ void release(DLManagedTensor* m) {
     const auto entry = holders().find(data);
     if (entry != holders().end() && --entry->second == 0) {
       holders().erase(entry);
-      fpi_release(data);
+      gpuless_release(data);
     }
   }
   delete bytes;
@@ -58,13 +58,13 @@ DLManagedTensor* make(void* data, int64_t size, int32_t device_type) {
 
 }  // namespace
 
-using namespace forwardpass::interpreter;
+using namespace gpuless;
 
 extern "C" {
 
-void* fpi_dlpack_allocate(int64_t bytes) {
+void* gpuless_dlpack_allocate(int64_t bytes) {
   return guarded(static_cast<void*>(nullptr), [&]() -> void* {
-    void* data = bytes ? fpi_allocate(bytes, fpi_memory_device) : nullptr;
+    void* data = bytes ? gpuless_allocate(bytes, gpuless_memory_device) : nullptr;
     if (bytes && !data) return nullptr;
     const std::lock_guard lock(mutex);
     if (data) holders()[data] = 1;
@@ -72,7 +72,7 @@ void* fpi_dlpack_allocate(int64_t bytes) {
   });
 }
 
-void* fpi_dlpack_host_view(void* data, int64_t bytes) {
+void* gpuless_dlpack_host_view(void* data, int64_t bytes) {
   return guarded(static_cast<void*>(nullptr), [&]() -> void* {
     const std::lock_guard lock(mutex);
     const auto entry = holders().find(data);

@@ -7,7 +7,7 @@
 
 #include "ignore_rules.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 const char* name_of(Kind kind) {
   static const char* names[] = {"race",    "in_flight", "uninitialised", "out_of_bounds", "misaligned", "deadlock",
@@ -124,4 +124,4 @@ bool FindingPolicy::accepts(Finding& f) const {
   return f.breaks == Breaks::isa && isa != Isa::raise;
 }
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -10,7 +10,7 @@
 #include <string>
 #include <tuple>
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 enum class Kind : uint8_t {
   race,           // two accesses that nothing orders
@@ -92,4 +92,4 @@ struct FindingPolicy {
   bool accepts(Finding&) const;
 };
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

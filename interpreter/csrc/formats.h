@@ -12,7 +12,7 @@
 
 #include "ptx.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 // rna: nearest, ties away from zero. rm and rp: towards minus and plus infinity.
 enum class Rounding : uint8_t { rn, rna, rz, rm, rp };
@@ -254,4 +254,4 @@ auto with(ptx::Type type, F f) {
   return ptx::is_float(type) ? with_float(type, f) : with_integer(type, f);
 }
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

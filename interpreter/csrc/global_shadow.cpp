@@ -6,7 +6,7 @@
 
 #include "machine.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 constexpr uint64_t kWord = 4, kPageBytes = 1 << 16;
@@ -251,4 +251,4 @@ void GlobalShadow::forget_everything() {
   next_serial_ = 1;
 }
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

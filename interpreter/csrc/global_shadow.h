@@ -21,7 +21,7 @@
 
 #include "shadow.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 struct Launch;
 struct Warp;
@@ -91,4 +91,4 @@ class GlobalShadow {
 
 GlobalShadow& global_shadow();
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -3,7 +3,7 @@
 #include <sstream>
 #include <stdexcept>
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 // "*" is any characters, "?" is one.
@@ -78,4 +78,4 @@ int IgnoreRules::match(const Finding& f) const {
   return -1;
 }
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

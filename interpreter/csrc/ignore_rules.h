@@ -13,7 +13,7 @@
 
 #include "finding.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 class IgnoreRules {
  public:
@@ -28,4 +28,4 @@ class IgnoreRules {
   std::vector<Rule> rules_;
 };
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

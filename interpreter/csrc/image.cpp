@@ -11,7 +11,7 @@
 #include "device.h"
 #include "zstandard.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 // The layout of fatbinary_section.h and of what fatbinary(1) writes.
@@ -228,17 +228,16 @@ const void* host_address(Image& image, const char* name, bool kernel) {
   return &*image.names.insert(name).first;
 }
 
-int threads_of(const fpi_launch_config& c) { return static_cast<int>(c.block[0] * c.block[1] * c.block[2]); }
+int threads_of(const gpuless_launch_config& c) { return static_cast<int>(c.block[0] * c.block[1] * c.block[2]); }
 
 }  // namespace
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless
 
-using namespace forwardpass;
-using namespace forwardpass::interpreter;
+using namespace gpuless;
 
 extern "C" {
 
-void* fpi_image_register(const void* wrapper) {
+void* gpuless_image_register(const void* wrapper) {
   return guarded(static_cast<void*>(nullptr), [&]() -> void* {
     auto image = std::make_unique<Image>();
     read(*image, *static_cast<const Wrapper*>(wrapper));
@@ -248,7 +247,7 @@ void* fpi_image_register(const void* wrapper) {
   });
 }
 
-void fpi_image_unregister(void* handle) {
+void gpuless_image_unregister(void* handle) {
   guarded([&] {
     Registry& r = registry();
     const std::lock_guard lock(r.mutex);
@@ -264,21 +263,21 @@ void fpi_image_unregister(void* handle) {
   });
 }
 
-void fpi_kernel_register(void* image, const void* host, const char* name) {
+void gpuless_kernel_register(void* image, const void* host, const char* name) {
   guarded([&] {
     const std::lock_guard lock(registry().mutex);
     registry().kernels[host] = {static_cast<Image*>(image), name};
   });
 }
 
-void fpi_variable_register(void* image, const void* host, const char* name) {
+void gpuless_variable_register(void* image, const void* host, const char* name) {
   guarded([&] {
     const std::lock_guard lock(registry().mutex);
     registry().variables[host] = {static_cast<Image*>(image), name};
   });
 }
 
-int fpi_image_load(const void* code, void** handle) {
+int gpuless_image_load(const void* code, void** handle) {
   return guarded([&]() -> int {
     *handle = nullptr;
     const Device* device = current_device();
@@ -301,7 +300,7 @@ int fpi_image_load(const void* code, void** handle) {
   });
 }
 
-int fpi_image_kernel(void* image, const char* name, const void** host) {
+int gpuless_image_kernel(void* image, const char* name, const void** host) {
   return guarded([&]() -> int {
     const std::lock_guard lock(registry().mutex);
     *host = host_address(*static_cast<Image*>(image), name, true);
@@ -311,7 +310,7 @@ int fpi_image_kernel(void* image, const char* name, const void** host) {
   });
 }
 
-int fpi_image_variable(void* image, const char* name, const void** host) {
+int gpuless_image_variable(void* image, const char* name, const void** host) {
   return guarded([&]() -> int {
     const std::lock_guard lock(registry().mutex);
     *host = host_address(*static_cast<Image*>(image), name, false);
@@ -321,7 +320,7 @@ int fpi_image_variable(void* image, const char* name, const void** host) {
   });
 }
 
-int fpi_variable(const void* host, void** address, int64_t* bytes) {
+int gpuless_variable(const void* host, void** address, int64_t* bytes) {
   return guarded([&]() -> int {
     const std::lock_guard lock(registry().mutex);
     const auto v = registry().variables.find(host);
@@ -341,7 +340,7 @@ int fpi_variable(const void* host, void** address, int64_t* bytes) {
   });
 }
 
-int fpi_kernel(const void* host, fpi_kernel_properties* p) {
+int gpuless_kernel(const void* host, gpuless_kernel_properties* p) {
   return guarded([&]() -> int {
     const std::lock_guard lock(registry().mutex);
     DeviceKernel f{};
@@ -362,7 +361,7 @@ int fpi_kernel(const void* host, fpi_kernel_properties* p) {
   });
 }
 
-int fpi_kernel_parameter(const void* host, int index, int64_t* offset, int64_t* bytes) {
+int gpuless_kernel_parameter(const void* host, int index, int64_t* offset, int64_t* bytes) {
   return guarded([&]() -> int {
     const std::lock_guard lock(registry().mutex);
     DeviceKernel f{};
@@ -379,7 +378,7 @@ int fpi_kernel_parameter(const void* host, int index, int64_t* offset, int64_t* 
   });
 }
 
-int fpi_kernel_allow_shared(const void* host, int64_t bytes) {
+int gpuless_kernel_allow_shared(const void* host, int64_t bytes) {
   return guarded([&]() -> int {
     const std::lock_guard lock(registry().mutex);
     DeviceKernel f{};
@@ -391,7 +390,7 @@ int fpi_kernel_allow_shared(const void* host, int64_t bytes) {
   });
 }
 
-int fpi_kernel_allow_nonportable_clusters(const void* host, int allow) {
+int gpuless_kernel_allow_nonportable_clusters(const void* host, int allow) {
   return guarded([&]() -> int {
     const std::lock_guard lock(registry().mutex);
     DeviceKernel f{};
@@ -401,7 +400,7 @@ int fpi_kernel_allow_nonportable_clusters(const void* host, int allow) {
   });
 }
 
-int fpi_occupancy(const void* host, int threads, int64_t dynamic_shared, int* blocks) {
+int gpuless_occupancy(const void* host, int threads, int64_t dynamic_shared, int* blocks) {
   return guarded([&]() -> int {
     const std::lock_guard lock(registry().mutex);
     DeviceKernel f{};
@@ -414,7 +413,7 @@ int fpi_occupancy(const void* host, int threads, int64_t dynamic_shared, int* bl
   });
 }
 
-int fpi_cluster_occupancy(const void* host, const fpi_launch_config* c, int* largest, int* clusters) {
+int gpuless_cluster_occupancy(const void* host, const gpuless_launch_config* c, int* largest, int* clusters) {
   return guarded([&]() -> int {
     const std::lock_guard lock(registry().mutex);
     DeviceKernel f{};
@@ -433,7 +432,7 @@ int fpi_cluster_occupancy(const void* host, const fpi_launch_config* c, int* lar
   });
 }
 
-int fpi_launch(const void* host, const fpi_launch_config* config, void** args) {
+int gpuless_launch(const void* host, const gpuless_launch_config* config, void** args) {
   return guarded([&]() -> int {
     if (drops_launch()) return cuda::kSuccess;
     DeviceKernel f{};

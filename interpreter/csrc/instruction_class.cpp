@@ -4,7 +4,7 @@
 #include <cctype>
 #include <vector>
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 // By section of the PTX ISA and all that it contains, and a modifier of the opcode where the section holds several
@@ -156,4 +156,4 @@ MatrixWork matrix_work(const Statement& s) {
   return work;
 }
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -6,7 +6,7 @@
 
 #include "program.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 // "integer", "shared load", "wgmma": the table in instruction_class.cpp has them all.
 const char* class_of(std::string_view section, std::string_view opcode);
@@ -20,4 +20,4 @@ struct MatrixWork {
 };
 MatrixWork matrix_work(const Statement&);
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

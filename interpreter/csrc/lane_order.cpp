@@ -1,6 +1,6 @@
 #include "lane_order.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 void LaneOrder::divide() {
   if (divided_) return;
@@ -62,4 +62,4 @@ LaneOrder::Clash LaneOrder::clash(LaneSet before, Clock clock, LaneSet now, int 
   return clash;
 }
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -18,7 +18,7 @@
 #include "clock.h"
 #include "program.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 // The lanes that touch a range of bytes. Each of them touches the whole range; or it is spread over them, so that the
 // n-th lane touches the n-th of as many equal parts.
@@ -82,4 +82,4 @@ struct LaneRange {
   LaneSet of(uint32_t address, int shift) const { return set.part(part_shift, address - begin, shift); }
 };
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -2,7 +2,7 @@
 // The loop over lanes: whole warps vectorise, the rest goes lane by lane.
 #include "machine.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 template <class F>
 inline void each_lane(Mask mask, F f) {
@@ -37,4 +37,4 @@ inline Step map3(Warp& w, const Instruction& i, Mask mask, F f) {
   return Step::next;
 }
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -18,7 +18,7 @@
 #include "matrix.h"
 #include "timeline_trace.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 // A cluster that needs more than this may be waiting for another one: the next is begun beside it.
@@ -277,4 +277,4 @@ bool Launch::run() {
   return !grid.expired;
 }
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -6,10 +6,10 @@
 #include <cstddef>
 #include <cstring>
 
-#include "limits.h"
 #include "ptx.h"
+#include "ptx_limits.h"
 
-namespace forwardpass::ptx {
+namespace gpuless::ptx {
 
 enum : uint8_t { kBegins = 1, kContinues = 2, kBlank = 4 };  // of an identifier; blanks but not the newline
 constexpr std::array<uint8_t, 256> classes() {
@@ -272,4 +272,4 @@ class Lexer {
   bool inline_ = false;  // within inline assembly
 };
 
-}  // namespace forwardpass::ptx
+}  // namespace gpuless::ptx

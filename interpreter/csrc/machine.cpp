@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <cstring>
 
-#include "limits.h"
+#include "ptx_limits.h"
 #include "timeline_trace.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 uint64_t mix(uint64_t x) {  // splitmix64's finaliser (Steele, Lea and Flood 2014)
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
@@ -423,4 +423,4 @@ void Cta::place_other(Finding& f, uint32_t ptx_line) const {
   f.other_line = source.line;
 }
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

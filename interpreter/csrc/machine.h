@@ -25,7 +25,7 @@
 #include "shadow.h"
 #include "tensor_memory.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 struct Cluster;
 struct Cta;
@@ -354,4 +354,4 @@ Step run_watched(Warp&, const Instruction&, Mask here, Mask mask);
 void check_bulk_at_end(const Cta&);
 void update_watched(Warp&);
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

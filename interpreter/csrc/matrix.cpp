@@ -11,7 +11,7 @@
 #include "machine.h"
 #include "truncating.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 constexpr int kFloatElements = 5;  // those of Element that are floating point come first
@@ -155,9 +155,9 @@ inline void spread_columns(const Integers y[2], uint32_t* to, int stride) {
 
 #pragma GCC pop_options
 
-// FORWARDPASS_INTERPRET_ISA=avx2 takes the narrow kernels on any processor, for comparing the two.
+// GPULESS_ISA=avx2 takes the narrow kernels on any processor, for comparing the two.
 const Kernels& choose() {
-  const char* isa = std::getenv("FORWARDPASS_INTERPRET_ISA");
+  const char* isa = std::getenv("GPULESS_ISA");
   const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                     __builtin_cpu_supports("avx512vnni");
@@ -294,4 +294,4 @@ MatrixTimer::~MatrixTimer() {
   cta_.matrix_ticks += (ticks - std::min(ticks, ticks_of_nothing)) * weight_;
 }
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -13,7 +13,7 @@
 // truncating accumulator below claims its bits.
 #include <cstdint>
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 struct Cta;
 
@@ -81,4 +81,4 @@ class MatrixTimer {
   uint32_t weight_ = 1;
 };
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -5,7 +5,7 @@
 
 #include "machine.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 struct MBarrier {
   static constexpr int64_t kMaxCount = (1 << 20) - 1;  // of arrivals, and of transaction bytes in either direction
@@ -44,4 +44,4 @@ MBarrier& mbarrier_at(Cta&, uint32_t address);
 // end before that CTA exits, unless it is not `released`: who waits for such an arrival learns only that it happened.
 MBarrier& use_mbarrier(Warp&, Cta&, uint32_t address, bool released = true);
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -8,7 +8,7 @@
 #include "machine.h"
 #include "undefined.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 // ---- Memory ----
 
@@ -523,4 +523,4 @@ uint8_t* access_global(Warp& w, uint64_t address, uint64_t bytes, Use use, int l
   return reinterpret_cast<uint8_t*>(address);
 }
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -11,7 +11,7 @@
 #include "program.h"
 #include "shadow.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 struct Cta;
 struct Launch;
@@ -125,4 +125,4 @@ uint8_t* access_global(Warp&, uint64_t address, uint64_t bytes, Use, int lane, b
 // shared_offset_of(address). Bounds only: races are the caller's (Shadow), and that the CTA lives (Cta::visited).
 Cta& shared_range(Warp&, uint64_t address, uint64_t bytes, bool cluster, Use, int lane);
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -4,7 +4,7 @@
 
 #include "declarations.h"
 
-namespace forwardpass::ptx {
+namespace gpuless::ptx {
 namespace {
 
 class Parser : public Declarations {
@@ -556,4 +556,4 @@ Module parse(std::string_view text) {
   return Parser(copy.data(), copy.data() + copy.size()).parse();
 }
 
-}  // namespace forwardpass::ptx
+}  // namespace gpuless::ptx

@@ -17,7 +17,7 @@
 
 #include "ptx.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 using ptx::Operand;
 using ptx::Statement;
@@ -134,4 +134,4 @@ std::unique_ptr<Module> load(std::string text);
 // Throws a Finding naming an instruction that no row of the table knows; null: there is no such function.
 const Code* function(Module&, const std::string& name);
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

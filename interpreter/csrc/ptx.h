@@ -6,7 +6,7 @@
 #include <string_view>
 #include <vector>
 
-namespace forwardpass::ptx {
+namespace gpuless::ptx {
 
 // clang-format off
 enum class Type : uint8_t {
@@ -116,4 +116,4 @@ struct SyntaxError {
 // Throws SyntaxError.
 Module parse(std::string_view text);
 
-}  // namespace forwardpass::ptx
+}  // namespace gpuless::ptx

@@ -4,7 +4,7 @@
 
 #include "machine.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 // After 2^32 - 1 releases time stands still, and everything that is released counts as acquired.
 Clock Releases::time() const { return static_cast<Clock>(std::min<uint64_t>(releases_, ~Clock{0})); }
@@ -58,4 +58,4 @@ Clock Releases::known(uint64_t cluster, int warp, Clock acquired) {
   return count ? log->clocks[(count - 1) * (log->clocks.size() / log->times.size()) + warp] : 0;
 }
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

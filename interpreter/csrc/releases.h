@@ -20,7 +20,7 @@
 
 #include "clock.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 struct Cluster;
 struct Warp;
@@ -52,4 +52,4 @@ class Releases {
   std::unordered_map<uint64_t, std::unique_ptr<ReleaseLog>> logs_;  // by the number of the cluster
 };
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -8,7 +8,7 @@
 #include "mbarrier.h"
 #include "tensor_memory.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 uint16_t bytes_between(uint32_t low, uint32_t high) {
@@ -472,4 +472,4 @@ void Shadow::store_undefined(uint32_t begin, uint32_t bytes) {
   each_granule(begin, bytes, [](Granule& g, uint32_t, uint16_t mask, uint32_t, uint32_t) { g.written &= ~mask; });
 }
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -28,7 +28,7 @@
 #include "finding.h"
 #include "lane_order.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 struct Cta;
 struct Module;
@@ -262,4 +262,4 @@ class Shadow {
   int find_or_add(int agent);
 };
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

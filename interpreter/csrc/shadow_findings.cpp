@@ -6,7 +6,7 @@
 #include "shadow.h"
 #include "tensor_memory.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 constexpr char kUnordered[] = ": nothing orders the two, such as a barrier, or a release and an acquire";
@@ -195,4 +195,4 @@ void Shadow::check_reads(const Actor& actor, uint32_t index, uint32_t number, ui
          line);
 }
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

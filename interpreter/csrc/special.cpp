@@ -3,7 +3,7 @@
 #include "device.h"
 #include "machine.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 uint64_t thread(const Warp& w, int lane) { return static_cast<uint64_t>(w.id) * kLanes + lane; }
@@ -108,4 +108,4 @@ const SpecialRegister* special_register(std::string_view name) {
   return nullptr;
 }
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

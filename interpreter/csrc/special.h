@@ -5,7 +5,7 @@
 
 #include "program.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 struct SpecialRegister {
   std::string_view name;
@@ -13,4 +13,4 @@ struct SpecialRegister {
 };
 const SpecialRegister* special_register(std::string_view name);  // null: not one of them
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -9,7 +9,7 @@
 #include "device_printf.h"
 #include "global_shadow.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 // Host pointer to bytes at a lane's generic address; a finding where there is no such memory.
@@ -118,4 +118,4 @@ SystemCall system_call(std::string_view name, size_t* arguments) {
   return nullptr;
 }
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

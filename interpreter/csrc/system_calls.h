@@ -5,10 +5,10 @@
 
 #include "machine.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 // Of one lane, its arguments widened to 64 bits; pointers are generic.
 using SystemCall = uint64_t (*)(Warp&, int lane, const uint64_t* arguments);
 SystemCall system_call(std::string_view name, size_t* arguments);  // and how many it takes; null: unknown
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

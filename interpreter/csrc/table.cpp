@@ -4,7 +4,7 @@
 
 #include "finding.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 std::vector<const Row*>& table() {
@@ -69,4 +69,4 @@ const Row* find_row(std::string_view opcode, std::vector<std::string_view>& slot
   return nullptr;
 }
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

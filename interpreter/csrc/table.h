@@ -21,7 +21,7 @@
 
 #include "program.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 class Bind;
 
@@ -99,4 +99,4 @@ class Bind {
 // The row of an opcode with its slots, or null.
 const Row* find_row(std::string_view opcode, std::vector<std::string_view>& slots);
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -4,7 +4,7 @@
 
 #include "core.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 // By CUtensorMapDataType.
@@ -142,15 +142,15 @@ void TensorMap::finish_row(uint8_t* row, uint32_t begin, uint32_t end) const {
   }
 }
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless
 
-using namespace forwardpass::interpreter;
+using namespace gpuless;
 
 extern "C" {
 
-int fpi_tensor_map_encode_tiled(void* map, int data_type, uint32_t rank, void* address, const uint64_t* dims,
-                                const uint64_t* strides_bytes, const uint32_t* box, const uint32_t* element_strides,
-                                int interleave, int swizzle, int l2_promotion, int oob_fill) {
+int gpuless_tensor_map_encode_tiled(void* map, int data_type, uint32_t rank, void* address, const uint64_t* dims,
+                                    const uint64_t* strides_bytes, const uint32_t* box, const uint32_t* element_strides,
+                                    int interleave, int swizzle, int l2_promotion, int oob_fill) {
   return guarded([&]() -> int {
     error.clear();
     TensorMap m{};
@@ -182,6 +182,6 @@ int fpi_tensor_map_encode_tiled(void* map, int data_type, uint32_t rank, void* a
   });
 }
 
-const char* fpi_tensor_map_error(void) { return error.c_str(); }
+const char* gpuless_tensor_map_error(void) { return error.c_str(); }
 
 }  // extern "C"

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <string>
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 struct alignas(64) TensorMap {
   static constexpr uint64_t kMagic = 0x70616d726f736e74;
@@ -80,4 +80,4 @@ TensorMap read_tensor_map(Warp&, uint64_t address, int rank, int lane);
 // What more there is to ask where its elements have 4 or 6 bits.
 void check_narrow(Warp&, const TensorMap&, int32_t innermost, bool store, int lane);
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -4,7 +4,7 @@
 
 #include "machine.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 void TensorMemory::begin(const Cta& cta) {
   shadow_.reset(cta, kRows * kColumns, Shadow::Space::tensor);
@@ -97,4 +97,4 @@ void check_tensor_memory_at_end(const Cta& cta) {
   if (cta.has_tensor_memory && cta.launch->options.checks) cta.tensor_memory->require_free(cta);
 }
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

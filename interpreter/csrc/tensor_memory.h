@@ -12,7 +12,7 @@
 
 #include "shadow.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 struct Warp;
 
@@ -69,4 +69,4 @@ TensorMemory& tensor_memory(Cta&);
 // The last thread has exited: a Finding where something is still allocated.
 void check_tensor_memory_at_end(const Cta&);
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -1,4 +1,4 @@
-// What launches with Options::timeline have left, and fpi_timeline_json, which spends the time on it.
+// What launches with Options::timeline have left, and gpuless_timeline_json, which spends the time on it.
 #include <algorithm>
 #include <cstdlib>
 #include <fstream>
@@ -13,7 +13,7 @@
 #include "machine.h"
 #include "timeline_replay.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 struct Entry {
@@ -236,7 +236,7 @@ std::string timeline_json(S selects, M machine_of, uint64_t resident) {
 }
 
 std::string folder() {
-  const char* const path = std::getenv("FORWARDPASS_INTERPRET_TIMELINE");
+  const char* const path = std::getenv("GPULESS_TIMELINE");
   return path ? path : "";
 }
 
@@ -252,7 +252,7 @@ void write_timeline() {
     std::ofstream(folder() + "/timeline.json") << json;
   } catch (...) {
     report_caught();
-    std::fprintf(stderr, "forwardpass: no timeline: %s\n", fpi_finding());
+    std::fprintf(stderr, "gpuless: no timeline: %s\n", gpuless_finding());
   }
 }
 // From the load of the library on.
@@ -294,13 +294,13 @@ void keep_trace(const Launch& l, const Sheet& all) {
   }
 }
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless
 
-using namespace forwardpass::interpreter;
+using namespace gpuless;
 
 extern "C" {
 
-const char* fpi_timeline_json(uint64_t name, const char* kernel, const char* machine, int resident) {
+const char* gpuless_timeline_json(uint64_t name, const char* kernel, const char* machine, int resident) {
   return guarded("", [&]() -> const char* {
     thread_local std::string json;
     const Machine rates(machine);
@@ -311,7 +311,7 @@ const char* fpi_timeline_json(uint64_t name, const char* kernel, const char* mac
   });
 }
 
-void fpi_timeline_forget(uint64_t name) {
+void gpuless_timeline_forget(uint64_t name) {
   guarded([&] {
     Record& r = the_record();
     const std::lock_guard lock(r.mutex);

@@ -4,7 +4,7 @@
 #include "finding.h"
 #include "timeline_state.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 Machine::Machine(const std::string& text) {
   std::istringstream lines(text);
@@ -59,4 +59,4 @@ Constants::Constants(const Machine& m, const Ops& ops, const ReplayInput& in) {
   block_latency = m["block latency"];
 }
 }  // namespace timeline
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -6,7 +6,7 @@
 
 #include "blocks.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 const char* const kPipeNames[kPipes] = {"integer",          "float",      "float64",         "half",
                                         "special function", "conversion", "shuffle and vote"};
@@ -251,4 +251,4 @@ void Ops::add(const Module& m, const Code& code) {
   lines.insert(lines.end(), std::make_move_iterator(described.begin()), std::make_move_iterator(described.end()));
 }
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

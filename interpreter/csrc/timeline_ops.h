@@ -9,11 +9,11 @@
 #include "program.h"
 #include "timeline_trace.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 enum class Pipe : uint8_t { integer, floating, float64, half, special, conversion, shuffle };
 constexpr int kPipes = 7;
-extern const char* const kPipeNames[kPipes];  // as python/forwardpass/interpreter/rates.py has them
+extern const char* const kPipeNames[kPipes];  // as python/gpuless/rates.py has them
 
 struct Op {
   enum class Kind : uint8_t {
@@ -84,4 +84,4 @@ inline bool writes_first_operand(const Statement& s, const Instruction& i) {
 // Sets segments, from a number on, and ranks of a function's instructions.
 void schedule(const Code&, const Line*, Op*, uint32_t first_segment);
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

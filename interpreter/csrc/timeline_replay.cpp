@@ -3,7 +3,7 @@
 #include "finding.h"
 #include "timeline_state.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 const char* const kWaitNames[kWaits] = {"dependency",   "memory",       "shared memory", "special function",
                                         "tensor cores", "copy",         "mbarrier",      "barrier",
@@ -419,4 +419,4 @@ ReplayResult Replay::run() {
 
 ReplayResult replay(const ReplayInput& in, const Machine& m) { return timeline::Replay(in, m).run(); }
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

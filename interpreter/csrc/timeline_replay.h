@@ -10,7 +10,7 @@
 #include "timeline_ops.h"
 #include "timeline_trace.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 // Rates and latencies by name, as latencies.py and rates.py have them.
 class Machine {
@@ -80,4 +80,4 @@ struct ReplayResult {
 
 ReplayResult replay(const ReplayInput&, const Machine&);
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

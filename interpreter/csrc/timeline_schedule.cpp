@@ -7,7 +7,7 @@
 #include "blocks.h"
 #include "timeline_ops.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 // How far an instruction may overtake others: registers are few, and ptxas does not fill them with what is not needed
@@ -193,4 +193,4 @@ void Ops::arrange(std::vector<TraceEvent>& events) const {
   }
 }
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -9,7 +9,7 @@
 
 #include "timeline_replay.h"
 
-namespace forwardpass::interpreter::timeline {
+namespace gpuless::timeline {
 
 using Time = uint64_t;
 constexpr Time kNever = ~Time{0};
@@ -215,4 +215,4 @@ class Replay {
   std::vector<Time> ends_;  // of clusters, in order
 };
 
-}  // namespace forwardpass::interpreter::timeline
+}  // namespace gpuless::timeline

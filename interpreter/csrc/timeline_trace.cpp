@@ -6,7 +6,7 @@
 #include "machine.h"
 #include "mbarrier.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 bool is_barrier(const std::string& opcode) {
@@ -167,4 +167,4 @@ void LaunchTrace::add_to(Sheet& sheet) const {
   for (const auto& [number, trace] : ctas_) sheet.add(trace->sheet);
 }
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -12,7 +12,7 @@
 #include "counters.h"
 #include "program.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 struct Cluster;
 struct Cta;
@@ -110,11 +110,11 @@ class LaunchTrace {
   std::map<uint64_t, std::unique_ptr<CtaTrace>> ctas_;
 };
 
-// Whether launches are: Options::timeline, or the environment's FORWARDPASS_INTERPRET_TIMELINE (interpreter.h).
+// Whether launches are: Options::timeline, or the environment's GPULESS_TIMELINE (profile.h).
 bool recorded(const Options&);
 // Null unless the launch is to be, the first of its kernel and shape.
 std::shared_ptr<LaunchTrace> begin_trace(const Launch&);
 // Adds a launch that is over. `all`: what its CTAs counted, the recorded ones included.
 void keep_trace(const Launch&, const Sheet& all);
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

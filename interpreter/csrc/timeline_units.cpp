@@ -1,7 +1,7 @@
 // What a replay's schedulers issue to: memory, tensor cores, mbarriers and barriers.
 #include "timeline_state.h"
 
-namespace forwardpass::interpreter::timeline {
+namespace gpuless::timeline {
 
 // ---- Memory ----
 
@@ -219,4 +219,4 @@ void Replay::settle(Cluster& cluster, Time now) {
   for (Warp* w : waiting) wake(*w, now);
 }
 
-}  // namespace forwardpass::interpreter::timeline
+}  // namespace gpuless::timeline

@@ -9,7 +9,7 @@
 
 #include "formats.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 // value = significand * 2^(exponent - fraction bits of the format); NaN and infinity have an exponent of their own.
@@ -199,4 +199,4 @@ void truncating_multiply(const Product& p, const PanelA& a, const PanelB& b, int
   }
 }
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -3,7 +3,7 @@
 
 #include "ptx.h"
 
-namespace forwardpass::ptx {
+namespace gpuless::ptx {
 namespace {
 
 struct TypeRow {
@@ -32,4 +32,4 @@ int size_of(Type t) { return row_of(t).bytes; }
 bool is_signed(Type t) { return row_of(t).group == 's'; }
 bool is_float(Type t) { return row_of(t).group == 'f'; }
 
-}  // namespace forwardpass::ptx
+}  // namespace gpuless::ptx

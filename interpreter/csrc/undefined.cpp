@@ -2,10 +2,10 @@
 
 #include <algorithm>
 
-#include "interpreter/rows/tcgen05.h"
-#include "interpreter/rows/wgmma.h"
+#include "rows/tcgen05.h"
+#include "rows/wgmma.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 namespace {
 Shadow& shadow_at(const Warp& w, uint64_t address) { return shared_cta(*w.cta, address)->shadow; }
@@ -148,4 +148,4 @@ Step run_watched(Warp& w, const Instruction& i, Mask here, Mask mask) {
   return step;
 }
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -14,7 +14,7 @@
 
 #include "machine.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 // Whether an opcode computes each lane's registers from the same lane's registers, and keeps nothing else.
 bool is_lanewise(std::string_view opcode);
@@ -63,4 +63,4 @@ inline void stored(Warp& w, const Instruction& i, int n, Mask mask, uint8_t* con
   if (__builtin_expect(w.undefined && !w.undefined->empty(), 0)) store_undefined(w, i, n, mask, host, offset, bytes);
 }
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

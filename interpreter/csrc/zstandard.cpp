@@ -4,7 +4,7 @@
 
 #include <dlfcn.h>
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 struct Library {
@@ -42,4 +42,4 @@ std::optional<std::string> decompress_zstandard(std::string_view frame, std::str
   return std::nullopt;
 }
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -3,9 +3,9 @@
 #include <string>
 #include <string_view>
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 // The content of one Zstandard frame, by the system's libzstd.so.1, or nothing: `problem` then has the words.
 std::optional<std::string> decompress_zstandard(std::string_view frame, std::string* problem);
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

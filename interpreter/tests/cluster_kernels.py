@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from ptx import interpreter, kernel
+from ptx import kernel
 
-import forwardpass as fp
+import gpuless
 
 SEEDS = range(10)
 BYTES = "mbarrier::complete_tx::bytes"
@@ -31,8 +31,8 @@ WAIT = "wait{0}:\nmbarrier.try_wait.parity.shared::cta.b64 %p1, [%s], {0};\n@!%p
 
 
 def launch(body, *args, cluster=2, grid=None, block=64, seed=0, shared=4096, checks=True, arch="sm_90a"):
-    with fp.interpret(arch, seed=seed, checks=checks):
-        module = interpreter.Module(kernel(START + body, args, arch, block, shared))
+    with gpuless.gpu(arch, seed=seed, checks=checks):
+        module = gpuless.Module(kernel(START + body, args, arch, block, shared))
         module["k"].launch(grid or cluster, block, args, cluster=cluster)
 
 
@@ -40,7 +40,7 @@ def reported(body, *args, kinds, seeds=SEEDS, **options):
     """Every seed reports one of the kinds; the first seed's finding."""
     found = []
     for seed in seeds:
-        with pytest.raises(interpreter.InterpreterFinding) as caught:
+        with pytest.raises(gpuless.Finding) as caught:
             launch(body, *args, seed=seed, **options)
         found.append(caught.value)
     assert {f.kind for f in found} <= set(kinds.split()), [str(f) for f in found]
@@ -51,7 +51,7 @@ def outcome(body, *args, **options):
     """The finding, if there is one."""
     try:
         launch(body, *args, **options)
-    except interpreter.InterpreterFinding as f:
+    except gpuless.Finding as f:
         return f
     return None
 

@@ -11,7 +11,7 @@ import re
 import resource
 import sys
 
-from forwardpass.interpreter import core
+from gpuless import core
 
 MEMORY = 4 << 30  # bytes of address space
 BLOCK = 128
@@ -68,32 +68,32 @@ def damaged(text, chance):
 
 def run(api, text, memory):
     """How it ended: the kind of the finding, "ran", or the CUDA error."""
-    api.fpi_finding_clear()
-    module = api.fpi_module_load(text.encode(errors="replace"))
+    api.gpuless_finding_clear()
+    module = api.gpuless_module_load(text.encode(errors="replace"))
     if not module:
         return core.finding().kind + ", not loaded"
     try:
         address = ctypes.addressof(memory).to_bytes(8, "little")
         one = core.Dim3(1, 1, 1)
         arguments = address * 16  # pointers, and whatever their bits are as numbers
-        error = api.fpi_module_launch(
+        error = api.gpuless_module_launch(
             module, None, one, core.Dim3(BLOCK, 1, 1), one, 16384, arguments, len(arguments), 0
         )
         finding = core.finding()
         behind = ", ".join(sorted({f.kind for f in core.findings()}))
         return finding.kind if finding else f"CUDA error {error}" if error else behind or "ran"
     finally:
-        api.fpi_module_unload(module)
+        api.gpuless_module_unload(module)
 
 
 def main(seed, count, *files):
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     api, chance = core.load(), random.Random(int(seed))
     texts = [pathlib.Path(f).read_text() for f in files]
-    api.fpi_set_device(b"sm_90a")
+    api.gpuless_set_device(b"sm_90a")
     memory = (ctypes.c_uint8 * (1 << 16))()
-    api.fpi_storage_enter()
-    api.fpi_storage_add(ctypes.addressof(memory), len(memory), b"memory", 0)
+    api.gpuless_storage_enter()
+    api.gpuless_storage_add(ctypes.addressof(memory), len(memory), b"memory", 0)
     ends = collections.Counter()
     last = pathlib.Path(files[0]).with_name("last.ptx")
     for n in range(int(count)):
@@ -102,7 +102,7 @@ def main(seed, count, *files):
         options = core.Options(
             checks=1, approximate=1, threads=2, step_limit=20_000, findings=n % 2
         )  # raised, or gone on behind
-        api.fpi_set_options(ctypes.byref(options))
+        api.gpuless_set_options(ctypes.byref(options))
         ends[run(api, text, memory)] += 1
     print(dict(ends))
 

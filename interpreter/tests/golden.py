@@ -1,11 +1,11 @@
 """Golden vectors: what each instruction gives on a real GPU, recorded into a file that the interpreter is held to.
 
-python tests/interpreter/golden.py record FILE [--interpret sm_90a]   on a GPU; --interpret: a trial without one
-python tests/interpreter/golden.py replay FILE...                     exits non-zero where the interpreter differs
-python tests/interpreter/golden.py models FILE                        which accumulators give the tensor cores' bits
+python tests/golden.py record FILE [--interpret sm_90a]   on a GPU; --interpret: a trial without one
+python tests/golden.py replay FILE...                     exits non-zero where the interpreter differs
+python tests/golden.py models FILE                        which accumulators give the tensor cores' bits
 
 A file (.npz) has each kernel's PTX, arguments and results, so that it outlives changes to golden_cases.py. Kept in
-tests/interpreter/golden/, it is replayed by the tests.
+tests/golden/, it is replayed by the tests.
 """
 
 import argparse
@@ -21,10 +21,9 @@ import tensor_cores as tc
 import torch
 from golden_cases import CAPABILITIES, cases
 
-import forwardpass as fp
-from forwardpass import interpreter
+import gpuless
 
-SCHEMA = "forwardpass.golden/1"
+SCHEMA = "gpuless.golden/1"
 FOLDER = pathlib.Path(__file__).parent / "golden"
 
 
@@ -38,8 +37,8 @@ class Interpreted:
         """The arrays of `results` after the launch; the arguments themselves stay as they are."""
         arrays = {i: a.copy() for i, a in enumerate(arguments) if isinstance(a, np.ndarray)}
         given = [torch.from_numpy(arrays[i].view(np.uint8)) if i in arrays else int(a) for i, a in enumerate(arguments)]
-        with fp.interpret(self.arch, **options):
-            interpreter.Module(text)["k"].launch(grid, block, given, shared=shared)
+        with gpuless.gpu(self.arch, **options):
+            gpuless.Module(text)["k"].launch(grid, block, given, shared=shared)
         return [arrays[i] for i in results]
 
 
@@ -156,7 +155,7 @@ def replay(file):
         try:
             ours = runner.run(entry["text"], arguments, entry["results"], options=known[name].options, **launch)
             known[name].compare(arguments, file.made(name), ours)
-        except (AssertionError, fp.InterpreterFinding) as e:
+        except (AssertionError, gpuless.Finding) as e:
             wrong[name] = str(e)
     return wrong
 

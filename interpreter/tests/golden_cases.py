@@ -32,7 +32,7 @@ class Case:
     block: int = 128
     grid: int = 1
     shared: int = 0
-    options: dict = dataclasses.field(default_factory=dict)  # of fp.interpret
+    options: dict = dataclasses.field(default_factory=dict)  # of gpuless.gpu
     #: of what tensor cores do: the types of A, B and D, and from arguments and results (A, B, C, D) as matrices of bits
     types: tuple | None = None
     matrices: Callable | None = None

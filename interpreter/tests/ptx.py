@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-import forwardpass as fp
-
-interpreter = pytest.importorskip("forwardpass.interpreter")
+import gpuless
 
 REGISTERS = {"pred": "p", "b16": "h", "b32": "r", "b64": "rd", "f32": "f"}
 
@@ -15,7 +13,7 @@ def kernel(body, args, arch="sm_90a", block=32, shared=4096):
     %t is the thread, %s the address of `shared` bytes of shared memory."""
     parameters, loads = [], []
     for i, a in enumerate(args):
-        if isinstance(a, interpreter.TensorMap):
+        if isinstance(a, gpuless.TensorMap):
             parameters.append(f".param .align 64 .b8 a{i}[128]")
             loads.append(f"mov.b64 %a{i}, a{i};\ncvta.param.u64 %a{i}, %a{i};")
         else:
@@ -43,15 +41,15 @@ ret;
 
 
 def run(body, *args, arch="sm_90a", block=32, shared=4096, seed=0, checks=True):
-    """Raises the InterpreterFinding, if there is one."""
+    """Raises the Finding, if there is one."""
     text = kernel(body, args, arch, block, shared)
-    with fp.interpret(arch, seed=seed, checks=checks):
-        interpreter.Module(text)["k"].launch(1, block, args)
+    with gpuless.gpu(arch, seed=seed, checks=checks):
+        gpuless.Module(text)["k"].launch(1, block, args)
 
 
 def finding(body, *args, **options):
     """The one that the kernel must end in."""
-    with pytest.raises(interpreter.InterpreterFinding) as caught:
+    with pytest.raises(gpuless.Finding) as caught:
         run(body, *args, **options)
     return caught.value
 
@@ -67,7 +65,7 @@ def outcome(body, *args, **options):
     """The kind of the finding, if there is one."""
     try:
         run(body, *args, **options)
-    except interpreter.InterpreterFinding as f:
+    except gpuless.Finding as f:
         return f.kind
     return ""
 

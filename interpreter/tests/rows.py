@@ -15,7 +15,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-import forwardpass as fp
+import gpuless
 
 #: pattern -> tests
 covered: dict[str, list[str]] = {}
@@ -198,9 +198,8 @@ def module(*kernels, arch="sm_90a", isa="8.7"):
 def run(body, inputs, outputs, threads=128, arch="sm_90a", **options):
     """The outputs, name -> array, of `body` on inputs, name -> array of one length, a multiple of 32.
 
-    options: of fp.interpret; .approx results are exact unless they say so.
+    options: of gpuless.gpu; .approx results are exact unless they say so.
     """
-    from forwardpass import interpreter
 
     n = len(next(iter(inputs.values())))
     dtypes = {name: a.dtype for name, a in inputs.items()}
@@ -210,8 +209,8 @@ def run(body, inputs, outputs, threads=128, arch="sm_90a", **options):
     while n % threads:
         threads //= 2
     assert threads >= 32
-    with fp.interpret(arch, **{"approximate": False, **options}):
-        interpreter.Module(text)["k"].launch(n // threads, threads, tensors)
+    with gpuless.gpu(arch, **{"approximate": False, **options}):
+        gpuless.Module(text)["k"].launch(n // threads, threads, tensors)
     return made
 
 

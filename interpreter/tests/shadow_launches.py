@@ -1,8 +1,8 @@
 """Launches of a few warps, asked for what they report in every schedule."""
 
-from ptx import interpreter, kernel
+from ptx import kernel
 
-import forwardpass as fp
+import gpuless
 
 SEEDS = range(8)
 
@@ -21,11 +21,11 @@ def launch(body, *args, grid=1, block=64, seeds=SEEDS, shared=4096):
     module = None
     found = []
     for seed in seeds:
-        with fp.interpret("sm_90a", seed=seed):
-            module = module or interpreter.Module(kernel(WARPS + body, args, block=block, shared=shared))
+        with gpuless.gpu("sm_90a", seed=seed):
+            module = module or gpuless.Module(kernel(WARPS + body, args, block=block, shared=shared))
             try:
                 module["k"].launch(grid, block, args)
-            except interpreter.InterpreterFinding as f:
+            except gpuless.Finding as f:
                 found.append(f)
     return found
 

@@ -5,8 +5,7 @@ import numpy as np
 import tensor_cores as tc
 import torch
 
-import forwardpass as fp
-from forwardpass import interpreter
+import gpuless
 
 SHARED = 160 * 1024
 LANES = 128
@@ -86,8 +85,8 @@ def launch(body, image, cells, group=1, **options):
     cells = np.ascontiguousarray(cells, np.uint32)
     out, image = np.zeros_like(cells), np.ascontiguousarray(image)
     args = [image, image.nbytes // group // 16, cells, out]
-    with fp.interpret("sm_100a", **options) as device:
-        interpreter.Module(text(body, cells.shape[-2], group))["k"].launch(
+    with gpuless.gpu("sm_100a", **options) as device:
+        gpuless.Module(text(body, cells.shape[-2], group))["k"].launch(
             group, 128, [torch.from_numpy(x.view(np.uint8)) if isinstance(x, np.ndarray) else int(x) for x in args],
             shared=SHARED, cluster=group,
         )  # fmt: skip

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from forwardpass.interpreter import core
-from forwardpass.interpreter.__main__ import main
+from gpuless import core
+from gpuless.__main__ import main
 
 pytestmark = [
     pytest.mark.interpreted,
@@ -72,7 +72,7 @@ def project(tmp_path):
 
 
 def run(folder, *command, **environment):
-    environment = {**os.environ, "FORWARDPASS_INTERPRET": "sm_90a", **environment}
+    environment = {**os.environ, "GPULESS_ARCH": "sm_90a", **environment}
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from cluster_kernels import BYTES, MBARRIER, SEEDS, SYNC, WAIT, launch, reported, words
-from ptx import integers, interpreter
+from ptx import integers
 from rows import row
+
+import gpuless
 
 pytestmark = pytest.mark.interpreted
 
@@ -242,7 +244,7 @@ def test_tensor_reductions(operation, type, seed):
     cp.async.bulk.commit_group;
     cp.async.bulk.wait_group 0;"""
     body = body.replace("%r33, 64", "%r33, 128")
-    launch(body, value, interpreter.tensor_map(y, box=(8, width)), cluster=1, seed=seed)
+    launch(body, value, gpuless.tensor_map(y, box=(8, width)), cluster=1, seed=seed)
     assert torch.equal(y, result[:12])
 
 
@@ -252,5 +254,5 @@ def test_a_tensor_reduction_that_is_none():
     {COPY.format(source="%a0").replace("%r33, 64", "%r33, 128")}
     bar.sync 0;
     @%p8 cp.reduce.async.bulk.tensor.2d.global.shared::cta.min.bulk_group [%a1, {{0, 0}}], [%s+128];"""
-    f = reported(body, torch.zeros(256), interpreter.tensor_map(y, box=(8, 16)), kinds="illegal", cluster=1, seeds=[0])
+    f = reported(body, torch.zeros(256), gpuless.tensor_map(y, box=(8, 16)), kinds="illegal", cluster=1, seeds=[0])
     assert ".min" in f.message

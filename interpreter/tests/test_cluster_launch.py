@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from ptx import finding, interpreter
+from ptx import finding
 from rows import row
 
-import forwardpass as fp
+import gpuless
 
 pytestmark = pytest.mark.interpreted
 
@@ -59,8 +59,8 @@ def test_every_work_is_done_once(size, query):
     for seed in range(5):
         for threads in (1, 2):
             done, begun = torch.zeros((6, 8), dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
-            with fp.interpret("sm_100a", seed=seed, threads=threads) as device:
-                interpreter.Module(text)["k"].launch((8, 6, 1), 32, [done, begun], cluster=(size, 1, 1))
+            with gpuless.gpu("sm_100a", seed=seed, threads=threads) as device:
+                gpuless.Module(text)["k"].launch((8, 6, 1), 32, [done, begun], cluster=(size, 1, 1))
             assert device.findings == [] and (done == 1).all()
             assert 4 <= begun.item() < 48  # some work was taken over
             counts.add((seed, begun.item()))

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 from cluster_kernels import BYTES, MBARRIER, SEEDS, START, SYNC, WAIT, launch, outcome, reported, words
-from ptx import finding, integers, interpreter, kernel
+from ptx import finding, integers, kernel
 from rows import row
 
-import forwardpass as fp
+import gpuless
 
 pytestmark = pytest.mark.interpreted
 
@@ -58,8 +58,8 @@ def test_special_registers(cluster, grid):
 def test_invalid_cluster_sizes(options, directive):
     arch = options.pop("arch", "sm_90a")
     text = kernel("", [], arch).replace(".reqntid 32", f".reqntid 32\n{directive}")
-    with fp.interpret(arch), pytest.raises(RuntimeError, match=r"CUDA error 912 .*a cluster of \("):
-        interpreter.Module(text)["k"].launch(block=32, args=[], **options)
+    with gpuless.gpu(arch), pytest.raises(RuntimeError, match=r"CUDA error 912 .*a cluster of \("):
+        gpuless.Module(text)["k"].launch(block=32, args=[], **options)
 
 
 def test_cluster_of_the_kernel():
@@ -67,8 +67,8 @@ def test_cluster_of_the_kernel():
     body = START + "@%p8 st.global.u32 [%rd30], %r31;"
     text = kernel(body, [y]).replace(".reqntid 32", ".reqntid 32\n.reqnctapercluster 2, 1, 1")
     text = text.replace("mul.wide.u32 %rd30, %r34, 4", "mov.u32 %r34, %ctaid.x;\nmul.wide.u32 %rd30, %r34, 4")
-    with fp.interpret("sm_90a"):
-        interpreter.Module(text)["k"].launch(4, 32, [y])
+    with gpuless.gpu("sm_90a"):
+        gpuless.Module(text)["k"].launch(4, 32, [y])
     assert y.tolist() == [2] * 4
 
 
@@ -344,7 +344,7 @@ def multicast(kind, masks, expected_bytes=None, before="", after="", cluster=4):
 @pytest.mark.parametrize("kind", LOADS)
 def test_multicast(kind, seed):
     x, y = integers(32, 16), torch.zeros(4, 128, dtype=torch.int32)
-    launch(multicast(kind, [0b0101, 0b1010, 0, 0], after=SYNC), x, interpreter.tensor_map(x, box=(8, 16)), y, cluster=4,
+    launch(multicast(kind, [0b0101, 0b1010, 0, 0], after=SYNC), x, gpuless.tensor_map(x, box=(8, 16)), y, cluster=4,
            seed=seed)  # fmt: skip
     blocks = x.reshape(4, 128)
     assert torch.equal(y, blocks[[0, 1, 0, 1]])
@@ -375,7 +375,7 @@ def test_who_waited_for_a_multicast_may_exit(seed):
 )  # fmt: skip
 def test_multicast_misused(kind, masks, options, kinds, why):
     x, y = integers(32, 16), torch.zeros(4, 128, dtype=torch.int32)
-    f = reported(multicast(kind, masks, after=SYNC, **options), x, interpreter.tensor_map(x, box=(8, 16)), y, kinds=kinds,
+    f = reported(multicast(kind, masks, after=SYNC, **options), x, gpuless.tensor_map(x, box=(8, 16)), y, kinds=kinds,
                  cluster=4)  # fmt: skip
     assert why in f.message, f
 

@@ -1,4 +1,4 @@
-"""`python -m forwardpass.interpreter`: what it builds, what it refuses, what it prints. Programs are in test_programs.py."""
+"""`python -m gpuless`: what it builds, what it refuses, what it prints. Programs are in test_programs.py."""
 
 import configparser
 import importlib.util
@@ -11,9 +11,9 @@ import sys
 
 import pytest
 
-from forwardpass.interpreter import core
-from forwardpass.interpreter.__main__ import main
-from forwardpass.interpreter.build import command
+from gpuless import core
+from gpuless.__main__ import main
+from gpuless.build import command
 
 pytestmark = pytest.mark.interpreted
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -35,7 +35,7 @@ int main() {
 
 
 def execute(program, architecture="sm_80"):
-    environment = {**os.environ, "FORWARDPASS_INTERPRET": architecture}
+    environment = {**os.environ, "GPULESS_ARCH": architecture}
     done = subprocess.run([program], capture_output=True, text=True, env=environment)
     return done.returncode, done.stdout
 
@@ -146,7 +146,7 @@ def test_a_program_for_one_gpu_alone(tmp_path, capfd):
 
 @needs_nvcc
 def test_a_shared_library(tmp_path):
-    """That Python loads, say, with no torch and no forwardpass."""
+    """That Python loads, say, with no torch and no gpuless."""
     source, library = tmp_path / "fill.cpp", tmp_path / "libfill.so"
     source.write_text(
         KERNEL + 'extern "C" float filled() { float* y; cudaMallocManaged(&y, 128); launch(y); return y[31]; }'
@@ -154,14 +154,14 @@ def test_a_shared_library(tmp_path):
     flags = ["-x", "cu", "-shared", "-Xcompiler", "-fPIC", "-lcudart", "-o", str(library)]
     assert main(["build", str(source), *flags]) == 0
     code = f"import ctypes; f = ctypes.CDLL({str(library)!r}).filled; f.restype = ctypes.c_float; print(f())"
-    environment = {**os.environ, "FORWARDPASS_INTERPRET": "sm_80"}
+    environment = {**os.environ, "GPULESS_ARCH": "sm_80"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stdout) == (0, "2.0\n"), done.stderr
 
 
 def test_usage(capsys):
     assert main([]) == main(["bild", "prog.cu"]) == main(["rows", "x"]) == 2
-    assert capsys.readouterr().err.count("usage: python -m forwardpass.interpreter build") == 3
+    assert capsys.readouterr().err.count("usage: python -m gpuless build") == 3
     assert main(["--help"]) == 0
     assert "rows" in capsys.readouterr().out
 
@@ -211,7 +211,7 @@ if __name__ == "__main__" and sys.argv[1:]:
 
 
 def python(folder, *arguments, **environment):
-    """In a project that never imports forwardpass."""
+    """In a project that never imports gpuless."""
     (folder / "test_double.py").write_text(PROJECT)
     environment = {**os.environ, **environment}
     return subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, env=environment)
@@ -219,21 +219,21 @@ def python(folder, *arguments, **environment):
 
 @needs_triton
 def test_pytest_interprets_a_whole_process(tmp_path):
-    plugin = ("-p", "forwardpass_pytest")  # as the entry point does, which an installation may not have yet
-    environment = {"FORWARDPASS_INTERPRET": "sm_80", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    plugin = ("-p", "gpuless.pytest_plugin")  # as the entry point does, which an installation may not have yet
+    environment = {"GPULESS_ARCH": "sm_80", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     done = python(tmp_path, "-m", "pytest", "-q", *plugin, **environment)
     assert "1 failed, 1 passed" in done.stdout, done.stdout + done.stderr
     assert "out_of_bounds: read of 4 bytes" in done.stdout
 
 
 def test_pytest_s_plugin_costs_nothing_where_nothing_is_interpreted():
-    root = pathlib.Path(__file__).parents[2]
+    root = pathlib.Path(__file__).parents[1]
     declared = (root / "pyproject.toml").read_text().split("[project.entry-points.pytest11]")[1].split("\n[")[0]
     parser = configparser.ConfigParser()
     parser.read_string("[pytest11]" + declared)
-    plugin = parser["pytest11"]["forwardpass"].strip('"')
+    plugin = parser["pytest11"]["gpuless"].strip('"')
     code = f"import sys, {plugin}; print('torch' in sys.modules)"
-    environment = {k: v for k, v in os.environ.items() if k != "FORWARDPASS_INTERPRET"}
+    environment = {k: v for k, v in os.environ.items() if k != "GPULESS_ARCH"}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=root / "python"
     )
@@ -241,7 +241,7 @@ def test_pytest_s_plugin_costs_nothing_where_nothing_is_interpreted():
 
 
 @needs_triton
-def test_a_report_of_a_script_that_does_not_import_forwardpass(tmp_path, monkeypatch, capfd):
+def test_a_report_of_a_script_that_does_not_import_gpuless(tmp_path, monkeypatch, capfd):
     (tmp_path / "test_double.py").write_text(PROJECT)
     monkeypatch.chdir(tmp_path)
 

@@ -11,19 +11,18 @@ import pytest
 import torch
 from ptx import MBARRIER, WAIT, integers, kernel
 
-import forwardpass as fp
-from forwardpass.interpreter import core
-from forwardpass.interpreter.model import PIPES
-from forwardpass.interpreter.rates import RATES, rates
+import gpuless
+from gpuless import core
+from gpuless.model import PIPES
+from gpuless.rates import RATES, rates
 
-interpreter = pytest.importorskip("forwardpass.interpreter")
 pytestmark = pytest.mark.interpreted
 
 
 def counted(body, *args, arch="sm_90a", grid=1, block=32, shared=4096, launches=1, **options):
     """The device, after the launches."""
-    with fp.interpret(arch, counters=True, **options) as device:
-        k = interpreter.Module(kernel(body, args, arch, block, shared))["k"]
+    with gpuless.gpu(arch, counters=True, **options) as device:
+        k = gpuless.Module(kernel(body, args, arch, block, shared))["k"]
         for _ in range(launches):
             k.launch(grid, block, args)
     return device
@@ -31,7 +30,7 @@ def counted(body, *args, arch="sm_90a", grid=1, block=32, shared=4096, launches=
 
 def of(device, opcode):
     """The counts of the lines with this instruction."""
-    total = interpreter.Counts()
+    total = gpuless.Counts()
     for line in device.profile():
         if line.text.startswith(opcode):
             total += line.counts
@@ -280,7 +279,7 @@ def test_tma():
         @%p0 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%s], 4096;
         @%p0 cp.async.bulk.tensor.2d.shared::cta.global.tile.mbarrier::complete_tx::bytes [%s+1024], [%a0, {%r30, %r31}], [%s];
         """.replace("%r30", "48").replace("%r31", "40") + WAIT.format(0),
-        interpreter.tensor_map(x, box=(32, 32)),
+        gpuless.tensor_map(x, box=(32, 32)),
         shared=8192,
     )  # fmt: skip
     (k,) = device.kernels()
@@ -309,7 +308,7 @@ def test_a_store_of_one_box_by_several_lanes_is_one(lanes, last, boxes):
         cp.async.bulk.commit_group;
         cp.async.bulk.wait_group 0;
         """,
-        interpreter.tensor_map(x, box=(8, 4)),
+        gpuless.tensor_map(x, box=(8, 4)),
         shared=128,
     )
     (k,) = device.kernels()
@@ -385,8 +384,8 @@ def test_seed_and_threads_do_not_matter():
 
 
 def test_launches_add_up_and_shapes_are_apart():
-    with fp.interpret("sm_80", counters=True) as device, fp.interpret("sm_80", counters=True) as other:
-        k = interpreter.Module(kernel("bar.sync 0;", (), "sm_80", 32))["k"]
+    with gpuless.gpu("sm_80", counters=True) as device, gpuless.gpu("sm_80", counters=True) as other:
+        k = gpuless.Module(kernel("bar.sync 0;", (), "sm_80", 32))["k"]
         k.launch(2, 32, ())
         k.launch(2, 32, ())
         k.launch(3, 32, ())
@@ -400,9 +399,9 @@ def test_launches_add_up_and_shapes_are_apart():
 
 
 def test_off_by_default():
-    with fp.interpret("sm_90a") as device:
-        interpreter.Module(kernel("bar.sync 0;", ()))["k"].launch(1, 32, ())
-    assert json.loads(core.load().fpi_profile_json(0)) == []
+    with gpuless.gpu("sm_90a") as device:
+        gpuless.Module(kernel("bar.sync 0;", ()))["k"].launch(1, 32, ())
+    assert json.loads(core.load().gpuless_profile_json(0)) == []
     with pytest.raises(ValueError, match="counters=True"):
         device.profile()
 
@@ -413,7 +412,7 @@ def test_a_module_may_go():
 
 
 def test_every_row_has_a_class():
-    table = pathlib.Path(__file__).parents[2] / "csrc/interpreter/instruction_class.cpp"
+    table = pathlib.Path(__file__).parents[1] / "csrc/instruction_class.cpp"
     whole = set(re.findall(r'\{"([\d.]+)", "", ', table.read_text()))
     for row in core.rows():
         parts = row["section"].split(".")
@@ -450,9 +449,9 @@ def test_model_of_a_copy():
 
 def test_model_terms_add_up():
     x = integers(32, 32)
-    with fp.interpret("sm_90a", counters=True, checks=False) as device:  # every CTA writes the same
+    with gpuless.gpu("sm_90a", counters=True, checks=False) as device:  # every CTA writes the same
         y = torch.zeros_like(x)
-        k = interpreter.Module(kernel(transpose(32), (x, y), shared=4096))["k"]
+        k = gpuless.Module(kernel(transpose(32), (x, y), shared=4096))["k"]
         for grid in (1, 132, 133):
             k.launch(grid, 32, (x, y))
     one, full, more = device.model()
@@ -483,9 +482,8 @@ def test_rates_have_sources():
 
 SCRIPT = """
 import torch, sys
-from forwardpass import interpreter
 x = torch.zeros(32, 32, dtype=torch.int32)
-interpreter.Module(open(sys.argv[1]).read())["k"].launch(1, 32, (x, x))
+gpuless.Module(open(sys.argv[1]).read())["k"].launch(1, 32, (x, x))
 print("done")
 """
 
@@ -499,7 +497,7 @@ def test_report(tmp_path):
     ptx.write_text(text + f'\n.file 1 "{source}"\n')
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    command = [sys.executable, "-m", "forwardpass.interpreter", "report"]
+    command = [sys.executable, "-m", "gpuless", "report"]
     kept = tmp_path / "counts.json"
     done = subprocess.run([*command, "--json", kept, script, ptx], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

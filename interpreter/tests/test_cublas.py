@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from forwardpass.interpreter.__main__ import main
+from gpuless.__main__ import main
 
 NVCC = shutil.which(f"{os.environ['CUDA_HOME']}/bin/nvcc" if "CUDA_HOME" in os.environ else "nvcc")
 pytestmark = [pytest.mark.interpreted, pytest.mark.skipif(NVCC is None, reason="there is no nvcc")]
@@ -19,7 +19,7 @@ def test_cublas(tmp_path):
         main(["build", str(source), "-std=c++20", "-O2", "-lcublas", "-lcublasLt", "-arch=sm_80", "-o", str(program)])
         == 0
     )
-    environment = {**os.environ, "FORWARDPASS_INTERPRET": "sm_80"}
+    environment = {**os.environ, "GPULESS_ARCH": "sm_80"}
     done = subprocess.run([program], capture_output=True, text=True, env=environment, timeout=120)
     assert (done.returncode, done.stdout) == (0, "PASS\n"), done.stdout + done.stderr
     lines = done.stderr.splitlines()
@@ -27,9 +27,9 @@ def test_cublas(tmp_path):
         "cublasGemmStridedBatchedEx is computed on the host: no kernel of cuBLAS runs, and nothing of it is checked"
     )
     assert lines[1:] == [
-        "cublasLtMatmul with cublasLtEpilogue_t 512 is not supported by the forwardpass interpreter",
+        "cublasLtMatmul with cublasLtEpilogue_t 512 is not supported by gpuless",
         "cublasSgemm: the leading dimension of a is 3, and it has 4 rows",
         "cublasSgemm: b reaches beyond the memory that was allocated",
-        "cublasGemmStridedBatchedEx with cudaDataType_t 4 is not supported by the forwardpass interpreter",
-        "cublasGemmStridedBatchedEx with cublasComputeType_t 64 is not supported by the forwardpass interpreter",
+        "cublasGemmStridedBatchedEx with cudaDataType_t 4 is not supported by gpuless",
+        "cublasGemmStridedBatchedEx with cublasComputeType_t 64 is not supported by gpuless",
     ]

@@ -16,8 +16,8 @@ import zipfile
 
 import pytest
 
-import forwardpass
-from forwardpass.interpreter.__main__ import main
+import gpuless
+from gpuless.__main__ import main
 
 NVCC = shutil.which(f"{os.environ['CUDA_HOME']}/bin/nvcc" if "CUDA_HOME" in os.environ else "nvcc")
 pytestmark = [pytest.mark.interpreted, pytest.mark.skipif(NVCC is None, reason="there is no nvcc")]
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.interpreted, pytest.mark.skipif(NVCC is None, reason="
 CUTLASS = "4.2.0.0"
 #: whose headers, and no more, one example needs to fill its matrices
 CURAND = "10.4.0.35"
-BUILD = pathlib.Path(__file__).parents[2] / "build" / "cutlass"
+BUILD = pathlib.Path(__file__).parents[1] / "build" / "cutlass"
 SEEDS = range(5)
 
 #: name -> (source, architecture, arguments, verdicts of a run that passes, sizes M N K)
@@ -89,11 +89,11 @@ def sources():
 
 def build(sources, path, architecture, *before):
     """Once for each state of the source, of the command and of what is linked into the program. `before`: folders of headers."""
-    package = pathlib.Path(forwardpass.__file__).parent
+    package = pathlib.Path(gpuless.__file__).parent
     flags = ["-std=c++17", "-O2", "--expt-relaxed-constexpr", "-w", f"-arch={architecture}"]
     flags += [f"-I{folder}" for folder in before]
     state = hashlib.sha256(" ".join((CUTLASS, NVCC, str(package), *flags)).encode())
-    for file in (path, package / "_standin.a", package / "interpreter" / "build.py"):
+    for file in (path, package / "_standin.a", package / "build.py"):
         state.update(file.read_bytes())
     program = BUILD / f"{path.stem}-{state.hexdigest()[:16]}"
     if not program.exists():
@@ -108,7 +108,7 @@ def build(sources, path, architecture, *before):
 
 
 def execute(program, arguments, architecture, seed):
-    environment = {**os.environ, "FORWARDPASS_INTERPRET": architecture, "FORWARDPASS_INTERPRET_SEED": str(seed)}
+    environment = {**os.environ, "GPULESS_ARCH": architecture, "GPULESS_SEED": str(seed)}
     return subprocess.run([program, *arguments], capture_output=True, text=True, env=environment, timeout=600)
 
 

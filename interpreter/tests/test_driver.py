@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from forwardpass.interpreter.__main__ import main
+from gpuless.__main__ import main
 
 NVCC = shutil.which(f"{os.environ['CUDA_HOME']}/bin/nvcc" if "CUDA_HOME" in os.environ else "nvcc")
 pytestmark = [pytest.mark.interpreted, pytest.mark.skipif(NVCC is None, reason="there is no nvcc")]
@@ -26,7 +26,7 @@ def driver(tmp_path_factory):
 
 
 def execute(driver, *arguments, architecture="sm_80"):
-    environment = {**os.environ, "FORWARDPASS_INTERPRET": architecture}
+    environment = {**os.environ, "GPULESS_ARCH": architecture}
     return subprocess.run([*driver, *arguments], capture_output=True, text=True, env=environment, timeout=120)
 
 

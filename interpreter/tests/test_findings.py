@@ -8,11 +8,11 @@ import sys
 
 import pytest
 import torch
-from ptx import integers, interpreter, kernel
+from ptx import integers, kernel
 from shadow_launches import WARPS
 
-import forwardpass as fp
-from forwardpass.interpreter.rules import Rule, read_rules
+import gpuless
+from gpuless.rules import Rule, read_rules
 
 pytestmark = pytest.mark.interpreted
 
@@ -24,8 +24,8 @@ DEADLOCK = "@%p0 bar.sync 0, 64;\n@%p1 bar.sync 1, 64;\n"
 def collect(body, *args, seed=0, block=64, grid=1, threads=0, name="k", **options):
     """The device, after a launch that must not raise."""
     text = kernel(WARPS + body, args, block=block).replace("entry k(", f"entry {name}(")
-    with fp.interpret("sm_90a", seed=seed, threads=threads, **{"findings": "collect", **options}) as device:
-        interpreter.Module(text)[name].launch(grid, block, args)
+    with gpuless.gpu("sm_90a", seed=seed, threads=threads, **{"findings": "collect", **options}) as device:
+        gpuless.Module(text)[name].launch(grid, block, args)
     return device
 
 
@@ -57,26 +57,12 @@ def test_the_next_launch_runs():
     store = "cvt.u64.u32 %rd1, %t;\nmad.lo.u64 %rd1, %rd1, 4, %a0;\nst.global.u32 [%rd1], %t;\n"
     for end, kind in [(DEADLOCK, "deadlock"), ("trap;\n", "illegal"), ("tcgen05.fence;\n", "unsupported")]:
         texts = [kernel(WARPS + body, [y], block=64) for body in (end, store)]
-        with fp.interpret("sm_90a", findings="collect") as device:
+        with gpuless.gpu("sm_90a", findings="collect") as device:
             for text in texts:
                 y.zero_()
-                interpreter.Module(text)["k"].launch(1, 64, [y])
+                gpuless.Module(text)["k"].launch(1, 64, [y])
         assert (y == torch.arange(64)).all()
         assert kinds(device.findings) == [kind] and device.findings[0].kernel == "k"
-
-
-def test_the_next_operation_runs():
-    """append_kv is launched by cudaLaunchKernelEx, which returns its error, and quantize by <<<...>>>, which does not."""
-    keys, values = torch.randn(2, 1, 64, 2, 64, dtype=torch.float16)
-    with fp.interpret("sm_90a", seed=1) as device, fp.use_backend("cuda"):
-        if reason := device.why_not("cuda"):
-            pytest.skip(str(reason))
-        with pytest.raises(fp.InterpreterFinding, match="race"):  # the new keys lie where they are written
-            fp.ops.append_kv(
-                keys[:, 8:12], values[:, 8:12].clone(), keys, values, torch.tensor([11], dtype=torch.int32)
-            )
-        q, _, _ = fp.ops.quantize(torch.ones(4, 64), torch.int8)
-    assert (q == 127).all()
 
 
 @pytest.mark.parametrize("width", [1, 2, 4, 8, 16])
@@ -155,8 +141,8 @@ def test_what_is_uninitialised_is_poison():
 
 
 def test_raised_by_default():
-    with pytest.raises(fp.InterpreterFinding), fp.interpret("sm_90a") as device:
-        interpreter.Module(kernel(WARPS + RACES, [], block=64))["k"].launch(1, 64, [])
+    with pytest.raises(gpuless.Finding), gpuless.gpu("sm_90a") as device:
+        gpuless.Module(kernel(WARPS + RACES, [], block=64))["k"].launch(1, 64, [])
     assert kinds(device.findings) == ["race"]
 
 
@@ -212,7 +198,7 @@ def test_rules_that_match(rule, findings):
 def test_rules_that_do_not(rule):
     device = collect(RACES, name="_Z7softmaxILi4EEvPKfi", ignore=rule)
     assert len(device.findings) >= 3 and not device.ignored and len(device.unused_rules) == 1
-    with pytest.raises(fp.InterpreterFinding):
+    with pytest.raises(gpuless.Finding):
         collect(RACES, name="_Z7softmaxILi4EEvPKfi", ignore=rule, findings="raise")
 
 
@@ -248,23 +234,22 @@ def test_a_baseline(tmp_path):
     [("rice * k", "rice"), ("race", "place"), ("", "kind"), ("baseline.txt", "pathlib.Path")],
 )
 def test_what_is_no_rule(rule, why):
-    with pytest.raises(ValueError, match=why), fp.interpret("sm_90a", ignore=rule):
+    with pytest.raises(ValueError, match=why), gpuless.gpu("sm_90a", ignore=rule):
         pass
 
 
 def test_options_that_are_none():
     for options in ({"findings": "keep"}, {"isa": "raise"}, {"isa": "ignore", "strict": True}):
-        with pytest.raises(ValueError, match=list(options)[-1]), fp.interpret("sm_90a", **options):
+        with pytest.raises(ValueError, match=list(options)[-1]), gpuless.gpu("sm_90a", **options):
             pass
 
 
 # ---- The environment ----
 
 PROGRAM = """
-import forwardpass as fp
-from forwardpass.interpreter import Module
+from gpuless import Module, current
 Module({text!r})["k"].launch(1, 64, [])
-device = fp.dispatch.interpreter()
+device = current.device()
 print(len(device.findings), len(device.ignored))
 """
 
@@ -275,14 +260,14 @@ def test_a_whole_process(tmp_path):
     script = PROGRAM.format(text=kernel(WARPS + RACES, [], block=64))
 
     def execute(**more):
-        environment = {**os.environ, "FORWARDPASS_INTERPRET": "sm_90a", **more}
+        environment = {**os.environ, "GPULESS_ARCH": "sm_90a", **more}
         return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
 
-    assert "InterpreterFinding: race" in execute().stderr
-    first, second = execute(FORWARDPASS_INTERPRET_FINDINGS="collect").stdout.split()
+    assert "Finding: race" in execute().stderr
+    first, second = execute(GPULESS_FINDINGS="collect").stdout.split()
     assert int(first) >= 3 and second == "0"
-    assert execute(FORWARDPASS_INTERPRET_IGNORE=str(rules)).stdout.split()[0] == "0"
-    assert "no_such_file" in execute(FORWARDPASS_INTERPRET_IGNORE=str(pathlib.Path(tmp_path) / "no_such_file")).stderr
+    assert execute(GPULESS_IGNORE=str(rules)).stdout.split()[0] == "0"
+    assert "no_such_file" in execute(GPULESS_IGNORE=str(pathlib.Path(tmp_path) / "no_such_file")).stderr
 
 
 @pytest.mark.parametrize("seed", range(3))

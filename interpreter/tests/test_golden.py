@@ -11,8 +11,7 @@ import torch
 from golden import FOLDER, SCHEMA, Card, File, Interpreted, fits, record, replay
 from golden_cases import CAPABILITIES, cases
 
-import forwardpass as fp
-from forwardpass import interpreter
+import gpuless
 
 pytestmark = pytest.mark.interpreted
 FILES = sorted(FOLDER.glob("*.npz"))
@@ -106,7 +105,7 @@ class Driver:
     def cuModuleLoadData(self, module, image):
         if not image.startswith(b".version"):
             return 200
-        self.modules[7] = interpreter.Module(image.decode(), arch=self.arch)
+        self.modules[7] = gpuless.Module(image.decode(), arch=self.arch)
         module._obj.value = 7
         return 0
 
@@ -125,7 +124,7 @@ class Driver:
         sizes = [size for _, size in self.kernel.parameters]
         assert len(parameters) == len(sizes)
         values = [ctypes.string_at(p, size) for p, size in zip(parameters, sizes)]
-        with fp.interpret(self.arch, truncating=True) as device:
+        with gpuless.gpu(self.arch, truncating=True) as device:
             for tensor in self.tensors:  # of their addresses the interpreter was not told
                 device.register(tensor, "a tensor of the card")
             with device.running():

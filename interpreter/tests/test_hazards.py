@@ -16,14 +16,13 @@ import subprocess
 import pytest
 import torch
 
-import forwardpass as fp
+import gpuless
 
-interpreter = pytest.importorskip("forwardpass.interpreter")
 NVCC = shutil.which(f"{os.environ['CUDA_HOME']}/bin/nvcc" if "CUDA_HOME" in os.environ else "nvcc")
 pytestmark = [pytest.mark.interpreted, pytest.mark.skipif(NVCC is None, reason="there is no nvcc")]
 
 FOLDER = pathlib.Path(__file__).parent / "hazards"
-CACHE = pathlib.Path(__file__).parents[2] / "build/hazards"
+CACHE = pathlib.Path(__file__).parents[1] / "build/hazards"
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a")
 SEEDS, BROKEN_SEEDS = 20, 10
 RUNS = {}
@@ -51,7 +50,7 @@ class Source:
             partial = ptx.with_suffix(f".{os.getpid()}")
             subprocess.run([*command, "-o", partial], check=True)
             partial.replace(ptx)
-        return interpreter.Module(ptx.read_text(), arch=architecture)
+        return gpuless.Module(ptx.read_text(), arch=architecture)
 
 
 SOURCES = {path.stem: Source(path) for path in sorted(FOLDER.glob("*.cu"))}
@@ -85,7 +84,7 @@ def from_row(kernel, x, y, *args, block=None, grid=1, shared=0, cluster=1):
 
 def tiles(tensor):
     """TMA in boxes of 8 rows of 32 floats."""
-    return interpreter.tensor_map(tensor, box=(8, 32))
+    return gpuless.tensor_map(tensor, box=(8, 32))
 
 
 # What follows: a hazard's launch, then (what it wrote, what it has to be).
@@ -453,7 +452,7 @@ def test_every_hazard_is_run():
 def test_broken(name, architecture):
     source = SOURCES[name]
     for seed in range(BROKEN_SEEDS):
-        with pytest.raises(fp.InterpreterFinding) as raised, fp.interpret(architecture, seed=seed):
+        with pytest.raises(gpuless.Finding) as raised, gpuless.gpu(architecture, seed=seed):
             RUNS[name](source.module(1, architecture))
         finding = raised.value
         assert finding.kind in source.kinds, f"seed {seed}: {finding}"
@@ -470,10 +469,10 @@ def test_nothing_is_forgotten(name, later):
     """However many operations have begun since, and been waited for."""
     module = SOURCES[name].module(1, "sm_90a")
     for seed in range(BROKEN_SEEDS):
-        with pytest.raises(fp.InterpreterFinding) as raised, fp.interpret("sm_90a", seed=seed):
+        with pytest.raises(gpuless.Finding) as raised, gpuless.gpu("sm_90a", seed=seed):
             RUNS[name](module, later)
         assert raised.value.kind in SOURCES[name].kinds, f"seed {seed}: {raised.value}"
-    with fp.interpret("sm_90a"):
+    with gpuless.gpu("sm_90a"):
         got, expected = RUNS[name](SOURCES[name].module(0, "sm_90a"), later)
     assert torch.equal(got, expected)
 
@@ -484,7 +483,7 @@ def test_nothing_is_forgotten(name, later):
 def test_what_gpus_forgive(name):
     """Where one is not strict the launch goes on, and computes what the right twin does."""
     for seed in range(BROKEN_SEEDS):
-        with pytest.warns(fp.InterpreterWarning), fp.interpret("sm_90a", seed=seed, strict=False) as device:
+        with pytest.warns(gpuless.FindingWarning), gpuless.gpu("sm_90a", seed=seed, strict=False) as device:
             got, expected = RUNS[name](SOURCES[name].module(1, "sm_90a"))
         assert torch.equal(got, expected)
         assert {f.breaks for f in device.findings} == {"isa"}
@@ -494,7 +493,7 @@ def test_what_gpus_forgive(name):
 def test_right(name, architecture):
     source = SOURCES[name]
     for seed in range(SEEDS):
-        with fp.interpret(architecture, seed=seed):
+        with gpuless.gpu(architecture, seed=seed):
             got, expected = RUNS[name](source.module(0, architecture))
         differ = (got != expected).nonzero()  # NaN, never written, differs
         assert not len(differ), f"seed {seed}: {len(differ)} differ, the first at {differ[0].tolist()}"

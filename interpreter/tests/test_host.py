@@ -5,7 +5,7 @@ import pytest
 import torch
 from api_kernels import COPY
 
-host = pytest.importorskip("forwardpass.interpreter._host", reason="built with FORWARDPASS_BUILD_INTERPRETER=1 only")
+host = pytest.importorskip("gpuless._host", reason="built with GPULESS_BUILD_HOST=1 only")
 pytestmark = pytest.mark.interpreted
 
 FORMATS = {"f16": torch.float16, "bf16": torch.bfloat16, "e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import tensor_cores as tc
 import torch
-from ptx import MBARRIER, ONE, interpreter, kernel
+from ptx import MBARRIER, ONE, kernel
 from shadow_launches import WARPS
 from wgmma_flight import IMAGE, LEFT, ONE_REGISTERS, RIGHT, A, B, C
 from wgmma_flight import ONE as PRODUCT
 from wgmma_flight import run as multiply
 from wgmma_rows import FENCE, WAIT
 
-import forwardpass as fp
+import gpuless
 
 pytestmark = pytest.mark.interpreted
 SEEDS = range(6)
@@ -25,12 +25,12 @@ RIGHT.place(IMAGE)
 @pytest.fixture
 def lenient(monkeypatch):
     """As users have it."""
-    monkeypatch.delenv("FORWARDPASS_INTERPRET_STRICT")
+    monkeypatch.delenv("GPULESS_STRICT")
 
 
 def launch(body, *args, block=64, seed=0, **options):
-    with fp.interpret("sm_90a", seed=seed, **options) as device:
-        interpreter.Module(kernel(WARPS + body, args, block=block))["k"].launch(1, block, args)
+    with gpuless.gpu("sm_90a", seed=seed, **options) as device:
+        gpuless.Module(kernel(WARPS + body, args, block=block))["k"].launch(1, block, args)
     return device
 
 
@@ -84,8 +84,8 @@ def test_strict_or_not(fault, lenient):
             continue
         (finding,) = device.findings
         assert (finding.kind, finding.breaks) == (kind, "isa") and len(said) == 1
-        assert said[0].category is fp.InterpreterWarning and str(finding) in str(said[0].message)
-        with pytest.raises(fp.InterpreterFinding) as raised:
+        assert said[0].category is gpuless.FindingWarning and str(finding) in str(said[0].message)
+        with pytest.raises(gpuless.Finding) as raised:
             launch(wrong, torch.zeros(4, dtype=torch.int32), seed=seed, strict=True)
         assert raised.value.is_same(finding)
         with warnings.catch_warnings():
@@ -96,8 +96,8 @@ def test_strict_or_not(fault, lenient):
 
 
 def test_warns_once(lenient):
-    module = interpreter.Module(kernel(WARPS + PARITY.format(2), [torch.zeros(1)], block=64))
-    with warnings.catch_warnings(record=True) as said, fp.interpret("sm_90a") as device:
+    module = gpuless.Module(kernel(WARPS + PARITY.format(2), [torch.zeros(1)], block=64))
+    with warnings.catch_warnings(record=True) as said, gpuless.gpu("sm_90a") as device:
         warnings.simplefilter("always")
         for _ in range(3):
             module["k"].launch(1, 64, [torch.zeros(1)])
@@ -112,7 +112,7 @@ def test_loads_that_no_swap_compares(swap, lenient):
     for seed in range(20):
         try:
             launch("mov.u32 %r7, 0;\n" + body, torch.zeros(4, dtype=torch.int32), seed=seed)
-        except fp.InterpreterFinding as f:
+        except gpuless.Finding as f:
             kinds.add((f.kind, f.breaks))
     assert kinds == {("race", "hardware")}
 
@@ -126,7 +126,7 @@ def test_loads_that_an_l1_may_serve(access, lenient):
     for seed in SEEDS:
         try:
             launch(body, torch.zeros(4, dtype=torch.int32), seed=seed)
-        except fp.InterpreterFinding as f:
+        except gpuless.Finding as f:
             found.append(f)
     assert found and all(f.breaks == "hardware" for f in found)
 
@@ -137,7 +137,7 @@ def test_a_plain_store_is_no_atomic(lenient):
     for seed in SEEDS:
         try:
             launch(body, torch.zeros(4, dtype=torch.int32), seed=seed)
-        except fp.InterpreterFinding as f:
+        except gpuless.Finding as f:
             outcomes.add(f.breaks)
     assert outcomes == {"hardware"}
 
@@ -148,12 +148,12 @@ def test_registers_that_are_read_too_early(seed, lenient):
     expected = tc.decode(A, "f16") @ tc.decode(B, "f16") + tc.decode(C, "f32")
     for issue in (PRODUCT, ONE_REGISTERS):
         doubled = " ".join(f"add.f32 %acc{i}, %acc{i}, %acc{i};" for i in range(4))
-        with pytest.warns(fp.InterpreterWarning, match="reads an accumulator"):
+        with pytest.warns(gpuless.FindingWarning, match="reads an accumulator"):
             assert np.array_equal(multiply(f"{FENCE} {issue} {doubled} {WAIT}", seed), 2 * expected)
         partly = "setp.lt.u32 %p, %r0, 7; @%p mov.b32 %r5, %acc1;"
-        with pytest.warns(fp.InterpreterWarning, match="reads an accumulator"):
+        with pytest.warns(gpuless.FindingWarning, match="reads an accumulator"):
             multiply(f"{FENCE} {issue} {partly} {WAIT}", seed)
-    with pytest.warns(fp.InterpreterWarning, match="reads a register of A"):
+    with pytest.warns(gpuless.FindingWarning, match="reads a register of A"):
         multiply(f"{FENCE} {ONE_REGISTERS} add.u32 %r5, %a2, 1; {WAIT}", seed)
-    with pytest.raises(fp.InterpreterFinding, match="writes an accumulator"):
+    with pytest.raises(gpuless.Finding, match="writes an accumulator"):
         multiply(f"{FENCE} {PRODUCT} mov.b32 %acc2, 0; {WAIT}", seed)

@@ -8,10 +8,10 @@ import re
 
 import pytest
 import torch
-from ptx import interpreter, kernel
+from ptx import kernel
 from shadow_launches import WARPS, always, launch, silent
 
-import forwardpass as fp
+import gpuless
 
 pytestmark = pytest.mark.interpreted
 
@@ -264,10 +264,10 @@ def test_a_loop_of_one_lane():
 
 
 def test_without_checks_nothing_is_looked_at():
-    with fp.interpret("sm_90a", checks=False):
+    with gpuless.gpu("sm_90a", checks=False):
         x = torch.zeros(512, dtype=torch.int32)
         text = "mov.u32 %r1, %t;\n" + PLACES + "st.shared.u32 [%r2], %t;\nld.shared.u32 %r4, [%r3];"
-        interpreter.Module(kernel(text, [x], block=32))["k"].launch(1, 32, [x])
+        gpuless.Module(kernel(text, [x], block=32))["k"].launch(1, 32, [x])
 
 
 # ---- Against a model that remembers everything, byte by byte ----

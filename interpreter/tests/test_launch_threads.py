@@ -10,10 +10,10 @@ import threading
 import pytest
 import torch
 from cluster_kernels import START, SYNC
-from ptx import interpreter, kernel
+from ptx import kernel
 
-import forwardpass as fp
-from forwardpass.interpreter import core
+import gpuless
+from gpuless import core
 
 pytestmark = pytest.mark.interpreted
 
@@ -44,12 +44,12 @@ def outcomes(body, arguments, **launched):
     results = []
     for threads in THREADS:
         for seed in SEEDS:
-            with fp.interpret("sm_90a", seed=seed, threads=threads) as device:
+            with gpuless.gpu("sm_90a", seed=seed, threads=threads) as device:
                 args = arguments()
                 try:
-                    interpreter.Module(kernel(body, args, block=64))["k"].launch(block=64, args=args, **launched)
+                    gpuless.Module(kernel(body, args, block=64))["k"].launch(block=64, args=args, **launched)
                     said = args[0].tolist(), device.counters["warp_instructions"]
-                except interpreter.InterpreterFinding as f:
+                except gpuless.Finding as f:
                     said = str(f), f.block
             results.append(said)
     assert all(r == results[k % len(SEEDS)] for k, r in enumerate(results))
@@ -91,8 +91,8 @@ def test_clusters(right):
 def test_launches_of_several_host_threads():
     """They share the helpers."""
     y = torch.zeros(4, 16 * 64, dtype=torch.int32)
-    with fp.interpret("sm_90a", threads=3) as device:
-        module = interpreter.Module(kernel(EXCHANGE, (y, 16), block=64))
+    with gpuless.gpu("sm_90a", threads=3) as device:
+        module = gpuless.Module(kernel(EXCHANGE, (y, 16), block=64))
         with device.running() as scope:
             scope.add_tensor(y, "y")
             errors = []
@@ -102,7 +102,7 @@ def test_launches_of_several_host_threads():
                 packed = bytes(ctypes.c_uint64(row.data_ptr())) + bytes(ctypes.c_uint64(16))
                 for _ in range(25):
                     errors.append(
-                        core.load().fpi_module_launch(
+                        core.load().gpuless_module_launch(
                             module.handle, b"k", core.Dim3(16, 1, 1), core.Dim3(64, 1, 1), one, 0, packed, 16, False
                         )
                     )
@@ -121,13 +121,13 @@ def test_a_fork_makes_its_own():
     script = f"""
     import os
     import torch
-    import forwardpass as fp
-    from ptx import interpreter, kernel
+    import gpuless
+    from ptx import kernel
 
     EXCHANGE = {EXCHANGE!r}
     y = torch.zeros(8 * 64, dtype=torch.int32)
-    with fp.interpret("sm_90a", threads=4):
-        module = interpreter.Module(kernel(EXCHANGE, (y, 8), block=64))
+    with gpuless.gpu("sm_90a", threads=4):
+        module = gpuless.Module(kernel(EXCHANGE, (y, 8), block=64))
         module["k"].launch(8, 64, (y, 8))
         expected = y.clone()
         child = os.fork()
@@ -156,6 +156,6 @@ def test_every_block_runs_once(blocks):
     @%p0 red.global.add.u32 [%rd1], 1;"""
     for seed in range(2):
         counts = torch.zeros(blocks, dtype=torch.int32)
-        with fp.interpret("sm_90a", seed=seed, threads=2):
-            interpreter.Module(kernel(body, [counts], block=1024))["k"].launch(blocks, 1024, [counts])
+        with gpuless.gpu("sm_90a", seed=seed, threads=2):
+            gpuless.Module(kernel(body, [counts], block=1024))["k"].launch(blocks, 1024, [counts])
         assert torch.equal(counts, torch.ones(blocks, dtype=torch.int32))

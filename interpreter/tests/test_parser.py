@@ -9,10 +9,8 @@ import sys
 import pytest
 import torch
 
-import forwardpass as fp
-
-interpreter = pytest.importorskip("forwardpass.interpreter")
-from forwardpass.interpreter import core  # noqa: E402
+import gpuless
+from gpuless import core
 
 pytestmark = pytest.mark.interpreted
 
@@ -38,8 +36,8 @@ KERNEL = """
 def run(body, head="", threads=1):
     """What `body` leaves in `wide`, of each thread."""
     out = torch.full((threads,), -1)
-    with fp.interpret("sm_90a"):
-        interpreter.Module(HEAD + head + KERNEL.format(body=body))["k"].launch(1, threads, [out])
+    with gpuless.gpu("sm_90a"):
+        gpuless.Module(HEAD + head + KERNEL.format(body=body))["k"].launch(1, threads, [out])
     return out.tolist() if threads > 1 else out.item()
 
 
@@ -145,8 +143,8 @@ def test_addresses():
 def test_initialisers(declaration, size, content):
     body = "".join(f"ld.global.u8 %r0, [v+{i}]; st.global.u8 [%rd0+{8 + i}], %r0;\n" for i in range(size))
     out = torch.full((3,), -1)
-    with fp.interpret("sm_90a"):
-        interpreter.Module(HEAD + declaration + KERNEL.format(body=body))["k"].launch(1, 1, [out])
+    with gpuless.gpu("sm_90a"):
+        gpuless.Module(HEAD + declaration + KERNEL.format(body=body))["k"].launch(1, 1, [out])
     assert out.numpy().tobytes()[8 : 8 + size].hex() == content
 
 
@@ -210,8 +208,8 @@ def test_what_compilers_write_around_the_code():
     """
     tail = "\n.section .debug_str { $name: .b8 95,90,0 // }\n }\n.section .debug_loc { }"
     out = torch.full((1,), -1)
-    with fp.interpret("sm_90a"):
-        interpreter.Module(HEAD + head + KERNEL.format(body=body) + tail + "\0\0")["k"].launch(1, 1, [out])
+    with gpuless.gpu("sm_90a"):
+        gpuless.Module(HEAD + head + KERNEL.format(body=body) + tail + "\0\0")["k"].launch(1, 1, [out])
     assert out.item() == 5
 
 
@@ -231,14 +229,14 @@ def test_vector_registers(body, value):
     """A vector is the list of its elements in braces."""
     text = HEAD + KERNEL.format(body=body)
     out = torch.full((2,), -1)
-    with fp.interpret("sm_90a"):
-        interpreter.Module(text)["k"].launch(1, 1, [out])
+    with gpuless.gpu("sm_90a"):
+        gpuless.Module(text)["k"].launch(1, 1, [out])
     assert out[0].item() == value
 
 
 def refusal(text):
-    with pytest.raises(interpreter.InterpreterFinding) as caught:
-        interpreter.Module(text)
+    with pytest.raises(gpuless.Finding) as caught:
+        gpuless.Module(text)
     assert caught.value.kind == "unsupported"
     return caught.value
 
@@ -341,8 +339,8 @@ def test_lines_of_inline_assembly():
     """
     for more, line in (("", 10), (".loc 1 20 3\n ld.shared.b32 %r1, [0];", 20)):
         ptx = HEAD + '.file 1 "a.py"' + KERNEL.format(body=(body.replace("ld.s", "//") if more else body) + more)
-        with fp.interpret("sm_90a"), pytest.raises(fp.InterpreterFinding) as caught:
-            interpreter.Module(ptx)["k"].launch(1, 1, [torch.zeros(1)])
+        with gpuless.gpu("sm_90a"), pytest.raises(gpuless.Finding) as caught:
+            gpuless.Module(ptx)["k"].launch(1, 1, [torch.zeros(1)])
         assert (caught.value.file, caught.value.line) == ("a.py", line)
 
 
@@ -359,7 +357,7 @@ def test_lines_of_inline_assembly():
 )
 def test_refused_when_decoded(line, why):
     head = ".extern .func (.param .b64 r) malloc(.param .b64 n);"
-    with pytest.raises(fp.InterpreterFinding) as caught:
+    with pytest.raises(gpuless.Finding) as caught:
         run(".param .b64 x; .param .b8 big[4096];\n" + line, head)
     assert why in caught.value.message and caught.value.ptx_line == BODY_LINE + 1, caught.value
 
@@ -380,7 +378,7 @@ def test_calls_that_go_too_far(body, why):
       .func deep() { .local .b8 x[100000]; call deep; ret; }
       .func broad() { { .param .b8 x[500000]; } call broad; ret; }
     """
-    with pytest.raises(fp.InterpreterFinding) as caught:
+    with pytest.raises(gpuless.Finding) as caught:
         run(body, head)
     assert why in caught.value.message and caught.value.ptx_line, caught.value
 
@@ -394,11 +392,11 @@ def test_what_nobody_touches_costs_nothing():
 def test_no_exception_leaves_the_library():
     """Memory that runs out is an error with a text: bytes of parameters that no vector can have."""
     api = core.load()
-    module = interpreter.Module(HEAD + KERNEL.format(body=""))
+    module = gpuless.Module(HEAD + KERNEL.format(body=""))
     one = core.Dim3(1, 1, 1)
-    with fp.interpret("sm_90a") as device, device.running():
-        api.fpi_finding_clear()
-        assert api.fpi_module_launch(module.handle, None, one, one, one, 0, b"", -1, 0) != 0
+    with gpuless.gpu("sm_90a") as device, device.running():
+        api.gpuless_finding_clear()
+        assert api.gpuless_module_launch(module.handle, None, one, one, one, 0, b"", -1, 0) != 0
     assert core.finding().kind == "unsupported"
 
 
@@ -409,7 +407,7 @@ def test_damaged_text_is_refused_or_runs(tmp_path):
 
     ints = [100, 80, 208, 208, 80, 1, 80]
     a, c = torch.zeros(1, dtype=torch.bfloat16), torch.zeros(1)
-    with fp.interpret("sm_90a"):
+    with gpuless.gpu("sm_90a"):
         compiled = witness_kernels.matmul.warmup(
             a, a, c, *ints, witness_kernels.tl.float32, BM=64, BN=64, BK=32, grid=(1,)
         )
@@ -436,5 +434,5 @@ def test_speed():
 
     text = HEAD + KERNEL.format(body="\n".join(f"add.u32 %r{i % 20}, %r{i % 7}, {i};" for i in range(100_000)))
     start = time.process_time()
-    interpreter.Module(text)
+    gpuless.Module(text)
     assert time.process_time() - start < 2

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-import forwardpass
-from forwardpass.interpreter.__main__ import main
+import gpuless
+from gpuless.__main__ import main
 
 NVCC = shutil.which(f"{os.environ['CUDA_HOME']}/bin/nvcc" if "CUDA_HOME" in os.environ else "nvcc")
 pytestmark = [pytest.mark.interpreted, pytest.mark.skipif(NVCC is None, reason="there is no nvcc")]
@@ -45,7 +45,7 @@ def programs(tmp_path_factory):
 def execute(program, *arguments, architecture="sm_80", **environment):
     """Further variables without their FORWARDPASS_INTERPRET_."""
     more = {f"FORWARDPASS_INTERPRET_{name}": str(value) for name, value in environment.items()}
-    environment = {**os.environ, "FORWARDPASS_INTERPRET": architecture, **more}
+    environment = {**os.environ, "GPULESS_ARCH": architecture, **more}
     return subprocess.run([program, *arguments], capture_output=True, text=True, env=environment, timeout=120)
 
 
@@ -71,7 +71,7 @@ def test_verdicts(programs, name, architecture):
 
 
 def test_report(programs):
-    command = [sys.executable, "-m", "forwardpass.interpreter", "report", "--arch", "sm_80", programs["features"]]
+    command = [sys.executable, "-m", "gpuless", "report", "--arch", "sm_80", programs["features"]]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "modelled " in done.stdout and "on A100" in done.stdout
@@ -148,8 +148,8 @@ def test_findings_are_ignored(programs, tmp_path):
     ids=["compressed", "no PTX", "for another"],
 )
 def test_a_program_without_ptx_for_the_device(tmp_path, flags, holds):
-    package = pathlib.Path(forwardpass.__file__).parent
-    program, library = tmp_path / "program", package / "_interpreter.so"
+    package = pathlib.Path(gpuless.__file__).parent
+    program, library = tmp_path / "program", package / "libgpuless.so"
     command = [NVCC, FOLDER / "missing_syncthreads.cu", "-o", program, "--cudart=none", *flags]
     subprocess.run([*command, package / "_standin.a", library, "-Xlinker", f"-rpath={package}"], check=True)
     done = execute(program, architecture="sm_89")

@@ -51,31 +51,6 @@ def test_device_can(file, tmp_path):
     assert len(outcomes) > 10 and set(outcomes.values()) == {"PASSED"} and "0 findings" in done.stdout
 
 
-@pytest.mark.parametrize("guard", [[], ["--gpu-guard"]])
-def test_swapped_models_run_on_it(guard, tmp_path):
-    done, outcomes = run("swapped_checks.py", "--gpu=sm_90a", "-q", *guard, folder=tmp_path)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert len(outcomes) > 10 and set(outcomes.values()) == {"PASSED"}
-    assert re.search(r"^\d{2,} launches, 0 findings", done.stdout, re.M)
-
-
-def test_a_script_runs_a_swapped_model(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import torch, forwardpass as fp\n"
-        "model, x = torch.nn.Sequential(torch.nn.Linear(64, 64)).cuda().half(), torch.randn(2, 64).cuda().half()\n"
-        "with torch.inference_mode():\n"
-        "    expected = model(x)\n"
-        "    fp.swap(model, 'int8')\n"
-        "    print(fp.explain('int8_linear', x, model[0].weight, model[0].weight_scale).backend)\n"
-        "    print(float((model(x) - expected).norm() / expected.norm()) < 0.02)\n"
-    )
-    command = [sys.executable, "-m", "forwardpass.interpreter", "run", "--gpu", "sm_80", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and done.stdout.split() == ["cuda", "True"], done.stdout + done.stderr
-    assert "launches on <interpreted A100" in done.stderr and "0 findings" in done.stderr
-
-
 def test_nothing_without_being_asked(tmp_path):
     done, _ = run("device_checks.py", folder=tmp_path)
     assert done.returncode and "torch.cuda.is_available()" in done.stdout

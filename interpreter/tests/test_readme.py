@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from forwardpass.interpreter import core
+from gpuless import core
 
 pytestmark = [
     pytest.mark.interpreted,
@@ -18,7 +18,7 @@ pytestmark = [
     ),
 ]
 
-README = pathlib.Path(__file__).parents[2] / "README.md"
+README = pathlib.Path(__file__).parents[1] / "README.md"
 
 
 def test_the_example(tmp_path):

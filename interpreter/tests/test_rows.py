@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import rows
 
-pytest.importorskip("forwardpass.interpreter")
 pytestmark = pytest.mark.interpreted
 rows.import_all()
 
@@ -21,7 +20,7 @@ def test_by_lane(spec):
 
 
 def test_every_row_has_a_test():
-    from forwardpass.interpreter import core
+    from gpuless import core
 
     table = {r["pattern"] for r in core.rows()}
     untested, unknown = sorted(table - rows.covered.keys()), sorted(rows.covered.keys() - table)

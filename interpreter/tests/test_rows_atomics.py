@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from memory_kernels import NUMPY, PLACES, REGISTER, SCOPE, STATE_SPACE, aligned, randoms, run_numpy, tensor
-from ptx import assert_refused, interpreter, kernel, run
+from ptx import assert_refused, kernel, run
 from rows import row
 
-import forwardpass as fp
+import gpuless
 
 pytestmark = pytest.mark.interpreted
 
@@ -265,8 +265,8 @@ def test_lanes_add_up_across_warps_and_blocks():
     )
     for seed in range(4):
         x.zero_()
-        with fp.interpret("sm_90a", seed=seed):
-            interpreter.Module(text)["k"].launch(8, 128, (x, y))
+        with gpuless.gpu("sm_90a", seed=seed):
+            gpuless.Module(text)["k"].launch(8, 128, (x, y))
         assert x.item() == 8 * 128 and torch.equal(y.sort().values, torch.arange(8 * 128).int())
 
 

@@ -116,7 +116,7 @@ def test_setp(pattern):
 
 
 def test_setp_refusals():
-    from forwardpass import interpreter
+    import gpuless
 
     a = np.zeros(32, np.uint32)
     for op, d, operands, why in (
@@ -129,7 +129,7 @@ def test_setp_refusals():
         ("setp.lt.s32", "_", "%a, %a", "must be a register"),
         ("setp.lt.s64", "%p", "%a, %a", "size"),
     ):
-        with pytest.raises(interpreter.InterpreterFinding, match=why):
+        with pytest.raises(gpuless.Finding, match=why):
             run(f".reg .pred %q; .reg .b16 %h; {op} {d}, {operands};", dict(a=a), dict(p=np.dtype(bool)))
 
 

@@ -4,9 +4,8 @@ import pytest
 import torch
 from rows import row
 
-import forwardpass as fp
+import gpuless
 
-interpreter = pytest.importorskip("forwardpass.interpreter")
 pytestmark = pytest.mark.interpreted
 
 HEAD = ".version 8.7\n.target sm_90a\n.address_size 64\n"
@@ -33,9 +32,9 @@ FRAME = """
 
 
 def run(body, threads=32, grid=1, seed=0, functions=""):
-    module = interpreter.Module(HEAD + functions + FRAME.format(body=body), arch="sm_90a")
+    module = gpuless.Module(HEAD + functions + FRAME.format(body=body), arch="sm_90a")
     out = torch.full((threads * grid,), -1, dtype=torch.int32)
-    with fp.interpret("sm_90a", seed=seed):
+    with gpuless.gpu("sm_90a", seed=seed):
         module["k"].launch(grid, threads, [out])
     return out
 
@@ -385,7 +384,7 @@ def test_barrier_reductions(op, expected):
 
 
 def finding(body, threads=64, seed=0):
-    with pytest.raises(fp.InterpreterFinding) as caught:
+    with pytest.raises(gpuless.Finding) as caught:
         run(body, threads=threads, seed=seed)
     return caught.value
 
@@ -509,7 +508,7 @@ DONE:
 
 
 def test_ctas_that_wait_for_each_other_run_side_by_side():
-    module = interpreter.Module(
+    module = gpuless.Module(
         HEAD
         + """
 .visible .entry k(.param .u64 flags)
@@ -549,7 +548,7 @@ WAIT:
     ],
 )
 def test_what_is_unknown_is_refused_with_its_line(line, words):
-    with pytest.raises(fp.InterpreterFinding) as caught:
+    with pytest.raises(gpuless.Finding) as caught:
         run("  " + line)
     f = caught.value
     assert f.kind == "unsupported" and words in str(f) and f.ptx_line > 10

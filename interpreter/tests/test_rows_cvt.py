@@ -112,7 +112,7 @@ for pattern in PATTERNS:
 @row(f"cvt.sat.{INTEGERS}.{INTEGERS}")
 @pytest.mark.parametrize("source", INTEGERS.split("|"))
 def test_saturating(source):
-    from forwardpass import interpreter
+    import gpuless
 
     for to in INTEGERS.split("|"):
         op = Opcode(f"cvt.sat.{to}.{source}")
@@ -120,7 +120,7 @@ def test_saturating(source):
         arguments = f"{op} %d, %a;", dict(a=a), dict(d=np.dtype(DTYPES[to]))
         (low, high), (least, most) = limits(to), limits(source)
         if low <= least and most <= high:
-            with pytest.raises(interpreter.InterpreterFinding, match="has every number of the source"):
+            with pytest.raises(gpuless.Finding, match="has every number of the source"):
                 run(*arguments)
         else:
             assert np.array_equal(run(*arguments)["d"], cvt(op, a)), op
@@ -296,10 +296,10 @@ def test_narrow_spot_values():
 
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_120"])
 def test_narrow_targets(arch):
-    from forwardpass import interpreter
+    import gpuless
 
     a = np.zeros(32, np.float32)
-    with pytest.raises(interpreter.InterpreterFinding, match=f"needs sm_100a or sm_120a, and this PTX is for {arch}:"):
+    with pytest.raises(gpuless.Finding, match=f"needs sm_100a or sm_120a, and this PTX is for {arch}:"):
         run("cvt.rn.satfinite.e2m3x2.f32 %d, %a, %a;", dict(a=a), dict(d=np.dtype(np.uint16)), arch=arch)
 
 

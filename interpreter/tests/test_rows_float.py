@@ -12,7 +12,7 @@ from float_rows import APPROXIMATE, BOUNDS_16, PATTERNS, assert_within, values_o
 from floats import FORMATS, compute, encode, flush, map_codes, value
 from rows import DTYPES, Opcode, by_lane, random_values, row, run, sample, seed_of, spellings
 
-import forwardpass as fp
+import gpuless
 
 pytestmark = pytest.mark.interpreted
 
@@ -294,5 +294,5 @@ def test_rows_of_later_architectures(pattern, sources, model):
         made = run(body, inputs, {"d": np.dtype(DTYPES[type])}, arch="sm_120")["d"]
         expected = model(op, *columns)
         assert np.array_equal(made.view(expected.dtype).view(np.uint8), expected.view(np.uint8)), op
-        with pytest.raises(fp.InterpreterFinding, match="needs sm_100 or higher"):
+        with pytest.raises(gpuless.Finding, match="needs sm_100 or higher"):
             run(body, inputs, {"d": np.dtype(DTYPES[type])})

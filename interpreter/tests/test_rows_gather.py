@@ -6,9 +6,11 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from ptx import MBARRIER, WAIT, assert_refused, copied, finding, integers, interpreter, run
+from ptx import MBARRIER, WAIT, assert_refused, copied, finding, integers, run
 from rows import row, spellings
 from tensor_maps import in_shared_memory, noise, raw
+
+import gpuless
 
 pytestmark = pytest.mark.interpreted
 
@@ -90,7 +92,7 @@ def test_gather(columns, dtype, width, swizzle, column, rows, arch):
     x = noise((20, columns), dtype)
     expected = rows_of(raw(x), width, column, rows)
     y = torch.zeros(expected.nbytes // 4, dtype=torch.int32)
-    boxes = interpreter.tensor_map(x, (1, width), swizzle)
+    boxes = gpuless.tensor_map(x, (1, width), swizzle)
     for seed in range(4):
         for op in (*CTA, *(op for p in (*GATHERS[1:2],) for op in spellings(p) if arch == "sm_100a" or "cta" in op)):
             for base in (128, 1024):
@@ -103,9 +105,9 @@ def test_gather_spellings(op):
     x, y = noise((20, 64), torch.float16), torch.zeros(128, dtype=torch.int32)
     prefetch = operands(spellings(PREFETCH)[-1], (0, 1, 2, 3, 99), "")
     if "cta_group::2" in op:  # which needs a cluster of two to run
-        interpreter.Module(text([operands(op, (0, 1, 2, 3, 4), "%s+1024")]), arch="sm_100a")["k0"].launch(1, 32, [])
+        gpuless.Module(text([operands(op, (0, 1, 2, 3, 4), "%s+1024")]), arch="sm_100a")["k0"].launch(1, 32, [])
         return
-    run(prefetch + gather((0, 1, 5, 3, 99), 512, op=op), interpreter.tensor_map(x, (1, 64), 0), y, arch="sm_100a")
+    run(prefetch + gather((0, 1, 5, 3, 99), 512, op=op), gpuless.tensor_map(x, (1, 64), 0), y, arch="sm_100a")
     assert np.array_equal(y.numpy().view(np.int16).reshape(4, 64), rows_of(raw(x), 64, 0, (1, 5, 3, 99)))
 
 
@@ -120,7 +122,7 @@ def test_scatter(columns, dtype, width, swizzle, column, rows):
         for n in range(width):
             if 0 <= r < 20 and 0 <= column + n < columns:
                 expected[r, column + n] = raw(source)[k, n]
-    before, boxes = y.clone(), interpreter.tensor_map(y, (1, width), swizzle)
+    before, boxes = y.clone(), gpuless.tensor_map(y, (1, width), swizzle)
     bytes_in = torch.from_numpy(in_shared_memory(raw(source), 1024, swizzle)).view(torch.int32)
     for seed, op in enumerate(op for p in SCATTERS for op in spellings(p)):
         y.copy_(before)
@@ -132,7 +134,7 @@ def test_scatter(columns, dtype, width, swizzle, column, rows):
 def test_hazards(seed):
     """What other bulk copies are reported for: each beside its right twin, which the tests above are."""
     x, y = noise((20, 64), torch.float16), torch.zeros(256, dtype=torch.int32)
-    boxes, how = interpreter.tensor_map(x, (1, 64), 128), dict(arch="sm_100a", seed=seed)
+    boxes, how = gpuless.tensor_map(x, (1, 64), 128), dict(arch="sm_100a", seed=seed)
     place = (0, 1, 2, 3, 4)
     assert finding(gather(place, 512, wait=""), boxes, y, **how).kind in ("in_flight", "race")
     assert finding(gather(place, 508), boxes, y, **how).kind in ("mbarrier", "deadlock")
@@ -148,9 +150,9 @@ def test_hazards(seed):
 
 def test_misuse():
     x, y = noise((20, 64), torch.float16), torch.zeros(256, dtype=torch.int32)
-    f = finding(gather((0, 1, 2, 3, 4), 512), interpreter.tensor_map(x, (4, 64), 0), y, arch="sm_100a")
+    f = finding(gather((0, 1, 2, 3, 4), 512), gpuless.tensor_map(x, (4, 64), 0), y, arch="sm_100a")
     assert f.kind == "illegal" and "boxDim[1] of the tensor map must be 1, and it is 4" in f.message
-    f = finding(gather((0, 1, 2, 3, 4), 512), interpreter.tensor_map(noise((9, 20, 64), torch.int8), (1, 1, 64), 0), y,
+    f = finding(gather((0, 1, 2, 3, 4), 512), gpuless.tensor_map(noise((9, 20, 64), torch.int8), (1, 1, 64), 0), y,
                 arch="sm_100a")  # fmt: skip
     assert f.kind == "illegal"
 

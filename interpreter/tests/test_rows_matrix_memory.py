@@ -5,8 +5,7 @@ import pytest
 import torch
 from rows import row, run, seed_of, spellings
 
-import forwardpass as fp
-from forwardpass import interpreter
+import gpuless
 
 pytestmark = pytest.mark.interpreted
 
@@ -60,8 +59,8 @@ def launch(body, image, rows, registers, arch="sm_90a"):
     store = " ".join(f"st.global.b32 [%d2 + {128 * i}], %r{i};" for i in range(4))
     text = KERNEL.format(arch=arch, bytes=BYTES, rounds=BYTES // 128, load=load, body=body, store=store)
     arrays = [np.ascontiguousarray(x).copy() for x in (image, rows, registers)]
-    with fp.interpret(arch):
-        interpreter.Module(text)["k"].launch(1, 32, [torch.from_numpy(x.view(np.uint8)) for x in arrays])
+    with gpuless.gpu(arch):
+        gpuless.Module(text)["k"].launch(1, 32, [torch.from_numpy(x.view(np.uint8)) for x in arrays])
     return arrays[0], arrays[2]
 
 
@@ -132,7 +131,7 @@ def test_movmatrix():
 
 def finding(body, arch="sm_90a", rows=None):
     image, own, registers = random_case("finding")
-    with pytest.raises(interpreter.InterpreterFinding) as found:
+    with pytest.raises(gpuless.Finding) as found:
         launch(body, image, own if rows is None else rows, registers, arch)
     return found.value
 
@@ -197,7 +196,7 @@ END:
 def test_races_are_seen():
     # warp 1 overwrites what warp 0 loads
     for seed in range(4):
-        with fp.interpret("sm_90a", seed=seed):
-            interpreter.Module(RACE.format(barrier="bar.sync 1;"))["k"].launch(1, 64, [])
-            with pytest.raises(interpreter.InterpreterFinding, match="race"):
-                interpreter.Module(RACE.format(barrier=""))["k"].launch(1, 64, [])
+        with gpuless.gpu("sm_90a", seed=seed):
+            gpuless.Module(RACE.format(barrier="bar.sync 1;"))["k"].launch(1, 64, [])
+            with pytest.raises(gpuless.Finding, match="race"):
+                gpuless.Module(RACE.format(barrier=""))["k"].launch(1, 64, [])

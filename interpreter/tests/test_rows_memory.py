@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from memory_kernels import NUMPY, PLACES, REGISTER, SCOPE, STATE_SPACE, WIDTHS, aligned, randoms, run_numpy
-from ptx import assert_refused, finding, integers, interpreter, kernel, run
+from ptx import assert_refused, finding, integers, kernel, run
 from rows import row
 
-import forwardpass as fp
+import gpuless
 
 pytestmark = pytest.mark.interpreted
 
@@ -250,8 +250,8 @@ def test_isspacep(space):
     mov.u64 %rd9, a0;
     {tests}"""
     text = kernel(body, (y,)).replace(".visible", ".const .align 4 .b8 table[16];\n.visible")
-    with fp.interpret("sm_90a"):
-        interpreter.Module(text)["k"].launch(1, 32, (y,))
+    with gpuless.gpu("sm_90a"):
+        gpuless.Module(text)["k"].launch(1, 32, (y,))
     assert y.tolist() == [int(space.split("::")[0] == name) for name in spaces]
 
 
@@ -394,7 +394,7 @@ def test_variables_of_the_module_are_memory():
     ).replace(
         ".visible", ".global .align 4 .b32 numbers[32];\n.const .align 4 .b32 constants[2] = {3, 5};\n.visible", 1
     )
-    module = interpreter.Module(text, arch="sm_90a")
+    module = gpuless.Module(text, arch="sm_90a")
     for launches in (1, 2):
         module["k"].launch(1, 32, (y,))
         assert (y == 5 * launches).all()
@@ -403,6 +403,6 @@ def test_variables_of_the_module_are_memory():
         ("ld.const.u32 %r1, [%rd4+4]", "illegal", "read-only: byte 4 of variable constants"),
     ):
         to = change.replace("%rd3]", "%rd3+16]") if kind == "out_of_bounds" else "st.global.u32 [%rd4+4], %t"
-        with pytest.raises(interpreter.InterpreterFinding, match=words) as caught:
-            interpreter.Module(text.replace(change, to), arch="sm_90a")["k"].launch(1, 32, (y,))
+        with pytest.raises(gpuless.Finding, match=words) as caught:
+            gpuless.Module(text.replace(change, to), arch="sm_90a")["k"].launch(1, 32, (y,))
         assert caught.value.kind == kind

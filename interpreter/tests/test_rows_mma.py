@@ -12,8 +12,7 @@ import torch
 from mma_rows import mma
 from rows import row, seed_of, spellings
 
-import forwardpass as fp
-from forwardpass import interpreter
+import gpuless
 
 pytestmark = pytest.mark.interpreted
 
@@ -158,8 +157,8 @@ def launch_error(body, arch="sm_90a", threads=32):
   ret;
 }}
 """
-    with pytest.raises(interpreter.InterpreterFinding) as found, fp.interpret(arch):
-        interpreter.Module(text)["k"].launch(1, threads, [])
+    with pytest.raises(gpuless.Finding) as found, gpuless.gpu(arch):
+        gpuless.Module(text)["k"].launch(1, threads, [])
     return found.value
 
 
@@ -193,12 +192,10 @@ def test_part_of_a_warp():
     assert error.kind == "barrier" and "20 are here" in error.message
 
 
-@pytest.mark.skipif("FORWARDPASS_INTERPRET_ISA" in os.environ, reason="is what that test runs")
+@pytest.mark.skipif("GPULESS_ISA" in os.environ, reason="is what that test runs")
 def test_the_kernels_for_avx2():
     """Processors with AVX-512 do not take them of themselves; the choice falls when the library loads."""
     pick = "test_floats or test_integers or test_subnormal or test_registers"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", pick]
-    made = subprocess.run(
-        command, env={**os.environ, "FORWARDPASS_INTERPRET_ISA": "avx2"}, capture_output=True, text=True
-    )
+    made = subprocess.run(command, env={**os.environ, "GPULESS_ISA": "avx2"}, capture_output=True, text=True)
     assert made.returncode == 0, made.stdout[-3000:]

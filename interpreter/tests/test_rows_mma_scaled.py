@@ -9,8 +9,7 @@ import torch
 from rows import row, spellings
 from tensor_memory_kernels import values_of
 
-import forwardpass as fp
-from forwardpass import interpreter
+import gpuless
 
 pytestmark = pytest.mark.interpreted
 
@@ -56,10 +55,10 @@ def launch(op, registers, ids=(0, 0, 0, 0), scaled=True, target="sm_120a"):
     scales = f", {{%r6}}, {{%h0, %h1}}, %r7, {{{ids[2]}, {ids[3]}}}" if scaled else ""
     store = "".join(f"st.global.f32 [%d1+{128 * n}], %f{n};" for n in range(4))
     out = np.zeros((4, 32), np.uint32)
-    with fp.interpret("sm_120") as device:
-        interpreter.Module(TEXT.format(target=target, load=load, ids=ids, op=op, scales=scales, store=store))[
-            "k"
-        ].launch(1, 32, [torch.from_numpy(x.view(np.uint8)) for x in (registers, out)])
+    with gpuless.gpu("sm_120") as device:
+        gpuless.Module(TEXT.format(target=target, load=load, ids=ids, op=op, scales=scales, store=store))["k"].launch(
+            1, 32, [torch.from_numpy(x.view(np.uint8)) for x in (registers, out)]
+        )
     assert device.findings == []
     return out
 
@@ -145,7 +144,7 @@ def test_what_is_wrong():
     op = f"mma.sync.aligned.m16n8k64.row.col.kind::mxf4.block_scale.scale_vec::2X.f32.{CLOSE}.ue8m0"
     registers = np.zeros((12, 32), np.uint32)
     for ids in ((1, 0, 0, 0), (4, 0, 0, 0), (0, 2, 0, 0), (0, 0, 0, 4)):
-        with pytest.raises(fp.InterpreterFinding, match="byte-id is a multiple of their number"):
+        with pytest.raises(gpuless.Finding, match="byte-id is a multiple of their number"):
             launch(op, registers, ids)
-    with pytest.raises(fp.InterpreterFinding, match="needs sm_120a, and this PTX is for sm_120"):
+    with pytest.raises(gpuless.Finding, match="needs sm_120a, and this PTX is for sm_120"):
         launch(op, registers, target="sm_120")

@@ -10,8 +10,7 @@ import tensor_cores as tc
 import torch
 from rows import kernel, module, row, run, seed_of, spellings
 
-import forwardpass as fp
-from forwardpass import interpreter
+import gpuless
 
 pytestmark = pytest.mark.interpreted
 
@@ -204,7 +203,7 @@ def test_wrong_metadata(op, wrong, why):
     (packed, _, metadata), b, c = operands(op, rng)
     packed[11] = tc.encode([1], tc.types_of(op)[1])
     metadata[11, -1] = wrong
-    with pytest.raises(interpreter.InterpreterFinding) as caught:
+    with pytest.raises(gpuless.Finding) as caught:
         multiply(op, packed, b, c, words_of(op, metadata, 0, rng), 0)
     first = (metadata.shape[1] - 1) * (depth_of(op) // metadata.shape[1])
     assert caught.value.kind == "illegal" and why in caught.value.message
@@ -228,10 +227,10 @@ REGISTERS = "{%f0, %f1, %f2, %f3}, {%r0, %r1, %r2, %r3}, {%r4, %r5, %r6, %r7}, {
 
 
 def outcome(body):
-    with fp.interpret("sm_80"):
+    with gpuless.gpu("sm_80"):
         try:
-            interpreter.Module(TEXT.format(body=body))["k"].launch(1, 32, [torch.zeros(32)])
-        except interpreter.InterpreterFinding as f:
+            gpuless.Module(TEXT.format(body=body))["k"].launch(1, 32, [torch.zeros(32)])
+        except gpuless.Finding as f:
             return f
     return None
 
@@ -262,9 +261,9 @@ def test_undefined(register, matters, selector):
 
 
 def test_half_of_the_products_are_counted():
-    with fp.interpret("sm_80", counters=True) as device:
+    with gpuless.gpu("sm_80", counters=True) as device:
         text = TEXT.format(body=f"mov.u32 %r8, 0x44444444; {F16} {REGISTERS}, 0;")
-        interpreter.Module(text)["k"].launch(1, 32, [torch.zeros(32)])
+        gpuless.Module(text)["k"].launch(1, 32, [torch.zeros(32)])
     assert device.kernels()[0].counts.macs == {"mma f16": 16 * 8 * 32 // 2}
 
 

@@ -4,11 +4,11 @@ mbarrier."""
 import numpy as np
 import pytest
 import torch
-from ptx import MBARRIER, ONE, WAIT, copied, finding, interpreter, run
+from ptx import MBARRIER, ONE, WAIT, copied, finding, run
 from rows import row
 
-import forwardpass as fp
-from forwardpass.interpreter.tensor_map import encode
+import gpuless
+from gpuless.tensor_maps import encode
 
 pytestmark = pytest.mark.interpreted
 
@@ -19,7 +19,7 @@ DIMENSIONS = "1d|2d|3d|4d|5d"
 TYPES = {13: (4, 8), 14: (4, 16), 15: (6, 16)}
 
 
-class NarrowMap(interpreter.TensorMap):
+class NarrowMap(gpuless.TensorMap):
     """Rows of bytes, as so many elements of 4 or 6 bits."""
 
     def __init__(self, tensor, data_type, box, swizzle):
@@ -120,7 +120,7 @@ def test_a_pair_shares_the_even_one_s_mbarrier(barrier, multicast, first):
         load = f"@%p0 {op} [%r3], [%a, {{0, %r6}}], [{barrier}];"
     text = PAIR.format(mask=3, load=load.replace("%a,", "%d0,"))
     for seed in range(5):
-        with fp.interpret("sm_100a", seed=seed) as device:
-            interpreter.Module(text)["k"].launch(2, 32, [interpreter.tensor_map(x, (1, 32)), out], cluster=2)
+        with gpuless.gpu("sm_100a", seed=seed) as device:
+            gpuless.Module(text)["k"].launch(2, 32, [gpuless.tensor_map(x, (1, 32)), out], cluster=2)
         assert device.findings == []
         assert torch.equal(out, x[[0, 0]] if multicast else x[[0, 2]])

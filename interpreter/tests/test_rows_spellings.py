@@ -7,7 +7,8 @@ import subprocess
 import pytest
 from rows import covered, spellings
 
-interpreter = pytest.importorskip("forwardpass.interpreter")
+import gpuless
+
 pytestmark = pytest.mark.interpreted
 
 DIMENSIONS = "1d|2d|3d|4d|5d"
@@ -117,7 +118,7 @@ def module(statements):
 
 def take(statements):
     """Decodes them; nothing is executed but the ret before each."""
-    made = interpreter.Module(module(statements), arch="sm_90a")
+    made = gpuless.Module(module(statements), arch="sm_90a")
     for i in range(len(statements)):
         made[f"k{i}"].launch(1, 128, [])
 
@@ -128,7 +129,7 @@ def test_spellings(tmp_path):
     take(right)
     for op, s in statements:
         if is_wrong(op):
-            with pytest.raises(interpreter.InterpreterFinding, match="unsupported"):
+            with pytest.raises(gpuless.Finding, match="unsupported"):
                 take([s])
     if not shutil.which("ptxas"):
         pytest.skip("taken here; there is no ptxas to ask")

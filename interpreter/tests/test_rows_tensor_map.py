@@ -7,11 +7,12 @@ import re
 import numpy as np
 import pytest
 import torch
-from ptx import MBARRIER, ONE, WAIT, copied, finding, integers, interpreter, run
+from ptx import MBARRIER, ONE, WAIT, copied, finding, integers, run
 from tensor_maps import in_shared_memory, noise, raw
 
-from forwardpass.interpreter import core
-from forwardpass.interpreter.tensor_map import encode
+import gpuless
+from gpuless import core
+from gpuless.tensor_maps import encode
 
 pytestmark = pytest.mark.interpreted
 
@@ -76,7 +77,7 @@ def test_tensor_load(shape, dtype, box, at, swizzle, steps, base, fill):
     x = noise(shape, dtype, pitch=1)
     expected, *_ = box_of(raw(x), box, at, steps, NAN[dtype] if fill == "nan" else 0)
     y = torch.zeros(expected.nbytes // 4, dtype=torch.int32)
-    tmap = interpreter.tensor_map(x, box, swizzle, fill, steps)
+    tmap = gpuless.tensor_map(x, box, swizzle, fill, steps)
     for seed in SEEDS:
         run(load_body(len(shape), at, expected.nbytes, base), tmap, y.zero_(), shared=base + expected.nbytes, seed=seed)
         assert np.array_equal(y.numpy().view(np.uint8), in_shared_memory(expected, base, swizzle))
@@ -87,7 +88,7 @@ def test_tensor_load(shape, dtype, box, at, swizzle, steps, base, fill):
 def test_tensor_load_spellings(space, mode, hint):
     x = noise((8, 64), torch.float16)
     y = torch.zeros(256, dtype=torch.int32)
-    run(load_body(2, (0, 0), 1024, 1024, space, mode, hint), interpreter.tensor_map(x, (8, 64), 128), y)
+    run(load_body(2, (0, 0), 1024, 1024, space, mode, hint), gpuless.tensor_map(x, (8, 64), 128), y)
     assert np.array_equal(y.numpy().view(np.uint8), in_shared_memory(raw(x), 1024, 128))
 
 
@@ -95,7 +96,7 @@ def test_tensor_map_in_global_memory():
     x, y = noise((8, 64), torch.float16), torch.zeros(256, dtype=torch.int32)
     aligned = torch.zeros(256, dtype=torch.uint8)
     aligned = aligned[-aligned.data_ptr() % 64 :][:128]
-    aligned.copy_(torch.frombuffer(bytearray(interpreter.tensor_map(x, (8, 64)).encode(x)), dtype=torch.uint8))
+    aligned.copy_(torch.frombuffer(bytearray(gpuless.tensor_map(x, (8, 64)).encode(x)), dtype=torch.uint8))
     body = load_body(2, (0, 0), 1024, 1024)
     run(body + "mov.u64 %rd1, %a2;", aligned, y, x)
     assert np.array_equal(y.numpy().view(np.int16).reshape(8, 64), raw(x))
@@ -104,8 +105,8 @@ def test_tensor_map_in_global_memory():
     assert finding(body + "mov.u64 %rd1, %a2;", wrong[-wrong.data_ptr() % 64 + 32 :][:128], y, x).kind == "misaligned"
 
 
-class RawMap(interpreter.TensorMap):
-    """One that interpreter.tensor_map does not make."""
+class RawMap(gpuless.TensorMap):
+    """One that gpuless.tensor_map does not make."""
 
     def __init__(self, tensor, **how):
         self.tensor, self.how = tensor, how
@@ -166,7 +167,7 @@ def test_tensor_store(shape, dtype, box, at, swizzle, steps, base):
     original = y.clone()
     for seed in SEEDS:
         y.copy_(original)
-        tmap = interpreter.tensor_map(y, box, swizzle, element_strides=steps)
+        tmap = gpuless.tensor_map(y, box, swizzle, element_strides=steps)
         run(store_body(len(shape), at, given.numel(), base), given, tmap, shared=base + given.numel(), seed=seed)
         assert np.array_equal(raw(y), expected)
 
@@ -174,7 +175,7 @@ def test_tensor_store(shape, dtype, box, at, swizzle, steps, base):
 @pytest.mark.parametrize(("mode", "hint", "read"), [(".tile", "", ".read"), ("", ".L2::cache_hint", "")])
 def test_tensor_store_spellings(mode, hint, read):
     x, y = integers(64), torch.zeros(2, 32, dtype=torch.int32)
-    run(store_body(2, (0, 0), 256, 128, mode, hint, read), x, interpreter.tensor_map(y, (2, 32)))
+    run(store_body(2, (0, 0), 256, 128, mode, hint, read), x, gpuless.tensor_map(y, (2, 32)))
     assert torch.equal(y.flatten(), x)
 
 
@@ -183,9 +184,9 @@ def test_tensor_store_reads_no_more_than_is_stored():
     y = torch.zeros(2, 32, dtype=torch.int32)
     x = integers(64)
     body = store_body(2, (0, 0), 256, 128)
-    run(body, x, interpreter.tensor_map(y, (4, 32)))
+    run(body, x, gpuless.tensor_map(y, (4, 32)))
     assert torch.equal(y.flatten(), x)
-    assert finding(body, x, interpreter.tensor_map(torch.zeros(3, 32), (4, 32))).kind == "uninitialised"
+    assert finding(body, x, gpuless.tensor_map(torch.zeros(3, 32), (4, 32))).kind == "uninitialised"
 
 
 @pytest.mark.parametrize(
@@ -199,7 +200,7 @@ def test_tensor_store_reads_no_more_than_is_stored():
 )
 def test_tensor_load_misused(rank, base, box, swizzle, kind, why):
     x, y = torch.zeros(8, 32), torch.zeros(256, dtype=torch.int32)
-    f = finding(load_body(rank, (0,) * rank, 1024, base), interpreter.tensor_map(x, box, swizzle), y)
+    f = finding(load_body(rank, (0,) * rank, 1024, base), gpuless.tensor_map(x, box, swizzle), y)
     assert f.kind == kind and why in f.message, f
 
 
@@ -207,7 +208,7 @@ def test_tensor_map_of_memory_that_is_not_there():
     # Rows 0 to 7 are an argument; the map says 16.
     x, y = torch.zeros(16, 32), torch.zeros(256, dtype=torch.int32)
 
-    class Longer(interpreter.TensorMap):
+    class Longer(gpuless.TensorMap):
         def __init__(self, tensor):
             self.tensor = tensor
 
@@ -274,10 +275,10 @@ def test_tensor_map_encode(offset, interleave, promotion, error, why):
     api, memory = core.load(), ctypes.create_string_buffer(256)
     aligned = ctypes.addressof(memory) + -ctypes.addressof(memory) % 64 + offset
     n64, n32 = ctypes.c_uint64 * 2, ctypes.c_uint32 * 2
-    given = api.fpi_tensor_map_encode_tiled(
+    given = api.gpuless_tensor_map_encode_tiled(
         aligned, 6, 2, 4096, n64(64, 20), n64(128, 0), n32(64, 8), n32(1, 1), interleave, 0, promotion, 0
     )
-    assert given == error and why in api.fpi_tensor_map_error().decode()
+    assert given == error and why in api.gpuless_tensor_map_error().decode()
 
 
 # ---- tensormap.* ----
@@ -348,7 +349,7 @@ def test_tensor_map_is_replaced_in_global_memory():
     made = torch.zeros(256, dtype=torch.uint8)
     made = made[-made.data_ptr() % 64 :][:128]
     for space in (".global", ""):
-        made.copy_(torch.frombuffer(bytearray(interpreter.tensor_map(x, (8, 32)).encode(x)), dtype=torch.uint8))
+        made.copy_(torch.frombuffer(bytearray(gpuless.tensor_map(x, (8, 32)).encode(x)), dtype=torch.uint8))
         replace = f"tensormap.replace.tile.global_address{space}.b1024.b64 [%a0], %a2;"
         run(ONE + f"@%p0 {replace}\nbar.sync 0;\n" + load_body(2, (0, 0), 1024, 1024), made, y.zero_(), z)
         assert torch.equal(y.reshape(8, 32), z)

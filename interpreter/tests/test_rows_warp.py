@@ -13,9 +13,9 @@ LANES = np.arange(32)
 
 
 def finding(body, inputs, outputs, **options):
-    from forwardpass import interpreter
+    import gpuless
 
-    with pytest.raises(interpreter.InterpreterFinding) as caught:
+    with pytest.raises(gpuless.Finding) as caught:
         run(body, inputs, outputs, threads=32, **options)
     return caught.value
 

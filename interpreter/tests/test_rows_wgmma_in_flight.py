@@ -9,7 +9,7 @@ from wgmma_flight import IMAGE, LEFT, ONE, ONE_REGISTERS, OP, RIGHT, A, B, C, fi
 from wgmma_kernels import instruction
 from wgmma_rows import FENCE, HEAD, INTEGER, WAIT, order, shapes
 
-from forwardpass import interpreter
+import gpuless
 
 pytestmark = pytest.mark.interpreted
 
@@ -199,8 +199,7 @@ def test_refused():
 
 
 def test_another_architecture():
-    import forwardpass as fp
 
     text = ".version 8.7\n.target sm_89\n.address_size 64\n.visible .entry k() { wgmma.fence.sync.aligned; ret; }"
-    with fp.interpret("sm_89"), pytest.raises(interpreter.InterpreterFinding, match="needs sm_90a"):
-        interpreter.Module(text)["k"].launch(1, 128, [])
+    with gpuless.gpu("sm_89"), pytest.raises(gpuless.Finding, match="needs sm_90a"):
+        gpuless.Module(text)["k"].launch(1, 128, [])

@@ -9,10 +9,9 @@ import subprocess
 import pytest
 import torch
 
-import forwardpass as fp
-from forwardpass.interpreter import core
+import gpuless
+from gpuless import core
 
-interpreter = pytest.importorskip("forwardpass.interpreter")
 pytestmark = pytest.mark.interpreted
 
 PTXAS = shutil.which(f"{os.environ['CUDA_HOME']}/bin/ptxas" if "CUDA_HOME" in os.environ else "ptxas")
@@ -113,9 +112,9 @@ def test_bytes_and_places(name):
     _, size, expected = KERNELS[name]
     y = torch.full((32,), -1, dtype=torch.int32)
     for seed in range(3):
-        with fp.interpret("sm_80", seed=seed):
-            module = interpreter.Module(MODULE)
-            entries = json.loads(core.load().fpi_module_json(module.handle))["entries"]
+        with gpuless.gpu("sm_80", seed=seed):
+            module = gpuless.Module(MODULE)
+            entries = json.loads(core.load().gpuless_module_json(module.handle))["entries"]
             assert {e["name"]: e["shared_bytes"] for e in entries}[name] == size
             module[name].launch(1, 32, (y,), shared=128)
         assert torch.equal(y, expected(torch.arange(32, dtype=torch.int32)))

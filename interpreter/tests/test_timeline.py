@@ -9,10 +9,9 @@ import pytest
 import torch
 from ptx import MBARRIER, ONE, WAIT, integers, kernel
 
-import forwardpass as fp
-from forwardpass.interpreter.latencies import LATENCIES, machine
+import gpuless
+from gpuless.latencies import LATENCIES, machine
 
-interpreter = pytest.importorskip("forwardpass.interpreter")
 pytestmark = pytest.mark.interpreted
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a")
 
@@ -21,8 +20,8 @@ def recorded(
     body, *args, arch="sm_90a", grid=1, block=32, shared=4096, launches=1, cluster=1, programmatic=False, **options
 ):
     """The device, after the launches."""
-    with fp.interpret(arch, timeline=True, **options) as device:
-        k = interpreter.Module(kernel(body, args, arch, block, shared))["k"]
+    with gpuless.gpu(arch, timeline=True, **options) as device:
+        k = gpuless.Module(kernel(body, args, arch, block, shared))["k"]
         for _ in range(launches):
             k.launch(grid, block, args, cluster=cluster, programmatic=programmatic)
     return device
@@ -286,7 +285,7 @@ def test_a_bulk_copy_is_waited_for_at_its_mbarrier():
     )
     m = machine("sm_90a")
     for seed in range(4):  # whose failed looks at the mbarrier are as many as the schedule makes them
-        device = recorded(body, interpreter.tensor_map(x, box=(32, 32)), block=64, shared=8192, seed=seed)
+        device = recorded(body, gpuless.tensor_map(x, box=(32, 32)), block=64, shared=8192, seed=seed)
         (k,) = device.timeline().kernels
         # The two warps wait alike. 4096 bytes at the rate of one multiprocessor.
         one = m["TMA interval"] + m["TMA latency"] + m["DRAM latency"] + 4096 / m["L2 of a multiprocessor"]
@@ -473,9 +472,8 @@ def test_table_and_trace(tmp_path):
 
 SCRIPT = """
 import torch, sys
-from forwardpass import interpreter
 x = torch.zeros(4096, dtype=torch.uint8)
-interpreter.Module(open(sys.argv[1]).read())["k"].launch(1, 256, (x, torch.zeros_like(x)))
+gpuless.Module(open(sys.argv[1]).read())["k"].launch(1, 256, (x, torch.zeros_like(x)))
 """
 
 
@@ -488,7 +486,7 @@ def test_report(tmp_path):
     command = [
         sys.executable,
         "-m",
-        "forwardpass.interpreter",
+        "gpuless",
         "report",
         "--timeline",
         "--trace",
@@ -496,8 +494,8 @@ def test_report(tmp_path):
     ]
     done = subprocess.run([*command, tmp_path / "script.py", tmp_path / "k.ptx"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    with fp.interpret("sm_90a", timeline=True) as device:
-        interpreter.Module(text)["k"].launch(1, 256, (x, torch.zeros_like(x)))
+    with gpuless.gpu("sm_90a", timeline=True) as device:
+        gpuless.Module(text)["k"].launch(1, 256, (x, torch.zeros_like(x)))
     device.timeline().save_trace(tmp_path / "own.json")
     assert str(device.timeline()) in done.stdout
     assert (tmp_path / "trace.json").read_text() == (tmp_path / "own.json").read_text()
@@ -508,15 +506,15 @@ def test_report(tmp_path):
 
 def test_counts_are_the_same_as_without():
     body, x, y = mixed()
-    with fp.interpret("sm_90a", counters=True) as device:
-        interpreter.Module(kernel(body, (x, y), block=256))["k"].launch(132 * 8, 256, (x, y))
+    with gpuless.gpu("sm_90a", counters=True) as device:
+        gpuless.Module(kernel(body, (x, y), block=256))["k"].launch(132 * 8, 256, (x, y))
     (plain,), (with_timeline,) = device.kernels(), recorded(body, x, y, grid=132 * 8, block=256).kernels()
     assert plain == with_timeline
 
 
 def test_kernels_are_told_apart():
-    with fp.interpret("sm_90a", timeline=True) as device:
-        k = interpreter.Module(kernel(ONE, ()))["k"]
+    with gpuless.gpu("sm_90a", timeline=True) as device:
+        k = gpuless.Module(kernel(ONE, ()))["k"]
         for grid in (1, 2, 2):
             k.launch(grid, 32, ())
     assert [k.launches for k in device.timeline().kernels] == [1, 2]
@@ -525,8 +523,8 @@ def test_kernels_are_told_apart():
 
 
 def test_off_by_default():
-    with fp.interpret("sm_90a", counters=True) as device:
-        interpreter.Module(kernel("", ()))["k"].launch(1, 32, ())
+    with gpuless.gpu("sm_90a", counters=True) as device:
+        gpuless.Module(kernel("", ()))["k"].launch(1, 32, ())
     with pytest.raises(ValueError, match="timeline=True"):
         device.timeline()
 
@@ -539,15 +537,15 @@ def test_refusals():
     # more than 2**25 instructions
     long = "loop:\nadd.u32 %r0, %r0, 1;\nsetp.lt.u32 %p0, %r0, 12000000;\n@%p0 bra loop;\n"
     device = recorded("mov.u32 %r0, 0;\n" + long)
-    with pytest.raises(interpreter.InterpreterFinding, match="launch a smaller problem"):
+    with pytest.raises(gpuless.Finding, match="launch a smaller problem"):
         device.timeline()
 
 
 def test_a_launch_with_a_finding_is_not_timed():
-    with fp.interpret("sm_90a", timeline=True) as device:
+    with gpuless.gpu("sm_90a", timeline=True) as device:
         x = torch.zeros(4)
-        with pytest.raises(interpreter.InterpreterFinding):
-            interpreter.Module(kernel("ld.global.f32 %f0, [%a0+16];\n", (x,)))["k"].launch(1, 32, (x,))
+        with pytest.raises(gpuless.Finding):
+            gpuless.Module(kernel("ld.global.f32 %f0, [%a0+16];\n", (x,)))["k"].launch(1, 32, (x,))
     assert device.timeline().kernels == []
 
 

@@ -4,7 +4,7 @@ five seeds."""
 import pytest
 import torch
 
-import forwardpass as fp
+import gpuless
 
 triton = pytest.importorskip("triton")
 from triton.tools.mxfp import MXFP4Tensor, MXScaleTensor  # noqa: E402
@@ -31,7 +31,7 @@ def matrices(m, n, k, dtype):
 def check(launch, expected, tolerance):
     """launch(): the compiled kernel and its result."""
     for seed in SEEDS:
-        with fp.interpret("sm_100a", seed=seed) as device:
+        with gpuless.gpu("sm_100a", seed=seed) as device:
             compiled, got = launch()
         assert device.findings == []
         assert "tcgen05.mma" in compiled.asm["ptx"]
@@ -106,9 +106,9 @@ def test_a_loop_that_ends_its_mbarriers_too_early():
     faults = []
     for seed in SEEDS:
         try:
-            with fp.interpret("sm_100a", seed=seed):
+            with gpuless.gpu("sm_100a", seed=seed):
                 launch()
-        except fp.InterpreterFinding as f:
+        except gpuless.Finding as f:
             faults.append(f)
     assert {f.kind for f in faults} == {"mbarrier"}
     assert all("there is no mbarrier here" in f.message and "tcgen05.commit" in f.instruction for f in faults)

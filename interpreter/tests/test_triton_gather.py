@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import forwardpass as fp
+import gpuless
 
 triton = pytest.importorskip("triton")
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
@@ -28,7 +28,7 @@ def test_gather(dtype, columns, width):
     expected = torch.where(((index >= 0) & (index < 40))[:, None], x[index.long().clamp(0, 39)], 0)
     for seed in SEEDS:
         out = torch.zeros(64, columns, dtype=dtype)
-        with fp.interpret("sm_100a", seed=seed) as device:
+        with gpuless.gpu("sm_100a", seed=seed) as device:
             made = rows_of[(2, triton.cdiv(columns, width))](x, index, out, 40, columns, 32, width, num_warps=4)
         assert device.findings == [] and "tile::gather4" in made.asm["ptx"]
         assert torch.equal(out, expected)
@@ -44,7 +44,7 @@ def test_scatter(columns, width):
     expected[index[inside].long()] = x[inside] * 2
     for seed in SEEDS:
         out = torch.full((70, columns), 7.0).half()
-        with fp.interpret("sm_100a", seed=seed) as device:
+        with gpuless.gpu("sm_100a", seed=seed) as device:
             made = to_rows[(2, triton.cdiv(columns, width))](x, index, out, 70, columns, 32, width, num_warps=4)
         assert device.findings == [] and "tile::scatter4" in made.asm["ptx"]
         assert torch.equal(out, expected)
@@ -57,7 +57,7 @@ def test_product_of_gathered_rows():
     expected = a[index.long()].double() @ b.double().T
     for seed in SEEDS:
         c = torch.zeros(128, 128)
-        with fp.interpret("sm_100a", seed=seed) as device:
+        with gpuless.gpu("sm_100a", seed=seed) as device:
             made = product_of_rows[(1, 1)](boxes(a, [1, 64]), index, boxes(b, [128, 64]), c, 128, 256, 128, 128, 64)
         assert device.findings == [] and "tile::gather4" in made.asm["ptx"] and "tcgen05.mma" in made.asm["ptx"]
         assert (c.double() - expected).abs().max() <= 1e-5 * expected.abs().max()

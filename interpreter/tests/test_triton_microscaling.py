@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-import forwardpass as fp
+import gpuless
 
 triton = pytest.importorskip("triton")
 from triton_microscaling_kernels import downcast, product  # noqa: E402
@@ -54,7 +54,7 @@ def test_downcast(arch, packed):
     x[:, ::32] = 6.0  # a scale of one, so that the ties below are ties
     x[4:, :8] = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, -0.0])
     x[:4] *= 1e-3
-    with fp.interpret(arch) as device:
+    with gpuless.gpu(arch) as device:
         codes, scales = cast(x, packed)
     assert device.findings == []
     assert torch.equal(scales, expected_cast(x)[1])
@@ -78,7 +78,7 @@ def test_product(arch, kind):
     exact = a_exact @ scaled(b, b_scales).T
     for seed in range(3):
         c = torch.zeros(m, n)
-        with fp.interpret(arch, seed=seed) as device:
+        with gpuless.gpu(arch, seed=seed) as device:
             tile = (128, 128, 128) if arch != "sm_80" else (64, 64, 64)
             grid = (m // tile[0], n // tile[1])
             product[grid](a, a_scales, b, b_scales, c, n, k, 2 if kind == "e2m1" else 1, kind, *tile, num_warps=4)
@@ -100,7 +100,7 @@ def test_modelled_time(arch, kind, name, rate):
         torch.full((128, 8), 127).to(torch.uint8),
         torch.zeros(128, 128),
     )
-    with fp.interpret(arch, counters=True) as device:
+    with gpuless.gpu(arch, counters=True) as device:
         product[(1, 1)](a, scales, b, scales, c, 128, 256, 2 if kind == "e2m1" else 1, kind, 128, 128, 128, num_warps=4)
     assert device.kernels()[0].counts.macs == {name: 128 * 128 * 256}
     clock = {"sm_100a": 1856e6, "sm_120": 2617e6}[arch]

@@ -10,9 +10,8 @@ import pytest
 import torch
 from witness_cases import CASES
 
-import forwardpass as fp
+import gpuless
 
-pytest.importorskip("forwardpass.interpreter")
 pytestmark = [
     pytest.mark.interpreted,
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
@@ -35,5 +34,5 @@ SEEDS = [pytest.param([0], id="0"), pytest.param(range(1, 20), id="1-19", marks=
 )
 def test_witness(kernels, name, architecture, seeds):
     for seed in seeds:
-        with fp.interpret(architecture, seed=seed):
+        with gpuless.gpu(architecture, seed=seed):
             CASES[name][0](kernels, torch.Generator().manual_seed(seed))

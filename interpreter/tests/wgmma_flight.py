@@ -6,7 +6,7 @@ import tensor_cores as tc
 from wgmma_kernels import Operand, a_to_registers, d_from_registers, d_to_registers, instruction, launch
 from wgmma_rows import HEAD
 
-from forwardpass import interpreter
+import gpuless
 
 OP = f"{HEAD}m64n8k16.f32.f16.f16"
 
@@ -34,7 +34,7 @@ def run(body, seed=0, **how):
 
 
 def finding(body, seed=0, **how):
-    with pytest.raises(interpreter.InterpreterFinding) as found:
+    with pytest.raises(gpuless.Finding) as found:
         run(body, seed, **how)
     return found.value
 

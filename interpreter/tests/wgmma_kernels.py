@@ -6,8 +6,7 @@ import numpy as np
 import tensor_cores as tc
 import torch
 
-import forwardpass as fp
-from forwardpass import interpreter
+import gpuless
 
 SHARED = 128 * 1024
 #: bytes of the swizzle -> its code in a descriptor
@@ -99,8 +98,8 @@ def launch(op, body, image=(), a_desc=0, b_desc=0, scale=1, a_registers=None, d_
            shared=SHARED, **options):  # fmt: skip
     """Runs the body; D's registers [register][thread] come back."""
     text, arguments, d = prepare(op, body, image, a_desc, b_desc, scale, a_registers, d_registers, publish)
-    with fp.interpret("sm_90a", **options):
-        interpreter.Module(text)["k"].launch(
+    with gpuless.gpu("sm_90a", **options):
+        gpuless.Module(text)["k"].launch(
             1, threads, [torch.from_numpy(x.view(np.uint8)) if isinstance(x, np.ndarray) else int(x) for x in arguments],
             shared=shared,
         )  # fmt: skip

@@ -1,7 +1,6 @@
 """forwardpass: fused inference kernels in drop-in modules, held to numerical parity with plain torch."""
 
 import gc as _gc
-import os as _os
 from typing import Any as _Any
 
 # The modules of this package are enough new objects for a collection of garbage, which goes through torch's too: a third of the
@@ -13,6 +12,9 @@ try:
     from .common.decoding import Decoding
     from .dispatch import Reason, Unsupported, explain, use_backend
     from .dispatch.calls import call_counts
+    from .dispatch.interpreted import follow as _follow_interpreter
+    from .dispatch.interpreted import interpret
+    from .dispatch.interpreted import load as _load_interpreter
     from .integrations.flash_attention import register_flash_attention_impl
     from .integrations.sdpa import sdpa
     from .nn.layer import register_linear
@@ -56,11 +58,13 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> _Any:
-    """The interpreter, and what is made of transformers' classes, are imported by whoever asks for them."""
-    if name in ("InterpreterFinding", "InterpreterWarning", "interpret"):
-        from . import interpreter
-
-        return getattr(interpreter, name)
+    """gpuless, and what is made of transformers' classes, are imported by whoever asks for them."""
+    if name in ("InterpreterFinding", "InterpreterWarning"):
+        try:
+            gpuless = _load_interpreter()
+        except ImportError as e:
+            raise AttributeError(str(e)) from None
+        return gpuless.Finding if name == "InterpreterFinding" else gpuless.FindingWarning
     if name == "KVCache":
         from .integrations.transformers_cache import KVCache
 
@@ -70,8 +74,4 @@ def __getattr__(name: str) -> _Any:
 
 _register_when_imported()
 _check_adapters_when_imported()
-
-if _os.environ.get("FORWARDPASS_INTERPRET"):
-    from .interpreter.device import interpret_process as _interpret_process
-
-    _interpret_process()
+_follow_interpreter()

@@ -11,7 +11,7 @@ passed for the same sources is not run again, what failed is, last. Exit code 0:
 left. Without a build no other step runs. Results and summary.json go to --out (default benchmarks/results/<GPU>), logs and
 state to build/gpu.
 
---dry-run, where there is no GPU: what can runs on the CPU and in the interpreter. Tests that need a GPU are collected: a part
+--dry-run, where there is no GPU: what can runs on the CPU and in gpuless. Tests that need a GPU are collected: a part
 that selects none has failed. The rest is printed.
 """
 
@@ -141,7 +141,7 @@ def sanitizer(out):
 
 
 def golden(out):
-    script, file = "tests/interpreter/golden.py", out / "golden.npz"
+    script, file = "interpreter/tests/golden.py", out / "golden.npz"
     record = python(script, "record", file)
     yield Part("record", record, [*record, "--interpret", "sm_90a"])
     for what in ("replay", "models"):
@@ -174,8 +174,8 @@ def benchmarks(out):
         {},
         f"{', '.join(missing)}: not installed" if missing else None,
     )
-    interpreter = python("-m", "benchmarks.interpreter", "--json", out / "interpreter.json")
-    yield Part("interpreter", interpreter, [*interpreter, "--rounds", "1"])
+    speed = python("-m", "benchmarks.gpuless", "--json", out / "gpuless.json")
+    yield Part("gpuless", speed, [*speed, "--rounds", "1"])
 
 
 #: step -> (its parts, given the folder for results; whether they may run side by side)

@@ -269,7 +269,7 @@ print(interpreter().arch)
 def test_generate_batch_and_static_caches_interpreted(name, arch):
     helpers = pathlib.Path(__file__).parents[1] / "helpers"
     paths = os.pathsep.join([str(helpers), *sys.path])
-    environment = {**os.environ, "FORWARDPASS_INTERPRET": arch, "PYTHONPATH": paths}
+    environment = {**os.environ, "GPULESS_ARCH": arch, "PYTHONPATH": paths}
     done = subprocess.run([sys.executable, "-c", _INTERPRETED, name], env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip().endswith(arch), done.stderr
 

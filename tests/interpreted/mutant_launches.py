@@ -6,10 +6,9 @@ import functools
 
 import torch
 
-import forwardpass as fp
 from forwardpass.dispatch import interpreted_by
-from forwardpass.interpreter import Module, core
-from forwardpass.interpreter.device import make
+from gpuless import Finding, Module, core
+from gpuless.device import make
 
 PADDING, ALIGNMENT, POISON = 512, 256, 0xFF
 #: of an unmutated run's warp instructions
@@ -40,7 +39,7 @@ class Launch:
         for at in range(0, len(self.parameters) - 7, 8):  # pointers, also those within tensor maps
             value = int.from_bytes(self.parameters[at : at + 8], "little")
             begin, size = ctypes.c_uint64(), ctypes.c_int64()
-            if core.load().fpi_storage_region(value, ctypes.byref(begin), ctypes.byref(size)):
+            if core.load().gpuless_storage_region(value, ctypes.byref(begin), ctypes.byref(size)):
                 if begin.value not in regions:
                     self.memories.append(Memory(begin.value, size.value))
                     regions[begin.value] = self.memories[-1]
@@ -65,7 +64,7 @@ class Launch:
                 before = core.counters()["warp_instructions"]
                 kernel.launch_values(device, grid, block, values, shared, cluster, programmatic)
                 self.steps = self.steps or core.counters()["warp_instructions"] - before
-        except fp.InterpreterFinding as finding:
+        except Finding as finding:
             device.findings.clear()  # with their tracebacks they keep every mutated module: 20 GB after all mutants
             return finding.with_traceback(None)
         return None
@@ -109,11 +108,11 @@ def recording():
             problems.append(e)
 
     recorder = core.Recorder(append)
-    core.load().fpi_on_launch(recorder)
+    core.load().gpuless_on_launch(recorder)
     try:
         yield launches
     finally:
-        core.load().fpi_on_launch(core.Recorder())
+        core.load().gpuless_on_launch(core.Recorder())
     if problems:
         raise problems[0]
 

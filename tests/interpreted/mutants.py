@@ -22,10 +22,10 @@ import time
 import torch
 
 import forwardpass as fp
-from forwardpass.interpreter import Module
 from forwardpass.ops.common.activations import GATED
 from forwardpass.ops.int8_gemm import cases as int8_gemm
 from forwardpass.testing import apart, poisoned_outputs
+from gpuless import Module
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "helpers"))
 sys.path.insert(0, str(pathlib.Path(__file__).parent))

@@ -13,8 +13,6 @@ import torch
 
 import forwardpass as fp
 from forwardpass import dispatch
-from forwardpass.interpreter import core
-from forwardpass.interpreter.storage import add_function
 from forwardpass.ops.activation_quantize import cases as activation_quantize
 from forwardpass.ops.append_kv import cases as append_kv
 from forwardpass.ops.attention import cases as attention
@@ -33,6 +31,8 @@ from forwardpass.ops.unpermute import cases as unpermute
 from forwardpass.ops.w8a16_gemm import cases as w8a16_gemm
 from forwardpass.ops.w8a16_grouped_gemm import cases as w8a16_grouped_gemm
 from forwardpass.testing import assert_equal
+from gpuless import core
+from gpuless.storage import add_function
 
 pytestmark = pytest.mark.interpreted
 
@@ -81,11 +81,11 @@ def allocations_stay():
 def captured(call):
     """What `call` returns, and its graph."""
     api, graph = core.load(), ctypes.c_void_p()
-    assert api.fpi_capture_begin(STREAM, 0, 1) == 0
+    assert api.gpuless_capture_begin(STREAM, 0, 1) == 0
     try:
         got = call()
     finally:
-        error = api.fpi_capture_end(STREAM, ctypes.byref(graph))
+        error = api.gpuless_capture_end(STREAM, ctypes.byref(graph))
     assert error == 0
     return got, graph
 
@@ -129,10 +129,10 @@ def test_replay_is_a_call(name, case, arch):
             for n in (1, 0, 1):
                 for to, value in zip(tensors(args), values[n], strict=True):
                     bits(to).copy_(value)
-                assert core.load().fpi_graph_launch(graph) == 0
+                assert core.load().gpuless_graph_launch(graph) == 0
                 for a, b in zip(tensors(tuple(written) or got), expected[n], strict=True):
                     assert_equal(a, b)
-            core.load().fpi_graph_release(graph)
+            core.load().gpuless_graph_release(graph)
     assert device.findings == []
 
 

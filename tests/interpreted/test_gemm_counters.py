@@ -9,10 +9,11 @@ import torch
 
 import forwardpass as fp
 from forwardpass import dispatch
-from forwardpass.interpreter import core
+from forwardpass.dispatch.interpreted import KERNELS
 from forwardpass.ops.fp8_grouped_gemm import cases as fp8_grouped_gemm
 from forwardpass.ops.int8_grouped_gemm import cases as int8_grouped_gemm
 from forwardpass.ops.w8a16_grouped_gemm import cases as w8a16_grouped_gemm
+from gpuless import core
 
 pytestmark = pytest.mark.interpreted
 gemm = pytest.importorskip("benchmarks.gemm", reason="benchmarks are in the checkout only; run pytest from its root")
@@ -78,7 +79,7 @@ def run(operation, case, arch):
 @functools.cache
 def main_loops(arch):
     """kernel -> the lines of its main loop that use shared memory"""
-    if core.why_not() or not core.KERNELS.exists():
+    if core.why_not() or not KERNELS.exists():
         pytest.skip("there are no CUDA kernels that could be interpreted")
     found = {}
     for operation, case in launches(arch):
@@ -106,5 +107,5 @@ def test_wavefronts_of_the_main_loops_are_ideal(arch):
 def test_every_gemm_kernel_was_looked_at():
     """Host code registers each by its name, a string in the library."""
     seen = set().union(*(main_loops(arch) for arch in ARCHITECTURES))
-    names = re.findall(rb"\0(_ZN11forwardpass\d+\w*gem[mv]\w*_kernelI\w+)\0", core.KERNELS.read_bytes())
+    names = re.findall(rb"\0(_ZN11forwardpass\d+\w*gem[mv]\w*_kernelI\w+)\0", KERNELS.read_bytes())
     assert names and not {name.decode() for name in names} - seen

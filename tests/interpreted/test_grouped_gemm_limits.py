@@ -121,7 +121,7 @@ def write_list(tmp_path_factory):
     here, ptx = pathlib.Path(__file__).parent, tmp_path_factory.mktemp("list") / "expert_list.ptx"
     command = [nvcc, "-ptx", "-lineinfo", "-std=c++20", "-arch=sm_80", f"-I{here.parents[1] / 'csrc'}"]
     subprocess.run([*command, str(here / "expert_list.cu"), "-o", str(ptx)], check=True)
-    return pytest.importorskip("forwardpass.interpreter").Module(ptx.read_text(), arch="sm_80")["write_list"]
+    return pytest.importorskip("gpuless").Module(ptx.read_text(), arch="sm_80")["write_list"]
 
 
 def ends_of(experts, rows, room):

@@ -6,17 +6,18 @@ import shutil
 
 import pytest
 
-pytest.importorskip("forwardpass.interpreter")
+pytest.importorskip("gpuless")
 pytest.importorskip("triton")
 
 import mutants
 
-from forwardpass.interpreter import Module, core
+from forwardpass.dispatch.interpreted import KERNELS
+from gpuless import Module
 
 NVCC = shutil.which(f"{os.environ['CUDA_HOME']}/bin/nvcc" if "CUDA_HOME" in os.environ else "nvcc")
 pytestmark = [
     pytest.mark.interpreted,
-    pytest.mark.skipif(NVCC is None or not core.KERNELS.exists(), reason="built without CUDA kernels"),
+    pytest.mark.skipif(NVCC is None or not KERNELS.exists(), reason="built without CUDA kernels"),
 ]
 SUBJECTS = list(mutants.subjects())
 #: `make test` mutates each kernel for one architecture of three, a third of the mutants there, of the

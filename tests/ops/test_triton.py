@@ -111,7 +111,7 @@ def start_compiling():
     from triton.runtime import JITFunction
     from triton.runtime.driver import driver
 
-    from forwardpass.interpreter.triton_driver import PROPERTIES, PtxCompiler
+    from gpuless.triton_driver import PROPERTIES, PtxCompiler
 
     class Utils:
         def get_device_properties(self, device):

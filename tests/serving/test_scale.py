@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import forwardpass as fp
-from forwardpass.interpreter.rates import rates
+from gpuless.rates import rates
 
 scale = pytest.importorskip("examples.scale", reason="examples are in the checkout only; run pytest from its root")
 transformers = pytest.importorskip("transformers")

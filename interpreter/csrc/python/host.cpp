@@ -1,13 +1,13 @@
 // The interpreter's parser of PTX and its number formats as Python objects. It is a pybind11 module, so a build serves
-// one Python version only, and it is optional: no other library needs Python's C API (csrc/interpreter/README.md).
+// one Python version only, and it is optional: no other library needs Python's C API (csrc/README.md).
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "interpreter/formats.h"
-#include "interpreter/ptx.h"
+#include "formats.h"
+#include "ptx.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 namespace py = pybind11;
@@ -51,11 +51,11 @@ ptx::Module parse(const std::string& text) {
 }
 
 }  // namespace
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless
 
 PYBIND11_MODULE(_host, m) {
-  using namespace forwardpass::interpreter;
-  namespace ptx = forwardpass::ptx;
+  using namespace gpuless;
+  namespace ptx = gpuless::ptx;
   m.doc() = "The syntax tree of PTX, and the number formats below fp32 with their roundings.";
 
   py::class_<ptx::Location>(m, "Location", "A line of source: `file` indexes Module.files.")

@@ -3,10 +3,10 @@
 #include <string_view>
 #include <utility>
 
-#include "interpreter/machine.h"
-#include "interpreter/table.h"
+#include "machine.h"
+#include "table.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 // The state space among the modifiers; none: generic addressing.
 inline ptx::Space space_of(const Bind& b) {
@@ -79,8 +79,8 @@ struct AddressOperand {
   void access(Warp& w, const Instruction& i, int bytes, Use use, Mask mask, uint8_t* host[kLanes]) const {
     uint64_t address[kLanes];
     addresses(w, i, address);
-    interpreter::access(w, space, address, bytes, use, mask, host, ordering);
+    gpuless::access(w, space, address, bytes, use, mask, host, ordering);
   }
 };
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -5,9 +5,9 @@
 // Written so that loops over lanes vectorise.
 #include <cmath>
 
-#include "interpreter/rows/floating.h"
+#include "rows/floating.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 // Numbers in [-1, 1] that are a function of bits; zeros without Options::approximate.
@@ -252,4 +252,4 @@ const Row rows[] = {
 const Register registered(rows);
 
 }  // namespace
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -5,7 +5,7 @@
 
 #include "../machine.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 // What bytes hold while an operation is on its way to write them: a NaN of every float format, -1 of every integer.
 constexpr int kPoison = 0xff;
@@ -83,4 +83,4 @@ inline Knowledge learnt(int agent, Clock time) {
   return k;
 }
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -7,7 +7,7 @@
 #include "async.h"
 #include "reductions.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 constexpr int kMaxBytes = 16;
@@ -138,4 +138,4 @@ const Row rows[] = {
 const Register registered(rows);
 
 }  // namespace
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -2,16 +2,16 @@
 // order that the seed decides.
 #include <cstring>
 
-#include "interpreter/rows/addresses.h"
-#include "interpreter/rows/lanewise.h"
-#include "interpreter/rows/reductions.h"
+#include "rows/addresses.h"
+#include "rows/lanewise.h"
+#include "rows/reductions.h"
 
 // Semantics, scope and state space in any order, as ptxas takes them, before the operation or after it.
 #define MODIFIER "relaxed|acquire|release|acq_rel|" SCOPE "|" STATE_SPACE "?."
 #define BEFORE MODIFIER MODIFIER MODIFIER
 #define AFTER "." MODIFIER MODIFIER MODIFIER "L2::cache_hint?."
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 struct Atomic : AddressOperand {
@@ -167,4 +167,4 @@ const Row rows[] = {
 const Register registered(rows);
 
 }  // namespace
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

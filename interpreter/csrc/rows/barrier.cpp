@@ -2,7 +2,7 @@
 #include "../lanes.h"
 #include "../table.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 enum class Verb : uint8_t { sync, arrive, popc, all, any };
@@ -134,4 +134,4 @@ const Row rows[] = {
 const Register registered(rows);
 
 }  // namespace
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

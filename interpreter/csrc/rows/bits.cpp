@@ -1,9 +1,9 @@
 // Bits: counting and bit fields (ISA 9.7.1), logic and shifts (9.7.8), prmt (9.7.9).
 #include <algorithm>
 
-#include "interpreter/rows/lanewise.h"
+#include "rows/lanewise.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 template <class T>
@@ -324,4 +324,4 @@ const Row rows[] = {
 const Register registered(rows);
 
 }  // namespace
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -1,10 +1,10 @@
-#include "interpreter/rows/block_scale.h"
+#include "rows/block_scale.h"
 
 #include <cstring>
 
-#include "interpreter/formats.h"
+#include "formats.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 // The code of e4m3 for each code of a narrow type. None has infinities or NaN.
@@ -61,4 +61,4 @@ void multiply_scaled(const Product& product, const PanelA& a, const PanelB& b, i
   }
 }
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

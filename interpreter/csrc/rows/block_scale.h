@@ -3,9 +3,9 @@
 // (ISA 9.7.14.5.14, 9.7.16.10). All such elements are numbers of e4m3 too, and become those.
 #include <string_view>
 
-#include "interpreter/matrix.h"
+#include "matrix.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 enum class Narrow : uint8_t { none, e2m1, e2m3, e3m2 };  // none: bytes
 Narrow narrow_of(std::string_view name);
@@ -26,4 +26,4 @@ float scale_of(ScaleType, uint32_t byte);
 void multiply_scaled(const Product&, const PanelA&, const PanelB&, int tiles, const float rows[16],
                      const float* columns, uint32_t* sums);
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -9,7 +9,7 @@
 #include "../tensor_map.h"
 #include "../timeline_trace.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 // One transfer of one thread, to one CTA.
@@ -391,4 +391,4 @@ void check_bulk_at_end(const Cta& cta) {
   }
 }
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

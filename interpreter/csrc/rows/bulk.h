@@ -5,7 +5,7 @@
 #include "async.h"
 #include "reductions.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 enum class Direction : uint8_t {
   load,        // global to shared memory, of one CTA or several
@@ -36,4 +36,4 @@ Step bulk_commit_group(Warp&, const Instruction&, Mask);
 template <bool read>
 Step bulk_wait_group(Warp&, const Instruction&, Mask);
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

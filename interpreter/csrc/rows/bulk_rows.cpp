@@ -3,7 +3,7 @@
 #include "bulk.h"
 #include "matrix_rows.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 void bind_place(Bind& b, Place& place, const Operand& o, bool generic = false, bool cluster = false) {
@@ -215,4 +215,4 @@ const Row rows[] = {
 const Register registered(rows);
 
 }  // namespace
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

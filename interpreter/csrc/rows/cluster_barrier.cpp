@@ -2,7 +2,7 @@
 #include "../mbarrier.h"
 #include "../table.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 // A thread arrives and then waits; arrivals of a warp's lanes are kept as masks, by the warp's number in the cluster.
 struct ClusterBarrier {
@@ -100,4 +100,4 @@ const Row rows[] = {
 const Register registered(rows);
 
 }  // namespace
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

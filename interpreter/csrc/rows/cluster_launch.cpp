@@ -1,11 +1,11 @@
 // clusterlaunchcontrol, ISA 9.7.13.17 and 9.7.13.18: a cluster cancels another of its grid that has not begun, to do
 // its work. Which clusters can be cancelled the seed decides (Launch::may_be_cancelled); the answer has a layout of our
 // own.
-#include "interpreter/mbarrier.h"
-#include "interpreter/rows/async.h"
-#include "interpreter/rows/matrix_rows.h"
+#include "mbarrier.h"
+#include "rows/async.h"
+#include "rows/matrix_rows.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 struct Answer {
@@ -153,4 +153,4 @@ const Row rows[] = {
 const Register registered(rows);
 
 }  // namespace
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -1,9 +1,9 @@
 // Comparison and selection (ISA 9.7.6, 9.7.7): setp, set, selp, slct.
 #include <immintrin.h>
 
-#include "interpreter/rows/floating.h"
+#include "rows/floating.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 enum class Compare { eq, ne, lt, le, gt, ge, equ, neu, ltu, leu, gtu, geu, num, nan };
@@ -271,4 +271,4 @@ const Row rows[] = {
 const Register registered(rows);
 
 }  // namespace
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -5,7 +5,7 @@
 #include "../system_calls.h"
 #include "../table.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 Step bra(Warp& w, const Instruction& i, Mask mask) {
@@ -184,4 +184,4 @@ const Row rows[] = {
 const Register registered(rows);
 
 }  // namespace
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -10,7 +10,7 @@
 #include "../timeline_trace.h"
 #include "async.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 // The copies of one instruction by lanes that have committed as many groups.
@@ -372,4 +372,4 @@ const Row rows[] = {
 const Register registered(rows);
 
 }  // namespace
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

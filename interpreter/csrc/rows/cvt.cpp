@@ -1,9 +1,9 @@
 // Conversions between integers and fp16, bf16, fp32 and fp64 (ISA 9.7.9.21). Packed and narrow formats: cvt_packed.cpp.
 #include <cmath>
 
-#include "interpreter/rows/floating.h"
+#include "rows/floating.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 enum class Integral : uint8_t { none, rni, rzi, rmi, rpi };
@@ -253,4 +253,4 @@ const Row rows[] = {
 const Register registered(rows);
 
 }  // namespace
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

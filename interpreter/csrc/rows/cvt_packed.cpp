@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <charconv>
 
-#include "interpreter/rows/matrix_rows.h"
+#include "rows/matrix_rows.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 // One number in format F, as everything that follows wants it.
@@ -192,4 +192,4 @@ const Row rows[] = {
 const Register registered(rows);
 
 }  // namespace
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -3,7 +3,7 @@
 #include "../table.h"
 #include "async.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 namespace {
 
@@ -96,4 +96,4 @@ const Row rows[] = {
 const Register registered(rows);
 
 }  // namespace
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -1,8 +1,8 @@
 // fp32 and fp64 (ISA 9.7.3) without the approximate functions.
-#include "interpreter/rows/floating.h"
-#include "interpreter/rows/matrix_rows.h"
+#include "rows/floating.h"
+#include "rows/matrix_rows.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 struct Quotient {
@@ -190,4 +190,4 @@ const Row rows[] = {
 const Register registered(rows);
 
 }  // namespace
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -3,9 +3,9 @@
 // them.
 #include <cmath>
 
-#include "interpreter/rows/lanewise.h"
+#include "rows/lanewise.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 // Each returns a number from which one rounding gives the result: for 16-bit types fp32 (its 24 bits are enough for
 // sums) or fp64, for the others themselves.
@@ -151,4 +151,4 @@ struct Extreme {
   }
 };
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -1,7 +1,7 @@
 // f16 and bf16, one or two to a register (ISA 9.7.4), without the approximate functions (approximate.cpp).
-#include "interpreter/rows/floating.h"
+#include "rows/floating.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 // Op on both halves of a register, of type T.
@@ -95,4 +95,4 @@ const Row rows[] = {
 const Register registered(rows);
 
 }  // namespace
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -2,9 +2,9 @@
 #include <algorithm>
 #include <cstdlib>
 
-#include "interpreter/rows/lanewise.h"
+#include "rows/lanewise.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 template <class T>
@@ -324,4 +324,4 @@ const Row rows[] = {
 const Register registered(rows);
 
 }  // namespace
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

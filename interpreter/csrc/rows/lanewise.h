@@ -3,11 +3,11 @@
 #include <tuple>
 #include <utility>
 
-#include "interpreter/formats.h"
-#include "interpreter/lanes.h"
-#include "interpreter/table.h"
+#include "formats.h"
+#include "lanes.h"
+#include "table.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 // 16-bit numbers are loaded and stored as integers: a loop that copies structures does not vectorise.
 template <class T>
@@ -123,4 +123,4 @@ struct Xor {
   }
 };
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -1,12 +1,12 @@
-#include "interpreter/rows/matrix_descriptor.h"
+#include "rows/matrix_descriptor.h"
 
 #include <algorithm>
 #include <cstring>
 #include <utility>
 
-#include "interpreter/rows/async.h"
+#include "rows/async.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 constexpr uint32_t field(uint64_t bits, int shift) { return static_cast<uint32_t>(bits >> shift & 0x3fff) << 4; }
@@ -135,4 +135,4 @@ void gather(Cta& cta, const MatrixDescriptor& d, bool transposed, int first, int
   read.check();
 }
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

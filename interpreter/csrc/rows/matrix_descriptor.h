@@ -1,10 +1,10 @@
 #pragma once
 // The matrix descriptors of wgmma and tcgen05, PTX ISA 9.7.15.5.1.2 and 9.7.16.4.1: where a matrix lies in shared
 // memory, and how. Those of tcgen05 have a version beside, and one more swizzle.
-#include "interpreter/matrix.h"
-#include "interpreter/shadow.h"
+#include "matrix.h"
+#include "shadow.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 struct Cta;
 
@@ -25,4 +25,4 @@ const char* illegal_descriptor(uint64_t bits, bool tcgen05 = false);
 void gather(Cta&, const MatrixDescriptor&, bool transposed, int first, int count, const Actor& actor,
             uint32_t (*fragments)[2][32], uint32_t element = 2, uint32_t halves = 2);
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -4,11 +4,11 @@
 // matrix n's rows.
 #include <cstring>
 
-#include "interpreter/rows/addresses.h"
-#include "interpreter/rows/matrix_rows.h"
-#include "interpreter/undefined.h"
+#include "rows/addresses.h"
+#include "rows/matrix_rows.h"
+#include "undefined.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 struct Rows {
@@ -145,4 +145,4 @@ const Row rows[] = {
 const Register registered(rows);
 
 }  // namespace
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

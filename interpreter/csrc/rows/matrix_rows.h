@@ -2,10 +2,10 @@
 // What the matrix instructions share: shapes, element types, and the demand for a whole warp.
 #include <charconv>
 
-#include "interpreter/matrix.h"
-#include "interpreter/rows/lanewise.h"
+#include "matrix.h"
+#include "rows/lanewise.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 struct Shape {
   int m = 0, n = 0, k = 0;
@@ -102,4 +102,4 @@ inline void require_whole_warp(const Warp& w, Mask mask) {
                             std::to_string(__builtin_popcount(mask)) + " are here");
 }
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

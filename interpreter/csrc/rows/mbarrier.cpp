@@ -6,7 +6,7 @@
 #include "../timeline_trace.h"
 #include "async.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 void MBarrier::settle(Cta& cta) {
   if (pending || transactions) return;
@@ -373,4 +373,4 @@ const Row rows[] = {
 const Register registered(rows);
 
 }  // namespace
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

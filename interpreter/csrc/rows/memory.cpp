@@ -1,9 +1,9 @@
 // Loads, stores and what goes with addresses (ISA 9.7.9): all state spaces, eviction and prefetch hints without effect.
 #include <cstring>
 
-#include "interpreter/rows/addresses.h"
-#include "interpreter/rows/lanewise.h"
-#include "interpreter/undefined.h"
+#include "rows/addresses.h"
+#include "rows/lanewise.h"
+#include "undefined.h"
 
 #define LEVEL1 "L1::evict_normal|L1::evict_unchanged|L1::evict_first|L1::evict_last|L1::no_allocate"
 #define PREFETCH "L2::64B|L2::128B|L2::256B"
@@ -17,7 +17,7 @@
 #define SECONDARY "L2::evict_first|L2::evict_unchanged"
 #define STORED STATE_SPACE "|local|param|param::func"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 // ---- ld and st ----
@@ -380,4 +380,4 @@ void mark_compared_loads(const Bind& b, const Operand& address, const Operand& v
     if (t.use == Use::load && t.space == ptx::Space::global) t.use = Use::compared;
   }
 }
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

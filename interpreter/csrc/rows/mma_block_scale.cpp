@@ -1,10 +1,10 @@
 // mma.sync on elements of 4 and 6 bits, and with scales of blocks along K, PTX ISA 9.7.14.5.14: what sm_120a adds.
 #include <cstring>
 
-#include "interpreter/rows/block_scale.h"
-#include "interpreter/rows/matrix_rows.h"
+#include "rows/block_scale.h"
+#include "rows/matrix_rows.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 struct Mma {
@@ -152,4 +152,4 @@ const Row rows[] = {
 const Register registered(rows);
 
 }  // namespace
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

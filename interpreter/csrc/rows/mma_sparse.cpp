@@ -5,10 +5,10 @@
 #include <cmath>
 #include <cstring>
 
-#include "interpreter/rows/matrix_rows.h"
-#include "interpreter/undefined.h"
+#include "rows/matrix_rows.h"
+#include "undefined.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 template <class T>
@@ -234,4 +234,4 @@ const Row rows[] = {
 const Register registered(rows);
 
 }  // namespace
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

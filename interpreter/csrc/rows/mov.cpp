@@ -1,9 +1,9 @@
 // mov: registers, packing and unpacking, the clocks (ISA 9.7.9.3, 9.7.9.4).
-#include "interpreter/rows/mov.h"
+#include "rows/mov.h"
 
-#include "interpreter/rows/lanewise.h"
+#include "rows/lanewise.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 struct Same {
@@ -144,4 +144,4 @@ bool is_move(const Instruction& i) {
          i.run == &lanewise<Same, uint64_t, uint64_t> || i.run == &move_b128;
 }
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

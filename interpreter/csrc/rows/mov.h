@@ -1,9 +1,9 @@
 #pragma once
-#include "interpreter/program.h"
+#include "program.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 // Whether the instruction is d = a for whole registers of one size.
 bool is_move(const Instruction&);
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -1,6 +1,6 @@
-#include "interpreter/rows/reductions.h"
+#include "rows/reductions.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 template <class Op, class T>
@@ -67,4 +67,4 @@ Reduce reduction_of_elements(std::string_view operation, unsigned data_type) {
   return integer ? reduction(operation, ptx::size_of(type) == 8 ? Type::b64 : Type::b32) : nullptr;
 }
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -3,9 +3,9 @@
 #include <cstring>
 #include <string_view>
 
-#include "interpreter/rows/lanewise.h"
+#include "rows/lanewise.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 // Each gives what memory holds after it, from what it held before and the operands.
 struct Exchange {
@@ -92,4 +92,4 @@ Reduce reduction(std::string_view operation, Type);
 Reduce reduction_of_elements(std::string_view operation,
                              unsigned type);  // of a tensor map's elements, CUtensorMapDataType
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -1,17 +1,17 @@
 // tcgen05: allocation, order and completion (ISA 9.7.16.7, 9.7.16.8, 9.7.16.11). Its fences have no effect: what a
 // barrier orders it orders for tensor memory too.
-#include "interpreter/rows/tcgen05.h"
+#include "rows/tcgen05.h"
 
 #include <algorithm>
 #include <utility>
 
-#include "interpreter/mbarrier.h"
-#include "interpreter/rows/async.h"
-#include "interpreter/rows/matrix_descriptor.h"
-#include "interpreter/rows/matrix_rows.h"
-#include "interpreter/undefined.h"
+#include "mbarrier.h"
+#include "rows/async.h"
+#include "rows/matrix_descriptor.h"
+#include "rows/matrix_rows.h"
+#include "undefined.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 Tcgen05& tcgen05_of(Warp& w) {
   if (!w.tcgen05) w.tcgen05 = std::make_shared<Tcgen05>();
@@ -312,4 +312,4 @@ const Row rows[] = {
 const Register registered(rows);
 
 }  // namespace
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

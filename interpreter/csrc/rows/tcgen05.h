@@ -9,9 +9,9 @@
 #include <memory>
 #include <vector>
 
-#include "interpreter/machine.h"
+#include "machine.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 class Bind;
 
@@ -77,4 +77,4 @@ CtaGroup group_of(const Warp&, bool pair);
 // A finding where a descriptor of shared memory is illegal.
 void require_descriptor(const Warp&, uint64_t bits, const char* what, int lane);
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -1,11 +1,11 @@
 // tcgen05.cp, ISA 9.7.16.9: from shared memory to tensor memory, in the tensor cores' queue. Of a pair of CTAs each
 // copies what it has itself.
-#include "interpreter/rows/async.h"
-#include "interpreter/rows/matrix_descriptor.h"
-#include "interpreter/rows/matrix_rows.h"
-#include "interpreter/rows/tcgen05.h"
+#include "rows/async.h"
+#include "rows/matrix_descriptor.h"
+#include "rows/matrix_rows.h"
+#include "rows/tcgen05.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 struct Form {
@@ -102,4 +102,4 @@ const Row rows[] = {
 const Register registered(rows);
 
 }  // namespace
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

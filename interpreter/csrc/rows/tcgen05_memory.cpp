@@ -1,11 +1,11 @@
 // tcgen05.ld and tcgen05.st, ISA 9.7.16.8: between tensor memory and the registers of a warp, which reaches the 32
 // lanes of its number modulo 4.
-#include "interpreter/rows/async.h"
-#include "interpreter/rows/matrix_rows.h"
-#include "interpreter/rows/tcgen05.h"
-#include "interpreter/undefined.h"
+#include "rows/async.h"
+#include "rows/matrix_rows.h"
+#include "rows/tcgen05.h"
+#include "undefined.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 enum class Lanes : uint8_t { x32b, x64b, x128b, x256b, x32bx2 };  // bits of a lane in one repetition
@@ -163,4 +163,4 @@ const Row rows[] = {
 const Register registered(rows);
 
 }  // namespace
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

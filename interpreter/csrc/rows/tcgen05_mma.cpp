@@ -1,12 +1,12 @@
 // tcgen05.mma, ISA 9.7.16.10: D in tensor memory, B in shared memory, A in either. One thread issues a product, of its
 // CTA or of a pair, and the tensor cores take them in order (tcgen05.h).
-#include "interpreter/rows/async.h"
-#include "interpreter/rows/block_scale.h"
-#include "interpreter/rows/matrix_descriptor.h"
-#include "interpreter/rows/matrix_rows.h"
-#include "interpreter/rows/tcgen05.h"
+#include "rows/async.h"
+#include "rows/block_scale.h"
+#include "rows/matrix_descriptor.h"
+#include "rows/matrix_rows.h"
+#include "rows/tcgen05.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 enum class MmaKind : uint8_t { f16, tf32, f8f6f4, i8, mxf8f6f4, mxf4, mxf4nvf4 };
@@ -470,4 +470,4 @@ const Row rows[] = {
 const Register registered(rows);
 
 }  // namespace
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

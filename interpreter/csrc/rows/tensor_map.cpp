@@ -4,7 +4,7 @@
 #include "../table.h"
 #include "async.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 TensorMap read_tensor_map(Warp& w, uint64_t address, int rank, int lane) {
   if (address & kWindowMask) {
@@ -215,4 +215,4 @@ const Row rows[] = {
 const Register registered(rows);
 
 }  // namespace
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <cstdio>
 
-#include "interpreter/rows/lanewise.h"
+#include "rows/lanewise.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 std::string hex(uint32_t x) {
@@ -289,4 +289,4 @@ const Row rows[] = {
 const Register registered(rows);
 
 }  // namespace
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -1,13 +1,13 @@
 // wgmma: PTX ISA 9.7.15.5.2 and 9.7.15.7. A wgmma.fence does nothing here: where one is missing was found beforehand
 // (wgmma_fence.cpp).
-#include "interpreter/rows/wgmma.h"
+#include "rows/wgmma.h"
 
 #include <cstring>
 
-#include "interpreter/rows/async.h"
-#include "interpreter/rows/matrix_rows.h"
+#include "rows/async.h"
+#include "rows/matrix_rows.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 Wgmma& state_of(Warp& w) {
@@ -327,26 +327,26 @@ void refuse_sparse(Bind& b) {
 }
 
 // clang-format off
-#define FORWARDPASS_N8_TO_32(k) "m64n8k" k "|m64n16k" k "|m64n24k" k "|m64n32k" k
-#define FORWARDPASS_N48_TO_256_BY_16(k) "|m64n48k" k "|m64n64k" k "|m64n80k" k "|m64n96k" k "|m64n112k" k "|m64n128k" k \
+#define GPULESS_N8_TO_32(k) "m64n8k" k "|m64n16k" k "|m64n24k" k "|m64n32k" k
+#define GPULESS_N48_TO_256_BY_16(k) "|m64n48k" k "|m64n64k" k "|m64n80k" k "|m64n96k" k "|m64n112k" k "|m64n128k" k \
   "|m64n144k" k "|m64n160k" k "|m64n176k" k "|m64n192k" k "|m64n208k" k "|m64n224k" k "|m64n240k" k "|m64n256k" k
-#define FORWARDPASS_N40_TO_248_BY_16(k) "|m64n40k" k "|m64n56k" k "|m64n72k" k "|m64n88k" k "|m64n104k" k "|m64n120k" k \
+#define GPULESS_N40_TO_248_BY_16(k) "|m64n40k" k "|m64n56k" k "|m64n72k" k "|m64n88k" k "|m64n104k" k "|m64n120k" k \
   "|m64n136k" k "|m64n152k" k "|m64n168k" k "|m64n184k" k "|m64n200k" k "|m64n216k" k "|m64n232k" k "|m64n248k" k
-#define FORWARDPASS_INTEGER_SHAPES(k) FORWARDPASS_N8_TO_32(k) FORWARDPASS_N48_TO_256_BY_16(k)
-#define FORWARDPASS_SHAPES(k) FORWARDPASS_INTEGER_SHAPES(k) FORWARDPASS_N40_TO_248_BY_16(k)
+#define GPULESS_INTEGER_SHAPES(k) GPULESS_N8_TO_32(k) GPULESS_N48_TO_256_BY_16(k)
+#define GPULESS_SHAPES(k) GPULESS_INTEGER_SHAPES(k) GPULESS_N40_TO_248_BY_16(k)
 // clang-format on
 
 constexpr char kSection[] = "9.7.15.5.2";
 
 const Row rows[] = {
-    {"wgmma.mma_async.sync.aligned." FORWARDPASS_SHAPES("16") ".f16|f32.f16.f16", kSection, bind_mma_async},
-    {"wgmma.mma_async.sync.aligned." FORWARDPASS_SHAPES("16") ".f32.bf16.bf16", kSection, bind_mma_async},
-    {"wgmma.mma_async.sync.aligned." FORWARDPASS_SHAPES("8") ".f32.tf32.tf32", kSection, bind_mma_async},
-    {"wgmma.mma_async.sync.aligned." FORWARDPASS_SHAPES("32") ".f16|f32.e4m3|e5m2.e4m3|e5m2", kSection, bind_mma_async},
-    {"wgmma.mma_async.sync.aligned." FORWARDPASS_INTEGER_SHAPES("32") ".satfinite?.s32.s8|u8.s8|u8.satfinite?",
-     kSection, bind_mma_async},
-    {"wgmma.mma_async.sync.aligned." FORWARDPASS_INTEGER_SHAPES("256") ".s32.b1.b1.and.popc", kSection, refuse_binary},
-    {"wgmma.mma_async.sp.sync.aligned." FORWARDPASS_SHAPES("16") "|" FORWARDPASS_SHAPES("32") "|" FORWARDPASS_SHAPES(
+    {"wgmma.mma_async.sync.aligned." GPULESS_SHAPES("16") ".f16|f32.f16.f16", kSection, bind_mma_async},
+    {"wgmma.mma_async.sync.aligned." GPULESS_SHAPES("16") ".f32.bf16.bf16", kSection, bind_mma_async},
+    {"wgmma.mma_async.sync.aligned." GPULESS_SHAPES("8") ".f32.tf32.tf32", kSection, bind_mma_async},
+    {"wgmma.mma_async.sync.aligned." GPULESS_SHAPES("32") ".f16|f32.e4m3|e5m2.e4m3|e5m2", kSection, bind_mma_async},
+    {"wgmma.mma_async.sync.aligned." GPULESS_INTEGER_SHAPES("32") ".satfinite?.s32.s8|u8.s8|u8.satfinite?", kSection,
+     bind_mma_async},
+    {"wgmma.mma_async.sync.aligned." GPULESS_INTEGER_SHAPES("256") ".s32.b1.b1.and.popc", kSection, refuse_binary},
+    {"wgmma.mma_async.sp.sync.aligned." GPULESS_SHAPES("16") "|" GPULESS_SHAPES("32") "|" GPULESS_SHAPES(
          "64") ".satfinite?.f16|f32|s32.f16|bf16|tf32|e4m3|e5m2|s8|u8.f16|bf16|tf32|e4m3|e5m2|s8|u8.satfinite?",
      "9.7.15.6.3", refuse_sparse},
     {"wgmma.fence.sync.aligned", "9.7.15.7.1", bind_plain<fence>},
@@ -356,4 +356,4 @@ const Row rows[] = {
 const Register registered(rows);
 
 }  // namespace
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

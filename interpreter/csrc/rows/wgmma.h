@@ -8,11 +8,11 @@
 #include <memory>
 #include <vector>
 
-#include "interpreter/machine.h"
-#include "interpreter/matrix.h"
-#include "interpreter/rows/matrix_descriptor.h"
+#include "machine.h"
+#include "matrix.h"
+#include "rows/matrix_descriptor.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 // A decoded instruction. Instruction::option is 0, or 1 + the instruction that accesses one of its registers without a
 // wgmma.fence in between (or 1 + the number of instructions, if there is no fence at all); the immediate is the
@@ -127,4 +127,4 @@ struct Wgmma {  // of one warp
   std::deque<Group> groups;
 };
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

@@ -13,12 +13,12 @@
 // the letter of the ISA alone, and a missing fence in front of all is not.
 #include <algorithm>
 
-#include "interpreter/blocks.h"
-#include "interpreter/decode.h"
-#include "interpreter/rows/mov.h"
-#include "interpreter/rows/wgmma.h"
+#include "blocks.h"
+#include "decode.h"
+#include "rows/mov.h"
+#include "rows/wgmma.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 namespace {
 
 const WgmmaShape& shape_of(const Instruction& i) { return *static_cast<const WgmmaShape*>(i.data); }
@@ -189,4 +189,4 @@ void require_wgmma_fence(const Warp& w, const Instruction& i) {
   cluster.report(std::move(f));
 }
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

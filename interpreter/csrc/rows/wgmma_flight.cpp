@@ -2,11 +2,11 @@
 #include <algorithm>
 #include <cstring>
 
-#include "interpreter/rows/async.h"
-#include "interpreter/rows/mov.h"
-#include "interpreter/rows/wgmma.h"
+#include "rows/async.h"
+#include "rows/mov.h"
+#include "rows/wgmma.h"
 
-namespace forwardpass::interpreter {
+namespace gpuless {
 
 Accumulator::Accumulator(const WgmmaShape& s) : shape(&s), storage_(new uint32_t[s.d_registers * kLanes + 16]) {
   const auto raw = reinterpret_cast<uintptr_t>(storage_.get());
@@ -147,4 +147,4 @@ Step run_in_flight(Warp& w, const Instruction& i, Mask mask) {
   return i.run(w, i, mask);
 }
 
-}  // namespace forwardpass::interpreter
+}  // namespace gpuless

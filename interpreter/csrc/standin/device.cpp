@@ -5,17 +5,17 @@
 
 #include "standin.h"
 
-using namespace forwardpass::standin;
+using namespace gpuless::standin;
 
 namespace {
 
 cudaError_t check(int device) {
-  if (!fpi_device_get()) return finish(cudaErrorNoDevice);
+  if (!gpuless_device_get()) return finish(cudaErrorNoDevice);
   return finish(device == 0 ? cudaSuccess : cudaErrorInvalidDevice);
 }
 
 cudaDeviceProp properties() {
-  const auto& d = *fpi_device_get();
+  const auto& d = *gpuless_device_get();
   cudaDeviceProp p = {};
   std::snprintf(p.name, sizeof p.name, "%s", d.name);
   p.totalGlobalMem = static_cast<size_t>(d.memory);
@@ -71,7 +71,7 @@ cudaDeviceProp properties() {
 // Attributes by what they say of the properties; those of textures and surfaces are not there.
 std::map<int, long long> make_attributes() {
   const cudaDeviceProp p = properties();
-  const auto& d = *fpi_device_get();
+  const auto& d = *gpuless_device_get();
   return {
       {cudaDevAttrMaxThreadsPerBlock, p.maxThreadsPerBlock},
       {cudaDevAttrMaxBlockDimX, p.maxThreadsDim[0]},
@@ -134,9 +134,9 @@ std::map<int, long long> make_attributes() {
 }
 
 const std::map<int, long long>& attributes() {
-  thread_local const fpi_device_properties* properties = nullptr;
+  thread_local const gpuless_device_properties* properties = nullptr;
   thread_local std::map<int, long long> table;
-  if (properties != fpi_device_get()) table = make_attributes(), properties = fpi_device_get();
+  if (properties != gpuless_device_get()) table = make_attributes(), properties = gpuless_device_get();
   return table;
 }
 
@@ -153,7 +153,7 @@ size_t limits[] = {1024, 1 << 20, 8 << 20, 2, 2048, 128, 0};  // by cudaLimit: s
 extern "C" {
 
 cudaError_t cudaGetDeviceCount(int* count) {
-  *count = fpi_device_get() ? 1 : 0;
+  *count = gpuless_device_get() ? 1 : 0;
   return finish(*count ? cudaSuccess : cudaErrorNoDevice);
 }
 cudaError_t cudaGetDevice(int* device) {

@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-using namespace forwardpass::standin;
+using namespace gpuless::standin;
 
 namespace {
 
@@ -34,16 +34,17 @@ void write_logs(unsigned count, const CUjit_option* options, void** values, cons
 
 CUresult load(void** image, const void* code, unsigned count = 0, const CUjit_option* options = nullptr,
               void** values = nullptr) {
-  const CUresult error = driver([=] { return finish(fpi_image_load(code, image)); });
-  write_logs(count, options, values, error ? fpi_finding() : "");
+  const CUresult error = driver([=] { return finish(gpuless_image_load(code, image)); });
+  write_logs(count, options, values, error ? gpuless_finding() : "");
   return error;
 }
 
 CUresult kernel_of(void* image, const char* name, const void** host) {
-  return driver([=] { return finish(fpi_image_kernel(image, name, host)); });
+  return driver([=] { return finish(gpuless_image_kernel(image, name, host)); });
 }
 
-CUresult launch_with(CUfunction f, const fpi_launch_config& config, CUstream stream, void** parameters, void** extra) {
+CUresult launch_with(CUfunction f, const gpuless_launch_config& config, CUstream stream, void** parameters,
+                     void** extra) {
   std::vector<void*> places;
   if (extra) {  // a buffer with all of them in place of pointers to each
     char* buffer = nullptr;
@@ -88,7 +89,7 @@ CUresult cuModuleLoad(CUmodule* module, const char* path) {
   return cuModuleLoadData(module, text.str().c_str());
 }
 CUresult cuModuleUnload(CUmodule module) {
-  fpi_image_unregister(module);
+  gpuless_image_unregister(module);
   return CUDA_SUCCESS;
 }
 CUresult cuModuleGetFunction(CUfunction* f, CUmodule module, const char* name) {
@@ -99,8 +100,8 @@ CUresult cuModuleGetGlobal(CUdeviceptr* address, size_t* bytes, CUmodule module,
     const void* host;
     void* begin = nullptr;
     int64_t size = 0;
-    int error = fpi_image_variable(module, name, &host);
-    if (!error) error = fpi_variable(host, &begin, &size);
+    int error = gpuless_image_variable(module, name, &host);
+    if (!error) error = gpuless_variable(host, &begin, &size);
     if (address) *address = reinterpret_cast<CUdeviceptr>(begin);
     if (bytes) *bytes = static_cast<size_t>(size);
     return finish(error);
@@ -182,7 +183,8 @@ CUresult cuFuncGetName(const char** name, CUfunction f) {
 }
 CUresult cuFuncGetParamInfo(CUfunction f, size_t index, size_t* offset, size_t* bytes) {
   int64_t at_offset = 0, size = 0;
-  const CUresult error = driver([&] { return fpi_kernel_parameter(f, static_cast<int>(index), &at_offset, &size); });
+  const CUresult error =
+      driver([&] { return gpuless_kernel_parameter(f, static_cast<int>(index), &at_offset, &size); });
   if (error) return error;
   *offset = static_cast<size_t>(at_offset);
   if (bytes) *bytes = static_cast<size_t>(size);
@@ -192,7 +194,7 @@ CUresult cuFuncGetParamInfo(CUfunction f, size_t index, size_t* offset, size_t* 
 CUresult cuLaunchKernel(CUfunction f, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                         unsigned block_y, unsigned block_z, unsigned shared, CUstream stream, void** parameters,
                         void** extra) {
-  return launch_with(f, forwardpass::standin::config_of({grid_x, grid_y, grid_z}, {block_x, block_y, block_z}, shared),
+  return launch_with(f, gpuless::standin::config_of({grid_x, grid_y, grid_z}, {block_x, block_y, block_z}, shared),
                      stream, parameters, extra);
 }
 CUresult cuLaunchCooperativeKernel(CUfunction f, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
@@ -204,7 +206,7 @@ CUresult cuLaunchCooperativeKernel(CUfunction f, unsigned grid_x, unsigned grid_
   });
 }
 CUresult cuLaunchKernelEx(const CUlaunchConfig* from, CUfunction f, void** parameters, void** extra) {
-  fpi_launch_config config;
+  gpuless_launch_config config;
   if (const CUresult error = driver([&] { return read_config(config_of(*from), config); })) return error;
   return launch_with(f, config, from->hStream, parameters, extra);
 }
@@ -253,10 +255,10 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuui
                                 CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
                                 CUtensorMapFloatOOBfill fill) {
   static_assert(sizeof(cuuint64_t) == sizeof(uint64_t));
-  const int result = fpi_tensor_map_encode_tiled(map, type, rank, address, reinterpret_cast<const uint64_t*>(sizes),
-                                                 reinterpret_cast<const uint64_t*>(strides), box, element_strides,
-                                                 interleave, swizzle, promotion, fill);
-  if (result) std::fprintf(stderr, "cuTensorMapEncodeTiled: %s\n", fpi_tensor_map_error());
+  const int result = gpuless_tensor_map_encode_tiled(map, type, rank, address, reinterpret_cast<const uint64_t*>(sizes),
+                                                     reinterpret_cast<const uint64_t*>(strides), box, element_strides,
+                                                     interleave, swizzle, promotion, fill);
+  if (result) std::fprintf(stderr, "cuTensorMapEncodeTiled: %s\n", gpuless_tensor_map_error());
   return static_cast<CUresult>(result);
 }
 

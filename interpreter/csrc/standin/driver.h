@@ -6,7 +6,7 @@
 
 #include "standin.h"
 
-namespace forwardpass::standin {
+namespace gpuless::standin {
 
 // What cudart alone has a code for; all others are the driver's too.
 constexpr CUresult driver_code(cudaError_t error) {
@@ -37,4 +37,4 @@ CUcontext the_context();
 
 inline void* pointer(CUdeviceptr address) { return reinterpret_cast<void*>(address); }
 
-}  // namespace forwardpass::standin
+}  // namespace gpuless::standin

@@ -5,7 +5,7 @@
 
 #include "driver.h"
 
-using namespace forwardpass::standin;
+using namespace gpuless::standin;
 
 struct CUctx_st {
   unsigned flags;
@@ -27,14 +27,14 @@ CUresult make_context(CUcontext* context, CUdevice device) {
 
 }  // namespace
 
-namespace forwardpass::standin {
+namespace gpuless::standin {
 
 CUcontext the_context() {
   static CUctx_st context{};
   return &context;
 }
 
-}  // namespace forwardpass::standin
+}  // namespace gpuless::standin
 
 extern "C" {
 
@@ -149,13 +149,13 @@ CUresult cuGetProcAddress(const char* name, void** function, int, cuuint64_t, CU
   *function = driver_function(name);
   if (status) *status = *function ? CU_GET_PROC_ADDRESS_SUCCESS : CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND;
   if (*function) return CUDA_SUCCESS;
-  std::fprintf(stderr, "%s is not supported by the forwardpass interpreter\n", name);
+  std::fprintf(stderr, "%s is not supported by gpuless\n", name);
   return CUDA_ERROR_NOT_FOUND;
 }
 
 }  // extern "C"
 
-void* forwardpass::standin::driver_function(const char* name) {
+void* gpuless::standin::driver_function(const char* name) {
   struct Row {
     const char* name;
     void* function;

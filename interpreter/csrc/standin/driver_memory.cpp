@@ -3,7 +3,7 @@
 
 #include "driver.h"
 
-using namespace forwardpass::standin;
+using namespace gpuless::standin;
 
 namespace {
 
@@ -11,7 +11,7 @@ template <class T>
 CUresult fill(CUdeviceptr to, T value, size_t count, CUstream stream) {
   return driver([=] {
     const auto begin = reinterpret_cast<T*>(to);
-    const bool fits = to % sizeof(T) == 0 && fpi_storage_find(begin, static_cast<int64_t>(count * sizeof(T)));
+    const bool fits = to % sizeof(T) == 0 && gpuless_storage_find(begin, static_cast<int64_t>(count * sizeof(T)));
     if (count && !fits) return finish(cudaErrorInvalidValue);
     return enqueue(stream, [=] {
       for (size_t i = 0; i < count; ++i) begin[i] = value;
@@ -58,7 +58,7 @@ CUresult attribute_of(CUdeviceptr address, CUpointer_attribute attribute, void* 
   if (a.type == cudaMemoryTypeUnregistered) return CUDA_ERROR_INVALID_VALUE;
   void* begin = pointer(address);
   int kind;
-  const int64_t bytes = fpi_allocation(begin, &begin, &kind);
+  const int64_t bytes = gpuless_allocation(begin, &begin, &kind);
   switch (attribute) {
     case CU_POINTER_ATTRIBUTE_CONTEXT:
       *static_cast<CUcontext*>(value) = the_context();
@@ -136,7 +136,7 @@ CUresult cuMemGetInfo(size_t* free, size_t* total) {
 CUresult cuMemGetAddressRange(CUdeviceptr* begin, size_t* bytes, CUdeviceptr address) {
   void* first;
   int kind;
-  const int64_t size = fpi_allocation(pointer(address), &first, &kind);
+  const int64_t size = gpuless_allocation(pointer(address), &first, &kind);
   if (!size) return CUDA_ERROR_NOT_FOUND;
   if (begin) *begin = reinterpret_cast<CUdeviceptr>(first);
   if (bytes) *bytes = static_cast<size_t>(size);

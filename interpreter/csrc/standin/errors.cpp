@@ -98,7 +98,7 @@ bool ends_context(cudaError_t error) { return error == cudaErrorLaunchFailure ||
 
 }  // namespace
 
-namespace forwardpass::standin {
+namespace gpuless::standin {
 
 bool errors_stick = false;
 
@@ -108,7 +108,7 @@ cudaError_t finish(int value) {
   if (errors_stick && ends_context(error)) context_error = error;
   if (error) {
     last = last_words_of = error;
-    const std::string why = fpi_take_refusal(error);
+    const std::string why = gpuless_take_refusal(error);
     const Row* r = find(error);
     last_words = why.empty() || !r ? nullptr : forever(r->text + (": " + why));
   }
@@ -116,7 +116,7 @@ cudaError_t finish(int value) {
 }
 
 cudaError_t refuse(cudaError_t error, const std::string& why) {
-  fpi_refuse(error, why.c_str());
+  gpuless_refuse(error, why.c_str());
   return finish(error);
 }
 
@@ -124,12 +124,12 @@ SameLastError::SameLastError() : before(last) {}
 SameLastError::~SameLastError() { last = before; }
 
 cudaError_t unsupported(const char* what) {
-  std::fprintf(stderr, "%s is not supported by the forwardpass interpreter\n", what);
-  fpi_finding_clear();  // which cudaGetErrorString would take for the reason
+  std::fprintf(stderr, "%s is not supported by gpuless\n", what);
+  gpuless_finding_clear();  // which cudaGetErrorString would take for the reason
   return finish(cudaErrorNotSupported);
 }
 
-}  // namespace forwardpass::standin
+}  // namespace gpuless::standin
 
 extern "C" {
 
@@ -148,7 +148,7 @@ const char* cudaGetErrorString(cudaError_t error) {
   if (last_words && last_words_of == error) return last_words;
   const bool of_launch =
       ends_context(error) || error == cudaErrorNoKernelImageForDevice || error == cudaErrorNotSupported;
-  if (of_launch && *fpi_finding()) return fpi_finding();
+  if (of_launch && *gpuless_finding()) return gpuless_finding();
   const Row* r = find(error);
   return r ? r->text : "unrecognized error code";
 }
@@ -160,7 +160,7 @@ CUresult cuGetErrorName(CUresult error, const char** name) {
 CUresult cuGetErrorString(CUresult error, const char** text) {
   const Row* r = find(static_cast<cudaError_t>(error));
   *text = r && r->driver_name ? cudaGetErrorString(r->error) : nullptr;
-  if (last_words && forwardpass::standin::driver_code(last_words_of) == error) *text = last_words;
+  if (last_words && gpuless::standin::driver_code(last_words_of) == error) *text = last_words;
   return *text ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 

@@ -5,7 +5,7 @@
 
 #include "standin.h"
 
-using namespace forwardpass::standin;
+using namespace gpuless::standin;
 
 namespace {
 
@@ -19,22 +19,22 @@ cudaError_t allocate(void** pointer, size_t bytes, int kind) {
   *pointer = nullptr;
   if (const cudaError_t error = refused_by_capture()) return error;
   if (bytes == 0) return finish(cudaSuccess);
-  *pointer = fpi_allocate(static_cast<int64_t>(bytes), kind);
+  *pointer = gpuless_allocate(static_cast<int64_t>(bytes), kind);
   if (!*pointer)
     return refuse(cudaErrorMemoryAllocation, std::to_string(bytes) + " bytes are asked for, and " +
-                                                 std::to_string(fpi_memory_free()) + " of the GPU's are left");
+                                                 std::to_string(gpuless_memory_free()) + " of the GPU's are left");
   return finish(cudaSuccess);
 }
 
 cudaError_t release(void* pointer) {
   if (const cudaError_t error = refused_by_capture()) return error;
-  if (pointer && !fpi_release(pointer))
+  if (pointer && !gpuless_release(pointer))
     return refuse(cudaErrorInvalidValue,
                   address(pointer) + " is freed, where no allocation begins that is not freed yet");
   return finish(cudaSuccess);
 }
 
-bool on_device(const void* pointer, size_t bytes) { return fpi_storage_find(pointer, static_cast<int64_t>(bytes)); }
+bool on_device(const void* pointer, size_t bytes) { return gpuless_storage_find(pointer, static_cast<int64_t>(bytes)); }
 cudaError_t refuse_outside(const void* pointer, size_t bytes) {
   return refuse(cudaErrorInvalidValue, std::to_string(bytes) + " bytes at " + address(pointer) +
                                            ", which are not all in one allocation of the GPU's memory");
@@ -72,7 +72,7 @@ cudaError_t fill(void* to, size_t pitch, int value, size_t width, size_t rows, c
 char* symbol(const void* host, size_t offset, size_t bytes, cudaError_t* error) {
   void* address = nullptr;
   int64_t size = 0;
-  *error = finish(fpi_variable(host, &address, &size));
+  *error = finish(gpuless_variable(host, &address, &size));
   if (*error) return nullptr;
   if (offset > static_cast<size_t>(size) || bytes > size - offset)
     *error = refuse(cudaErrorInvalidValue, std::to_string(bytes) + " bytes from " + std::to_string(offset) +
@@ -84,15 +84,15 @@ char* symbol(const void* host, size_t offset, size_t bytes, cudaError_t* error) 
 
 extern "C" {
 
-cudaError_t cudaMalloc(void** p, size_t bytes) { return allocate(p, bytes, fpi_memory_device); }
+cudaError_t cudaMalloc(void** p, size_t bytes) { return allocate(p, bytes, gpuless_memory_device); }
 // A graph's own memory is not there: captured, these two are refused as the others are.
-cudaError_t cudaMallocAsync(void** p, size_t bytes, cudaStream_t) { return allocate(p, bytes, fpi_memory_device); }
-cudaError_t cudaMallocHost(void** p, size_t bytes) { return allocate(p, bytes, fpi_memory_host); }
-cudaError_t cudaHostAlloc(void** p, size_t bytes, unsigned) { return allocate(p, bytes, fpi_memory_host); }
-cudaError_t cudaMallocManaged(void** p, size_t bytes, unsigned) { return allocate(p, bytes, fpi_memory_managed); }
+cudaError_t cudaMallocAsync(void** p, size_t bytes, cudaStream_t) { return allocate(p, bytes, gpuless_memory_device); }
+cudaError_t cudaMallocHost(void** p, size_t bytes) { return allocate(p, bytes, gpuless_memory_host); }
+cudaError_t cudaHostAlloc(void** p, size_t bytes, unsigned) { return allocate(p, bytes, gpuless_memory_host); }
+cudaError_t cudaMallocManaged(void** p, size_t bytes, unsigned) { return allocate(p, bytes, gpuless_memory_managed); }
 cudaError_t cudaMallocPitch(void** p, size_t* pitch, size_t width, size_t height) {
   *pitch = (width + 511) / 512 * 512;
-  return allocate(p, *pitch * height, fpi_memory_device);
+  return allocate(p, *pitch * height, gpuless_memory_device);
 }
 cudaError_t cudaFree(void* p) { return release(p); }
 cudaError_t cudaFreeAsync(void* p, cudaStream_t) { return release(p); }
@@ -100,12 +100,12 @@ cudaError_t cudaFreeHost(void* p) { return release(p); }
 
 cudaError_t cudaHostRegister(void* p, size_t bytes, unsigned) {
   if (const cudaError_t error = refused_by_capture()) return error;
-  fpi_storage_add(p, static_cast<int64_t>(bytes), "cudaHostRegister", 0);
+  gpuless_storage_add(p, static_cast<int64_t>(bytes), "cudaHostRegister", 0);
   return finish(cudaSuccess);
 }
 cudaError_t cudaHostUnregister(void* p) {
   if (const cudaError_t error = refused_by_capture()) return error;
-  fpi_storage_remove(p);
+  gpuless_storage_remove(p);
   return finish(cudaSuccess);
 }
 cudaError_t cudaHostGetDevicePointer(void** device, void* host, unsigned) {
@@ -114,22 +114,22 @@ cudaError_t cudaHostGetDevicePointer(void** device, void* host, unsigned) {
 }
 
 cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
-  const auto* device = fpi_device_get();
+  const auto* device = gpuless_device_get();
   if (!device) return finish(cudaErrorNoDevice);
-  *free = static_cast<size_t>(fpi_memory_free());
+  *free = static_cast<size_t>(gpuless_memory_free());
   *total = static_cast<size_t>(device->memory);
   return finish(cudaSuccess);
 }
 
 cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* a, const void* pointer) {
   void* begin;
-  int kind = fpi_memory_device;
+  int kind = gpuless_memory_device;
   *a = {};
-  if (fpi_allocation(pointer, &begin, &kind) == 0 && !on_device(pointer, 1)) return finish(cudaSuccess);
+  if (gpuless_allocation(pointer, &begin, &kind) == 0 && !on_device(pointer, 1)) return finish(cudaSuccess);
   constexpr cudaMemoryType types[] = {cudaMemoryTypeDevice, cudaMemoryTypeHost, cudaMemoryTypeManaged};
   a->type = types[kind];
   a->devicePointer = const_cast<void*>(pointer);
-  a->hostPointer = kind == fpi_memory_device ? nullptr : const_cast<void*>(pointer);
+  a->hostPointer = kind == gpuless_memory_device ? nullptr : const_cast<void*>(pointer);
   return finish(cudaSuccess);
 }
 
@@ -194,12 +194,12 @@ cudaError_t cudaMemcpyFromSymbol(void* to, const void* host, size_t bytes, size_
 }
 cudaError_t cudaGetSymbolAddress(void** address, const void* host) {
   int64_t bytes;
-  return finish(fpi_variable(host, address, &bytes));
+  return finish(gpuless_variable(host, address, &bytes));
 }
 cudaError_t cudaGetSymbolSize(size_t* size, const void* host) {
   void* address;
   int64_t bytes = 0;
-  const int error = fpi_variable(host, &address, &bytes);
+  const int error = gpuless_variable(host, &address, &bytes);
   *size = static_cast<size_t>(bytes);
   return finish(error);
 }

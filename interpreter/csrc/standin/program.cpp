@@ -32,7 +32,7 @@ std::map<std::string, Entry>& entries() {
 std::mutex mutex;
 bool isa_counts = false;
 
-void note(const fpi_finding_record* f) {
+void note(const gpuless_finding_record* f) {
   const std::lock_guard lock(mutex);
   const bool asserted = f->error == cudaErrorAssert;  // a failed assertion is the program's own finding
   const bool left = !asserted && !f->ignored && (!f->isa || isa_counts);
@@ -52,7 +52,7 @@ void leave(int status, void*) {
   }
   if (entries().size() > 1 || ignored) {
     std::fflush(stdout);
-    std::fprintf(stderr, "forwardpass: %zu findings, %zu of them ignored\n", entries().size(), ignored);
+    std::fprintf(stderr, "gpuless: %zu findings, %zu of them ignored\n", entries().size(), ignored);
     for (const auto& [summary, e] : entries()) {
       std::fprintf(stderr, "  %s%s, %llu times\n", summary.c_str(),
                    e.ignored ? " (ignored)"
@@ -67,7 +67,7 @@ void leave(int status, void*) {
 }
 
 [[noreturn]] void refuse(const std::string& why) {
-  std::fprintf(stderr, "forwardpass: %s\n", why.c_str());
+  std::fprintf(stderr, "gpuless: %s\n", why.c_str());
   _exit(2);
 }
 
@@ -88,31 +88,31 @@ void ignore(const char* path) {
   std::ifstream file(path);
   std::stringstream rules;
   rules << file.rdbuf();
-  if (!file) refuse(std::string("FORWARDPASS_INTERPRET_IGNORE: cannot read ") + path);
-  if (const char* why = fpi_ignore(rules.str().c_str())) refuse(std::string(path) + ": " + why);
+  if (!file) refuse(std::string("GPULESS_IGNORE: cannot read ") + path);
+  if (const char* why = gpuless_ignore(rules.str().c_str())) refuse(std::string(path) + ": " + why);
 }
 
 // Before the constructors of the program, so that `leave` comes after its destructors.
 __attribute__((constructor(101))) void begin() {
-  const char* arch = std::getenv("FORWARDPASS_INTERPRET");
-  if (!arch || fpi_set_device(arch)) {
+  const char* arch = std::getenv("GPULESS_ARCH");
+  if (!arch || gpuless_set_device(arch)) {
     std::fprintf(stderr,
-                 "This program runs on the forwardpass interpreter: FORWARDPASS_INTERPRET has to be sm_80 (A100), "
+                 "This program runs on gpuless, an interpreted GPU: GPULESS_ARCH has to be sm_80 (A100), "
                  "sm_89 (L40S), sm_90a (H100), sm_100a (B200) or sm_120 (RTX PRO 6000), and is %s\n",
                  arch ? arch : "not set");
     _exit(2);
   }
-  fpi_options options;
-  fpi_get_options(&options);
-  if (const char* seed = std::getenv("FORWARDPASS_INTERPRET_SEED"))  // not strtoull: it binds programs to glibc 2.38
+  gpuless_options options;
+  gpuless_get_options(&options);
+  if (const char* seed = std::getenv("GPULESS_SEED"))  // not strtoull: it binds programs to glibc 2.38
     std::istringstream(seed) >> std::setbase(0) >> options.seed;
-  options.findings = choice("FORWARDPASS_INTERPRET_FINDINGS", {"raise", "collect"});
-  isa_counts = choice("FORWARDPASS_INTERPRET_STRICT", {"0", "1"});
-  options.isa = isa_counts ? fpi_isa_raise : fpi_isa_report;
-  fpi_set_options(&options);
-  if (const char* path = std::getenv("FORWARDPASS_INTERPRET_IGNORE"); path && *path) ignore(path);
-  fpi_on_finding(note);
-  forwardpass::standin::errors_stick = true;
+  options.findings = choice("GPULESS_FINDINGS", {"raise", "collect"});
+  isa_counts = choice("GPULESS_STRICT", {"0", "1"});
+  options.isa = isa_counts ? gpuless_isa_raise : gpuless_isa_report;
+  gpuless_set_options(&options);
+  if (const char* path = std::getenv("GPULESS_IGNORE"); path && *path) ignore(path);
+  gpuless_on_finding(note);
+  gpuless::standin::errors_stick = true;
   on_exit(leave, nullptr);
 }
 

@@ -3,7 +3,7 @@
 // asm labels): their arguments do not matter, and 0 and 801 are success and "not supported" of both.
 #include "standin.h"
 
-using namespace forwardpass::standin;
+using namespace gpuless::standin;
 
 #define ACCEPT(name)                        \
   cudaError_t accepted_##name() asm(#name); \

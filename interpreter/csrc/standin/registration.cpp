@@ -3,7 +3,7 @@
 
 #include "standin.h"
 
-using namespace forwardpass::standin;
+using namespace gpuless::standin;
 
 namespace {
 
@@ -28,34 +28,34 @@ std::vector<Managed>& managed() {
 
 }  // namespace
 
-namespace forwardpass::standin {
+namespace gpuless::standin {
 
-fpi_launch_config config_of(dim3 grid, dim3 block, size_t shared) {
-  fpi_launch_config c{};
+gpuless_launch_config config_of(dim3 grid, dim3 block, size_t shared) {
+  gpuless_launch_config c{};
   const unsigned g[] = {grid.x, grid.y, grid.z}, b[] = {block.x, block.y, block.z};
   for (int d = 0; d < 3; ++d) c.grid[d] = g[d], c.block[d] = b[d], c.cluster[d] = 1;
   c.dynamic_shared = static_cast<int64_t>(shared);
   return c;
 }
 
-cudaError_t launch(const void* host, const fpi_launch_config& config, void** args, cudaStream_t stream) {
-  if (!fpi_capturing()) return finish(fpi_launch(host, &config, args));
-  fpi_kernel_properties p;
-  if (const int error = fpi_kernel(host, &p)) return finish(error);
+cudaError_t launch(const void* host, const gpuless_launch_config& config, void** args, cudaStream_t stream) {
+  if (!gpuless_capturing()) return finish(gpuless_launch(host, &config, args));
+  gpuless_kernel_properties p;
+  if (const int error = gpuless_kernel(host, &p)) return finish(error);
   std::vector<std::vector<char>> values;  // the arguments' values of now
   for (int i = 0; i < p.parameters; ++i) {
     int64_t offset, bytes;
-    if (const int error = fpi_kernel_parameter(host, i, &offset, &bytes)) return finish(error);
+    if (const int error = gpuless_kernel_parameter(host, i, &offset, &bytes)) return finish(error);
     values.emplace_back(static_cast<char*>(args[i]), static_cast<char*>(args[i]) + bytes);
   }
   return keep_or_do(stream, [=]() mutable {
     std::vector<void*> pointers;
     for (auto& k : values) pointers.push_back(k.data());
-    return finish(fpi_launch(host, &config, pointers.data()));
+    return finish(gpuless_launch(host, &config, pointers.data()));
   });
 }
 
-cudaError_t read_config(const cudaLaunchConfig_t& from, fpi_launch_config& to) {
+cudaError_t read_config(const cudaLaunchConfig_t& from, gpuless_launch_config& to) {
   to = config_of(from.gridDim, from.blockDim, from.dynamicSmemBytes);
   for (unsigned k = 0; k < from.numAttrs; ++k) {
     const auto& value = from.attrs[k].val;
@@ -87,30 +87,30 @@ cudaError_t read_config(const cudaLaunchConfig_t& from, fpi_launch_config& to) {
   return cudaSuccess;
 }
 
-}  // namespace forwardpass::standin
+}  // namespace gpuless::standin
 
 extern "C" {
 
-void** __cudaRegisterFatBinary(void* wrapper) { return static_cast<void**>(fpi_image_register(wrapper)); }
+void** __cudaRegisterFatBinary(void* wrapper) { return static_cast<void**>(gpuless_image_register(wrapper)); }
 void __cudaRegisterFatBinaryEnd(void**) {}
-void __cudaUnregisterFatBinary(void** image) { fpi_image_unregister(image); }
+void __cudaUnregisterFatBinary(void** image) { gpuless_image_unregister(image); }
 
 void __cudaRegisterFunction(void** image, const char* host, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*,
                             int*) {
-  fpi_kernel_register(image, host, name);
+  gpuless_kernel_register(image, host, name);
 }
 void __cudaRegisterVar(void** image, char* host, char*, const char* name, int, size_t, int, int) {
-  fpi_variable_register(image, host, name);
+  gpuless_variable_register(image, host, name);
 }
 void __cudaRegisterManagedVar(void** image, void** pointer, char*, const char* name, int, size_t, int, int) {
-  fpi_variable_register(image, pointer, name);
+  gpuless_variable_register(image, pointer, name);
   managed().push_back({image, pointer});
 }
 char __cudaInitModule(void** image) {
   int error = 0;
   for (const Managed& m : managed()) {
     int64_t bytes;
-    if (m.image == image && !error) error = fpi_variable(m.pointer, m.pointer, &bytes);
+    if (m.image == image && !error) error = gpuless_variable(m.pointer, m.pointer, &bytes);
   }
   return finish(error) == cudaSuccess;
 }
@@ -144,12 +144,12 @@ cudaError_t cudaLaunchKernel(const void* host, dim3 grid, dim3 block, void** arg
 }
 cudaError_t cudaLaunchCooperativeKernel(const void* host, dim3 grid, dim3 block, void** args, size_t shared,
                                         cudaStream_t stream) {
-  fpi_launch_config config = config_of(grid, block, shared);
+  gpuless_launch_config config = config_of(grid, block, shared);
   config.cooperative = 1;
   return launch(host, config, args, stream);
 }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* from, const void* host, void** args) {
-  fpi_launch_config config;
+  gpuless_launch_config config;
   const cudaError_t error = read_config(*from, config);
   return error ? error : launch(host, config, args, from->stream);
 }

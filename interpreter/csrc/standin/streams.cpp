@@ -5,7 +5,7 @@
 
 #include "standin.h"
 
-using namespace forwardpass::standin;
+using namespace gpuless::standin;
 using Clock = std::chrono::steady_clock;
 
 struct CUstream_st {
@@ -23,36 +23,36 @@ namespace {
 
 bool is_captured(cudaStream_t stream) {
   int status = cudaStreamCaptureStatusNone;
-  return fpi_capturing() && !fpi_capture_status(stream, &status) && status != cudaStreamCaptureStatusNone;
+  return gpuless_capturing() && !gpuless_capture_status(stream, &status) && status != cudaStreamCaptureStatusNone;
 }
 
 // Of calls that ask for an event: an error where it is none, or is one in a graph.
 cudaError_t check(cudaEvent_t event) {
   if (!event) return finish(cudaErrorInvalidResourceHandle);
   if (!event->captured_in) return finish(cudaSuccess);
-  fpi_capture_refuses(fpi_waits_for_stream, event->captured_in);
+  gpuless_capture_refuses(gpuless_waits_for_stream, event->captured_in);
   return finish(cudaErrorCapturedEvent);
 }
 
 }  // namespace
 
-namespace forwardpass::standin {
+namespace gpuless::standin {
 
 cudaError_t keep_or_do(cudaStream_t stream, Work work) {
-  const fpi_work owned{[](void* w) { return static_cast<int>((*static_cast<Work*>(w))()); },
-                       [](void* w) { delete static_cast<Work*>(w); }, new Work(work)};
+  const gpuless_work owned{[](void* w) { return static_cast<int>((*static_cast<Work*>(w))()); },
+                           [](void* w) { delete static_cast<Work*>(w); }, new Work(work)};
   int captured = 0;
-  if (const int error = fpi_capture_keep(stream, &owned, &captured)) return finish(error);
+  if (const int error = gpuless_capture_keep(stream, &owned, &captured)) return finish(error);
   return captured ? finish(cudaSuccess) : work();
 }
 
-cudaError_t refused_by_capture() { return finish(fpi_capture_refuses(fpi_unsafe, nullptr)); }
+cudaError_t refused_by_capture() { return finish(gpuless_capture_refuses(gpuless_unsafe, nullptr)); }
 cudaError_t legacy_refused_by_capture() {
-  const int implicit = fpi_capture_refuses(fpi_waits_for_stream, cudaStreamLegacy);
+  const int implicit = gpuless_capture_refuses(gpuless_waits_for_stream, cudaStreamLegacy);
   return implicit ? finish(implicit) : refused_by_capture();
 }
 
-}  // namespace forwardpass::standin
+}  // namespace gpuless::standin
 
 extern "C" {
 
@@ -73,16 +73,18 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   return finish(cudaSuccess);
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-  return finish(fpi_capture_refuses(fpi_waits_for_stream, stream));
+  return finish(gpuless_capture_refuses(gpuless_waits_for_stream, stream));
 }
-cudaError_t cudaStreamQuery(cudaStream_t stream) { return finish(fpi_capture_refuses(fpi_waits_for_stream, stream)); }
+cudaError_t cudaStreamQuery(cudaStream_t stream) {
+  return finish(gpuless_capture_refuses(gpuless_waits_for_stream, stream));
+}
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
   if (!event) return finish(cudaErrorInvalidResourceHandle);
   if (event->captured_in && event->captured_in != stream) {
-    fpi_capture_refuses(fpi_waits_for_stream, event->captured_in);
+    gpuless_capture_refuses(gpuless_waits_for_stream, event->captured_in);
     return unsupported("a capture of more than one stream");
   }
-  return finish(event->recorded ? fpi_capture_refuses(fpi_waits_for_event, stream) : cudaSuccess);
+  return finish(event->recorded ? gpuless_capture_refuses(gpuless_waits_for_event, stream) : cudaSuccess);
 }
 cudaError_t cudaStreamGetFlags(cudaStream_t stream, unsigned* flags) {
   *flags = stream > cudaStreamPerThread ? stream->flags : cudaStreamDefault;
@@ -94,25 +96,25 @@ cudaError_t cudaStreamGetPriority(cudaStream_t stream, int* priority) {
 }
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
   int value = 0;
-  const int error = fpi_capture_status(stream, &value);
+  const int error = gpuless_capture_status(stream, &value);
   *status = static_cast<cudaStreamCaptureStatus>(value);
   return finish(error);
 }
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode) {
   const bool blocking = stream <= cudaStreamPerThread || !(stream->flags & cudaStreamNonBlocking);
-  return finish(fpi_capture_begin(stream, mode, blocking));
+  return finish(gpuless_capture_begin(stream, mode, blocking));
 }
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
-  return finish(fpi_capture_end(stream, reinterpret_cast<void**>(graph)));
+  return finish(gpuless_capture_end(stream, reinterpret_cast<void**>(graph)));
 }
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
-  *mode = static_cast<cudaStreamCaptureMode>(fpi_capture_mode(*mode));
+  *mode = static_cast<cudaStreamCaptureMode>(gpuless_capture_mode(*mode));
   return finish(cudaSuccess);
 }
 cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long) {
   *executable = nullptr;
   if (!graph) return finish(cudaErrorInvalidValue);
-  *executable = static_cast<cudaGraphExec_t>(fpi_graph_copy(graph));
+  *executable = static_cast<cudaGraphExec_t>(gpuless_graph_copy(graph));
   return finish(*executable ? cudaSuccess : cudaErrorMemoryAllocation);
 }
 cudaError_t cudaGraphUpload(cudaGraphExec_t executable, cudaStream_t) {
@@ -121,14 +123,14 @@ cudaError_t cudaGraphUpload(cudaGraphExec_t executable, cudaStream_t) {
 cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
   if (!executable) return finish(cudaErrorInvalidValue);
   if (is_captured(stream)) return unsupported("a graph within a graph");
-  return enqueue(stream, [=] { return finish(fpi_graph_launch(executable)); });
+  return enqueue(stream, [=] { return finish(gpuless_graph_launch(executable)); });
 }
 cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
-  fpi_graph_release(graph);
+  gpuless_graph_release(graph);
   return finish(cudaSuccess);
 }
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) {
-  fpi_graph_release(executable);
+  gpuless_graph_release(executable);
   return finish(cudaSuccess);
 }
 cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
@@ -143,7 +145,7 @@ cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void*
   });
 }
 cudaError_t cudaStreamAddCallback(cudaStream_t stream, cudaStreamCallback_t function, void* data, unsigned) {
-  if (const int error = fpi_capture_refuses(fpi_waits_for_stream, stream)) return finish(error);
+  if (const int error = gpuless_capture_refuses(gpuless_waits_for_stream, stream)) return finish(error);
   function(stream, cudaSuccess, data);
   return finish(cudaSuccess);
 }
@@ -186,7 +188,7 @@ cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start, cudaEve
   return finish(cudaSuccess);
 }
 
-cudaError_t cudaDeviceSynchronize() { return finish(fpi_capture_refuses(fpi_waits_for_device, nullptr)); }
+cudaError_t cudaDeviceSynchronize() { return finish(gpuless_capture_refuses(gpuless_waits_for_device, nullptr)); }
 
 }  // extern "C"
 

@@ -1,4 +1,4 @@
-"""`python -m forwardpass.interpreter`: builds CUDA programs for the interpreter, counts what programs do, and prints what it
+"""`python -m gpuless`: builds CUDA programs for the interpreter, counts what programs do, and prints what it
 knows."""
 
 from __future__ import annotations
@@ -9,25 +9,24 @@ import sys
 from . import core
 from .build import as_nvcc, build
 from .report import report
-from .run import run
 from .toolkit import toolkit
 
 USAGE = """\
-usage: python -m forwardpass.interpreter build PROG.cu [nvcc flags] -o PROG
-           then FORWARDPASS_INTERPRET=sm_90a ./PROG runs it; FORWARDPASS_INTERPRET_SEED=N chooses another schedule,
+usage: python -m gpuless build PROG.cu [nvcc flags] -o PROG
+           then GPULESS_ARCH=sm_90a ./PROG runs it; GPULESS_SEED=N chooses another schedule,
            ..._FINDINGS=collect goes on behind findings, ..._IGNORE=FILE has rules of those that are known, and ..._STRICT=1
            counts those against the letter of the ISA alone too; it exits with 3 if something is left
-       python -m forwardpass.interpreter run [--gpu ARCH] [--seed N] SCRIPT.py [arguments]
+       python -m gpuless run [--gpu ARCH] [--seed N] SCRIPT.py [arguments]
            runs a Python script with torch's cuda device being the interpreted GPU
-       python -m forwardpass.interpreter nvcc ...
+       python -m gpuless nvcc ...
            is nvcc for a build system, which builds for the interpreter
-       python -m forwardpass.interpreter toolkit FOLDER
+       python -m gpuless toolkit FOLDER
            makes a folder that build systems take for a CUDA toolkit: CMake by its toolchain.cmake, others as CUDA_HOME
-       python -m forwardpass.interpreter report [--arch ARCH] [--kernel NAME] [--inlined] [--json FILE] [--timeline] [--trace FILE]
+       python -m gpuless report [--arch ARCH] [--kernel NAME] [--inlined] [--json FILE] [--timeline] [--trace FILE]
                                                 PROG|SCRIPT.py [arguments]
            runs it and prints its kernels by source line: instructions, conflicts, bytes, waits, and a modelled time; with
            --timeline also what warps wait for, cycle by cycle
-       python -m forwardpass.interpreter rows
+       python -m gpuless rows
            prints every instruction that it knows, with its section of the PTX ISA"""
 
 
@@ -43,13 +42,15 @@ def main(arguments: list[str]) -> int:
         if command == "report":
             return report(options)
         if command == "run":
+            from .run import run  # which needs torch
+
             return run(options)
         if command == "rows" and not options:
             for r in core.rows():
                 print(f"{r['section']:<16}{r['pattern']}")
             return 0
     except (ValueError, OSError, RuntimeError) as e:
-        print(f"forwardpass: {e}", file=sys.stderr)
+        print(f"gpuless: {e}", file=sys.stderr)
         return 2
     print(USAGE, file=sys.stdout if command in ("-h", "--help") else sys.stderr)
     return 0 if command in ("-h", "--help") else 2

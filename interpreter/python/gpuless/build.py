@@ -1,4 +1,4 @@
-"""`python -m forwardpass.interpreter build`: a CUDA program, compiled by nvcc and linked against the stand-in for cudart."""
+"""`python -m gpuless build`: a CUDA program, compiled by nvcc and linked against the stand-in for cudart."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def names_files(flags: list[str]) -> bool:
 def installed() -> None:
     missing = [p for p in (core.LIBRARY, core.STANDIN, core.CUBLAS) if not p.exists()]
     if missing:
-        raise FileNotFoundError(f"this installation has no {missing[0].name}: reinstall forwardpass")
+        raise FileNotFoundError(f"this installation has no {missing[0].name}: reinstall gpuless where `nvcc` is found")
 
 
 def build(flags: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""The C API of csrc/interpreter/interpreter.h, by ctypes: _interpreter.so is loaded here, once, on first use."""
+"""The C API (csrc/gpuless.h, cudart.h, profile.h) by ctypes: libgpuless.so is loaded here, once, on first use."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ import pathlib
 from ctypes import POINTER, c_char_p, c_double, c_int, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from typing import Any
 
-from ..dispatch import Reason, library
-from .finding import InterpreterFinding
+from .finding import Finding
+from .version import __version__
 
 #: architecture -> the GPU that is modelled
 ARCHITECTURES = {"sm_80": "A100", "sm_89": "L40S", "sm_90a": "H100", "sm_100a": "B200", "sm_120": "RTX PRO 6000"}
-LIBRARY = library.FOLDER / "_interpreter.so"
-#: the objects of _kernels.so, linked against the interpreter's stand-in for cudart
-KERNELS = library.FOLDER / "_kernels_interpreted.so"
-STANDIN = library.FOLDER / "_standin.a"
-CUBLAS = library.FOLDER / "_cublas.a"
+FOLDER = pathlib.Path(__file__).parent
+LIBRARY = FOLDER / "libgpuless.so"
+#: what stands in for cudart: in programs, in libraries; and for cuBLAS, in either. Where there was no toolkit, there is none.
+STANDIN, CUDART, CUBLAS = (FOLDER / f"_{name}.a" for name in ("standin", "cudart", "cublas"))
 
-#: cudaErrorLaunchTimeout: fpi_set_time_limit's
+#: cudaErrorLaunchTimeout: gpuless_set_time_limit's
 LAUNCH_TIMEOUT = 702
 
 Dim3 = c_uint32 * 3
@@ -69,77 +68,78 @@ class Counters(ctypes.Structure):
 
 
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
-    "fpi_set_device": (c_int, [c_char_p]),
-    "fpi_set_options": (None, [POINTER(Options)]),
-    "fpi_set_time_limit": (None, [c_double]),
-    "fpi_storage_enter": (None, []),
-    "fpi_storage_add": (None, [c_void_p, c_int64, c_char_p, c_int]),
-    "fpi_storage_leave": (None, []),
-    "fpi_storage_region": (c_int, [c_uint64, POINTER(c_uint64), POINTER(c_int64)]),
-    "fpi_device_get": (POINTER(DeviceProperties), []),
-    "fpi_memory_free": (c_int64, []),
-    "fpi_memory_peak": (c_int64, [c_int]),
-    "fpi_dlpack_allocate": (c_void_p, [c_int64]),
-    "fpi_dlpack_host_view": (c_void_p, [c_void_p, c_int64]),
-    "fpi_capture_begin": (c_int, [c_void_p, c_int, c_int]),
-    "fpi_capture_end": (c_int, [c_void_p, POINTER(c_void_p)]),
-    "fpi_graph_launch": (c_int, [c_void_p]),
-    "fpi_graph_release": (None, [c_void_p]),
-    "fpi_drop_launches": (c_int64, [c_int]),
-    "fpi_on_launch": (None, [Recorder]),
-    "fpi_module_load": (c_void_p, [c_char_p]),
-    "fpi_module_unload": (None, [c_void_p]),
-    "fpi_module_json": (c_char_p, [c_void_p]),
-    "fpi_module_launch": (c_int, [c_void_p, c_char_p, Dim3, Dim3, Dim3, c_int64, c_char_p, c_int64, c_int]),
-    "fpi_tensor_map_encode_tiled": (
+    "gpuless_set_device": (c_int, [c_char_p]),
+    "gpuless_set_options": (None, [POINTER(Options)]),
+    "gpuless_set_time_limit": (None, [c_double]),
+    "gpuless_storage_enter": (None, []),
+    "gpuless_storage_add": (None, [c_void_p, c_int64, c_char_p, c_int]),
+    "gpuless_storage_leave": (None, []),
+    "gpuless_storage_region": (c_int, [c_uint64, POINTER(c_uint64), POINTER(c_int64)]),
+    "gpuless_device_get": (POINTER(DeviceProperties), []),
+    "gpuless_memory_free": (c_int64, []),
+    "gpuless_memory_peak": (c_int64, [c_int]),
+    "gpuless_dlpack_allocate": (c_void_p, [c_int64]),
+    "gpuless_dlpack_host_view": (c_void_p, [c_void_p, c_int64]),
+    "gpuless_capture_begin": (c_int, [c_void_p, c_int, c_int]),
+    "gpuless_capture_end": (c_int, [c_void_p, POINTER(c_void_p)]),
+    "gpuless_graph_launch": (c_int, [c_void_p]),
+    "gpuless_graph_release": (None, [c_void_p]),
+    "gpuless_drop_launches": (c_int64, [c_int]),
+    "gpuless_on_launch": (None, [Recorder]),
+    "gpuless_module_load": (c_void_p, [c_char_p]),
+    "gpuless_module_unload": (None, [c_void_p]),
+    "gpuless_module_json": (c_char_p, [c_void_p]),
+    "gpuless_module_launch": (c_int, [c_void_p, c_char_p, Dim3, Dim3, Dim3, c_int64, c_char_p, c_int64, c_int]),
+    "gpuless_tensor_map_encode_tiled": (
         c_int,
         [c_void_p, c_int, c_uint32, c_void_p, POINTER(c_uint64), POINTER(c_uint64), POINTER(c_uint32), POINTER(c_uint32),
          c_int, c_int, c_int, c_int],
     ),
-    "fpi_tensor_map_error": (c_char_p, []),
-    "fpi_take_refusal": (c_char_p, [c_int]),
-    "fpi_finding_json": (c_char_p, []),
-    "fpi_finding_clear": (None, []),
-    "fpi_findings_json": (c_char_p, []),
-    "fpi_ignore": (c_char_p, [c_char_p]),
-    "fpi_counters_read": (None, [POINTER(Counters)]),
-    "fpi_profile_json": (c_char_p, [c_uint64]),
-    "fpi_profile_forget": (None, [c_uint64]),
-    "fpi_timeline_json": (c_char_p, [c_uint64, c_char_p, c_char_p, c_int]),
-    "fpi_timeline_forget": (None, [c_uint64]),
-    "fpi_rows_json": (c_char_p, []),
+    "gpuless_tensor_map_error": (c_char_p, []),
+    "gpuless_take_refusal": (c_char_p, [c_int]),
+    "gpuless_finding_json": (c_char_p, []),
+    "gpuless_finding_clear": (None, []),
+    "gpuless_findings_json": (c_char_p, []),
+    "gpuless_ignore": (c_char_p, [c_char_p]),
+    "gpuless_counters_read": (None, [POINTER(Counters)]),
+    "gpuless_profile_json": (c_char_p, [c_uint64]),
+    "gpuless_profile_forget": (None, [c_uint64]),
+    "gpuless_timeline_json": (c_char_p, [c_uint64, c_char_p, c_char_p, c_int]),
+    "gpuless_timeline_forget": (None, [c_uint64]),
+    "gpuless_rows_json": (c_char_p, []),
 }  # fmt: skip
 
 
+class Unavailable(RuntimeError):
+    """This machine or this installation cannot interpret: the sentence says why, and what to do."""
+
+
 @functools.cache
-def why_not() -> Reason | None:
-    """None where this machine can interpret."""
+def why_not() -> str | None:
+    """None where this machine can interpret, else the reason and what to do."""
     if not LIBRARY.exists():
-        if skipped := library.build_info.get("interpreter_skipped"):
-            return Reason("not_built", f"this installation has no interpreter: it was {skipped}", "run it on one")
-        return Reason(
-            "not_built", "this installation has no interpreter (_interpreter.so is missing)", "reinstall forwardpass"
-        )
+        return f"this installation has no {LIBRARY.name}: reinstall gpuless"
     try:
         flags = set(pathlib.Path("/proc/cpuinfo").read_text().partition("\nflags")[2].partition("\n")[0].split())
     except OSError as e:
-        return Reason("cpu", f"the interpreter needs an x86-64 CPU with AVX2, and this one is unknown: {e}", "")
+        return f"gpuless needs an x86-64 CPU with AVX2, and this one is unknown: {e}"
     if missing := {"avx2", "fma", "f16c", "bmi2"} - flags:  # what -march=x86-64-v3 takes for granted
-        return Reason(
-            "cpu", f"the interpreter needs an x86-64 CPU with AVX2, and this one lacks {', '.join(sorted(missing))}",
-            "run it on one from 2013 or later",
-        )  # fmt: skip
+        return (f"gpuless needs an x86-64 CPU with AVX2, and this one lacks {', '.join(sorted(missing))}: run it on one from "
+                "2013 or later")  # fmt: skip
     try:
-        ctypes.CDLL(str(LIBRARY))
+        library = ctypes.CDLL(str(LIBRARY))
     except OSError as e:
-        return Reason("not_loaded", f"the interpreter does not load: {e}", "reinstall forwardpass")
+        return f"{LIBRARY.name} does not load: {e}; reinstall gpuless"
+    library.gpuless_version.restype = c_char_p
+    if (version := library.gpuless_version().decode()) != __version__:
+        return f"{LIBRARY.name} is of gpuless {version}, and these files are of {__version__}: reinstall gpuless"
     return None
 
 
 @functools.cache
 def load() -> ctypes.CDLL:
     if reason := why_not():
-        raise RuntimeError(str(reason))
+        raise Unavailable(reason)
     core = ctypes.CDLL(str(LIBRARY))
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(core, name)
@@ -149,33 +149,33 @@ def load() -> ctypes.CDLL:
 
 def device_properties() -> DeviceProperties:
     """The installed device's; raises where there is none."""
-    properties = load().fpi_device_get()
+    properties = load().gpuless_device_get()
     if not properties:
         raise RuntimeError("no GPU is interpreted")
     return properties.contents
 
 
-def finding() -> InterpreterFinding | None:
+def finding() -> Finding | None:
     """The last of this thread that was an error."""
-    text = load().fpi_finding_json()
-    return InterpreterFinding(**json.loads(text.decode(errors="replace"))) if text else None
+    text = load().gpuless_finding_json()
+    return Finding(**json.loads(text.decode(errors="replace"))) if text else None
 
 
-def findings() -> list[InterpreterFinding]:
+def findings() -> list[Finding]:
     """Those behind which launches went on since this was asked last."""
-    text = load().fpi_findings_json()
+    text = load().gpuless_findings_json()
     if text == b"[]":  # as after nearly every launch
         return []
-    return [InterpreterFinding(**fields) for fields in json.loads(text.decode(errors="replace"))]
+    return [Finding(**fields) for fields in json.loads(text.decode(errors="replace"))]
 
 
 def rows() -> list[dict[str, str]]:
     """The instruction table: every pattern with its section of the PTX ISA."""
-    return json.loads(load().fpi_rows_json())
+    return json.loads(load().gpuless_rows_json())
 
 
 def counters() -> dict[str, int]:
     """What the process has counted so far."""
     read = Counters()
-    load().fpi_counters_read(ctypes.byref(read))
+    load().gpuless_counters_read(ctypes.byref(read))
     return {name: getattr(read, name) for name in COUNTERS}

@@ -1,10 +1,9 @@
-"""The interpreted GPU: what `fp.interpret` yields, and the one way in which calls get to the interpreter's core."""
+"""The interpreted GPU: what `gpuless.gpu` yields, and the one way in which calls get to the core."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import importlib.util
 import itertools
 import json
@@ -16,17 +15,16 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .. import dispatch
-from ..dispatch import Operation, Reason, Unsupported, library
 from . import core
 from .capture import prohibit_in_capture
-from .finding import InterpreterFinding, InterpreterTimeout, InterpreterWarning
+from .current import device_or_none, use_everywhere, using
+from .finding import Finding, FindingWarning, TimeLimit
 from .guard import Guard
 from .latencies import as_text, machine
 from .model import Modelled, modelled
+from .operators import Operator
 from .profile import KernelProfile, LineProfile, by_line
 from .rules import Ignore, Rule, collected, write_rules
 from .storage import Scope, add_function
@@ -36,7 +34,7 @@ from .timeline import KernelTimeline, Timeline
 _lock = threading.RLock()
 _scopes: list[Scope] = []
 _installed: Device | None = None
-#: fpi_options::findings and ::isa, as interpreter.h numbers them
+#: gpuless_options::findings and ::isa, as interpreter.h numbers them
 FINDINGS, ISA = ("raise", "collect"), ("report", "ignore", "raise")
 #: warp instructions of a CTA where a launch is sampled
 _SAMPLED_STEPS = 1 << 24
@@ -48,10 +46,10 @@ class Device:
     """An interpreted GPU.
 
     Attributes:
-        arch, seed: what `fp.interpret` was given.
+        arch, seed: what `gpuless.gpu` was given.
         counters: of its launches so far: launches, warp_instructions, matrix_ns and matrix_macs (time and
             multiply-accumulates within mma and wgmma).
-        findings: every InterpreterFinding so far, in order, but for those that are ignored; what launches went on behind is
+        findings: every Finding so far, in order, but for those that are ignored; what launches went on behind is
             there once, with a count.
         ignored: those that a rule of `ignore=` matches.
     """
@@ -62,19 +60,18 @@ class Device:
         self.arch, self.seed, self.guard = arch, int(options.seed), guard
         self._name = f"{arch}/{multiprocessors}" if multiprocessors else arch
         self.counters = dict.fromkeys(core.COUNTERS, 0)
-        self.findings: list[InterpreterFinding] = []
-        self.ignored: list[InterpreterFinding] = []
+        self.findings: list[Finding] = []
+        self.ignored: list[Finding] = []
         self._rules = list(rules)
         self._collects = options.findings == FINDINGS.index("collect")
         self._options = options
-        self._why_not = {"cuda": _why_not_cuda(arch), "triton": _why_not_triton()}
         self._registered: list[tuple[Tensor, str]] = []
         #: of the tensors that kernels take: "cuda" once torch's cuda device is this one (cuda/__init__.py)
         self.memory = "cpu"
         if options.counters:
-            weakref.finalize(self, core.load().fpi_profile_forget, options.counters)
+            weakref.finalize(self, core.load().gpuless_profile_forget, options.counters)
         if options.timeline:
-            weakref.finalize(self, core.load().fpi_timeline_forget, options.counters)
+            weakref.finalize(self, core.load().gpuless_timeline_forget, options.counters)
 
     def __repr__(self) -> str:
         return f"<interpreted {core.ARCHITECTURES[self.arch]} ({self.arch}), seed {self.seed}>"
@@ -82,10 +79,6 @@ class Device:
     def register(self, tensor: Tensor, name: str) -> None:
         """Lets every kernel touch this tensor's storage: for addresses that kernels read from memory (tables of pointers)."""
         self._registered.append((tensor, name))
-
-    def why_not(self, name: str) -> Reason | None:
-        """None where the kernels of backend "cuda" or "triton" can be interpreted, else the reason."""
-        return self._why_not[name]
 
     @contextlib.contextmanager
     def running(self) -> Iterator[Scope]:
@@ -96,17 +89,18 @@ class Device:
             outermost = not _scopes
             before = core.counters()
             _install(self)
-            api.fpi_storage_enter()
+            api.gpuless_storage_enter()
             _scopes.append(scope := Scope(_scopes[-1] if _scopes else None, self.memory))
             for tensor, name in self._registered:
                 scope.add_tensor(tensor, name)
             if outermost:
                 core.findings()  # of launches outside of any such block
             try:
-                yield scope
+                with using(self):
+                    yield scope
             finally:
                 _scopes.pop()
-                api.fpi_storage_leave()
+                api.gpuless_storage_leave()
                 self._keep()
                 if outermost:
                     for name, n in core.counters().items():
@@ -115,8 +109,8 @@ class Device:
     def kernels(self, kernel: str = "") -> list[KernelProfile]:
         """What each kernel whose name contains this has done so far, apart by the shape of its launches."""
         if not self._options.counters:
-            raise ValueError("this device counts nothing: it takes fp.interpret(..., counters=True)")
-        read = json.loads(core.load().fpi_profile_json(self._options.counters).decode(errors="replace"))
+            raise ValueError("this device counts nothing: it takes gpuless.gpu(..., counters=True)")
+        read = json.loads(core.load().gpuless_profile_json(self._options.counters).decode(errors="replace"))
         return [k for k in map(KernelProfile.read, read) if kernel in k.kernel]
 
     def profile(self, kernel: str = "", inlined: bool = False) -> list[LineProfile]:
@@ -137,13 +131,13 @@ class Device:
                 registers allow.
         """
         if not self._options.timeline:
-            raise ValueError("this device records nothing to time: it takes fp.interpret(..., timeline=True)")
+            raise ValueError("this device records nothing to time: it takes gpuless.gpu(..., timeline=True)")
         if resident < 0 or (clock is not None and clock <= 0):
             raise ValueError(f"resident is 0 or more clusters and clock is in MHz, not {resident} and {clock}")
         every = machine(self.arch, clock)
         api = core.load()
-        api.fpi_finding_clear()
-        answer = api.fpi_timeline_json(self._options.counters, kernel.encode(), as_text(every).encode(), resident)
+        api.gpuless_finding_clear()
+        answer = api.gpuless_timeline_json(self._options.counters, kernel.encode(), as_text(every).encode(), resident)
         if not answer:
             raise core.finding() or RuntimeError("the timeline gave no answer, and no reason")
         return Timeline([KernelTimeline.read(k, every) for k in json.loads(answer.decode(errors="replace"))])
@@ -153,7 +147,7 @@ class Device:
         self.seed = self._options.seed = seed
         with _lock:
             if _installed is self:
-                core.load().fpi_set_options(ctypes.byref(self._options))
+                core.load().gpuless_set_options(ctypes.byref(self._options))
 
     @contextlib.contextmanager
     def sampled(self, clusters: int) -> Iterator[None]:
@@ -167,13 +161,13 @@ class Device:
         try:
             yield
         finally:
-            core.load().fpi_profile_forget(self._options.counters)
+            core.load().gpuless_profile_forget(self._options.counters)
             self._options = options
             self.reseed(self.seed)
 
     def time_limit(self, seconds: float) -> None:
         """Launches of this process, together, may take so long from now on; 0: as long as they need."""
-        core.load().fpi_set_time_limit(seconds)
+        core.load().gpuless_set_time_limit(seconds)
 
     @property
     def unused_rules(self) -> list[Rule]:
@@ -187,7 +181,7 @@ class Device:
         useful = [rule for n, rule in enumerate(self._rules) if n in used]
         write_rules(path, [*useful, *map(Rule.of_finding, self.findings)])
 
-    def record(self, finding: InterpreterFinding) -> InterpreterFinding:
+    def record(self, finding: Finding) -> Finding:
         self.findings.append(finding)
         return finding
 
@@ -200,16 +194,16 @@ class Device:
                 continue
             place.append(finding)
             if finding.breaks == "isa" and finding.rule < 0 and not self._collects:
-                warnings.warn(InterpreterWarning(str(finding)), stacklevel=2)
+                warnings.warn(FindingWarning(str(finding)), stacklevel=2)
 
     def check(self, error: int, action: str) -> None:
         """Raises the finding, or the CUDA error, with which a launch ended."""
         self._keep()
         if error == core.LAUNCH_TIMEOUT:
-            raise InterpreterTimeout(f"{action}: the time limit of the interpreted GPU is over")
+            raise TimeLimit(f"{action}: the time limit of the interpreted GPU is over")
         if error:
             finding = core.finding()
-            why = core.load().fpi_take_refusal(error).decode()
+            why = core.load().gpuless_take_refusal(error).decode()
             raise (
                 self.record(finding)
                 if finding
@@ -219,30 +213,21 @@ class Device:
     def finish(self, guard: Guard, kernel: str) -> None:
         """Raises what guard mode finds after a launch."""
         if self.guard and (problem := guard.finish()):
-            finding = self.record(
-                InterpreterFinding("out_of_bounds", problem, kernel=kernel, arch=self.arch, seed=self.seed)
-            )
+            finding = self.record(Finding("out_of_bounds", problem, kernel=kernel, arch=self.arch, seed=self.seed))
             if not self._collects:
                 raise finding
 
-    @staticmethod
-    def bind(operation: Operation, run: Callable[..., Any]) -> Callable[..., Any]:
-        """The seam in dispatch.py leads here."""
-        return functools.partial(_interpreted, operation, run)
-
-    def call(self, operation: Operation, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        """An operation of forwardpass on tensors of the CPU, or of torch's cuda device where that is this one."""
-        if any(map(dispatch.is_of_subclass, args)):
-            return run(*args)  # a fake tensor has no data to interpret
+    def call(self, operator: Operator, run: Callable[..., Any], args: Sequence[Any]) -> Any:
+        """Runs an operator, as `run(*args)`, on tensors of the CPU, or of torch's cuda device where that is this one."""
         with self.running() as scope:
-            names = [f"argument {n} of {operation.name}" for n in operation.parameters]
+            names = [f"argument {n} of {operator.name}" for n in operator.parameters]
             tensors = {n: a for n, a in zip(names, args) if isinstance(a, Tensor)}
             for name, tensor in tensors.items():
                 if tensor.numel() and tensor.device.type != self.memory:
                     raise ValueError(
                         f"{name} is on {tensor.device}, and not on {self.memory} as its kernel: move it there"
                     )
-            written = {f"argument {n} of {operation.name}" for n in operation.writes}
+            written = {f"argument {n} of {operator.name}" for n in operator.written}
             guards = {read_only: Guard(scope, read_only) for read_only in (False, True)}
             for read_only, guard in guards.items():
                 some = {n: t for n, t in tensors.items() if (n not in written) == read_only}
@@ -252,11 +237,11 @@ class Device:
                 else:
                     for name, tensor in some.items():
                         scope.add_tensor(tensor, name, read_only)
-            core.load().fpi_finding_clear()
-            torch.ops.forwardpass._set_storage_hook(add_function())
+            core.load().gpuless_finding_clear()
+            operator.report_storage(add_function())
             try:
                 result = run(*args)
-            except InterpreterFinding:  # from Triton's driver
+            except Finding:  # from Triton's driver
                 raise
             except RuntimeError:
                 self._keep()
@@ -264,28 +249,10 @@ class Device:
                     raise self.record(finding) from None
                 raise
             finally:
-                torch.ops.forwardpass._set_storage_hook(0)
+                operator.report_storage(0)
             for guard in guards.values():
-                self.finish(guard, operation.name)
+                self.finish(guard, operator.name)
             return result
-
-
-def _why_not_cuda(arch: str) -> Reason | None:
-    if arch == "sm_100a":  # the interpreter runs others' programs there
-        return Reason(
-            "arch", "forwardpass has no CUDA kernels for the B200 (sm_100a)", "use its Triton kernels, or another GPU"
-        )
-    if core.KERNELS.exists():
-        return None
-    why = library.build_info.get("cuda_skipped") or f"there is no {core.KERNELS.name}"
-    return Reason("not_built", f"built without CUDA kernels: {why}",
-                  "reinstall where `nvcc` is found, or with FORWARDPASS_BUILD_CUDA=1 to see the error")  # fmt: skip
-
-
-def _why_not_triton() -> Reason | None:
-    if os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
-        return None
-    return Reason("triton_interpret", "TRITON_INTERPRET gives the kernels to Triton's own interpreter", "unset it")
 
 
 def _install(device: Device | None) -> None:
@@ -294,11 +261,11 @@ def _install(device: Device | None) -> None:
     if device is _installed:
         return
     api = core.load()
-    if api.fpi_set_device(device._name.encode() if device else None) and device:
+    if api.gpuless_set_device(device._name.encode() if device else None) and device:
         raise ValueError(f"an {core.ARCHITECTURES[device.arch]} has not as many multiprocessors as {device._name} says")
     if device:
-        api.fpi_set_options(ctypes.byref(device._options))
-        if complaint := api.fpi_ignore("\n".join(map(str, device._rules)).encode()):
+        api.gpuless_set_options(ctypes.byref(device._options))
+        if complaint := api.gpuless_ignore("\n".join(map(str, device._rules)).encode()):
             raise ValueError(complaint.decode())
     _installed = device
 
@@ -307,14 +274,6 @@ def _choice(name: str, value: str, words: tuple[str, ...]) -> int:
     if value not in words:
         raise ValueError(f"{name} is {' or '.join(map(repr, words))}, not {value!r}")
     return words.index(value)
-
-
-def current() -> Device:
-    """This thread's device; raises where it has none."""
-    device = dispatch.interpreter()
-    if not isinstance(device, Device):
-        raise RuntimeError("no GPU is interpreted in this thread: launch within `with fp.interpret('sm_90a'):`")
-    return device
 
 
 def make(
@@ -346,26 +305,21 @@ def make(
     if not isinstance(multiprocessors, int) or multiprocessors < 0:
         raise ValueError(f"multiprocessors is how many a slice of the GPU has, or 0 for all, not {multiprocessors!r}")
     if strict is None:
-        strict = os.environ.get("FORWARDPASS_INTERPRET_STRICT", "0") not in ("", "0") and isa == "report"
+        strict = os.environ.get("GPULESS_STRICT", "0") not in ("", "0") and isa == "report"
     if strict and isa == "ignore":
         raise ValueError('strict=True raises what isa="ignore" forgets: choose one of them')
     rules = collected(ignore)
-    if reason := core.why_not() or (
-        library.load_error and Reason("not_built", library.why_no_ops() or "", "reinstall")
-    ):
-        raise Unsupported(str(reason), dict.fromkeys(("cuda", "triton"), reason))
+    core.load()
     options = core.Options(
         seed=seed, checks=checks, truncating=truncating, approximate=approximate, threads=threads, step_limit=0,
         counters=next(_names) if counters or timeline else 0, timeline=timeline,
         findings=_choice("findings", findings, FINDINGS), isa=ISA.index("raise") if strict else _choice("isa", isa, ISA[:2]),
     )  # fmt: skip
-    if core.KERNELS.exists():
-        torch.ops.forwardpass._set_library(1, str(core.KERNELS))
     return Device(arch, options, guard, multiprocessors, rules)
 
 
 @contextlib.contextmanager
-def interpret(
+def gpu(
     arch: str = "sm_90a",
     *,
     seed: int = 0,
@@ -384,9 +338,9 @@ def interpret(
 ) -> Iterator[Device]:
     """Within the block and this thread, CUDA and Triton kernels take CPU tensors, and are executed and checked without a GPU.
 
-    Operations then have the backends "cuda" and "triton" (and prefer them) and plain Triton launches run on CPU tensors.
-    Blocks nest. The environment does the same for a whole process: FORWARDPASS_INTERPRET=sm_90a, and
-    FORWARDPASS_INTERPRET_SEED.
+    Triton's launches do, modules of PTX (`gpuless.Module`), and the operators of libraries that say so (`gpuless.operators`).
+    Blocks nest. The environment does the same for a whole process that imports gpuless: GPULESS_ARCH=sm_90a, and
+    GPULESS_SEED.
 
     Args:
         arch: the GPU: "sm_80" (A100), "sm_89" (L40S), "sm_90a" (H100), "sm_100a" (B200) or "sm_120" (RTX PRO 6000).
@@ -407,16 +361,16 @@ def interpret(
         ignore: findings that are known: they go into `Device.ignored`, and launches go on. A rule, or several: a `Rule`, a line
             of text ("race softmax.cu:120 softmax_forward4  # both write the same"), or the `pathlib.Path` of a file of such
             lines (`Device.save_baseline`).
-        isa: what becomes of findings that break no hardware, only the letter of the PTX ISA (`InterpreterFinding.breaks`):
+        isa: what becomes of findings that break no hardware, only the letter of the PTX ISA (`Finding.breaks`):
             "report" warns, once, and goes on, "ignore" forgets them.
-        strict: they are raised as all others are. By default FORWARDPASS_INTERPRET_STRICT=1 says so.
+        strict: they are raised as all others are. By default GPULESS_STRICT=1 says so.
 
     Yields:
         The `Device`: its counters, and its findings.
 
     Raises:
-        InterpreterFinding: out of the block, by the call that launched the kernel.
-        Unsupported: this installation or this CPU cannot interpret.
+        Finding: out of the block, by the call that launched the kernel.
+        Unavailable: this installation or this CPU cannot interpret.
         ValueError: an unknown architecture, seed, number of threads or of multiprocessors; a rule that is none.
     """
     device = make(
@@ -424,41 +378,35 @@ def interpret(
         counters=counters, timeline=timeline, threads=threads, multiprocessors=multiprocessors, findings=findings,
         ignore=ignore, isa=isa, strict=strict,
     )  # fmt: skip
-    before = dispatch.interpreter()
+    before = device_or_none()
     _take_triton()
     try:
         with _lock:
             _install(device)
-        with dispatch.interpreted_by(device):
+        with using(device):
             yield device
     finally:
         _give_triton_back()
         with _lock:
-            _install(before if isinstance(before, Device) else None)
-
-
-def _interpreted(operation: Operation, run: Callable[..., Any], *args: Any) -> Any:
-    device = dispatch.interpreter()
-    assert isinstance(device, Device)
-    return device.call(operation, run, args)
+            _install(before)
 
 
 def interpret_process() -> None:
-    """What the environment asks for, from now on and in every thread; for `import forwardpass`."""
-    seed = os.environ.get("FORWARDPASS_INTERPRET_SEED", "0")
+    """What the environment asks for, from now on and in every thread; for `import gpuless`."""
+    seed = os.environ.get("GPULESS_SEED", "0")
     if not seed.isdecimal():
-        raise ValueError(f"FORWARDPASS_INTERPRET_SEED is an integer from 0 to 2**64 - 1, not {seed!r}")
-    findings = os.environ.get("FORWARDPASS_INTERPRET_FINDINGS") or "raise"
-    path = os.environ.get("FORWARDPASS_INTERPRET_IGNORE")
+        raise ValueError(f"GPULESS_SEED is an integer from 0 to 2**64 - 1, not {seed!r}")
+    findings = os.environ.get("GPULESS_FINDINGS") or "raise"
+    path = os.environ.get("GPULESS_IGNORE")
     try:
         device = make(
-            os.environ["FORWARDPASS_INTERPRET"],
+            os.environ["GPULESS_ARCH"],
             seed=int(seed),
             findings=findings,
             ignore=pathlib.Path(path) if path else (),
         )
     except (ValueError, OSError) as e:
-        raise ValueError(f"FORWARDPASS_INTERPRET: {e}") from None
+        raise ValueError(f"GPULESS_ARCH: {e}") from None
     install_process(device)
 
 
@@ -467,7 +415,7 @@ def install_process(device: Device) -> None:
     _take_triton()
     with _lock:
         _install(device)
-    dispatch.interpret_everywhere(device)
+    use_everywhere(device)
 
 
 def _take_triton() -> None:

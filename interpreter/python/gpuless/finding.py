@@ -1,18 +1,18 @@
-"""What the interpreter has to say about a kernel."""
+"""What there is to say about a kernel."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-#: what can be found, as csrc/interpreter/finding.h has it
+#: what can be found, as csrc/finding.h has it
 KINDS = (
     "race", "in_flight", "uninitialised", "out_of_bounds", "misaligned", "deadlock", "barrier", "mbarrier", "illegal",
     "assertion", "unsupported",
 )  # fmt: skip
 
 
-class InterpreterFinding(RuntimeError):
+class Finding(RuntimeError):
     """A kernel did what a GPU might have left unsaid. Its text has every field that is known.
 
     Attributes:
@@ -28,7 +28,7 @@ class InterpreterFinding(RuntimeError):
         address: the address in question, or None.
         count: how often it came, where launches went on.
         rule: the number of the rule that ignores it, or -1.
-        arch, seed: `fp.interpret(arch, seed=seed)` repeats it.
+        arch, seed: `gpuless.gpu(arch, seed=seed)` repeats it.
     """
 
     def __init__(
@@ -67,10 +67,10 @@ class InterpreterFinding(RuntimeError):
         self.count, self.rule = count, rule
         self.arch, self.seed = arch, seed
 
-    def is_same(self, other: InterpreterFinding) -> bool:
+    def is_same(self, other: Finding) -> bool:
         """Whether both are of one kind, between the same instructions of one kernel, and both within a warp or both not."""
 
-        def key(f: InterpreterFinding) -> tuple[Any, ...]:
+        def key(f: Finding) -> tuple[Any, ...]:
             return f.kind, f.mangled, f.file, f.line, f.ptx_line, f.other_ptx_line, f.within_warp
 
         return key(self) == key(other)
@@ -79,17 +79,17 @@ class InterpreterFinding(RuntimeError):
         return _restore, ({**self.__dict__, "text": str(self)},)
 
 
-class InterpreterTimeout(RuntimeError):
+class TimeLimit(RuntimeError):
     """Launches took longer than `Device.time_limit` allows."""
 
 
-class InterpreterWarning(UserWarning):
+class FindingWarning(UserWarning):
     """A finding that breaks no hardware, only the letter of the PTX ISA."""
 
 
-for _type in (InterpreterFinding, InterpreterTimeout, InterpreterWarning):
-    _type.__module__ = "forwardpass"  # where users find it, and what a traceback shows
+for _type in (Finding, TimeLimit, FindingWarning):
+    _type.__module__ = "gpuless"  # where users find it, and what a traceback shows
 
 
-def _restore(fields: dict[str, Any]) -> InterpreterFinding:
-    return InterpreterFinding(**fields)
+def _restore(fields: dict[str, Any]) -> Finding:
+    return Finding(**fields)

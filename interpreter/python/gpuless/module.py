@@ -10,11 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import dispatch
-from . import core
-from .device import Device, current, make
+from . import core, current
+from .device import Device, make
 from .guard import Guard
-from .tensor_map import TensorMap
+from .tensor_maps import TensorMap
 
 
 class Module:
@@ -22,22 +21,22 @@ class Module:
 
     Args:
         ptx: the text.
-        arch: launch on a GPU of its own; by default, and within a block of `fp.interpret`, on that one.
+        arch: launch on a GPU of its own; by default, and within a block of `gpuless.gpu`, on that one.
     """
 
     def __init__(self, ptx: str, arch: str | None = None):
         api = core.load()
-        api.fpi_finding_clear()
+        api.gpuless_finding_clear()
         self._device = make(arch) if arch else None
-        self.handle = api.fpi_module_load(ptx.encode())
+        self.handle = api.gpuless_module_load(ptx.encode())
         if not self.handle:
             raise core.finding() or RuntimeError("the PTX module did not load, and no reason was given")
-        weakref.finalize(self, api.fpi_module_unload, self.handle)
+        weakref.finalize(self, api.gpuless_module_unload, self.handle)
         #: kernel -> (offset, bytes) of each parameter
         self.kernels: dict[str, list[tuple[int, int]]] = {}
         #: kernel -> registers of a thread, as they are assumed where ptxas has not said
         self.registers: dict[str, int] = {}
-        for e in json.loads(api.fpi_module_json(self.handle))["entries"]:
+        for e in json.loads(api.gpuless_module_json(self.handle))["entries"]:
             self.kernels[e["name"]] = [(p["offset"], p["size"]) for p in e["parameters"]]
             self.registers[e["name"]] = e["registers"]
 
@@ -47,7 +46,7 @@ class Module:
         return Kernel(self, name)
 
     def device(self) -> Device:
-        return self._device if self._device and dispatch.interpreter() is None else current()
+        return self._device if self._device and current.device_or_none() is None else current.device()
 
 
 class Kernel:
@@ -76,7 +75,7 @@ class Kernel:
             programmatic: with programmatic stream serialisation (PDL): before the previous launch has ended.
 
         Raises:
-            InterpreterFinding: what was wrong.
+            Finding: what was wrong.
         """
         device = self.module.device()
         args = list(args)
@@ -117,8 +116,8 @@ class Kernel:
             assert len(value) == size
             packed[offset : offset + size] = value
         api = core.load()
-        api.fpi_finding_clear()
-        error = api.fpi_module_launch(
+        api.gpuless_finding_clear()
+        error = api.gpuless_module_launch(
             self.module.handle, self.name.encode(), core.Dim3(*grid), core.Dim3(*block), core.Dim3(*cluster), shared,
             bytes(packed), len(packed), programmatic,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""`python -m forwardpass.interpreter report`: a program, run on the interpreted GPU and shown by source line."""
+"""`python -m gpuless report`: a program, run on the interpreted GPU and shown by source line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .timeline import KernelTimeline, Timeline
 def report(arguments: list[str]) -> int:
     """The program's exit status; the table goes to stdout behind what the program prints."""
     parser = argparse.ArgumentParser(
-        prog="python -m forwardpass.interpreter report",
+        prog="python -m gpuless report",
         description="Runs a Python script, or a program that `build` made, with every launch counted, and prints where "
         "its kernels spend what. Instructions are PTX's. Times are modelled, not measured.",
     )
@@ -66,10 +66,10 @@ def report(arguments: list[str]) -> int:
     return status
 
 
-#: what runs a script that need not import forwardpass, as `python SCRIPT.py` would
+#: what runs a script that need not import gpuless, as `python SCRIPT.py` would
 SCRIPT = """
 import os, runpy, sys
-import forwardpass
+import gpuless
 del sys.argv[0]
 sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -80,9 +80,9 @@ def run(program: pathlib.Path, arguments: list[str], arch: str, timed: bool) -> 
     """Its exit status, the counts that the core wrote at its end, and the timeline."""
     with tempfile.TemporaryDirectory() as folder:
         counts, timeline = (pathlib.Path(folder) / name for name in ("counts.json", "timeline.json"))
-        environment = {"FORWARDPASS_INTERPRET": arch, **os.environ, "FORWARDPASS_INTERPRET_COUNTERS": str(counts)}
+        environment = {"GPULESS_ARCH": arch, **os.environ, "GPULESS_COUNTERS": str(counts)}
         if timed:
-            environment["FORWARDPASS_INTERPRET_TIMELINE"] = folder
+            environment["GPULESS_TIMELINE"] = folder
             for name in core.ARCHITECTURES:
                 (pathlib.Path(folder) / f"{name}.txt").write_text(as_text(machine(name)))
         python = [sys.executable, "-c", SCRIPT, str(program)]

@@ -1,6 +1,6 @@
-"""Findings that a project knows of and lives with: the rules of `fp.interpret(ignore=...)`, and the files that hold them.
+"""Findings that a project knows of and lives with: the rules of `gpuless.gpu(ignore=...)`, and the files that hold them.
 
-A rule is a line: kind, place, kernel, and after a # the reason. csrc/interpreter/ignore_rules.h says what matches.
+A rule is a line: kind, place, kernel, and after a # the reason. csrc/ignore_rules.h says what matches.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Iterable
 from typing import TypeAlias
 
-from .finding import KINDS, InterpreterFinding
+from .finding import KINDS, Finding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Rule:
             ) from None
 
     @staticmethod
-    def of_finding(finding: InterpreterFinding) -> Rule:
+    def of_finding(finding: Finding) -> Rule:
         """It alone, and others of its kind at its place in its kernel."""
         place = f"{pathlib.PurePath(finding.file).name}:{finding.line}" if finding.line else f"ptx:{finding.ptx_line}"
         if any(c.isspace() for c in place):

@@ -1,4 +1,4 @@
-"""`python -m forwardpass.interpreter run`: a Python script that says device="cuda", on the interpreted GPU."""
+"""`python -m gpuless run`: a Python script that says device="cuda", on the interpreted GPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from . import core, cuda, device
 def run(arguments: list[str]) -> int:
     """The script's exit status where that is not 0; 3 where a kernel had a finding."""
     parser = argparse.ArgumentParser(
-        prog="python -m forwardpass.interpreter run",
+        prog="python -m gpuless run",
         description="Runs a Python script with torch's cuda device being an interpreted GPU. Its kernels are checked, and what "
         "they do wrong is listed at the end; what Triton benchmarks is modelled time.",
     )
@@ -41,7 +41,7 @@ def run(arguments: list[str]) -> int:
             print(f"{fault}\n", file=sys.stderr)
         n, tolerated = gpu.counters, len(gpu.findings) - len(faults)
         print(
-            f"forwardpass: {n['launches']} launch{'es' * (n['launches'] != 1)} on {gpu!r}, "
+            f"gpuless: {n['launches']} launch{'es' * (n['launches'] != 1)} on {gpu!r}, "
             f"{n['warp_instructions'] / 1e6:.1f} million warp instructions, {len(faults)} finding{'s' * (len(faults) != 1)}"
             + (f", {tolerated} more against the letter of the ISA (--strict)" if tolerated else ""),
             file=sys.stderr,

@@ -19,7 +19,7 @@ class Scope:
     def add(self, begin: int, size: int, name: str, read_only: bool = False) -> None:
         if size and (begin, size) not in self._ranges:
             self._ranges.add((begin, size))
-            load().fpi_storage_add(begin, size, name.encode(), read_only)
+            load().gpuless_storage_add(begin, size, name.encode(), read_only)
 
     def check(self, tensor: Tensor, name: str) -> None:
         """Raises where it is on another device than the kernel."""
@@ -47,5 +47,5 @@ def on_host(tensor: Tensor) -> Tensor:
 
 
 def add_function() -> int:
-    """The address of fpi_storage_add."""
-    return ctypes.cast(load().fpi_storage_add, ctypes.c_void_p).value or 0
+    """The address of gpuless_storage_add."""
+    return ctypes.cast(load().gpuless_storage_add, ctypes.c_void_p).value or 0

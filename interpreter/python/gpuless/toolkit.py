@@ -1,6 +1,6 @@
-"""`python -m forwardpass.interpreter toolkit FOLDER`: a folder that build systems take for a CUDA toolkit.
+"""`python -m gpuless toolkit FOLDER`: a folder that build systems take for a CUDA toolkit.
 
-Its nvcc is `python -m forwardpass.interpreter nvcc`, its libraries are the stand-ins. CMake gets its toolchain file, anything else
+Its nvcc is `python -m gpuless nvcc`, its libraries are the stand-ins. CMake gets its toolchain file, anything else
 its folder as CUDA_HOME.
 """
 
@@ -15,7 +15,7 @@ import sys
 from . import build, core
 
 TOOLCHAIN = """\
-# CMake's: cmake -DCMAKE_TOOLCHAIN_FILE=…/toolchain.cmake. Written by python -m forwardpass.interpreter toolkit.
+# CMake's: cmake -DCMAKE_TOOLCHAIN_FILE=…/toolchain.cmake. Written by python -m gpuless toolkit.
 set(CMAKE_CUDA_COMPILER "{folder}/bin/nvcc")
 set(CUDAToolkit_ROOT "{folder}")
 set(CMAKE_CUDA_RUNTIME_LIBRARY None)
@@ -41,7 +41,7 @@ def toolkit(folder: pathlib.Path) -> int:
     (folder / "lib64").mkdir(exist_ok=True)
     nvcc = folder / "bin" / "nvcc"
     # the real one, which CUDA_HOME may name no longer
-    python = shlex.join([f"CUDA_HOME={real}", sys.executable, "-m", "forwardpass.interpreter", "nvcc"])
+    python = shlex.join([f"CUDA_HOME={real}", sys.executable, "-m", "gpuless", "nvcc"])
     nvcc.write_text(f'#!/bin/sh\nexec env {python} "$@"\n')
     nvcc.chmod(0o755)
     for name in ("include", "lib"):

@@ -22,12 +22,11 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import _allocation
 from triton.runtime.driver import driver as active
 
-from .. import dispatch
+from . import current
 from .capture import Capture
-from .device import Device, current
 from .guard import Guard
 from .module import Kernel, Module
-from .tensor_map import encode
+from .tensor_maps import encode
 
 #: what Triton asks of a device before it launches: shared memory a block, multiprocessors
 PROPERTIES = {
@@ -56,7 +55,7 @@ class PtxCompiler(CUDABackend):
 
 
 def _compiler(target: GPUTarget) -> CUDABackend:
-    return (PtxCompiler if dispatch.interpreter() else CUDABackend)(target)
+    return (PtxCompiler if current.device_or_none() else CUDABackend)(target)
 
 
 _compiler.supports_target = CUDABackend.supports_target  # type: ignore[attr-defined]
@@ -71,10 +70,10 @@ class Driver:
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         """To `isinstance` NVIDIA's own, for which Inductor asks before it puts one in its place."""
-        return backends["nvidia"].driver if dispatch.interpreter() else Driver
+        return backends["nvidia"].driver if current.device_or_none() else Driver
 
     def __getattr__(self, name: str) -> Any:
-        if dispatch.interpreter():
+        if current.device_or_none():
             return getattr(_INTERPRETED, name)
         return getattr(self._before or active.default, name)
 
@@ -86,10 +85,10 @@ class InterpretedDriver:
         self.utils, self.launcher_cls = Utils(), Launcher
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", int(re.sub(r"\D", "", current().arch)), 32)
+        return GPUTarget("cuda", int(re.sub(r"\D", "", current.device().arch)), 32)
 
     def get_current_device(self) -> str:
-        return current().arch  # the key of the caches of compiled kernels: no real device has such a number
+        return current.device().arch  # the key of the caches of compiled kernels: no real device has such a number
 
     def get_device_capability(self, device: str) -> tuple[int, int]:
         return divmod(self.get_current_target().arch, 10)
@@ -98,16 +97,16 @@ class InterpretedDriver:
         return 0
 
     def get_active_torch_device(self) -> torch.device:
-        return torch.device("cuda", 0) if current().memory == "cuda" else torch.device("cpu")
+        return torch.device("cuda", 0) if current.device().memory == "cuda" else torch.device("cpu")
 
     def get_device_interface(self) -> Any:
-        return torch.cuda if current().memory == "cuda" else Clock
+        return torch.cuda if current.device().memory == "cuda" else Clock
 
     def get_benchmarker(self) -> Callable[..., Any]:
-        if current().memory == "cuda":
+        if current.device().memory == "cuda":
             from .cuda.benchmark import do_bench
 
-            return do_bench(current())
+            return do_bench(current.device())
         return count
 
     def get_empty_cache_for_benchmark(self) -> None:
@@ -124,7 +123,7 @@ class InterpretedDriver:
 
 def count(call: Callable[[], Any], quantiles: Sequence[float] | None = None, **_: Any) -> Any:
     """What autotuning compares: warp instructions of a call, which are the same each time. They are no time on a GPU."""
-    if not isinstance(device := dispatch.interpreter(), Device):  # autotuners keep their benchmarker
+    if (device := current.device_or_none()) is None:  # autotuners keep their benchmarker
         return active.active.get_benchmarker()(call, quantiles=quantiles, **_)
     before = device.counters["warp_instructions"]
     call()
@@ -153,7 +152,7 @@ class Clock:
 class Utils:
     def get_device_properties(self, device: str | int | None) -> dict[str, int]:
         """Triton asks by what get_current_device returned, programs by torch's index, None included."""
-        shared, multiprocessors = PROPERTIES[device if isinstance(device, str) else current().arch]
+        shared, multiprocessors = PROPERTIES[device if isinstance(device, str) else current.device().arch]
         return {
             "max_shared_mem": shared,
             "max_num_regs": 65536,
@@ -193,7 +192,7 @@ class Launcher:
         self, x: int, y: int, z: int, stream: int, kernel: Kernel, packed_metadata: Any, launch_metadata: Any,
         enter_hook: Any, exit_hook: Any, *args: Any,
     ) -> None:  # fmt: skip
-        device, m = current(), self.metadata
+        device, m = current.device(), self.metadata
         if enter_hook is not None:
             enter_hook(launch_metadata)
         if x * y * z > 0:

@@ -1,4 +1,4 @@
-"""Tests of a project that says device="cuda" and never imports forwardpass: test_pytest_gpu.py runs them with --gpu."""
+"""Tests of a project that says device="cuda" and never imports gpuless: test_pytest_gpu.py runs them with --gpu."""
 
 import copy
 import io

@@ -10,7 +10,7 @@ import torch
 from .. import dispatch
 from ..common import environment
 from ..common.compare import finite_relative_error
-from ..dispatch import BACKENDS, Operation, Reason, library
+from ..dispatch import BACKENDS, Operation, Reason, interpreted, library
 from ..testing import benchmark_cases
 
 #: Relative L2 error beside the reference: int8 rounds to the other side now and then, a broken kernel is far off.
@@ -68,20 +68,23 @@ def _kernels_do_not_load() -> str | None:
 
 def _interpreter() -> dict[str, Any]:
     """Whether kernels can be run without a GPU, for which architectures, and which; nothing is run here."""
-    from ..interpreter import core, device
+    try:
+        from gpuless import core, device
 
-    reason = core.why_not()
+        problem, version = core.why_not(), interpreted.load().__version__
+    except ImportError:
+        return {"version": None, "problem": interpreted.MISSING, "architectures": {}, "kernels": []}
     kernels = []
-    if reason is None and library.load_error is None:
-        with dispatch.interpreted_by(device.make("sm_90a")):
+    if problem is None and library.load_error is None:
+        with dispatch.interpreted_by(interpreted.Interpreted(device.make("sm_90a"))):
             for op in dispatch.operations.values():
                 for name in ("cuda", "triton"):
                     why = op.why_not_on(name, torch.device("cpu"))
                     kernels.append({"operation": op.name, "backend": name, "code": why.code if why else None,
                                     "text": why.text if why else None, "fix": why.fix if why else None})  # fmt: skip
     return {
-        "library": str(core.LIBRARY) if core.LIBRARY.exists() else None,
-        "problem": str(reason) if reason else None,
+        "version": version,
+        "problem": problem,
         "architectures": core.ARCHITECTURES,
         "kernels": kernels,
     }

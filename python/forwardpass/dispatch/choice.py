@@ -16,16 +16,21 @@ BACKENDS = ("cuda", "triton", "cpu", "reference")
 
 
 class Interpreter(Protocol):
-    """What runs the CUDA and Triton kernels without a GPU: the seam between forwardpass.interpreter and the rest.
+    """What runs the CUDA and Triton kernels without a GPU: the seam between gpuless (interpreted.py) and the rest.
 
     `memory` is the device type of the tensors that it takes: "cpu", or "cuda" where torch's cuda device is this one. `bind` gives
-    what a call on CPU tensors goes to, for all interpreters of this architecture, in all threads.
+    what a call on CPU tensors goes to, for all interpreters of this architecture, in all threads. Within `active()` this thread's
+    launches of other kernels run there too.
     """
 
     arch: str
-    memory: str
+
+    @property
+    def memory(self) -> str: ...
 
     def why_not(self, backend: str) -> Reason | None: ...
+
+    def active(self) -> contextlib.AbstractContextManager[None]: ...
 
     def bind(self, operation: Operation, run: Callable[..., Any]) -> Callable[..., Any]: ...
 
@@ -96,7 +101,8 @@ def choosing(choice: dict[str, Any]) -> Iterator[None]:
     before = current_choice()
     vars(selected).update(choice)
     try:
-        yield
+        with contextlib.nullcontext() if selected.interpreter is None else selected.interpreter.active():
+            yield
     finally:
         vars(selected).update(before)
 

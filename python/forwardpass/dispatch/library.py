@@ -30,7 +30,8 @@ def _build_info() -> dict[str, Any]:
 
 
 #: what the build wrote about itself: version, torch, machine, nvcc, arches, arches_left_out (of TORCH_CUDA_ARCH_LIST, and why),
-#: cuda_skipped and interpreter_skipped (None, or the reason for having no CUDA kernels, no interpreter)
+#: cuda_skipped (None, or the reason for having no CUDA kernels), gpuless (the version that they are linked against besides) and
+#: gpuless_skipped (None, or the reason for none)
 build_info = _build_info()
 
 try:

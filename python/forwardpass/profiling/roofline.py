@@ -33,7 +33,7 @@ class Roofline:
 
 
 def roofline(device: torch.device, dtypes: set[str]) -> Roofline:
-    """The limits for these dtypes ("float32", "int8", …): from data sheets for GPUs that rates.py knows, else measured."""
+    """The limits for these dtypes ("float32", "int8", …): from data sheets for GPUs of `_DATASHEETS`, else measured."""
     limits = _datasheet(device)
     if limits is None:
         limits = Roofline(device, _measured_copy(device), {}, {"bytes_per_s": f"measured: a copy of {_COPY_BYTES >> 20} MiB, "
@@ -43,29 +43,29 @@ def roofline(device: torch.device, dtypes: set[str]) -> Roofline:
     return limits
 
 
+#: compute capability -> name, boost clock in MHz, GB/s of its memory, multiply-accumulates of a multiprocessor in a clock
+#: NVIDIA's architecture papers and data sheets of the A100 (SXM4 80 GB), L40S, H100 (SXM5), B200 and RTX PRO 6000
+_DATASHEETS: dict[tuple[int, int], tuple[str, int, int, dict[str, int]]] = {
+    (8, 0): ("A100", 1410, 2039, {"float16": 1024, "bfloat16": 1024, "int8": 2048, "float32": 64}),
+    (8, 9): ("L40S", 2520, 864, {"float16": 512, "bfloat16": 512, "float8_e4m3fn": 1024, "int8": 1024, "float32": 128}),
+    (9, 0): ("H100", 1830, 3352, {"float16": 2048, "bfloat16": 2048, "float8_e4m3fn": 4096, "int8": 4096, "float32": 128}),
+    (10, 0): ("B200", 1856, 7672, {"float16": 4096, "bfloat16": 4096, "float8_e4m3fn": 8192, "int8": 8192, "float32": 128}),
+    (12, 0): ("RTX PRO 6000", 2617, 1792,
+              {"float16": 512, "bfloat16": 512, "float8_e4m3fn": 1024, "int8": 1024, "float32": 128}),
+}  # fmt: skip
+
+
 def _datasheet(device: torch.device) -> Roofline | None:
     if device.type != "cuda":
         return None
-    from ..interpreter.core import ARCHITECTURES
-    from ..interpreter.rates import rates
-
     properties = torch.cuda.get_device_properties(device)
-    capability = f"sm_{properties.major}{properties.minor}"
-    arch = next((a for a in ARCHITECTURES if a.rstrip("a") == capability), None)
-    if arch is None:
+    known = _DATASHEETS.get((properties.major, properties.minor))
+    if known is None:
         return None
-    rate = rates(arch)
-    per_mac = 2 * properties.multi_processor_count * rate["clock"] * 1e6
-    kinds = {
-        "float16": "mma f16",
-        "bfloat16": "mma bf16",
-        "float8_e4m3fn": "mma e4m3",
-        "int8": "mma s8",
-        "float32": "float",
-    }
-    flops = {dtype: rate[kind] * per_mac for dtype, kind in kinds.items() if rate[kind]}
-    source = f"datasheet: rates of {arch}, dense, for {properties.multi_processor_count} multiprocessors"
-    return Roofline(device, rate["DRAM"] * 1e9, flops, dict.fromkeys((*flops, "bytes_per_s"), source))
+    name, clock, gigabytes, macs = known
+    flops = {dtype: 2 * n * properties.multi_processor_count * clock * 1e6 for dtype, n in macs.items()}
+    source = f"datasheet: rates of the {name}, dense, for {properties.multi_processor_count} multiprocessors"
+    return Roofline(device, gigabytes * 1e9, flops, dict.fromkeys((*flops, "bytes_per_s"), source))
 
 
 @functools.cache

@@ -1,8 +1,8 @@
 // cuBLAS's names (_cublas.a, which `build` links for -lcublas): products, and what sets them up.
 #include "gemm.h"
 
-using namespace forwardpass::standin;
-using namespace forwardpass::standin::cublas;
+using namespace gpuless::standin;
+using namespace gpuless::standin::cublas;
 
 struct cublasContext {
   cudaStream_t stream = nullptr;

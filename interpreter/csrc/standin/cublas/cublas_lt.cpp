@@ -5,8 +5,8 @@
 
 #include "gemm.h"
 
-using namespace forwardpass::standin;
-using namespace forwardpass::standin::cublas;
+using namespace gpuless::standin;
+using namespace gpuless::standin::cublas;
 
 namespace {
 

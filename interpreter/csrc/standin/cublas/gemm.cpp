@@ -7,13 +7,13 @@
 #include <string>
 #include <vector>
 
-#include "interpreter/formats.h"
+#include "formats.h"
 
-namespace forwardpass::standin::cublas {
+namespace gpuless::standin::cublas {
 namespace {
 
-using interpreter::BFloat16;
-using interpreter::Half;
+using gpuless::BFloat16;
+using gpuless::Half;
 
 // f(pointer of the elements' type); false: there is no such type here.
 template <class F>
@@ -77,7 +77,7 @@ Sum value(const Matrix& x, int64_t batch, int64_t i, int64_t j) {
 template <class Sum>
 void set(const Matrix& x, int64_t batch, int64_t i, int64_t j, Sum v) {
   with_type(x, [&]<class T>(T* p) {
-    using From = std::conditional_t<interpreter::is_short<T>, std::common_type_t<Sum, float>, Sum>;
+    using From = std::conditional_t<gpuless::is_short<T>, std::common_type_t<Sum, float>, Sum>;
     p[batch * x.stride + j * x.ld + i] = static_cast<T>(static_cast<From>(v));
   });
 }
@@ -126,7 +126,7 @@ bool reachable(const Matrix& x, int64_t rows, int64_t columns, int64_t batch) {
   if (!x.data || !rows || !columns || !batch) return true;
   int64_t size = 0;
   with_type(x, [&](auto* p) { size = sizeof *p; });
-  return fpi_storage_find(x.data, ((batch - 1) * x.stride + (columns - 1) * x.ld + rows) * size);
+  return gpuless_storage_find(x.data, ((batch - 1) * x.stride + (columns - 1) * x.ld + rows) * size);
 }
 
 std::string problem(const Product& p) {
@@ -184,4 +184,4 @@ int multiply(const char* name, const Product& p, cudaStream_t stream) {
   return refuse(name, ("cublasComputeType_t " + std::to_string(p.compute)).c_str());
 }
 
-}  // namespace forwardpass::standin::cublas
+}  // namespace gpuless::standin::cublas

@@ -3,9 +3,9 @@
 // By names of our own, as cuBLAS's headers are no part of the CUDA toolkit that this is built with.
 #include <cstdint>
 
-#include "interpreter/standin/standin.h"
+#include "standin/standin.h"
 
-namespace forwardpass::standin::cublas {
+namespace gpuless::standin::cublas {
 
 // cublasStatus_t, of those that are returned here.
 enum Status { kSuccess = 0, kNotInitialized = 1, kInvalidValue = 7, kExecutionFailed = 13, kNotSupported = 15 };
@@ -39,4 +39,4 @@ int multiply(const char* name, const Product&, cudaStream_t);
 // Says on stderr what is not supported; kNotSupported.
 int refuse(const char* name, const char* what);
 
-}  // namespace forwardpass::standin::cublas
+}  // namespace gpuless::standin::cublas

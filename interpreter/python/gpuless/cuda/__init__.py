@@ -1,6 +1,6 @@
 """The interpreted GPU as torch's `cuda` device, so that programs and tests that say device="cuda" run unchanged.
 
-It is asked for (`present`, `pytest --gpu=sm_90a`, `python -m forwardpass.interpreter run`), never there by itself, and then
+It is asked for (`present`, `pytest --gpu=sm_90a`, `python -m gpuless run`), never there by itself, and then
 for the rest of the process: torch's functions and its table of devices are the process's.
 """
 

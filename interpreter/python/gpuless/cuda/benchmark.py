@@ -18,7 +18,7 @@ from torch.utils.flop_counter import flop_registry
 from .. import core
 from ..capture import prohibit_in_capture
 from ..device import Device
-from ..finding import InterpreterFinding
+from ..finding import Finding
 from ..rates import rates
 
 #: clusters of a launch: those of many kernels differ at their edges, and the first wave has some of each
@@ -53,7 +53,7 @@ class Benchmark:
             with self.device.sampled(clusters):
                 try:
                     call()
-                except InterpreterFinding as e:
+                except Finding as e:
                     if not clusters or e.kind != "deadlock":
                         raise
                 late = [f for f in findings[already:] if f.kind == "deadlock"] if clusters else []

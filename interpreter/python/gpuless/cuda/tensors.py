@@ -25,10 +25,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ... import dispatch
-from .. import core
+from .. import core, current, operators
 from ..capture import Capture
-from ..device import Device
 from ..storage import on_host
 from .benchmark import Benchmark
 
@@ -69,7 +67,7 @@ _LACKS_HALVES = re.compile("not implemented for '(Half|BFloat16)'")
 
 def _from_dlpack(managed: int | None, nbytes: int) -> Tensor:
     if not managed:
-        free = core.load().fpi_memory_free()
+        free = core.load().gpuless_memory_free()
         raise torch.cuda.OutOfMemoryError(
             f"CUDA out of memory on the interpreted GPU: {nbytes} bytes are asked for, {free} of the GPU's are left"
         )
@@ -84,7 +82,7 @@ def _span(size: Sequence[int], stride: Sequence[int]) -> int:
 def empty_strided(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
     """On the device, filled with 0xff bytes: NaN, and -1 of integers."""
     nbytes = _span(size, stride) * dtype.itemsize
-    row = _from_dlpack(core.load().fpi_dlpack_allocate(nbytes), nbytes)
+    row = _from_dlpack(core.load().gpuless_dlpack_allocate(nbytes), nbytes)
     # below autograd, which would take it for a view
     return aten.as_strided.default.redispatch(_CPU, aten.view.dtype.redispatch(_CPU, row, dtype), size, stride, 0)
 
@@ -92,7 +90,7 @@ def empty_strided(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype
 def _bytes(t: Tensor) -> Tensor:
     """Its storage as a row of the CPU's."""
     storage = t.untyped_storage()
-    return _from_dlpack(core.load().fpi_dlpack_host_view(storage.data_ptr(), storage.nbytes()), storage.nbytes())
+    return _from_dlpack(core.load().gpuless_dlpack_host_view(storage.data_ptr(), storage.nbytes()), storage.nbytes())
 
 
 def host_view(t: Tensor) -> Tensor:
@@ -123,12 +121,12 @@ class _Operator:
 
     def __init__(self, op: torch._ops.OpOverload):
         schema = op._schema
-        #: whose CUDA kernel it is, of this package: it is launched, and not done by the CPU
-        self.operation = next((o for o in dispatch.operations.values() if o.runs.get("cuda") is op), None)
+        #: it is launched, and not done by the CPU
+        self.launched = operators.known.get(op)
         self.name = schema.name
         qualified = f"{schema.name}.{schema.overload_name}" if schema.overload_name else schema.name
         self.metadata = qualified in METADATA or (schema.name in METADATA and not schema.overload_name)
-        self.mixed = schema.name in MIXED or self.operation is not None  # in guard mode copies come
+        self.mixed = schema.name in MIXED or self.launched is not None  # in guard mode copies come
         self.in_float = schema.name.rstrip("_") in IN_FLOAT
         self.numbers_in_float = schema.name.rstrip("_") in NUMBERS_IN_FLOAT
         self.statistics = schema.name in STATISTICS
@@ -170,10 +168,8 @@ def fallback(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
     with torch._C.DisableTorchFunction():
         if Capture.running:
             return _captured(op, args, kwargs, Capture.running)
-        if known.operation is not None:
-            device = dispatch.interpreter()
-            assert isinstance(device, Device)
-            return device.call(known.operation, lambda *args: _Call(op, in_float=False).run(args, {}), args)
+        if known.launched is not None:
+            return current.device().call(known.launched, lambda *args: _Call(op, in_float=False).run(args, {}), args)
         if Benchmark.running:
             with contextlib.suppress(NotImplementedError, RuntimeError):  # shapes that depend on values
                 shapes = _Shapes(op, args, kwargs)
@@ -455,10 +451,8 @@ _libraries: list[torch.library.Library] = []
 
 
 def install() -> None:
-    """Gives the CUDA dispatch key to the interpreted GPU, for the rest of the process.
-
-    This package's CUDA kernels too: on the CPU's views of the device's memory their operators are those of `fp.interpret`.
-    """
+    """Gives the CUDA dispatch key to the interpreted GPU, for the rest of the process: torch's operators, and those of
+    `gpuless.operators`, whose kernels take the CPU's views of the device's memory."""
     if _libraries:
         return
     _set_device_guard()
@@ -485,16 +479,23 @@ def install() -> None:
         if namespace == "aten":
             packet, _, overload = name.partition(".")
             implementations.setdefault(name, _on_cpu(getattr(getattr(aten, packet), overload or "default")))
-    aten_kernels, our_kernels = (torch.library.Library(name, "IMPL", "CUDA") for name in ("aten", "forwardpass"))
+    aten_kernels = torch.library.Library("aten", "IMPL", "CUDA")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that they are overridden
         for name, implementation in implementations.items():
             aten_kernels.impl(name, implementation)
-        for operation in dispatch.operations.values():
-            if kernel := operation.runs.get("cuda"):
-                our_kernels.impl(f"{operation.name}_cuda", _on_cpu(kernel))  # type: ignore[arg-type]
-    _libraries.extend((every, aten_kernels, our_kernels))
+    _libraries.extend((every, aten_kernels))
+    operators.when_added(_install_operator)
     torch._tensor_str._tensor_str = _print
+
+
+def _install_operator(operator: operators.Operator) -> None:
+    namespace, _, name = operator.kernel._schema.name.partition("::")  # type: ignore[attr-defined]
+    library = torch.library.Library(namespace, "IMPL", "CUDA")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is overridden
+        library.impl(name, _on_cpu(operator.kernel))  # type: ignore[arg-type]
+    _libraries.append(library)
 
 
 _Answer = ctypes.CFUNCTYPE(ctypes.c_int64)

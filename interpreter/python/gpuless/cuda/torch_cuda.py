@@ -25,7 +25,7 @@ NAME = "cuda:0"
 
 
 def refuse(name: str) -> NoReturn:
-    raise NotImplementedError(f"{name} is not there on forwardpass's interpreted GPU, which has no driver")
+    raise NotImplementedError(f"{name} is not there on an interpreted GPU, which has no driver")
 
 
 def refused(name: str, original: Any = None) -> type:
@@ -181,13 +181,13 @@ def _memory(device: Device) -> dict[str, Callable[..., Any]]:
         return int(core.device_properties().memory)
 
     def used(_: Any = None) -> int:
-        return total() - core.load().fpi_memory_free()
+        return total() - core.load().gpuless_memory_free()
 
     def peak(_: Any = None) -> int:
-        return core.load().fpi_memory_peak(0)
+        return core.load().gpuless_memory_peak(0)
 
     def reset(_: Any = None) -> None:
-        core.load().fpi_memory_peak(1)
+        core.load().gpuless_memory_peak(1)
 
     def stats(_: Any = None) -> dict[str, int]:
         return {
@@ -202,7 +202,7 @@ def _memory(device: Device) -> dict[str, Callable[..., Any]]:
         "reset_peak_memory_stats": reset, "reset_max_memory_allocated": reset, "reset_max_memory_cached": reset,
         "reset_accumulated_memory_stats": lambda _=None: None, "memory_stats": stats,
         "memory_summary": lambda _=None, abbreviated=False: f"{used()} bytes of the interpreted GPU are in use, {peak()} at most",
-        "mem_get_info": lambda _=None: (core.load().fpi_memory_free(), total()),
+        "mem_get_info": lambda _=None: (core.load().gpuless_memory_free(), total()),
         "empty_cache": lambda: None, "ipc_collect": lambda: None,
         "set_per_process_memory_fraction": lambda fraction, device=None: None,
     }  # fmt: skip

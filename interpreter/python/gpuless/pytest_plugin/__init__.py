@@ -1,18 +1,14 @@
 """pytest's plugin: `pytest --gpu=sm_90a` runs tests that say device="cuda" on the interpreted GPU, and checks their kernels.
 
-A package of its own, as pytest imports it in every run, and whatever is within forwardpass brings torch along: that comes
-once it is asked for. FORWARDPASS_INTERPRET=sm_90a is the older way in, for tests on CPU tensors.
+pytest imports it in every run: torch comes once it is asked for. GPULESS_ARCH=sm_90a (`import gpuless`) is the way in for tests
+on CPU tensors.
 """
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
-
-if os.environ.get("FORWARDPASS_INTERPRET"):
-    import forwardpass  # noqa: F401
 
 MARKS = (
     "gpu_expects(kind, kernel='', reason=...): the test's kernels must have such a finding of the interpreted GPU",
@@ -21,7 +17,7 @@ MARKS = (
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("forwardpass", "GPU kernels without a GPU (forwardpass)")
+    group = parser.getgroup("gpuless", "GPU kernels without a GPU (gpuless)")
     group.addoption(
         "--gpu", metavar="ARCH[,ARCH]",
         help="make torch's cuda device an interpreted A100 (sm_80), L40S (sm_89), H100 (sm_90a), ...; of several, one after the "
@@ -64,4 +60,4 @@ def pytest_load_initial_conftests(early_config: pytest.Config, args: list[str]) 
     architectures = options.gpu.split(",")
     if len(architectures) > 1:
         raise SystemExit(run_each(architectures, args))
-    early_config.pluginmanager.register(Session(options), "forwardpass-gpu")
+    early_config.pluginmanager.register(Session(options), "gpuless-session")

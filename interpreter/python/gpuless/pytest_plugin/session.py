@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from forwardpass.interpreter import InterpreterFinding, InterpreterTimeout, Rule, cuda, device
-from forwardpass.interpreter.rules import write_rules
+from gpuless import Finding, Rule, TimeLimit, cuda, device
+from gpuless.rules import write_rules
 
 FINDING, LAUNCHES = (
     "gpu_finding",
@@ -58,7 +58,7 @@ class Session:
         self.seed = parameters.get("gpu_seed", self.seeds[0])
         self.device.reseed(self.seed)
         self.device.time_limit(self.budget)
-        self.findings: list[InterpreterFinding] = []
+        self.findings: list[Finding] = []
         self.launched = self.device.counters["launches"]
         try:
             return (yield)
@@ -79,7 +79,7 @@ class Session:
     def _phase(self) -> Iterator[None]:
         try:
             return (yield)
-        except InterpreterTimeout:
+        except TimeLimit:
             pytest.skip(f"its kernels take more than {self.budget:g} s on the interpreted GPU (--gpu-budget)")
         finally:
             self.findings += self.device.findings
@@ -109,11 +109,11 @@ class Session:
             report.longrepr = "\n\n".join([*map(self._text, faults), *(f"no such finding came: {m}" for m in missing)])
         return report
 
-    def _unexpected(self, item: pytest.Item) -> list[InterpreterFinding]:
+    def _unexpected(self, item: pytest.Item) -> list[Finding]:
         marks = [*item.iter_markers("gpu_expects"), *item.iter_markers("gpu_ignores")]
         return [f for f in self.findings if not any(_matches(m, f) for m in marks)]
 
-    def _text(self, finding: InterpreterFinding) -> str:
+    def _text(self, finding: Finding) -> str:
         """In full the first time."""
         earlier = self.known.get(_place(finding))
         return f"{_place(finding)}: as in {earlier[0]}" if earlier else str(finding)
@@ -159,12 +159,12 @@ class Session:
         return f"gpu: cuda is {self.device!r}, {seeds}"
 
 
-def _place(f: InterpreterFinding) -> str:
+def _place(f: Finding) -> str:
     where = f"{f.file}:{f.line}" if f.file else f"PTX line {f.ptx_line}"
     return f"{f.kind} in {f.kernel} at {where}"
 
 
-def _as_json(f: InterpreterFinding) -> str:
+def _as_json(f: Finding) -> str:
     return json.dumps({"place": _place(f), "breaks": f.breaks, "rule": str(Rule.of_finding(f)), "text": str(f)})
 
 
@@ -172,7 +172,7 @@ def _several(tests: list[str]) -> str:
     return tests[0] + (f" and {len(tests) - 1} more" if len(tests) > 1 else "")
 
 
-def _matches(mark: pytest.Mark, f: InterpreterFinding) -> bool:
+def _matches(mark: pytest.Mark, f: Finding) -> bool:
     kind = mark.args[0] if mark.args else mark.kwargs.get("kind", "*")
     kernel = mark.args[1] if len(mark.args) > 1 else mark.kwargs.get("kernel", "")
     if not mark.kwargs.get("reason"):

@@ -3,7 +3,7 @@
 // before it takes memory or time. Each is a limit of ptxas or of the hardware, or far beyond what compilers write.
 #include <cstdint>
 
-namespace forwardpass::ptx {
+namespace gpuless::ptx {
 
 constexpr int kMostNested = 256;                         // blocks, brackets and signs, each a call of the parser's
 constexpr int64_t kMostRegisters = 1 << 18;              // of a function
@@ -17,4 +17,4 @@ constexpr int64_t kMostGlobal = 1 << 30;                 // .global and .const o
 constexpr int64_t kMostFrames = 64 << 20;                // registers and parameters of a warp's calls
 constexpr unsigned kMostThreads = 1024, kMostCtas = 16;  // of a CTA, of a cluster
 
-}  // namespace forwardpass::ptx
+}  // namespace gpuless::ptx

@@ -37,12 +37,12 @@ def encode(
     n64, n32 = ctypes.c_uint64 * max(rank, 1), ctypes.c_uint32 * max(rank, 1)
     encoded = ctypes.create_string_buffer(128 + 64)
     aligned = ctypes.addressof(encoded) + -ctypes.addressof(encoded) % 64
-    error = load().fpi_tensor_map_encode_tiled(
+    error = load().gpuless_tensor_map_encode_tiled(
         aligned, data_type, rank, address, n64(*shape[::-1]), n64(*strides[:-1][::-1]), n32(*box[::-1]),
         n32(*(element_strides or [1] * rank)[::-1]), 0, swizzle, 0, fill,
     )  # fmt: skip
     if error:
-        raise ValueError(f"no tensor map: {load().fpi_tensor_map_error().decode()}")
+        raise ValueError(f"no tensor map: {load().gpuless_tensor_map_error().decode()}")
     return ctypes.string_at(aligned, 128)
 
 
