@@ -481,7 +481,7 @@ def test_rates_have_sources():
 # ---- the report ----
 
 SCRIPT = """
-import torch, sys
+import gpuless, torch, sys
 x = torch.zeros(32, 32, dtype=torch.int32)
 gpuless.Module(open(sys.argv[1]).read())["k"].launch(1, 32, (x, x))
 print("done")

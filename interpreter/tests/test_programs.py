@@ -43,8 +43,8 @@ def programs(tmp_path_factory):
 
 
 def execute(program, *arguments, architecture="sm_80", **environment):
-    """Further variables without their FORWARDPASS_INTERPRET_."""
-    more = {f"FORWARDPASS_INTERPRET_{name}": str(value) for name, value in environment.items()}
+    """Further variables without their GPULESS_."""
+    more = {f"GPULESS_{name}": str(value) for name, value in environment.items()}
     environment = {**os.environ, "GPULESS_ARCH": architecture, **more}
     return subprocess.run([program, *arguments], capture_output=True, text=True, env=environment, timeout=120)
 

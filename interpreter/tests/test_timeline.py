@@ -471,7 +471,7 @@ def test_table_and_trace(tmp_path):
 
 
 SCRIPT = """
-import torch, sys
+import gpuless, torch, sys
 x = torch.zeros(4096, dtype=torch.uint8)
 gpuless.Module(open(sys.argv[1]).read())["k"].launch(1, 256, (x, torch.zeros_like(x)))
 """

@@ -71,14 +71,20 @@ def _call(operation: Operation, run: Callable[..., Any], *args: Any) -> Any:
     return interpreter.device.call(_operator(operation, run), run, args)
 
 
-@functools.cache
+#: by operation and kernel; torch.compile warns of a functools.cache
+_operators: dict[tuple[str, Callable[..., Any]], gpuless.operators.Operator] = {}
+
+
 def _operator(operation: Operation, kernel: Callable[..., Any]) -> gpuless.operators.Operator:
     from gpuless.operators import Operator
 
-    return Operator(
-        operation.name, tuple(operation.parameters), kernel, frozenset(operation.writes),
-        torch.ops.forwardpass._set_storage_hook,
-    )  # fmt: skip
+    key = operation.name, kernel
+    if key not in _operators:
+        report = torch.ops.forwardpass._set_storage_hook
+        _operators[key] = Operator(
+            operation.name, tuple(operation.parameters), kernel, frozenset(operation.writes), report
+        )
+    return _operators[key]
 
 
 def _why_not_cuda(arch: str) -> Reason | None:

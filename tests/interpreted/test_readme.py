@@ -1,0 +1,21 @@
+"""The README's example of an interpreted GPU does what it says."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from forwardpass.dispatch.interpreted import KERNELS
+
+pytestmark = [pytest.mark.interpreted, pytest.mark.skipif(not KERNELS.exists(), reason="built without CUDA kernels")]
+README = pathlib.Path(__file__).parents[2] / "README.md"
+
+
+def test_the_example():
+    section = README.read_text().split("## Run its kernels without a GPU\n")[1].split("\n## ")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.S)
+    (said,) = re.findall(r"# (cuda True)$", code, re.M)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == f"{said}\n", done.stderr
