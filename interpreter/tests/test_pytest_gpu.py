@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("triton")
 pytestmark = pytest.mark.interpreted
 PROJECT = pathlib.Path(__file__).parent / "project"
-REPEATED = ["test_unmasked", "test_caught", "test_expected_in_vain", "test_race"]
+REPEATED = ["test_unmasked", "test_caught", "test_expected_in_vain", "test_race", "test_overwritten"]
 
 
 def run(file, *options, folder):
@@ -85,7 +85,8 @@ def test_findings_say_where(faulty):
     )
     assert f"faulty_kernels.py:{line}" in done.stdout
     assert re.search(r"block \(2, 0, 0\), warp \d, lane \d", done.stdout) and "seed 0" in done.stdout
-    assert "2 findings" in done.stdout  # each once, though three tests have the first
+    assert "3 findings" in done.stdout  # each once, though three tests have the first
+    assert "with 2 schedules (seeds 0 to 1)" in done.stdout and "not covered: machine code" in done.stdout
     assert "no such finding came" in done.stdout
 
 
@@ -98,15 +99,61 @@ def test_junit_has_findings(faulty):
 
 
 def test_seeds(tmp_path):
-    options = ["--gpu=sm_90a", "--gpu-seeds=3", "-k", "race or without"]
+    """One test to pytest, whatever the schedules; the first that fails it ends it."""
+    options = ["--gpu=sm_90a", "--gpu-seeds=3", "-k", "race or without or overwritten"]
     done, outcomes = run("faulty_kernels.py", *options, folder=tmp_path)
-    # blocks that read what the one before them writes: odd seeds begin them the other way around, and may see no write
-    assert outcomes["test_race[seed0]"] == outcomes["test_race[seed2]"] == "FAILED"
-    assert [outcomes[f"test_mended_race[seed{s}]"] for s in range(3)] == ["PASSED"] * 3
-    assert done.stdout.count("launched no kernel with the first seed") and "seeds 0 to 2" in done.stdout
-    assert "ERROR" not in outcomes.values() and "StashKey" not in done.stdout
-    again, outcomes = run("faulty_kernels.py", "--gpu=sm_90a", "--gpu-seed=2", "-k", "test_race", folder=tmp_path)
-    assert outcomes == {"test_race": "FAILED"} and "seed 2" in again.stdout
+    assert outcomes == {
+        "test_race": "FAILED",
+        "test_overwritten": "FAILED",
+        "test_overwritten_as_expected": "PASSED",
+        "test_mended_race": "PASSED",
+        "test_without_the_gpu": "PASSED",
+    }
+    assert "repeat with arch sm_90a, seed 1" in done.stdout and "seeds 0 to 2" in done.stdout
+    assert "StashKey" not in done.stdout
+    options = ["--gpu=sm_90a", "--gpu-seeds=1", "-k", "race or overwritten"]
+    for seed, overwritten in ((2, "PASSED"), (3, "FAILED")):
+        again, outcomes = run("faulty_kernels.py", *options, f"--gpu-seed={seed}", folder=tmp_path)
+        assert outcomes["test_overwritten"] == overwritten and f"1 schedule (seed {seed}: " in again.stdout
+    assert outcomes["test_mended_race"] == "PASSED"
+
+
+SCOPES = """
+import pytest, torch
+
+made = []
+
+@pytest.fixture(scope="module")
+def module():
+    made.append("module")
+    yield made
+    print("MADE", made)
+
+@pytest.fixture
+def function(module):
+    made.append("function")
+    yield module
+    made.append("torn")
+
+def test_kernel(function, gpu_seed):
+    made.append(gpu_seed)
+    (torch.ones(4, device="cuda") + 1).sum()
+    import faulty_kernels
+    faulty_kernels.unmasked(256)
+
+class TestOfUnittest(__import__("unittest").TestCase):
+    def test_case(self):
+        import faulty_kernels
+        faulty_kernels.unmasked(128)
+"""
+
+
+def test_fixtures_of_a_test_are_made_for_each_schedule(tmp_path):
+    file = tmp_path / "test_scopes.py"
+    file.write_text(f"import sys; sys.path.insert(0, {str(PROJECT)!r})\n{SCOPES}")
+    done, outcomes = run(file, "--gpu=sm_90a", "-s", folder=tmp_path)
+    assert set(outcomes.values()) == {"PASSED"} and len(outcomes) == 2, done.stdout + done.stderr
+    assert "MADE ['module', 'function', 0, 'torn', 'function', 1, 'torn']" in done.stdout
 
 
 def test_several_gpus_and_workers(tmp_path):

@@ -20,6 +20,12 @@ def shift_kernel(x, out, n, BLOCK: tl.constexpr):
     tl.store(out + i, tl.load(x + i - 1, mask=(i > 0) & (i < n), other=0.0), mask=i < n)
 
 
+@triton.jit
+def shift_left_kernel(x, out, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + i, tl.load(x + i + 1, mask=i + 1 < n, other=0.0), mask=i < n)
+
+
 def unmasked(n):
     x = torch.randn(n, device="cuda")
     out = torch.empty_like(x)
@@ -82,6 +88,17 @@ def test_expected_in_vain():
 
 def test_race():
     shift(in_place=True)
+
+
+def test_overwritten():
+    """A block overwrites what the one before it has yet to read: which shows where blocks do not begin in order."""
+    x = torch.ones(500, device="cuda")
+    shift_left_kernel[(4,)](x, x, 500, BLOCK=128)
+
+
+@pytest.mark.gpu_expects("race", reason="of one schedule alone")
+def test_overwritten_as_expected():
+    test_overwritten()
 
 
 def test_mended_race():

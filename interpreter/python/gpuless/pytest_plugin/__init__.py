@@ -24,7 +24,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "other. What the kernels do wrong fails the test that launched them",
     )  # fmt: skip
     group.addoption(
-        "--gpu-seeds", metavar="N", type=int, default=1, help="run each test with so many schedules of the GPU"
+        "--gpu-seeds",
+        metavar="N",
+        type=int,
+        default=2,
+        help="run each test with so many schedules of the GPU (default: %(default)s, one that begins blocks in order and one in reverse)",
     )
     group.addoption("--gpu-seed", metavar="SEED", type=int, default=0, help="the first of them: repeats a finding")
     group.addoption(
