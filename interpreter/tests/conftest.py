@@ -9,6 +9,8 @@ import pytest
 
 #: Of this checkout: what Triton compiled names the files it came from.
 os.environ.setdefault("TRITON_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / "build" / "triton"))
+#: What is against the letter of the ISA alone is an error too.
+os.environ.setdefault("GPULESS_STRICT", "1")
 #: area -> core-seconds
 spent = collections.Counter()
 #: begun first: what takes long would keep one process busy when the others have ended

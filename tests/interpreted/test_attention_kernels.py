@@ -37,7 +37,7 @@ def kernel(request):
 def run(kernel, op, args, seed=0, checks=True):
     implementation, arch = kernel
     with fp.interpret(arch, seed=seed, checks=checks) as device, fp.use_backend(implementation):
-        if reason := device.why_not(implementation):
+        if reason := fp.dispatch.interpreter().why_not(implementation):
             pytest.skip(str(reason))
         got = dispatch.operations[op](*args)
     assert device.findings == []

@@ -33,7 +33,7 @@ def test_linear(arch, rows, depth, launches):
     q, scale, _ = fp.ops.quantize(w, torch.int8)
     exact = fp.ops.int8_linear(x, q, scale)
     with fp.interpret(arch, timeline=True) as device, fp.use_backend("cuda"):
-        if reason := device.why_not("cuda"):
+        if reason := fp.dispatch.interpreter().why_not("cuda"):
             pytest.skip(str(reason))
         results = [fp.ops.int8_linear(x, q, scale) for _ in range(2)]
     assert device.findings == [] and all(torch.equal(r, exact) for r in results)
@@ -44,7 +44,7 @@ def test_linear(arch, rows, depth, launches):
 def test_the_weight_is_on_its_way_before_the_quantisation_ends(rows):
     x, w = torch.randn(rows, 4096), torch.randint(-127, 128, (4096, 4096), dtype=torch.int8)
     with fp.interpret("sm_90a", timeline=True, checks=False) as device, fp.use_backend("cuda"):
-        if reason := device.why_not("cuda"):
+        if reason := fp.dispatch.interpreter().why_not("cuda"):
             pytest.skip(str(reason))
         fp.ops.int8_linear(x, w, torch.ones(4096))
     (gemm,) = (k for k in device.timeline().kernels if k.programmatic)
@@ -58,7 +58,7 @@ def test_a_weight_that_is_copied_is_waited_for(rows):
     x, w = torch.randn(rows, 1000), torch.randint(-127, 128, (256, 1001), dtype=torch.int8)[:, :1000]
     exact = fp.ops.int8_linear(x, w, torch.ones(256))
     with fp.interpret("sm_90a", counters=True) as device, fp.use_backend("cuda"):
-        if reason := device.why_not("cuda"):
+        if reason := fp.dispatch.interpreter().why_not("cuda"):
             pytest.skip(str(reason))
         assert torch.equal(fp.ops.int8_linear(x, w, torch.ones(256)), exact)
     assert device.findings == [] and device.kernels("pad_rows")
@@ -67,7 +67,7 @@ def test_a_weight_that_is_copied_is_waited_for(rows):
 def test_attention():
     q, k, v = (torch.randn(1, 1, 64, 64, dtype=torch.float16) for _ in range(3))
     with fp.interpret("sm_90a", timeline=True) as device, fp.use_backend("cuda"):
-        if reason := device.why_not("cuda"):
+        if reason := fp.dispatch.interpreter().why_not("cuda"):
             pytest.skip(str(reason))
         fp.ops.attention(q, k, v)
     assert programmatic(device) == {"attention": (1, 1)}
@@ -81,7 +81,7 @@ def test_a_weight_that_the_launch_before_writes(op, rows):
     dtype = torch.float8_e4m3fn if op == "fp8_gemm" else torch.int8
     a, a_scale, _ = fp.ops.quantize(x, dtype)
     with fp.interpret("sm_90a") as device, fp.use_backend("cuda"):
-        if reason := device.why_not("cuda"):
+        if reason := fp.dispatch.interpreter().why_not("cuda"):
             pytest.skip(str(reason))
         b, b_scale, _ = fp.ops.quantize(w, dtype)
         if op == "w8a16_gemm":

@@ -46,7 +46,7 @@ def check(name, case, implementation, arch, seed, truncating):
     args = case.arguments(seed=seed)
     operation = dispatch.operations[getattr(case, "op", name)]
     with fp.interpret(arch, seed=seed, truncating=truncating) as device, fp.use_backend(implementation):
-        if reason := device.why_not(implementation):
+        if reason := fp.dispatch.interpreter().why_not(implementation):
             pytest.skip(str(reason))
         reason = operation.why_not(implementation, *args)
         assert (reason and reason.code) == reason_of_refusal(operation, args, arch)
@@ -110,7 +110,7 @@ def test_weights_are_upconverted_exactly(w_dtype, implementation, arch, seed):
     # Triton compiles a kernel for each: of the second seed, in `make test-all`, each pair, else each type and each height
     heights = ((1,), (65,)) if implementation == "triton" and seed == 0 else ((1, 65), (1, 65))
     with fp.interpret(arch, seed=seed) as device, fp.use_backend(implementation):
-        if reason := device.why_not(implementation):
+        if reason := fp.dispatch.interpreter().why_not(implementation):
             pytest.skip(str(reason))
         for dtype, of_type in zip((torch.float16, torch.bfloat16), heights, strict=True):
             for rows in of_type:

@@ -21,7 +21,7 @@ OPERATION = dispatch.operations["int8_grouped_gemm"]
 def interpreted(args, arch, implementation="cuda", seed=0, **options):
     """The result, and the kernels that computed it."""
     with fp.interpret(arch, seed=seed, guard=True, counters=True, **options) as device, fp.use_backend(implementation):
-        if reason := device.why_not(implementation):
+        if reason := fp.dispatch.interpreter().why_not(implementation):
             pytest.skip(str(reason))
         got = OPERATION(*args)
     assert device.findings == []
@@ -42,7 +42,7 @@ def launches():
 def test_kernel(case, implementation, arch, seed):
     args = case.arguments(seed=seed)
     with fp.interpret(arch, seed=seed) as device, fp.use_backend(implementation):
-        if reason := device.why_not(implementation):
+        if reason := fp.dispatch.interpreter().why_not(implementation):
             pytest.skip(str(reason))
         got = OPERATION(*args)
     cases.assert_matches(got, args)

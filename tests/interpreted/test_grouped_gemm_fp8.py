@@ -23,7 +23,7 @@ def interpreted(args, arch, implementation="cuda", seed=0, truncating=True, **op
         fp.interpret(arch, seed=seed, guard=True, counters=True, truncating=truncating, **options) as device,
         fp.use_backend(implementation),
     ):
-        if reason := device.why_not(implementation):
+        if reason := fp.dispatch.interpreter().why_not(implementation):
             pytest.skip(str(reason))
         got = OPERATION(*args)
     assert device.findings == []
@@ -87,7 +87,7 @@ def test_a_module_of_experts(implementation, arch, kind, seed):
     weights = torch.rand(30, 3, generator=g)
     expected = experts.exact(x, index, weights)
     with fp.interpret(arch, seed=seed, guard=True, truncating=True) as device, fp.use_backend(implementation):
-        if reason := device.why_not(implementation):
+        if reason := fp.dispatch.interpreter().why_not(implementation):
             pytest.skip(str(reason))
         got = experts(x, index, weights)
     assert device.findings == []

@@ -32,7 +32,7 @@ def check(name, case, implementation, arch, seed):
     args = case.arguments(seed=seed)
     operation = dispatch.operations[getattr(case, "op", name)]
     with fp.interpret(arch, seed=seed) as device, fp.use_backend(implementation):
-        if reason := device.why_not(implementation):
+        if reason := fp.dispatch.interpreter().why_not(implementation):
             pytest.skip(str(reason))
         MODULES[name].assert_matches(operation(*args), args)
     assert device.findings == []
@@ -77,7 +77,7 @@ def test_no_false_alarm_in_20_seeds(name, case, implementation, arch):
     args, expected = case.arguments(), None
     for seed in range(20):
         with fp.interpret(arch, seed=seed, approximate=False) as device, fp.use_backend(implementation):
-            if reason := device.why_not(implementation):
+            if reason := fp.dispatch.interpreter().why_not(implementation):
                 pytest.skip(str(reason))
             got = dispatch.operations[getattr(case, "op", name)](*args)
         assert device.findings == []

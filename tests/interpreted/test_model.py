@@ -57,7 +57,9 @@ def test_as_it_is(minilm):
     with fp.interpret("sm_80", seed=1) as device:
         got = model(**batch).last_hidden_state
     assert torch.equal(got, expected)
-    has_kernel = "cuda" in dispatch.operations["int8_linear"].compiled and device.why_not("cuda") is None
+    has_kernel = (
+        "cuda" in dispatch.operations["int8_linear"].compiled and fp.dispatch.interpreter().why_not("cuda") is None
+    )
     assert (device.counters["launches"] > 0) == has_kernel
 
 
@@ -67,8 +69,8 @@ def test_with_its_activations_in_its_layers():
     model, batch = swapped()
     assert sum(getattr(m, "activation", None) == "gelu" for m in model.modules()) == 6
     expected = model(**batch).last_hidden_state
-    with fp.interpret("sm_80", seed=1) as device:
-        if reason := device.why_not("cuda"):
+    with fp.interpret("sm_80", seed=1):
+        if reason := fp.dispatch.interpreter().why_not("cuda"):
             pytest.skip(str(reason))
         got = model(**batch).last_hidden_state
     off = (got - expected).norm() / expected.norm()
@@ -83,7 +85,7 @@ def test_every_layer_by_its_kernels(minilm, implementation, monkeypatch):
     expected = model(**batch).last_hidden_state
     layers = [m for m in model.modules() if isinstance(m, Int8Linear)]
     with fp.interpret("sm_80", seed=1) as device:
-        if reason := device.why_not(implementation):
+        if reason := fp.dispatch.interpreter().why_not(implementation):
             pytest.skip(str(reason))
 
         def forward(layer, x):

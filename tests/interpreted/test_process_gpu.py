@@ -24,7 +24,7 @@ def test_swapped_models_run_on_it(guard):
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     outcomes = re.findall(r"^(PASSED|FAILED|ERROR) \S*?::\S+", done.stdout, re.M)
     assert len(outcomes) > 10 and set(outcomes) == {"PASSED"}
-    assert re.search(r"^\d{2,} launches, 0 findings", done.stdout, re.M)
+    assert re.search(r"^\d{2,} launches with 1 schedule .*, 0 findings", done.stdout, re.M)
 
 
 def test_a_script_runs_a_swapped_model(tmp_path):

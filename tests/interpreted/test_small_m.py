@@ -19,7 +19,7 @@ GATED = EpilogueCase(activation="silu_mul")
 def run(name, args, arch, **options):
     """(what the operation returns, the device with its counters)."""
     with fp.interpret(arch, counters=True, **options) as device, fp.use_backend("cuda"):
-        if reason := device.why_not("cuda"):
+        if reason := fp.dispatch.interpreter().why_not("cuda"):
             pytest.skip(str(reason))
         got = dispatch.operations[name](*args)
     assert device.findings == []

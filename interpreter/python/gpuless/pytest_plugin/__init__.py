@@ -24,12 +24,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "other. What the kernels do wrong fails the test that launched them",
     )  # fmt: skip
     group.addoption(
-        "--gpu-seeds",
-        metavar="N",
-        type=int,
-        default=2,
-        help="run each test with so many schedules of the GPU (default: %(default)s, one that begins blocks in order and one in reverse)",
-    )
+        "--gpu-seeds", metavar="N", type=int, default=2,
+        help="run each test with so many schedules of the GPU (default: %(default)s: blocks begin in order, and in reverse)",
+    )  # fmt: skip
     group.addoption("--gpu-seed", metavar="SEED", type=int, default=0, help="the first of them: repeats a finding")
     group.addoption(
         "--gpu-budget", metavar="SECONDS", type=float, default=0.0,

@@ -70,8 +70,8 @@ class Session:
                 reports.append(call_and_report(item, "call", log=False))
             goes_on = reports[-1].passed or bool(self.baseline)  # which has what every schedule shows
             another = not self.last and goes_on and self.device.counters["launches"] > self.launched
-            kept: Any = item.parent if another else nextitem  # fixtures of the module and so on are made once
-            reports.append(call_and_report(item, "teardown", log=False, nextitem=kept))
+            following: Any = item.parent if another else nextitem  # fixtures of the module and so on are made once
+            reports.append(call_and_report(item, "teardown", log=False, nextitem=following))
         finally:
             self.device.time_limit(0)
         if hasattr(item, "_request"):
