@@ -108,7 +108,7 @@ def test_compiled_calls_are_interpreted_or_refused():
 @pytest.mark.parametrize(
     ("missing", "words"),
     [
-        ("_ops.so", "RuntimeError: the op library did not load"),
+        ("_ops.so", "Unsupported: the op library did not load"),
         (
             "_kernels_interpreted.so",
             "Unsupported: quantize: cuda: built without CUDA kernels for gpuless: .*; reinstall where `nvcc`",

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import importlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ import torch
 from ..common.imports import when_imported
 from . import choice, library
 from .operation import Operation, is_of_subclass, operations
-from .reason import Reason
+from .reason import Reason, Unsupported
 
 if TYPE_CHECKING:
     import gpuless
@@ -30,7 +31,8 @@ MISSING = ("to run GPU kernels without a GPU, forwardpass needs gpuless, which i
 def load() -> Any:
     """The package gpuless; ImportError, with the command that installs it, where it is missing."""
     try:
-        return importlib.import_module("gpuless")
+        importlib.import_module("gpuless.core")
+        return sys.modules["gpuless"]
     except ModuleNotFoundError as e:
         if e.name != "gpuless":
             raise
@@ -125,11 +127,13 @@ def interpret(arch: str = "sm_90a", **options: Any) -> Iterator[gpuless.Device]:
     Raises:
         ImportError: gpuless is not installed.
         gpuless.Finding: out of the block, by the call that launched the kernel.
-        gpuless.Unavailable, ValueError: as `gpuless.gpu` raises them.
+        Unsupported: this installation or this CPU cannot interpret.
+        ValueError: as `gpuless.gpu` raises it.
     """
-    if problem := library.why_no_ops():
-        raise RuntimeError(problem)
-    with load().gpu(arch, **options) as device, choice.interpreted_by(Interpreted(device)):
+    gpuless = load()
+    if problem := gpuless.core.why_not() or library.why_no_ops():
+        raise Unsupported(problem, dict.fromkeys(("cuda", "triton"), Reason("not_built", problem, "")))
+    with gpuless.gpu(arch, **options) as device, choice.interpreted_by(Interpreted(device)):
         yield device
 
 

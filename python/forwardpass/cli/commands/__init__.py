@@ -11,6 +11,7 @@ import typer
 
 from ...version import __version__
 from .doctor import doctor
+from .kernels import kernels
 from .parity import parity
 from .plan import plan
 from .profile import profile
@@ -41,5 +42,5 @@ def root(
     """Options before the command."""
 
 
-for command in (doctor, swap, plan, profile, parity, size_batch):
+for command in (doctor, swap, plan, profile, parity, size_batch, kernels):
     app.command()(command)
