@@ -1,0 +1,118 @@
+"""Large sets of cases as few tests, of which `make test` runs a part and `make test-all` the whole::
+
+    @pytest.mark.parametrize("case", in_parts(cases.cases(), 8))
+    def test_cpu(case, seed): ...
+
+This is two tests: one calls the function with an eighth of the cases, the other, which is slow, with all others. Which eighth it is
+follows from the commit, so that a few commits run the whole. `some_of` chooses in the same way within a test.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+#: chooses the parts, in place of the commit
+VARIABLE = "FORWARDPASS_TEST_PART"
+
+
+class Cases(tuple):
+    """A parameter of a test that is called with each of them in turn, instead of one test per case."""
+
+
+def commit() -> str | None:
+    """The hash of the checkout's last commit; None without git."""
+    command = ["git", "-C", str(pathlib.Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def number() -> int:
+    """Of a set in n parts, the part with the remainder of this by n is chosen."""
+    if VARIABLE not in os.environ:  # the processes of a run inherit it
+        os.environ[VARIABLE] = str(int((commit() or "0")[:8], 16))
+    return int(os.environ[VARIABLE])
+
+
+def chosen(cases: Iterable[Any], parts: int, shift: int = 0) -> list[bool]:
+    """Of each case, whether it is in the part. Those of each operation that a set has are counted apart, and one in `parts` of
+    them is taken, of fewer than `parts` one. With `shift` it is another part: two that differ by less than `parts` share no case."""
+    names = [getattr(case, "op", None) for case in cases]
+    sizes, seen, taken = Counter(names), Counter[Any](), []
+    for name in names:
+        taken.append((seen[name] - number() - shift) % min(parts, sizes[name]) == 0)
+        seen[name] += 1
+    return taken
+
+
+def some_of(cases: Iterable[Any], parts: int, shift: int = 0) -> list[Any]:
+    """One case in `parts`."""
+    cases = list(cases)
+    return [case for case, taken in zip(cases, chosen(cases, parts, shift)) if taken]
+
+
+def in_parts(cases: Iterable[Any], parts: int, *values: Any, shift: int = 0, marks: Any = ()) -> list[Any]:
+    """Parameters of two tests, (cases, *values): the part of `chosen`, and the rest, which is slow."""
+    cases = list(cases)
+    taken = chosen(cases, parts, shift)
+    name = "-".join([*map(str, values), ""])
+    sets = {"part": [c for c, t in zip(cases, taken) if t], "rest": [c for c, t in zip(cases, taken) if not t]}
+    slow = {"part": (), "rest": (pytest.mark.slow,)}
+    return [
+        pytest.param(Cases(some), *values, id=name + which, marks=(*marks, *slow[which]))
+        for which, some in sets.items()
+        if some
+    ]
+
+
+def whole(cases: Iterable[Any], *values: Any, marks: Any = ()) -> Any:
+    """The parameters of one test, (cases, *values), with all of the cases."""
+    return pytest.param(Cases(cases), *values, id="-".join(map(str, values)) or "all", marks=marks)
+
+
+# What pytest calls, by way of conftest.py.
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--case", metavar="TEXT", default="", help="of a test that runs many cases, those with TEXT in their name"
+    )
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Prints the part. pytest_report_header is not called with -q."""
+    by = "as the environment says" if VARIABLE in os.environ else f"by commit {(commit() or 'none')[:8]}"
+    line = f"part of the large sets of cases: {VARIABLE}={number()}, {by}"
+    if not hasattr(session.config, "workerinput"):
+        session.config.get_terminal_writer().line(line)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Calls a test that has Cases with each. A case that fails stops no other, and is reported as a test of its own would be."""
+    args = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
+    looped = [name for name, value in args.items() if isinstance(value, Cases)]
+    if not looped:
+        return None
+    (name,) = looped
+    cases = [case for case in args[name] if pyfuncitem.config.getoption("--case") in str(case)]
+    skipped, subtests = [], pyfuncitem._request.getfixturevalue("subtests")
+    for case in cases:
+        try:
+            pyfuncitem.obj(**{**args, name: case})
+        except pytest.skip.Exception as e:
+            skipped.append(str(e))
+        except Exception:
+            with subtests.test(str(case)):
+                raise
+    if len(skipped) == len(cases):
+        pytest.skip(skipped[0] if skipped else "no case has the text of --case in its name")
+    return True
