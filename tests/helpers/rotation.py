@@ -18,8 +18,12 @@ from typing import Any
 
 import pytest
 
-#: chooses the parts, in place of the commit
+#: chooses the parts, instead of the commit
 VARIABLE = "FORWARDPASS_TEST_PART"
+
+
+#: Parameters of a test that takes `some_of` by itself: one case in four, and the whole.
+A_QUARTER = (4, pytest.param(1, marks=pytest.mark.slow))
 
 
 class Cases(tuple):
@@ -43,8 +47,10 @@ def number() -> int:
 
 
 def chosen(cases: Iterable[Any], parts: int, shift: int = 0) -> list[bool]:
-    """Of each case, whether it is in the part. Those of each operation that a set has are counted apart, and one in `parts` of
-    them is taken, of fewer than `parts` one. With `shift` it is another part: two that differ by less than `parts` share no case."""
+    """For each case, whether it is in the part. The part has one in `parts` of each operation's cases, and at least one.
+
+    `shift` takes another part. Two shifts that differ by less than `parts` share no case of an operation with so many.
+    """
     names = [getattr(case, "op", None) for case in cases]
     sizes, seen, taken = Counter(names), Counter[Any](), []
     for name in names:
@@ -59,23 +65,23 @@ def some_of(cases: Iterable[Any], parts: int, shift: int = 0) -> list[Any]:
     return [case for case, taken in zip(cases, chosen(cases, parts, shift)) if taken]
 
 
-def in_parts(cases: Iterable[Any], parts: int, *values: Any, shift: int = 0, marks: Any = ()) -> list[Any]:
+def in_parts(
+    cases: Iterable[Any], parts: int, *values: Any, label: str = "", shift: int = 0, marks: Iterable[Any] = ()
+) -> list[Any]:
     """Parameters of two tests, (cases, *values): the part of `chosen`, and the rest, which is slow."""
     cases = list(cases)
     taken = chosen(cases, parts, shift)
-    name = "-".join([*map(str, values), ""])
-    sets = {"part": [c for c, t in zip(cases, taken) if t], "rest": [c for c, t in zip(cases, taken) if not t]}
-    slow = {"part": (), "rest": (pytest.mark.slow,)}
-    return [
-        pytest.param(Cases(some), *values, id=name + which, marks=(*marks, *slow[which]))
-        for which, some in sets.items()
-        if some
-    ]
+    part, rest = ([case for case, t in zip(cases, taken) if t == wanted] for wanted in (True, False))
+    tests = [whole(part, *values, label=label, which="part", marks=marks)]
+    if rest:
+        tests.append(whole(rest, *values, label=label, which="rest", marks=[*marks, pytest.mark.slow]))
+    return tests
 
 
-def whole(cases: Iterable[Any], *values: Any, marks: Any = ()) -> Any:
+def whole(cases: Iterable[Any], *values: Any, label: str = "", which: str = "all", marks: Iterable[Any] = ()) -> Any:
     """The parameters of one test, (cases, *values), with all of the cases."""
-    return pytest.param(Cases(cases), *values, id="-".join(map(str, values)) or "all", marks=marks)
+    name = "-".join([label] * bool(label) + [str(v) for v in values if v is not None] + [which])
+    return pytest.param(Cases(cases), *values, id=name, marks=tuple(marks))
 
 
 # What pytest calls, by way of conftest.py.

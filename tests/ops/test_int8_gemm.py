@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from processes import two_threads
+from rotation import in_parts, whole
 
 import forwardpass as fp
 from forwardpass.ops.dequant_activation import cases as dequant_cases
@@ -26,11 +27,10 @@ OPS = {
     "int8_gemm": (gemm_reference.int8_gemm, list(gemm_cases.cases())),
     "int8_linear": (linear_reference.int8_linear, list(linear_cases.cases())),
 }
-ALL = [pytest.param(op, case, id=f"{op}-{case}") for op, (_, cases) in OPS.items() for case in cases]
 
 
-@pytest.mark.parametrize(("op", "case"), ALL)
-def test_cpu_against_reference(op, case, seed):
+@pytest.mark.parametrize(("case", "op"), [whole(cases, op) for op, (_, cases) in OPS.items()])
+def test_cpu_against_reference(case, op, seed):
     args = case.arguments(seed=seed)
     with poisoned_outputs():
         got = getattr(torch.ops.forwardpass, f"{op}_cpu")(*args)
@@ -88,10 +88,9 @@ def test_sums_at_the_greatest_depth(backend, arch, zero_point):
     assert y.tolist() == [[float(torch.tensor(k * (128 + (zero_point or 0)) * 128.0))] * 2]
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_opcheck(op):
-    for case in OPS[op][1][::9]:
-        torch.library.opcheck(getattr(torch.ops.forwardpass, f"{op}_cpu").default, case.arguments())
+@pytest.mark.parametrize(("case", "op"), [p for op, (_, cases) in OPS.items() for p in in_parts(cases[::9], 5, op)])
+def test_opcheck(case, op):
+    torch.library.opcheck(getattr(torch.ops.forwardpass, f"{op}_cpu").default, case.arguments())
 
 
 def test_linear_is_quantize_then_gemm():
