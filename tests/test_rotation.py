@@ -7,7 +7,7 @@ import sys
 import pytest
 import rotation
 from processes import two_threads
-from rotation import VARIABLE, in_parts, some_of
+from rotation import VARIABLE, in_parts, in_turn, paired, some_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +55,23 @@ def test_the_rest_is_slow(monkeypatch):
     assert part.values[0] == tuple(some_of(CASES, 4))
     assert sorted([*part.values[0], *rest.values[0]], key=str) == sorted(CASES, key=str)
     assert [p.id for p in in_parts(CASES, 1)] == ["part"]
+
+
+def quick(parameters):
+    return [p.values for p in parameters if p.marks == ()]
+
+
+def test_each_value_has_its_turn(monkeypatch):
+    turns, pairs = [], []
+    for number in range(4):
+        monkeypatch.setenv(VARIABLE, str(number))
+        turns.append(quick(in_turn(["a", "b", ("c", 1), "d"])))
+        pairs.append(quick(paired("abcd", (1, 2))))
+        assert len(quick(in_turn(range(10), 5))) == 2
+        assert {x for x, _ in pairs[-1]} == {*"abcd"} and {y for _, y in pairs[-1]} == {1, 2}
+    assert sorted(str(v) for turn in turns for v in turn) == ["('a',)", "('b',)", "('c', 1)", "('d',)"]
+    assert {pair for part in pairs for pair in part} == {(x, y) for x in "abcd" for y in (1, 2)}
+    assert len(pairs[0]) == 4
 
 
 def test_the_commit_chooses(monkeypatch):

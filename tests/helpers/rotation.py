@@ -84,6 +84,27 @@ def whole(cases: Iterable[Any], *values: Any, label: str = "", which: str = "all
     return pytest.param(Cases(cases), *values, id=name, marks=tuple(marks))
 
 
+def in_turn(values: Iterable[Any], parts: int | None = None) -> list[Any]:
+    """Parameters of a test per value, for tests that cannot run several in one: one value in `parts` (by default one of all), and
+    the others, which are slow. A value that is a tuple is of several arguments."""
+    values = list(values)
+    return [
+        pytest.param(*(v if isinstance(v, tuple) else (v,)), marks=() if taken else pytest.mark.slow)
+        for v, taken in zip(values, chosen(values, parts or len(values)))
+    ]
+
+
+def paired(first: Iterable[Any], second: Iterable[Any]) -> list[Any]:
+    """Parameters (x, y) of a test per pair. Each value is in a pair that is not slow, and each pair is in turn."""
+    first, second = list(first), list(second)
+    parts = min(len(first), len(second))
+    return [
+        pytest.param(x, y, marks=() if (i + j - number()) % parts == 0 else pytest.mark.slow)
+        for i, x in enumerate(first)
+        for j, y in enumerate(second)
+    ]
+
+
 # What pytest calls, by way of conftest.py.
 
 
