@@ -1,15 +1,24 @@
 """What tests of an operation on every backend run, where all give the same bits."""
 
+import pytest
 from rotation import in_parts
 
 import forwardpass as fp
 from forwardpass.testing import poisoned_outputs
 
+#: One in so many of the cases that Triton has to compile GEMMs and attention for, a second or two each.
+OF_TRITON = 60
 
-def on_each(architectures, cases, parts):
-    """(cases, arch): a part of the cases on each architecture, on each another one. With a part per architecture, each case runs
-    on one."""
-    return [p for shift, arch in enumerate(architectures) for p in in_parts(cases, parts, arch, shift=shift)]
+
+def on_each(architectures, cases, parts, *values, slow=()):
+    """(cases, *values, arch): a part of the cases on each architecture, on each another one. With a part per architecture, each
+    case runs on one. slow: the architectures of which all is slow, because their code is that of another."""
+    cases = list(cases)
+    return [
+        p
+        for shift, arch in enumerate(architectures)
+        for p in in_parts(cases, parts, *values, arch, shift=shift, marks=[pytest.mark.slow] * (arch in slow))
+    ]
 
 
 def on_cuda(cases, parts=4):
