@@ -6,13 +6,12 @@ few kernels; `make test-all` adds CUDA's cases, and Triton's kernels for int8 we
 for sm_80, `.target` apart.
 """
 
-import itertools
 import re
 
 import pytest
 import torch
 from every_backend import OF_TRITON, on_each
-from rotation import whole
+from rotation import paired, whole
 
 import forwardpass as fp
 from forwardpass import dispatch
@@ -61,11 +60,6 @@ def check(name, case, implementation, arch, seed, truncating):
     assert (device.counters["launches"] > 0) == (args[0].numel() > 0)
 
 
-def repeats(implementation, arch, dtype):
-    """Whether another architecture's PTX is the same, or nearly; dtype: that of the 8-bit operand."""
-    return arch == "sm_120" or (implementation == "triton" and arch == "sm_89" and dtype == torch.int8)
-
-
 def is_refused(name, case):
     """Wherever it runs."""
     return name == "w8a16_gemm" and case.x_dtype == torch.float32
@@ -83,12 +77,6 @@ def launches():
             yield whole(rest, name, "triton", arch, which="of cuda", marks=[pytest.mark.slow])
             if refused:
                 yield from (whole(refused, name, i, arch, which="refused") for i in IMPLEMENTATIONS)
-
-
-def each(*values):
-    """(value, implementation, architecture) for each (value, type of the 8-bit operand)."""
-    for (value, dtype), implementation, arch in itertools.product(values, IMPLEMENTATIONS, ARCHITECTURES):
-        yield pytest.param(value, implementation, arch, marks=[pytest.mark.slow] * repeats(implementation, arch, dtype))
 
 
 @pytest.mark.parametrize(("case", "name", "implementation", "arch"), list(launches()))
@@ -111,7 +99,8 @@ def test_sums_are_promoted(case, arch, implementation, seed):
     check("fp8_gemm", case, implementation, arch, seed, truncating=True)
 
 
-@pytest.mark.parametrize(("w_dtype", "implementation", "arch"), list(each((torch.int8, torch.int8), (E4M3, E4M3))))
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("arch", "w_dtype"), paired(ARCHITECTURES, (torch.int8, E4M3)))
 def test_weights_are_upconverted_exactly(w_dtype, implementation, arch, seed):
     """All 256 in each byte of a word, NaN and denormals included, which no random weight is."""
     codes = torch.arange(-128, 128, dtype=torch.int8)
@@ -129,10 +118,8 @@ def test_weights_are_upconverted_exactly(w_dtype, implementation, arch, seed):
     assert device.findings == []
 
 
-@pytest.mark.parametrize(
-    ("name", "implementation", "arch"),
-    list(each(("int8_gemm", torch.int8), ("fp8_gemm", E4M3), ("w8a16_gemm", torch.int8))),
-)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("arch", "name"), paired(ARCHITECTURES, ("int8_gemm", "fp8_gemm", "w8a16_gemm")))
 def test_rows_may_be_one_and_the_same(name, implementation, arch):
     """An operand of stride 0, which `expand` makes."""
     dtype = {"int8_gemm": torch.int8, "fp8_gemm": E4M3, "w8a16_gemm": torch.bfloat16}[name]
