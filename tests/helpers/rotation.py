@@ -9,6 +9,7 @@ follows from the commit, so that a few commits run the whole. `some_of` chooses 
 
 from __future__ import annotations
 
+import itertools
 import os
 import pathlib
 import subprocess
@@ -95,14 +96,17 @@ def in_turn(values: Iterable[Any], parts: int | None = None) -> list[Any]:
 
 
 def paired(first: Iterable[Any], second: Iterable[Any]) -> list[Any]:
-    """Parameters (x, y) of a test per pair. Each value is in a pair that is not slow, and each pair is in turn."""
+    """Parameters (x, y) of a test per pair. Each value is in a pair that is not slow, and each pair is in turn. A y may be a
+    pytest.param."""
     first, second = list(first), list(second)
     parts = min(len(first), len(second))
-    return [
-        pytest.param(x, y, marks=() if (i + j - number()) % parts == 0 else pytest.mark.slow)
-        for i, x in enumerate(first)
-        for j, y in enumerate(second)
-    ]
+    pairs = []
+    for (i, x), (j, y) in itertools.product(enumerate(first), enumerate(second)):
+        slow = (i + j - number()) % parts != 0
+        given = y if hasattr(y, "marks") else pytest.param(y, id=None)
+        name = None if given.id is None else f"{x}-{given.id}"
+        pairs.append(pytest.param(x, *given.values, id=name, marks=(*given.marks, *[pytest.mark.slow] * slow)))
+    return pairs
 
 
 # What pytest calls, by way of conftest.py.
