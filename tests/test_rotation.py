@@ -1,13 +1,17 @@
 """rotation.py: parts of sets of cases, and one test that runs many of them."""
 
 import dataclasses
+import importlib
 import subprocess
 import sys
 
 import pytest
 import rotation
+from every_backend import OF_TRITON, on_each
 from processes import two_threads
 from rotation import VARIABLE, in_parts, in_turn, paired, some_of
+
+from forwardpass.dispatch import operations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +39,27 @@ def test_parts_are_the_whole(monkeypatch, parts):
     assert all({case.op for case in part} == {"many", "other", "few"} for part in taken)
     assert max(map(len, taken)) - min(map(len, taken)) <= 2
     assert sum(map(len, taken)) == 50 + 17 + max(parts, 3)  # few ones are in several parts
+
+
+@pytest.mark.parametrize("parts", [4, OF_TRITON])
+@pytest.mark.parametrize("name", sorted({operation.package for operation in operations.values()}))
+def test_every_run_has_each_operation_on_each_architecture(monkeypatch, name, parts):
+    """And as many runs as there are parts have every case on each."""
+    architectures, cases = (
+        ("sm_80", "sm_89", "sm_90a", "sm_120"),
+        list(importlib.import_module(f"{name}.cases").cases()),
+    )
+    names = {getattr(case, "op", None) for case in cases}
+    run = {arch: set() for arch in architectures}
+    for number in range(parts):
+        monkeypatch.setenv(VARIABLE, str(number))
+        part = {p.values[-1]: p.values[0] for p in on_each(architectures, cases, parts) if p.marks == ()}
+        assert {arch: {getattr(case, "op", None) for case in of} for arch, of in part.items()} == dict.fromkeys(
+            run, names
+        )
+        for arch, of in part.items():
+            run[arch] |= set(of)
+    assert run == dict.fromkeys(architectures, set(cases))
 
 
 def test_shifted_parts_share_no_case(monkeypatch):
