@@ -11,7 +11,7 @@ DEMO := $(BIN)/forwardpass swap minilm --precision int8 --batch 8 --length 128 -
 export FORWARDPASS_BUILD_STRICT ?= 1
 export GPULESS_BUILD_STRICT ?= 1
 
-.PHONY: demo test test-all test-cuda-torch test-newest lint gates gpu bench clean
+.PHONY: demo test tests lint-log test-all test-cuda-torch test-newest lint gates gpu bench clean
 
 demo: .venv/built
 	$(BIN)/forwardpass doctor
@@ -20,8 +20,16 @@ demo: .venv/built
 # A process a core, each with one thread; the files of tests go to whoever is free, those that take longest first (conftest.py).
 PYTEST = OMP_NUM_THREADS=1 $(1)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-test: lint
+# Lint takes the core that the tests leave free. Its output comes after theirs, and `make test` fails if either of them does.
+test: .venv/dev
+	@$(MAKE) --no-print-directory --keep-going -j2 tests lint-log; status=$$?; echo; cat build/lint.log; exit $$status
+
+tests: .venv/dev
 	$(call PYTEST,$(BIN)) -m "not slow"
+
+lint-log: .venv/dev
+	@mkdir -p build
+	@$(MAKE) --no-print-directory lint > build/lint.log 2>&1 || { echo "make lint FAILED: see below the tests"; exit 1; }
 
 # Three hours at most; what measures time runs alone.
 test-all: test

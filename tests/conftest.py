@@ -7,6 +7,7 @@ import pathlib
 
 import pytest
 import torch
+from rotation import pytest_addoption, pytest_pyfunc_call, pytest_sessionstart  # noqa: F401
 
 import forwardpass as fp
 from forwardpass.common import environment

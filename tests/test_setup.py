@@ -336,3 +336,25 @@ esac"""
         "make: the versions in constraints.txt need Python 3.11 or later, and "
         f"{tmp_path}/python3 is 3.10: name another, as in make demo PYTHON=python3.12"
     )
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+@pytest.mark.parametrize("fails", [(), ("python",), ("mypy",), ("ruff", "python")], ids=str)
+def test_make_test_fails_if_the_tests_or_lint_do(tmp_path, monkeypatch, fails):
+    """And runs both, whichever fails; lint's output comes last."""
+    for name in ("MAKEFLAGS", "MAKELEVEL"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "csrc").mkdir()
+    for name in ("Makefile", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("pyproject.toml", "setup.py"):
+        (tmp_path / name).touch()
+    for tool in ("python", "ruff", "clang-format", "mypy"):
+        script(tmp_path / ".venv/bin" / tool, f"echo {tool} ran; exit {int(tool in fails)}")
+    for name in ("built", "dev"):
+        (tmp_path / ".venv" / name).touch()
+    done = subprocess.run(["make", "test"], cwd=tmp_path, capture_output=True, text=True)
+    assert bool(done.returncode) == bool(fails), done.stderr
+    tests, lint = done.stdout.index("python ran"), done.stdout.index("ruff ran")
+    assert tests < lint and ("mypy ran" in done.stdout) == ("ruff" not in fails)
+    assert ("make lint FAILED" in done.stdout) == bool({"mypy", "ruff"} & {*fails})

@@ -12,10 +12,22 @@ from forwardpass.cli import console, doctor
 from forwardpass.common import environment
 
 
-def test_doctor_json():
+@pytest.fixture(scope="module")
+def examined():
     result = run("doctor", "--json")
     found = json.loads(result.stdout)
     assert result.exit_code == 0, found["problems"]
+    return found
+
+
+@pytest.fixture
+def one_operation(monkeypatch):
+    """Is looked at: all take a second and a half."""
+    monkeypatch.setattr(fp.dispatch, "operations", {"quantize": fp.dispatch.operations["quantize"]})
+
+
+def test_doctor_json(examined):
+    found = examined
     assert found["schema"] == "forwardpass.doctor/1"
     assert {"versions", "device", "gpus", "build", "driver", "nvcc", "kernels", "measured", "problems"} <= set(found)
     assert found["versions"]["torch"] == torch.__version__
@@ -29,8 +41,8 @@ def test_doctor_json():
         assert rows["quantize", "cuda"]["code"] in ("no_gpu", "not_built")
 
 
-def test_doctor_knows_what_can_be_interpreted():
-    found = json.loads(run("doctor", "--json").stdout)["interpreter"]
+def test_doctor_knows_what_can_be_interpreted(examined):
+    found = examined["interpreter"]
     assert found["problem"] is None
     names = {"sm_80": "A100", "sm_89": "L40S", "sm_90a": "H100", "sm_100a": "B200", "sm_120": "RTX PRO 6000"}
     assert found["architectures"] == names
@@ -74,12 +86,13 @@ def test_doctor_table():
         (None, None, "no gain"),
     ],
 )
-def test_doctor_says_what_int8_gains_here(monkeypatch, tier, instructions, line):
-    monkeypatch.setattr(environment, "cpu_tier", lambda: tier)
-    monkeypatch.delitem(environment.INT8_INSTRUCTIONS, "baseline")
-    monkeypatch.setattr(pathlib.Path, "read_text", lambda path: "model name\t: a CPU\n")
-    cpu = environment.device()
-    monkeypatch.undo()
+@pytest.mark.usefixtures("one_operation")
+def test_doctor_says_what_int8_gains_here(tier, instructions, line, monkeypatch):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(environment, "cpu_tier", lambda: tier)
+        patch.delitem(environment.INT8_INSTRUCTIONS, "baseline")
+        patch.setattr(pathlib.Path, "read_text", lambda path: "model name\t: a CPU\n")
+        cpu = environment.device()
     assert (cpu["name"], cpu["int8"]) == ("a CPU", instructions)
     monkeypatch.setattr(doctor.environment, "device", lambda name="cpu": cpu)
     row = next(x for x in run("doctor").stdout.splitlines() if x.startswith("int8  "))
@@ -98,6 +111,7 @@ def test_doctor_does_not_blame_an_a100_for_its_tensor_cores(monkeypatch):
     assert found["problems"] == []
 
 
+@pytest.mark.usefixtures("one_operation")
 def test_doctor_finds_a_kernel_that_is_wrong(monkeypatch):
     op = fp.dispatch.operations["quantize"]
     right = op.runs["cpu"]
@@ -109,6 +123,7 @@ def test_doctor_finds_a_kernel_that_is_wrong(monkeypatch):
     assert "quantize on cpu differs" in json.loads(result.stdout)["problems"][0]
 
 
+@pytest.mark.usefixtures("one_operation")
 def test_doctor_finds_a_kernel_that_raises(monkeypatch):
     def broken(*args):
         raise RuntimeError("an illegal\n instruction")
@@ -122,6 +137,7 @@ def test_doctor_finds_a_kernel_that_raises(monkeypatch):
     assert "RuntimeError: an illegal instruction" in " ".join(result.stdout.split())
 
 
+@pytest.mark.usefixtures("one_operation")
 def test_doctor_knows_an_old_driver(monkeypatch):
     monkeypatch.setitem(fp.dispatch.library.build_info, "nvcc", "13.0")
     monkeypatch.setattr(doctor.environment, "driver", lambda: "550.54.15")

@@ -5,6 +5,7 @@ itself: the launch bounds are attributes in .nv.info, and the PTX that -lineinfo
 """
 
 import dataclasses
+import functools
 import pathlib
 import re
 import struct
@@ -59,6 +60,21 @@ def limits(arch: str) -> Limits:
     return LIMITS[number]
 
 
+@dataclasses.dataclass(frozen=True)
+class Disassembly:
+    """Of a cubin, made when it is first asked for: of all cubins it takes nearly a minute."""
+
+    image: bytes = dataclasses.field(repr=False)
+
+    @functools.cached_property
+    def functions(self) -> dict[str, sass.Function]:
+        """By mangled name."""
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(self.image)
+            file.flush()
+            return sass.functions(tool("nvdisasm", "-c", file.name))
+
+
 @dataclasses.dataclass
 class Kernel:
     name: str  # readable: kernel_names.py
@@ -70,7 +86,12 @@ class Kernel:
     dynamic_shared: int | None  # bytes: what the kernel's SharedBytes says; None where it has none
     uses_dynamic_shared: bool
     threads: int | None  # of its launch bounds
-    code: sass.Function
+    mangled: str
+    disassembly: Disassembly
+
+    @property
+    def code(self) -> sass.Function:
+        return self.disassembly.functions[self.mangled]
 
     @property
     def limits(self) -> Limits:
@@ -153,8 +174,8 @@ def kernels_of_cubin(cubin: pathlib.Path, usage: str) -> list[Kernel]:
     }
     if not resources:
         return []
-    code = sass.functions(tool("nvdisasm", "-c", cubin))
-    elf = sections(cubin.read_bytes())
+    image = cubin.read_bytes()
+    elf, disassembly = sections(image), Disassembly(image)
     dynamic = users_of_dynamic_shared(elf)
     kernels = []
     for mangled, name in zip(resources, demangle(list(resources))):
@@ -172,7 +193,8 @@ def kernels_of_cubin(cubin: pathlib.Path, usage: str) -> list[Kernel]:
                 dynamic_shared=int(declared[1]) if declared else None,
                 uses_dynamic_shared=mangled in dynamic,
                 threads=launch_threads(elf[f".nv.info.{mangled}"]),
-                code=code[mangled],
+                mangled=mangled,
+                disassembly=disassembly,
             )
         )
     return kernels

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from matching import cases_of, check
+from rotation import whole
 
 from forwardpass import dispatch
 
@@ -19,15 +20,15 @@ SMOKE = 12
 def cases():
     """The awkward ones and those of real layers."""
     for name, module in MODULES.items():
-        for i, case in enumerate(module.cases()):
-            yield pytest.param(name, case, id=f"{name}-{case}", marks=pytest.mark.smoke if i % SMOKE == 0 else ())
-        for case in module.BENCHMARK_CASES:
-            yield pytest.param(name, case, id=f"{name}-{case}")
+        awkward = list(module.cases())
+        yield whole(awkward[::SMOKE], name, which="smoke", marks=[pytest.mark.smoke])
+        yield whole([c for i, c in enumerate(awkward) if i % SMOKE], name, which="awkward")
+        yield whole(module.BENCHMARK_CASES, name, which="real")
 
 
 @pytest.mark.parametrize("implementation", ["cuda", "triton"])
-@pytest.mark.parametrize(("name", "case"), list(cases()))
-def test_kernel(name, case, implementation, seed):
+@pytest.mark.parametrize(("case", "name"), list(cases()))
+def test_kernel(case, name, implementation, seed):
     args = case.arguments("cuda", seed=seed)
     operation = dispatch.operations[getattr(case, "op", name)]
     with dispatch.use_backend(implementation):

@@ -1,23 +1,33 @@
 """What tests of an operation on every backend run, where all give the same bits."""
 
 import pytest
+from rotation import in_parts
 
 import forwardpass as fp
 from forwardpass.testing import poisoned_outputs
 
+#: One in so many of the cases that Triton has to compile GEMMs and attention for, a second or two each.
+OF_TRITON = 60
 
-def on_cuda(cases, architectures=("sm_90a", "sm_80", "sm_89", "sm_120")):
-    """(case, arch): each case on one architecture, in turn; the slow tests have the others."""
+
+def on_each(architectures, cases, parts, *values, slow=()):
+    """(cases, *values, arch): a part of the cases on each architecture, on each another one. With a part per architecture, each
+    case runs on one. slow: the architectures of which all is slow, because their code is that of another."""
+    cases = list(cases)
     return [
-        pytest.param(case, arch, marks=[pytest.mark.slow] * (i % 4 != j), id=f"{arch} {case}")
-        for i, case in enumerate(cases)
-        for j, arch in enumerate(architectures)
+        p
+        for shift, arch in enumerate(architectures)
+        for p in in_parts(cases, parts, *values, arch, shift=shift, marks=[pytest.mark.slow] * (arch in slow))
     ]
 
 
-def in_triton(cases):
-    """One case of four; the slow tests have the others."""
-    return [pytest.param(c, marks=[pytest.mark.slow] * (i % 4 > 0)) for i, c in enumerate(cases)]
+def on_cuda(cases, parts=4):
+    return on_each(("sm_90a", "sm_80", "sm_89", "sm_120"), cases, parts)
+
+
+def in_triton(cases, parts=8):
+    """Triton takes a second or two to compile a kernel for a case."""
+    return on_each(("sm_80", "sm_90a"), cases, parts)
 
 
 def interpreted(operation, args, backend, arch, seed):

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 import pytest
 import torch
 from recorded_calls import recorded_calls
+from rotation import paired
 from small_models import ATTENTION, batch, build
 
 import forwardpass as fp
@@ -74,8 +75,7 @@ def on(model, inputs):
     return {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
 
 
-@pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize(("name", "run"), paired(ATTENTION, RUNS))
 @torch.inference_mode()
 def test_outputs(name, run):
     """Off by no more than twice what eager's are: largest; and one and a half times, mean."""
@@ -129,8 +129,7 @@ def logits_of(model, name, tokens=None, steps=64):
     return torch.stack(logits, 1), torch.stack(chosen, 1)
 
 
-@pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("name", GENERATING)
+@pytest.mark.parametrize(("name", "run"), paired(GENERATING, RUNS))
 @torch.inference_mode()
 def test_generation(name, run):
     """Fed the same tokens, each step's logits are off by at most twice eager's own error, and the token is the same wherever

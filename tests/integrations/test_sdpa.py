@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from rotation import in_turn
 from small_models import VisionTransformer
 from torch import nn
 
@@ -228,8 +229,9 @@ def test_one_thread_alone():
     assert not elsewhere[0].kernel_calls and not elsewhere[0].fallbacks
 
 
-@pytest.mark.parametrize("where", ["around", "within"])
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("where", "dynamic"), in_turn([("around", False), ("within", True), ("around", True), ("within", False)])
+)
 @torch.inference_mode()
 def test_compiled(where, dynamic):
     def within(q, k, v, **options):

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from rotation import in_turn
 from small_models import ATTENTION, CONFIGS, MLPS, assert_same_objects, batch, build, codes, objects
 
 import forwardpass as fp
@@ -187,7 +188,7 @@ def test_weights_of_some_layers_alone():
     assert len(model(**batch("llama"), output_attentions=True).attentions) == 2
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", in_turn(["llama", "gpt2"]))
 @torch.inference_mode()
 def test_weights_of_a_compiled_call(name):
     model = build(name, FAMILIES)

@@ -1,4 +1,4 @@
-"""`python -m tests.interpreter.mutants`: damages kernels' PTX, one statement at a time, and tells what nobody noticed.
+"""`python -m tests.interpreted.mutants`: damages kernels' PTX, one statement at a time, and tells what nobody noticed.
 
 A mutant is detected by a finding, by a result (of whatever memory the kernel can touch, padding included) that is not
 that of the unmutated kernel, or by no end within ten times its warp instructions; in one of the launches that reach its
@@ -29,6 +29,7 @@ from gpuless import Module
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "helpers"))
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
+sys.path.append(str(pathlib.Path(__file__).parents[2] / "interpreter/tests"))  # the witnesses
 
 import mutant_attention
 import mutant_decode
@@ -270,7 +271,7 @@ def markdown(made):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m tests.interpreter.mutants", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tests.interpreted.mutants", description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="kernels; all by default")
     parser.add_argument("--arch", nargs="*", default=ARCHITECTURES)
     parser.add_argument("--json", type=pathlib.Path, help="where the report goes")

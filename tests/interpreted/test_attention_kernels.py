@@ -5,6 +5,8 @@ import re
 
 import pytest
 import torch
+from every_backend import on_each
+from rotation import in_parts, in_turn, paired, whole
 
 import forwardpass as fp
 from forwardpass import dispatch
@@ -13,22 +15,23 @@ from forwardpass.testing import assert_equal
 
 pytestmark = [pytest.mark.interpreted, pytest.mark.usefixtures("poisoned")]
 
-#: what sm_89 runs of Triton differs from sm_80 in how it was compiled alone
+#: of each backend the architectures with code of their own, of which one is not slow
 KERNELS = [
-    ("cuda", "sm_80"),
-    ("cuda", "sm_90a"),
-    ("triton", "sm_80"),
-    pytest.param(("triton", "sm_89"), marks=pytest.mark.slow),
-    ("triton", "sm_90a"),
-    pytest.param(("cuda", "sm_120"), marks=pytest.mark.slow),
-    pytest.param(("triton", "sm_120"), marks=pytest.mark.slow),
+    pytest.param((implementation, arch), marks=p.marks)
+    for implementation, archs in (("cuda", ("sm_80", "sm_90a")), ("triton", ("sm_80", "sm_90a")))
+    for p in in_turn(archs)
+    for arch in p.values
+]
+#: what sm_89 runs of Triton differs from sm_80 in how it was compiled alone
+SLOW_KERNELS = [
+    pytest.param(k, marks=pytest.mark.slow) for k in (("triton", "sm_89"), ("cuda", "sm_120"), ("triton", "sm_120"))
 ]
 CASES, FEW_KERNELS = list(cases.cases()), list(cases.cases(few_kernels=True))
 #: (rows, keys) of packed sequences (varlen): of several tiles, on both sides of their edges, and of none
 LENGTHS = ((130, 300), (0, 64), (1, 257), (127, 127), (128, 65), (5, 0), (200, 64), (0, 0), (66, 191))
 
 
-@pytest.fixture(params=KERNELS, ids="-".join)
+@pytest.fixture(params=KERNELS + SLOW_KERNELS, ids="-".join)
 def kernel(request):
     """(backend, architecture)"""
     return request.param
@@ -78,20 +81,19 @@ def reason_of_refusal(case):
 
 def launches():
     """Triton, which takes two seconds to compile a kernel, has cases with few of them; in `make test-all` CUDA's too."""
-    for case in dict.fromkeys(CASES + FEW_KERNELS):
-        for kernel in KERNELS:
-            implementation, arch = getattr(kernel, "values", (kernel,))[0]
-            if implementation == "triton" or case in CASES:
-                slow = arch in ("sm_89", "sm_120") or (implementation == "triton" and case not in FEW_KERNELS)
-                yield pytest.param(case, (implementation, arch), marks=[pytest.mark.slow] * slow)
+    refused, of_cuda = ([c for c in CASES if bool(reason_of_refusal(c)) == is_refused] for is_refused in (True, False))
+    of_triton = [c for c in FEW_KERNELS if not reason_of_refusal(c)]
+    yield from on_each(("sm_80", "sm_90a", "sm_120"), of_cuda, 6, "cuda")
+    yield from on_each(("sm_80", "sm_90a", "sm_89", "sm_120"), of_triton, 38, "triton", slow=("sm_89",))
+    rest = [c for c in of_cuda if c not in of_triton]
+    for arch in ("sm_80", "sm_89", "sm_90a", "sm_120"):
+        yield whole(rest, "triton", arch, which="of cuda", marks=[pytest.mark.slow])
+        yield from (whole(refused, implementation, arch, which="refused") for implementation in ("cuda", "triton"))
 
 
-@pytest.mark.parametrize(
-    ("case", "kernel"), list(launches()), ids=lambda x: "-".join(x) if isinstance(x, tuple) else str(x)
-)
-def test_kernel(case, kernel, seed):
+@pytest.mark.parametrize(("case", "implementation", "arch"), list(launches()))
+def test_kernel(case, implementation, arch, seed):
     args = case.arguments(seed=seed)
-    implementation, arch = kernel
     operation = dispatch.operations[case.op]
     if code := reason_of_refusal(case):
         with fp.interpret(arch), fp.use_backend(implementation):
@@ -100,7 +102,7 @@ def test_kernel(case, kernel, seed):
             with pytest.raises(fp.Unsupported, match=re.escape(str(reason))):
                 operation(*args)
         return
-    cases.assert_matches(run(kernel, case.op, args, seed), args)
+    cases.assert_matches(run((implementation, arch), case.op, args, seed), args)
 
 
 def packed(dim, seed=0, dtype=torch.float16):
@@ -149,7 +151,7 @@ def sequences(starts, total):
     return [slice(*s) for s in clamped]
 
 
-@pytest.mark.parametrize("starts", HOSTILE, ids=str)
+@pytest.mark.parametrize("starts", in_parts(HOSTILE, 3))
 def test_cu_seqlens_lead_nowhere_else(kernel, starts):
     """Of keys, of rows, and of both: a sequence is what lies within the tensors, and NaN is what lies beyond."""
     g = torch.Generator().manual_seed(0)
@@ -183,8 +185,7 @@ def test_many_sequences(kernel):
     cases.assert_matches(run(kernel, "attention_with_lse", args), args)
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90a"])
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("arch", "causal"), paired(["sm_80", "sm_89", "sm_90a"], [True, False]))
 def test_more_heads_than_run_together(arch, causal):
     """Groups of 32, of which every second one has its tiles in the opposite order, the last one few."""
     case = cases.Case((260, 200), (64, 64), batch=5, heads=(14, 14), causal=causal, lse=True)
@@ -192,8 +193,9 @@ def test_more_heads_than_run_together(arch, causal):
     cases.assert_matches(run(("cuda", arch), "attention_with_lse", args), args)
 
 
-@pytest.mark.parametrize("dim", [64, 96, 128, 256])
-@pytest.mark.parametrize("seen", [{}, {"causal": True}, {"window_left": 70, "window_right": 3}], ids=str)
+@pytest.mark.parametrize(
+    ("dim", "seen"), paired([64, 96, 128, 256], [{}, {"causal": True}, {"window_left": 70, "window_right": 3}])
+)
 def test_a_tile_has_the_same_bits_after_others(dim, seen):
     """A persistent block's tiles, among them some without keys, have the bits of each in a block of its own."""
     (q, k, v), starts = packed(dim)
@@ -222,7 +224,7 @@ def test_a_row_has_the_same_bits_in_every_batch(kernel):
 
 
 #: in the last one a tile's first row sees all keys of a block but for the last
-@pytest.mark.parametrize("sizes", [(129, 384), (300, 131), (64, 257), (70, 196)], ids=str)
+@pytest.mark.parametrize("sizes", in_parts([(129, 384), (300, 131), (64, 257), (70, 196)], 4))
 def test_windows_at_the_edges_of_tiles(kernel, sizes):
     """Which keys are whole blocks, which are at an edge and which are none changes within a step of a side."""
     case = cases.Case(sizes, (32, 32), batch=1, heads=(1, 1), lse=True, sinks="float32")

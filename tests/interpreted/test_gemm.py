@@ -1,16 +1,17 @@
 """The GEMMs' kernels, as compiled: every case of every operation, CUDA and Triton, on each architecture.
 
-FP8 sums are cut as Hopper's and Ada's tensor cores cut them; `make test-all` adds the same with exact ones. Triton takes about a
-second to compile a GEMM, so its cases cover the same pairs in few kernels; `make test-all` adds CUDA's cases, and Triton's kernels
-for int8 weights on sm_89, whose PTX is letter for letter that for sm_80, `.target` apart, and all of sm_120's, of which
-test_sm120.py has some.
+FP8 sums are cut as Hopper's and Ada's tensor cores cut them; `make test-all` adds the same with exact ones. `make test` runs a part
+of the cases, on each architecture another one. Triton takes about a second to compile a GEMM, so its cases cover the same pairs in
+few kernels; `make test-all` adds CUDA's cases, and Triton's kernels for int8 weights on sm_89, whose PTX is letter for letter that
+for sm_80, `.target` apart.
 """
 
-import itertools
 import re
 
 import pytest
 import torch
+from every_backend import OF_TRITON, on_each
+from rotation import paired, whole
 
 import forwardpass as fp
 from forwardpass import dispatch
@@ -28,9 +29,8 @@ ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_120")
 IMPLEMENTATIONS = ("cuda", "triton")
 FP8 = {"fp8_gemm": fp8_gemm, "fp8_linear": fp8_linear}
 MODULES = {"int8_gemm": int8_gemm, "int8_linear": int8_linear, "w8a16_gemm": w8a16_gemm, **FP8}
-CASES = [(name, case) for name, module in MODULES.items() for case in module.cases()]
-FEW_KERNELS = [(name, case) for name, module in MODULES.items() for case in module.cases(few_kernels=True)]
-PROMOTION = [(arch, case) for arch in ("sm_89", "sm_90a") for case in fp8_gemm.PROMOTION_CASES]
+CASES = {name: list(module.cases()) for name, module in MODULES.items()}
+FEW_KERNELS = {name: list(module.cases(few_kernels=True)) for name, module in MODULES.items()}
 
 
 def reason_of_refusal(operation, args, arch):
@@ -60,48 +60,47 @@ def check(name, case, implementation, arch, seed, truncating):
     assert (device.counters["launches"] > 0) == (args[0].numel() > 0)
 
 
-def repeats(implementation, arch, dtype):
-    """Whether another architecture's PTX is the same, or nearly; dtype: that of the 8-bit operand."""
-    return arch == "sm_120" or (implementation == "triton" and arch == "sm_89" and dtype == torch.int8)
+def is_refused(name, case):
+    """Wherever it runs."""
+    return name == "w8a16_gemm" and case.x_dtype == torch.float32
 
 
 def launches():
     """Triton's cases with few kernels, and in `make test-all` CUDA's too."""
-    for implementation, chosen, others in (("cuda", CASES, []), ("triton", FEW_KERNELS, CASES)):
-        first = dict.fromkeys(chosen)
-        for (name, case), arch in itertools.product({**first, **dict.fromkeys(others)}, ARCHITECTURES):
-            dtype = E4M3 if name in FP8 else getattr(case, "w_dtype", torch.int8)
-            slow = (name, case) not in first or repeats(implementation, arch, dtype)
-            yield pytest.param(name, case, implementation, arch, marks=[pytest.mark.slow] * slow)
+    for name in MODULES:
+        of_cuda, of_triton = ([c for c in cases[name] if not is_refused(name, c)] for cases in (CASES, FEW_KERNELS))
+        yield from on_each(ARCHITECTURES, of_cuda, 8, name, "cuda")
+        yield from on_each(ARCHITECTURES, of_triton, OF_TRITON, name, "triton", slow=() if name in FP8 else ("sm_89",))
+        refused = [c for c in {**dict.fromkeys(CASES[name]), **dict.fromkeys(FEW_KERNELS[name])} if is_refused(name, c)]
+        rest = [c for c in of_cuda if c not in of_triton]
+        for arch in ARCHITECTURES:
+            yield whole(rest, name, "triton", arch, which="of cuda", marks=[pytest.mark.slow])
+            if refused:
+                yield from (whole(refused, name, i, arch, which="refused") for i in IMPLEMENTATIONS)
 
 
-def each(*values):
-    """(value, implementation, architecture) for each (value, type of the 8-bit operand)."""
-    for (value, dtype), implementation, arch in itertools.product(values, IMPLEMENTATIONS, ARCHITECTURES):
-        yield pytest.param(value, implementation, arch, marks=[pytest.mark.slow] * repeats(implementation, arch, dtype))
-
-
-@pytest.mark.parametrize(("name", "case", "implementation", "arch"), list(launches()), ids=str)
-def test_kernel(name, case, implementation, arch, seed):
+@pytest.mark.parametrize(("case", "name", "implementation", "arch"), list(launches()))
+def test_kernel(case, name, implementation, arch, seed):
     check(name, case, implementation, arch, seed, truncating=name in FP8)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES[1:])
 @pytest.mark.parametrize("implementation", ["cuda", "triton"])
-@pytest.mark.parametrize(("name", "case"), [c for c in CASES if c[0] in FP8], ids=str)
-def test_fp8_kernel_with_exact_sums(name, case, implementation, arch):
+@pytest.mark.parametrize(("case", "name"), [whole(CASES[name], name) for name in FP8])
+def test_fp8_kernel_with_exact_sums(case, name, implementation, arch):
     check(name, case, implementation, arch, 0, truncating=False)
 
 
 @pytest.mark.parametrize("implementation", ["cuda", "triton"])
-@pytest.mark.parametrize(("arch", "case"), PROMOTION, ids=str)
-def test_sums_are_promoted(arch, case, implementation, seed):
+@pytest.mark.parametrize(("case", "arch"), on_each(("sm_89", "sm_90a"), fp8_gemm.PROMOTION_CASES, 2))
+def test_sums_are_promoted(case, arch, implementation, seed):
     """Of one sign, 512 and 4096 deep: without promotion they are out of bounds, as tests/ops/test_fp8_gemm.py shows."""
     check("fp8_gemm", case, implementation, arch, seed, truncating=True)
 
 
-@pytest.mark.parametrize(("w_dtype", "implementation", "arch"), list(each((torch.int8, torch.int8), (E4M3, E4M3))))
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("arch", "w_dtype"), paired(ARCHITECTURES, (torch.int8, E4M3)))
 def test_weights_are_upconverted_exactly(w_dtype, implementation, arch, seed):
     """All 256 in each byte of a word, NaN and denormals included, which no random weight is."""
     codes = torch.arange(-128, 128, dtype=torch.int8)
@@ -119,10 +118,8 @@ def test_weights_are_upconverted_exactly(w_dtype, implementation, arch, seed):
     assert device.findings == []
 
 
-@pytest.mark.parametrize(
-    ("name", "implementation", "arch"),
-    list(each(("int8_gemm", torch.int8), ("fp8_gemm", E4M3), ("w8a16_gemm", torch.int8))),
-)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("arch", "name"), paired(ARCHITECTURES, ("int8_gemm", "fp8_gemm", "w8a16_gemm")))
 def test_rows_may_be_one_and_the_same(name, implementation, arch):
     """An operand of stride 0, which `expand` makes."""
     dtype = {"int8_gemm": torch.int8, "fp8_gemm": E4M3, "w8a16_gemm": torch.bfloat16}[name]

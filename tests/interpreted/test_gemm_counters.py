@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from rotation import in_turn
 
 import forwardpass as fp
 from forwardpass import dispatch
@@ -96,7 +97,7 @@ def main_loops(arch):
     return found
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", in_turn(ARCHITECTURES))
 def test_wavefronts_of_the_main_loops_are_ideal(arch):
     found = main_loops(arch)
     assert any(found.values())
@@ -104,6 +105,7 @@ def test_wavefronts_of_the_main_loops_are_ideal(arch):
     assert not conflicts
 
 
+@pytest.mark.slow
 def test_every_gemm_kernel_was_looked_at():
     """Host code registers each by its name, a string in the library."""
     seen = set().union(*(main_loops(arch) for arch in ARCHITECTURES))

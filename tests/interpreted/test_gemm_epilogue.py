@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from rotation import paired
 
 import forwardpass as fp
 from forwardpass import dispatch
@@ -42,10 +43,10 @@ def rows_and_columns(args, m, n):
     return a[:m], b[:n], a_scale[: m if a_scale.numel() > 1 else 1], b_scale, bias, *options
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize(("name", "arch"), LAUNCHES)
-def test_direct_and_general_outputs_are_equal(name, arch, activation, seed):
+@pytest.mark.parametrize(("activation", "launch"), paired(ACTIVATIONS, LAUNCHES))
+def test_direct_and_general_outputs_are_equal(launch, activation, seed):
     """Of 16 bits, and of fp32 rounded to them: whole tiles and ragged ones, each kind of scale and of bias."""
+    name, arch = launch
     operation = dispatch.operations[name]
     ragged = RAGGED if activation is None or not activation.endswith("_mul") else RAGGED_GATED
     kinds = itertools.cycle(
@@ -124,9 +125,9 @@ def test_common_outputs_take_the_direct_epilogue(name, arch):
     assert direct < MOST[arch] < general
 
 
-@pytest.mark.parametrize("activation", [None, "silu_mul"])
-@pytest.mark.parametrize(("name", "arch"), LAUNCHES)
-def test_the_direct_epilogue_has_no_bank_conflicts(name, arch, activation):
+@pytest.mark.parametrize(("launch", "activation"), paired(LAUNCHES, [None, "silu_mul"]))
+def test_the_direct_epilogue_has_no_bank_conflicts(launch, activation):
     """Outputs of 16 bits in rows of 128, 64 and 32 bytes."""
+    name, arch = launch
     counts = epilogue_lines(name, arch, BF16, activation)
     assert sum(c.wavefronts for c in counts) == sum(c.ideal_wavefronts for c in counts) > 0

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from rotation import in_parts, in_turn
 
 import forwardpass as fp
 from forwardpass import dispatch
@@ -39,18 +40,22 @@ def interpreted(case, seed, kernel, truncating=False, op="int8_gemm"):
     return got, args
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", in_parts(SHAPES, 3))
 def test_int8(shape, seed):
     got, args = interpreted(int8_gemm.Case(*shape), seed, "gemm_wgmma_kernel")
     assert_epilogue_matches(got, int8_reference, args)
 
 
-@pytest.mark.parametrize(("x_dtype", "scales"), [(torch.float16, "column"), (torch.bfloat16, "block")])
-@pytest.mark.parametrize("w_dtype", [torch.int8, E4M3])
-@pytest.mark.parametrize("shape", WEIGHTS, ids=str)
-def test_w8a16(shape, w_dtype, x_dtype, scales, seed):
-    m, n, k = shape
-    case = w8a16_gemm.Case((m,), n, k, x_dtype, w_dtype, scales)
+OF_WEIGHTS = [
+    w8a16_gemm.Case((m,), n, k, x_dtype, w_dtype, scales)
+    for w_dtype in (torch.int8, E4M3)
+    for x_dtype, scales in ((torch.float16, "column"), (torch.bfloat16, "block"))
+    for m, n, k in WEIGHTS
+]
+
+
+@pytest.mark.parametrize("case", in_parts(OF_WEIGHTS, 8))
+def test_w8a16(case, seed):
     got, args = interpreted(case, seed, "gemm_wgmma_kernel", op="w8a16_gemm")
     w8a16_gemm.assert_matches(got, args)
 
@@ -68,13 +73,13 @@ def test_a_bias_of_each_type(shape, dtype):
     w8a16_gemm.assert_matches(got, (x, w, w_scale, bias.float(), activation))
 
 
-@pytest.mark.parametrize("case", FP8, ids=str)
+@pytest.mark.parametrize("case", in_parts(FP8, 4))
 def test_fp8(case, seed):
     got, args = interpreted(case, seed, "gemm_wgmma_kernel")
     fp8_gemm.assert_matches(got, args)
 
 
-@pytest.mark.parametrize("case", fp8_gemm.PROMOTION_CASES, ids=str)
+@pytest.mark.parametrize("case", in_parts(fp8_gemm.PROMOTION_CASES, 2))
 def test_fp8_is_promoted(case, seed):
     got, args = interpreted(case, seed, "gemm_wgmma_kernel", truncating=True)
     fp8_gemm.assert_matches(got, args, truncating=True)
@@ -83,7 +88,7 @@ def test_fp8_is_promoted(case, seed):
 @pytest.mark.parametrize("blocks", [False, True])
 @pytest.mark.parametrize(
     ("m", "n", "activation"),
-    [(300, 2608, None), (129, 9000, "gelu"), (129, 12000, "silu_mul"), (900, 1824, "silu_mul")],
+    in_turn([(300, 2608, None), (129, 9000, "gelu"), (129, 12000, "silu_mul"), (900, 1824, "silu_mul")]),
 )
 def test_fp8_gemm_quantize_is_one_kernel_with_the_bits_of_two(m, n, activation, blocks, seed):
     """gated, both warpgroups have half of a group, and of 128 x 128 tiles none has all of it"""

@@ -3,6 +3,8 @@ end with an expert, rows of none."""
 
 import pytest
 import torch
+from every_backend import OF_TRITON, on_each
+from rotation import in_turn, paired
 
 import forwardpass as fp
 from forwardpass import dispatch
@@ -28,17 +30,13 @@ def interpreted(args, arch, implementation="cuda", seed=0, **options):
     return got, device.kernels()
 
 
-def launches():
-    """CUDA's cases on each architecture, Triton's of few kernels on those whose code differs."""
-    for case in cases.cases():
-        for arch in ARCHITECTURES:
-            yield pytest.param(case, "cuda", arch, marks=[pytest.mark.slow] * (arch == "sm_120"))
-    for case in cases.cases(few_kernels=True):
-        for arch in ARCHITECTURES:
-            yield pytest.param(case, "triton", arch, marks=[pytest.mark.slow] * (arch not in ("sm_80", "sm_90a")))
+LAUNCHES = [
+    *on_each(ARCHITECTURES, cases.cases(), 8, "cuda"),
+    *on_each(ARCHITECTURES, cases.cases(few_kernels=True), OF_TRITON, "triton", slow=("sm_89",)),  # which is sm_80's
+]
 
 
-@pytest.mark.parametrize(("case", "implementation", "arch"), list(launches()), ids=str)
+@pytest.mark.parametrize(("case", "implementation", "arch"), LAUNCHES)
 def test_kernel(case, implementation, arch, seed):
     args = case.arguments(seed=seed)
     with fp.interpret(arch, seed=seed) as device, fp.use_backend(implementation):
@@ -58,8 +56,7 @@ LARGE = {
 }
 
 
-@pytest.mark.parametrize("room", [False, True])
-@pytest.mark.parametrize("tile", LARGE)
+@pytest.mark.parametrize(("tile", "room"), paired(LARGE, [False, True]))
 def test_blocks_compute_tile_after_tile(tile, room, seed):
     counts, n, k = LARGE[tile]
     case = cases.Case(counts, n, k, BF16, room=max(counts) if room else None)
@@ -69,7 +66,7 @@ def test_blocks_compute_tile_after_tile(tile, room, seed):
     cases.assert_matches(got, args)
 
 
-@pytest.mark.parametrize("room", [None, 5300])
+@pytest.mark.parametrize("room", in_turn([None, 5300]))
 def test_pairs_of_blocks_have_the_same_expert(room, seed):
     """And share its weight, where experts have many rows: odd numbers of tiles, one, none, and even ones."""
     case = cases.Case((2100, 1, 0, 5300, 256, 4900), 140, 70, BF16, room=room)
@@ -87,8 +84,7 @@ def test_blocks_compute_tile_after_tile_on_few_multiprocessors(arch, seed):
         cases.assert_matches(got, args)
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
-@pytest.mark.parametrize("experts", [32, 33, 384, 385, MOST_EXPERTS])
+@pytest.mark.parametrize(("experts", "arch"), paired([32, 33, 384, 385, MOST_EXPERTS], ["sm_80", "sm_90a"]))
 def test_as_many_experts_as_there_may_be(experts, arch, seed):
     """Of which a few have rows, as of one token; and of rows that the list of a large tile would have no room for."""
     counts = [0] * experts
@@ -115,8 +111,9 @@ def test_lists_that_a_large_tile_has_no_room_for(arch, experts, n, tile):
     cases.assert_matches(got, args)
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
-@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize(
+    ("out_dtype", "arch"), paired([torch.float32, torch.bfloat16, torch.int8], ["sm_80", "sm_90a"])
+)
 def test_rows_of_no_expert_are_zero(out_dtype, arch):
     """Also where a bias or an activation would make something else of a sum of 0, and in rows of any alignment."""
     for n, room in ((33, None), (48, None), (33, 9), (48, 9)):

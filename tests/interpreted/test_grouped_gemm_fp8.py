@@ -1,8 +1,12 @@
 """fp8_grouped_gemm's kernels, as compiled: every case on each architecture whose tensor cores multiply e4m3, and what of experts
 test_grouped_gemm.py cannot see: scales of blocks whose rows begin anywhere, sums that are promoted."""
 
+import itertools
+
 import pytest
 import torch
+from every_backend import OF_TRITON, on_each
+from rotation import paired
 
 import forwardpass as fp
 from forwardpass import dispatch
@@ -30,26 +34,21 @@ def interpreted(args, arch, implementation="cuda", seed=0, truncating=True, **op
     return got, device.kernels()
 
 
-def launches():
-    """CUDA's cases on each architecture, Triton's of few kernels on those whose code differs."""
-    for case in cases.cases():
-        for arch in ARCHITECTURES:
-            yield pytest.param(case, "cuda", arch, marks=[pytest.mark.slow] * (arch == "sm_120"))
-    for case in cases.cases(few_kernels=True):
-        for arch in ARCHITECTURES:
-            yield pytest.param(case, "triton", arch, marks=[pytest.mark.slow] * (arch == "sm_120"))
+LAUNCHES = [
+    *on_each(ARCHITECTURES, cases.cases(), 8, "cuda"),
+    *on_each(ARCHITECTURES, cases.cases(few_kernels=True), OF_TRITON, "triton"),
+]
 
 
-@pytest.mark.parametrize(("case", "implementation", "arch"), list(launches()), ids=str)
+@pytest.mark.parametrize(("case", "implementation", "arch"), LAUNCHES)
 def test_kernel(case, implementation, arch, seed):
     args = case.arguments(seed=seed)
     got, _ = interpreted(args, arch, implementation, seed)
     cases.assert_matches(got, args, truncating=True)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES[:2])
+@pytest.mark.parametrize(("case", "arch"), on_each(ARCHITECTURES[:2], cases.PROMOTION_CASES, 2))
 @pytest.mark.parametrize("implementation", ["cuda", "triton"])
-@pytest.mark.parametrize("case", cases.PROMOTION_CASES, ids=str)
 def test_sums_are_promoted(case, implementation, arch, seed):
     args = case.arguments(seed=seed)
     cases.assert_matches(interpreted(args, arch, implementation, seed)[0], args, truncating=True)
@@ -70,8 +69,7 @@ def test_bits_are_those_of_fp8_gemm(arch, blocks, seed):
         assert_equal(got[where], alone)
 
 
-@pytest.mark.parametrize("kind", ["fp8", "fp8_block"])
-@pytest.mark.parametrize("arch", ARCHITECTURES[:2])
+@pytest.mark.parametrize(("kind", "arch"), paired(["fp8", "fp8_block"], ARCHITECTURES[:2]))
 @pytest.mark.parametrize("implementation", ["cuda", "triton"])
 @torch.inference_mode()
 def test_a_module_of_experts(implementation, arch, kind, seed):
@@ -104,10 +102,9 @@ LARGE = {
 }
 
 
-@pytest.mark.parametrize("blocks", [False, True])
-@pytest.mark.parametrize("room", [False, True])
-@pytest.mark.parametrize("tile", LARGE)
-def test_blocks_compute_tile_after_tile(tile, room, blocks, seed):
+@pytest.mark.parametrize(("tile", "having"), paired(LARGE, itertools.product([False, True], repeat=2)))
+def test_blocks_compute_tile_after_tile(tile, having, seed):
+    room, blocks = having
     counts, n, k = LARGE[tile]
     args = cases.Case(counts, n, k, BF16, blocks=blocks, room=max(counts) if room else None).arguments(seed=seed)
     got, kernels = interpreted(args, "sm_90a", seed=seed, truncating=False)
@@ -125,8 +122,7 @@ def test_blocks_compute_tile_after_tile_on_few_multiprocessors(blocks, arch, see
         cases.assert_matches(got, args, truncating=True)
 
 
-@pytest.mark.parametrize("blocks", [False, True])
-@pytest.mark.parametrize("room", [None, 5300])
+@pytest.mark.parametrize(("room", "blocks"), paired([None, 5300], [False, True]))
 def test_pairs_of_blocks_have_the_same_expert(room, blocks, seed):
     """And share its weight, where experts have many rows: odd numbers of tiles, one, none, and even ones."""
     args = cases.Case((2100, 1, 0, 5300, 256, 4900), 140, 70, BF16, blocks=blocks, room=room).arguments(seed=seed)

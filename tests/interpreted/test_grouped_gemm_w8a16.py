@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from every_backend import on_each
 
 import forwardpass as fp
 from forwardpass import dispatch
@@ -30,8 +31,7 @@ def interpreted(args, arch, seed=0, operation=OPERATION, **options):
     return got, device.kernels()
 
 
-@pytest.mark.parametrize("arch", [pytest.param(a, marks=[pytest.mark.slow] * (a == "sm_120")) for a in ARCHITECTURES])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "arch"), on_each(ARCHITECTURES, CASES, 8))
 def test_kernel(case, arch, seed):
     args = case.arguments(seed=seed)
     with fp.interpret(arch, seed=seed) as device, fp.use_backend("cuda"):
@@ -40,18 +40,20 @@ def test_kernel(case, arch, seed):
     assert device.findings == []
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90a"])
 @pytest.mark.parametrize(
-    "case",
-    [
-        cases.Case(mixed(1), 130, 70, BF16),
-        cases.Case(mixed(8), 33, 130, F16, E4M3),
-        cases.Case(mixed(60), 144, 130, BF16, activation="silu_mul", layout="apart"),
-        cases.Case(mixed(256), 130, 33, F16, bias=False),
-        cases.Case((0, 3, 65, 0, 64, 1, 0, 3), 272, 300, BF16, E4M3, room=65),
-        cases.Case((0, 1, 0, 0, 1, 0, 0, 0) * 32, 33, 515, BF16, activation="gelu", room=1),
-    ],
-    ids=str,
+    ("case", "arch"),
+    on_each(
+        ["sm_80", "sm_89", "sm_90a"],
+        [
+            cases.Case(mixed(1), 130, 70, BF16),
+            cases.Case(mixed(8), 33, 130, F16, E4M3),
+            cases.Case(mixed(60), 144, 130, BF16, activation="silu_mul", layout="apart"),
+            cases.Case(mixed(256), 130, 33, F16, bias=False),
+            cases.Case((0, 3, 65, 0, 64, 1, 0, 3), 272, 300, BF16, E4M3, room=65),
+            cases.Case((0, 1, 0, 0, 1, 0, 0, 0) * 32, 33, 515, BF16, activation="gelu", room=1),
+        ],
+        3,
+    ),
 )
 def test_experts_of_any_number_of_rows(case, arch, seed):
     for s in range(seed, seed + 3):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from rotation import in_parts, whole
 
 import forwardpass as fp
 from forwardpass.ops.activation_quantize import OPERATION, cases, reference
@@ -12,7 +13,7 @@ from forwardpass.testing import assert_close, poisoned_outputs
 CASES = list(cases.cases())
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [whole(CASES)])
 def test_cpu_matches_reference(case, seed):
     args = case.arguments(seed=seed)
     with poisoned_outputs():
@@ -20,7 +21,7 @@ def test_cpu_matches_reference(case, seed):
     cases.assert_matches(got, args)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES[::7] if 0 not in c.shape], ids=str)
+@pytest.mark.parametrize("case", [whole(c for c in CASES[::7] if 0 not in c.shape)])
 def test_the_comparison_can_fail(case):
     """A step or two more in the least elements, and a scale or a zero point that is off by little, are all seen."""
     args = case.arguments()
@@ -93,7 +94,7 @@ def test_element_bound_covers_the_slope():
         assert worst <= element_bound(activation, x, up, 0.01, 0.01) < 1.3 * worst
 
 
-@pytest.mark.parametrize("case", CASES[::9], ids=str)
+@pytest.mark.parametrize("case", in_parts(CASES[::9], 4))
 def test_opcheck(case):
     torch.library.opcheck(torch.ops.forwardpass.activation_quantize_cpu.default, case.arguments())
 

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from every_backend import in_triton, on_cuda
+from rotation import in_parts, whole
 
 import forwardpass as fp
 from forwardpass.ops.append_kv import OPERATION, cases, reference
@@ -29,28 +31,18 @@ def expected(case, seed=0):
     return args
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [whole(CASES)])
 def test_cpu(case, seed):
     cases.assert_matches(after(case, "cpu", seed), expected(case, seed))
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
-@pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=[pytest.mark.slow] * (i % 8 > 0)) for i, c in enumerate(CASES)], ids=str
-)
+@pytest.mark.parametrize(("case", "arch"), in_triton(CASES, 14))
 def test_triton(case, arch, seed):
     """Guarded: whatever is written elsewhere is noticed, also where the caches are views of one tensor that overlap."""
     cases.assert_matches(after(case, "triton", seed, arch=arch, guard=True), expected(case, seed))
 
 
-@pytest.mark.parametrize(
-    ("case", "arch"),
-    [
-        pytest.param(case, arch, marks=[pytest.mark.slow] * (i % 4 != j), id=f"{arch} {case}")
-        for i, case in enumerate(CASES)
-        for j, arch in enumerate(("sm_90a", "sm_80", "sm_89", "sm_120"))
-    ],
-)
+@pytest.mark.parametrize(("case", "arch"), on_cuda(CASES))
 def test_cuda(case, arch, seed):
     cases.assert_matches(after(case, "cuda", seed, arch=arch, guard=True), expected(case, seed))
 
@@ -120,7 +112,7 @@ def test_scales_per_token_are_those_of_quantize():
             assert_equal(v_scale[b, position], scale[b, 0])
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.cache != E4M3][::7], ids=str)
+@pytest.mark.parametrize("case", in_parts([c for c in CASES if c.cache != E4M3][::7], 3))
 def test_opcheck(case):
     """Of dtypes that torch's own check can compute with."""
     torch.library.opcheck(torch.ops.forwardpass.append_kv_cpu.default, case.arguments())

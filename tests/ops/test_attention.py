@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from processes import two_threads
+from rotation import A_QUARTER, in_parts
 
 import forwardpass as fp
 from forwardpass.common import environment
@@ -37,7 +38,7 @@ def takes(case, backend):
     return backend == "reference" or (not case.softcap and case.dims[0] == case.dims[1])
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", in_parts(CASES, 4))
 def test_backend(case, backend, seed):
     args = case.arguments(seed=seed)
     if not takes(case, backend):
@@ -51,7 +52,7 @@ def test_backend(case, backend, seed):
 FLOAT32 = [dataclasses.replace(c, dtype=torch.float32) for c in CASES if takes(c, "cpu") and c.dtype != torch.float32]
 
 
-@pytest.mark.parametrize("case", FLOAT32, ids=str)
+@pytest.mark.parametrize("case", in_parts(FLOAT32, 4))
 def test_float32(case, seed):
     """What models on a CPU are in."""
     args = case.arguments(seed=seed)
@@ -59,11 +60,12 @@ def test_float32(case, seed):
 
 
 _ALL_DTYPES = """
-import dataclasses, torch, forwardpass as fp
+import dataclasses, sys, torch, forwardpass as fp
 from forwardpass.ops.attention import cases
 from forwardpass.dispatch import operations
-for case in cases.cases():
-    if case.softcap == 0 and case.dims == (64, 64):
+from rotation import some_of
+own = [case for case in cases.cases() if case.softcap == 0 and case.dims == (64, 64)]
+for case in some_of(own, int(sys.argv[1])):
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             args = dataclasses.replace(case, dtype=dtype).arguments()
             with fp.use_backend("cpu"):
@@ -71,10 +73,11 @@ for case in cases.cases():
 """
 
 
+@pytest.mark.parametrize("parts", A_QUARTER)
 @pytest.mark.parametrize("tier", [t for t in ("baseline", "avx2", "avx512") if t in torch.ops.forwardpass._cpu_tiers()])
-def test_lower_tiers(tier):
+def test_lower_tiers(tier, parts):
     """AVX-512 without VNNI: bfloat16 is multiplied as floats, not in pairs."""
-    subprocess.run([sys.executable, "-c", _ALL_DTYPES], check=True,
+    subprocess.run([sys.executable, "-c", _ALL_DTYPES, str(parts)], check=True,
                    env=two_threads({"FORWARDPASS_CPU": tier}))  # fmt: skip
 
 
@@ -341,7 +344,7 @@ def test_scores_are_counted():
     assert case.flops() == 2 * case.scores() * 64
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if takes(c, "cpu") and not c.packed][::4], ids=str)
+@pytest.mark.parametrize("case", in_parts([c for c in CASES if takes(c, "cpu") and not c.packed][::4], 5))
 def test_opcheck(case):
     torch.library.opcheck(getattr(torch.ops.forwardpass, f"{case.op}_cpu").default, case.arguments())
 
@@ -351,7 +354,9 @@ def test_opcheck_of_packed_sequences():
     torch.library.opcheck(torch.ops.forwardpass.attention_with_lse_cpu.default, case.arguments())
 
 
-def test_compiles_whole(backend):
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("reference", marks=pytest.mark.slow)])
+def test_compiles_whole(backend, dynamic):
     q, k, v, mask = torch.randn(2, 9, 4, 33), torch.randn(2, 12, 2, 33), torch.randn(2, 12, 2, 33), torch.randn(9, 12)
 
     def f(q, k, v, mask):
@@ -359,10 +364,9 @@ def test_compiles_whole(backend):
         return fp.ops.attention(o, k, v, scale=0.5) + lse.sum()
 
     with fp.use_backend(backend):
-        for dynamic in (False, True):
-            torch.compiler.reset()
-            compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-            torch.testing.assert_close(compiled(q, k, v, mask), f(q, k, v, mask), rtol=1e-6, atol=1e-6)
+        torch.compiler.reset()
+        compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+        torch.testing.assert_close(compiled(q, k, v, mask), f(q, k, v, mask), rtol=1e-6, atol=1e-6)
 
 
 def test_explain():
@@ -481,15 +485,13 @@ def test_refuses_grad():
         fp.ops.attention(q, Y, Y)
 
 
-def test_the_reference_takes_a_head_at_a_time_where_scores_are_many(monkeypatch):
+@pytest.mark.parametrize("case", in_parts([c for c in CASES if math.prod(c.sizes) <= 30_000], 4))
+def test_the_reference_takes_a_head_at_a_time_where_scores_are_many(case, monkeypatch):
     """32 heads of 8192 rows and keys would be several matrices of 17 GB."""
-    for case in cases.cases():
-        if math.prod(case.sizes) > 30_000:
-            continue
-        args = case.arguments()
-        monkeypatch.setattr(reference, "MOST_SCORES", 2**27)
-        whole = reference.attention_with_lse(*(a.double() if i < 3 else a for i, a in enumerate(args)))
-        monkeypatch.setattr(reference, "MOST_SCORES", 0)
-        by_head = reference.attention_with_lse(*(a.double() if i < 3 else a for i, a in enumerate(args)))
-        for one, other in zip(whole, by_head, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    args = case.arguments()
+    monkeypatch.setattr(reference, "MOST_SCORES", 2**27)
+    together = reference.attention_with_lse(*(a.double() if i < 3 else a for i, a in enumerate(args)))
+    monkeypatch.setattr(reference, "MOST_SCORES", 0)
+    by_head = reference.attention_with_lse(*(a.double() if i < 3 else a for i, a in enumerate(args)))
+    for one, other in zip(together, by_head, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from rotation import in_turn
 
 import forwardpass as fp
 from forwardpass.dispatch.calls import Calls, counted
@@ -98,7 +99,7 @@ def compare(model, run):
         assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize("name", TEXT)
+@pytest.mark.parametrize("name", in_turn(TEXT, 4))
 @torch.inference_mode()
 def test_text(name):
     purpose, options = TEXT[name]
@@ -121,7 +122,7 @@ def test_text(name):
     compare(model, run)
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", in_turn(OTHERS, 3))
 @torch.inference_mode()
 def test_images_and_sound(name):
     model = build(name, "", OTHERS[name])

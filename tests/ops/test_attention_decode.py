@@ -8,7 +8,9 @@ import sys
 
 import pytest
 import torch
+from every_backend import in_triton, on_cuda
 from processes import two_threads
+from rotation import in_parts, whole
 
 import forwardpass as fp
 from forwardpass.ops.attention_decode import OPERATION, cases, reference
@@ -33,7 +35,13 @@ def costs(case):
     return sum(case.lengths) * case.heads[0] * case.rows * case.dim > 2**25
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * costs(c)) for c in CASES], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *in_parts([c for c in CASES if not costs(c)], 3),
+        whole([c for c in CASES if costs(c)], label="costly", marks=[pytest.mark.slow]),
+    ],
+)
 def test_backend(case, backend, seed):
     args = case.arguments(seed=seed)
     cases.assert_matches(run(args, backend), args)
@@ -103,23 +111,13 @@ def interpreted(case, arch, seed, backend="triton", **options):
         return args, OPERATION(*args)
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
-@pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=[pytest.mark.slow] * (i % 12 > 0)) for i, c in enumerate(ON_GPU)], ids=str
-)
+@pytest.mark.parametrize(("case", "arch"), in_triton(ON_GPU, 16))
 def test_triton(case, arch, seed):
     args, got = interpreted(case, arch, seed)
     cases.assert_matches(got, args)
 
 
-@pytest.mark.parametrize(
-    ("case", "arch"),
-    [
-        pytest.param(case, arch, marks=[pytest.mark.slow] * (i % 8 != j), id=f"{arch} {case}")
-        for i, case in enumerate(BY_HAND)
-        for j, arch in enumerate(("sm_90a", "sm_80", "sm_89", "sm_120"))
-    ],
-)
+@pytest.mark.parametrize(("case", "arch"), on_cuda(BY_HAND, 8))
 def test_cuda(case, arch, seed):
     args, got = interpreted(case, arch, seed, "cuda")
     cases.assert_matches(got, args)
@@ -311,7 +309,7 @@ def test_the_bound_can_fail():
             cases.assert_matches(wrong, args)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if not costs(c) and c.cache != E4M3][::6], ids=str)
+@pytest.mark.parametrize("case", in_parts([c for c in CASES if not costs(c) and c.cache != E4M3][::6], 2))
 def test_opcheck(case):
     """Of dtypes that torch's own check can compute with."""
     torch.library.opcheck(torch.ops.forwardpass.attention_decode_cpu.default, case.arguments())

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from rotation import in_parts, whole
 
 import forwardpass as fp
 from forwardpass.ops.common.quantized_rows import E4M3
@@ -29,7 +30,7 @@ def assert_expert_by_expert(got, args):
     assert not rows[of_none].float().any()
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [whole(CASES)])
 def test_against_fp8_gemm(case, seed):
     args = case.arguments(seed=seed)
     got = OPERATION(*args)
@@ -63,12 +64,11 @@ def test_comparison_fails_on_a_fault(blocks):
 
 
 @pytest.mark.parametrize("implementation", ["cuda", "triton"])
-def test_opcheck(implementation):
+@pytest.mark.parametrize("case", in_parts(CASES[::17], 4))
+def test_opcheck(case, implementation):
     """Of the schemas and fakes, on meta tensors: it compares its inputs, and torch cannot compare e4m3."""
     op = getattr(torch.ops.forwardpass, f"fp8_grouped_gemm_{implementation}").default
-    for case in CASES[::17]:
-        args = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in case.arguments()]
-        torch.library.opcheck(op, args)
+    torch.library.opcheck(op, [a.to("meta") if isinstance(a, torch.Tensor) else a for a in case.arguments()])
 
 
 A, B, ONE = torch.ones(4, 160).to(E4M3), torch.ones(3, 16, 160).to(E4M3), torch.ones(1)

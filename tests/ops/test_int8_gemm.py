@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from processes import two_threads
+from rotation import A_QUARTER, in_parts, in_turn, whole
 
 import forwardpass as fp
 from forwardpass.ops.dequant_activation import cases as dequant_cases
@@ -26,11 +27,10 @@ OPS = {
     "int8_gemm": (gemm_reference.int8_gemm, list(gemm_cases.cases())),
     "int8_linear": (linear_reference.int8_linear, list(linear_cases.cases())),
 }
-ALL = [pytest.param(op, case, id=f"{op}-{case}") for op, (_, cases) in OPS.items() for case in cases]
 
 
-@pytest.mark.parametrize(("op", "case"), ALL)
-def test_cpu_against_reference(op, case, seed):
+@pytest.mark.parametrize(("case", "op"), [whole(cases, op) for op, (_, cases) in OPS.items()])
+def test_cpu_against_reference(case, op, seed):
     args = case.arguments(seed=seed)
     with poisoned_outputs():
         got = getattr(torch.ops.forwardpass, f"{op}_cpu")(*args)
@@ -88,10 +88,9 @@ def test_sums_at_the_greatest_depth(backend, arch, zero_point):
     assert y.tolist() == [[float(torch.tensor(k * (128 + (zero_point or 0)) * 128.0))] * 2]
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_opcheck(op):
-    for case in OPS[op][1][::9]:
-        torch.library.opcheck(getattr(torch.ops.forwardpass, f"{op}_cpu").default, case.arguments())
+@pytest.mark.parametrize(("case", "op"), [p for op, (_, cases) in OPS.items() for p in in_parts(cases[::9], 5, op)])
+def test_opcheck(case, op):
+    torch.library.opcheck(getattr(torch.ops.forwardpass, f"{op}_cpu").default, case.arguments())
 
 
 def test_linear_is_quantize_then_gemm():
@@ -149,11 +148,12 @@ def test_compiles_whole():
     assert torch.equal(torch.compile(f, fullgraph=True, backend="aot_eager")(x), f(x))
 
 
-# argv: the shapes, and the modules of the ops whose cases run too
+# argv: the shapes, the parts of the cases of which one runs, and the modules of the ops whose cases they are
 _EXACT = """
 import importlib, json, sys
 import torch, forwardpass as fp
 from forwardpass.common import environment
+from rotation import some_of
 
 def compare(a, b):
     exact, one = (a.long() @ b.long().t()).float(), torch.ones(1)
@@ -173,9 +173,9 @@ for m, n, k in json.loads(sys.argv[1]):
     compare(a, b)
     compare(a, torch.full_like(b, 127))
     compare(a, (torch.randn(n, k, generator=g) * 40).clamp(-127, 127).to(torch.int8))  # as weights are
-for op in sys.argv[2:]:
+for op in sys.argv[3:]:
     module = importlib.import_module(f"forwardpass.ops.{op}.cases")
-    for case in module.cases():
+    for case in some_of(module.cases(), int(sys.argv[2])):
         args = case.arguments()
         module.assert_matches(getattr(torch.ops.forwardpass, op + "_cpu")(*args), args)
 print(environment.cpu_tier())
@@ -193,9 +193,9 @@ _SHAPES = [
 ]
 
 
-def run_exact(shapes, *ops, **environment):
-    return subprocess.run([sys.executable, "-c", _EXACT, json.dumps(shapes), *ops], capture_output=True, text=True, check=True,
-                          env=two_threads(environment)).stdout  # fmt: skip
+def run_exact(shapes, parts, *ops, **environment):
+    command = [sys.executable, "-c", _EXACT, json.dumps(shapes), str(parts), *ops]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=two_threads(environment)).stdout
 
 
 TIERS = torch.ops.forwardpass._cpu_tiers().split(",")
@@ -209,9 +209,10 @@ TIERS = torch.ops.forwardpass._cpu_tiers().split(",")
         ("ATEN_CPU_CAPABILITY", "avx2"),
     ],
 )
-def test_every_tier_of_the_cpu_is_exact(variable, tier):
+@pytest.mark.parametrize("parts", A_QUARTER)
+def test_every_tier_of_the_cpu_is_exact(variable, tier, parts):
     """Also where ATEN_CPU_CAPABILITY says less."""
-    output = run_exact(_SHAPES, "int8_gemm", "int8_linear", **{variable: tier})
+    output = run_exact(_SHAPES, parts, "int8_gemm", "int8_linear", **{variable: tier})
     below_avx512 = [t for t in TIERS if t in ("baseline", "avx2", "avx_vnni")]
     by_torch = {"default": "baseline", "avx2": below_avx512[-1]}
     assert output.strip() == (tier if variable == "FORWARDPASS_CPU" else by_torch[tier])
@@ -257,10 +258,10 @@ def test_tiers_that_the_cpu_may_lack_are_exact(tier, least, shapes, emulated_cpu
         pytest.skip(f"the tier {tier} needs instructions of {least} that are not emulated")
     if tier == "amx" and "amx_int8" in cpu_flags() and "amx" not in TIERS:
         pytest.skip("the kernel lets no process use this CPU's AMX tiles, whose instructions then trap in part")
-    assert run_exact(shapes, FORWARDPASS_CPU=tier, LD_PRELOAD=emulated_cpu).strip() == tier
+    assert run_exact(shapes, 1, FORWARDPASS_CPU=tier, LD_PRELOAD=emulated_cpu).strip() == tier
 
 
-@pytest.mark.parametrize("tier", ["sse", "AVX2", *sorted({"amx", "avx512_vnni"} - set(TIERS))])
+@pytest.mark.parametrize("tier", in_turn(["sse", "AVX2", *sorted({"amx", "avx512_vnni"} - set(TIERS))]))
 def test_a_tier_that_is_not_there_is_refused(tier):
     run = subprocess.run([sys.executable, "-c", "import forwardpass"], capture_output=True, text=True,
                          env=two_threads({"FORWARDPASS_CPU": tier}))  # fmt: skip

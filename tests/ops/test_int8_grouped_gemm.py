@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from rotation import in_parts, whole
 
 import forwardpass as fp
 from forwardpass.ops.common.experts import MOST_EXPERTS
@@ -42,7 +43,7 @@ def assert_expert_by_expert(got, case, args):
     assert case.room is not None or not rows[begin:].float().any()
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [whole(CASES)])
 def test_cpu_against_reference(case, seed):
     args = case.arguments(seed=seed)
     with poisoned_outputs():
@@ -98,9 +99,9 @@ def test_compiles_whole():
     )
 
 
-def test_opcheck():
-    for case in CASES[::9]:
-        torch.library.opcheck(torch.ops.forwardpass.int8_grouped_gemm_cpu.default, case.arguments())
+@pytest.mark.parametrize("case", in_parts(CASES[::9], 4))
+def test_opcheck(case):
+    torch.library.opcheck(torch.ops.forwardpass.int8_grouped_gemm_cpu.default, case.arguments())
 
 
 A, B, ONE = torch.ones(4, 32, dtype=torch.int8), torch.ones(3, 16, 32, dtype=torch.int8), torch.ones(1)

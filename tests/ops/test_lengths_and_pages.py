@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from rotation import in_parts
 
 import forwardpass as fp
 from forwardpass.ops.append_kv import OPERATION as APPEND_KV
@@ -116,9 +117,16 @@ def running(backend, arch, seed=0, **options):
         yield
 
 
-@pytest.mark.parametrize(("backend", "arch"), BACKENDS, ids=str)
-@pytest.mark.parametrize(("index", "wrong"), list(enumerate((*WRONG, *RIGHT))), ids=str)
-def test_attention_decode(index, wrong, backend, arch):
+def on_backends(cases):
+    """Every numbered case on each backend; of a GPU's two architectures on one, and in the slow tests on the other."""
+    for backend, arch in BACKENDS:
+        shift = BACKENDS.index((backend, arch)) % 2
+        yield from in_parts(enumerate(cases), 2 if arch else 1, backend, arch, shift=shift)
+
+
+@pytest.mark.parametrize(("numbered", "backend", "arch"), list(on_backends((*WRONG, *RIGHT))))
+def test_attention_decode(numbered, backend, arch):
+    index, wrong = numbered
     given, args = wrong.arguments(index)
     lost = lost_rows(wrong)
     with running(backend, arch, multiprocessors=4) if arch else running(backend, arch):
@@ -170,10 +178,10 @@ DROPPED = (
 )
 
 
-@pytest.mark.parametrize(("backend", "arch"), BACKENDS, ids=str)
-@pytest.mark.parametrize(("index", "dropped"), list(enumerate(DROPPED)), ids=str)
-def test_append_kv(index, dropped, backend, arch):
+@pytest.mark.parametrize(("numbered", "backend", "arch"), list(on_backends(DROPPED)))
+def test_append_kv(numbered, backend, arch):
     """Of a token without a place nothing is written, and q is NaN; the rest has the bits of a call with nothing but it."""
+    index, dropped = numbered
     args = dropped.arguments(index)
     want = append_cases.copied(args)
     with running(backend, arch):

@@ -1,11 +1,13 @@
 """Every documented limit on every backend and architecture: right at its last value, and beyond it what the table says."""
 
 import contextlib
+import itertools
 
 import pytest
 import torch
 from limits import LIMITS, NAN, PAGE, REFUSED, RIGHT, written
 from matching import cases_of, check
+from rotation import in_parts, whole
 
 import forwardpass as fp
 from forwardpass.dispatch import BACKENDS, operations
@@ -15,13 +17,17 @@ ARCHITECTURES = ("sm_90a", "sm_80", "sm_89", "sm_120")
 
 
 def cells(limits):
-    """(limit, backend, architecture or None). Triton's kernels, which take seconds to compile, on one architecture each."""
-    for i, limit in enumerate(limits):
-        for backend in (b for b in BACKENDS if b == "reference" or b in operations[limit.op].compiled):
-            for j, arch in enumerate(ARCHITECTURES if backend in ("cuda", "triton") else (None,)):
-                slow = limit.slow or (backend == "triton" and i % len(ARCHITECTURES) != j)
-                marks = [pytest.mark.slow] * slow + [pytest.mark.interpreted] * (arch is not None)
-                yield pytest.param(limit, backend, arch, marks=marks, id=f"{limit}-{backend}-{arch}")
+    """(limits of an operation, backend, architecture or None): each limit on one architecture, and on all in the slow tests."""
+    for op, backend in itertools.product(dict.fromkeys(limit.op for limit in limits), BACKENDS):
+        if backend != "reference" and backend not in operations[op].compiled:
+            continue
+        archs = ARCHITECTURES if backend in ("cuda", "triton") else (None,)
+        for shift, arch in enumerate(archs):
+            marks = [pytest.mark.interpreted] * (arch is not None)
+            quick, slow = ([x for x in limits if x.op == op and x.slow == is_slow] for is_slow in (False, True))
+            yield from in_parts(quick, len(archs), backend, arch, label=op, shift=shift, marks=marks)
+            if slow:
+                yield whole(slow, backend, arch, label=f"{op}-slow", marks=[*marks, pytest.mark.slow])
 
 
 @contextlib.contextmanager
@@ -36,7 +42,7 @@ def has_no_kernel(limit, backend, arch):
         return operations[limit.op].why_not_on(backend, torch.device("cpu"))
 
 
-@pytest.mark.parametrize(("limit", "backend", "arch"), list(cells(limit for limit in LIMITS if limit.tried)))
+@pytest.mark.parametrize(("limit", "backend", "arch"), list(cells([limit for limit in LIMITS if limit.tried])))
 def test_last(limit, backend, arch):
     args = limit.make(limit.last)
     with on(backend, arch):
@@ -47,7 +53,8 @@ def test_last(limit, backend, arch):
 
 
 @pytest.mark.parametrize(
-    ("limit", "backend", "arch"), list(cells(limit for limit in LIMITS if limit.beyond is not None and not limit.slow))
+    ("limit", "backend", "arch"),
+    list(cells([limit for limit in LIMITS if limit.beyond is not None and not limit.slow])),
 )
 def test_beyond(limit, backend, arch):
     args, then = limit.make(limit.beyond), limit.then[backend]

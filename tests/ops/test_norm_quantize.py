@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from rotation import in_parts, whole
 
 import forwardpass as fp
 from forwardpass.ops.norm_quantize import ADD_NORM_QUANTIZE, NORM_QUANTIZE, cases, reference
@@ -15,14 +16,14 @@ def run(name, args):
         return getattr(torch.ops.forwardpass, name)(*args)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [whole(CASES)])
 def test_cpu_is_within_fp32_of_the_reference(case, seed):
     args = case.arguments(seed=seed)
     cases.assert_matches(run(f"{case.op}_cpu", args), args)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("case", [c for c in CASES if c.residual], ids=str)
+@pytest.mark.parametrize("case", [whole(c for c in CASES if c.residual)])
 def test_the_norm_is_that_of_the_residual_it_returns(case, backend):
     args = case.arguments()
     with fp.use_backend(backend):
@@ -87,7 +88,9 @@ def test_special_rows(backend, dtype, symmetric):
 
 
 # opcheck takes NaN for a difference, and in fp16 the residual's row of extremes overflows
-@pytest.mark.parametrize("case", [c for c in CASES if c.x_dtype is not torch.float16 or not c.residual][::4], ids=str)
+@pytest.mark.parametrize(
+    "case", in_parts([c for c in CASES if c.x_dtype is not torch.float16 or not c.residual][::4], 4)
+)
 def test_opcheck(case):
     torch.library.opcheck(getattr(torch.ops.forwardpass, f"{case.op}_cpu").default, case.arguments())
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from every_backend import in_triton, interpreted, on_cuda
+from rotation import in_parts, whole
 
 import forwardpass as fp
 from forwardpass.ops.common.experts import MOST_EXPERTS
@@ -12,7 +13,7 @@ from forwardpass.testing import poisoned_outputs
 CASES = list(cases.cases())
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [whole(CASES)])
 def test_cpu(case, seed):
     args = case.arguments(seed=seed)
     with poisoned_outputs():
@@ -25,8 +26,7 @@ def test_cuda(case, arch, seed):
     cases.assert_matches(interpreted(OPERATION, args, "cuda", arch, seed), args)
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
-@pytest.mark.parametrize("case", in_triton(CASES), ids=str)
+@pytest.mark.parametrize(("case", "arch"), in_triton(CASES))
 def test_triton(case, arch, seed):
     args = case.arguments(seed=seed)
     cases.assert_matches(interpreted(OPERATION, args, "triton", arch, seed), args)
@@ -70,7 +70,7 @@ def test_rows_are_those_of_quantize(group_size, dtype):
         begin = end
 
 
-@pytest.mark.parametrize("case", CASES[::7], ids=str)
+@pytest.mark.parametrize("case", in_parts(CASES[::7], 3))
 def test_opcheck(case):
     if case.dtype == torch.int8:  # opcheck compares its inputs, and torch cannot compare e4m3
         torch.library.opcheck(torch.ops.forwardpass.permute_quantize_cpu.default, case.arguments())

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from rotation import in_parts, whole
 
 import forwardpass as fp
 from forwardpass.ops.quantize import OPERATION, cases, reference
@@ -10,7 +11,7 @@ from forwardpass.testing import poisoned_outputs
 CASES = list(cases.cases())
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [whole(CASES)])
 def test_cpu_equals_reference(case, seed):
     args = case.arguments(seed=seed)
     with poisoned_outputs():
@@ -29,7 +30,7 @@ def test_reference_means_what_it_says():
     assert ((q.float() - z) * s - x).abs().max() <= s.item() / 2
 
 
-@pytest.mark.parametrize("case", CASES[::5], ids=str)
+@pytest.mark.parametrize("case", in_parts(CASES[::5], 4))
 def test_opcheck(case):
     torch.library.opcheck(torch.ops.forwardpass.quantize_cpu.default, case.arguments())
 

@@ -18,6 +18,8 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy
 import pytest
 import torch
+from every_backend import on_each
+from rotation import in_parts
 from triton_version import triton_version
 
 from forwardpass import dispatch
@@ -48,8 +50,6 @@ CASES = {
 }
 INTERPRETED = ("activation_quantize", "norm_quantize", "quantize")  # its fma rounds twice: not dequant_activation
 ARCHITECTURES = (80, 89, 90)
-#: sm_89 has sm_80's PTX, but for what has e4m3
-DISTINCT = (80, pytest.param(89, marks=pytest.mark.slow), 90)
 
 
 def few_rows(case):
@@ -196,8 +196,10 @@ def compiler():
     TRITON == "3.6" and tuple(int(n) for n in numpy.__version__.split(".")[:2]) >= (2, 4),
     reason="Triton 3.6's interpreter breaks on numpy 2.4",
 )
-@pytest.mark.parametrize(("name", "case"), SAMPLE, ids=str)
-def test_interpreted(interpreter, name, case):
+@pytest.mark.parametrize(
+    ("case", "name"), [p for name in INTERPRETED for p in in_parts([c for n, c in SAMPLE if n == name], 4, name)]
+)
+def test_interpreted(interpreter, case, name):
     interpreter.submit(interpret, name, case).result()
 
 
@@ -260,11 +262,16 @@ COMPILED = {
 }
 
 
-@pytest.mark.parametrize("architecture", DISTINCT)
+def in_turn_for(architectures, cases, parts, *values):
+    """Of sm_89 all is slow, whose PTX is sm_80's but for what has e4m3."""
+    return on_each(architectures, cases, parts, *values, slow=(89,))
+
+
 @pytest.mark.parametrize(
-    ("name", "case"), [(name, case) for name, cases in COMPILED.items() for case in cases], ids=str
+    ("case", "name", "architecture"),
+    [p for name, cases in COMPILED.items() for p in in_turn_for(ARCHITECTURES, cases, len(cases), name)],
 )
-def test_compiles_without_more_spills(compiler, name, case, architecture):
+def test_compiles_without_more_spills(compiler, case, name, architecture):
     ptx, stack = compiler.submit(compile_for, architecture, name, case).result()
     assert f".target sm_{architecture}" in ptx
     assert stack == expected_stack(f"{name} {case.shape}", architecture)
@@ -292,16 +299,24 @@ COMPILED_GEMMS = [
 ]
 
 
+GEMMS = list(dict.fromkeys(name for name, _ in COMPILED_GEMMS))
+
+
 @pytest.mark.parametrize(
-    ("name", "case", "architecture"),
+    ("case", "name", "architecture"),
     [
-        pytest.param(name, case, arch, marks=[pytest.mark.slow] * (arch == 89 and name.startswith("int8")))
-        for name, case in COMPILED_GEMMS
-        for arch in ARCHITECTURES
+        p
+        for name in GEMMS
+        for p in on_each(
+            ARCHITECTURES,
+            [case for n, case in COMPILED_GEMMS if n == name],
+            4,
+            name,
+            slow=() if name.startswith("fp8") else (89,),
+        )
     ],
-    ids=str,
 )
-def test_gemms_compile_for_tensor_cores_without_spills(compiler, name, case, architecture):
+def test_gemms_compile_for_tensor_cores_without_spills(compiler, case, name, architecture):
     if name.startswith("fp8") and architecture == 80:
         pytest.skip("tensor cores of sm_80 multiply no e4m3")
     ptx, stack = compiler.submit(compile_for, architecture, name, case).result()
@@ -325,16 +340,14 @@ def test_gemms_compile_for_tensor_cores_without_spills(compiler, name, case, arc
 
 
 def attention_cases():
-    """Every bucket, with and without what is added to scores: one of the two in `make test`."""
+    """Every bucket, with and without what is added to scores."""
     for i, dims in enumerate(BUCKETS):
-        for j, mask in enumerate((None, "dtype bij")):
+        for mask in (None, "dtype bij"):
             dtype = (torch.float16, torch.bfloat16)[i // 2 % 2]
-            case = attention.Case((256, 512), dims, dtype, causal=True, lse=True, mask=mask, sinks="float32")
-            yield pytest.param(case, marks=[pytest.mark.slow] * (i % 2 != j))
+            yield attention.Case((256, 512), dims, dtype, causal=True, lse=True, mask=mask, sinks="float32")
 
 
-@pytest.mark.parametrize("architecture", DISTINCT)
-@pytest.mark.parametrize("case", list(attention_cases()), ids=str)
+@pytest.mark.parametrize(("case", "architecture"), in_turn_for(ARCHITECTURES, attention_cases(), 7))
 def test_attention_compiles_for_tensor_cores_without_more_spills(compiler, case, architecture):
     ptx, stack = compiler.submit(compile_for, architecture, "attention", case).result()
     assert f".target sm_{architecture}" in ptx

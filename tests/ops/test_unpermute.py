@@ -3,6 +3,7 @@
 import pytest
 import torch
 from every_backend import in_triton, interpreted, on_cuda
+from rotation import in_parts, whole
 
 import forwardpass as fp
 from forwardpass.ops.unpermute import OPERATION, cases, reference
@@ -11,7 +12,7 @@ from forwardpass.testing import assert_equal, poisoned_outputs
 CASES = list(cases.cases())
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [whole(CASES)])
 def test_cpu(case, seed):
     args = case.arguments(seed=seed)
     with poisoned_outputs():
@@ -24,8 +25,7 @@ def test_cuda(case, arch, seed):
     cases.assert_matches(interpreted(OPERATION, args, "cuda", arch, seed), args)
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
-@pytest.mark.parametrize("case", in_triton(CASES), ids=str)
+@pytest.mark.parametrize(("case", "arch"), in_triton(CASES))
 def test_triton(case, arch, seed):
     args = case.arguments(seed=seed)
     cases.assert_matches(interpreted(OPERATION, args, "triton", arch, seed), args)
@@ -48,7 +48,7 @@ def test_it_undoes_permute_quantize():
     assert_equal(fp.ops.unpermute(rows, position, weights), expected.float() * expected_scale[:, None])
 
 
-@pytest.mark.parametrize("case", CASES[::7], ids=str)
+@pytest.mark.parametrize("case", in_parts(CASES[::7], 3))
 def test_opcheck(case):
     torch.library.opcheck(torch.ops.forwardpass.unpermute_cpu.default, case.arguments())
 

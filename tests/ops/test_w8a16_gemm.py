@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from processes import two_threads
+from rotation import in_parts, whole
 
 from forwardpass import dispatch
 from forwardpass.ops.common.quantized_rows import E4M3
@@ -15,7 +16,7 @@ from forwardpass.testing import poisoned_outputs
 CASES = list(cases.cases())
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [whole(CASES)])
 def test_cpu_against_reference(case, seed):
     args = case.arguments(seed=seed)
     with poisoned_outputs():
@@ -78,8 +79,7 @@ def test_gpus_take_16_bit_activations(monkeypatch):
     assert not dispatch.only_reference_on("int8_linear", gpu, torch.float32)
 
 
-def test_opcheck():
-    for case in [c for c in CASES if c.w_dtype == torch.int8][
-        ::7
-    ]:  # opcheck compares its inputs, and torch cannot compare e4m3
-        torch.library.opcheck(torch.ops.forwardpass.w8a16_gemm_cpu.default, case.arguments())
+# opcheck compares its inputs, and torch cannot compare e4m3
+@pytest.mark.parametrize("case", in_parts([c for c in CASES if c.w_dtype == torch.int8][::7], 4))
+def test_opcheck(case):
+    torch.library.opcheck(torch.ops.forwardpass.w8a16_gemm_cpu.default, case.arguments())

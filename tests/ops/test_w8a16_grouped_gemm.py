@@ -5,7 +5,9 @@ import sys
 
 import pytest
 import torch
+from every_backend import on_each
 from processes import two_threads
+from rotation import in_parts, whole
 
 import forwardpass as fp
 from forwardpass.ops.common.quantized_rows import E4M3
@@ -16,7 +18,7 @@ CASES = list(cases.cases())
 GPU_CASES = [c for c in CASES if c.x_dtype != torch.float32]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [whole(CASES)])
 def test_cpu_against_reference(case, seed):
     args = case.arguments(seed=seed)
     with poisoned_outputs():
@@ -24,10 +26,7 @@ def test_cpu_against_reference(case, seed):
     cases.assert_matches(got, args)
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90a"])
-@pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=[pytest.mark.slow] * (i % 6 > 0)) for i, c in enumerate(GPU_CASES)], ids=str
-)
+@pytest.mark.parametrize(("case", "arch"), on_each(("sm_80", "sm_89", "sm_90a"), GPU_CASES, 9))
 def test_triton(case, arch, seed):
     args = case.arguments(seed=seed)
     with poisoned_outputs(), fp.use_backend("triton"), fp.interpret(arch, seed=seed, guard=True) as device:
@@ -100,9 +99,11 @@ def test_every_tier(tier):
     assert run.stdout.strip() == tier, run.stderr
 
 
-def test_opcheck():
-    for case in [c for c in CASES if c.w_dtype == torch.int8][::9]:  # torch cannot compare e4m3
-        torch.library.opcheck(torch.ops.forwardpass.w8a16_grouped_gemm_cpu.default, case.arguments())
+@pytest.mark.parametrize(
+    "case", in_parts([c for c in CASES if c.w_dtype == torch.int8][::9], 3)
+)  # it cannot compare e4m3
+def test_opcheck(case):
+    torch.library.opcheck(torch.ops.forwardpass.w8a16_grouped_gemm_cpu.default, case.arguments())
 
 
 X, W, SCALE = torch.ones(4, 32), torch.ones(3, 16, 32, dtype=torch.int8), torch.ones(3, 16)

@@ -22,7 +22,12 @@ WORDS = ["rain", "roof", "an", "old", "house", "nobody", "home", "hear", "it", "
 BATCH = 50
 
 
-@pytest.fixture(scope="module", autouse=True)
+def with_ray(test):
+    """Ray starts half a dozen processes and ends them, 25 s."""
+    return pytest.mark.slow(pytest.mark.usefixtures("cluster")(test))
+
+
+@pytest.fixture(scope="module")
 def cluster():
     paths = {"PYTHONPATH": os.pathsep.join(sys.path)}  # actors are of this file, which imports others
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": paths})
@@ -71,6 +76,13 @@ def by_loop(lines, **model):
         torch.set_num_threads(threads)
 
 
+def test_a_plan_gives_an_actor_the_model_that_was_saved(folders):
+    """Without Ray: an actor is a class."""
+    lines = texts(110)
+    by_plan = by_loop(lines, folder=folders[0], plan=folders[2])
+    assert by_plan.shape[0] == 110 and np.array_equal(by_plan, by_loop(lines, folder=folders[1]))
+
+
 class Fails(ray_data.Embed):
     """Ends its process or raises at the batch with a text, for each file of that text's number in `marks`, which it removes."""
 
@@ -99,16 +111,17 @@ def failures(folders, tmp_path, count, blocks):
     assert np.array_equal(embeddings(rows), by_loop(lines, folder=folders[1]))
 
 
+@with_ray
 def test_what_fails_is_done_again(folders, tmp_path):
     failures(folders, tmp_path, 400, 4)
 
 
-@pytest.mark.slow
+@with_ray
 def test_ten_thousand_texts(folders, tmp_path):
     failures(folders, tmp_path, 10_000, 20)
 
 
-@pytest.mark.slow
+@with_ray
 def test_a_third_exception_ends_the_job(folders, tmp_path):
     lines = texts(100)
     for i in range(3):
@@ -118,7 +131,7 @@ def test_a_third_exception_ends_the_job(folders, tmp_path):
         ray_data.embed(dataset(lines, 2), model, actors=1, batch=BATCH, actor=Fails).take_all()
 
 
-@pytest.mark.slow
+@with_ray
 def test_a_plan_is_read_by_each_actor(folders):
     lines = texts(110)  # the last batch is a short one
     model = {"folder": folders[0], "plan": folders[2]}
@@ -127,7 +140,7 @@ def test_a_plan_is_read_by_each_actor(folders):
     assert np.array_equal(embeddings(rows), by_loop(lines, folder=folders[1]))
 
 
-@pytest.mark.slow
+@with_ray
 def test_the_command(folders, tmp_path, monkeypatch, capsys):
     lines = texts(120)
     (tmp_path / "texts").mkdir()
@@ -150,7 +163,7 @@ class Threads(ray_data.Embed):
         return {"threads": [torch.get_num_threads()] * len(batch["text"])}
 
 
-@pytest.mark.slow
+@with_ray
 def test_an_actor_takes_the_threads_that_it_is_given(folders):
     model = {"folder": folders[1], "threads": 2}
     rows = ray_data.embed(dataset(texts(4), 1), model, actors=1, batch=4, actor=Threads).take_all()

@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 import transformers
+from rotation import in_turn
 from small_models import batch, build, outputs
 from stored_formats import llama
 from transformers import AutoModel, AutoModelForCausalLM
@@ -141,12 +142,14 @@ print(type(model.model.layers[0].mlp).__name__)
 
 @pytest.mark.parametrize(
     ("imports", "expected"),
-    [
-        ("import forwardpass; import transformers", "GatedMLP"),
-        ("import transformers; import forwardpass", "GatedMLP"),
-        ("import transformers; transformers.AutoModel; import forwardpass", "GatedMLP"),
-        ("import transformers", None),
-    ],
+    in_turn(
+        [
+            ("import forwardpass; import transformers", "GatedMLP"),
+            ("import transformers; import forwardpass", "GatedMLP"),
+            ("import transformers; transformers.AutoModel; import forwardpass", "GatedMLP"),
+            ("import transformers", None),
+        ]
+    ),
 )
 def test_whichever_is_imported_first(imports, expected, tmp_path):
     model = llama()

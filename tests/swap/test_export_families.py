@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from rotation import paired
 from small_models import outputs
 from stored_formats import layers_of
 
@@ -62,8 +63,7 @@ def swapped(cls, config, precision):
     return model
 
 
-@pytest.mark.parametrize("precision", ["int8", "mixed"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "precision"), paired(FAMILIES, ["int8", "mixed"]))
 @torch.inference_mode()
 def test_read_back(family, precision, tmp_path):
     cls, config, x, refusal = FAMILIES[family]

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from rotation import in_turn
 from small_models import MLPS, assert_same_objects, batch, build, objects, of_tokens, outputs
 from small_models import TwoLayers as Mlp
 from torch import nn
@@ -341,7 +342,7 @@ def test_models(name, tmp_path, monkeypatch):
     torch.testing.assert_close(outputs(model, x), after, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "t5_gated", "phi3"])
+@pytest.mark.parametrize("name", in_turn(["gpt2", "t5_gated", "phi3"]))
 def test_compiled_models(name):
     model, x = build(name, MLPS), batch(name)
     fp.swap(model, "w8a16", exclude="lm_head", attention=False)

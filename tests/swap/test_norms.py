@@ -2,10 +2,12 @@
 
 import copy
 import dataclasses
+import itertools
 import pickle
 
 import pytest
 import torch
+from rotation import in_turn, paired
 from small_models import MLPS, assert_same_objects, batch, build, objects, outputs
 from small_models import TwoLayers as Mlp
 from torch import nn
@@ -125,7 +127,7 @@ def test_timm():
     assert 0 < (outputs(model, x) - before).norm() < 0.05 * before.norm()
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize("name", in_turn(["llama", "gemma3", "gpt2"]))
 def test_restored_stored_and_compiled(name, tmp_path):
     model, x = build(name, MLPS), batch(name)
     untouched = objects(model)
@@ -181,14 +183,17 @@ RMS = lambda: Layer(nn.RMSNorm(WIDTH, eps=1e-5))  # noqa: E731
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("layer", [Layer, Lines, RMS])
 @pytest.mark.parametrize(
-    ("precision", "arch"), [("int8", "sm_80"), ("int8", "sm_90a"), ("fp8", "sm_89"), ("fp8", "sm_90a")]
+    ("on", "given"),
+    paired(
+        itertools.product((torch.float32, torch.bfloat16), (Layer, Lines, RMS)),
+        (("int8", "sm_80"), ("int8", "sm_90a"), ("fp8", "sm_89"), ("fp8", "sm_90a")),
+    ),
 )
 @torch.no_grad()
-def test_on_gpus(precision, arch, layer, dtype, backend, x):
+def test_on_gpus(on, given, backend, x):
     """One launch normalises and quantises; values are the norm's but for half a step."""
+    (dtype, layer), (precision, arch) = on, given
     model, _ = model_of(layer, precision, dtype)
     x, block = x.to(dtype), model.layer
     with fp.interpret(arch, counters=True) as device, fp.use_backend(backend):

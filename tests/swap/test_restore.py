@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from rotation import paired
 from small_models import CONFIGS, assert_same_objects, batch, block, build, objects, outputs
 from torch import nn
 
@@ -15,8 +16,7 @@ import forwardpass as fp
 from forwardpass.swap import originals
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("keep", ["auto", "device", "cpu"])
+@pytest.mark.parametrize(("name", "keep"), paired(CONFIGS, ["auto", "device", "cpu"]))
 def test_the_same_objects_and_outputs(name, keep):
     model, inputs = build(name), batch(name)
     before, exact = objects(model), outputs(model, inputs)

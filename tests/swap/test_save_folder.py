@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+from rotation import in_turn
 from saving_processes import killed_after
 from small_models import CONFIGS, batch, block, build, outputs, transformers
 from transformers.quantizers import auto
@@ -95,7 +96,7 @@ def test_a_loaded_model_is_saved_where_it_came_from(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-@pytest.mark.parametrize("size", ["5GB", "50KB"])
+@pytest.mark.parametrize("size", in_turn(["5GB", "50KB"]))
 def test_a_save_that_is_killed_leaves_the_old_checkpoint_or_the_new(tmp_path, size):
     old, new, inputs = (
         build("bert"),

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from rotation import paired
 from small_models import CONFIGS, assert_same_objects, batch, block, build, objects, outputs, transformers
 from torch import nn
 
@@ -32,8 +33,7 @@ def saved(tmp_path):
     return tmp_path, x, outputs(model, x)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("precision", ["int8", "fp8", "w8a16", "bf16"])
+@pytest.mark.parametrize(("name", "precision"), paired(CONFIGS, ["int8", "fp8", "w8a16", "bf16"]))
 def test_bits_are_equal(tmp_path, name, precision):
     model, inputs = build(name), batch(name)
     if name == "bert":

@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from rotation import in_turn
 from small_models import build
 from torch import nn
 
@@ -336,7 +337,7 @@ def test_threads_do_not_mix():
     assert not wrong
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", in_turn([False, True]))
 def test_compiled_whole(dynamic):
     model, _ = swapped()
     x = torch.randn(3, SIZE)

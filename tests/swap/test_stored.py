@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 import transformers
+from rotation import in_turn
 from small_models import outputs
 from stored_formats import FORMATS, edit, layers_of, llama, write, write_compressed
 
@@ -287,7 +288,7 @@ def test_a_hub_id_is_downloaded_without_code(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["int8_token", "fp8_block", "gptq", "int8_packed", "bitsandbytes", "modelopt_int8", "torchao"]
+    "name", in_turn(["int8_token", "fp8_block", "gptq", "int8_packed", "bitsandbytes", "modelopt_int8", "torchao"], 3)
 )
 def test_damaged_files(name, tmp_path):
     """60 of each: a sentence, or a model of what is still whole; 10 400 of them were tried."""

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 import transformers
+from rotation import in_turn, paired
 from safetensors.torch import load_file, save_file
 from small_models import objects, outputs
 from stored_formats import FORMATS, MIXTURES, edit, mixture, write
@@ -77,8 +78,7 @@ def with_weights(name, weights, folder):
 
 
 @pytest.mark.filterwarnings(FINER)
-@pytest.mark.parametrize("format", KINDS)
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize(("format", "name"), paired(KINDS, MIXTURES))
 @torch.inference_mode()
 def test_formats(name, format, tmp_path):
     weights = write(tmp_path / "theirs", format, mixture(name))
@@ -96,7 +96,7 @@ def test_formats(name, format, tmp_path):
 
 
 @pytest.mark.filterwarnings(FINER)
-@pytest.mark.parametrize("format", KINDS)
+@pytest.mark.parametrize("format", in_turn(KINDS, 2))
 @torch.inference_mode()
 def test_on_a_gpu(format, tmp_path):
     """On one without fp8 products weights are read as they are."""

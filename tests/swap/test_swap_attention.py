@@ -9,6 +9,7 @@ import threading
 
 import pytest
 import torch
+from rotation import in_turn
 from small_models import ATTENTION, assert_same_objects, batch, build, codes, names, objects, outputs
 from torch import nn
 
@@ -348,7 +349,7 @@ def test_threads():
     assert len(got) == 4 and all(torch.equal(y, expected) for y in got)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "bert", "vit"])
+@pytest.mark.parametrize("name", in_turn(["llama", "mistral", "gemma2", "bert", "vit"]))
 @torch.inference_mode()
 def test_compiled(name):
     model, inputs = build(name, ATTENTION), batch(name)

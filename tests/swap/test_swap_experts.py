@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from rotation import in_turn, paired
 from small_models import build, codes, names
 
 import forwardpass as fp
@@ -58,8 +59,7 @@ def experts_of(model):
 
 
 @pytest.mark.filterwarnings("ignore:swap. fp8_.* has no kernel:UserWarning")
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "precision"), paired(MODELS, PRECISIONS))
 def test_architectures(name, precision, tmp_path):
     model = build(name, MODELS)
     before, experts = logits(model), experts_of(model)
@@ -141,7 +141,7 @@ def experts_of_report(report):
     return [s.fqn for s in report.swapped if s.fqn.endswith("experts")]
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("name", in_turn(["mixtral", "gpt_oss"]))
 def test_compiled(name):
     model = build(name, MODELS)
     fp.swap(model, "w8a16")
