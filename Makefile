@@ -13,9 +13,13 @@ export GPULESS_BUILD_STRICT ?= 1
 
 .PHONY: demo test tests lint-log test-all test-cuda-torch test-newest lint gates gpu bench clean
 
-demo: .venv/built
-	$(BIN)/forwardpass doctor
+# The first result needs the CPU's kernels alone; then come the CUDA kernels of one architecture, that of the GPU where there is one.
+demo: .venv/cpu
 	$(DEMO)
+	@echo; echo "That was the CPU. Next: gpuless and the CUDA kernels of one architecture are compiled, and run on this model's layers."
+	@$(MAKE) --no-print-directory .venv/kernels
+	$(BIN)/forwardpass kernels minilm
+	$(BIN)/forwardpass doctor
 
 # A process a core, each with one thread; the files of tests go to whoever is free, those that take longest first (conftest.py).
 PYTEST = OMP_NUM_THREADS=1 $(1)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
@@ -76,23 +80,39 @@ clean:
 	$(MAKE) -C interpreter clean
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# One pip call names torch, so that no later one replaces it; pip is asked again whenever a source changed: ninja then compiles
-# what has to be, and the rest is a few seconds.
-.venv/built: $(SOURCES) $(GPULESS) constraints.txt
+# Compiling is done by setup.py, which shows what and how many files; pip then finds all of it done. One pip call names torch, so
+# that no later one replaces it.
+.venv/cpu: $(SOURCES) constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit("make: the versions in constraints.txt need Python 3.11 or later, and \
 	$(PYTHON) is %d.%d: name another, as in make demo PYTHON=python3.12" % v[:2] if v < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	$(INSTALL) torch 'setuptools>=77' ninja
-	$(BIN)/python setup.py toolchain > .venv/toolchain.txt
-	$(INSTALL) -r .venv/toolchain.txt
-	$(INSTALL) pybind11
-	GPULESS_BUILD_HOST=1 $(INSTALL) --no-build-isolation -e ./interpreter
-	$(INSTALL) --no-build-isolation -e '.[demo]'
+	FORWARDPASS_BUILD_CUDA=0 $(BIN)/python setup.py build_ext --inplace
+	FORWARDPASS_BUILD_CUDA=0 $(INSTALL) --no-build-isolation -e '.[demo]'
 	touch $@
 
-# The tools of the tests, and Triton, as a CPU build of torch brings none.
-.venv/dev: .venv/built
-	GPULESS_BUILD_HOST=1 $(INSTALL) --no-build-isolation -e './interpreter[dev]'
+# $(1): the value of TORCH_CUDA_ARCH_LIST. An nvcc of PyPI where there is none; gpuless first, as the kernels are linked to it too.
+define compile_kernels
+	$(BIN)/python setup.py toolchain > .venv/toolchain.txt
+	$(INSTALL) -r .venv/toolchain.txt
+	cd interpreter && ../$(BIN)/python setup.py build_ext --inplace
+	TORCH_CUDA_ARCH_LIST="$(1)" $(BIN)/python setup.py build_ext --inplace
+endef
+
+ONE_ARCH = $(shell $(BIN)/python -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability() if torch.cuda.is_available() else "9.0a")')
+
+.venv/kernels: .venv/cpu $(GPULESS)
+	$(call compile_kernels,$(or $(TORCH_CUDA_ARCH_LIST),$(ONE_ARCH)))
+	$(INSTALL) --no-build-isolation -e ./interpreter
+	touch $@
+
+# The tools of the tests, Triton, as a CPU build of torch brings none, and the kernels of every architecture.
+.venv/dev: export GPULESS_BUILD_HOST = 1
+.venv/dev: export TORCH_CUDA_ARCH_LIST = all
+.venv/dev: .venv/cpu $(GPULESS)
+	$(INSTALL) pybind11
+	$(call compile_kernels,all)
+	$(INSTALL) --no-build-isolation -e './interpreter[dev]'
 	$(INSTALL) --no-build-isolation -e '.[dev]'
 	touch $@
 

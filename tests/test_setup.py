@@ -326,7 +326,7 @@ def test_make_refuses_a_python_without_the_pinned_packages(tmp_path, monkeypatch
 -c) exec {sys.executable} -c 'import sys; sys.version_info = (3, 10, 13, "final", 0); exec(sys.argv[1])' "$2";;
 *) exit 99;;
 esac"""
-    command = ["make", "-W", "constraints.txt", ".venv/built", f"PYTHON={script(tmp_path / 'python3', old)}"]
+    command = ["make", "-W", "constraints.txt", ".venv/cpu", f"PYTHON={script(tmp_path / 'python3', old)}"]
     for name in ("MAKEFLAGS", "MAKELEVEL"):  # of the make that runs the tests
         monkeypatch.delenv(name, raising=False)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -34,7 +34,7 @@ def load() -> Any:
         importlib.import_module("gpuless.core")
         return sys.modules["gpuless"]
     except ModuleNotFoundError as e:
-        if e.name != "gpuless":
+        if e.name not in ("gpuless", "gpuless.core"):
             raise
         raise ImportError(MISSING) from None
 
