@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import re
 import subprocess
 import sys
 
@@ -386,6 +387,37 @@ def test_explain():
     table = fp.explain("attention", q, q, q, softcap=30.0)
     assert (table.backend, table["cpu"].code) == ("reference", "softcap")
     assert fp.explain("attention", q, q, q[..., :32])["cpu"].code == "head_dim"
+
+
+PADDED = "head dim {} runs as {} in {}: {:.2f} times the work"
+BOTH, CUDA, TRITON = "CUDA and Triton kernels", "CUDA kernels with a mask, ALiBi or softcap", "Triton kernels"
+
+
+@pytest.mark.parametrize(
+    ("dims", "plain", "modified"),
+    [
+        ((64, 64), [], []),
+        ((40, 40), [(40, 64, BOTH, 1.6)], [(40, 64, BOTH, 1.6)]),
+        ((96, 96), [], [(96, 128, CUDA, 4 / 3)]),
+        ((72, 72), [(72, 96, BOTH, 4 / 3)], [(72, 128, CUDA, 16 / 9), (72, 96, TRITON, 4 / 3)]),
+        ((192, 192), [], [(192, 256, CUDA, 4 / 3)]),
+        ((192, 128), [], [("192 with 128 of v", 256, CUDA, 1.6)]),
+        ((320, 320), [], []),
+    ],
+    ids=str,
+)
+def test_explain_says_in_which_kernel_a_head_dim_runs(dims, plain, modified):
+    """Score modifiers have CUDA kernels of three head dims; Triton compiles what is called."""
+    q, v = (torch.zeros(1, 4, 2, d, dtype=torch.float16) for d in dims)
+    slopes, mask = torch.ones(2), torch.zeros(4, 4)
+    for options, expected in (
+        ({}, plain),
+        ({"softcap": 9.0}, modified),
+        ({"alibi_slopes": slopes}, modified),
+        ({"mask": mask}, modified),
+    ):
+        notes = re.findall(r"\[(head dim .*? the work)\]", str(fp.explain("attention", q, q, v, **options)))
+        assert notes == [PADDED.format(*words) for words in expected]
 
 
 def test_buckets():

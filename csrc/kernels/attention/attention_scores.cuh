@@ -19,13 +19,20 @@ class ScoreModifiers {
   using MaskWords = RowOf<Scores, uint32_t[(Scores::kTilesN + 3) / 4][4]>;
 
   ScoreModifiers() = default;
-  // first_row: the warp's, in its sequence.
-  __device__ ScoreModifiers(const AttentionParams& p, const AttentionTile& t, int first_row) : p_(&p), keys_(t.keys) {
+  // Whether the mask's rows can be read 16 bytes at a time.
+  __device__ static bool in_vectors(const AttentionParams& p, const AttentionTile& t) {
+    const AttentionMask& m = p.mask;
+    return m.column == 1 && (static_cast<unsigned>(m.batch | m.head | m.row | t.keys) * element_bytes(m) |
+                             reinterpret_cast<uintptr_t>(m.data)) %
+                                    16 ==
+                                0;
+  }
+  // first_row: the warp's, in its sequence; vectors: in_vectors(p, t), which takes 60 instructions.
+  __device__ ScoreModifiers(const AttentionParams& p, const AttentionTile& t, int first_row, bool vectors)
+      : p_(&p), keys_(t.keys), vectors_(vectors) {
     slope_ = p.alibi_slopes ? p.alibi_slopes[t.batch * p.alibi_batch_stride + t.head] * kLog2e : 0;
     const AttentionMask& m = p.mask;
-    const unsigned size = m.kind == AttentionMaskKind::boolean ? 1 : m.kind == AttentionMaskKind::f32 ? 4 : 2;
-    const auto address = reinterpret_cast<uintptr_t>(m.data);
-    vectors_ = m.column == 1 && (static_cast<unsigned>(m.batch | m.head | m.row | t.keys) * size | address) % 16 == 0;
+    const unsigned size = element_bytes(m);
 #pragma unroll
     for (int i = 0; i < Scores::kTilesM; ++i)
 #pragma unroll
@@ -77,6 +84,9 @@ class ScoreModifiers {
   }
 
  private:
+  __device__ static unsigned element_bytes(const AttentionMask& m) {
+    return m.kind == AttentionMaskKind::boolean ? 1 : m.kind == AttentionMaskKind::f32 ? 4 : 2;
+  }
   template <class T>
   __device__ static float add(float v, uint32_t word, int shift) {
     const auto bits = static_cast<uint16_t>(word >> shift);

@@ -20,6 +20,8 @@ from . import reference
 
 #: (head_dim of q and k, of v) for which there are kernels; other head dims run in the next one of as many columns or more.
 BUCKETS = ((64, 64), (96, 96), (128, 128), (192, 192), (256, 256), (192, 128))
+#: The same of CUDA's kernels with a mask, ALiBi or softcap (csrc/kernels/attention/attention_modified_sm80.cu).
+MODIFIED_BUCKETS = ((64, 64), (128, 128), (256, 256))
 #: Rows of an operand that are so many elements apart have offsets in a tile of 128 rows beyond the 32 bits that Triton's
 #: kernel has for them: with 64, d = 256 spills (static, sm_80).
 MOST_APART = 2**24
@@ -289,6 +291,24 @@ def bucket(head_dim: int, value_dim: int) -> tuple[int, int] | None:
     return next((b for b in BUCKETS if b[0] == b[1] >= head_dim), None)
 
 
+def _notes_on_buckets(head_dim: int, value_dim: int, modified: bool) -> list[str]:
+    """Sentences: in which kernels head dims run that have none of their own, and the work that this adds."""
+    dims = head_dim, value_dim
+    if (triton := bucket(*dims)) is None:
+        return []
+    cuda = next(b for b in MODIFIED_BUCKETS if b[0] >= head_dim) if modified else triton
+    if cuda == triton:
+        kernels = {"CUDA and Triton kernels": cuda}
+    else:
+        kernels = {"CUDA kernels with a mask, ALiBi or softcap": cuda, "Triton kernels": triton}
+
+    def text(pair: tuple[int, int]) -> str:
+        return str(pair[0]) if pair[0] == pair[1] else f"{pair[0]} with {pair[1]} of v"
+
+    return [f"head dim {text(dims)} runs as {text(b)} in {where}: {sum(b) / sum(dims):.2f} times the work"
+            for where, b in kernels.items() if b != dims]  # fmt: skip
+
+
 def faster_than_torch(device: torch.device, dtype: torch.dtype, head_dim: int, rows: int) -> bool:
     """Whether the cpu backend takes this to its own kernel (csrc/cpu/attention_rows_cpu.cpp), in place of torch's."""
     if device.type != "cpu" or dtype not in (torch.float32, torch.float16, torch.bfloat16) or cpu_tier() is None:
@@ -334,12 +354,9 @@ def _notes(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> list[str]:
         elif x.shape[-3] > 1 and x.stride(-3) >= MOST_APART:
             notes.append(f"rows of {name} are {x.stride(-3)} elements apart, {MOST_APART} or more: Triton's kernel first "
                          f"copies it, {x.numel() * size} bytes")  # fmt: skip
-    dims = q.shape[-1], v.shape[-1]
-    if (b := bucket(*dims)) and b != dims:
-        notes.append(
-            f"head dim {dims[0]} runs as {b[0]} in CUDA and Triton kernels: {b[0] / dims[0]:.2f} times the work"
-        )
-    _, causal, left, right, _, mask, alibi_slopes = options[:7]
+    _, causal, left, right, softcap, mask, alibi_slopes = options[:7]
+    modified = softcap > 0 or mask is not None or alibi_slopes is not None
+    notes += _notes_on_buckets(q.shape[-1], v.shape[-1], modified)
     limited = left is not None or right is not None or (causal and q.shape[-3] != k.shape[-3])
     faster = faster_than_torch(q.device, q.dtype, q.shape[-1], q.shape[-3])
     if q.device.type == "cpu" and ((limited and not faster) or mask is not None or alibi_slopes is not None):
