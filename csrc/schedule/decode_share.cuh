@@ -127,4 +127,44 @@ struct DecodeList {
   }
 };
 
+// f(part, slot of the workspace) for the parts that this thread block computes, one after the other: its share of the
+// list or, batch invariant, one. f is called in one place: its code, nearly all of the kernel, exists once.
+template <class F>
+__device__ inline void for_each_part(const AttentionDecodeParams& p, F f) {
+  const int heads = decode_heads(p);
+  const int64_t parts = p.batch_invariant ? invariant_parts(p) : 1;  // of a head
+  int64_t index = 0, end = 1, begin = 0;                             // in the list; begin: of the sequence's blocks
+  int batch = static_cast<int>(blockIdx.x / parts / heads);
+  if (!p.batch_invariant) {
+    const DecodeList list(p);
+    const int64_t shares = list.shares(gridDim.x);
+    if (blockIdx.x >= shares) return;
+    index = list.begin_of(blockIdx.x, shares), end = list.begin_of(blockIdx.x + 1, shares);
+    list.find(index, batch, begin);
+  }
+#pragma unroll 1
+  while (index < end) {
+    const DecodeKeys keys(p, batch);
+    DecodePart part{batch, 0, 0, 0, keys};
+    int64_t slot = blockIdx.x;
+    if (p.batch_invariant) {
+      const int blocks = keys.invariant_blocks(p);
+      part.head = static_cast<int>(slot / parts % heads), part.begin = static_cast<int>(slot % parts) * blocks;
+      part.end = min(part.begin + blocks, keys.count), index = end;
+      if (part.begin >= part.end) return;
+    } else {
+      if (index >= begin + int64_t{keys.count} * heads) {  // a sequence without keys, or
+                                                           // after a sequence's last head
+        begin += int64_t{keys.count} * heads, ++batch;
+        continue;
+      }
+      const int in_batch = static_cast<int>(index - begin);
+      part.head = in_batch / keys.count, part.begin = in_batch % keys.count;
+      part.end = part.begin + static_cast<int>(min(int64_t{keys.count - part.begin}, end - index));
+      slot = 2 * slot + (part.begin == 0), index += part.end - part.begin;
+    }
+    f(part, slot);
+  }
+}
+
 }  // namespace forwardpass

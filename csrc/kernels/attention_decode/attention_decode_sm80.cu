@@ -69,7 +69,7 @@ struct SliceRows {
   __device__ static int offset(int row, int chunk) {
     return chunk / Rows::kChunks * 16 * kPanelBytes + Rows::offset(row, chunk % Rows::kChunks);
   }
-  // A lane's address for an ldmatrix of sixteen rows of two chunks: kLowerSecond as Panels of attention_sm80.cu.
+  // A lane's address for an ldmatrix of sixteen rows of two chunks: kLowerSecond as Panels of attention_sm80.cuh.
   template <bool kLowerSecond>
   __device__ static int matrices(int chunk) {
     const int lane = threadIdx.x % 32, i = lane / 8, lower = kLowerSecond ? i % 2 : i / 2;
@@ -401,42 +401,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   auto& s = *reinterpret_cast<typename Config::SharedStorage*>(memory);
   ptx::wait_for_earlier_kernels();
   ptx::launch_dependents();
-  const auto attend = [&](const DecodePart& part, int64_t slot) {
+  for_each_part(p, [&](const DecodePart& part, int64_t slot) {
     DecodeWarp<Config> warp(p, s, part);
     warp.run();
     finish_part<Config>(p, s, warp, part, slot);
-  };
-  const int heads = decode_heads(p);
-  if (p.batch_invariant) {
-    const int64_t parts = invariant_parts(p), of_head = blockIdx.x / parts;
-    DecodePart part{.batch = static_cast<int>(of_head / heads),
-                    .head = static_cast<int>(of_head % heads),
-                    .keys = DecodeKeys(p, static_cast<int>(of_head / heads))};
-    const int blocks = part.keys.invariant_blocks(p);
-    part.begin = static_cast<int>(blockIdx.x % parts) * blocks, part.end = min(part.begin + blocks, part.keys.count);
-    if (part.begin < part.end) attend(part, blockIdx.x);
-    return;
-  }
-  const DecodeList list(p);
-  const int64_t shares = list.shares(gridDim.x);
-  if (blockIdx.x >= shares) return;
-  int64_t index = list.begin_of(blockIdx.x, shares), begin;
-  const int64_t end = list.begin_of(blockIdx.x + 1, shares);
-  int batch;
-  list.find(index, batch, begin);
-#pragma unroll 1
-  while (index < end) {
-    const DecodeKeys keys(p, batch);
-    if (index >= begin + int64_t{keys.count} * heads) {  // a sequence without keys, or
-                                                         // after a sequence's last head
-      begin += int64_t{keys.count} * heads, ++batch;
-      continue;
-    }
-    const int in_batch = static_cast<int>(index - begin), first = in_batch % keys.count,
-              count = static_cast<int>(min(int64_t{keys.count - first}, end - index));
-    attend({batch, in_batch / keys.count, first, first + count, keys}, 2 * int64_t{blockIdx.x} + (first == 0));
-    index += count;
-  }
+  });
 }
 
 namespace {
