@@ -120,7 +120,7 @@ ONE_ARCH = $(shell $(BIN)/python -c 'import torch; print("%d.%d" % torch.cuda.ge
 # libraries load on; torch's own libraries, and gpuless's, are not copied into it.
 dist/built: .venv/dev $(shell find python interpreter/python -name '*.py' -o -name '*.json')
 	rm -rf dist build/wheel $(foreach folder,. interpreter,$(folder)/build/lib* $(folder)/build/bdist*)
-	$(BIN)/pip wheel --no-build-isolation --no-deps -w build/wheel . ./interpreter
+	TORCH_CUDA_ARCH_LIST=all $(BIN)/pip wheel --no-build-isolation --no-deps -w build/wheel . ./interpreter
 	for wheel in build/wheel/*.whl; do PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*.so' \
 	--exclude 'libc10*.so' --exclude libgpuless.so -w dist $$wheel || exit 1; done
 	touch $@

@@ -5,8 +5,9 @@ and guesses CUDA_HOME. Environment:
 
 FORWARDPASS_BUILD_CUDA    auto (default): CUDA kernels where there is an nvcc; 1: required; 0: none, earlier ones removed
 FORWARDPASS_BUILD_STRICT  1: a warning fails the build, and so does a spill; 0 (default): it is printed
-TORCH_CUDA_ARCH_LIST      default "8.0 8.9 9.0a 12.0"; PTX is there of every entry to 9.0, with or without "+PTX"; 9.0
-                          means 9.0a too. What the kernels or this nvcc cannot be built for is left out, and named
+TORCH_CUDA_ARCH_LIST      default: the architectures of the GPUs that torch finds, else all; "all" is "8.0 8.9 9.0a 12.0".
+                          PTX is there of every entry to 9.0, with or without "+PTX"; 9.0 means 9.0a too. What the
+                          kernels or this nvcc cannot be built for is left out, and named
 CXX                       default g++; a g++ >= 12, no clang++; arguments may follow ("ccache g++"). It compiles nvcc's host
                           code too, unless NVCC_CCBIN or CUDAHOSTCXX names another
 CUDA_HOME, MAX_JOBS       as everywhere
@@ -172,20 +173,41 @@ def why_no_cuda():
     return None
 
 
-# the names that torch takes in TORCH_CUDA_ARCH_LIST; those before Volta are of no CUDA that we build with
+# what a wheel has, then the names that torch takes in TORCH_CUDA_ARCH_LIST; those before Volta are of no CUDA that we build with
 NAMED_ARCHES = {
+    "all": "8.0 8.9 9.0a 12.0",
     "Volta": "7.0", "Turing": "7.5", "Ampere": "8.0 8.6", "Ampere+Tegra": "8.7", "Ada": "8.9", "Hopper": "9.0",
     "Blackwell": "10.0 10.3 12.0 12.1", "Blackwell+Tegra": "11.0",
 }  # fmt: skip
 
 
 @functools.cache
+def default_arches():
+    """TORCH_CUDA_ARCH_LIST where nobody sets it: those of the GPUs that torch finds here; without a GPU, all.
+
+    GPUs that nothing can be compiled for do not count: a 12.1 that this nvcc does not know runs the code for 12.0.
+    """
+    if torch_says("cuda") is None or os.environ.get("FORWARDPASS_BUILD_TORCH"):
+        return "all"
+    code = (
+        "import torch as t; print(*('%d.%d' % t.cuda.get_device_capability(i) for i in range(t.cuda.device_count())))"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return " ".join(arch for arch in dict.fromkeys(process.stdout.split()) if not arches_of(arch)[1]) or "all"
+
+
 def arches():
+    """arches_of(TORCH_CUDA_ARCH_LIST), or of its default."""
+    return arches_of(os.environ.get("TORCH_CUDA_ARCH_LIST") or default_arches())
+
+
+@functools.cache
+def arches_of(text):
     """(["80", "90a"], ["7.5 (the kernels need 8.0 or later)"]) from TORCH_CUDA_ARCH_LIST: what is built, what is left out."""
     listed = subprocess.run([cuda_home() / "bin/nvcc", "--list-gpu-arch"], capture_output=True, text=True).stdout
     supported = re.findall(r"compute_(\d+)", listed)
     built, left_out = {}, []
-    for word in re.findall(r"[^\s;,]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0 8.9 9.0a 12.0"):
+    for word in re.findall(r"[^\s;,]+", text):
         name = word.removesuffix("+PTX")
         for entry in NAMED_ARCHES.get(name, name).split():
             m = re.fullmatch(r"(\d+)\.(\d)[af]?", entry)
@@ -202,9 +224,10 @@ def arches():
     return list(built), left_out
 
 
-#: Files of which a GPU of 8.9 runs the machine code for 8.0: its own is the same, instruction by instruction, but for a zero that
-#: is moved and not multiplied by itself (of pad_rows) and the allocation of registers.
-OF_80_ON_89 = ("pad_rows_sm80.cu", "unpermute_sm80.cu")
+#: Portable files that have machine code of their own for 8.9, where one instruction converts from or to e4m3, and about ten on 8.0.
+#: A GPU of 8.9 runs the code for 8.0 of every other file; tests/gates/ada_gates.py compiles both, and compares them.
+OWN_CODE_ON_89 = ("activation_quantize", "append_kv", "dequant_activation", "gemv", "norm_quantize",
+                  "permute_quantize", "quantize", "w8a16_gemm", "w8a16_grouped_gemm")  # fmt: skip
 
 
 def gencode(source):
@@ -218,7 +241,7 @@ def gencode(source):
     if minimum.endswith("a"):
         return [f"-gencode=arch=compute_{a},code=[sm_{a},compute_{a}]" for a in arches()[0] if a == minimum]
     plain = sorted(n for n in (int(a.rstrip("a")) for a in arches()[0]) if n >= int(minimum))
-    if source.name in OF_80_ON_89 and 80 in plain:
+    if 80 in plain and source.name.removesuffix("_sm80.cu") not in OWN_CODE_ON_89:
         plain = [n for n in plain if n != 89]
     # On 9.0 an operation's kernels for 9.0a run; of its portable ones there is PTX, for later GPUs and for builds without
     # 9.0a. (fp8 mma.sync is emulated on 9.0, and spills.)
@@ -228,6 +251,14 @@ def gencode(source):
         if a not in code:
             code[90].append(f"sm_{a}")
     return [f"-gencode=arch=compute_{a},code=[{','.join([*real, f'compute_{a}'])}]" for a, real in code.items()]
+
+
+def compression():
+    """nvcc's flags: as small as can be of several architectures, which is a wheel; an eighth of the time to compile goes into it.
+
+    For one architecture the usual zstd, which takes none and leaves files half again as large.
+    """
+    return "--compress-mode=size" if len(arches()[0]) > 1 else "--compress-mode=balance -Xfatbin -compress-all"
 
 
 def jobs(sources):
@@ -297,7 +328,7 @@ def rules(out, obj, home):
     if home:
         cu = sorted(p for p in csrc.glob("kernels/**/*_sm*.cu") if gencode(p))
         lib = next(p for p in (home / "lib64", home / "lib") if p.is_dir())
-        nvcc = (f"{q(f'{home}/bin/nvcc')}{nvcc_host(obj / 'host-c++')} {common} -Icsrc -O3 -lineinfo --compress-mode=size"
+        nvcc = (f"{q(f'{home}/bin/nvcc')}{nvcc_host(obj / 'host-c++')} {common} -Icsrc -O3 -lineinfo {compression()}"
                 f"{' -Werror all-warnings' * STRICT} -Xptxas -warn-spills,-warn-lmem-usage{',-Werror' * STRICT} "
                 f"-Xcompiler -fPIC,-fvisibility=hidden $flags -c $in -o $out")  # fmt: skip
         # Strict: any ptxas warning fails the build: a spill (-warn-spills, -warn-lmem-usage), or C75xx, which is only an "info".
@@ -387,7 +418,9 @@ class Build(build_ext):
             print(f"forwardpass: building without CUDA kernels: {no_cuda}")
         else:
             without = f"; left out of TORCH_CUDA_ARCH_LIST: {', '.join(left_out)}" if left_out else ""
-            print(f"forwardpass: building CUDA kernels for {', '.join(f'sm_{a}' for a in built)}{without}")
+            chosen = "TORCH_CUDA_ARCH_LIST" in os.environ or default_arches() == "all"
+            why = "" if chosen else ", the GPUs here (TORCH_CUDA_ARCH_LIST=all builds for all)"
+            print(f"forwardpass: building CUDA kernels for {', '.join(f'sm_{a}' for a in built)}{why}{without}")
         if folder is None and not no_cuda:
             print(f"forwardpass: building no CUDA kernels for gpuless: {version}")
         text, count = rules(out, obj, None if no_cuda else cuda_home())

@@ -111,6 +111,8 @@ def test_a_missing_or_old_setuptools_is_one_sentence(tmp_path, version):
     ("listed", "built", "left_out"),
     [
         ("", ["80", "89", "90a", "120"], []),
+        ("all", ["80", "89", "90a", "120"], []),
+        ("all 8.6", ["80", "89", "90a", "120", "86"], []),
         ("7.5 8.0 8.6 9.0 10.0 12.0+PTX", ["80", "86", "90a", "100", "120"], ["7.5 (the kernels need 8.0 or later)"]),
         ("9.0;9.0a ", ["90a"], []),
         ("Ampere;Hopper+PTX", ["80", "86", "90a"], []),
@@ -141,12 +143,59 @@ def test_code_for_blackwell_is_made_of_ptx_for_hopper(setup_py, listed, quantize
         assert made.gencode(ROOT / "csrc/kernels" / name) == [f"-gencode=arch=compute_{f}" for f in flags]
 
 
-def test_code_for_8_0_is_8_9_s_where_its_own_gains_nothing(setup_py):
+def test_8_9_has_code_of_its_own_where_e4m3_is_converted(setup_py):
+    """Else it runs that for 8.0 (tests/gates/ada_gates.py compares them)."""
+    sources = {p.name.removesuffix("_sm80.cu"): p for p in (ROOT / "csrc/kernels").rglob("*_sm80.cu")}
+    own = setup_py().OWN_CODE_ON_89
+    assert {"attention", "int8_gemm", "pad_rows"} <= sources.keys() - set(own) and set(own) <= sources.keys()
     for listed, arches in (("8.0 8.9", ["80"]), ("8.9", ["89"])):
         made = setup_py(TORCH_CUDA_ARCH_LIST=listed)
-        for name in made.OF_80_ON_89:
-            (source,) = (ROOT / "csrc/kernels").rglob(name)
-            assert made.gencode(source) == [f"-gencode=arch=compute_{a},code=[sm_{a},compute_{a}]" for a in arches]
+        for name, source in sources.items():
+            flags = [f"-gencode=arch=compute_{a},code=[sm_{a},compute_{a}]" for a in arches]
+            if name in own and listed == "8.0 8.9":
+                flags.append("-gencode=arch=compute_89,code=[sm_89,compute_89]")
+            assert made.gencode(source) == flags, name
+
+
+@pytest.mark.parametrize(
+    ("cuda", "gpus", "built"),
+    [
+        ("13.0", [], ["80", "89", "90a", "120"]),
+        ("13.0", [(9, 0)], ["90a"]),
+        ("13.0", [(8, 9), (8, 6), (8, 9)], ["89", "86"]),
+        ("13.0", [(7, 5), (8, 0)], ["80"]),
+        ("13.0", [(7, 5)], ["80", "89", "90a", "120"]),
+        ("13.0", [(12, 1)], ["80", "89", "90a", "120"]),  # this nvcc does not know it, and it runs the code for 12.0
+        (None, [(9, 0)], ["80", "89", "90a", "120"]),  # a CPU build of torch sees no GPU
+        ("13.0", None, ["80", "89", "90a", "120"]),  # and one that cannot be imported
+    ],
+    ids=str,
+)
+def test_the_gpus_that_torch_finds_are_the_default(setup_py, monkeypatch, tmp_path, cuda, gpus, built):
+    folder = tmp_path / "site/torch"
+    folder.mkdir(parents=True)
+    (folder / "version.py").write_text(f"__version__ = '2.11.0'\ncuda: str = {cuda!r}\n")
+    (folder / "__init__.py").write_text(
+        f"""class cuda:
+    device_count = staticmethod(lambda: len({gpus}))
+    get_device_capability = staticmethod(lambda i: {gpus}[i])
+"""
+    )
+    torch = types.ModuleType("torch")
+    torch.__spec__ = importlib.machinery.ModuleSpec("torch", None, is_package=True)
+    torch.__spec__.submodule_search_locations.append(str(folder))
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setenv("PYTHONPATH", str(folder.parent))
+    assert setup_py().arches() == (built, [])
+    assert setup_py(TORCH_CUDA_ARCH_LIST="8.0").arches() == (["80"], [])
+    assert setup_py(TORCH_CUDA_ARCH_LIST="all").arches()[0] == ["80", "89", "90a", "120"]
+
+
+def test_time_is_spent_on_compression_for_wheels_alone(setup_py, tmp_path):
+    for listed, flags in (("all", "--compress-mode=size"), ("9.0", "--compress-mode=balance -Xfatbin -compress-all")):
+        made = setup_py(TORCH_CUDA_ARCH_LIST=listed)
+        text, _ = made.rules(tmp_path, tmp_path, made.cuda_home())
+        assert f" -lineinfo {flags} " in text
 
 
 def test_architectures_that_are_all_too_old(setup_py):
