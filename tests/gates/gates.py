@@ -22,6 +22,7 @@ import ninja
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "helpers"))
 
+import ada_gates
 import attention_gates
 import cubin
 import gemm_gates
@@ -32,9 +33,6 @@ SHIPPED = ("80", "89", "90", "120")  # of portable files; a file of one architec
 COMPILE_ONLY = ("100a",)  # runs the portable files' PTX: the assembler has to accept it without a message
 # but for mma.sync of fp8 where it is emulated, on 9.0 and 10.0, which takes more registers than there are: it runs, and spills
 EMULATED = {"fp8_gemm_sm89.cu": ("100a",), "fp8_grouped_gemm_sm89.cu": ("100a",)}
-
-# Files of which a GPU of 8.9 runs the code for 8.0 (setup.py)
-OF_80_ON_89 = ("pad_rows_sm80.cu", "unpermute_sm80.cu")
 
 # What the main loop of a kernel has to contain, by the kernel's name and architecture: patterns of opcodes, each of them. The
 # first entry that matches counts; a kernel that matches none is bound by memory and needs none.
@@ -60,11 +58,15 @@ def tensor_core(name: str, arch: str) -> list[str]:
     return [rf"{kind}\b" for kind in kinds]
 
 
-def left_out(k: cubin.Kernel) -> bool:
-    """Empty on an architecture whose multiprocessors do not hold its blocks: it is not launched there."""
+def held(k: cubin.Kernel) -> bool:
+    """Whether a multiprocessor holds as many of its blocks as its name says: else it is not launched there."""
     c = attention_gates.claims(k.name)
-    held = c and c.blocks * (k.shared + k.limits.RESERVED) <= k.limits.sm_shared
-    return c is not None and not held and len(k.code.instructions) - sum(i.is_nop for i in k.code.instructions) < 4
+    return c is None or c.blocks * (k.shared + k.limits.RESERVED) <= k.limits.sm_shared
+
+
+def left_out(k: cubin.Kernel) -> bool:
+    """Empty on an architecture where it is not launched."""
+    return not held(k) and len(k.code.instructions) - sum(i.is_nop for i in k.code.instructions) < 4
 
 
 def failures(k: cubin.Kernel) -> list[str]:
@@ -131,8 +133,8 @@ def missing_architectures(kernels: list[cubin.Kernel]) -> list[str]:
         targets = [minimum] if minimum.endswith("a") else [a for a in SHIPPED if int(a) >= int(minimum)]
         if not minimum.endswith("a") and (ROOT / re.sub(r"_sm\d+\.cu$", "_sm90a.cu", source)).exists():
             targets.remove("90")  # the operation has other kernels there
-        if of_80_on_89(source):
-            targets.remove("89")
+        if minimum == "80":
+            targets.remove("89")  # it runs the code for 8.0: ada_gates.py
         if missing := [f"sm_{a}" for a in targets if f"sm_{a}" not in arches]:
             messages.append(f"{name}: not compiled for {', '.join(missing)}")
     return messages
@@ -140,11 +142,7 @@ def missing_architectures(kernels: list[cubin.Kernel]) -> list[str]:
 
 def elsewhere(kernels: list[cubin.Kernel]) -> list[cubin.Kernel]:
     """Those for 8.0 as a GPU of 8.9 has them, where there is no other code for it."""
-    return [dataclasses.replace(k, arch="sm_89") for k in kernels if k.arch == "sm_80" and of_80_on_89(k.source)]
-
-
-def of_80_on_89(source: str) -> bool:
-    return pathlib.Path(source).name in OF_80_ON_89
+    return [k for shared in ada_gates.shared(kernels) if held(k := dataclasses.replace(shared, arch="sm_89"))]
 
 
 def lowest_architecture(source: str) -> str:
@@ -222,7 +220,9 @@ def main(wheel: str) -> int:
     if not kernels:
         sys.exit("no kernel was found: the gates measured nothing")
     commands = compile_commands()
-    print(table(kernels), gemm_gates.table(kernels), attention_gates.table(kernels), sep="\n\n", end="\n\n")
+    pairs, losses = ada_gates.compare(kernels, commands, compile_again)
+    tables = table(kernels), gemm_gates.table(kernels), attention_gates.table(kernels), ada_gates.table(pairs)
+    print(*tables, sep="\n\n", end="\n\n")
     figures = {
         "compiled instances": sum(not left_out(k) for k in kernels),
         "compile time, core seconds": compile_seconds(ROOT / "build/ninja/.ninja_log"),
@@ -231,7 +231,7 @@ def main(wheel: str) -> int:
     for name, n in figures.items():
         print(f"{name:<28}{n:>8.1f} of {BUDGETS[name]:>4}")
     failed = [f"{k.name} on {k.arch}: {sentence}" for k in kernels + elsewhere(kernels) for sentence in failures(k)]
-    failed += missing_architectures(kernels) + assembler_messages(commands)
+    failed += losses + missing_architectures(kernels) + assembler_messages(commands)
     failed += [f"{name}: {n:.1f}, the budget is {BUDGETS[name]}" for name, n in figures.items() if n > BUDGETS[name]]
     print("", *(f"FAILS  {sentence}" for sentence in failed), f"{len(failed)} gates failed", sep="\n")
     return 1 if failed else 0

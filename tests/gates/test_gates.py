@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 import re
 import shlex
+import shutil
 import subprocess
 import zipfile
 
@@ -11,6 +12,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+import ada_gates
 import attention_gates
 import cubin
 import gates
@@ -97,9 +99,9 @@ def test_the_built_kernels_pass(kernels, arch):
     assert len(gemm_gates.table(kernels).splitlines()) == 2 + len(gemms)
     attention = [k for k in kernels if re.match("attention_(mma|wgmma)", k.name)]
     left_out = [k for k in attention if gates.left_out(k)]
-    assert {"m=128, n=64" in k.name for k in left_out} == ({True} if arch in ("sm_89", "sm_120") else set())
+    assert {"m=128, n=64" in k.name for k in left_out} == ({True} if arch == "sm_120" else set())
     attention = [k for k in attention if k not in left_out]
-    assert bool(attention) == (arch != "sm_90") and all(
+    assert bool(attention) == (arch not in ("sm_89", "sm_90")) and all(
         attention_gates.claims(k.name) and attention_gates.counted(k) for k in attention
     )
     assert len(attention_gates.table(kernels).splitlines()) == 2 + len(attention)
@@ -334,7 +336,53 @@ def test_a_kernel_that_lacks_an_architecture_is_named(bad):
     (message,) = gates.missing_architectures([bad["spilling_kernel", arch] for arch in ("sm_80", "sm_89")])
     assert message == "spilling_kernel: not compiled for sm_120"
     (message,) = gates.missing_architectures([bad["spilling_kernel", "sm_80"]])
-    assert message == "spilling_kernel: not compiled for sm_89, sm_120"
+    assert message == "spilling_kernel: not compiled for sm_120", "8.9 runs the code for 8.0"
+
+
+def test_8_9_runs_the_code_for_8_0_that_fits(kernels):
+    elsewhere = {(k.source.rpartition("/")[2], k.arch) for k in gates.elsewhere(kernels)}
+    assert {("attention_sm80.cu", "sm_89"), ("attention_decode_sm80.cu", "sm_89")} <= elsewhere
+    assert not {source for source, _ in elsewhere} & {"quantize_sm80.cu", "w8a16_gemm_sm80.cu", "fp8_gemm_sm89.cu"}
+    tiles = [k.name for k in gates.elsewhere(kernels) if "head_dim=128, value_dim=128, modified=false" in k.name]
+    assert tiles and all("n=32" in tile for tile in tiles), (
+        "of 64 keys, which an L40S does not hold, 8.0 alone has code"
+    )
+
+
+def test_losses_on_8_9_are_named(bad):
+    right, scalar = bad["int8_gemm_kernel", "sm_80"], bad["int8_gemm_dp4a_kernel", "sm_80"]
+    assert ada_gates.by_class(right)["tensor cores"] == 4
+    assert ada_gates.losses(right, bad["int8_gemm_kernel", "sm_89"]) == []
+    assert "4 tensor cores in the main loop of the code for 8.0, 0 in that for 8.9" in ada_gates.losses(right, scalar)
+
+
+def test_files_without_code_for_8_9_are_compiled_for_it(bad, bad_object, commands):
+    """And compared: a kernel that differs is named, by one for 8.0 under another's name."""
+    kernels = [k for (name, arch), k in bad.items() if arch == "sm_80" and name != "spilling_kernel"]
+    source = str((HERE / "gate_kernels_sm80.cu").relative_to(gates.ROOT))
+    entries = [{**commands[0], "file": source}]
+
+    def compile_again(entry, arches, output):
+        assert (entry["file"], arches) == (source, ["89"])
+        shutil.copy(bad_object, output)
+
+    kernels = [dataclasses.replace(k, source=source) for k in kernels]
+    pairs, sentences = ada_gates.compare(kernels, entries, compile_again)
+    assert sentences == [] and {k.arch for k, _ in pairs} == {"sm_80"} and len(pairs) >= 5
+    assert len(ada_gates.table(pairs).splitlines()) == 1 + len(pairs) + len(ada_gates.KNOWN)
+    other = next(k for k in kernels if k.name.startswith("int8_gemm_dp4a"))
+    wrong = [
+        dataclasses.replace(k, mangled=other.mangled) if k.name.startswith("int8_gemm_straight") else k for k in kernels
+    ]
+    pairs, sentences = ada_gates.compare(wrong, entries, compile_again)
+    assert sentences and all(s.startswith("int8_gemm_straight_kernel: ") for s in sentences)
+    assert ada_gates.compare(kernels, entries, lambda *_: "C7510")[1] == [f"{source} for 89: C7510"]
+
+
+@pytest.mark.slow
+def test_8_9_loses_nothing_by_the_code_for_8_0(kernels, commands):
+    pairs, sentences = ada_gates.compare(kernels, commands, gates.compile_again)
+    assert len(pairs) > 30 and not sentences
 
 
 def test_an_unknown_architecture_is_refused():
