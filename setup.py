@@ -253,14 +253,6 @@ def gencode(source):
     return [f"-gencode=arch=compute_{a},code=[{','.join([*real, f'compute_{a}'])}]" for a, real in code.items()]
 
 
-def compression():
-    """nvcc's flags: as small as can be of several architectures, which is a wheel; an eighth of the time to compile goes into it.
-
-    For one architecture the usual zstd, which takes none and leaves files half again as large.
-    """
-    return "--compress-mode=size" if len(arches()[0]) > 1 else "--compress-mode=balance -Xfatbin -compress-all"
-
-
 def jobs(sources):
     """One g++ or nvcc process needs about 1.5 GB here (measured: 0.9 for a stable-ABI file, 0.6 for a kernel)."""
     pages, size = os.sysconf("SC_AVPHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
@@ -328,7 +320,7 @@ def rules(out, obj, home):
     if home:
         cu = sorted(p for p in csrc.glob("kernels/**/*_sm*.cu") if gencode(p))
         lib = next(p for p in (home / "lib64", home / "lib") if p.is_dir())
-        nvcc = (f"{q(f'{home}/bin/nvcc')}{nvcc_host(obj / 'host-c++')} {common} -Icsrc -O3 -lineinfo {compression()}"
+        nvcc = (f"{q(f'{home}/bin/nvcc')}{nvcc_host(obj / 'host-c++')} {common} -Icsrc -O3 -lineinfo --compress-mode=size"
                 f"{' -Werror all-warnings' * STRICT} -Xptxas -warn-spills,-warn-lmem-usage{',-Werror' * STRICT} "
                 f"-Xcompiler -fPIC,-fvisibility=hidden $flags -c $in -o $out")  # fmt: skip
         # Strict: any ptxas warning fails the build: a spill (-warn-spills, -warn-lmem-usage), or C75xx, which is only an "info".
@@ -418,7 +410,7 @@ class Build(build_ext):
             print(f"forwardpass: building without CUDA kernels: {no_cuda}")
         else:
             without = f"; left out of TORCH_CUDA_ARCH_LIST: {', '.join(left_out)}" if left_out else ""
-            chosen = "TORCH_CUDA_ARCH_LIST" in os.environ or default_arches() == "all"
+            chosen = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_arches() == "all"
             why = "" if chosen else ", the GPUs here (TORCH_CUDA_ARCH_LIST=all builds for all)"
             print(f"forwardpass: building CUDA kernels for {', '.join(f'sm_{a}' for a in built)}{why}{without}")
         if folder is None and not no_cuda:

@@ -191,13 +191,6 @@ def test_the_gpus_that_torch_finds_are_the_default(setup_py, monkeypatch, tmp_pa
     assert setup_py(TORCH_CUDA_ARCH_LIST="all").arches()[0] == ["80", "89", "90a", "120"]
 
 
-def test_time_is_spent_on_compression_for_wheels_alone(setup_py, tmp_path):
-    for listed, flags in (("all", "--compress-mode=size"), ("9.0", "--compress-mode=balance -Xfatbin -compress-all")):
-        made = setup_py(TORCH_CUDA_ARCH_LIST=listed)
-        text, _ = made.rules(tmp_path, tmp_path, made.cuda_home())
-        assert f" -lineinfo {flags} " in text
-
-
 def test_architectures_that_are_all_too_old(setup_py):
     made = setup_py(TORCH_CUDA_ARCH_LIST="7.0;7.5")
     assert "nothing can be built: 7.0 (the kernels need 8.0 or later); 7.5 (the" in made.why_no_cuda()
