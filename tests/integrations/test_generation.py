@@ -1,7 +1,6 @@
 """Steps of decoding in models of transformers: what they read of which cache, with which operation."""
 
 import copy
-import itertools
 import os
 import pathlib
 import pickle
@@ -11,7 +10,7 @@ import sys
 import pytest
 import torch
 from recorded_calls import recorded_calls
-from rotation import in_turn
+from rotation import in_turn, paired
 from small_models import ATTENTION, assert_same_objects, batch, build, objects
 
 import forwardpass as fp
@@ -171,9 +170,7 @@ def test_a_range_says_what_the_mask_does(rows, window):
     assert torch.equal(on_device, bounds)
 
 
-@pytest.mark.parametrize(
-    ("name", "kv_cache"), in_turn([*itertools.product(("llama", "gemma2"), (None, "auto", "int8"))], 3)
-)
+@pytest.mark.parametrize(("name", "kv_cache"), paired(("llama", "gemma2"), (None, "auto", "int8")))
 @torch.inference_mode()
 def test_compiled_with_a_static_cache(name, kv_cache):
     """One graph a step, whose length is on the device."""

@@ -4,14 +4,11 @@ import dataclasses
 import itertools
 import math
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from processes import two_threads
-from rotation import A_QUARTER, in_parts
+from rotation import in_parts
 
 import forwardpass as fp
 from forwardpass.common import environment
@@ -58,28 +55,6 @@ def test_float32(case, seed):
     """What models on a CPU are in."""
     args = case.arguments(seed=seed)
     cases.assert_matches(run(case, args, "cpu"), args)
-
-
-_ALL_DTYPES = """
-import dataclasses, sys, torch, forwardpass as fp
-from forwardpass.ops.attention import cases
-from forwardpass.dispatch import operations
-from rotation import some_of
-own = [case for case in cases.cases() if case.softcap == 0 and case.dims == (64, 64)]
-for case in some_of(own, int(sys.argv[1])):
-        for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            args = dataclasses.replace(case, dtype=dtype).arguments()
-            with fp.use_backend("cpu"):
-                cases.assert_matches(operations[case.op](*args), args, lse_bound=1e-3)
-"""
-
-
-@pytest.mark.parametrize("parts", A_QUARTER)
-@pytest.mark.parametrize("tier", [t for t in ("baseline", "avx2", "avx512") if t in torch.ops.forwardpass._cpu_tiers()])
-def test_lower_tiers(tier, parts):
-    """AVX-512 without VNNI: bfloat16 is multiplied as floats, not in pairs."""
-    subprocess.run([sys.executable, "-c", _ALL_DTYPES, str(parts)], check=True,
-                   env=two_threads({"FORWARDPASS_CPU": tier}))  # fmt: skip
 
 
 @pytest.mark.parametrize("dim", [16, 32, 48, 80, 128, 256])

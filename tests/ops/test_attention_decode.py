@@ -47,28 +47,6 @@ def test_backend(case, backend, seed):
     cases.assert_matches(run(args, backend), args)
 
 
-_ALL = """
-import itertools, torch
-import forwardpass as fp
-from forwardpass.ops.attention_decode import OPERATION, cases
-from forwardpass.ops.common.quantized_rows import E4M3
-heads = itertools.cycle(((2, 2), (4, 2), (3, 1), (7, 1), (10, 1), (17, 1)))
-for dtype in (torch.float32, torch.bfloat16, torch.float16):
-    for cache in (None, torch.int8, E4M3, None, torch.int8):
-        h = next(heads)
-        case = cases.Case((0, 1, 15, 70), 1, 40, h, dtype, cache, softcap=8.0 if h[1] == 1 else 0.0, window=66)
-        args = case.arguments()
-        with fp.use_backend("cpu"):
-            cases.assert_matches(OPERATION(*args), args)
-"""
-
-
-@pytest.mark.parametrize("tier", [t for t in ("baseline", "avx2", "avx512") if t in torch.ops.forwardpass._cpu_tiers()])
-def test_lower_tiers(tier):
-    """Every number of rows that is multiplied at a time, without pairs of bfloat16."""
-    subprocess.run([sys.executable, "-c", _ALL], check=True, env=two_threads({"FORWARDPASS_CPU": tier}))
-
-
 @pytest.mark.parametrize("heads", [(1, 1), (2, 1), (3, 1), (7, 1), (10, 1), (17, 1)], ids=str)
 @pytest.mark.parametrize("cache", [None, torch.int8, E4M3], ids=str)
 def test_rows_at_a_time(heads, cache):

@@ -1,7 +1,6 @@
 """dequant_activation, int8_gemm and int8_linear on the CPU: the reference's bits, and within a bound behind an activation."""
 
 import contextlib
-import json
 import pathlib
 import platform
 import subprocess
@@ -10,7 +9,7 @@ import sys
 import pytest
 import torch
 from processes import two_threads
-from rotation import A_QUARTER, in_parts, in_turn, whole
+from rotation import in_parts, in_turn, whole
 
 import forwardpass as fp
 from forwardpass.ops.dequant_activation import cases as dequant_cases
@@ -148,74 +147,7 @@ def test_compiles_whole():
     assert torch.equal(torch.compile(f, fullgraph=True, backend="aot_eager")(x), f(x))
 
 
-# argv: the shapes, the parts of the cases of which one runs, and the modules of the ops whose cases they are
-_EXACT = """
-import importlib, json, sys
-import torch, forwardpass as fp
-from forwardpass.common import environment
-from rotation import some_of
-
-def compare(a, b):
-    exact, one = (a.long() @ b.long().t()).float(), torch.ones(1)
-    got = fp.ops.int8_gemm(a, b, one, one, out_dtype=torch.float32)
-    assert torch.equal(got, exact), (a.shape, b.shape)
-    packed, x = fp.ops.pack_int8_weight(b), a.float()
-    if a.shape[1] <= 65536:
-        static = {"scale": one, "zero_point": torch.zeros(1, dtype=torch.int32), "symmetric": False}
-        for p in (None, packed):
-            got = fp.ops.int8_linear(x, b, one, **static, w_sum=b.sum(1, dtype=torch.int32), packed=p)
-            assert torch.equal(got, exact), (a.shape, b.shape, p is None)
-
-for m, n, k in json.loads(sys.argv[1]):
-    g = torch.Generator().manual_seed(k)
-    a, b = (torch.randint(-128, 128, (rows, k), dtype=torch.int8, generator=g) for rows in (m, n))
-    a[0], b[0] = -128, -128  # 2^14 a product, 2^24 in 1024 of them
-    compare(a, b)
-    compare(a, torch.full_like(b, 127))
-    compare(a, (torch.randn(n, k, generator=g) * 40).clamp(-127, 127).to(torch.int8))  # as weights are
-for op in sys.argv[3:]:
-    module = importlib.import_module(f"forwardpass.ops.{op}.cases")
-    for case in some_of(module.cases(), int(sys.argv[2])):
-        args = case.arguments()
-        module.assert_matches(getattr(torch.ops.forwardpass, op + "_cpu")(*args), args)
-print(environment.cpu_tier())
-"""
-_SHAPES = [
-    [1, 1, 1],
-    [5, 300, 1024],
-    [70, 300, 1024],
-    [130, 17, 4100],
-    [31, 40, 70],
-    [64, 16, 64],
-    [97, 2, 131071],
-    [3, 3, 131071],
-    *([m, (1, 4, 19, 34)[m % 4], (63, 65, 577, 130, 16)[m % 5]] for m in (*range(2, 18), 32, 33)),
-]
-
-
-def run_exact(shapes, parts, *ops, **environment):
-    command = [sys.executable, "-c", _EXACT, json.dumps(shapes), str(parts), *ops]
-    return subprocess.run(command, capture_output=True, text=True, check=True, env=two_threads(environment)).stdout
-
-
 TIERS = torch.ops.forwardpass._cpu_tiers().split(",")
-
-
-@pytest.mark.parametrize(
-    ("variable", "tier"),
-    [
-        *(("FORWARDPASS_CPU", tier) for tier in TIERS),
-        ("ATEN_CPU_CAPABILITY", "default"),
-        ("ATEN_CPU_CAPABILITY", "avx2"),
-    ],
-)
-@pytest.mark.parametrize("parts", A_QUARTER)
-def test_every_tier_of_the_cpu_is_exact(variable, tier, parts):
-    """Also where ATEN_CPU_CAPABILITY says less."""
-    output = run_exact(_SHAPES, parts, "int8_gemm", "int8_linear", **{variable: tier})
-    below_avx512 = [t for t in TIERS if t in ("baseline", "avx2", "avx_vnni")]
-    by_torch = {"default": "baseline", "avx2": below_avx512[-1]}
-    assert output.strip() == (tier if variable == "FORWARDPASS_CPU" else by_torch[tier])
 
 
 @pytest.fixture(scope="module")
@@ -258,7 +190,10 @@ def test_tiers_that_the_cpu_may_lack_are_exact(tier, least, shapes, emulated_cpu
         pytest.skip(f"the tier {tier} needs instructions of {least} that are not emulated")
     if tier == "amx" and "amx_int8" in cpu_flags() and "amx" not in TIERS:
         pytest.skip("the kernel lets no process use this CPU's AMX tiles, whose instructions then trap in part")
-    assert run_exact(shapes, 1, FORWARDPASS_CPU=tier, LD_PRELOAD=emulated_cpu).strip() == tier
+    code = f"import cpu_tiers as c; c.exact_sums({shapes}); print(c.environment.cpu_tier())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env=two_threads({"FORWARDPASS_CPU": tier, "LD_PRELOAD": emulated_cpu}))  # fmt: skip
+    assert done.stdout.strip() == tier, done.stderr
 
 
 @pytest.mark.parametrize("tier", in_turn(["sse", "AVX2", *sorted({"amx", "avx512_vnni"} - set(TIERS))]))

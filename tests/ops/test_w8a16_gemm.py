@@ -1,11 +1,7 @@
 """w8a16_gemm on the CPU, against fp64."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
-from processes import two_threads
 from rotation import in_parts, whole
 
 from forwardpass import dispatch
@@ -22,39 +18,6 @@ def test_cpu_against_reference(case, seed):
     with poisoned_outputs():
         got = torch.ops.forwardpass.w8a16_gemm_cpu(*args)
     cases.assert_matches(got, args)
-
-
-# Every number of rows by which tiles differ, beside what is left of columns and of K.
-_FEW_ROWS = """
-import itertools
-import torch
-from forwardpass.common import environment
-from forwardpass.ops.w8a16_gemm.cases import E4M3, Case, assert_matches
-from forwardpass.testing import poisoned_outputs
-
-sizes = itertools.cycle(itertools.product((1, 3, 4, 17, 38, 130), (1, 7, 16, 63, 64, 65, 130, 257, 515, 576)))
-x_dtypes = itertools.cycle((torch.float32, torch.bfloat16, torch.float16))
-layouts = itertools.cycle(("contiguous", "apart", "aligned", "shifted"))
-activations = itertools.cycle((None, None, None, "gelu", "relu"))
-for m, w_dtype, scales in itertools.product((*range(1, 18), 48, 49), (torch.int8, E4M3), ("column", "tensor", "block")):
-    n, k = next(sizes)
-    case = Case((m,), n, k, next(x_dtypes), w_dtype, scales, m % 2 == 0, next(activations), next(layouts))
-    args = case.arguments(seed=m)
-    with poisoned_outputs():
-        got = torch.ops.forwardpass.w8a16_gemm_cpu(*args)
-    try:
-        assert_matches(got, args)
-    except AssertionError as e:
-        raise AssertionError(case) from e
-print(environment.cpu_tier())
-"""
-
-
-@pytest.mark.parametrize("tier", torch.ops.forwardpass._cpu_tiers().split(","))
-def test_few_rows_on_every_tier(tier):
-    run = subprocess.run([sys.executable, "-c", _FEW_ROWS], capture_output=True, text=True,
-                         env=two_threads({"FORWARDPASS_CPU": tier}))  # fmt: skip
-    assert run.stdout.strip() == tier, run.stderr
 
 
 def test_e4m3_weights_are_exact():

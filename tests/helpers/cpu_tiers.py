@@ -1,0 +1,126 @@
+"""What one process checks on one tier of the CPU, which is chosen as forwardpass is imported. It prints the tier::
+
+FORWARDPASS_CPU=avx2 python -m cpu_tiers 4 int8_gemm w8a16_gemm    # a quarter of the cases
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import sys
+
+import torch
+from rotation import some_of
+
+import forwardpass as fp
+from forwardpass.common import environment
+from forwardpass.dispatch import operations
+from forwardpass.ops.attention import cases as attention_cases
+from forwardpass.ops.attention_decode import cases as decode_cases
+from forwardpass.ops.common.quantized_rows import E4M3
+from forwardpass.ops.int8_gemm import cases as int8_gemm_cases
+from forwardpass.ops.int8_linear import cases as int8_linear_cases
+from forwardpass.ops.w8a16_gemm import cases as w8a16_cases
+from forwardpass.ops.w8a16_grouped_gemm import cases as grouped_cases
+from forwardpass.testing import poisoned_outputs
+
+#: (M, N, K)
+SHAPES = [
+    (1, 1, 1), (5, 300, 1024), (70, 300, 1024), (130, 17, 4100), (31, 40, 70), (64, 16, 64), (97, 2, 131071), (3, 3, 131071),
+    *((m, (1, 4, 19, 34)[m % 4], (63, 65, 577, 130, 16)[m % 5]) for m in (*range(2, 18), 32, 33)),
+]  # fmt: skip
+
+
+def exact_sums(shapes):
+    for m, n, k in shapes:
+        g = torch.Generator().manual_seed(k)
+        a, b = (torch.randint(-128, 128, (rows, k), dtype=torch.int8, generator=g) for rows in (m, n))
+        a[0], b[0] = -128, -128  # 2^14 a product, 2^24 in 1024 of them
+        as_weights = (torch.randn(n, k, generator=g) * 40).clamp(-127, 127).to(torch.int8)
+        for weight in (b, torch.full_like(b, 127), as_weights):
+            exact_products(a, weight)
+
+
+def exact_products(a, b):
+    exact, one = (a.long() @ b.long().t()).float(), torch.ones(1)
+    got = fp.ops.int8_gemm(a, b, one, one, out_dtype=torch.float32)
+    assert torch.equal(got, exact), (a.shape, b.shape)
+    if a.shape[1] > 65536:
+        return
+    static = {"scale": one, "zero_point": torch.zeros(1, dtype=torch.int32), "symmetric": False}
+    for packed in (None, fp.ops.pack_int8_weight(b)):
+        got = fp.ops.int8_linear(a.float(), b, one, **static, w_sum=b.sum(1, dtype=torch.int32), packed=packed)
+        assert torch.equal(got, exact), (a.shape, b.shape, packed is None)
+
+
+def check(op, module, cases, seed=lambda case: 0, **how):
+    """The operation's own kernels for the CPU, on each case."""
+    for case in cases:
+        args = case.arguments(seed=seed(case))
+        with poisoned_outputs():
+            got = getattr(torch.ops.forwardpass, f"{op}_cpu")(*args)
+        try:
+            module.assert_matches(got, args, **how)
+        except AssertionError as e:
+            raise AssertionError(str(case)) from e
+
+
+def int8_gemm(parts):
+    exact_sums(SHAPES)
+    check("int8_gemm", int8_gemm_cases, some_of(int8_gemm_cases.cases(), parts))
+    check("int8_linear", int8_linear_cases, some_of(int8_linear_cases.cases(), parts))
+
+
+def few_rows():
+    """Every number of rows by which tiles differ, beside what is left of columns and of K."""
+    sizes = itertools.cycle(itertools.product((1, 3, 4, 17, 38, 130), (1, 7, 16, 63, 64, 65, 130, 257, 515, 576)))
+    x_dtypes = itertools.cycle((torch.float32, torch.bfloat16, torch.float16))
+    layouts = itertools.cycle(("contiguous", "apart", "aligned", "shifted"))
+    activations = itertools.cycle((None, None, None, "gelu", "relu"))
+    for m, w_dtype, scales in itertools.product(
+        (*range(1, 18), 48, 49), (torch.int8, E4M3), ("column", "tensor", "block")
+    ):
+        n, k = next(sizes)
+        yield w8a16_cases.Case(
+            (m,), n, k, next(x_dtypes), w_dtype, scales, m % 2 == 0, next(activations), next(layouts)
+        )
+
+
+def w8a16_gemm(parts):
+    check("w8a16_gemm", w8a16_cases, some_of(few_rows(), parts), seed=lambda case: case.lead[0])
+
+
+def w8a16_grouped_gemm(parts):
+    check("w8a16_grouped_gemm", grouped_cases, some_of(grouped_cases.cases(), parts))
+
+
+def attention(parts):
+    """AVX-512 without VNNI: bfloat16 is multiplied as floats, not in pairs."""
+    own = [case for case in attention_cases.cases() if case.softcap == 0 and case.dims == (64, 64)]
+    for case in some_of(own, parts):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            args = dataclasses.replace(case, dtype=dtype).arguments()
+            with fp.use_backend("cpu"):
+                attention_cases.assert_matches(operations[case.op](*args), args, lse_bound=1e-3)
+
+
+def attention_decode(parts):
+    """Every number of rows that is multiplied at a time, without pairs of bfloat16."""
+    heads = itertools.cycle(((2, 2), (4, 2), (3, 1), (7, 1), (10, 1), (17, 1)))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for cache in (None, torch.int8, E4M3, None, torch.int8):
+            h = next(heads)
+            softcap = 8.0 if h[1] == 1 else 0.0
+            case = decode_cases.Case((0, 1, 15, 70), 1, 40, h, dtype, cache, softcap=softcap, window=66)
+            args = case.arguments()
+            with fp.use_backend("cpu"):
+                decode_cases.assert_matches(operations["attention_decode"](*args), args)
+
+
+GEMMS = (int8_gemm, w8a16_gemm, w8a16_grouped_gemm)
+ATTENTION = (attention, attention_decode)
+
+if __name__ == "__main__":
+    for name in sys.argv[2:]:
+        globals()[name](int(sys.argv[1]))
+    print(environment.cpu_tier())
