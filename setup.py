@@ -255,8 +255,9 @@ def gencode(source):
 
 def jobs(sources):
     """One g++ or nvcc process needs about 1.5 GB here (measured: 0.9 for a stable-ABI file, 0.6 for a kernel)."""
-    pages, size = os.sysconf("SC_AVPHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    free, cores = pages * size / 2**30, len(os.sched_getaffinity(0))
+    # not SC_AVPHYS_PAGES, which counts what the page cache holds as taken
+    available = re.search(r"^MemAvailable: +(\d+) kB", pathlib.Path("/proc/meminfo").read_text(), re.M)
+    free, cores = int(available[1]) / 2**20, len(os.sched_getaffinity(0))
     limit = int(os.environ.get("MAX_JOBS") or cores)
     n = max(1, min(limit, int(free * 0.8 / 1.5), sources))
     print(f"forwardpass: {n} jobs = min({limit} {'MAX_JOBS' if os.environ.get('MAX_JOBS') else 'cores'}, "

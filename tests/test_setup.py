@@ -386,14 +386,16 @@ def test_make_test_fails_if_the_tests_or_lint_do(tmp_path, monkeypatch, fails):
     """And runs both, whichever fails; lint's output comes last."""
     for name in ("MAKEFLAGS", "MAKELEVEL"):
         monkeypatch.delenv(name, raising=False)
-    (tmp_path / "csrc").mkdir()
+    for name in ("csrc", "interpreter/csrc", "python", "interpreter/python"):
+        (tmp_path / name).mkdir(parents=True)
     for name in ("Makefile", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("pyproject.toml", "setup.py"):
         (tmp_path / name).touch()
+        (tmp_path / "interpreter" / name).touch()
     for tool in ("python", "ruff", "clang-format", "mypy"):
         script(tmp_path / ".venv/bin" / tool, f"echo {tool} ran; exit {int(tool in fails)}")
-    for name in ("built", "dev"):
+    for name in ("cpu", "dev"):
         (tmp_path / ".venv" / name).touch()
     done = subprocess.run(["make", "test"], cwd=tmp_path, capture_output=True, text=True)
     assert bool(done.returncode) == bool(fails), done.stderr
