@@ -103,6 +103,18 @@ def find_sequence(cu_seqlens_q_ptr, cu_seqlens_k_ptr, tile, sequences, rows, key
 
 
 @triton.jit
+def store_nan(out, lse_ptr, has_lse, first_row, rows, head, heads, columns, M: tl.constexpr):
+    """To M rows of packed sequences, of which it is not known whose they are."""
+    row = first_row + tl.arange(0, M)
+    if has_lse:
+        tl.store(lse_ptr + head.to(tl.int64) * rows + row, float("nan"), mask=row < rows)
+    for column in range(0, columns, 32):
+        c = column + tl.arange(0, 32)
+        offset = (row.to(tl.int64) * heads + head)[:, None] * columns + c[None, :]
+        tl.store(out + offset, float("nan"), mask=(row < rows)[:, None] & (c < columns)[None, :])
+
+
+@triton.jit
 def visible(place, keys, left, right):
     """The first and the last key that a row at `place` may see."""
     place = place.to(tl.int64)
@@ -244,18 +256,19 @@ def attention_kernel(
         sequence, known = find_sequence(cu_seqlens_q_ptr, cu_seqlens_k_ptr, tile, batch, rows, keys, M)
         q_origin = tl.load(cu_seqlens_q_ptr + sequence, mask=sequence > 0, other=0)
         tile -= q_origin // M + sequence
-        if sequence < known:
-            k_origin = tl.load(cu_seqlens_k_ptr + sequence)
-            rows = tl.load(cu_seqlens_q_ptr + sequence + 1) - q_origin
-            keys = tl.load(cu_seqlens_k_ptr + sequence + 1) - k_origin
-        else:
-            sequence, k_origin, rows, keys = 0, 0, rows - q_origin, -1
+        is_known = sequence < known
+        k_origin = tl.load(cu_seqlens_k_ptr + sequence, mask=is_known, other=0)
+        rows = tl.load(cu_seqlens_q_ptr + sequence + 1, mask=is_known, other=rows) - q_origin
+        keys = tl.load(cu_seqlens_k_ptr + sequence + 1, mask=is_known, other=-1) - k_origin
     else:
         q_origin, k_origin = 0, 0
         sequence = tile // tiles
         tile = tile % tiles
     first_row = (tl.cdiv(rows, M) - 1 - tile) * M  # last rows first: of causal ones they have the most keys
     if first_row < 0 or tile < 0:
+        return
+    if keys < 0:
+        store_nan(out, lse_ptr, has_lse, q_origin + first_row, all_rows, head, heads, value_dim * 8, M)
         return
 
     row = first_row + tl.arange(0, M)
@@ -303,7 +316,6 @@ def attention_kernel(
         correction = tl.exp2(maxima - shift)
         total = total * correction + tl.exp2(sink - shift)
         maxima = highest
-    total = tl.where(keys < 0, float("nan"), total)  # of rows whose sequence is not known
     inside = row < rows
     row_index = batch_index.to(tl.int64) * all_rows + q_origin + row
     if has_lse:
