@@ -212,12 +212,10 @@ STACK = {
         "attention (192, 192) sm_89": 8, "attention (256, 256) masked sm_80": 56, "attention (256, 256) masked sm_89": 56,
     },
     "3.9": {
-        "attention (64, 64) sm_80": 8, "attention (64, 64) sm_89": 8, "attention (64, 64) masked sm_80": 264,
-        "attention (64, 64) masked sm_89": 376, "attention (128, 128) masked sm_90": 288, "attention (192, 192) sm_80": 24,
-        "attention (192, 192) masked sm_80": 40, "attention (192, 192) masked sm_89": 56, "attention (256, 256) sm_90": 32,
-        "attention (256, 256) masked sm_80": 352, "attention (256, 256) masked sm_89": 384,
-        "attention (256, 256) masked sm_90": 256, "attention (192, 128) masked sm_80": 136,
-        "attention (192, 128) masked sm_89": 120,
+        "attention (64, 64) sm_80": 8, "attention (64, 64) sm_89": 8, "attention (128, 128) masked sm_90": 288,
+        "attention (192, 192) sm_80": 24, "attention (192, 192) sm_89": 8, "attention (192, 192) masked sm_80": 40,
+        "attention (192, 192) masked sm_89": 56, "attention (256, 256) masked sm_80": 352,
+        "attention (256, 256) masked sm_89": 376,
     },
 }  # fmt: skip
 
