@@ -231,10 +231,23 @@ class PartAttention {
   Tensor& out_;
 };
 
-void check_boundaries(const int32_t* cu_seqlens, int32_t batch, int32_t total, const char* name) {
-  bool rising = cu_seqlens[0] == 0 && cu_seqlens[batch] == total;
-  for (int32_t b = 0; b < batch; ++b) rising = rising && cu_seqlens[b] <= cu_seqlens[b + 1];
-  STD_TORCH_CHECK(rising, "attention: ", name, " must rise from 0 to the number of rows, ", total);
+// How many sequences there are, from the first one on, before cu_seqlens, of an operand of `total` rows, fall or lead
+// beyond it. Of two numbers that fall either may be wrong: neither sequence that ends there is known.
+int64_t known_sequences(const int32_t* cu_seqlens, int64_t batch, int32_t total) {
+  if (cu_seqlens[0] != 0) return 0;
+  for (int64_t b = 0; b < batch; ++b) {
+    if (cu_seqlens[b + 1] < cu_seqlens[b]) return std::max<int64_t>(b - 1, 0);
+    if (cu_seqlens[b + 1] > total) return b;
+  }
+  return batch;
+}
+
+// Of rows whose sequence is not known, from `first` on.
+void fill_unknown(const AttentionParams& p, Tensor& out, int64_t first) {
+  const int64_t row = int64_t{p.heads} * p.value_dim, count = p.rows - first;
+  Tensor unknown = reshaped(out, {count, row}, {row, 1}, first * row);
+  torch::stable::fill_(unknown, NAN);
+  for (int64_t h = 0; p.lse && h < p.heads; ++h) std::fill_n(p.lse + h * p.rows + first, count, NAN);
 }
 
 }  // namespace
@@ -248,12 +261,13 @@ void attention_cpu(const AttentionParams& p, const Tensor& q, const Tensor& k, c
     for (int64_t b = 0; b < p.batch; b += step) PartAttention(p, {b, step, 0, p.rows, 0, p.keys}, q, k, v, out).run();
     return;
   }
-  check_boundaries(p.cu_seqlens_q, p.batch, p.rows, "cu_seqlens_q");
-  check_boundaries(p.cu_seqlens_k, p.batch, p.keys, "cu_seqlens_k");
-  for (int64_t b = 0; b < p.batch; ++b) {
+  const int64_t known =
+      std::min(known_sequences(p.cu_seqlens_q, p.batch, p.rows), known_sequences(p.cu_seqlens_k, p.batch, p.keys));
+  for (int64_t b = 0; b < known; ++b) {
     const int64_t row = p.cu_seqlens_q[b], key = p.cu_seqlens_k[b];
     PartAttention(p, {b, 1, row, p.cu_seqlens_q[b + 1] - row, key, p.cu_seqlens_k[b + 1] - key}, q, k, v, out).run();
   }
+  fill_unknown(p, out, known > 0 ? p.cu_seqlens_q[known] : 0);
 }
 
 }  // namespace forwardpass

@@ -41,7 +41,7 @@ struct AttentionParams {
   float* lse;               // [batch, heads, rows], varlen: [heads, rows]; natural logarithm; or null
   Dtype dtype;              // of q, k, v and out: f16 or bf16
   int32_t batch, heads, kv_heads;
-  int32_t rows, keys;  // Sq and Sk, neither is 0; varlen: of all sequences together
+  int32_t rows, keys;  // Sq and Sk, neither is 0; varlen: of all sequences together, and keys may be 0
   int32_t head_dim, value_dim;
   float scale, softcap;  // softcap 0: none
   int32_t left, right;   // causal: right = 0
@@ -51,7 +51,7 @@ struct AttentionParams {
   const void* sinks;           // [heads], logits that enter the denominator and the lse only; or null
   Dtype sinks_dtype;           // f32, or dtype
   const int32_t *cu_seqlens_q,
-      *cu_seqlens_k;     // varlen: [batch + 1], where sequences begin, on the device; else both null
+      *cu_seqlens_k;     // varlen: [batch + 1], where sequences begin, on the device, any numbers; else both null
   bool batch_invariant;  // tile and split depend on dims, heads and options only
   Device device;         // that runs it; unused on a CPU
 };

@@ -11,9 +11,9 @@ HOST_DEVICE inline int64_t all_heads(const AttentionParams& p) {
 }
 
 // Row tiles of a head, `tile_rows` rows each; with varlen at most one more for each sequence, as a sequence that begins
-// inside a tile gets a tile of its own.
+// inside a tile gets a tile of its own, and so do the rows of no sequence.
 inline int64_t row_tiles(const AttentionParams& p, int tile_rows) {
-  return p.cu_seqlens_q ? p.rows / tile_rows + p.batch : (int64_t{p.rows} + tile_rows - 1) / tile_rows;
+  return p.cu_seqlens_q ? p.rows / tile_rows + p.batch + 1 : (int64_t{p.rows} + tile_rows - 1) / tile_rows;
 }
 
 // Heads whose tiles run together, those of up to 32 KV heads. Four of an H100's 132 blocks then read the same keys at
@@ -26,19 +26,37 @@ HOST_DEVICE inline unsigned heads_together(const AttentionParams& p) {
   return (all + groups - 1) / groups;
 }
 
-// The rows of one sequence: `rows` of them from row `first` of the packed tensor on, which has `total`. The host has
-// not looked at cu_seqlens: whatever they say, reads and writes stay inside the tensors.
-struct SequenceRows {
-  int first, rows;
+// Whether sequence b's boundaries rise within the tensor, and the next one does not fall below them: of two numbers
+// that fall either may be wrong.
+__device__ inline bool in_order(const int32_t* cu_seqlens, int b, int batch, int total) {
+  const int begin = cu_seqlens[b], end = cu_seqlens[b + 1];
+  return (b > 0 || begin == 0) && begin <= end && end <= total && (b + 1 == batch || end <= cu_seqlens[b + 2]);
+}
 
-  __device__ SequenceRows(const int32_t* cu_seqlens, int b, int total)
-      : first(min(max(cu_seqlens[b], 0), total)), rows(min(max(cu_seqlens[b + 1], first), total) - first) {}
-};
+// How many sequences there are, from the first one on, before cu_seqlens fall or lead beyond the tensors, which no host
+// has looked at. By all threads of a block, as all numbers are looked at: it takes a block about as long as the binary
+// search of its sequence, whose loads then hit L1.
+__device__ inline int known_sequences(const AttentionParams& p) {
+  if (!p.cu_seqlens_q) return 0;
+  const auto known = [&](int b) {
+    return in_order(p.cu_seqlens_q, b, p.batch, p.rows) && in_order(p.cu_seqlens_k, b, p.batch, p.keys);
+  };
+  bool all = true;
+  // Its counter is uniform: with a thread's own the kernel of 128 columns for 8.0 spills 4 bytes.
+  for (int first = 0; first < p.batch; first += blockDim.x) {
+    const int b = first + threadIdx.x;
+    all = all && (b >= p.batch || known(b));
+  }
+  if (__syncthreads_and(all)) return p.batch;
+  int b = 0;
+  while (known(b)) ++b;
+  return b;
+}
 
 // The rows of one head that a block computes, from `row` of their sequence on.
 struct AttentionTile {
   int batch, head, row;
-  int rows, keys;                // of the sequence
+  int rows, keys;                // of the sequence; keys -1: of no sequence, or of one that is not known: NaN
   int64_t first_row, first_key;  // of the sequence, in q and out, and in k and v
 
   // Only a few heads' tiles at a time, so that blocks that run together share keys in L2. Under a causal mask tiles of
@@ -46,8 +64,8 @@ struct AttentionTile {
   // together with short tiles; in the group before, they come last, and so on, so that where persistent blocks take
   // every 132nd tile, what one group gives to a block too much the next gives too little. Simulated for 8 to 512 heads
   // of 4 to 128 tiles each, the multiprocessors are 97.4 % busy on average (98.1 % if tiles were handed out as blocks
-  // finish, by a counter that something has to set to 0). False: there is no such tile.
-  __device__ bool find(const AttentionParams& p, int tile_rows, unsigned tiles, unsigned block) {
+  // finish, by a counter that something has to set to 0). False: there is no such tile. known: known_sequences.
+  __device__ bool find(const AttentionParams& p, int tile_rows, unsigned tiles, unsigned block, int known) {
     const unsigned all = static_cast<unsigned>(all_heads(p)), together = heads_together(p);
     const unsigned group = block / (tiles * together), first_head = group * together;
     const unsigned heads_here = min(together, all - first_head);
@@ -60,25 +78,33 @@ struct AttentionTile {
     keys = p.keys;
     first_row = first_key = 0;
     if (p.cu_seqlens_q) {
-      // Sequence b has the tiles from cu_seqlens_q[b] / tile_rows + b on: as many as it needs, or one more. Binary
-      // search for b.
-      batch = 0;
-      for (int n = p.batch; n > 1;) {
-        const int half = n / 2, b = batch + half;
-        if (p.cu_seqlens_q[b] / tile_rows + b <= tile) batch = b;
-        n = batch == b ? n - half : half;
+      // Sequence b has the tiles from cu_seqlens_q[b] / tile_rows + b on: as many as it needs, or one more. Behind
+      // those that are known, the other rows are one sequence more. Binary search for b.
+      int b = 0;
+      for (int n = known + 1; n > 1;) {
+        const int half = n / 2, middle = b + half;
+        if (p.cu_seqlens_q[middle] / tile_rows + middle <= tile) b = middle;
+        n = b == middle ? n - half : half;
       }
-      const SequenceRows of_q(p.cu_seqlens_q, batch, p.rows), of_k(p.cu_seqlens_k, batch, p.keys);
-      first_row = of_q.first;
-      rows = of_q.rows;
-      first_key = of_k.first;
-      keys = of_k.rows;
-      tile -= of_q.first / tile_rows + batch;
+      const int begin = b > 0 ? p.cu_seqlens_q[b] : 0;
+      first_row = begin;
+      tile -= begin / tile_rows + b;
+      if (b < known) {
+        batch = b;
+        first_key = p.cu_seqlens_k[b];
+        rows = p.cu_seqlens_q[b + 1] - begin;
+        keys = p.cu_seqlens_k[b + 1] - p.cu_seqlens_k[b];
+      } else {
+        batch = 0;
+        rows = p.rows - begin;
+        keys = -1;
+      }
     }
     const int last = (rows - 1) / tile_rows;
     row = (last - tile) * tile_rows;
     return rows > 0 && tile >= 0 && tile <= last;
   }
+  __device__ bool known() const { return keys >= 0; }
   __device__ int kv_head(const AttentionParams& p) const { return head / (p.heads / p.kv_heads); }
   __device__ int64_t q(const AttentionParams& p) const {
     return batch * p.q.batch + head * p.q.head + first_row * p.q.row;

@@ -141,7 +141,12 @@ Tensor run(Backend backend, const char* op, const Tensor& q, const Tensor& k, co
     attention_cpu(p, q, k, v, out);
     return out;
   }
-  if (p.keys == 0 || p.batch == 0) {
+  if (p.batch == 0) {  // the rows of no sequence
+    torch::stable::fill_(out, NAN);
+    if (lse) torch::stable::fill_(*lse, NAN);
+    return out;
+  }
+  if (p.keys == 0 && !varlen) {
     fill_without_keys(out, lse, o.sinks);
     return out;
   }
@@ -158,6 +163,7 @@ Tensor run(Backend backend, const char* op, const Tensor& q, const Tensor& k, co
     torch::stable::copy_(*copies[i], *tensors[i]);
     *operands[i] = strides_of(*copies[i]);
   }
+  if (p.keys == 0) p.k = p.v = p.q;  // what cu_seqlens say is still looked at; of keys nothing is read
   p.device = device_of(backend, q);
   launch(backend, p, q);
   return out;

@@ -1,4 +1,6 @@
-"""What tests of an operation on every backend run, where all give the same bits."""
+"""The backends and architectures on which tests run an operation."""
+
+import contextlib
 
 import pytest
 from rotation import in_parts
@@ -8,6 +10,27 @@ from forwardpass.testing import poisoned_outputs
 
 #: One in so many of the cases that Triton has to compile GEMMs and attention for, a second or two each.
 OF_TRITON = 60
+#: (backend, the architecture to interpret): each backend, and each kind of kernel
+EVERY_BACKEND = (
+    ("reference", None),
+    ("cpu", None),
+    ("cuda", "sm_80"),
+    ("cuda", "sm_90a"),
+    ("triton", "sm_80"),
+    ("triton", "sm_90a"),
+)
+
+
+@contextlib.contextmanager
+def running(backend, arch, poisoned=True, **options):
+    """On a GPU guarded: what is read or written outside of the tensors is an error."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(fp.use_backend(backend))
+        if poisoned:
+            stack.enter_context(poisoned_outputs())
+        if arch is not None:
+            stack.enter_context(fp.interpret(arch, **{"seed": 0, "guard": True, "approximate": False, **options}))
+        yield
 
 
 def on_each(architectures, cases, parts, *values, slow=()):

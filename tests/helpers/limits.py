@@ -186,6 +186,33 @@ def attention_heads(heads: int) -> tuple[Any, ...]:
     return replaced("attention", args, q=args[0][:, :, :heads])
 
 
+def boundary(name: str, at: int) -> Callable[[int], tuple[Any, ...]]:
+    """Of three packed sequences of 5 rows and 70 keys each."""
+    args = case("attention", sizes=(5, 70), batch=3, packed=True, awkward=False)
+    cu_seqlens = args[operations["attention"].parameters.index(name)]
+
+    def make(value: int) -> tuple[Any, ...]:
+        changed = cu_seqlens.clone()
+        changed[at] = value
+        return replaced("attention", args, **{name: changed})
+
+    return make
+
+
+def boundary_limits() -> Iterator[Limit]:
+    """A number that falls, or the one before it, is wrong: of three sequences none is known. Otherwise the first two are."""
+    every, of_last = torch.ones(15, 1, dtype=torch.bool), (torch.arange(15) >= 10)[:, None]
+    for name, one, rows in (("cu_seqlens_q", 5, "rows"), ("cu_seqlens_k", 70, "keys")):
+        yield Limit("attention", f"{name}, at most the {rows}", 3 * one, 3 * one + 1, boundary(name, 3), ON_DEVICE,
+                    nan_rows=of_last)  # fmt: skip
+        yield Limit(
+            "attention", f"{name}, at least the one before", one, one - 1, boundary(name, 2), ON_DEVICE, nan_rows=every
+        )
+        yield Limit("attention", f"{name}, where it begins", 0, 1, boundary(name, 0), ON_DEVICE, nan_rows=every)
+    yield Limit("attention", "cu_seqlens_q, at least the rows in the end", 15, 12, boundary("cu_seqlens_q", 3), ON_DEVICE,
+                nan_rows=(torch.arange(15) >= 12)[:, None])  # fmt: skip
+
+
 def attention_limits() -> Iterator[Limit]:
     gpu = refused_by(*GPU)
     yield Limit("attention", "head dim, at least", 32, 24, attention_dims(lambda d: (d, d)), gpu)
@@ -195,6 +222,7 @@ def attention_limits() -> Iterator[Limit]:
                 refused_by("cpu", *GPU), refuses_last=("cpu",))  # fmt: skip
     yield Limit("attention", "heads of q, a multiple of those of k", 4, 3, attention_heads)
     yield Limit("attention", "rows or keys, at most", 2**30, 2**30 + 1, meta_rows, tried=False)
+    yield from boundary_limits()
     yield Limit("attention", "batch times heads, more than a grid has in y", 2**16, None,
                 lambda n: case("attention", sizes=(1, 1), dims=(32, 32), batch=n // 16, heads=(16, 16), awkward=False),
                 slow=True)  # fmt: skip

@@ -8,6 +8,8 @@ from mutant_instances import Instance
 from forwardpass.ops.attention.cases import Case
 
 F16, BF16 = torch.float16, torch.bfloat16
+#: cu_seqlens of three sequences of 40 rows and 70 keys
+IN_ORDER = (0, 40, 80, 120), (0, 70, 140, 210)
 
 
 def plain(dtype, dim, below, **every):
@@ -29,6 +31,20 @@ def plain(dtype, dim, below, **every):
         case((70, 50), below, packed=True, batch=7, awkward=False),
         case((2, 3), below, packed=True, batch=140, awkward=False),
         case((131, 3), packed=True, batch=140, causal=True, awkward=False),  # several tiles of a block have no keys
+        # cu_seqlens that begin elsewhere, fall, and lead beyond the tensors, of rows and of keys; and rows of no sequence
+        *(
+            case((40, 70), below, packed=True, batch=3, lse=True, sinks="float32", awkward=False, cu_seqlens=starts)
+            for starts in (
+                ((1, 40, 80, 120), IN_ORDER[1]),
+                ((0, 40, 80, 79), IN_ORDER[1]),
+                ((0, 40, 80, 121), IN_ORDER[1]),
+                ((0, 40, 80, 110), IN_ORDER[1]),
+                (IN_ORDER[0], (-5, 70, 140, 210)),
+                (IN_ORDER[0], (0, 70, 140, 139)),
+                (IN_ORDER[0], (0, 70, 140, 211)),
+            )
+        ),
+        case((40, 70), below, packed=True, batch=3, awkward=False, cu_seqlens=(IN_ORDER[0], (0, 70, 140, 211))),
         # more heads than run together, in one tile and in two
         case((5, 9), heads=(18, 9), batch=4, lse=True, layout="expanded"),
         case((200, 5), heads=(6, 6), batch=6),
@@ -42,6 +58,7 @@ def general(dtype, dim, below):
     masks = ("bool bhij", "dtype bhij", "float32 bhij", "dtype hj", "bool bj")
     return (
         *(Case((40, 767), (dim, dim), dtype, 2, (2, 1), window=(500, 30), mask=mask) for mask in masks),
+        Case((40, 748), (dim, dim), dtype, 1, (2, 1), mask="dtype bhij"),  # rows of it are 8 bytes off 16
         # rows of a mask that are read 16 bytes at a time
         *(Case((40, 752), (dim, dim), dtype, 1, (2, 1), window=(500, 30), mask=mask) for mask in masks[:3]),
         Case(

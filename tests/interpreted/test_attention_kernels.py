@@ -140,41 +140,6 @@ def test_packed_sequences_are_a_batch(kernel, seen):
         assert_equal(got[1], lse, "lse beside NaN")
 
 
-#: cu_seqlens of 200 rows or keys that do not rise from 0 to 200
-HOSTILE = ((0, 150, 90, 200), (-5, 60, 130, 260), (70, 70, 2**31 - 1, 200), (-(2**31), 2**31 - 1, -(2**31), 2**31 - 1),
-           (300, 200, 100, 0), (2**31 - 1,) * 4, (-1000, -900, 10, 64))  # fmt: skip
-
-
-def sequences(starts, total):
-    """What is left of them: the rows of each."""
-    clamped = [(first := min(max(a, 0), total), min(max(b, first), total)) for a, b in itertools.pairwise(starts)]
-    return [slice(*s) for s in clamped]
-
-
-@pytest.mark.parametrize("starts", in_parts(HOSTILE, 3))
-def test_cu_seqlens_lead_nowhere_else(kernel, starts):
-    """Of keys, of rows, and of both: a sequence is what lies within the tensors, and NaN is what lies beyond."""
-    g = torch.Generator().manual_seed(0)
-    memory = torch.full((600, 2, 32), torch.nan, dtype=torch.float16)
-    memory[200:400] = torch.randn(200, 2, 32, generator=g).half()
-    x, rising = memory[200:400], (0, 60, 130, 200)
-    for of_q, of_k in ((rising, starts), (starts, rising), (starts, starts)):
-        rows, cu = (
-            sequences(of_q, 200),
-            {"cu_seqlens_q": torch.tensor(of_q).int(), "cu_seqlens_k": torch.tensor(of_k).int()},
-        )
-        covered = torch.zeros(200, dtype=torch.bool)
-        for r in rows:
-            covered[r] = True
-        rise = list(of_q) == sorted(of_q)
-        # Rows of two sequences are a race, and no more: bounds are checked all the same.
-        o, lse = with_lse(kernel, x, x, x, causal=True, **cu, checks=rise)
-        assert o[~covered].isnan().all() and lse[:, ~covered].isnan().all()  # poison that nobody has touched
-        for b, (r, keys) in enumerate(zip(rows, sequences(of_k, 200)) if rise else ()):
-            alone = with_lse(kernel, x[None, r], x[None, keys], x[None, keys], causal=True)
-            assert_equal(o[r], alone[0][0], f"o of {b}")
-
-
 def test_many_sequences(kernel):
     """More than a kernel looks at at once, most of them short, and empty ones at both ends."""
     lengths = [(0, 0)] + [(b % 4, (b * 7) % 5) for b in range(300)] + [(150, 10), (0, 3), (0, 0)]

@@ -1,6 +1,5 @@
 """dequant_activation, int8_gemm and int8_linear on the CPU: the reference's bits, and within a bound behind an activation."""
 
-import contextlib
 import pathlib
 import platform
 import subprocess
@@ -8,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from every_backend import EVERY_BACKEND, running
 from processes import two_threads
 from rotation import in_parts, in_turn, whole
 
@@ -60,17 +60,7 @@ def test_accumulators_are_exact_at_the_greatest_depth():
     assert torch.equal(y, exact.float())
 
 
-@pytest.mark.parametrize(
-    ("backend", "arch"),
-    [
-        ("reference", None),
-        ("cpu", None),
-        ("cuda", "sm_80"),
-        ("cuda", "sm_90a"),
-        ("triton", "sm_80"),
-        ("triton", "sm_90a"),
-    ],
-)
+@pytest.mark.parametrize(("backend", "arch"), EVERY_BACKEND, ids=str)
 @pytest.mark.parametrize("zero_point", [None, 127])
 def test_sums_at_the_greatest_depth(backend, arch, zero_point):
     """Of -128 times -128, and with a zero point -255 times -128: one product more and, without one, int32 wraps."""
@@ -79,7 +69,7 @@ def test_sums_at_the_greatest_depth(backend, arch, zero_point):
     assert k * 255 * 128 < 2**31 or zero_point is None
     a, b, one = torch.full((1, k), -128, dtype=torch.int8), torch.full((2, k), -128, dtype=torch.int8), torch.ones(1)
     z = None if zero_point is None else torch.tensor([zero_point], dtype=torch.int32)
-    with fp.interpret(arch) if arch else contextlib.nullcontext(), fp.use_backend(backend):
+    with running(backend, arch):
         y = fp.ops.int8_gemm(a, b, one, one, out_dtype=torch.float32, a_zero_point=z)
         deeper = [torch.nn.functional.pad(x, (0, 1)) for x in (a, b)]
         with pytest.raises(ValueError, match=f"K must be at most {k}"):

@@ -1,11 +1,11 @@
 """Lengths, paddings and pages that are out of range, which only the device knows: on every backend the rows that they touch are
 NaN, all others are what they would be without, and nothing outside of the cache is read or written."""
 
-import contextlib
 import dataclasses
 
 import pytest
 import torch
+from every_backend import EVERY_BACKEND, running
 from rotation import in_parts
 
 import forwardpass as fp
@@ -16,14 +16,6 @@ from forwardpass.ops.attention_decode import cases
 from forwardpass.ops.common.quantized_rows import E4M3
 from forwardpass.testing import assert_equal, poisoned_outputs
 
-BACKENDS = (
-    ("reference", None),
-    ("cpu", None),
-    ("cuda", "sm_80"),
-    ("cuda", "sm_90a"),
-    ("triton", "sm_80"),
-    ("triton", "sm_90a"),
-)
 F16, BF16, I8 = torch.float16, torch.bfloat16, torch.int8
 #: q's dtype and the cache's; cases take them in turn
 TYPES = ((F16, None), (BF16, None), (BF16, I8), (F16, E4M3))
@@ -106,21 +98,10 @@ def lost_rows(wrong):
     return lost
 
 
-@contextlib.contextmanager
-def running(backend, arch, seed=0, **options):
-    """On a GPU guarded: what is read or written outside of the tensors is an error."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(fp.use_backend(backend))
-        stack.enter_context(poisoned_outputs())
-        if arch is not None:
-            stack.enter_context(fp.interpret(arch, seed=seed, guard=True, approximate=False, **options))
-        yield
-
-
 def on_backends(cases):
     """Every numbered case on each backend; of a GPU's two architectures on one, and in the slow tests on the other."""
-    for backend, arch in BACKENDS:
-        shift = BACKENDS.index((backend, arch)) % 2
+    for backend, arch in EVERY_BACKEND:
+        shift = EVERY_BACKEND.index((backend, arch)) % 2
         yield from in_parts(enumerate(cases), 2 if arch else 1, backend, arch, shift=shift)
 
 
@@ -129,7 +110,7 @@ def test_attention_decode(numbered, backend, arch):
     index, wrong = numbered
     given, args = wrong.arguments(index)
     lost = lost_rows(wrong)
-    with running(backend, arch, multiprocessors=4) if arch else running(backend, arch):
+    with running(backend, arch, multiprocessors=4):
         got, right = ATTENTION_DECODE(*given), ATTENTION_DECODE(*args)
     assert torch.equal(got.isnan().all((-1, -2)), lost)
     assert torch.equal(got.isnan().any((-1, -2)), lost)
@@ -210,7 +191,7 @@ def append_one_by_one(args, lost):
             )  # fmt: skip
 
 
-@pytest.mark.parametrize(("backend", "arch"), BACKENDS, ids=str)
+@pytest.mark.parametrize(("backend", "arch"), EVERY_BACKEND, ids=str)
 def test_a_dropped_token_shows_in_the_next_step(backend, arch):
     """By the same lengths and table, also where append_kv returns nothing."""
     k, q = torch.randn(3, 1, 2, 64).half(), torch.randn(3, 1, 4, 64).half()

@@ -208,17 +208,14 @@ def test_interpreted(interpreter, case, name):
 STACK = {
     "3.6": {},
     "3.7": {
-        "norm_quantize (2, 16384) sm_90": 8, "attention (64, 64) masked sm_80": 248, "attention (64, 64) masked sm_89": 232,
-        "attention (128, 128) masked sm_90": 216, "attention (192, 192) sm_80": 24, "attention (256, 256) masked sm_80": 56,
-        "attention (256, 256) masked sm_89": 56, "attention (256, 256) masked sm_90": 160,
+        "norm_quantize (2, 16384) sm_90": 8, "attention (128, 128) masked sm_90": 224, "attention (192, 192) sm_80": 24,
+        "attention (192, 192) sm_89": 8, "attention (256, 256) masked sm_80": 56, "attention (256, 256) masked sm_89": 56,
     },
     "3.9": {
-        "attention (64, 64) sm_80": 8, "attention (64, 64) sm_89": 8, "attention (64, 64) masked sm_80": 264,
-        "attention (64, 64) masked sm_89": 376, "attention (128, 128) masked sm_90": 288, "attention (192, 192) sm_80": 24,
-        "attention (192, 192) masked sm_80": 40, "attention (192, 192) masked sm_89": 56, "attention (256, 256) sm_90": 32,
-        "attention (256, 256) masked sm_80": 352, "attention (256, 256) masked sm_89": 384,
-        "attention (256, 256) masked sm_90": 256, "attention (192, 128) masked sm_80": 136,
-        "attention (192, 128) masked sm_89": 120,
+        "attention (64, 64) sm_80": 8, "attention (64, 64) sm_89": 8, "attention (128, 128) masked sm_90": 288,
+        "attention (192, 192) sm_80": 24, "attention (192, 192) sm_89": 8, "attention (192, 192) masked sm_80": 40,
+        "attention (192, 192) masked sm_89": 56, "attention (256, 256) masked sm_80": 352,
+        "attention (256, 256) masked sm_89": 376,
     },
 }  # fmt: skip
 
@@ -358,5 +355,5 @@ def test_attention_compiles_for_tensor_cores_without_more_spills(compiler, case,
     assert "cp.async.cg.shared.global [ %r" in ptx  # 16 bytes each
     if case.mask is None:
         assert "cp.async.ca" not in ptx
-        # nor are others moved singly: where a tile's sequence begins and ends 5, a sink of three dtypes 3, the lse 1
-        assert len(re.findall(r"(?:ld|st)\.global\.b(?:8|16|32)\b", ptx)) <= 9
+        # nor are others moved singly: where sequences begin and end 6, where a tile's does 4, a sink of three dtypes 3, the lse 1
+        assert len(re.findall(r"(?:ld|st)\.global\.b(?:8|16|32)\b", ptx)) <= 14

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from every_backend import interpreted
+from every_backend import EVERY_BACKEND, interpreted
 from processes import two_threads
 
 import forwardpass as fp
@@ -38,10 +38,7 @@ WRONG = [
     (ROOM, (0, 3, 10, 7), (0, 3, 10, 7), range(0)),
 ]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn)
-BACKENDS = [
-    ("reference", None), ("cpu", None), ("cuda", "sm_80"), ("cuda", "sm_89"), ("cuda", "sm_90a"), ("triton", "sm_80"),
-    ("triton", "sm_90a"),
-]  # fmt: skip
+BACKENDS = (*EVERY_BACKEND, ("cuda", "sm_89"))  # the first with e4m3
 
 
 def product(op, args, backend, arch, seed):

@@ -143,7 +143,7 @@ struct MmaAttentionSchedule {
   template <class F>
   __device__ void for_each(F f) const {
     AttentionTile tile;
-    if (!tile.find(a.p, Config::kM, a.tiles, blockIdx.x)) return;
+    if (!tile.find(a.p, Config::kM, a.tiles, blockIdx.x, known_sequences(a.p))) return;
     if (threadIdx.x == 0) s.tile = tile, s.blocks = KeyBlocks(a.p, tile, Config::kM, Config::kN);
     __syncthreads();
     f(s.tile, s.blocks);
@@ -279,7 +279,7 @@ struct MmaAttentionEpilogue {
 
   __device__ void operator()(const AttentionTile& tile, Output& o, OnlineSoftmax<Config::kTilesM>& softmax) const {
     RowValues<Config::kTilesM> factor;
-    softmax.finish(sink_of(p, tile.head), factor);
+    softmax.finish(tile.known() ? sink_of(p, tile.head) : NAN, factor);
     rescale(o, factor);
     store_rows(o, tile);
     store_lse<Output>(softmax, p, tile, tile.row + warp_row);

@@ -104,6 +104,7 @@ struct WgmmaAttentionConfig {
     Key k[kStages];
     Value v[kStages];
     WgmmaAttentionWork work[kQStages];  // whose q it is
+    int known;                          // known_sequences: not in one of the 24 registers that the producer has
     PipelineBarriers<kQStages> q_barriers;
     PipelineBarriers<kStages> k_barriers, v_barriers;
   };
@@ -168,12 +169,13 @@ struct SequenceOrigin {
 template <class Config>
 struct WgmmaAttentionSchedule {
   const AttentionArguments& a;
+  const int& known;  // sequences
 
   template <class F>
   __device__ void for_each(F f) const {
     for_each_tile(a.blocks, blockIdx.x, gridDim.x, [&](int64_t block) {
       AttentionTile tile;
-      if (tile.find(a.p, Config::kM, a.tiles, static_cast<unsigned>(block)))
+      if (tile.find(a.p, Config::kM, a.tiles, static_cast<unsigned>(block), known))
         f(tile, KeyBlocks(a.p, tile, Config::kM, Config::kN));
     });
   }
@@ -199,7 +201,7 @@ __device__ inline void producer(const AttentionArguments& a, typename Config::Sh
     if (last_block >= 0) load_v(last_v, last_block);
     last_block = -1;
   };
-  typename Config::Schedule{a}.for_each([&](const AttentionTile& t, const KeyBlocks& blocks) {
+  typename Config::Schedule{a, s.known}.for_each([&](const AttentionTile& t, const KeyBlocks& blocks) {
     const bool any = blocks.end > blocks.begin;
     const uint32_t q_full = announce({t, blocks, true}, any ? sizeof(typename Config::Query) : 0);
     const int q_stage = q.stage;
@@ -296,17 +298,17 @@ struct WgmmaAttentionMainloop {
       store_lse<Output>(softmax, p, tile, first_row);
       __syncwarp();  // lanes diverged at their rows' ends; what follows is warp-synchronous
     };
-    // Of a tile without keys: zeros, and the sink. Not o: with another way to its epilogue ptxas would serialise the
-    // wgmmas that add to it (C7515).
+    // Of a tile without keys: zeros, and the sink; of rows whose sequence is not known: NaN. Not o: with another way to
+    // its epilogue ptxas would serialise the wgmmas that add to it (C7515).
     const auto store_nothing = [&] {
-      const float sink = sink_of(p, tile.head);
+      const float lse = tile.known() ? sink_of(p, tile.head) : NAN, value = tile.known() ? 1 : NAN;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) softmax.max[0][half] = sink, softmax.sum[0][half] = 1;
+      for (int half = 0; half < 2; ++half) softmax.max[0][half] = lse, softmax.sum[0][half] = 1;
       store_lse<Output>(softmax, p, tile, first_row);
       __syncwarp();
       Output none;
       none.clear();
-      const RowValues<1> factor = {{1, 1}};
+      const RowValues<1> factor = {{value, value}};
       epilogue(tile, first_row, none, factor);
     };
     const auto end_p_v = [&](int stage) {
@@ -508,6 +510,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   __syncthreads();
   ptx::wait_for_earlier_kernels();
   ptx::launch_dependents();
+  const int known = known_sequences(a.p);
+  if (threadIdx.x == Config::kConsumers * ptx::kWarpgroup) s.known = known;
   const int warpgroup = uniform(threadIdx.x / ptx::kWarpgroup);
   if (warpgroup == Config::kConsumers) {
     ptx::setmaxnreg_dec<Config::kProducerRegisters>();
@@ -530,7 +534,7 @@ cudaError_t launch_wgmma(const AttentionParams& p, cudaStream_t stream) {
     constexpr int64_t kSize = sizeof(uint16_t), kNoStride = 16;
     const auto type = p.dtype == Dtype::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
     const auto bytes = [&](int64_t stride) { return stride ? stride * kSize : kNoStride; };
-    const int64_t row = rows == 1 ? kNoStride : t.row * kSize, head = bytes(t.head);
+    const int64_t row = rows <= 1 ? kNoStride : t.row * kSize, head = bytes(t.head);
     const int box[] = {kPanel, box_rows, 1, 1, 1};
     heads = t.head ? heads : 1;
     if (!p.cu_seqlens_q)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ...common.environment import cpu_tier
-from ...dispatch import Operation, Reason
+from ...dispatch import DEBUG, Operation, Reason
 from ..common.quantized_rows import FLOATS, check_vector
+from ..common.values import may_look
 from . import reference
 
 #: (head_dim of q and k, of v) for which there are kernels; other head dims run in the next one of as many columns or more.
@@ -68,20 +69,22 @@ def attention(
         alibi_slopes: float32 [H] or [B, H].
         sinks: float32 or q's dtype [H]: a logit more in each row's softmax, whose value is 0; neither scaled nor softcapped.
         cu_seqlens_q, cu_seqlens_k: int32 [B + 1]: varlen, packed sequences in place of a batch, the b-th from
-            cu_seqlens[b] to cu_seqlens[b + 1], which rise from 0 to Tq and Tk. q is then [Tq, H, D], k [Tk, Hk, D] and v
-            [Tk, Hk, Dv]; Sq and Sk are each sequence's own; no mask. On a GPU no host looks at them, as that would wait for
-            it: kernels take of each sequence what lies within the tensors. Rows of no sequence are then not written, and where
-            cu_seqlens_q falls all are unspecified.
+            cu_seqlens[b] to cu_seqlens[b + 1]. They rise from 0, cu_seqlens_q to Tq and cu_seqlens_k to at most Tk. q is then
+            [Tq, H, D], k [Tk, Hk, D] and v [Tk, Hk, Dv]; Sq and Sk are each sequence's own; no mask. No host looks at the
+            numbers. The first one beyond Tq or Tk gives NaN, on every backend, in the rows of the sequence that it ends and of all
+            behind; one that falls also in those of the sequence before, as either of the two numbers may be wrong; a first
+            number that is not 0 in all rows. Rows of no sequence are NaN, and keys of none are not read.
         batch_invariant: a row's bits do not depend on what else is in the batch.
 
     Returns:
-        [B, Sq, H, Dv], or [Tq, H, Dv], of q's dtype, contiguous. A row that may attend to no key is 0. NaN passes through;
-        a NaN or an infinity in a key or value that is masked may do so too (0 * NaN is NaN), but not from another sequence.
+        [B, Sq, H, Dv], or [Tq, H, Dv], of q's dtype, contiguous. A row that may attend to no key is 0; one whose sequence is not
+        known by cu_seqlens is NaN. NaN passes through; a NaN or an infinity in a key or value that is masked may do so too (0 *
+        NaN is NaN), but not from another sequence.
 
     Raises:
         TypeError: an argument is of another type or dtype than above.
-        ValueError: a shape, layout, device, value or combination of arguments is not one of those above; on a CPU also for
-            cu_seqlens that do not rise so.
+        ValueError: a shape, layout, device, value or combination of arguments is not one of those above. With
+            FORWARDPASS_DEBUG=1 also: cu_seqlens give NaN.
         Unsupported: a backend asked for by name cannot run these arguments. Kernels for GPUs take float16 and bfloat16, with
             D = Dv a multiple of 8 from 32 to 256, or D = 192 and Dv = 128.
     """
@@ -114,7 +117,7 @@ def attention_with_lse(
 
     Returns:
         o as attention; lse float32 [B, H, Sq], or [H, Tq], contiguous: sinks included, -inf where a row has neither key nor
-        sink.
+        sink, NaN where its sequence is not known.
 
     Raises:
         TypeError: an argument is of another type or dtype than above.
@@ -199,6 +202,22 @@ def _check_cu_seqlens(op: str, q: Tensor, cu_seqlens_q: Tensor | None, cu_seqlen
     return True
 
 
+def _check_rise(op: str, name: str, cu_seqlens: Tensor, total: int, covers: bool) -> None:
+    """Under FORWARDPASS_DEBUG, whether all sequences are known, and, where it `covers` them, have all rows. Without it rows are
+    NaN instead, on every backend: to look would be to wait for a GPU."""
+    if not DEBUG or not may_look(op, cu_seqlens):
+        return
+    begin = torch.cat([cu_seqlens.new_zeros(1), cu_seqlens[:-1]])
+    wrong = (cu_seqlens < begin) | (cu_seqlens > total)
+    wrong[0] = cu_seqlens[0] != 0
+    if covers and not wrong.any():
+        wrong[-1] = cu_seqlens[-1] != total
+    if wrong.any():
+        b = int(wrong.nonzero()[0])
+        end = f"{total}, the rows of q" if covers else f"at most {total}, the rows of k"
+        raise ValueError(f"{op}: {name} must rise from 0 to {end}, and entry {b} is {int(cu_seqlens[b])}")
+
+
 def _check_mask(op: str, mask: Tensor, q: Tensor, k: Tensor, packed: bool) -> None:
     if not isinstance(mask, Tensor) or mask.dtype not in (torch.bool, torch.float32, q.dtype):
         dtype = getattr(mask, "dtype", type(mask).__name__)
@@ -252,6 +271,9 @@ def _check(
 ) -> None:
     packed = _check_cu_seqlens(op, q, cu_seqlens_q, cu_seqlens_k)
     _check_operands(op, q, k, v, packed)
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        _check_rise(op, "cu_seqlens_q", cu_seqlens_q, q.shape[0], True)
+        _check_rise(op, "cu_seqlens_k", cu_seqlens_k, k.shape[0], False)
     heads = q.shape[-2]
     batch = cu_seqlens_q.numel() - 1 if cu_seqlens_q is not None else q.shape[0]
     if scale is not None and not 0 < check_number(op, "scale", scale) < math.inf:

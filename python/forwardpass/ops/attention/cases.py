@@ -39,6 +39,7 @@ class Case:
     alibi: str | None = None  # or "h", "bh"
     sinks: str | None = None  # or "float32", "dtype"
     packed: bool = False  # varlen: packed sequences and cu_seqlens
+    cu_seqlens: tuple[tuple[int, ...], ...] = ()  # of q and of k, in place of what says where the sequences are
     layout: str = "contiguous"
     lse: bool = False
     batch_invariant: bool = False
@@ -72,8 +73,9 @@ class Case:
         if self.packed:
             # Of the second sequence nobody reads the keys, of the third nobody the rows: their neighbours must not either.
             q, k, v = (self._pack(x, [n[i > 0] for n in lengths]) for i, x in enumerate((q, k, v)))
-            starts = [torch.tensor([0, *n]).cumsum(0).int().to(device) for n in zip(*lengths)]
-            cu_seqlens = starts[0], starts[1]
+            starts = [torch.tensor([0, *n]).cumsum(0) for n in zip(*lengths)]
+            of_q, of_k = map(torch.tensor, self.cu_seqlens) if self.cu_seqlens else starts
+            cu_seqlens = of_q.int().to(device), of_k.int().to(device)
         q, k, v = (self.operand(x.to(self.dtype), i > 0, device) for i, x in enumerate((q, k, v)))
         slopes = 2.0 ** -(8 * torch.rand(max(1, len(lengths)), h, generator=g) + 0.5)
         sinks = 2 * torch.randn(h, generator=g) + 1

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -61,7 +61,9 @@ def attention_with_lse(
     lse_shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
     lse = q.new_empty(lse_shape, dtype=torch.promote_types(dtype, torch.float32))
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
-        sequences = zip(boundaries("cu_seqlens_q", cu_seqlens_q, q), boundaries("cu_seqlens_k", cu_seqlens_k, k))
+        o.fill_(torch.nan)
+        lse.fill_(torch.nan)
+        sequences = zip(known_sequences(cu_seqlens_q, len(q)), known_sequences(cu_seqlens_k, len(k)))
         parts = [(q[None, i], k[None, j], v[None, j], o[None, i], lse[None, :, i]) for i, j in sequences]
         shares = [slice(b, b + 1) for b in range(len(parts))]
     else:
@@ -78,12 +80,19 @@ def attention_with_lse(
     return o, lse
 
 
-def boundaries(name: str, cu_seqlens: Tensor, x: Tensor) -> Iterator[slice]:
-    """The rows of x that each sequence has."""
-    offsets = cu_seqlens.tolist()
-    if offsets != sorted(offsets) or (offsets[0], offsets[-1]) != (0, x.shape[0]):
-        raise ValueError(f"attention: {name} must rise from 0 to the number of rows, {x.shape[0]}, and is {offsets}")
-    return map(slice, offsets, offsets[1:])
+def known_sequences(cu_seqlens: Tensor, total: int) -> list[slice]:
+    """The rows of each sequence, from the first one on, before cu_seqlens, of an operand of `total` rows, fall or lead beyond it.
+    Of two numbers that fall either may be wrong: neither sequence that ends there is known."""
+    offsets: list[int] = cu_seqlens.tolist()
+    sequences = [slice(*pair) for pair in itertools.pairwise(offsets)]
+    if offsets[0] != 0:
+        return []
+    for b, (begin, end) in enumerate(itertools.pairwise(offsets)):
+        if end < begin:
+            return sequences[: max(b - 1, 0)]
+        if end > total:
+            return sequences[:b]
+    return sequences
 
 
 def of_head(head: int, head_of_keys: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -77,23 +77,41 @@ def widths(columns: int, limit: int) -> tuple[int, ...]:
 
 
 @triton.jit
-def find_sequence(cu_seqlens_q_ptr, tile, sequences, M: tl.constexpr):
-    """The sequence to which a tile belongs. Sequence b has tiles from cu_seqlens[b] / M + b on, at least as many as its rows
-    need."""
-    b = -1
-    for first in range(0, sequences, 128):
-        i = first + tl.arange(0, 128)
-        begin = tl.load(cu_seqlens_q_ptr + i, mask=i < sequences, other=0)
-        b += tl.sum(((begin // M + i <= tile) & (i < sequences)).to(tl.int32))
-    return tl.maximum(b, 0)
+def look_at(cu_seqlens_ptr, b, sequences, total):
+    """(where sequences b begin, whether they begin or end out of order: fall, or lead beyond `total`). Of two numbers that fall
+    either may be wrong, so that a sequence is out of order too whose end the next one falls below. Behind the last sequence nothing
+    is."""
+    begin = tl.load(cu_seqlens_ptr + b, mask=b <= sequences, other=0)
+    end = tl.load(cu_seqlens_ptr + b + 1, mask=b < sequences, other=0)
+    after = tl.load(cu_seqlens_ptr + b + 2, mask=b + 1 < sequences, other=2**31 - 1)
+    return begin, (b < sequences) & ((begin > end) | (end > total) | (end > after) | ((b == 0) & (begin != 0)))
 
 
 @triton.jit
-def sequence_rows(cu_seqlens_ptr, sequence, total):
-    """Where a sequence begins, and how many of all rows it has. Nobody has looked at cu_seqlens on the host: whatever they say,
-    what is read and written lies within the tensors."""
-    first = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + sequence), 0), total)
-    return first, tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + sequence + 1), first), total) - first
+def find_sequence(cu_seqlens_q_ptr, cu_seqlens_k_ptr, tile, sequences, rows, keys, M: tl.constexpr):
+    """(the sequence to which a tile belongs, how many are known, from the first one on, before cu_seqlens fall or lead beyond the
+    tensors). Nobody has looked at cu_seqlens on the host. Sequence b has tiles from cu_seqlens[b] / M + b on, at least as many as
+    its rows need. Behind those that are known, the other rows are one sequence more."""
+    b, known = 0, sequences
+    for first in range(0, sequences + 1, 128):
+        i = first + tl.arange(0, 128)
+        begin, wrong = look_at(cu_seqlens_q_ptr, i, sequences, rows)
+        _, wrong_keys = look_at(cu_seqlens_k_ptr, i, sequences, keys)
+        known = tl.minimum(known, tl.min(tl.where(wrong | wrong_keys, i, sequences)))
+        b += tl.sum(((begin // M + i <= tile) & (i > 0) & (i <= known)).to(tl.int32))
+    return b, known
+
+
+@triton.jit
+def store_nan(out, lse_ptr, has_lse, first_row, rows, head, heads, columns, M: tl.constexpr):
+    """To M rows of packed sequences, of which it is not known whose they are."""
+    row = first_row + tl.arange(0, M)
+    if has_lse:
+        tl.store(lse_ptr + head.to(tl.int64) * rows + row, float("nan"), mask=row < rows)
+    for column in range(0, columns, 32):
+        c = column + tl.arange(0, 32)
+        offset = (row.to(tl.int64) * heads + head)[:, None] * columns + c[None, :]
+        tl.store(out + offset, float("nan"), mask=(row < rows)[:, None] & (c < columns)[None, :])
 
 
 @triton.jit
@@ -235,16 +253,22 @@ def attention_kernel(
     kv_head = head // group
     all_rows = rows
     if packed:
-        sequence = find_sequence(cu_seqlens_q_ptr, tile, batch, M)
-        q_origin, rows = sequence_rows(cu_seqlens_q_ptr, sequence, rows)
-        k_origin, keys = sequence_rows(cu_seqlens_k_ptr, sequence, keys)
+        sequence, known = find_sequence(cu_seqlens_q_ptr, cu_seqlens_k_ptr, tile, batch, rows, keys, M)
+        q_origin = tl.load(cu_seqlens_q_ptr + sequence, mask=sequence > 0, other=0)
         tile -= q_origin // M + sequence
+        is_known = sequence < known
+        k_origin = tl.load(cu_seqlens_k_ptr + sequence, mask=is_known, other=0)
+        rows = tl.load(cu_seqlens_q_ptr + sequence + 1, mask=is_known, other=rows) - q_origin
+        keys = tl.load(cu_seqlens_k_ptr + sequence + 1, mask=is_known, other=-1) - k_origin
     else:
         q_origin, k_origin = 0, 0
         sequence = tile // tiles
         tile = tile % tiles
     first_row = (tl.cdiv(rows, M) - 1 - tile) * M  # last rows first: of causal ones they have the most keys
     if first_row < 0 or tile < 0:
+        return
+    if keys < 0:
+        store_nan(out, lse_ptr, has_lse, q_origin + first_row, all_rows, head, heads, value_dim * 8, M)
         return
 
     row = first_row + tl.arange(0, M)
@@ -351,13 +375,20 @@ def run(
         return
     packed = cu_seqlens_q is not None
     batch = cu_seqlens_q.numel() - 1 if cu_seqlens_q is not None else q.shape[0]
-    if not k.numel() or not batch:
+    if not batch:  # the rows of no sequence
+        out.fill_(torch.nan)
+        if lse is not None:
+            lse.fill_(torch.nan)
+        return
+    if not k.numel() and not packed:
         out.zero_()
         if lse is not None:
             lse.copy_(sinks.unsqueeze(1)) if sinks is not None else lse.fill_(-torch.inf)
         return
     *_, heads, dim = q.shape
     rows, keys, kv_heads, value_dim = q.shape[-3], *v.shape[-3:]
+    if not keys:
+        k = v = q  # what cu_seqlens say is still looked at; of keys nothing is read
     dims = bucket(dim, value_dim)
     assert dims  # else why_not has refused
     # stand for what is not there
@@ -373,7 +404,7 @@ def run(
         if arch >= 90:
             k_descriptors, v_descriptors = descriptors(k, p.block_n, p.parts), descriptors(v, p.block_n, p.value_parts)
         tiles = triton.cdiv(rows, p.block_m)
-        programs = rows // p.block_m + batch if packed else tiles * batch
+        programs = rows // p.block_m + batch + 1 if packed else tiles * batch
         attention_kernel[(programs * heads,)](
             q, k, v, k_descriptors, v_descriptors, *strides(q), *strides(k), *strides(v), out,
             floats if lse is None else lse, lse is not None, batch, heads, heads // kv_heads, rows, keys, tiles, dim // 8,

@@ -1,5 +1,10 @@
-"""permute_quantize in Triton: a program for each expert finds the places of those that chose it, then one for each choice
-quantises its token's row, or a group of it."""
+"""permute_quantize in Triton: a counting sort of the choices by expert, then a program for each choice, which quantises its token's
+row, or a group of it.
+
+A slice is so many choices that follow each other. Programs of one launch count the choices of each expert in a slice, those of a
+second one add up what the slices before each have, and those of a third give each choice of a slice its place. So choices are read
+twice, however many experts there are. A single slice needs the third launch alone.
+"""
 
 from __future__ import annotations
 
@@ -13,33 +18,77 @@ from ..common.triton_rows import segments
 from ..quantize.triton_kernel import quantize_segment
 from . import OPERATION
 
+#: Choices that a program ranks at a time: it compares each with each, of which a thread of 128 then has 128 pairs.
+BLOCK = 128
+#: Choices of a slice, where there are at most MOST_SLICES. Counts are a number for each slice and expert, 2 MB at most.
+LEAST_SLICE, MOST_SLICES = 4 * BLOCK, 1024
+
 
 @triton.jit
-def load_experts(index_ptr, start, rows, experts, BLOCK: tl.constexpr):
-    """(which choices, which expert each is of): `experts` for one that is none, -1 beyond the last choice."""
-    choice = start + tl.arange(0, BLOCK)
-    expert = tl.load(index_ptr + choice, mask=choice < rows, other=0).to(tl.int64)
-    expert = tl.where((expert >= 0) & (expert < experts), expert, experts)
-    return choice, tl.where(choice < rows, expert, -1)
+def load_experts(index_ptr, choice, rows, experts):
+    """The experts of choices, `experts` for none: a choice that is no expert, or is beyond the last one."""
+    expert = tl.load(index_ptr + choice, mask=choice < rows, other=-1)
+    return tl.where((expert >= 0) & (expert < experts), expert, experts).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["rows", "experts"])
-def positions_kernel(index_ptr, offs_ptr, position_ptr, rows, experts, BLOCK: tl.constexpr):
-    """The last program is of the choices that are no expert."""
-    expert = tl.program_id(0)
-    before, count = 0, 0
-    for start in range(0, rows, BLOCK):
-        _, expert_of = load_experts(index_ptr, start, rows, experts, BLOCK)
-        before += tl.sum(((expert_of >= 0) & (expert_of < expert)).to(tl.int32))
-        count += tl.sum((expert_of == expert).to(tl.int32))
-    if expert < experts:
-        tl.store(offs_ptr + expert, before + count)
-    for start in range(0, rows, BLOCK):
-        choice, expert_of = load_experts(index_ptr, start, rows, experts, BLOCK)
-        matches = (expert_of == expert).to(tl.int32)
-        row = before + tl.cumsum(matches) - 1
-        tl.store(position_ptr + choice, tl.where(expert < experts, row, -1), mask=expert_of == expert)
-        before += tl.sum(matches)
+@triton.jit
+def count_choices(index_ptr, begin, end, rows, experts, BINS: tl.constexpr, BLOCK: tl.constexpr):
+    """How many choices of each expert [BINS] there are, and of none behind the last."""
+    counts = tl.zeros([BINS], tl.int32)
+    for start in range(begin, end, BLOCK):
+        counts += tl.histogram(load_experts(index_ptr, start + tl.arange(0, BLOCK), rows, experts), BINS)
+    return counts
+
+
+@triton.jit(do_not_specialize=["rows", "experts", "slice_size"])
+def count_kernel(index_ptr, counts_ptr, rows, experts, slice_size, BINS: tl.constexpr, BLOCK: tl.constexpr):
+    """counts [slices, experts]"""
+    begin = tl.program_id(0) * slice_size
+    counts = count_choices(index_ptr, begin, begin + slice_size, rows, experts, BINS, BLOCK)
+    expert = tl.arange(0, BINS)
+    tl.store(counts_ptr + tl.program_id(0) * experts + expert, counts, mask=expert < experts)
+
+
+@triton.jit(do_not_specialize=["slices", "experts"])
+def add_up_kernel(counts_ptr, totals_ptr, slices, experts, SLICES: tl.constexpr, EXPERTS: tl.constexpr):
+    """In place of each count those of the slices before; totals [experts]: of all slices. EXPERTS: of a program, a sector's."""
+    expert = tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS)
+    total = tl.zeros([EXPERTS], tl.int32)
+    for first in range(0, slices, SLICES):
+        of_slice = first + tl.arange(0, SLICES)
+        ptr = counts_ptr + of_slice[:, None] * experts + expert[None, :]
+        exists = (of_slice < slices)[:, None] & (expert < experts)[None, :]
+        counts = tl.load(ptr, mask=exists, other=0)
+        tl.store(ptr, tl.cumsum(counts, 0) - counts + total[None, :], mask=exists)
+        total += tl.sum(counts, 0)
+    tl.store(totals_ptr + expert, total, mask=expert < experts)
+
+
+@triton.jit(do_not_specialize=["rows", "experts", "slice_size"])
+def positions_kernel(
+    index_ptr, earlier_ptr, totals_ptr, offs_ptr, position_ptr, rows, experts, slice_size, SEVERAL: tl.constexpr,
+    BINS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """SEVERAL: there are several slices, of which add_up_kernel has counted each; else a program counts its own."""
+    begin = tl.program_id(0) * slice_size
+    of = tl.arange(0, BINS)
+    if SEVERAL:
+        total = tl.load(totals_ptr + of, mask=of < experts, other=0)
+        earlier = tl.load(earlier_ptr + tl.program_id(0) * experts + of, mask=of < experts, other=0)
+    else:
+        total = count_choices(index_ptr, begin, begin + slice_size, rows, experts, BINS, BLOCK)
+        earlier = tl.zeros([BINS], tl.int32)
+    ends = tl.cumsum(total, 0)
+    if begin == 0:
+        tl.store(offs_ptr + of, ends, mask=of < experts)
+    next_row = ends - total + earlier  # of each expert
+    i = tl.arange(0, BLOCK)
+    for start in range(begin, begin + slice_size, BLOCK):
+        expert = load_experts(index_ptr, start + i, rows, experts)
+        same_before = (expert[None, :] == expert[:, None]) & (i[None, :] < i[:, None])
+        row = tl.gather(next_row, expert, 0) + tl.sum(same_before.to(tl.int32), 1)
+        tl.store(position_ptr + start + i, tl.where(expert < experts, row, -1), mask=start + i < rows)
+        next_row += tl.histogram(expert, BINS)
 
 
 @triton.jit(do_not_specialize=["choices", "experts", "scale_stride"])
@@ -65,6 +114,21 @@ def permute_quantize_kernel(
         tl.store(scale_ptr + choice + group_index * scale_stride, 0.0)
 
 
+def find_positions(index: Tensor, offs: Tensor, position: Tensor) -> None:
+    rows, experts = index.numel(), offs.numel()
+    size = max(LEAST_SLICE, triton.cdiv(triton.cdiv(rows, MOST_SLICES), BLOCK) * BLOCK)
+    slices = max(1, triton.cdiv(rows, size))  # without choices offs are written too
+    counts = totals = offs  # stand for what a single slice needs not
+    bins = triton.next_power_of_2(experts + 1)
+    if slices > 1:
+        counts, totals = offs.new_empty(slices, experts), torch.empty_like(offs)
+        count_kernel[(slices,)](index, counts, rows, experts, size, BINS=bins, BLOCK=BLOCK)
+        add_up_kernel[(triton.cdiv(experts, 8),)](counts, totals, slices, experts, SLICES=128, EXPERTS=8)
+    positions_kernel[(slices,)](
+        index, counts, totals, offs, position, rows, experts, size, SEVERAL=slices > 1, BINS=bins, BLOCK=BLOCK
+    )
+
+
 def permute_quantize(
     x: Tensor, index: Tensor, num_experts: int, dtype: torch.dtype, group_size: int | None, channel_scale: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -73,7 +137,7 @@ def permute_quantize(
     groups = 1 if group_size is None else scale.shape[1]
     q_ptr = q.view(torch.uint8) if dtype is E4M3 else q
     with torch.cuda.device_of(x):
-        positions_kernel[(num_experts + 1,)](index, offs, position, rows, num_experts, BLOCK=1024)
+        find_positions(index, offs, position)
         if rows:
             permute_quantize_kernel[(rows * groups,)](
                 x, matrix_shape(x)[2], position, offs, q_ptr, q.stride(0), scale, scale.stride(-1) if groups > 1 else 0,
