@@ -71,16 +71,16 @@ def positions_kernel(
 ):  # fmt: skip
     """SEVERAL: there are several slices, of which add_up_kernel has counted each; else a program counts its own."""
     begin = tl.program_id(0) * slice_size
-    of = tl.arange(0, BINS)
+    bins = tl.arange(0, BINS)
     if SEVERAL:
-        total = tl.load(totals_ptr + of, mask=of < experts, other=0)
-        earlier = tl.load(earlier_ptr + tl.program_id(0) * experts + of, mask=of < experts, other=0)
+        total = tl.load(totals_ptr + bins, mask=bins < experts, other=0)
+        earlier = tl.load(earlier_ptr + tl.program_id(0) * experts + bins, mask=bins < experts, other=0)
     else:
         total = count_choices(index_ptr, begin, begin + slice_size, rows, experts, BINS, BLOCK)
         earlier = tl.zeros([BINS], tl.int32)
     ends = tl.cumsum(total, 0)
     if begin == 0:
-        tl.store(offs_ptr + of, ends, mask=of < experts)
+        tl.store(offs_ptr + bins, ends, mask=bins < experts)
     next_row = ends - total + earlier  # of each expert
     i = tl.arange(0, BLOCK)
     for start in range(begin, begin + slice_size, BLOCK):
