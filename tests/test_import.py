@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from rotation import in_turn
 
 import forwardpass as fp
 
@@ -41,7 +42,7 @@ print(*(new & {"transformers", "safetensors", "typer", "rich", "triton", "numpy"
     assert python(code).strip() == ""
 
 
-@pytest.mark.parametrize("damage", ["missing", "broken", "of another version"])
+@pytest.mark.parametrize("damage", in_turn(["missing", "broken", "of another version"]))
 def test_a_library_that_does_not_load_is_said_when_it_is_needed(tmp_path, damage):
     package = tmp_path / "forwardpass"
     shutil.copytree(fp.dispatch.library.FOLDER, package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))

@@ -213,7 +213,7 @@ def test_a_config_that_names_a_kernel_is_not_loaded(folder, tmp_path, monkeypatc
 
 
 @needs_minilm
-@pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [36, pytest.param(1, marks=pytest.mark.slow)])
 def test_minilm_int8_keeps_its_embeddings(tmp_path, every):
     (file := tmp_path / "texts.txt").write_text("\n".join(embedding.builtin_texts()[1][::every]))
     done = run("swap", "minilm", "--precision", "int8", "--batch", 1, "--length", 16, "--text", file, "--json", "-")

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from rotation import paired
 
 import forwardpass as fp
 
@@ -90,8 +91,7 @@ def run(model, inputs):
         return model(**inputs).sample
 
 
-@pytest.mark.parametrize("precision", ["int8", "w8a16"])
-@pytest.mark.parametrize("make", MODELS)
+@pytest.mark.parametrize(("make", "precision"), paired(MODELS, ["int8", "w8a16"]))
 def test_swapped_and_restored(make, precision, tmp_path):
     model, inputs = built(make)
     before = run(model, inputs)

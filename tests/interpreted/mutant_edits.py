@@ -174,7 +174,12 @@ class Sources:
             path = pathlib.Path(first, second) if second else pathlib.Path(first)
             parts = path.parts
             # the package's Triton kernels are those of a wheel, where one is installed
-            for top, ours in (("csrc", "csrc"), ("tests", "tests"), ("python", "python"), ("site-packages", "python")):
+            for top, ours in (
+                ("csrc", "csrc"),
+                ("interpreter", "interpreter"),
+                ("python", "python"),
+                ("site-packages", "python"),
+            ):
                 if (
                     top in parts
                     and (REPOSITORY / (name := pathlib.Path(ours, *parts[parts.index(top) + 1 :]))).exists()

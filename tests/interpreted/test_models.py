@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from rotation import paired
 from small_models import batch, build
 
 import forwardpass as fp
@@ -34,8 +35,7 @@ def models(name):
 
 
 @pytest.mark.parametrize("implementation", ["cuda", "triton"])
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("name", ["bert", "llama", "minilm"])
+@pytest.mark.parametrize(("name", "precision"), paired(["bert", "llama", "minilm"], PRECISIONS))
 def test_swapped(name, precision, implementation):
     dtype, operation, most = PRECISIONS[precision]
     if implementation not in dispatch.operations[operation].compiled:

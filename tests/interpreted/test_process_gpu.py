@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from rotation import in_turn
 
 import forwardpass as fp
 from forwardpass import dispatch
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.interpreted
 CHECKS = pathlib.Path(__file__).parent / "swapped_checks.py"
 
 
-@pytest.mark.parametrize("guard", [[], ["--gpu-guard"]])
+@pytest.mark.parametrize("guard", in_turn([[], ["--gpu-guard"]]))
 def test_swapped_models_run_on_it(guard):
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-c", "/dev/null", f"--rootdir={CHECKS.parent}",
                "--noconftest", "-rA", "-q", "--gpu=sm_90a", "--gpu-seeds=1", *guard, str(CHECKS)]  # fmt: skip

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from module_copies import copied_and_cast
+from rotation import paired
 from torch import nn
 
 import forwardpass as fp
@@ -134,8 +135,7 @@ def test_fewer_bytes_between_the_products(cls):
     assert written == [40]
 
 
-@pytest.mark.parametrize("backend", ["cuda", "triton"])
-@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90a"])
+@pytest.mark.parametrize(("arch", "backend"), paired(["sm_80", "sm_89", "sm_90a"], ["cuda", "triton"]))
 @torch.no_grad()
 def test_on_gpus(arch, backend):
     """By the interpreter: fewer launches than the layers have, and the same result but for a rounding between."""

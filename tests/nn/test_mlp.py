@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from module_copies import copied_and_cast
+from rotation import in_turn
 from torch import nn
 
 import forwardpass as fp
@@ -252,7 +253,7 @@ CASES = [("sm_80", Int8Linear, None, {}), ("sm_89", Fp8Linear, None, {}), ("sm_9
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
-@pytest.mark.parametrize(("arch", "cls", "down", "up"), CASES, ids=lambda x: getattr(x, "__name__", str(x)))
+@pytest.mark.parametrize(("arch", "cls", "down", "up"), in_turn(CASES, 3), ids=lambda x: getattr(x, "__name__", str(x)))
 @torch.no_grad()
 def test_on_gpus(arch, cls, down, up, backend):
     """By the interpreter: a launch less than the two layers have, fewer bytes, and within a step's effect the same result."""

@@ -15,6 +15,7 @@ import weakref
 import pytest
 import torch
 from pipelines import TIMEOUT, Double, Held, fails_at, no_thread_stays, number, ours  # noqa: F401
+from rotation import in_turn
 from torch import nn
 
 import forwardpass as fp
@@ -360,7 +361,7 @@ else:
 """
 
 
-@pytest.mark.parametrize("how", ["with", "cycle"])
+@pytest.mark.parametrize("how", in_turn(["with", "cycle"]))
 def test_the_interpreter_exits_with_a_pipeline_open(how):
     done = subprocess.run([sys.executable, "-c", SCRIPT, how], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from rotation import in_turn
 from saving_processes import FAILED, SAVED, at_once, killed_after
 from small_models import CONFIGS, build, outputs
 
@@ -34,7 +35,7 @@ def models():
     return made
 
 
-@pytest.mark.parametrize("how", SAVES)
+@pytest.mark.parametrize("how", in_turn(SAVES))
 def test_one_wins_whole(how, tmp_path):
     both, inputs = models(), {"input_ids": torch.arange(3, 23).reshape(2, 10)}
     expected = [outputs(model, inputs) for model in both]

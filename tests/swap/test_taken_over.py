@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from rotation import in_turn
 from small_models import objects, outputs
 from stored_formats import layers_of, llama, write_compressed
 from torch import nn
@@ -128,7 +129,7 @@ def test_what_has_no_kernels_stays_with_the_reason():
     assert skipped.reason.code == "stored" and "[3, 5]" in str(skipped.reason)
 
 
-@pytest.mark.parametrize("preset", ["W8A8", "FP8", "FP8_DYNAMIC", "FP8_BLOCK"])
+@pytest.mark.parametrize("preset", in_turn(["W8A8", "FP8", "FP8_DYNAMIC", "FP8_BLOCK"]))
 @torch.no_grad()
 def test_what_compressed_tensors_has_not_decompressed_yet(preset, tmp_path):
     """It does at a model's first call: to layers that come back after it, then."""
