@@ -32,7 +32,7 @@ def test_nothing_tells_a_user_to_install_forwardpass_from_an_index():
     assert not INDEX.search("pip install ./forwardpass dist/forwardpass-0.1.0-py3-none-any.whl")
     files = [*ROOT.glob("python/**/*.py"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*"), ROOT / "README.md"]
     texts = {str(f.relative_to(ROOT)): f.read_text() for f in files if f.suffix in (".py", ".md")}
-    assert len(texts) > 300
+    assert len(texts) > 250
     assert not [name for name, text in texts.items() if INDEX.search(text)]
 
 

@@ -56,10 +56,9 @@ def test_as_it_is(minilm):
     expected = model(**batch).last_hidden_state
     with fp.interpret("sm_80", seed=1) as device:
         got = model(**batch).last_hidden_state
+        may_run = dispatch.interpreter().why_not("cuda") is None
     assert torch.equal(got, expected)
-    has_kernel = (
-        "cuda" in dispatch.operations["int8_linear"].compiled and fp.dispatch.interpreter().why_not("cuda") is None
-    )
+    has_kernel = "cuda" in dispatch.operations["int8_linear"].compiled and may_run
     assert (device.counters["launches"] > 0) == has_kernel
 
 
