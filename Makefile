@@ -97,6 +97,7 @@ define compile_kernels
 	$(BIN)/python setup.py toolchain > .venv/toolchain.txt
 	$(INSTALL) -r .venv/toolchain.txt
 	cd interpreter && ../$(BIN)/python setup.py build_ext --inplace
+	$(INSTALL) --no-build-isolation --no-deps -e ./interpreter
 	TORCH_CUDA_ARCH_LIST="$(1)" $(BIN)/python setup.py build_ext --inplace
 endef
 
@@ -104,7 +105,6 @@ ONE_ARCH = $(shell $(BIN)/python -c 'import torch; print("%d.%d" % torch.cuda.ge
 
 .venv/kernels: .venv/cpu $(GPULESS)
 	$(call compile_kernels,$(or $(TORCH_CUDA_ARCH_LIST),$(ONE_ARCH)))
-	$(INSTALL) --no-build-isolation -e ./interpreter
 	touch $@
 
 # The tools of the tests, Triton, as a CPU build of torch brings none, and the kernels of every architecture.
