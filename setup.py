@@ -246,6 +246,8 @@ def gencode(source):
     # On 9.0 an operation's kernels for 9.0a run; of its portable ones there is PTX, for later GPUs and for builds without
     # 9.0a. (fp8 mma.sync is emulated on 9.0, and spills.)
     has_sm90a = source.with_name(re.sub(r"_sm\d+a?\.cu$", "_sm90a.cu", source.name)).exists()
+    if has_sm90a and arches()[0] == ["90a"]:  # a build for that GPU alone
+        return []
     code = {a: [f"sm_{a}"] * (not (has_sm90a and a == 90)) for a in plain if a <= 90 or 90 not in plain}
     for a in plain:
         if a not in code:

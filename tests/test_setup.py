@@ -135,6 +135,7 @@ def test_architectures(setup_py, listed, built, left_out):
             ["90,code=[sm_120,compute_90]"],
         ),
         ("8.9 12.0", *[["89,code=[sm_89,compute_89]", "120,code=[sm_120,compute_120]"]] * 2),
+        ("9.0a", ["90,code=[sm_90,compute_90]"], []),  # for that GPU alone, which never runs fp8_gemm_sm89.cu
     ],
 )
 def test_code_for_blackwell_is_made_of_ptx_for_hopper(setup_py, listed, quantize, fp8):

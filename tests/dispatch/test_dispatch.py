@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import forwardpass as fp
+from forwardpass import dispatch
 from forwardpass.dispatch import BACKENDS, only_reference_on, operations
 
 X = torch.randn(3, 40)
@@ -204,3 +205,17 @@ def test_a_first_call_that_a_capture_forbids_says_what_to_do(monkeypatch):
         pytest.raises(RuntimeError, match=r"^quantize: .*call it once before the capture"),
     ):
         fp.ops.quantize(X, torch.int8)
+
+
+@pytest.mark.parametrize(
+    ("arches", "runs"),
+    [
+        (["sm_80", "sm_89", "sm_90a", "sm_120"], {(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 1)}),
+        (["sm_89"], {(8, 9), (9, 0), (10, 0), (12, 1)}),
+        (["sm_90a"], {(9, 0)}),  # which leaves out the portable kernels that it never runs
+    ],
+)
+def test_which_gpus_a_build_is_for(monkeypatch, arches, runs):
+    monkeypatch.setitem(dispatch.library.build_info, "arches", arches)
+    capabilities = {(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 1)}
+    assert {c for c in capabilities if dispatch.library.runs_on(c)} == runs

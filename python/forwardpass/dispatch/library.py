@@ -70,7 +70,10 @@ def why_no_kernels() -> str | None:
 def runs_on(capability: tuple[int, int]) -> bool:
     """Whether the portable kernels were built for a GPU of this compute capability, as machine code or as PTX.
 
-    Machine code runs on its own major version from its minor on; PTX, which is there of each, on anything later.
+    Machine code runs on its own major version from its minor on; PTX, which is there of each, on anything later. A build for 9.0a
+    alone has not all of the portable ones.
     """
+    if build_info.get("arches") == ["sm_90a"]:
+        return capability == (9, 0)
     built = (a[3:].rstrip("af") for a in build_info.get("arches", ()))
     return any((int(a[:-1]), int(a[-1])) <= capability for a in built)
