@@ -72,6 +72,11 @@ print(fp.dispatch.interpreter().device)
     assert third == "True"
 
 
+def test_the_variable_of_before_is_refused():
+    done = python("import forwardpass", FORWARDPASS_INTERPRET="sm_80")
+    assert done.returncode == 1 and "FORWARDPASS_INTERPRET is now GPULESS_ARCH" in done.stderr
+
+
 def test_importing_forwardpass_does_not_import_gpuless():
     done = python("import sys, forwardpass; print([m for m in sys.modules if 'gpuless' in m])")
     assert done.stdout.strip() == "[]"

@@ -139,6 +139,10 @@ def interpret(arch: str = "sm_90a", **options: Any) -> Iterator[gpuless.Device]:
 
 def follow() -> None:
     """A process's interpreted GPU runs this package's kernels as well: one that there is, or will be."""
+    if os.environ.get("FORWARDPASS_INTERPRET"):  # else a test run that counts on it would check nothing
+        raise ValueError(
+            "FORWARDPASS_INTERPRET is now GPULESS_ARCH, and FORWARDPASS_INTERPRET_SEED and its like GPULESS_SEED"
+        )
     when_imported("gpuless.current", _follow)
     if os.environ.get("GPULESS_ARCH"):
         load()
