@@ -259,7 +259,7 @@ options = ContinuousBatchingConfig(page_size=16, max_memory_percent=0.02, max_ba
 batched = model.generate_batch(prompts, generation_config=config, continuous_batching_config=options)
 assert static == alone, (static, alone)
 assert [x.generated_tokens for x in batched.values()] == alone
-assert fp.call_counts().kernel_calls and not interpreter().findings
+assert fp.call_counts().kernel_calls and not interpreter().device.findings
 print(interpreter().arch)
 """
 

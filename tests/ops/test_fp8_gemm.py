@@ -312,8 +312,8 @@ def test_needs_a_gpu_that_multiplies_fp8(arch, code):
 
 def test_of_a_b200_it_is_tritons(monkeypatch):
     """PTX for sm_90 runs there with FP8's mma.sync emulated; Triton compiles tcgen05."""
-    with fp.interpret("sm_100a") as device:
-        monkeypatch.setitem(device._why_not, "cuda", None)  # as on the card itself
+    with fp.interpret("sm_100a"):
+        monkeypatch.setitem(dispatch.interpreter()._why_not, "cuda", None)  # as on the card itself
         table = fp.explain("fp8_gemm", A, W, ONE, ONE, **GEMM)
         assert table["cuda"].code == "emulated_fp8" and "slower than bf16" in str(table["cuda"])
         assert table.backend == "triton"

@@ -355,5 +355,5 @@ def test_attention_compiles_for_tensor_cores_without_more_spills(compiler, case,
     assert "cp.async.cg.shared.global [ %r" in ptx  # 16 bytes each
     if case.mask is None:
         assert "cp.async.ca" not in ptx
-        # nor are others moved singly: where sequences begin and end 6, where a tile's does 4, a sink of three dtypes 3, the lse 1
-        assert len(re.findall(r"(?:ld|st)\.global\.b(?:8|16|32)\b", ptx)) <= 14
+        # nor are others moved singly: where sequences begin and end 7, where a tile's does 4, a sink of three dtypes 3, the lse 1
+        assert len(re.findall(r"(?:ld|st)\.global\.b(?:8|16|32)\b", ptx)) <= 15
