@@ -29,9 +29,11 @@ def run(file, *options, folder):
     ]
     # memory that torch reads after it was freed shows, at exit too
     environment = os.environ | {"MALLOC_PERTURB_": "165", "TORCHINDUCTOR_CACHE_DIR": str(folder)}
+    core = {min(os.sched_getaffinity(0))}  # on several, the host's threads decide which block begins first
     done = subprocess.run(
-        [*command, PROJECT / file, *options], capture_output=True, text=True, cwd=folder, env=environment, timeout=600
-    )
+        [*command, PROJECT / file, *options], capture_output=True, text=True, cwd=folder, env=environment, timeout=600,
+        preexec_fn=lambda: os.sched_setaffinity(0, core),
+    )  # fmt: skip
     outcomes = {name: outcome for outcome, name in re.findall(r"^(PASSED|FAILED|ERROR) \S*?::(\S+)", done.stdout, re.M)}
     return done, outcomes
 
