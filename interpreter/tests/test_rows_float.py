@@ -271,6 +271,32 @@ by_lane("rsqrt.approx.f64", T, [T], lambda op, a: 1 / np.sqrt(a),
         compare=lambda op, d, e, a: (abs(d - e) <= 2.0**-51 * abs(e)) | (d == e) | np.isnan(e) & np.isnan(d))  # fmt: skip
 
 
+# ---- fp16 and bf16 operands in fp32 arithmetic: sm_100 and later ----
+
+
+def widened(name):
+    """Of the codes of the same numbers in fp32."""
+    single = np.dtype(DTYPES["f32"])
+
+    def wide(column, type):
+        if column.dtype == single:
+            return column.view(np.uint32)
+        halves = column.astype(np.uint32) << 16 if type == "bf16" else column.view(np.float16).astype(single)
+        return halves.view(np.uint32)
+
+    def model(op, *columns):
+        codes = (wide(c, op.type(T)) for c in columns)
+        options = modifiers(op) | {"ftz": False, "relu": False}
+        one_by_one = map_codes(lambda *x: compute(name, FORMATS["f32"], x, **options), *codes)
+        return one_by_one.astype(np.uint32).view(single)
+
+    return model
+
+
+for name, sources in {"add": [T, "f32"], "sub": [T, "f32"], "fma": [T, T, "f32"]}.items():
+    by_lane(f"{name}.{MODES}{'?' * (name != 'fma')}.sat?.f32.f16|bf16", "f32", sources, widened(name), arch="sm_120")
+
+
 # ---- what sm_100 and later have: pairs of fp32, and minima and maxima of three ----
 
 LATER = [
