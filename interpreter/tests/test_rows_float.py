@@ -274,7 +274,7 @@ by_lane("rsqrt.approx.f64", T, [T], lambda op, a: 1 / np.sqrt(a),
 # ---- fp16 and bf16 operands in fp32 arithmetic: sm_100 and later ----
 
 
-def widened(name):
+def mixed(name):
     """Of the codes of the same numbers in fp32."""
     single = np.dtype(DTYPES["f32"])
 
@@ -294,7 +294,7 @@ def widened(name):
 
 
 for name, sources in {"add": [T, "f32"], "sub": [T, "f32"], "fma": [T, T, "f32"]}.items():
-    by_lane(f"{name}.{MODES}{'?' * (name != 'fma')}.sat?.f32.f16|bf16", "f32", sources, widened(name), arch="sm_120")
+    by_lane(f"{name}.{MODES}{'?' * (name != 'fma')}.sat?.f32.f16|bf16", "f32", sources, mixed(name), arch="sm_120")
 
 
 # ---- what sm_100 and later have: pairs of fp32, and minima and maxima of three ----

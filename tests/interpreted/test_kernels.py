@@ -43,15 +43,7 @@ LAUNCHES = [
     p
     for name, module in MODULES.items()
     for implementation, parts in (("cuda", 4), ("triton", 20))
-    # for sm_120 Triton makes sub.f32.bf16 of a layer norm of few columns, which gpuless does not know yet
-    for p in on_each(
-        ARCHITECTURES,
-        module.cases(),
-        parts,
-        name,
-        implementation,
-        slow=("sm_120",) if implementation == "triton" else (),
-    )
+    for p in on_each(ARCHITECTURES, module.cases(), parts, name, implementation)
 ]
 
 
