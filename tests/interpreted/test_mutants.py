@@ -24,8 +24,8 @@ SUBJECTS = list(mutants.subjects())
 #: `make test` mutates a kernel in three, each for one architecture of at most three, and there one mutant in six, of the GEMMs' one
 #: in twelve: one in sixty of all. They are of a tenth that is always the same, of which the commit chooses the kernels and a half:
 #: some of the others have neither been detected nor explained yet.
-KERNELS = {name: [arch for n, arch in SUBJECTS if n == name] for name, _ in SUBJECTS}
-FIRST = {name: of[i % len(of)] for i, (name, of) in enumerate(KERNELS.items())}
+OF_KERNEL = {name: [arch for n, arch in SUBJECTS if n == name] for name, _ in SUBJECTS}
+FIRST = {name: of[i % len(of)] for i, (name, of) in enumerate(OF_KERNEL.items())}
 FIRST = {name: FIRST[name] for name in some_of(FIRST, 3)}
 SEEDS = range(20)
 
