@@ -22,6 +22,7 @@ constexpr Entry kTable[] = {
     {"9.7.3", "", "float"},
     {"9.7.4", "approx", "special function"},
     {"9.7.4", "", "half"},
+    {"9.7.5", "", "float"},
     {"9.7.6", "", "compare"},
     {"9.7.7", "", "compare"},
     {"9.7.8", "", "logic"},
