@@ -12,7 +12,8 @@ import pytest
 pytest.importorskip("triton")
 pytestmark = pytest.mark.interpreted
 PROJECT = pathlib.Path(__file__).parent / "project"
-REPEATED = ["test_unmasked", "test_caught", "test_expected_in_vain", "test_race", "test_overwritten"]
+REPEATED = ["test_unmasked", "test_caught", "test_expected_in_vain", "test_race", "test_overwritten",
+            "test_of_the_first_schedule_alone"]  # fmt: skip
 
 
 def run(file, *options, folder):
@@ -165,6 +166,14 @@ def test_several_gpus_and_workers(tmp_path):
     assert done.stdout.count("1 finding\n") == 2, done.stdout[-3000:]
     suites = [s.get("name") for s in ElementTree.parse(tmp_path / "j.xml").iter("testsuite")]
     assert suites == ["pytest sm_80", "pytest sm_90a"]
+
+
+def test_a_baseline_hides_no_failure(tmp_path):
+    """All schedules run for it, and a test that fails with the first fails, whatever the last says."""
+    options = ["--gpu=sm_90a", "-k", "first_schedule", "--gpu-save-baseline=known.txt"]
+    done, outcomes = run("faulty_kernels.py", *options, folder=tmp_path)
+    assert done.returncode == 1 and outcomes == {"test_of_the_first_schedule_alone": "FAILED"}
+    assert "known.txt has 1 rules" in done.stdout and "2 launches" in done.stdout
 
 
 def test_baseline(tmp_path):

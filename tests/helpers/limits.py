@@ -134,7 +134,7 @@ def no_expert(op: str) -> Callable[[int], tuple[Any, ...]]:
 
 def rows_of_experts(op: str) -> Callable[[int], tuple[Any, ...]]:
     """Room for as many rows of each expert; the first expert and the last have one. What it is to have all of them, which takes
-    minutes, is in tests/interpreter/test_grouped_gemm_limits.py."""
+    minutes, is in tests/interpreted/test_grouped_gemm_limits.py."""
     counts = (1, *(0,) * (MOST_EXPERTS - 2), 1)
     return lambda rows: case(op, counts=counts, n=1, k=16, beyond=0, room=rows // MOST_EXPERTS)
 

@@ -16,8 +16,8 @@ from .version import __version__
 ARCHITECTURES = {"sm_80": "A100", "sm_89": "L40S", "sm_90a": "H100", "sm_100a": "B200", "sm_120": "RTX PRO 6000"}
 FOLDER = pathlib.Path(__file__).parent
 LIBRARY = FOLDER / "libgpuless.so"
-#: what stands in for cudart: in programs, in libraries; and for cuBLAS, in either. Where there was no toolkit, there is none.
-STANDIN, CUDART, CUBLAS = (FOLDER / f"_{name}.a" for name in ("standin", "cudart", "cublas"))
+#: what stands in for cudart and cuBLAS in programs; where there was no toolkit, there is none
+STANDIN, CUBLAS = FOLDER / "_standin.a", FOLDER / "_cublas.a"
 
 #: cudaErrorLaunchTimeout: gpuless_set_time_limit's
 LAUNCH_TIMEOUT = 702

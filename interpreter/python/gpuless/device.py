@@ -34,7 +34,7 @@ from .timeline import KernelTimeline, Timeline
 _lock = threading.RLock()
 _scopes: list[Scope] = []
 _installed: Device | None = None
-#: gpuless_options::findings and ::isa, as interpreter.h numbers them
+#: gpuless_options::findings and ::isa, as csrc/gpuless.h numbers them
 FINDINGS, ISA = ("raise", "collect"), ("report", "ignore", "raise")
 #: warp instructions of a CTA where a launch is sampled
 _SAMPLED_STEPS = 1 << 24

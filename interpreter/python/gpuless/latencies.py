@@ -63,5 +63,5 @@ def machine(arch: str, clock: float | None = None) -> dict[str, float]:
 
 
 def as_text(figures: dict[str, float]) -> str:
-    """As gpuless_timeline_json takes them (csrc/interpreter/interpreter.h)."""
+    """As gpuless_timeline_json takes them (csrc/profile.h)."""
     return "".join(f"{name}\t{value}\n" for name, value in figures.items())

@@ -1,4 +1,4 @@
-"""What kernels did, as csrc/interpreter/counters.h counts it: by kernel and shape of launch, and by source line."""
+"""What kernels did, as csrc/counters.h counts it: by kernel and shape of launch, and by source line."""
 
 from __future__ import annotations
 

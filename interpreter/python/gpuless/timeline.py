@@ -1,4 +1,4 @@
-"""The time of kernels as one multiprocessor would spend it: csrc/interpreter/timeline_replay.h, read and shown. Modelled."""
+"""The time of kernels as one multiprocessor would spend it: csrc/timeline_replay.h, read and shown. Modelled."""
 
 from __future__ import annotations
 

@@ -101,6 +101,13 @@ def test_overwritten_as_expected():
     test_overwritten()
 
 
+def test_of_the_first_schedule_alone(gpu_seed):
+    if gpu_seed == 0:
+        unmasked(300)
+    else:
+        unmasked(256)
+
+
 def test_mended_race():
     assert shift(in_place=False) == 499
 

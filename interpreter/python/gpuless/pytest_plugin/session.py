@@ -45,11 +45,16 @@ class Session:
         """A test with each schedule, until one fails it: to whoever selects and counts tests it is one."""
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
         self.of_all_seeds: list[Finding] = []
+        reports: list[pytest.TestReport] = []
         for seed in self.seeds:
-            reports, another = self._run(item, nextitem, seed)
+            latest, another = self._run(item, nextitem, seed)
+            if not any(report.failed for report in reports):
+                reports = latest
             if not another:
                 break
         for report in reports:
+            if report.when == "call":
+                report.user_properties = list(item.user_properties)  # of every schedule
             item.ihook.pytest_runtest_logreport(report=report)
         item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
         return True

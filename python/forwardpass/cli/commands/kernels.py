@@ -52,6 +52,10 @@ def kernels(
         with tracking() as track:
             track("swapping", None)
             report = fp.swap(subject.model, precision=precision)
+            if not report.swapped:
+                raise ValueError(
+                    "no layer of this model is swapped here, so there is no kernel to run: forwardpass swap says why"
+                )
             track("running its kernels", None)
             batch = {k: v[:1] for k, v in subject.batches[0].items()}
             layers = examine(subject.model, [s.fqn for s in report.swapped], batch, arch)
