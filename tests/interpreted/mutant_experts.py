@@ -145,6 +145,7 @@ def grouped(m, *lists):
         case((m, 0, 1, m + 1, 2 * m, m - 1) + (0,) * (m // 4), 300, 260, HALF),
         case((m, 0, m // 2), 40, 1540, ZERO_POINT),
         case((m // 2, 0, 1), 33, 70, HALF),
+        case((m // 2, 0, 1), 33, 70, HALF, Falling),  # rows of no expert, whose last bytes are not 16
         case((m // 2, 0, 1), 96, 16, HALF),
         case((0,) * 60, 144, 64, HALF),
         Grouped((0, m, 0, m // 2, m - 1), 48, 700, GATED, room=m),

@@ -1,4 +1,4 @@
-"""The mutation suite (mutants.py): one mutant in sixty in `make test`, of those that the commit chooses, all in `make test-all`."""
+"""The mutation suite (mutants.py): one mutant in sixty in `make test`, by the commit, all in `make test-all`."""
 
 import functools
 import os
@@ -10,7 +10,7 @@ pytest.importorskip("gpuless")
 pytest.importorskip("triton")
 
 import mutants
-from rotation import number, some_of
+from rotation import number
 
 from forwardpass.dispatch.interpreted import KERNELS
 from gpuless import Module
@@ -21,12 +21,19 @@ pytestmark = [
     pytest.mark.skipif(NVCC is None or not KERNELS.exists(), reason="built without CUDA kernels"),
 ]
 SUBJECTS = list(mutants.subjects())
-#: `make test` mutates a kernel in three, each for one architecture of at most three, and there one mutant in six, of the GEMMs' one
-#: in twelve: one in sixty of all. They are of a tenth that is always the same, of which the commit chooses the kernels and a half:
-#: some of the others have neither been detected nor explained yet.
 OF_KERNEL = {name: [arch for n, arch in SUBJECTS if n == name] for name, _ in SUBJECTS}
-FIRST = {name: of[i % len(of)] for i, (name, of) in enumerate(OF_KERNEL.items())}
-FIRST = {name: FIRST[name] for name in some_of(FIRST, 3)}
+
+
+def parts(of):
+    """[(kernel, architecture, n, which)]: `make test` mutates a kernel in three, each for one of at most three architectures, and there
+    the mutants whose digest has the remainder `which` by n: one in sixty of all. Each choice is a digit of the number `of`, so that
+    none decides another."""
+    for i, (name, archs) in enumerate(OF_KERNEL.items()):
+        if i % 3 == of % 3:
+            n = 12 if name in mutants.INSTANCES else 6
+            yield name, archs[(i // 3 + of // 3) % len(archs)], n, of // 9 % n
+
+
 SEEDS = range(20)
 
 
@@ -36,23 +43,27 @@ def all_of(name, arch):
 
 
 @pytest.mark.parametrize(
-    ("name", "arch", "part"),
-    [
-        pytest.param(name, arch, 6 if name in mutants.INSTANCES else 3, id=f"{name}-{arch}")
-        for name, arch in FIRST.items()
-    ]
-    + [pytest.param(name, arch, 1, id=f"{name}-{arch}-all", marks=pytest.mark.slow) for name, arch in SUBJECTS],
+    ("name", "arch", "n", "which"),
+    [pytest.param(*part, id="{}-{}-{}-{}".format(*part)) for part in parts(number())]
+    + [pytest.param(name, arch, 1, 0, id=f"{name}-{arch}-all", marks=pytest.mark.slow) for name, arch in SUBJECTS],
 )
-def test_mutants_are_detected(name, arch, part):
-    def chosen(m):
-        return m.digest % part == 0 and (m.digest // part - number()) % 2 == 0
-
-    results = all_of(name, arch) if part == 1 else mutants.run([arch], [name], chosen=chosen)
+def test_mutants_are_detected(name, arch, n, which):
+    results = all_of(name, arch) if n == 1 else mutants.run([arch], [name], chosen=lambda m: m.digest % n == which)
     made = mutants.report(results)
     invalid = [m.id for m, by, _ in results if by == "unsupported"]
     unknown = [u for u in made["undetected"] if u["reason"] is None]
     assert not invalid, f"the interpreter does not take these mutants: {invalid}"
     assert not unknown, f"{len(unknown)} mutants are neither detected nor explained:\n{mutants.markdown(made)}"
+
+
+def test_the_parts_are_all_mutants():
+    """Also of a number that is not small, as a commit's is not."""
+    first, count = 2513386919, 3 * 3 * 12
+    run = {part for number in range(first, first + count) for part in parts(number)}
+    assert {(name, arch) for name, arch, *_ in run} == set(SUBJECTS)
+    for name, arch in SUBJECTS:
+        by = {n: {which for *subject, m, which in run if (*subject, m) == (name, arch, n)} for n in (6, 12)}
+        assert sorted(map(len, by.values())) in ([0, 6], [0, 12]), (name, arch, by)
 
 
 @pytest.mark.slow
