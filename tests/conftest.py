@@ -7,6 +7,7 @@ import pathlib
 
 import pytest
 import torch
+from processes import fork
 from rotation import pytest_addoption, pytest_pyfunc_call, pytest_sessionstart  # noqa: F401
 from triton_version import triton_version
 
@@ -59,6 +60,12 @@ def frozen_heap():
     collection looks again at what was there before the module's tests."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forks_end():
+    yield
+    fork.close()
 
 
 @pytest.fixture(autouse=True)
@@ -121,9 +128,9 @@ def area_of(path):
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_protocol(item):
     """Of all threads and of the processes that ended meanwhile, with set-up and tear-down."""
-    before = sum(os.times()[:4])
+    before = fork.core_seconds()
     yield
-    spent[area_of(item.path)] += sum(os.times()[:4]) - before
+    spent[area_of(item.path)] += fork.core_seconds() - before
 
 
 def pytest_sessionfinish(session):

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from command_line import NO_MINILM, refused, run
+from processes import fork
 
 import forwardpass as fp
 from forwardpass.cli import comparison, console, embedding, readout, source
@@ -434,7 +435,7 @@ def test_without_the_extra_it_prints_the_pip_line():
         "import sys; sys.modules['typer'] = None\n"
         "from forwardpass.__main__ import main; sys.argv = ['forwardpass', 'doctor']; main()"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = fork.run(code)
     assert (done.returncode, done.stdout) == (2, "")
     needed = "pip install 'typer>=0.12' 'rich>=13' 'matplotlib>=3.8'"
     assert done.stderr == f"forwardpass: the command line needs typer: {needed}\n"

@@ -2,13 +2,11 @@
 
 import copy
 import os
-import pathlib
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
+from processes import fork
 from recorded_calls import recorded_calls
 from rotation import in_turn, paired
 from small_models import ATTENTION, assert_same_objects, batch, build, objects
@@ -267,10 +265,7 @@ print(interpreter().arch)
 @pytest.mark.interpreted
 @pytest.mark.parametrize(("name", "arch"), in_turn([("llama", "sm_90a"), ("gpt_oss", "sm_80")]))
 def test_generate_batch_and_static_caches_interpreted(name, arch):
-    helpers = pathlib.Path(__file__).parents[1] / "helpers"
-    paths = os.pathsep.join([str(helpers), *sys.path])
-    environment = {**os.environ, "GPULESS_ARCH": arch, "PYTHONPATH": paths}
-    done = subprocess.run([sys.executable, "-c", _INTERPRETED, name], env=environment, capture_output=True, text=True)
+    done = fork.run(_INTERPRETED, name, env={**os.environ, "GPULESS_ARCH": arch})
     assert done.returncode == 0 and done.stdout.strip().endswith(arch), done.stderr
 
 

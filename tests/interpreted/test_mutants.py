@@ -25,9 +25,9 @@ OF_KERNEL = {name: [arch for n, arch in SUBJECTS if n == name] for name, _ in SU
 
 
 def parts(of):
-    """[(kernel, architecture, n, which)]: `make test` mutates a kernel in three, each for one of at most three architectures, and there
-    the mutants whose digest has the remainder `which` by n: one in sixty of all. Each choice is a digit of the number `of`, so that
-    none decides another."""
+    """[(kernel, architecture, n, which)]: `make test` mutates a kernel in three, each for one of at most three architectures, and
+    there the mutants whose digest has the remainder `which` by n: one in sixty of all. Each choice is a digit of the number `of`,
+    so that none decides another."""
     for i, (name, archs) in enumerate(OF_KERNEL.items()):
         if i % 3 == of % 3:
             n = 12 if name in mutants.INSTANCES else 6

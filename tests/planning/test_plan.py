@@ -7,12 +7,12 @@ import json
 import math
 import pathlib
 import re
-import subprocess
 import sys
 
 import pytest
 import torch
 from command_line import refused, run
+from processes import fork
 from small_models import assert_same_objects, batch, block, build, inputs, objects, outputs
 from torch import nn
 
@@ -349,7 +349,8 @@ def test_another_process_gets_the_same_outputs(times, tmp_path):
     )
     folder, out = str(tmp_path), tmp_path / "out.pt"
     here = str(pathlib.Path(__file__).parents[1] / "helpers")
-    subprocess.run([sys.executable, "-c", code, here, f"{folder}/plan.json", str(out)], check=True)
+    done = fork.run(code, here, f"{folder}/plan.json", out)
+    assert done.returncode == 0, done.stderr
     assert torch.equal(torch.load(out), outputs(model, inputs()))
 
 
