@@ -18,7 +18,7 @@ import cubin
 import gates
 import gemm_gates
 import sass
-from rotation import in_parts
+from rotation import in_parts, in_turn
 
 import forwardpass
 
@@ -390,14 +390,20 @@ def test_an_unknown_architecture_is_refused():
         cubin.limits("sm_75")
 
 
-def test_the_assembler_s_messages_stop_the_build(commands, tmp_path):
-    entry = commands[0]
-    output = tmp_path / "kernels.o"
-    assert gates.compile_again(entry, ["90a"], output, HERE / "gate_kernels_sm90a.cu") is None
-    serialised = tmp_path / "serialised_sm90a.cu"
-    serialised.write_text("#define SERIALISED\n" + (HERE / "gate_kernels_sm90a.cu").read_text())
-    assert "C7514" in gates.compile_again(entry, ["90a"], output, serialised)
-    assert "spilling_kernel" in gates.compile_again(entry, ["100a"], output, HERE / "gate_kernels_sm80.cu")
+@pytest.mark.parametrize(
+    ("source", "defined", "arch", "message"),
+    in_turn(
+        [
+            ("gate_kernels_sm90a.cu", "", "90a", None),
+            ("gate_kernels_sm90a.cu", "#define SERIALISED\n", "90a", "C7514"),
+            ("gate_kernels_sm80.cu", "", "100a", "spilling_kernel"),
+        ]
+    ),
+)
+def test_the_assembler_s_messages_stop_the_build(commands, tmp_path, source, defined, arch, message):
+    (copied := tmp_path / source).write_text(defined + (HERE / source).read_text())
+    said = gates.compile_again(commands[0], [arch], tmp_path / "kernels.o", copied)
+    assert said is None if message is None else message in said
 
 
 def test_the_assembler_s_messages_in_a_log_of_the_build(commands, monkeypatch, tmp_path):

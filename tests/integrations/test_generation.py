@@ -1,6 +1,7 @@
 """Steps of decoding in models of transformers: what they read of which cache, with which operation."""
 
 import copy
+import itertools
 import os
 import pickle
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from processes import fork
 from recorded_calls import recorded_calls
-from rotation import in_turn, paired
+from rotation import in_turn
 from small_models import ATTENTION, assert_same_objects, batch, build, objects
 
 import forwardpass as fp
@@ -168,7 +169,7 @@ def test_a_range_says_what_the_mask_does(rows, window):
     assert torch.equal(on_device, bounds)
 
 
-@pytest.mark.parametrize(("name", "kv_cache"), paired(("llama", "gemma2"), (None, "auto", "int8")))
+@pytest.mark.parametrize(("name", "kv_cache"), in_turn(itertools.product(("llama", "gemma2"), (None, "auto", "int8"))))
 @torch.inference_mode()
 def test_compiled_with_a_static_cache(name, kv_cache):
     """One graph a step, whose length is on the device."""
