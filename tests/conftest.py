@@ -94,6 +94,15 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
+def fewer_texts(monkeypatch):
+    """For the command line to measure on: one of the built-in ones in nine."""
+    from forwardpass.cli import embedding, readout  # which needs the extra cli
+
+    calibration, evaluation = embedding.builtin_texts()
+    monkeypatch.setattr(readout.Embeddings, "builtin", staticmethod(lambda: (calibration, evaluation[::9])))
+
+
+@pytest.fixture
 def poisoned():
     """What no kernel writes is NaN or -1, in what C++ allocates and in what torch.empty returns."""
     torch.use_deterministic_algorithms(True)
