@@ -69,7 +69,8 @@ def _serve(module, port, pipes):
     """All ranks: the first forks the others and waits for them, so that what they cost is counted."""
     os.setpgid(0, 0)
     torch.set_num_threads(1)
-    importlib.import_module(module)
+    for name in (module, "torch._dynamo"):  # the latter is imported by the first DTensor
+        importlib.import_module(name)
     others = []
     for rank in range(1, SIZE):
         others.append(os.fork())
