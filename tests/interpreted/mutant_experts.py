@@ -1,6 +1,8 @@
 """The kernels for experts in the mutation suite: permute_quantize's and unpermute's, which are one for all types, and instances of
 int8_grouped_gemm's."""
 
+import dataclasses
+import functools
 import itertools
 
 import torch
@@ -102,15 +104,18 @@ FILES = (
 )
 
 
+@dataclasses.dataclass(frozen=True)
 class Falling(Grouped):
-    """The end of an expert in the middle is below the one before it, and so is the last one's."""
+    """The end of an expert is below the one before it: of the one in the middle and of the last, or of `at` and of all behind."""
 
+    at: int | None = None
     op = "int8_grouped_gemm"
 
     def arguments(self, device="cpu", seed=0):
         args = super().arguments(device, seed)
-        ends, middle = args[4], len(self.counts) // 2
-        ends[middle], ends[-1] = ends[middle - 1] - 3, 0
+        ends, at = args[4], len(self.counts) // 2 if self.at is None else self.at
+        ends[at] = ends[at - 1] - 3
+        ends[-1 if self.at is None else at + 1 :] = 0
         return args
 
 
@@ -133,6 +138,12 @@ def many(experts):
     return tuple((5 * e) % 4 * (e % 3) for e in range(experts))
 
 
+def of_a_lane(experts):
+    """Those that the list's thirteenth lane has, where they are many: each is in another place of a loop that is unrolled."""
+    share = -(-experts // 32)
+    return range(13 * share, 14 * share) if share > 3 else ()
+
+
 def grouped(m, *lists):
     """Of tiles of m rows, whose launches have as many for an expert on average as choose them: in both layouts, experts that lanes
     have none of, one and several (`lists`: how many experts), ends inside a tile and between two, tile after tile, rows of none."""
@@ -152,6 +163,11 @@ def grouped(m, *lists):
         Grouped((m, m - 1), 33, 70, EpilogueCase(out_dtype=torch.int8), room=m),
         Grouped((m // 2, m - 1, 0), 273, 70, EpilogueCase(), room=m),
         *(case(many(experts), 16, 64, HALF, of) for experts in lists for of in (Grouped, Falling, Beyond)),
+        *(
+            case(many(experts), 16, 64, HALF, functools.partial(Falling, at=at))
+            for experts in lists
+            for at in of_a_lane(experts)
+        ),
         *(of(many(experts), 16, 64, HALF, room=mean) for experts in lists for of in (Grouped, Beyond)),
     )
 
