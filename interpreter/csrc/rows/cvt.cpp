@@ -104,7 +104,7 @@ D convert(S x, const How& how) {
 
 // The low bits of registers that may be wider than the type.
 template <class T, class Held>
-[[gnu::noinline]] void load(const Held* from, T to[kLanes]) {
+void load(const Held* from, T to[kLanes]) {
   for (int l = 0; l < kLanes; ++l) {
     if constexpr (is_real<T>) {
       to[l] = from_bits<T>(from[l]);
@@ -115,7 +115,7 @@ template <class T, class Held>
 }
 // Integers fill a wider register by their sign, as of any conversion between integers.
 template <class T, class Held>
-[[gnu::noinline]] void store(const T from[kLanes], Held* to, Mask mask) {
+void store(const T from[kLanes], Held* to, Mask mask) {
   each_lane(mask, [=](int l) {
     if constexpr (is_real<T>) {
       to[l] = static_cast<Held>(bits_of(from[l]));
