@@ -18,8 +18,8 @@ SUCCESS, INVALID_VALUE, NO_KERNEL = 0, 1, 209  # of cudaError_t
 
 
 class Shape(ctypes.Structure):
-    _fields_ = [("m", ctypes.c_int64), ("n", ctypes.c_int64), ("k", ctypes.c_int64), ("group", ctypes.c_int32),
-                ("gated_blocks", ctypes.c_bool), ("experts", ctypes.c_int32)]  # fmt: skip
+    _fields_ = [("m", ctypes.c_int64), ("n", ctypes.c_int64), ("k", ctypes.c_int64), ("kind", ctypes.c_int32),
+                ("group", ctypes.c_int32), ("gated_blocks", ctypes.c_bool), ("experts", ctypes.c_int32)]  # fmt: skip
 
 
 class Device(ctypes.Structure):
@@ -32,7 +32,7 @@ class Device(ctypes.Structure):
 
 
 class Kernel(ctypes.Structure):
-    """The first fields of a GemmKernel (csrc/kernels/gemm.h)."""
+    """The first fields of a GemmKernel (csrc/kernels/gemm/kernel.h)."""
 
     _fields_ = [
         ("arch", ctypes.c_int32),
@@ -48,11 +48,14 @@ class Choice(ctypes.Structure):
                 ("cluster_sums", ctypes.c_bool), ("arch", ctypes.c_int32)]  # fmt: skip
 
 
-def select(op, device, m, n, k, group=0, experts=1):
+KINDS = {"int8_gemm": 0, "fp8_gemm": 1, "w8a16_gemm": 2}  # of GemmKind
+
+
+def select(op, device, m, n, k, group=0, experts=0):
     sms, arch = device
     choice = Choice()
-    selector = getattr(ctypes.CDLL(str(LIBRARY)), f"forwardpass_select_{op}")
-    shape = Shape(m, n, k, group, False, experts)
+    selector = ctypes.CDLL(str(LIBRARY)).forwardpass_select_gemm
+    shape = Shape(m, n, k, KINDS[op], group, False, experts)
     with contextlib.ExitStack() as stack:
         if arch == 90:  # how many clusters fit is asked of the device
             stack.enter_context(fp.interpret("sm_90a", multiprocessors=sms))
