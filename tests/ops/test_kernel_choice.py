@@ -48,6 +48,12 @@ class Choice(ctypes.Structure):
                 ("cluster_sums", ctypes.c_bool), ("arch", ctypes.c_int32)]  # fmt: skip
 
 
+@pytest.fixture(autouse=True, scope="module")
+def core():
+    """What the library is linked to."""
+    pytest.importorskip("gpuless.core").load()
+
+
 KINDS = {"int8_gemm": 0, "fp8_gemm": 1, "w8a16_gemm": 2}  # of GemmKind
 
 

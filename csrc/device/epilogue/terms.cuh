@@ -48,9 +48,11 @@ template <Dtype Out>
 __device__ inline uint32_t pair_of_16_bits(float low, float high) {
   static_assert(Out == Dtype::f16 || Out == Dtype::bf16);
   if constexpr (Out == Dtype::bf16) {
-    return bits_of(__floats2bfloat162_rn(low, high));
+    const auto pair = __float22bfloat162_rn(make_float2(low, high));
+    return reinterpret_cast<const uint32_t&>(pair);
   } else {
-    return bits_of(__floats2half2_rn(low, high));
+    const auto pair = __float22half2_rn(make_float2(low, high));
+    return reinterpret_cast<const uint32_t&>(pair);
   }
 }
 
