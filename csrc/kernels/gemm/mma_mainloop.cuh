@@ -157,24 +157,7 @@ struct MmaMainloop {
     copy_a.advance(kStages - 1), copy_b.advance(kStages - 1);
 
     acc.clear();
-    const auto promote = [&](int stage, const auto& partial) {
-      float b_scale[2] = {1, 1};
-      if constexpr (Element::kBlockScaled) b_scale[0] = scales.b[0], b_scale[1] = scales.b[scales.up_offset];
-      scales.b += scales.b_stride;
-#pragma unroll
-      for (int i = 0; i < Config::kTilesM; ++i)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float a_scale = 1;
-          if constexpr (Element::kBlockScaled) a_scale = s.stage.a_scale[stage][warp_m + acc.row(i, 2 * half)];
-          const float scale[2] = {a_scale * b_scale[0], a_scale * b_scale[1]};
-#pragma unroll
-          for (int j = 0; j < Config::kTilesN; ++j)
-#pragma unroll
-            for (int e = 2 * half; e < 2 * half + 2; ++e)
-              acc[i][j][e] = fmaf(partial[i][j][e], scale[j % 2], acc[i][j][e]);
-        }
-    };
+    const auto promote = [&](int stage, const auto& partial) { add_promoted(acc, partial, stage, scales); };
 
     // The steady part, in which all copies are of whole slices, in rounds of kStages, so that stages and columns are
     // constants. With promotion, an exit after each slice keeps the assembler from interleaving neighbouring slices,
@@ -210,6 +193,28 @@ struct MmaMainloop {
       stage = Pipeline::after(stage);
     }
     Pipeline::drain();
+  }
+
+ private:
+  // acc += the partial accumulators of a slice, times its block scales.
+  __device__ void add_promoted(typename Config::Accumulators& acc, const typename Config::Accumulators& partial,
+                               int stage, BlockScaleCopy<Config>& scales) const {
+    float b_scale[2] = {1, 1};
+    if constexpr (Element::kBlockScaled) b_scale[0] = scales.b[0], b_scale[1] = scales.b[scales.up_offset];
+    scales.b += scales.b_stride;
+#pragma unroll
+    for (int i = 0; i < Config::kTilesM; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float a_scale = 1;
+        if constexpr (Element::kBlockScaled) a_scale = s.stage.a_scale[stage][warp_m + acc.row(i, 2 * half)];
+        const float scale[2] = {a_scale * b_scale[0], a_scale * b_scale[1]};
+#pragma unroll
+        for (int j = 0; j < Config::kTilesN; ++j)
+#pragma unroll
+          for (int e = 2 * half; e < 2 * half + 2; ++e)
+            acc[i][j][e] = fmaf(partial[i][j][e], scale[j % 2], acc[i][j][e]);
+      }
   }
 };
 

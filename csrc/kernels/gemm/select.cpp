@@ -129,6 +129,16 @@ using namespace forwardpass;
 int forwardpass_select_gemm(const GemmShape* shape, const Device* device, KernelChoice* choice) {
   return select(*shape, *device, *choice);
 }
+// Row `index` of all tables, null behind the last, and whether it computes a shape: for tests of every row at its
+// limits.
+KERNEL_LIBRARY const GemmKernel* forwardpass_gemm_row(int index, const GemmShape* shape, int* within) {
+  const GemmKernel* row = nullptr;
+  GemmKernels::for_each([&](const GemmKernel& k) {
+    if (index-- == 0) row = &k;
+  });
+  if (row) *within = is_within(row->limits, *row, *shape);
+  return row;
+}
 int forwardpass_gemm(const GemmParams* p, void* stream) {
   return p->choice.kernel->launch(*p, static_cast<cudaStream_t>(stream));
 }
