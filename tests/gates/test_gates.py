@@ -29,7 +29,8 @@ HEAD_DIM_128 = "AttentionInstance{dtype=f16, head_dim=128, value_dim=128, modifi
 MMA_128 = ("MmaConfig<Int8, MmaTile{m=128, n=128, warps_m=2, warps_n=2, stage_k=64, stages=3, blocks_per_sm=2, experts=0}, "
            "OneTile, MmaMainloop, FragmentEpilogue>")  # fmt: skip
 MMA_64 = MMA_128.replace("m=128, n", "m=64, n")
-WGMMA_128 = "WgmmaConfig<Int8, WgmmaTile{m=128, n=128, stages=6, stage_k=128, experts=0}, ClusterTiles, ExactMainloop, FragmentEpilogue>"
+WGMMA_128 = ("WgmmaConfig<Int8, WgmmaTile{m=128, n=128, stages=6, stage_k=128, experts=0}, ClusterTiles, ExactMainloop, "
+             "FragmentEpilogue>")  # fmt: skip
 W8A16_16 = ("MmaConfig<W8a16, MmaTile{m=16, n=128, warps_m=1, warps_n=4, stage_k=128, stages=3, blocks_per_sm=1, experts=0}, "
             "OneTile, UpconvertingMmaMainloop, TransposedEpilogue>")  # fmt: skip
 

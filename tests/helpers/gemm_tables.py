@@ -64,7 +64,9 @@ def library() -> ctypes.CDLL:
     return opened
 
 
-def select(kind: str, device: tuple[int, int], m: int, n: int, k: int, group: int = 0, experts: int = 0) -> tuple[int, Choice]:
+def select(
+    kind: str, device: tuple[int, int], m: int, n: int, k: int, group: int = 0, experts: int = 0
+) -> tuple[int, Choice]:
     """(a cudaError_t, what is chosen); device: multiprocessors, architecture."""
     sms, arch = device
     choice = Choice()

@@ -189,7 +189,11 @@ INSTANCES = {
         "W8a16, MmaTile{m=16,",
         UPCONVERTED,
         multiprocessors=2,
-        files=("csrc/kernels/gemm/mma_upconverting.cuh", "csrc/kernels/gemm/operand_copy.cuh", "csrc/kernels/gemm/mma.cuh"),
+        files=(
+            "csrc/kernels/gemm/mma_upconverting.cuh",
+            "csrc/kernels/gemm/operand_copy.cuh",
+            "csrc/kernels/gemm/mma.cuh",
+        ),
     ),
     "permute_quantize": Instance(("sm_80",), "permute_quantize_kernel", PERMUTE),
     "unpermute": Instance(("sm_80",), "unpermute_kernel", UNPERMUTE),

@@ -80,7 +80,12 @@ def test_a_row_computes_what_is_within_its_limits_and_nothing_beyond():
 @pytest.mark.parametrize(("kind", "arch"), [("int8", 80), ("fp8", 89), ("w8a16", 80), ("int8", 90), ("fp8", 90)])
 def test_a_shape_beyond_every_row_is_refused(kind, arch, experts):
     device, rows, products = (MULTIPROCESSORS, arch), 2**31 - 1, max(experts, 1)
-    for m, n, k in ((16, 16, 2**30), (rows // products + 1, 16, 16), (16, rows // products + 1, 16), (2**28, 2**20, 16)):
+    for m, n, k in (
+        (16, 16, 2**30),
+        (rows // products + 1, 16, 16),
+        (16, rows // products + 1, 16),
+        (2**28, 2**20, 16),
+    ):
         assert select(kind, device, m, n, k, experts=experts)[0] == INVALID_VALUE, (m, n, k)
     assert select(kind, device, 16, 16, 2**30 - 1, experts=experts)[0] == SUCCESS
     if experts:
@@ -90,7 +95,10 @@ def test_a_shape_beyond_every_row_is_refused(kind, arch, experts):
 
 def test_the_refusal_is_a_sentence():
     x, w = torch.empty(1, 2**30, dtype=torch.bfloat16), torch.empty(1, 2**30, dtype=torch.int8)  # which nothing touches
-    with fp.interpret("sm_80"), pytest.raises(RuntimeError, match=r"fewer than 2\^31 rows and 2\^30 columns.*split them"):
+    with (
+        fp.interpret("sm_80"),
+        pytest.raises(RuntimeError, match=r"fewer than 2\^31 rows and 2\^30 columns.*split them"),
+    ):
         torch.ops.forwardpass.w8a16_gemm_cuda(x, w, torch.ones(1), None, None)
 
 
@@ -100,7 +108,10 @@ def run(row, m, n):
     cases = importlib.import_module(f"forwardpass.ops.{op}.cases")
     case = cases.Case((m,) if row.kind == "w8a16" else m, n, K) if not row.experts else cases.Case(m, n, K, beyond=1)
     args = case.arguments()
-    with fp.interpret(DEVICES[row.arch], multiprocessors=MULTIPROCESSORS, counters=True) as device, fp.use_backend("cuda"):
+    with (
+        fp.interpret(DEVICES[row.arch], multiprocessors=MULTIPROCESSORS, counters=True) as device,
+        fp.use_backend("cuda"),
+    ):
         got = dispatch.operations[op](*args)
     assert device.findings == []
     cases.assert_matches(got, args)

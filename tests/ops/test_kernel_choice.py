@@ -91,10 +91,8 @@ def test_libraries_share_no_tables():
     """Both may be open in one process, each with kernels of its own: of ours only entry points are dynamic symbols."""
     if not shutil.which("readelf"):
         pytest.skip("needs readelf")
-    for library in LIBRARY.parent.glob("_kernels*.so"):
-        said = subprocess.run(
-            ["readelf", "-W", "--dyn-syms", library], capture_output=True, text=True, check=True
-        ).stdout
+    for path in LIBRARY.parent.glob("_kernels*.so"):
+        said = subprocess.run(["readelf", "-W", "--dyn-syms", path], capture_output=True, text=True, check=True).stdout
         fields = [line.split() for line in said.splitlines()]
         ours = [f[7] for f in fields if len(f) == 8 and f[6].isdigit() and "forwardpass" in f[7]]  # defined here
-        assert ours and all(name.startswith("forwardpass_") for name in ours), library.name
+        assert ours and all(name.startswith("forwardpass_") for name in ours), path.name
