@@ -26,10 +26,13 @@ LIBRARY = pathlib.Path(forwardpass.__file__).parent / "_kernels.so"
 HERE = pathlib.Path(__file__).parent
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_90a", "sm_120")
 HEAD_DIM_128 = "AttentionInstance{dtype=f16, head_dim=128, value_dim=128, modified=false}, WgmmaAttentionTile{"
-MMA_128 = "MmaConfig<Int8, MmaTile{m=128, n=128, warps_m=2, warps_n=2, stage_k=64, stages=3, blocks_per_sm=2}>"
+MMA_128 = ("MmaConfig<Int8, MmaTile{m=128, n=128, warps_m=2, warps_n=2, stage_k=64, stages=3, blocks_per_sm=2, experts=0}, "
+           "OneTile, MmaMainloop, FragmentEpilogue>")  # fmt: skip
 MMA_64 = MMA_128.replace("m=128, n", "m=64, n")
-WGMMA_128 = "WgmmaConfig<Int8, WgmmaTile{m=128, n=128, stages=6, stage_k=128}, ExactMainloop>"
-W8A16_16 = "W8a16Config<W8a16, W8a16Tile{m=16, n=128, stages=3, blocks_per_sm=1}>"
+WGMMA_128 = ("WgmmaConfig<Int8, WgmmaTile{m=128, n=128, stages=6, stage_k=128, experts=0}, ClusterTiles, ExactMainloop, "
+             "FragmentEpilogue>")  # fmt: skip
+W8A16_16 = ("MmaConfig<W8a16, MmaTile{m=16, n=128, warps_m=1, warps_n=4, stage_k=128, stages=3, blocks_per_sm=1, experts=0}, "
+            "OneTile, UpconvertingMmaMainloop, TransposedEpilogue>")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +120,7 @@ def test_the_built_kernels_pass(kernels, arch):
 
 
 #: (elements that must have grouped GEMMs in an architecture's code, the least number of tiles that they share with GEMMs)
-GROUPED = {"sm_80": ({"Int8"}, 4), "sm_89": ({"E4m3Blocks"}, 2), "sm_90": (set(), 0), "sm_90a": ({"Int8", "E4m3"}, 6),
+GROUPED = {"sm_80": ({"Int8"}, 4), "sm_89": ({"E4m3Blocks"}, 2), "sm_90": (set(), 0), "sm_90a": ({"Int8", "E4m3Blocks"}, 6),
            "sm_120": (set(), 2)}  # fmt: skip
 
 
@@ -126,9 +129,10 @@ def test_main_loops_of_experts_are_those_of_one_product(kernels, arch):
     """Issued instructions, of each tile that both have, at most 3 % more."""
     issued = {False: {}, True: {}}
     for k in (k for k in kernels if k.arch == arch):
-        if tile := re.match(r"gemm_(\w+)_kernel<\w+<(Grouped<)?(\w+)>?, \w+\{m=(\d+), n=(\d+),", k.name):
-            kind, grouped, *rest = tile.groups()
-            issued[grouped is not None][(kind, *rest)] = gemm_gates.counted(k)[0]
+        if tile := re.match(r"gemm_(\w+)_kernel<\w+<(\w+), \w+\{m=(\d+), n=(\d+),", k.name):
+            kind, element, *rest = tile.groups()
+            tile = (kind, element.replace("Optional", ""), *rest)
+            issued["Grouped" in k.name][tile] = gemm_gates.counted(k)[0]
     elements, shared = GROUPED[arch]
     assert {element for _, element, *_ in issued[True]} >= elements
     both = issued[True].keys() & issued[False].keys()
@@ -342,7 +346,7 @@ def test_a_kernel_that_lacks_an_architecture_is_named(bad):
 def test_8_9_runs_the_code_for_8_0_that_fits(kernels):
     elsewhere = {(k.source.rpartition("/")[2], k.arch) for k in gates.elsewhere(kernels)}
     assert {("attention_sm80.cu", "sm_89"), ("attention_decode_sm80.cu", "sm_89")} <= elsewhere
-    assert not {source for source, _ in elsewhere} & {"quantize_sm80.cu", "w8a16_gemm_sm80.cu", "fp8_gemm_sm89.cu"}
+    assert not {source for source, _ in elsewhere} & {"quantize_sm80.cu", "table_w8a16_sm80.cu", "table_fp8_sm89.cu"}
     tiles = [k.name for k in gates.elsewhere(kernels) if "head_dim=128, value_dim=128, modified=false" in k.name]
     assert tiles and all("n=32" in tile for tile in tiles), (
         "of 64 keys, which an L40S does not hold, 8.0 alone has code"

@@ -95,10 +95,15 @@ GATED = EpilogueCase(activation="silu_mul", out_dtype=BF16)
 ZERO_POINT = EpilogueCase(zero_point="row", b_scale="column")
 #: whose lines are mutated in the grouped instances; the others' are in those of one product
 FILES = (
-    "csrc/device/gemm_sm80.cuh",
-    "csrc/device/gemm_sm90a.cuh",
-    "csrc/device/grouped_output.cuh",
+    "csrc/kernels/gemm/mma.cuh",
+    "csrc/kernels/gemm/mma_mainloop.cuh",
+    "csrc/kernels/gemm/operand_copy.cuh",
+    "csrc/kernels/gemm/wgmma.cuh",
+    "csrc/kernels/gemm/wgmma_mainloops.cuh",
     "csrc/params/gemm.h",
+    "csrc/schedule/cluster_tiles.cuh",
+    "csrc/schedule/expert_list.cuh",
+    "csrc/schedule/grouped_output.cuh",
     "csrc/schedule/grouped_tile.cuh",
     "csrc/schedule/persistent.cuh",
 )
@@ -188,20 +193,24 @@ LISTS_MMA, LISTS_ALL = (32, 33, 75, 130), (32, 33, 75, 130, 300)
 
 
 def mma(m, cases):
-    return Instance(("sm_80",), f"Grouped<Int8>, MmaTile{{m={m}, n=128,", cases, multiprocessors=2, files=FILES)
+    return Instance(("sm_80",), f"Int8, MmaTile{{m={m}, n=128,", cases, multiprocessors=2, files=FILES)
 
 
 def wgmma(m, cases):
-    return Instance(("sm_90a",), f"Grouped<Int8>, WgmmaTile{{m={m}, n=128,", cases, multiprocessors=2, files=FILES)
+    return Instance(("sm_90a",), f"Int8, WgmmaTile{{m={m}, n=128,", cases, multiprocessors=2, files=FILES)
 
 
 INSTANCES = {
     "grouped_w8a16_16x128": Instance(
         ("sm_80",),
-        "Grouped<W8a16>, W8a16Tile{m=16,",
+        "W8a16, MmaTile{m=16,",
         UPCONVERTED,
         multiprocessors=2,
-        files=("csrc/device/w8a16_sm80.cuh", "csrc/device/gemm_sm80.cuh"),
+        files=(
+            "csrc/kernels/gemm/mma_upconverting.cuh",
+            "csrc/kernels/gemm/operand_copy.cuh",
+            "csrc/kernels/gemm/mma.cuh",
+        ),
     ),
     "permute_quantize": Instance(("sm_80",), "permute_quantize_kernel", PERMUTE),
     "unpermute": Instance(("sm_80",), "unpermute_kernel", UNPERMUTE),
