@@ -18,7 +18,7 @@ bool is_within(const GemmLimits& most, const GemmKernel& k, const GemmShape& s) 
   const int64_t rows = s.m * products_of(s), columns = s.n * products_of(s),
                 tile_rows = s.experts ? rows / k.tile_m + s.experts : ceil_div(rows, k.tile_m);
   return rows <= most.rows && columns <= most.columns && s.k <= most.k &&
-         tile_rows <= most.tiles / ceil_div(s.n, k.tile_n);
+         tile_rows * ceil_div(s.n, k.tile_n) <= most.tiles;
 }
 
 // A kernel's time, relative to others': rounds of tiles over the multiprocessors, times what a tile takes. Its epilogue
