@@ -56,14 +56,17 @@ __device__ inline uint32_t pair_of_16_bits(float low, float high) {
   }
 }
 
-// Two outputs to the nearest steps of their scales, in e4m3 or int8; the first one in the low byte.
-__device__ inline uint16_t quantized_pair(Dtype out, const float (&y)[2], const float (&scale)[2]) {
-  const float low = __fdiv_rn(y[0], scale[0]), high = __fdiv_rn(y[1], scale[1]);
-  if (out == Dtype::e4m3) return to_e4m3x2(high, low);
-  // fmaxf gives -127 for NaN, as every backend does
-  const int first = __float2int_rn(fminf(fmaxf(low, -127.0f), 127.0f)),
-            second = __float2int_rn(fminf(fmaxf(high, -127.0f), 127.0f));
-  return (first & 0xff) | (second & 0xff) << 8;
+// Two outputs to the nearest steps of their scales, in e4m3 or int8.
+__device__ inline void quantize_pair(uint8_t* q, Dtype out, const float* y, const float* scale) {
+  const float first = __fdiv_rn(y[0], scale[0]), second = __fdiv_rn(y[1], scale[1]);
+  if (out == Dtype::e4m3) {
+    const uint16_t pair = to_e4m3x2(second, first);
+    q[0] = pair & 0xff;
+    q[1] = pair >> 8;
+  } else {  // fmaxf gives -127 for NaN, as every backend does
+    q[0] = __float2int_rn(fminf(fmaxf(first, -127.0f), 127.0f));
+    q[1] = __float2int_rn(fminf(fmaxf(second, -127.0f), 127.0f));
+  }
 }
 
 }  // namespace forwardpass

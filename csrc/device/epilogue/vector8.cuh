@@ -101,11 +101,7 @@ __device__ inline void store_output(float (&y)[kVec], const Epilogue& e, const E
   load_scales(scale, e.out_scale, e.out_scale_per_column, column, n, access.out);
   Vec<uint8_t> q;
 #pragma unroll
-  for (int i = 0; i < kVec; i += 2) {
-    const uint16_t pair = quantized_pair(e.out_dtype, {y[i], y[i + 1]}, {scale[i], scale[i + 1]});
-    q.e[i] = pair & 0xff;
-    q.e[i + 1] = pair >> 8;
-  }
+  for (int i = 0; i < kVec; i += 2) quantize_pair(q.e + i, e.out_dtype, y + i, scale + i);
   store_vec(q, static_cast<uint8_t*>(e.out) + offset, n, access.out);
 }
 
