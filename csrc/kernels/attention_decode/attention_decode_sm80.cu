@@ -69,7 +69,7 @@ struct SliceRows {
   __device__ static int offset(int row, int chunk) {
     return chunk / Rows::kChunks * 16 * kPanelBytes + Rows::offset(row, chunk % Rows::kChunks);
   }
-  // A lane's address for an ldmatrix of sixteen rows of two chunks: kLowerSecond as Panels of attention_sm80.cuh.
+  // A lane's address for an ldmatrix of sixteen rows of two chunks: kLowerSecond as Panels of attention/mma.cuh.
   template <bool kLowerSecond>
   __device__ static int matrices(int chunk) {
     const int lane = threadIdx.x % 32, i = lane / 8, lower = kLowerSecond ? i % 2 : i / 2;

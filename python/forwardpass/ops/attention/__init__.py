@@ -21,7 +21,7 @@ from . import reference
 
 #: (head_dim of q and k, of v) for which there are kernels; other head dims run in the next one of as many columns or more.
 BUCKETS = ((64, 64), (96, 96), (128, 128), (192, 192), (256, 256), (192, 128))
-#: The same of CUDA's kernels with a mask, ALiBi or softcap (csrc/kernels/attention/attention_modified_sm80.cu).
+#: The same of CUDA's kernels with a mask, ALiBi or softcap (csrc/kernels/attention/table_modified_sm80.cu).
 MODIFIED_BUCKETS = ((64, 64), (128, 128), (256, 256))
 #: Rows of an operand that are so many elements apart have offsets in a tile of 128 rows beyond the 32 bits that Triton's
 #: kernel has for them: with 64, d = 256 spills (static, sm_80).

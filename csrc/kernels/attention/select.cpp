@@ -1,5 +1,5 @@
 // attention's entry point: of the kernels that take the call, one of the newest architecture, with the fewest columns.
-#include "kernels/attention/attention_kernel.h"
+#include "kernels/attention/kernel.h"
 
 namespace forwardpass {
 namespace {

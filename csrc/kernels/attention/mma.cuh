@@ -8,8 +8,8 @@
 #include "device/shared_bytes.cuh"
 #include "device/softmax.cuh"
 #include "device/swizzled_rows.cuh"
-#include "kernels/attention/attention_kernel.h"
-#include "kernels/attention/attention_scores.cuh"
+#include "kernels/attention/kernel.h"
+#include "kernels/attention/scores.cuh"
 
 namespace forwardpass {
 

@@ -1,5 +1,5 @@
 #pragma once
-// What attention's kernels say about themselves: a row of the table that attention.cpp selects from.
+// What attention's kernels say about themselves: a row of the table that select.cpp selects from.
 #include <cuda_runtime.h>
 
 #include "kernels/registry.h"
