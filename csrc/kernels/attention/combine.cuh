@@ -3,8 +3,9 @@
 #include "device/dependent_launch.cuh"
 #include "device/softmax.cuh"
 #include "device/vec.cuh"
+#include "kernels/attention/scores.cuh"
+#include "kernels/attention/split.cuh"
 #include "params/attention_decode.h"
-#include "schedule/decode_share.cuh"
 
 namespace forwardpass {
 
@@ -27,33 +28,18 @@ struct PartialResult {
 };
 
 // From a part's or a head's sums to out.
-struct DecodeOutput {
-  const AttentionDecodeParams& p;
-  const int batch, head, row;
-
-  __device__ DecodeOutput(const AttentionDecodeParams& p, int batch, int list_head)
-      : p(p), batch(batch), head(list_head / decode_groups(p)), row(list_head % decode_groups(p) * kDecodeRows) {}
-  __device__ bool has(int r) const { return row + r < decode_rows(p); }
-  __device__ int q_head(int r) const { return head * (p.heads / p.cache.heads) + (row + r) / p.rows; }
+struct DecodeOutput : PackedRows {
+  using PackedRows::PackedRows;
   // What o has to be multiplied by.
   __device__ float factor(int r, float max, float sum) const {
-    float sink = -INFINITY;
-    if (p.sinks) {
-      sink = p.sinks_dtype == Dtype::f32 ? static_cast<const float*>(p.sinks)[q_head(r)]
-             : p.dtype == Dtype::f16     ? to_float(static_cast<const __half*>(p.sinks)[q_head(r)])
-                                         : to_float(static_cast<const __nv_bfloat16*>(p.sinks)[q_head(r)]);
-      sink *= kLog2e;
-    }
-    const float most = fmaxf(max, sink), base = most == -INFINITY ? 0 : most, keys = ptx::ex2(max - base),
-                all = fmaf(sum, keys, ptx::ex2(sink - base));
+    const Denominator d(max, sum, sink_of(p, q_head(r)));
     const CacheScale& v = p.cache.v_scale;
-    const float scale = v.data && !v.per_token ? v.data[head * v.head] : 1;
-    return all == 0 ? 0 : __fdividef(keys, all) * scale;
+    const float scale = v.data && !v.per_token ? v.data[kv_head * v.head] : 1;
+    return d.factor * scale;
   }
   __device__ void store(int r, int column, float low, float high) const {
     if (!has(r) || column >= p.cache.head_dim) return;
-    const int64_t out =
-        ((int64_t{batch} * p.rows + (row + r) % p.rows) * p.heads + q_head(r)) * p.cache.head_dim + column;
+    const int64_t out = ((int64_t{batch} * p.rows + row(r)) * p.heads + q_head(r)) * p.cache.head_dim + column;
     *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(p.out) + out) =
         p.dtype == Dtype::f16 ? pack<Dtype::f16>(low, high) : pack<Dtype::bf16>(low, high);
   }
