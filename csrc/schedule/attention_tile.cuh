@@ -77,6 +77,7 @@ struct AttentionTile {
     rows = p.rows;
     keys = p.keys;
     first_row = first_key = 0;
+    if (p.cache.seq_lens) keys = p.cache.has_room(batch) ? p.cache.seq_lens[batch] : -1;
     if (p.cu_seqlens_q) {
       // Sequence b has the tiles from cu_seqlens_q[b] / tile_rows + b on: as many as it needs, or one more. Behind
       // those that are known, the other rows are one sequence more. Binary search for b.
