@@ -58,9 +58,11 @@ struct AttentionParams {
   // from one page to the next. Rows are NaN whose sequence has no room() or that attend to a key without a page.
   KvCache cache;
   bool batch_invariant;  // tile and split depend on dims, heads and options only
+  float* workspace;      // on a GPU, of forwardpass_attention_workspace bytes
   Device device;         // that runs it; unused on a CPU
 };
 
 }  // namespace forwardpass
 
+KERNEL_LIBRARY int64_t forwardpass_attention_workspace(const forwardpass::AttentionParams* p);
 KERNEL_LIBRARY int forwardpass_attention(const forwardpass::AttentionParams* p, void* stream);

@@ -152,6 +152,14 @@ struct KeyBlocks {
     unmasked_end = max(t.end(p, t.row), 0) / n;
     if (unmasked_end <= unmasked_begin) unmasked_begin = unmasked_end = begin;
   }
+  // The i-th of `parts` parts of them: split-KV.
+  __device__ KeyBlocks part(int i, int parts) const {
+    KeyBlocks b;
+    b.begin = begin + (end - begin) * i / parts, b.end = begin + (end - begin) * (i + 1) / parts;
+    b.unmasked_begin = max(unmasked_begin, b.begin), b.unmasked_end = min(unmasked_end, b.end);
+    if (b.unmasked_end <= b.unmasked_begin) b.unmasked_begin = b.unmasked_end = b.begin;
+    return b;
+  }
 };
 
 }  // namespace forwardpass

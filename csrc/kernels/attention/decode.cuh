@@ -26,6 +26,34 @@
 
 namespace forwardpass {
 
+// A part's result, of an even number of rows.
+HOST_DEVICE inline int decode_partial_rows(const AttentionDecodeParams& p) {
+  return decode_rows(p) < kDecodeRows ? (decode_rows(p) + 1) / 2 * 2 : kDecodeRows;
+}
+__device__ inline PartialResult decode_partial(const AttentionDecodeParams& p, int64_t slot) {
+  return PartialResult(p.workspace, slot, decode_partial_rows(p), p.cache.value_dim);
+}
+
+// From a part's or a head's sums to out and the lse.
+struct DecodeOutput : PackedRows {
+  using PackedRows::PackedRows;
+  // What o has to be multiplied by. The thread that has the row's first column stores the lse.
+  __device__ float finish(int r, int column, float max, float sum) const {
+    const Denominator d(max, sum, sink_of(p, q_head(r)));
+    if (p.lse && column == 0)
+      p.lse[(int64_t{batch} * p.heads + q_head(r)) * p.rows + row(r)] = log_of_sum(d.base, d.sum);
+    const CacheScale& v = p.cache.v_scale;
+    const float scale = v.data && !v.per_token ? v.data[kv_head * v.head] : 1;
+    return d.factor * scale;
+  }
+  __device__ void store(int r, int column, float low, float high) const {
+    if (column >= p.cache.value_dim) return;
+    const int64_t out = ((int64_t{batch} * p.rows + row(r)) * p.heads + q_head(r)) * p.cache.value_dim + column;
+    *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(p.out) + out) =
+        p.dtype == Dtype::f16 ? pack<Dtype::f16>(low, high) : pack<Dtype::bf16>(low, high);
+  }
+};
+
 // A slice: the sixteen keys of a block that are a warp's.
 template <Dtype Cache_, int kHeadDim_>
 struct DecodeConfig {
@@ -102,7 +130,7 @@ struct SliceCopy {
     auto& stage = s.stage[warp][index];
     const uint32_t there = __ballot_sync(0xffffffff, first >= 0);
     if (threadIdx.x % 32 == 0) s.there[warp][index] = there;
-    copy_rows(stage.k, p.cache.k), copy_rows(stage.v, p.cache.v);
+    copy_rows(stage.k, p.cache.k, p.cache.head_dim), copy_rows(stage.v, p.cache.v, p.cache.value_dim);
     const int lane = threadIdx.x % 32;
     const CacheScale& scale = lane < Config::kSlice ? p.cache.k_scale : p.cache.v_scale;
     if (Config::k8Bit && scale.per_token)
@@ -112,7 +140,7 @@ struct SliceCopy {
   }
 
  private:
-  __device__ void copy_rows(uint8_t* to, const CacheTensor& t) const {
+  __device__ void copy_rows(uint8_t* to, const CacheTensor& t, int columns) const {
     const int lane = threadIdx.x % 32;
     const int64_t begin = first < 0 ? -1 : first * t.first + row * t.row + head * t.head;
     const auto data = static_cast<const uint8_t*>(t.data);
@@ -121,7 +149,7 @@ struct SliceCopy {
       const int in_slice = r + lane / Rows::kChunks;
       const int64_t offset = __shfl_sync(0xffffffff, begin, in_slice);
       const int chunk = lane % Rows::kChunks, column = chunk * kElements;
-      const bool inside = offset >= 0 && column < p.cache.head_dim;
+      const bool inside = offset >= 0 && column < columns;
       ptx::cp_async_16(ptx::shared_address(to) + Rows::offset(in_slice, chunk),
                        data + (inside ? (offset + column) * kElementBytes : 0), inside ? 16 : 0);
     }
@@ -254,6 +282,19 @@ struct DecodeWarp {
       scores.for_each([&](float& v, int, int, int) { v = cap(v); });
     }
     const int first_position = part.keys.length - p.rows, last_position = part.keys.length - 1;
+    if (p.alibi_slopes) {  // found anew, as registers that keep them would be everybody's
+      float slope[2];
+      int position[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int r = accumulator_row(half * 2);
+        position[half] = first_position + rows.row(r);
+        slope[half] = rows.has(r) ? alibi_slope(p, part.batch, rows.q_head(r)) : 0;
+      }
+      scores.for_each([&](float& v, int, int j, int e) {
+        v = with_alibi(v, slope[e / 2], position[e / 2], key + Scores::column(j, e));
+      });
+    }
     const uint32_t there = s.there[warp][index];
     if (there != 0xffffffff || key + Config::kSlice - 1 > first_position ||
         (p.left != kUnlimited && key < last_position - p.left)) {
@@ -358,7 +399,7 @@ __device__ inline void finish_part(const AttentionDecodeParams& p, typename Conf
   __syncthreads();
   const DecodeOutput output(p, part.batch, part.head);
   const int rows = min(decode_rows(p) - output.first, kDecodeRows);
-  const PartialResult to(p, slot);
+  const PartialResult to = decode_partial(p, slot);
 #pragma unroll 1
   for (int i = threadIdx.x; i < rows * Config::kHeadDim / 2; i += Config::kThreads) {
     const int r = i / (Config::kHeadDim / 2), column = i % (Config::kHeadDim / 2) * 2;
@@ -374,11 +415,11 @@ __device__ inline void finish_part(const AttentionDecodeParams& p, typename Conf
       high = fmaf(from.o[r][column + 1], f, high);
     }
     if (part.whole()) {
-      const float f = output.factor(r, max, sum);
+      const float f = output.finish(r, column, max, sum);
       output.store(r, column, low * f, high * f);
-    } else if (column < p.cache.head_dim) {
+    } else if (column < p.cache.value_dim) {
       if (column == 0) to.max[r] = max, to.sum[r] = sum;
-      reinterpret_cast<float2&>(to.o[r * p.cache.head_dim + column]) = {low, high};
+      reinterpret_cast<float2&>(to.o[r * p.cache.value_dim + column]) = {low, high};
     }
   }
   __syncthreads();  // before stages are filled again
@@ -396,6 +437,75 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     warp.run();
     finish_part<Config>(p, s, warp, part, slot);
   });
+}
+
+// Combines the parts of each head, if there are several; a head without keys is 0, or NaN if its sequence is not in
+// range. A row and 128 of its columns are of one warp where heads are many and have few parts each, else of all warps
+// of a block: those have parts in turn, and then are combined in order.
+struct CombineShape {
+  int warps;     // of a row
+  int rows;      // of a block
+  int per_head;  // blocks for a head of the list
+  int panels;    // of columns
+
+  HOST_DEVICE explicit CombineShape(const AttentionDecodeParams& p) {
+    const int of_head = decode_rows(p) < kDecodeRows ? decode_rows(p) : kDecodeRows;
+    panels = (p.cache.value_dim + kCombineColumns - 1) / kCombineColumns;
+    // the order of a sum is not for the batch to change where that is promised
+    const bool many =
+        !p.batch_invariant && int64_t{p.cache.batch} * decode_heads(p) * of_head * panels > 2 * p.device.sms;
+    warps = many ? 1 : kCombineWarps;
+    rows = many ? (of_head < kCombineWarps ? of_head : kCombineWarps) : 1;
+    per_head = (of_head + rows - 1) / rows * panels;
+  }
+};
+
+__global__ void __launch_bounds__(32 * kCombineWarps)
+    combine_decode_kernel(const __grid_constant__ AttentionDecodeParams p, int blocks) {
+  __shared__ float4 outputs[kCombineWarps][32];
+  __shared__ float2 sums[kCombineWarps];  // the largest score, and the sum
+  ptx::wait_for_earlier_kernels();
+  ptx::launch_dependents();
+  const CombineShape shape(p);
+  const int of_list = blockIdx.x / shape.per_head, heads = decode_heads(p), batch = of_list / heads,
+            head = of_list % heads;
+  const DecodeKeys keys(p, batch);
+  // Slots of the parts: the first, those from `next` on.
+  int64_t first = 0, next = 0, step = 1;
+  int parts = 0;
+  if (p.batch_invariant) {
+    const int part_blocks = keys.invariant_blocks(p);
+    first = of_list * invariant_parts(p), next = first + 1;
+    parts = (keys.count + part_blocks - 1) / part_blocks;
+  } else if (keys.count) {
+    const DecodeList list(p);
+    const int64_t shares = list.shares(blocks), begin = list.begin_of_batch(batch) + int64_t{head} * keys.count;
+    const int64_t of_first = list.share_of(begin, shares), of_last = list.share_of(begin + keys.count - 1, shares);
+    first = 2 * of_first + 1, next = 2 * of_first + 2, step = 2, parts = static_cast<int>(of_last - of_first) + 1;
+  }
+  const DecodeOutput output(p, batch, head);
+  const int warp = threadIdx.x / 32 % shape.warps, lane = threadIdx.x % 32, in_head = blockIdx.x % shape.per_head,
+            r = in_head / shape.panels * shape.rows + threadIdx.x / 32 / shape.warps,
+            column = in_head % shape.panels * kCombineColumns + lane * 4;
+  if (parts == 1 || !output.has(r)) return;  // of a single part the result is in out already
+  CombinedResult result;
+  if (!keys.in_range) result.sum = NAN;
+  add_parts(result, warp, parts, shape.warps, r, column, p.cache.value_dim,
+            [&](int n) { return decode_partial(p, n == 0 ? first : next + (n - 1) * step); });
+  if (shape.warps > 1) {
+    if (lane == 0) sums[warp] = {result.max, result.sum};
+    outputs[warp][lane] = result.o;
+    __syncthreads();
+    if (warp) return;
+    CombinedResult of_warps[kCombineWarps];
+#pragma unroll
+    for (int w = 0; w < kCombineWarps; ++w) of_warps[w] = {sums[w].x, sums[w].y, outputs[w][lane]};
+    result = {};
+    result.add(of_warps);
+  }
+  const float f = output.finish(r, column, result.max, result.sum);
+  output.store(r, column, result.o.x * f, result.o.y * f);
+  output.store(r, column + 2, result.o.z * f, result.o.w * f);
 }
 
 template <class Config>

@@ -42,8 +42,8 @@ template <class Scores, class T>
 using RowOf = T[Scores::kTilesM][2];
 
 // Score modifiers: from q k to scores in units of log2(e), with softcap, ALiBi and the mask, which gives -inf; on a
-// warp's accumulators. Without any of them the softmax scales q k itself.
-template <class Scores>
+// warp's accumulators. Without any of them the softmax scales q k itself. kMask: there may be a mask.
+template <class Scores, bool kMask = true>
 class ScoreModifiers {
  public:
   // What of a mask of 8 or 16 bits a thread loads for a block of keys, four words at a time.
@@ -76,7 +76,7 @@ class ScoreModifiers {
   // Begins to load the mask of a block of keys, before there are scores, as loads take long. What is not read in
   // vectors, and float32, which would take 64 registers, is loaded when it is needed.
   __device__ void load(MaskWords& words, int first_key) const {
-    if (!vectors_) return;
+    if (!kMask || !vectors_) return;
     if (p_->mask.kind == AttentionMaskKind::boolean)
       load_vectors<uint8_t>(words, first_key);
     else if (p_->mask.kind == AttentionMaskKind::f16 || p_->mask.kind == AttentionMaskKind::bf16)
@@ -95,6 +95,11 @@ class ScoreModifiers {
       s.for_each([&](float& v, int i, int j, int e) {
         v = with_alibi(v, slope_, position_[i][e / 2], first_key + j * 8 + e % 2);
       });
+    if constexpr (kMask) add_mask(s, words, first_key);
+  }
+
+ private:
+  __device__ void add_mask(Scores& s, MaskWords& words, int first_key) const {
     switch (p_->mask.kind) {
       case AttentionMaskKind::none:
         break;
@@ -112,8 +117,6 @@ class ScoreModifiers {
         masked(s, first_key);
     }
   }
-
- private:
   __device__ static unsigned element_bytes(const AttentionMask& m) {
     return m.kind == AttentionMaskKind::boolean ? 1 : m.kind == AttentionMaskKind::f32 ? 4 : 2;
   }

@@ -173,8 +173,8 @@ __device__ inline void for_each_part(const AttentionDecodeParams& p, F f) {
         begin += int64_t{keys.count} * heads, ++batch;
         continue;
       }
-      const int in_batch = static_cast<int>(index - begin);
-      part.head = in_batch / keys.count, part.begin = in_batch % keys.count;
+      const int64_t in_batch = index - begin;
+      part.head = static_cast<int>(in_batch / keys.count), part.begin = static_cast<int>(in_batch % keys.count);
       part.end = part.begin + static_cast<int>(min(int64_t{keys.count - part.begin}, end - index));
       slot = 2 * slot + (part.begin == 0), index += part.end - part.begin;
     }
