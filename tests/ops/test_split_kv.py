@@ -51,7 +51,7 @@ def test_the_keys_of_few_tiles_are_shared(parts, seed):
 def test_the_keys_of_a_cache_are_shared(parts, seed):
     for case in some_of(OF_CACHE, parts):
         args = case.arguments(seed=seed)
-        result, kernels = run(WITH_LSE, args, seed, multiprocessors=12)
+        result, kernels = run(WITH_LSE, args, seed, multiprocessors=24)
         assert COMBINE in kernels and "decode" not in kernels
         of_cache.assert_matches(result, args)
 

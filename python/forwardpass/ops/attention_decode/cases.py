@@ -213,6 +213,9 @@ def assert_matches(
     limit = torch.where(none, 0, times_max * error.max() + ULP[q.dtype] * size.max())
     assert_close(o, exact, limit.expand_as(exact), "o")
     mean, least = (o.cpu().double() - exact).abs().nan_to_num().mean(), ULP[q.dtype] * size.mean() / 2
+    if args[1].dtype in QUANTIZED:
+        # A probability times a scale is rounded: one error for all columns, of which a row that sees one key has no average.
+        least *= 1.5
     if not mean <= times_mean * error.mean() + least:
         raise AssertionError(
             f"o: mean error {mean:.3e}, torch's in {q.dtype} {error.mean():.3e}, and {least:.1e} of rounding"
