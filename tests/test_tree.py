@@ -43,7 +43,7 @@ def test_an_operation_has_its_files_at_every_layer(op):
     assert (CSRC / "torch" / f"{name}.cpp").exists()
     if "cuda" in compiled and name not in COMPOSED:
         assert (CSRC / "params" / f"{name}.h").exists()
-        assert list((CSRC / "kernels" / name).glob(f"{name}_sm*.cu"))
+        assert list((CSRC / "kernels" / name).glob("*_sm*.cu"))
         assert (CSRC / "cpu" / f"{name}_cpu.cpp").exists() or "cpu" not in compiled
     assert (ROOT / "benchmarks" / f"{name}.py").exists()
     assert any(re.search(rf"\b{op}\b", p.read_text()) for p in (ROOT / "tests/ops").glob("test_*.py"))

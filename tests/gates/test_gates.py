@@ -25,7 +25,9 @@ import forwardpass
 LIBRARY = pathlib.Path(forwardpass.__file__).parent / "_kernels.so"
 HERE = pathlib.Path(__file__).parent
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_90a", "sm_120")
-HEAD_DIM_128 = "AttentionInstance{dtype=f16, head_dim=128, value_dim=128, modified=false}, WgmmaAttentionTile{"
+HEAD_DIM_128 = (
+    "AttentionInstance{dtype=f16, head_dim=128, value_dim=128, modified=false, paged=false}, WgmmaAttentionTile{"
+)
 MMA_128 = "MmaConfig<Int8, MmaTile{m=128, n=128, warps_m=2, warps_n=2, stage_k=64, stages=3, blocks_per_sm=2}>"
 MMA_64 = MMA_128.replace("m=128, n", "m=64, n")
 WGMMA_128 = "WgmmaConfig<Int8, WgmmaTile{m=128, n=128, stages=6, stage_k=128}, ExactMainloop>"

@@ -285,5 +285,6 @@ BENCHMARK_CASES = (
     real(2048, 16, (32, 8), cache=torch.int8, scales="tensor"),
     real(2048, 1, (32, 8), cache=E4M3, scales="head"),
     real(2048, 1, (32, 32)),
+    real(2048, 16, (32, 8), page=16, lse=True),
     real(2048, 4, (64, 8), 64, window=127, sinks="dtype"),
 )
