@@ -163,12 +163,12 @@ def test_parts_merge_by_their_lse(backend):
 
 
 MANY_ROWS = (
-    cases.Case((300, 40, 150), 40, 64, (2, 2), page=16),
+    cases.Case((300, 40, 150), 56, 64, (2, 2), page=16),
     cases.Case((300, 0, 33, 200), 130, 128, (4, 2), torch.float16, page=1, sinks="float32"),
     cases.Case((200, 64), 64, 80, (4, 4), page=23, window=50, value_dim=48, layout="together"),
     cases.Case((150, 140), 129, 256, (2, 1), torch.float16, page=6, layout="apart", scale=0.3, batch_invariant=True),
     cases.Case((300, 70), 65, 64, (3, 1), page=None, layout="heads first"),
-    cases.Case((190, 65), 40, 128, (2, 2), page=7, alibi="batch", sinks="dtype"),
+    cases.Case((190, 65), 56, 128, (2, 2), page=7, alibi="batch", sinks="dtype"),
     cases.Case((90, 300), 70, 192, (2, 2), torch.float16, page=64, softcap=8.0, value_dim=128, window=40, alibi="head"),
 )
 
@@ -217,7 +217,7 @@ def test_many_rows_of_8_bits_or_padded(case, seed):
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_a_batch_invariant_prefill_is_that_of_its_own(backend):
-    case = cases.Case((150, 40, 64), 40, 64, (4, 2), torch.float16, page=6, batch_invariant=True)
+    case = cases.Case((150, 40, 64), 70, 64, (4, 2), torch.float16, page=6, batch_invariant=True)
     args = case.arguments()
     with fp.interpret("sm_80", multiprocessors=2, approximate=False), fp.use_backend(backend):
         together = OPERATION(*args)

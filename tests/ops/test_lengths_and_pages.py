@@ -108,20 +108,20 @@ def on_backends(cases):
         yield from in_parts(enumerate(cases), 2 if arch else 1, backend, arch, shift=shift)
 
 
-MANY = tuple(range(40))
+MANY = tuple(range(56))
 #: The same of many rows, in attention's kernels: of 16 bits, which are every second one.
 PREFILLED = (
-    Wrong("a length of one more than the pages, of many rows", ((), MANY, ()), (40, PAGED_ROOM + 1, 33), rows=40),
-    Wrong("a length of one more than the rows, of many", (MANY, (), ()), (ROOM + 1, 300, 33), page=None, rows=40),
-    Wrong("lengths of -1 and of many rows, with sinks", ((), (), MANY), (40, 300, -1), rows=40,
+    Wrong("a length of one more than the pages, of many rows", ((), MANY, ()), (40, PAGED_ROOM + 1, 33), rows=56),
+    Wrong("a length of one more than the rows, of many", (MANY, (), ()), (ROOM + 1, 300, 33), page=None, rows=56),
+    Wrong("lengths of -1 and of many rows, with sinks", ((), (), MANY), (40, 300, -1), rows=56,
           options=(("sinks", "float32"),)),
-    Wrong("no page for the last of many rows", ((), MANY[36:], ()), pages=((1, 37, -1),), page=8, rows=40),
-    Wrong("no page in the windows of some of many rows", ((), MANY[8:19], ()), page=1, pages=((1, 268, 10**6),), window=10,
-          rows=40),
-    Wrong("no first page, of many rows and a softcap", ((), (), MANY[7:]), pages=((2, 0, -1),), rows=40,
+    Wrong("no page for the last of many rows", ((), MANY[52:], ()), pages=((1, 37, -1),), page=8, rows=56),
+    Wrong("no page in the windows of some of many rows", ((), MANY[24:35], ()), page=1, pages=((1, 268, 10**6),), window=10,
+          rows=56),
+    Wrong("no first page, of many rows and a softcap", ((), (), MANY[23:]), pages=((2, 0, -1),), rows=56,
           options=(("softcap", 8.0),)),
-    Wrong("no page behind many rows", NONE, pages=((0, 3, -1), (2, 3, 10**6)), rows=40),
-    Wrong("no page before the windows of many rows", NONE, pages=((1, 0, -1), (1, 10, -1)), window=70, rows=40),
+    Wrong("no page behind many rows", NONE, pages=((0, 3, -1), (2, 3, 10**6)), rows=56),
+    Wrong("no page before the windows of many rows", NONE, pages=((1, 0, -1), (1, 9, -1)), window=70, rows=56),
 )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ FEW = (
     cases.Case((600, 520), (96, 96), F16, 1, (1, 1), causal=True, sinks="dtype", lse=True),  # rows without keys
 )
 OF_CACHE = (
-    of_cache.Case((1500, 300, 0), 40, 128, (2, 2), page=5, sinks="float32"),
+    of_cache.Case((1500, 300, 0), 56, 128, (2, 2), page=5, sinks="float32"),
     of_cache.Case((700, 1100), 130, 64, (2, 1), F16, page=16, window=500, softcap=8.0, alibi="head"),
 )
 

@@ -18,19 +18,20 @@ bool better(const AttentionKernel& a, const AttentionKernel& b) {
   return a.arch.number != b.arch.number ? a.arch.number > b.arch.number : columns(a.instance) < columns(b.instance);
 }
 
-// Whether prefill's kernels, which compute 128 rows of a head in a block, take less time than decode's, which computes
-// sixteen rows of all heads that share keys. Both divide the keys among all multiprocessors (split-KV), prefill unless
-// that is for the batch to say. In clocks of a multiprocessor per key at head dim 128: a block of prefill takes
-// kPrefill, and decode reads the keys anew from L2 for each sixteen rows in kDecode (modelled, on an A100 and an H100).
-bool is_prefill(const AttentionDecodeParams& p) {
-  constexpr int64_t kPrefill = 40, kDecode = 20, kTileRows = 128, kDecodeRows = 16;
+// Whether a kernel of prefill, which computes 128 rows of a head in a block, takes less time than decode's, which
+// computes sixteen rows of all heads that share keys. Both divide the keys among all multiprocessors (split-KV),
+// prefill unless that is for the batch to say. In clocks of a multiprocessor per key at head dim 128, modelled on an
+// A100 and an H100: a tile of prefill takes 55 to 76 on mma.sync, 20 on wgmma, and decode's sixteen rows 19 to 23, as
+// they read the keys anew from L2. At 8 of 32 heads and 2048 keys the two are equal at about 50 rows on mma.sync.
+bool takes_less(const AttentionKernel& prefill, const AttentionDecodeParams& p) {
+  constexpr int64_t kMma = 60, kWgmma = 20, kDecode = 20, kTileRows = 128, kDecodeRows = 16;
   const auto ceiling = [](int64_t n, int64_t divisor) { return (n + divisor - 1) / divisor; };
   // A row's bits depend on the kernel, which is not for the batch to choose where it must not change them.
   const int64_t batch = p.batch_invariant ? 1 : p.cache.batch, sms = std::max<int64_t>(p.device.sms, 1);
   const int64_t tiles = batch * p.heads * ceiling(p.rows, kTileRows);
   const int64_t groups = batch * p.cache.heads * ceiling(int64_t{p.heads / p.cache.heads} * p.rows, kDecodeRows);
   const int64_t blocks = tiles < sms && !p.batch_invariant ? tiles : ceiling(tiles, sms) * sms;
-  return p.rows > kFewRows && blocks * kPrefill < groups * kDecode;
+  return blocks * (prefill.arch.number < 90 ? kMma : kWgmma) < groups * kDecode;
 }
 
 }  // namespace
@@ -61,8 +62,9 @@ AttentionParams prefill_of(const AttentionDecodeParams& p) {
 
 // Not of 8 bits, nor of sequences that are padded on the left.
 const AttentionKernel* prefill_kernel_for(const AttentionDecodeParams& p) {
-  if (size_of(p.cache.dtype) == 1 || p.leftpad || !is_prefill(p)) return nullptr;
-  return kernel_for(prefill_of(p));
+  if (p.rows <= kFewRows || size_of(p.cache.dtype) == 1 || p.leftpad) return nullptr;
+  const AttentionKernel* prefill = kernel_for(prefill_of(p));
+  return prefill && takes_less(*prefill, p) ? prefill : nullptr;
 }
 
 }  // namespace forwardpass
