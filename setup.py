@@ -227,7 +227,7 @@ def arches_of(text):
 #: Portable files that have machine code of their own for 8.9, where one instruction converts from or to e4m3, and about ten on 8.0.
 #: A GPU of 8.9 runs the code for 8.0 of every other file; tests/gates/ada_gates.py compiles both, and compares them.
 OWN_CODE_ON_89 = ("activation_quantize", "append_kv", "dequant_activation", "gemv", "norm_quantize",
-                  "permute_quantize", "quantize", "w8a16_gemm", "w8a16_grouped_gemm")  # fmt: skip
+                  "permute_quantize", "quantize", "table_w8a16", "table_w8a16_grouped")  # fmt: skip
 
 
 def gencode(source):

@@ -23,6 +23,7 @@ from forwardpass.ops.dequant_activation.cases import EpilogueCase
 from forwardpass.ops.fp8_gemm import cases as fp8_gemm
 from forwardpass.ops.int8_gemm import cases as int8_gemm
 from gpuless import core
+from gpuless.timeline import ERROR
 
 _EPILOGUE = EpilogueCase(bias=None, out_dtype=torch.bfloat16)
 
@@ -134,7 +135,7 @@ def main() -> None:
     args = p.parse_args()
     if reason := core.why_not():
         p.exit(1, f"{reason}\n")
-    print("TFLOP/s, modelled at the data sheet's clock: no GPU was timed", flush=True)
+    print(f"TFLOP/s, modelled at the data sheet's clock: no GPU was timed. {ERROR}", flush=True)
     print(f"{'':40}{'published':>10}{'modelled':>10}{'tensor cores':>14}{'even at':>10}")
     results = []
     for row in ROWS:

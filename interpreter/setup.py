@@ -69,9 +69,10 @@ def rules(out, home, version):
     q, compiler = shlex.quote, shlex.join(cxx())
     # Everything is compiled from here by its relative name: messages, line tables and depfiles name no folder of ours.
     # -ffp-contract=off, because the arithmetic says where an fma is.
-    compile_cxx = (f"{compiler} -MD -MF $out.d -std=c++20 -iquote csrc -O3 -fPIC -fvisibility=hidden -Wall -Wextra"
-                   f"{' -Werror' * STRICT} -Wno-psabi -fno-math-errno -fno-trapping-math -ffp-contract=off $flags "
-                   "-c $in -o $out")  # fmt: skip
+    # build/ninja is first for precompiled.h.gch, which g++ takes in place of csrc/precompiled.h where it fits.
+    compile_cxx = (f"{compiler} -MD -MF $out.d -std=c++20 -iquote build/ninja -iquote csrc -O3 -fPIC -fvisibility=hidden "
+                   f"-Wall -Wextra{' -Werror' * STRICT} -Wno-psabi -fno-math-errno -fno-trapping-math -ffp-contract=off "
+                   "$flags -c $in -o $out")  # fmt: skip
     text = [
         "ninja_required_version = 1.8\nbuilddir = build/ninja",
         f"rule cxx\n command = {compile_cxx}\n depfile = $out.d\n deps = gcc\n description = {compiler} $in",
@@ -85,18 +86,21 @@ def rules(out, home, version):
     def path(p):
         return re.sub(r"([$ :])", r"$\1", str(p))
 
-    def objects(sources, flags=""):
+    def objects(sources, flags="", after=""):
         outputs = []
         for s in sorted(sources):
             s = s.relative_to(ROOT)
             outputs.append(f"build/ninja/{str(s).replace('/', '.')}.o")
             extra = f" -DGPULESS_VERSION='\"{version}\"'" if s.name == "core.cpp" else ""
-            text.append(f"build {outputs[-1]}: cxx {s}\n flags = {flags}{extra}")
+            text.append(f"build {outputs[-1]}: cxx {s}{after}\n flags = {flags}{extra}")
         return " ".join(outputs)
 
     csrc = ROOT / "csrc"
     # Its handlers are loops over 32 lanes, which want AVX2 (2013); the matrix products look for AVX-512 at run time.
-    core = objects((*csrc.glob("*.cpp"), *csrc.glob("rows/*.cpp")), "-march=x86-64-v3 -mtune=generic")
+    avx2 = "-march=x86-64-v3 -mtune=generic"
+    text.append(f"build build/ninja/precompiled.h.gch: cxx csrc/precompiled.h\n flags = {avx2} -x c++-header")
+    files = (*csrc.glob("*.cpp"), *csrc.glob("rows/*.cpp"))
+    core = objects(files, f"{avx2} -include precompiled.h", " | build/ninja/precompiled.h.gch")
     flags = "-Wl,-soname,libgpuless.so -Wl,-Bsymbolic -Wl,-z,defs -lpthread"
     text.append(f"build {path(out / 'libgpuless.so')}: link {core} | csrc/exports.map\n flags = {flags}")
     if HOST:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from processes import fork
 from rotation import in_turn
 
 import forwardpass as fp
@@ -39,7 +40,8 @@ import forwardpass
 new = {m.partition(".")[0] for m in set(sys.modules) - before}
 print(*(new & {"transformers", "safetensors", "typer", "rich", "triton", "numpy", "huggingface_hub"}))
 """
-    assert python(code).strip() == ""
+    done = fork.run(code)
+    assert (done.stdout.strip(), done.returncode) == ("", 0), done.stderr
 
 
 @pytest.mark.parametrize("damage", in_turn(["missing", "broken", "of another version"]))

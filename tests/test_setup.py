@@ -135,12 +135,12 @@ def test_architectures(setup_py, listed, built, left_out):
             ["90,code=[sm_120,compute_90]"],
         ),
         ("8.9 12.0", *[["89,code=[sm_89,compute_89]", "120,code=[sm_120,compute_120]"]] * 2),
-        ("9.0a", ["90,code=[sm_90,compute_90]"], []),  # for that GPU alone, which never runs fp8_gemm_sm89.cu
+        ("9.0a", ["90,code=[sm_90,compute_90]"], []),  # for that GPU alone, which never runs table_fp8_sm89.cu
     ],
 )
 def test_code_for_blackwell_is_made_of_ptx_for_hopper(setup_py, listed, quantize, fp8):
     made = setup_py(TORCH_CUDA_ARCH_LIST=listed)
-    for name, flags in (("quantize/quantize_sm80.cu", quantize), ("fp8_gemm/fp8_gemm_sm89.cu", fp8)):
+    for name, flags in (("quantize/quantize_sm80.cu", quantize), ("gemm/table_fp8_sm89.cu", fp8)):
         assert made.gencode(ROOT / "csrc/kernels" / name) == [f"-gencode=arch=compute_{f}" for f in flags]
 
 
@@ -148,7 +148,7 @@ def test_8_9_has_code_of_its_own_where_e4m3_is_converted(setup_py):
     """Else it runs that for 8.0 (tests/gates/ada_gates.py compares them)."""
     sources = [(p.name.removesuffix("_sm80.cu"), p) for p in (ROOT / "csrc/kernels").rglob("*_sm80.cu")]
     names, own = {name for name, _ in sources}, set(setup_py().OWN_CODE_ON_89)
-    assert {"table_modified", "int8_gemm", "pad_rows"} <= names - own and own <= names
+    assert {"table_modified", "table_int8", "pad_rows"} <= names - own and own <= names
     for listed, arches in (("8.0 8.9", ["80"]), ("8.9", ["89"])):
         made = setup_py(TORCH_CUDA_ARCH_LIST=listed)
         for name, source in sources:

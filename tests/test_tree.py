@@ -17,8 +17,8 @@ INTERPRETER = ROOT / "interpreter"
 #: the folders of csrc whose files those of a folder may include
 INCLUDES = {
     "params": {"params"},
-    "schedule": {"params", "schedule"},
-    "device": {"params", "schedule", "device"},
+    "device": {"params", "device"},
+    "schedule": {"params", "device", "schedule"},
     "kernels": {"params", "schedule", "device", "kernels"},
     "cpu": {"params", "cpu", "torch"},
     "torch": {"params", "cpu", "torch"},
@@ -28,6 +28,8 @@ TORCH, CUDA = {"torch", "cpu"}, {"device", "kernels"}
 
 #: operations that call the kernels of others
 COMPOSED = ("int8_linear", "fp8_linear")
+#: operations that are rows of one table of kernels (csrc/kernels/gemm), of which each has those of its kind
+GEMMS = {f"{kind}{form}_gemm": kind for kind in ("int8", "fp8", "w8a16") for form in ("", "_grouped")}
 
 
 def family(op):
@@ -41,9 +43,14 @@ def test_an_operation_has_its_files_at_every_layer(op):
     files = ["__init__.py", "reference.py", "cases.py"] + ["triton_kernel.py"] * ("triton" in compiled)
     assert not [f for f in files if not (PYTHON / "ops" / name / f).exists()]
     assert (CSRC / "torch" / f"{name}.cpp").exists()
-    if "cuda" in compiled and name not in COMPOSED:
+    if name in GEMMS:
+        tables = [p.read_text() for p in (CSRC / "kernels/gemm").glob(f"table_{GEMMS[name]}*_sm*.cu")]
+        assert any(("GroupedTiles" in t) or ("GroupedClusterTiles" in t) if "grouped" in name else "one<" in t or "row<" in t
+                   for t in tables)  # fmt: skip
+    elif "cuda" in compiled and name not in COMPOSED:
         assert (CSRC / "params" / f"{name}.h").exists()
         assert list((CSRC / "kernels" / name).glob("*_sm*.cu"))
+    if "cuda" in compiled and name not in COMPOSED:
         assert (CSRC / "cpu" / f"{name}_cpu.cpp").exists() or "cpu" not in compiled
     assert (ROOT / "benchmarks" / f"{name}.py").exists()
     assert any(re.search(rf"\b{op}\b", p.read_text()) for p in (ROOT / "tests/ops").glob("test_*.py"))

@@ -40,7 +40,7 @@ __device__ inline void e4m3_to_f16(uint32_t four, uint32_t (&pairs)[2]) {
 
 // Two bytes that hold the elements plus 128, each placed below a byte 0x64: as fp16 that is 1024 plus the byte, 1152
 // more than the element. (The constant is the first operand of prmt, as the instruction takes one constant behind it:
-// with two, ptxas copies Order to a register each time, 327 instead of 295 instructions in w8a16_gemm_sm90a.cu.)
+// with two, ptxas copies Order to a register each time, 327 instead of 295 instructions in wgmma_upconverting.cuh.)
 template <uint32_t Order>
 __device__ inline uint32_t biased_to_f16(uint32_t bytes, uint32_t bias) {
   const __half2 offset{__ushort_as_half(0x6480), __ushort_as_half(0x6480)};

@@ -9,8 +9,7 @@ namespace forwardpass {
 // Columns of K that share a block scale, and between two promotions of fp8 accumulators.
 constexpr int kScaleBlock = 128;
 
-// Block scales. fp8: 1 x 128 of a and 128 x 128 of b, instead of the epilogue's a_scale and b_scale. w8a16_gemm, which
-// has 8-bit weights only: 1 x 128 of b, none of a.
+// Block scales. fp8: 1 x 128 of a and 128 x 128 of b. w8a16, which has 8-bit weights only: 1 x 128 of b, none of a.
 struct BlockScales {
   const float* a;  // [rows, K blocks], rows contiguous, blocks a_stride apart; or null
   int64_t a_stride;
@@ -29,28 +28,36 @@ struct Groups {
   int64_t room;  // not sorted: rows for each
 };
 
+// What is multiplied: both operands int8, both e4m3, or an 8-bit weight and 16-bit activations.
+enum class GemmKind : int32_t { int8, fp8, w8a16 };
+
 // a [m, k] times b [n, k] transposed. group: columns of an output row that share a scale as the output is quantised:
 // 128, or the 256 of gate and up; 0: it is not quantised in groups. gated_blocks: gate and up have block scales.
-// experts: so many such products, of m rows on average; 1: this one.
+// experts: a grouped GEMM of so many products, of m rows on average; 0: one product.
 struct GemmShape {
   int64_t m, n, k;
+  GemmKind kind;
   int32_t group;
   bool gated_blocks;
   int32_t experts;
 };
 
-// Which kernel computes a GEMM, and how the output is divided (kernels/gemm.cpp). With split-K there are `splits`
-// partial sums of each output. Either the splits of a tile are the blocks of a cluster, which adds them in shared
-// memory and runs the epilogue; or the kernel leaves them in the workspace, and dequant_activation's kernel does so.
-// The bits are the same: both add in the order of the splits, and have one epilogue.
+// Which kernel computes a GEMM, and how the output is divided (kernels/gemm/select.cpp). With split-K there are
+// `splits` partial sums of each output. Either the splits of a tile are the blocks of a cluster, which adds them in
+// shared memory and runs the epilogue; or the kernel leaves them in the workspace, and dequant_activation's kernel does
+// so. The bits are the same: both add in the order of the splits, and have one epilogue.
 struct KernelChoice {
-  const struct GemmKernel* kernel;  // a row of the operation's table
+  const struct GemmKernel* kernel;  // a row of the tables
   bool quantizes;                   // it quantises the shape's groups, unless there is split-K
   int64_t splits, split_k;          // split_k: of K, for one split; a multiple of kScaleBlock
   int32_t cluster, blocks;          // of persistent kernels: blocks that share an operand, blocks of the grid
   bool cluster_sums;                // a cluster has all splits of its tiles, `cluster` times `splits` blocks
   int32_t arch;                     // of the device
 };
+
+// What a KernelSelector returns for a shape that is beyond the limits of every kernel that there is for the device: a
+// cudaErrorInvalidValue.
+constexpr int kBeyondEveryKernel = 1;
 
 // A function of shape and device only: the same inputs give the same bits. Returns a cudaError_t.
 using KernelSelector = int(const GemmShape* shape, const Device* device, KernelChoice* choice);
@@ -63,8 +70,11 @@ constexpr int kClusterBlocks = 8;
 
 // a [M, K] times b [N, K] transposed, then the epilogue. Rows of a and b begin at multiples of 16 bytes.
 struct GemmParams {
-  Matrix a, b;  // i8, or e4m3
-  BlockScales blocks;
+  static constexpr const char* kLauncher = "forwardpass_gemm";
+  static constexpr const char* kSelector = "forwardpass_select_gemm";
+  GemmKind kind;
+  Matrix a, b;         // i8, or e4m3; w8a16: a is f16 or bf16
+  BlockScales blocks;  // instead of the epilogue's scales
   Epilogue epilogue;
   KernelChoice choice;
   bool b_first;   // no kernel that may still run when this one begins writes b
@@ -100,3 +110,6 @@ HOST_DEVICE constexpr uint32_t nan_word(Dtype output) {
 }
 
 }  // namespace forwardpass
+
+KERNEL_LIBRARY forwardpass::KernelSelector forwardpass_select_gemm;
+KERNEL_LIBRARY int forwardpass_gemm(const forwardpass::GemmParams* p, void* stream);

@@ -1,10 +1,22 @@
 #pragma once
-// Which tile of a GEMM's output a block computes, and which part of K.
-#include "params/common.h"
+// Schedules of a GEMM: which tiles a block computes, of which output, and which part of K. A kernel names none, and
+// asks its Config's
+//
+//   begin()       once, before the first tile: by all threads of a block
+//   for_each(f)   f(tile), a GemmTile or what is derived from one
+//   Output, enter(tile, output, epilogue, s)   where the tile's outputs go, once its epilogue may begin
+//   store(…)      of those on wgmma: a tile's accumulators, to the epilogue or to other blocks
+//   finish(…)     after the last tile
+//
+// and on the host how many rows of tiles there are, and whether blocks are persistent.
+#include "device/epilogue/output.cuh"
+#include "params/gemm.h"
 
 namespace forwardpass {
 
 struct GemmTile {
+  static constexpr int expert = 0;  // of a grouped GEMM: which one has the tile
+
   int64_t row, column;  // of the output, the tile's first
   int64_t b_row;        // of b, the tile's first: its column, behind the rows of the experts before
   int64_t k, k_end;     // the part of K
@@ -53,9 +65,22 @@ struct TileMap {
   }
 };
 
-// The schedule of kernels whose blocks compute one tile: f(tile).
+// Of a schedule whose tiles are all of one output.
+struct WholeOutput {
+  using Output = const GemmOutput&;
+  static constexpr bool kAlignedRows = true;  // a tile's first row is a multiple of its height
+
+  // height: rows of the output in a row of tiles, or in those of a cluster's blocks, which lie below each other
+  static int64_t tile_rows(const GemmParams&, int64_t rows, int height) { return ceil_div(rows, height); }
+  __device__ void begin(int) const {}
+  template <class Tile, class Epilogue, class SharedStorage>
+  __device__ void enter(const Tile&, const GemmOutput&, Epilogue&, SharedStorage&) const {}
+};
+
+// A tile for each block.
 template <class Config>
-struct OneTile {
+struct OneTile : WholeOutput {
+  static constexpr bool kPersistent = false;
   struct Storage {};
   const TileMap& map;
 
@@ -65,6 +90,7 @@ struct OneTile {
   __device__ void for_each(F f) const {
     f(map.at<Config::kM, Config::kN>(blockIdx.x));
   }
+  __device__ void finish(const GemmOutput&, int, int) const {}
 };
 
 }  // namespace forwardpass

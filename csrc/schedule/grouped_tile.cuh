@@ -1,11 +1,8 @@
 #pragma once
-// Which tiles of a grouped GEMM's output a block computes. Only the device knows how many rows each expert has, so that
-// no host waits and a captured launch replays with others: each block makes a list of the experts in shared memory, and
-// finds its tiles there. A tile is of one expert; its rows beyond that one's last are read and not stored.
-#include <algorithm>
-
-#include "params/gemm.h"
+// Schedules of grouped GEMMs, whose blocks are persistent: they find their tiles in a list of experts. A tile is of one
+// expert; its rows beyond that one's last are read and not stored.
 #include "schedule/gemm_tile.cuh"
+#include "schedule/grouped_output.cuh"
 #include "schedule/persistent.cuh"
 
 namespace forwardpass {
@@ -15,162 +12,25 @@ struct GroupTile : GemmTile {
   uint32_t index;  // of the schedule's tiles
 };
 
-// At most so many rows of tiles, of all experts, each of `height` rows of the output: a tile's, or those of a cluster's
-// blocks, whose tiles lie below each other.
-inline int64_t most_tile_rows(const Groups& g, int64_t rows, int height) {
-  return g.sorted ? std::min(rows / height + g.experts, rows) : g.experts * ceil_div(g.room, height);
-}
-
-// What the list says of an expert beside its rows. All tiles up to it would need 32 bits to count: those beyond the
-// whole ones that the rows fill are at most one for each expert, whatever a tile's height.
-struct ExpertTiles {
-  uint16_t extra : 15;  // tiles of this expert and those before it, minus their rows divided by a tile's
-  uint16_t wrong : 1;   // its end or count is wrong: it has no rows, and those that it could have are not known
-};
-
-// The list's memory, of up to so many experts; a launch has it for those that there are.
-template <int kExperts>
-struct ExpertStorage {
-  static constexpr int kBytesOfOne = sizeof(int32_t) + sizeof(ExpertTiles);
-  static_assert(kExperts < 1 << 15, "as many extra tiles");
-  alignas(16) uint8_t bytes[kExperts * kBytesOfOne];
-};
-template <>
-struct ExpertStorage<0> {};
-// Bytes that a launch leaves out.
-template <int kExperts>
-int unused_bytes(int experts) {
-  return (kExperts - experts) * ExpertStorage<kExperts>::kBytesOfOne / 16 * 16;
-}
-
-struct ExpertList {
-  const Groups& groups;
-  const int tile_bits;         // log2 of a tile's rows
-  const uint32_t& share_bits;  // log2 of the tiles below each other in a row of tiles
-  int32_t* const rows_up_to;   // that this expert and those before it have
-  ExpertTiles* const tiles;
-
-  template <class Storage>
-  __device__ ExpertList(const Groups& groups, int tile_bits, const uint32_t& share_bits, Storage& storage)
-      : groups(groups),
-        tile_bits(tile_bits),
-        share_bits(share_bits),
-        rows_up_to(reinterpret_cast<int32_t*>(storage.bytes)),
-        tiles(reinterpret_cast<ExpertTiles*>(rows_up_to + groups.experts)) {}
-
-  // By one warp, of whose lanes each has experts beside each other. rows: of a. ops/common/experts.py defines which
-  // ends and counts are wrong, and which rows are unknown then.
-  __device__ void make(int rows) const {
-    const int lane = threadIdx.x % 32, share = (groups.experts + 31) / 32, first = min(lane * share, groups.experts),
-              last = min(first + share, groups.experts);
-#pragma unroll 4
-    for (int e = lane; e < groups.experts; e += 32) rows_up_to[e] = groups.ends[e];
-    __syncwarp();
-    if (groups.sorted) {
-      keep_right_ends(first, last, rows);
-    } else {
-      add_up_counts(first, last);
-    }
-    __syncwarp();
-    int count = 0;
-    for (int e = first; e < last; ++e) count += tiles_of(e);
-    count = of_lanes_before(count);
-    for (int e = first; e < last; ++e) tiles[e].extra = (count += tiles_of(e)) - whole_tiles(rows_up_to[e]);
-  }
-
-  __device__ int rows_begin(int expert) const {
-    return groups.sorted ? rows_before(expert) : expert * static_cast<int>(groups.room);
-  }
-  // Behind the expert's last row.
-  __device__ int rows_end(int expert) const {
-    return groups.sorted ? rows_up_to[expert] : rows_begin(expert) + rows_of(expert);
-  }
-  __device__ int tile_begin(int expert) const { return expert == 0 ? 0 : tile_end(expert - 1); }
-  __device__ int tile_end(int expert) const { return whole_tiles(rows_up_to[expert]) + tiles[expert].extra; }
-  __device__ int tile_rows() const { return tile_end(groups.experts - 1); }
-  // The expert that has this row of tiles.
-  __device__ int expert_of(int tile_row) const {
-    int expert = 0;
-#pragma unroll 1
-    for (int step = 1 << (31 - __clz(groups.experts)); step > 0; step /= 2)
-      if (expert + step < groups.experts && tile_end(expert + step - 1) <= tile_row) expert += step;
-    return expert;
-  }
-  // All rows of the output before this one are an expert's.
-  __device__ int first_unowned() const { return groups.sorted ? rows_up_to[groups.experts - 1] : 0; }
-  // Of a row from there on: whether no expert has it.
-  __device__ bool unowned(int row) const { return groups.sorted || row >= rows_end(row_expert(row)); }
-  // Of such a row: whether that is because an end or a count is wrong.
-  __device__ bool unknown(int row) const { return tiles[groups.sorted ? groups.experts - 1 : row_expert(row)].wrong; }
-
- private:
-  // No expert has the rows from the first wrong end on, or from the end before it if that is less.
-  __device__ void keep_right_ends(int first, int last, int rows) const {
-    int wrong = groups.experts;
-    for (int e = last - 1; e >= first; --e)
-      if (rows_up_to[e] < rows_before(e) || rows_up_to[e] > rows) wrong = e;
-    const unsigned lanes = __ballot_sync(0xffffffff, wrong < groups.experts);
-    if (lanes) wrong = __shfl_sync(0xffffffff, wrong, __ffs(lanes) - 1);
-    const int known = lanes ? max(min(rows_up_to[wrong], rows_before(wrong)), 0) : rows;
-    __syncwarp();
-    for (int e = first; e < last; ++e) {
-      rows_up_to[e] = e < wrong ? min(rows_up_to[e], known) : known;
-      tiles[e] = {0, e >= wrong};
-    }
-  }
-  __device__ void add_up_counts(int first, int last) const {
-    const auto is_wrong = [&](int count) { return count < 0 || count > groups.room; };
-    int sum = 0;
-    for (int e = first; e < last; ++e) sum += is_wrong(rows_up_to[e]) ? 0 : rows_up_to[e];
-    sum = of_lanes_before(sum);
-    for (int e = first; e < last; ++e) {
-      const bool wrong = is_wrong(rows_up_to[e]);
-      rows_up_to[e] = sum += wrong ? 0 : rows_up_to[e];
-      tiles[e] = {0, wrong};
-    }
-  }
-  __device__ int rows_before(int expert) const { return expert == 0 ? 0 : rows_up_to[expert - 1]; }
-  __device__ int rows_of(int expert) const { return rows_up_to[expert] - rows_before(expert); }
-  __device__ int tiles_of(int expert) const {
-    return whole_tiles(rows_of(expert) + ((1 << tile_bits << share_bits) - 1));
-  }
-  // Rows of tiles. As one shift its operand would be in a register in all main loops, and spill.
-  __device__ int whole_tiles(int rows) const { return rows >> tile_bits >> share_bits; }
-  __device__ int row_expert(int row) const { return row / static_cast<int>(groups.room); }
-  // The sum of the v of the lanes before.
-  __device__ static int of_lanes_before(int v) {
-    const int lane = threadIdx.x % 32;
-    int sum = v;
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-      const int before = __shfl_up_sync(0xffffffff, sum, d);
-      if (lane >= d) sum += before;
-    }
-    return sum - v;
-  }
-};
-
-// The schedule: f(tile) for one tile after the other of a block. Blocks that run at the same time have the same expert,
-// whose weight they share in L2.
+// What they share. Blocks that run at the same time have the same expert, whose weight they share in L2.
 template <class Config>
-struct GroupedTiles {
-  static constexpr uint32_t split = 0;
+struct ExpertSchedule {
+  using Output = GroupOutput;
+  static constexpr bool kPersistent = true, kAlignedRows = false;
   const uint32_t rank;  // of the blocks of a cluster, whose tiles lie below each other
   const TileMap& map;
   const int64_t& columns;  // of an expert
   const ExpertList list;
 
+  static int64_t tile_rows(const GemmParams& p, int64_t rows, int height) {
+    return most_tile_rows(p.groups, rows, height);
+  }
   template <class Arguments, class SharedStorage>
-  __device__ GroupedTiles(const Arguments& p, SharedStorage& s)
-      : rank(Config::rank()),
+  __device__ ExpertSchedule(const Arguments& p, SharedStorage& s, uint32_t rank)
+      : rank(rank),
         map(p.map),
         columns(p.out.columns),
         list(p.groups, 31 - __clz(Config::kM), map.share_bits, s.experts) {}
-  template <class F>
-  __device__ void for_each(F f) const {
-    for_each_tile(tiles(), blockIdx.x >> map.share_bits, gridDim.x >> map.share_bits,
-                  [&](uint32_t index) { f(at(index)); });
-  }
   __device__ uint32_t tiles() const { return list.tile_rows() * map.tiles_n; }
   __device__ GroupTile at(uint32_t index) const {
     const int expert = list.expert_of(index / map.tiles_n);
@@ -184,16 +44,29 @@ struct GroupedTiles {
     tile.k = 0, tile.k_end = map.k, tile.split = 0;  // there is one split, but the compiler does not know
     return tile;
   }
+  template <class Epilogue, class SharedStorage>
+  __device__ void enter(const GroupTile& tile, GroupOutput& output, Epilogue& epilogue, SharedStorage& s) const {
+    output.take(tile.expert, list);
+    epilogue.find_staging(s);
+  }
+  // By each of a block's `warps` warps that come here.
+  __device__ void finish(const GemmOutput& output, int warp, int warps) const {
+    fill_unowned_rows(list, output, blockIdx.x * warps + warp, gridDim.x * warps);
+  }
 };
 
-// The same for blocks whose threads all multiply: a tile is in shared memory, as they lack the registers to keep it.
+// For blocks whose threads all multiply: a tile is in shared memory, as they lack the registers to keep it.
 template <class Config>
-struct SharedTiles : GroupedTiles<Config> {
+struct GroupedTiles : ExpertSchedule<Config> {
   using Storage = GroupTile;
   GroupTile& tile;
 
   template <class Arguments, class SharedStorage>
-  __device__ SharedTiles(const Arguments& p, SharedStorage& s) : GroupedTiles<Config>(p, s), tile(s.tile) {}
+  __device__ GroupedTiles(const Arguments& p, SharedStorage& s) : ExpertSchedule<Config>(p, s, 0), tile(s.tile) {}
+  __device__ void begin(int rows) const {
+    if (threadIdx.x / 32 == 0) this->list.make(rows);  // `threadIdx.x < 32` made main loops of w8a16 0.5 % longer
+    __syncthreads();
+  }
   template <class F>
   __device__ void for_each(F f) const {
     for (uint32_t index = blockIdx.x; index < this->tiles(); index = tile.index + gridDim.x) {

@@ -1,5 +1,3 @@
-#include "params/fp8_gemm.h"
-
 #include "torch/epilogue.h"
 #include "torch/fp8_operands.h"
 #include "torch/gemm.h"
@@ -50,6 +48,7 @@ CheckedGemm check_gemm(const Tensor& a, const Tensor& b, const Tensor& a_scale, 
                        EpilogueOptions options, const char* op) {
   std::vector<int64_t> sizes = sizes_of(a);
   GemmParams p{};
+  p.kind = GemmKind::fp8;
   p.a = operand(a, Dtype::e4m3, a, op, "a");
   p.b = b_operand(b, Dtype::e4m3, p.a.columns, a, op, "b");
   sizes.back() = p.b.rows;
@@ -76,7 +75,7 @@ Tensor fp8_gemm(Backend backend, const Tensor& a, const Tensor& b, const Tensor&
       a, b, a_scale, b_scale,
       {.bias = bias, .activation = activation_of(activation, op), .out_dtype = out_dtype, .out_scale = out_scale}, op);
   const Tensor out = epilogue_output(p.epilogue, sizes, out_dtype, a);
-  run_gemm<Fp8GemmParams>(backend, p, a);
+  run_gemm(backend, p, a);
   return out;
 }
 
@@ -94,18 +93,17 @@ std::tuple<Tensor, Tensor> fp8_gemm_quantize(Backend backend, const Tensor& a, c
   Epilogue& e = p.epilogue;
   const bool empty = p.a.rows == 0 || p.b.rows == 0;
   const KernelChoice choice =
-      empty ? KernelChoice{}
-            : select_kernel<Fp8GemmParams>(backend, p, a, kScaleBlock * (is_gated(e.activation) ? 2 : 1));
+      empty ? KernelChoice{} : select_kernel(backend, p, a, kScaleBlock * (is_gated(e.activation) ? 2 : 1));
   if (empty || (choice.quantizes && choice.splits == 1)) {
     auto [quantized, rows] = quantized_rows(sizes, options, a, op);
     p.choice = choice;
     e.out = rows.q, e.out_stride = rows.q_stride, e.out_dtype = Dtype::e4m3;
     e.group_scale = rows.scale, e.group_scale_stride = rows.scale_stride;
-    run_gemm<Fp8GemmParams>(backend, p, a);
+    run_gemm(backend, p, a);
     return {std::get<0>(quantized), std::get<1>(quantized)};
   }
   const Tensor out = epilogue_output(e, sizes, ScalarType::Float, a);
-  run_gemm<Fp8GemmParams>(backend, p, a);
+  run_gemm(backend, p, a);
   auto [q, scale, zero_point] = run_quantize(backend, out, options, op);
   return {q, scale};
 }

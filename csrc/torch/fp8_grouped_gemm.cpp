@@ -1,5 +1,3 @@
-#include "params/fp8_grouped_gemm.h"
-
 #include "torch/epilogue.h"
 #include "torch/experts.h"
 #include "torch/fp8_operands.h"
@@ -12,6 +10,7 @@ Tensor fp8_grouped_gemm(Backend backend, const Tensor& a, const Tensor& b, const
                         ScalarType out_dtype, const OptionalTensor& out_scale) {
   const char* op = "fp8_grouped_gemm";
   GemmParams p{};
+  p.kind = GemmKind::fp8;
   p.a = operand(a, Dtype::e4m3, a, op, "a");
   p.b = expert_weight(b, Dtype::e4m3, p.a, a, op, "b");
   p.groups = groups(a, b, offs, op);
@@ -28,7 +27,7 @@ Tensor fp8_grouped_gemm(Backend backend, const Tensor& a, const Tensor& b, const
     b_block_scales(b_scale, b.size(1), p.b.columns, is_gated(e.activation), a, op, p.blocks, b.size(0));
     a_block_scales(a_scale, p.a, a, op, p.blocks);
   }
-  run_gemm<Fp8GroupedGemmParams>(backend, p, a);
+  run_gemm(backend, p, a);
   return out;
 }
 

@@ -1,4 +1,3 @@
-#include "params/fp8_gemm.h"
 #include "torch/epilogue.h"
 #include "torch/fp8_operands.h"
 #include "torch/gemm.h"
@@ -14,6 +13,7 @@ Tensor fp8_linear(Backend backend, const Tensor& x, const Tensor& weight, const 
   q.x = matrix(x, op, "x");
   STD_TORCH_CHECK(is_float(q.x.dtype), op, ": x must be float32, float16 or bfloat16");
   GemmParams p{};
+  p.kind = GemmKind::fp8;
   p.b = b_operand(weight, Dtype::e4m3, q.x.columns, x, op, "weight");
   // blocks of the weight go with groups of 128 of x, a vector with whole rows
   const bool blocks = w_scale.dim() >= 2;
@@ -30,7 +30,7 @@ Tensor fp8_linear(Backend backend, const Tensor& x, const Tensor& weight, const 
   Tensor out;
   std::tie(out, p.epilogue) = epilogue(sizes, q.x.rows, out_options, x, op);
   if (blocks) b_block_scales(w_scale, p.b.rows, p.b.columns, is_gated(p.epilogue.activation), x, op, p.blocks);
-  quantize_and_multiply<Fp8GemmParams>(backend, q, p, x);
+  quantize_and_multiply(backend, q, p, x);
   return out;
 }
 

@@ -11,21 +11,19 @@ int64_t padded_stride(const Matrix& m) { return round_up(m.columns, 16 / size_of
 
 }  // namespace
 
-KernelChoice select_kernel(Backend backend, const char* name, KernelSelector* selector, const GemmParams& p,
-                           int32_t group, const Tensor& like) {
-  const int32_t experts = p.groups.ends ? p.groups.experts : 1;
-  const GemmShape shape{ceil_div(p.a.rows, experts),
-                        p.columns(),
-                        p.a.columns,
-                        group,
-                        p.blocks.b && is_gated(p.epilogue.activation),
-                        experts};
-  STD_TORCH_CHECK(std::max(p.a.rows, p.b.rows) < (int64_t{1} << 31) && shape.k < (1 << 30),
-                  "a GEMM takes fewer than 2^31 rows and 2^30 columns of an operand, not [", p.a.rows, ", ", shape.k,
-                  "] and [", p.b.rows, ", ", shape.k, "]: split them");
+KernelChoice select_kernel(Backend backend, const GemmParams& p, const Tensor& like, int32_t group) {
+  static LibraryFunction<KernelSelector> selector(GemmParams::kSelector);
+  const int32_t experts = p.groups.ends ? p.groups.experts : 0;
+  const GemmShape shape{ceil_div(p.a.rows, std::max(experts, 1)),      p.columns(), p.a.columns, p.kind, group,
+                        p.blocks.b && is_gated(p.epilogue.activation), experts};
   const Device device = device_of(backend, like);
   KernelChoice choice{};
-  check_cuda(backend, name, selector(&shape, &device, &choice));
+  const int error = selector.of(backend)(&shape, &device, &choice);
+  STD_TORCH_CHECK(error != kBeyondEveryKernel,
+                  "a GEMM takes fewer than 2^31 rows and 2^30 columns of an operand, and "
+                  "2^31 tiles of its output, not [",
+                  p.a.rows, ", ", shape.k, "] and [", p.b.rows, ", ", shape.k, "]: split them");
+  check_cuda(backend, GemmParams::kSelector, error);
   return choice;
 }
 
@@ -47,10 +45,50 @@ void GemmCall::pad(Matrix& m, int64_t offset) {
   m.data = copy.to, m.stride = copy.to_stride;
 }
 
-void GemmCall::place() {
+void GemmCall::run() {
   pad(params.a, a_);
   pad(params.b, b_);
   if (partial_ >= 0) params.partial = workspace_.at<void>(partial_);
+  launch(backend_, params, like_);
+}
+
+void run_gemm(Backend backend, GemmParams p, const Tensor& like) {
+  if (p.a.rows == 0 || p.b.rows == 0) return;
+  if (!p.choice.kernel) p.choice = select_kernel(backend, p, like);
+  Workspace workspace;
+  GemmCall call(backend, p, like, workspace);
+  workspace.allocate(like);
+  call.run();
+}
+
+void quantize_and_multiply(Backend backend, QuantizeParams q, GemmParams p, const Tensor& x) {
+  if (q.x.rows == 0 || p.b.rows == 0) return;
+  Workspace workspace;
+  const int64_t rows = q.x.rows, groups = ceil_div(q.out.columns, q.out.group);
+  q.out.q_stride = round_up(q.out.columns, 16);
+  q.out.scale_stride = round_up(rows, 4);
+  const bool dynamic = !q.out.static_scale;
+  const int64_t q_offset = workspace.reserve(rows * q.out.q_stride),
+                scale_offset = dynamic ? workspace.reserve(groups * q.out.scale_stride * 4) : 0,
+                zero_point_offset = dynamic && !q.out.symmetric ? workspace.reserve(rows * 4) : 0;
+  p.a = {nullptr, q.out.dtype, rows, q.out.columns, q.out.q_stride};
+  p.choice = select_kernel(backend, p, x);
+  p.b_first = true;  // the quantisation begins when all that came before it has ended
+  GemmCall gemm(backend, p, x, workspace);
+  workspace.allocate(x);
+  q.out.q = workspace.at<void>(q_offset);
+  if (dynamic) q.out.scale = workspace.at<float>(scale_offset);
+  if (dynamic && !q.out.symmetric) q.out.zero_point = workspace.at<int32_t>(zero_point_offset);
+
+  gemm.params.a.data = q.out.q;
+  if (gemm.params.blocks.b) {
+    gemm.params.blocks.a = q.out.scale;
+    gemm.params.blocks.a_stride = q.out.scale_stride;
+  } else {
+    undo_quantization(gemm.params.epilogue, q.out);
+  }
+  launch(backend, q, x, quantize_cpu);
+  gemm.run();
 }
 
 }  // namespace forwardpass

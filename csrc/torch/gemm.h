@@ -29,31 +29,20 @@ class Workspace {
   OptionalTensor memory_;
 };
 
-KernelChoice select_kernel(Backend backend, const char* name, KernelSelector* selector, const GemmParams& p,
-                           int32_t group, const Tensor& like);
-// Selects the kernel of the GEMM that Params names; group as in GemmShape.
-template <class Params>
-KernelChoice select_kernel(Backend backend, const GemmParams& p, const Tensor& like, int32_t group = 0) {
-  static LibraryFunction<KernelSelector> selector(Params::kSelector);
-  return select_kernel(backend, Params::kSelector, selector.of(backend), p, group, like);
-}
+// group: as in GemmShape.
+KernelChoice select_kernel(Backend backend, const GemmParams& p, const Tensor& like, int32_t group = 0);
 
 // A GEMM whose kernel is selected, and what that needs in the workspace: aligned copies of unaligned operands, and
 // partial sums.
 class GemmCall {
  public:
   GemmCall(Backend backend, const GemmParams& p, const Tensor& like, Workspace& workspace);
-  // After workspace.allocate(): calls the launcher that Params names.
-  template <class Params>
-  void run() {
-    place();
-    launch(backend_, Params{params}, like_);
-  }
+  // After workspace.allocate().
+  void run();
 
   GemmParams params;
 
  private:
-  void place();
   void pad(Matrix& m, int64_t offset);
 
   Backend backend_;
@@ -63,47 +52,10 @@ class GemmCall {
 };
 
 // A GEMM of the operands in p. Selects the kernel, unless p.choice has one.
-template <class Params>
-void run_gemm(Backend backend, GemmParams p, const Tensor& like) {
-  if (p.a.rows == 0 || p.b.rows == 0) return;
-  if (!p.choice.kernel) p.choice = select_kernel<Params>(backend, p, like);
-  Workspace workspace;
-  GemmCall call(backend, p, like, workspace);
-  workspace.allocate(like);
-  call.run<Params>();
-}
+void run_gemm(Backend backend, GemmParams p, const Tensor& like);
 
 // A Linear: quantises x into the workspace, as q.out says, and multiplies it by the weight, which is p.b. Fills in p.a
 // and its scales.
-template <class Params>
-void quantize_and_multiply(Backend backend, QuantizeParams q, GemmParams p, const Tensor& x) {
-  if (q.x.rows == 0 || p.b.rows == 0) return;
-  Workspace workspace;
-  const int64_t rows = q.x.rows, groups = ceil_div(q.out.columns, q.out.group);
-  q.out.q_stride = round_up(q.out.columns, 16);
-  q.out.scale_stride = round_up(rows, 4);
-  const bool dynamic = !q.out.static_scale;
-  const int64_t q_offset = workspace.reserve(rows * q.out.q_stride),
-                scale_offset = dynamic ? workspace.reserve(groups * q.out.scale_stride * 4) : 0,
-                zero_point_offset = dynamic && !q.out.symmetric ? workspace.reserve(rows * 4) : 0;
-  p.a = {nullptr, q.out.dtype, rows, q.out.columns, q.out.q_stride};
-  p.choice = select_kernel<Params>(backend, p, x);
-  p.b_first = true;  // the quantisation begins when all that came before it has ended
-  GemmCall gemm(backend, p, x, workspace);
-  workspace.allocate(x);
-  q.out.q = workspace.at<void>(q_offset);
-  if (dynamic) q.out.scale = workspace.at<float>(scale_offset);
-  if (dynamic && !q.out.symmetric) q.out.zero_point = workspace.at<int32_t>(zero_point_offset);
-
-  gemm.params.a.data = q.out.q;
-  if (gemm.params.blocks.b) {
-    gemm.params.blocks.a = q.out.scale;
-    gemm.params.blocks.a_stride = q.out.scale_stride;
-  } else {
-    undo_quantization(gemm.params.epilogue, q.out);
-  }
-  launch(backend, q, x, quantize_cpu);
-  gemm.run<Params>();
-}
+void quantize_and_multiply(Backend backend, QuantizeParams q, GemmParams p, const Tensor& x);
 
 }  // namespace forwardpass

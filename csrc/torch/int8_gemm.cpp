@@ -1,5 +1,3 @@
-#include "params/int8_gemm.h"
-
 #include "torch/epilogue.h"
 #include "torch/gemm.h"
 #include "torch/int8_operands.h"
@@ -16,6 +14,7 @@ Tensor int8_gemm(Backend backend, const Tensor& a, const Tensor& b, const Tensor
                  const OptionalTensor& out_scale, const OptionalTensor& a_zero_point, const OptionalTensor& b_sum) {
   const char* op = "int8_gemm";
   GemmParams p{};
+  p.kind = GemmKind::int8;
   p.a = operand(a, Dtype::i8, a, op, "a");
   p.b = b_operand(b, Dtype::i8, p.a.columns, a, op, "b");
   check_int8_depth(p.a.columns, a_zero_point.has_value(), op);
@@ -33,7 +32,7 @@ Tensor int8_gemm(Backend backend, const Tensor& a, const Tensor& b, const Tensor
                                         .b_sum = b_sum},
                                        a, op);
   if (backend != Backend::cpu) {
-    run_gemm<Int8GemmParams>(backend, p, a);
+    run_gemm(backend, p, a);
   } else if (out.numel()) {
     int8_gemm_cpu(a, p.a, p.b, p.epilogue, nullptr);
   }

@@ -1,5 +1,3 @@
-#include "params/int8_grouped_gemm.h"
-
 #include "torch/epilogue.h"
 #include "torch/experts.h"
 #include "torch/gemm.h"
@@ -14,6 +12,7 @@ Tensor int8_grouped_gemm(Backend backend, const Tensor& a, const Tensor& b, cons
                          const OptionalTensor& b_sum) {
   const char* op = "int8_grouped_gemm";
   GemmParams p{};
+  p.kind = GemmKind::int8;
   p.a = operand(a, Dtype::i8, a, op, "a");
   p.b = expert_weight(b, Dtype::i8, p.a, a, op, "b");
   p.groups = groups(a, b, offs, op);
@@ -31,7 +30,7 @@ Tensor int8_grouped_gemm(Backend backend, const Tensor& a, const Tensor& b, cons
       one_or_each<int32_t>(a_zero_point, p.a.rows, ScalarType::Int, a, e.zero_point_per_row, op, "a_zero_point");
   take_experts(e, p.b.rows, b_scale, bias, b_sum, a, op);
   if (backend != Backend::cpu) {
-    run_gemm<Int8GroupedGemmParams>(backend, p, a);
+    run_gemm(backend, p, a);
     return out;
   }
   if (out.numel()) int8_grouped_gemm_cpu(a, p);

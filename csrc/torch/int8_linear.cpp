@@ -1,4 +1,3 @@
-#include "params/int8_gemm.h"
 #include "torch/epilogue.h"
 #include "torch/gemm.h"
 #include "torch/int8_operands.h"
@@ -15,6 +14,7 @@ Tensor int8_linear(Backend backend, const Tensor& x, const Tensor& weight, const
   QuantizeParams q{};
   q.x = matrix(x, op, "x");
   GemmParams p{};
+  p.kind = GemmKind::int8;
   p.b = b_operand(weight, Dtype::i8, q.x.columns, x, op, "weight");
   STD_TORCH_CHECK(is_float(q.x.dtype), op, ": x must be float32, float16 or bfloat16");
   STD_TORCH_CHECK(w_sum.has_value() == !symmetric, op, ": w_sum goes with symmetric=False, and only with it");
@@ -34,7 +34,7 @@ Tensor int8_linear(Backend backend, const Tensor& x, const Tensor& weight, const
   p.epilogue.b_sum = ints(w_sum, p.b.rows, x, op, "w_sum");
   q.out = quantized_options(q.x.columns, x_options, x, op);
   if (backend != Backend::cpu) {  // what passes between the two kernels is in one workspace
-    quantize_and_multiply<Int8GemmParams>(backend, q, p, x);
+    quantize_and_multiply(backend, q, p, x);
     return out;
   }
 

@@ -1,6 +1,5 @@
-#include "params/w8a16_gemm.h"
-
 #include "cpu/w8a16_gemm.h"
+
 #include "torch/epilogue.h"
 #include "torch/gemm.h"
 #include "torch/torch_ops.h"
@@ -11,6 +10,7 @@ Tensor w8a16_gemm(Backend backend, const Tensor& x, const Tensor& w, const Tenso
                   const std::optional<std::string>& activation) {
   const char* op = "w8a16_gemm";
   GemmParams p{};
+  p.kind = GemmKind::w8a16;
   p.a = matrix(x, op, "x");
   STD_TORCH_CHECK(is_float(p.a.dtype), op, ": x must be float16, bfloat16 or float32");
   STD_TORCH_CHECK(backend == Backend::cpu || p.a.dtype != Dtype::f32, op, ": on a GPU x must be float16 or bfloat16");
@@ -28,7 +28,7 @@ Tensor w8a16_gemm(Backend backend, const Tensor& x, const Tensor& w, const Tenso
   Tensor out;
   std::tie(out, p.epilogue) = epilogue(sizes, p.a.rows, out_options, x, op);
   if (backend != Backend::cpu) {
-    run_gemm<W8a16GemmParams>(backend, p, x);
+    run_gemm(backend, p, x);
   } else if (out.numel()) {
     w8a16_gemm_cpu(x, p.a, p.b, p.blocks.b, p.epilogue);
   }

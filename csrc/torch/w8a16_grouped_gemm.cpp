@@ -1,5 +1,3 @@
-#include "params/w8a16_grouped_gemm.h"
-
 #include "cpu/w8a16_gemm.h"
 #include "torch/epilogue.h"
 #include "torch/experts.h"
@@ -12,6 +10,7 @@ Tensor w8a16_grouped_gemm(Backend backend, const Tensor& x, const Tensor& w, con
                           const OptionalTensor& bias, const std::optional<std::string>& activation) {
   const char* op = "w8a16_grouped_gemm";
   GemmParams p{};
+  p.kind = GemmKind::w8a16;
   p.a = matrix(x, op, "x");
   STD_TORCH_CHECK(is_float(p.a.dtype), op, ": x must be float16, bfloat16 or float32");
   STD_TORCH_CHECK(backend == Backend::cpu || p.a.dtype != Dtype::f32, op, ": on a GPU x must be float16 or bfloat16");
@@ -31,7 +30,7 @@ Tensor w8a16_grouped_gemm(Backend backend, const Tensor& x, const Tensor& w, con
     p.blocks.b = floats(w_scale, p.b.rows * ceil_div(p.b.columns, kScaleBlock), x, op, "w_scale");
   }
   if (backend != Backend::cpu) {
-    run_gemm<W8a16GroupedGemmParams>(backend, p, x);
+    run_gemm(backend, p, x);
     return out;
   }
   if (out.numel()) w8a16_grouped_gemm_cpu(x, p);

@@ -14,6 +14,23 @@ inline void each_lane(Mask mask, F f) {
   }
 }
 
+// d[k] = f(k), for an f that is large: it is compiled once, as parts of a warp compute every lane and keep their own. A
+// lane has `each` values in a row, kMost at most.
+template <int kMost = 1, class D, class F>
+inline void keep_lanes(Mask mask, D* d, F f, int each = kMost) {
+  alignas(32) D every[kMost * kLanes];
+  D* const to = mask == kAllLanes ? d : every;
+  for (int done = 0; done < each * kLanes; done += kLanes) {
+#pragma GCC ivdep
+    for (int k = done; k < done + kLanes; ++k) to[k] = f(k);
+  }
+  if (to == d) return;
+  for (Mask rest = mask; rest; rest &= rest - 1) {
+    const int first = each * __builtin_ctz(rest);
+    for (int k = first; k < first + each; ++k) d[k] = every[k];
+  }
+}
+
 // d = f(a, b, ...) by lane, on registers of the C++ types D and S; operand 0 is the destination.
 template <class D, class S, class F>
 inline Step map(Warp& w, const Instruction& i, Mask mask, F f) {

@@ -58,6 +58,7 @@ struct Warp {
   std::deque<Time> copy_groups, bulk_groups, bulk_read_groups;
   size_t matrix_issued = 0;
   std::deque<size_t> matrix_groups;  // operations before the end of each
+  Time multiplied = 0;               // when its last mma was issued
   uint64_t cluster_phases = 0;       // of the cluster's barrier that it has arrived at
   uint32_t span_name = 0;
   Time span_begin = kNever, span_end = 0;
@@ -176,6 +177,7 @@ class Replay {
   }
   void set_results(Warp&, const Op&, Time ready, Wait why);
   Time pipe_free(const Warp&) const;
+  Warp* next_at_tensor_core(Multiprocessor::Scheduler&, Warp* chosen, Time now) const;
   void take_turn(Multiprocessor&, int scheduler, Time now);
   void issue(Warp&, Time now);
   void memory(Warp&, const Op&, const TraceEvent&, Time now);

@@ -322,3 +322,23 @@ def test_rows_of_later_architectures(pattern, sources, model):
         assert np.array_equal(made.view(expected.dtype).view(np.uint8), expected.view(np.uint8)), op
         with pytest.raises(gpuless.Finding, match="needs sm_100 or higher"):
             run(body, inputs, {"d": np.dtype(DTYPES[type])})
+
+
+@pytest.mark.parametrize(
+    "instruction",
+    ["add.f16 {h}, {h}, {h}", "fma.rn.f16x2 %d, %d, %d, %d", "max.bf16x2 %d, %d, %c", "cvt.rni.s32.f32 %d, %d",
+     "cvt.f32.f16 %d, {h}", "cvt.u32.s32 %d, %c"],
+)  # fmt: skip
+def test_lanes_that_are_off_keep_what_they_had(instruction):
+    """Of an instruction that computes every lane: what it writes may be what it reads."""
+    a, c, on = sample(["b32", "b32", "pred"], np.random.default_rng(5))
+    assert 0 < on.sum() < on.size
+    into, out_of = "cvt.u16.u32 %half, %d;", "cvt.u32.u16 %d, %half;" * instruction.startswith("add")
+    text = instruction.format(h="%half")
+
+    def result(guard):
+        body = f".reg .b16 %half; mov.b32 %d, %a; {into} {guard} {text}; {out_of}"
+        return run(body, dict(a=a, c=c, on=on), dict(d=np.dtype(np.uint32)))["d"]
+
+    kept = a & 0xFFFF if out_of else a
+    assert np.array_equal(result("@%on"), np.where(on, result(""), kept))

@@ -208,6 +208,19 @@ def test_mma(arch, latency, interval):
     assert each(chains, 4, 16, before=ZEROS, arch=arch, block=128) == pytest.approx(10 * interval, rel=0.01)
 
 
+def test_warps_take_turns_at_a_tensor_core(tmp_path):
+    """Of eight warps two share each: none is done before the others are."""
+    products = "".join(MMA.format(*range(k % 10 * 4, k % 10 * 4 + 4)) for k in range(40))
+    device = recorded(ZEROS + products, arch="sm_80", block=256)
+    device.timeline().save_trace(tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    ends = {}
+    for e in events:
+        if e["ph"] == "X" and e["tid"] >= 2:
+            ends[e["tid"]] = max(ends.get(e["tid"], 0.0), e["ts"] + e["dur"])
+    assert len(ends) == 8 and max(ends.values()) - min(ends.values()) < 20 / 1410  # us
+
+
 def wgmma(n, repeats, of=1, a_in_registers=False):
     """So many groups of `of` products of one warpgroup, each waited for."""
     strides = 128 >> 4 << 16 | 256 >> 4 << 32

@@ -16,7 +16,7 @@ from forwardpass.common import environment
 def examined():
     result = run("doctor", "--json")
     found = json.loads(result.stdout)
-    assert result.exit_code == 0, found["problems"]
+    assert (result.exit_code, found["problems"]) == (0, [])
     return found
 
 

@@ -3,12 +3,12 @@
 import contextlib
 import importlib
 import logging
-import subprocess
 import sys
 import threading
 
 import pytest
 import torch
+from processes import fork
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import forwardpass as fp
@@ -100,8 +100,8 @@ import torch, forwardpass as fp
 for n in (8, 8, 9):
     fp.ops.quantize(torch.ones(2, n), torch.int8)
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                         env={"FORWARDPASS_LOG": "dispatch", "PATH": "", "PYTHONPATH": ":".join(sys.path)})  # fmt: skip
+    run = fork.run(code, env={"FORWARDPASS_LOG": "dispatch", "PATH": "", "PYTHONPATH": ":".join(sys.path)})
+    assert run.returncode == 0, run.stderr
     lines = [line for line in run.stderr.splitlines() if "forwardpass.dispatch" in line]
     assert len(lines) == 2
     assert lines[0].endswith("-> cpu")

@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from processes import fork
 from torch import nn
 
 import forwardpass as fp
@@ -353,13 +354,8 @@ def test_in_bfloat16():
 
 
 def test_importing_forwardpass_does_not_import_keras():
-    import subprocess
-    import sys
-
     code = (
         "import sys, torch, forwardpass as fp; fp.swap(torch.nn.Sequential(torch.nn.Linear(64, 64)).eval(), 'int8'); "
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code + "print('keras' in sys.modules)"], capture_output=True, text=True
-    )
-    assert done.stdout == "False\n"
+    done = fork.run(code + "print('keras' in sys.modules)")
+    assert done.stdout == "False\n", done.stderr

@@ -32,17 +32,17 @@ BUDGETS = {"compiled instances": 300, "compile time, core seconds": 900, "wheel,
 SHIPPED = ("80", "89", "90", "120")  # of portable files; a file of one architecture is built for that one
 COMPILE_ONLY = ("100a",)  # runs the portable files' PTX: the assembler has to accept it without a message
 # but for mma.sync of fp8 where it is emulated, on 9.0 and 10.0, which takes more registers than there are: it runs, and spills
-EMULATED = {"fp8_gemm_sm89.cu": ("100a",), "fp8_grouped_gemm_sm89.cu": ("100a",)}
+EMULATED = {"table_fp8_sm89.cu": ("100a",)}
 
 # What the main loop of a kernel has to contain, by the kernel's name and architecture: patterns of opcodes, each of them. The
 # first entry that matches counts; a kernel that matches none is bound by memory and needs none.
 TENSOR_CORE = [
-    (r"gemm_mma_kernel<MmaConfig<(Grouped<)?Int8\b", r"", ["IMMA"]),
-    (r"gemm_mma_kernel<MmaConfig<(Grouped<)?E4m3", r"", ["QMMA"]),
-    (r"gemm_wgmma_kernel<WgmmaConfig<(Grouped<)?Int8\b", r"", ["IGMMA"]),
-    (r"gemm_wgmma_kernel<WgmmaConfig<(Grouped<)?E4m3", r"", ["QGMMA"]),
+    (r"gemm_mma_kernel<MmaConfig<Int8\b", r"", ["IMMA"]),
+    (r"gemm_mma_kernel<MmaConfig<E4m3", r"", ["QMMA"]),
+    (r"gemm_mma_kernel<MmaConfig<W8a16\b", r"", ["HMMA"]),
+    (r"gemm_wgmma_kernel<WgmmaConfig<Int8\b", r"", ["IGMMA"]),
+    (r"gemm_wgmma_kernel<WgmmaConfig<E4m3", r"", ["QGMMA"]),
     (r"gemm_wgmma_kernel<WgmmaConfig<Upconverted", r"", ["HGMMA"]),
-    (r"gemm_mma_kernel<W8a16Config\b", r"", ["HMMA"]),
     (r"gemv_kernel<i8>", r"", ["IMMA"]),
     (r"gemv_kernel", r"", ["HMMA"]),
     (r"attention_8bit", r"", ["IG?MMA", "[QH]G?MMA"]),

@@ -41,16 +41,16 @@ class Loop:
 
 # The bars are of the tiles that large products take; smaller ones have less to reuse.
 LOOPS = [
-    Loop(r"gemm_mma_kernel<MmaConfig<(Grouped<)?Int8>?, MmaTile\{m=128, n=128\b", r"sm_80$", 450, SM80),
-    Loop(r"gemm_mma_kernel<MmaConfig<(Grouped<)?Int8>?, MmaTile\{m=128, n=128\b", r"sm_89$", 450, SM89),
-    Loop(r"gemm_mma_kernel<MmaConfig<(Grouped<)?Int8>?, MmaTile\{m=128, n=128\b", r"", 450, None),
+    Loop(r"gemm_mma_kernel<MmaConfig<Int8, MmaTile\{m=128, n=128\b", r"sm_80$", 450, SM80),
+    Loop(r"gemm_mma_kernel<MmaConfig<Int8, MmaTile\{m=128, n=128\b", r"sm_89$", 450, SM89),
+    Loop(r"gemm_mma_kernel<MmaConfig<Int8, MmaTile\{m=128, n=128\b", r"", 450, None),
     Loop(r"gemm_mma_kernel<MmaConfig<E4m3, MmaTile\{m=128, n=128\b", r"", 700, None),
-    Loop(r"gemm_mma_kernel<MmaConfig<(Grouped<)?Int8\b", r"sm_80$", None, SM80),
-    Loop(r"gemm_mma_kernel<MmaConfig<(Grouped<)?Int8\b", r"sm_89$", None, SM89),
-    Loop(r"gemm_wgmma_kernel<WgmmaConfig<(Grouped<)?Int8>?, WgmmaTile\{m=128, n=256\b", r"", 120, COOPERATIVE),
-    Loop(r"gemm_wgmma_kernel<WgmmaConfig<(Grouped<)?Int8>?, WgmmaTile\{m=128, n=128\b", r"", None, PING_PONG),
-    Loop(r"gemm_wgmma_kernel<WgmmaConfig<(Grouped<)?E4m3>?, WgmmaTile\{m=128, n=256\b", r"", 420, BLOCKS_WIDE),
-    Loop(r"gemm_wgmma_kernel<WgmmaConfig<(Grouped<)?E4m3>?, WgmmaTile\{m=128, n=128\b", r"", None, BLOCKS),
+    Loop(r"gemm_mma_kernel<MmaConfig<Int8\b", r"sm_80$", None, SM80),
+    Loop(r"gemm_mma_kernel<MmaConfig<Int8\b", r"sm_89$", None, SM89),
+    Loop(r"gemm_wgmma_kernel<WgmmaConfig<Int8, WgmmaTile\{m=128, n=256\b", r"", 120, COOPERATIVE),
+    Loop(r"gemm_wgmma_kernel<WgmmaConfig<Int8, WgmmaTile\{m=128, n=128\b", r"", None, PING_PONG),
+    Loop(r"gemm_wgmma_kernel<WgmmaConfig<E4m3OptionalBlocks, WgmmaTile\{m=128, n=256\b", r"", 420, BLOCKS_WIDE),
+    Loop(r"gemm_wgmma_kernel<WgmmaConfig<E4m3OptionalBlocks, WgmmaTile\{m=128, n=128\b", r"", None, BLOCKS),
     Loop(r"gemm_wgmma_kernel<WgmmaConfig<Upconverted<f16, false>, WgmmaTile\{m=128, n=256\b", r"", 350, None),
     Loop(r"gemm_wgmma_kernel<WgmmaConfig<Upconverted<f16, true>, WgmmaTile\{m=128, n=256\b", r"", 950, None),
     Loop(r"gemm_wgmma_kernel<WgmmaConfig<Upconverted<f16, true>, WgmmaTile\{m=128, n=128\b", r"", 800, None),
@@ -94,16 +94,14 @@ class Claims:
 
 def claims(name: str) -> Claims | None:
     tile = {field: int(value) for field, value in values(name).items() if value.isdecimal()}
-    if "MmaTile{" in name:
-        threads = 32 * tile["warps_m"] * tile["warps_n"]
-        return Claims(threads, tile["stages"], (tile["m"] + tile["n"]) * tile["stage_k"], tile["blocks_per_sm"])
     if "WgmmaTile{" in name:
-        b_size = 2 if "Upconverted" in name else 1
+        b_size = 2 if "Upconverted<" in name else 1
         threads = 3 * 128 if tile["m"] >= 128 else 4 * 128  # few rows leave registers to another kernel
         return Claims(threads, tile["stages"], (tile["m"] + tile["n"] * b_size) * tile["stage_k"], 1)
-    if "W8a16Tile{" in name:
-        warps = tile["n"] // 32 * max(1, tile["m"] // 64)
-        return Claims(32 * warps, tile["stages"], (2 * tile["m"] + tile["n"]) * 128, tile["blocks_per_sm"])
+    if "MmaTile{" in name:
+        threads, a_size = 32 * tile["warps_m"] * tile["warps_n"], 2 if "<W8a16," in name else 1
+        stage = (tile["m"] * a_size + tile["n"]) * tile["stage_k"]
+        return Claims(threads, tile["stages"], stage, tile["blocks_per_sm"])
     return None
 
 

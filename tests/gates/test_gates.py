@@ -18,7 +18,7 @@ import cubin
 import gates
 import gemm_gates
 import sass
-from rotation import in_parts
+from rotation import in_parts, in_turn
 
 import forwardpass
 
@@ -28,10 +28,13 @@ ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_90a", "sm_120")
 HEAD_DIM_128 = (
     "AttentionInstance{dtype=f16, head_dim=128, value_dim=128, modified=false, paged=false}, WgmmaAttentionTile{"
 )
-MMA_128 = "MmaConfig<Int8, MmaTile{m=128, n=128, warps_m=2, warps_n=2, stage_k=64, stages=3, blocks_per_sm=2}>"
+MMA_128 = ("MmaConfig<Int8, MmaTile{m=128, n=128, warps_m=2, warps_n=2, stage_k=64, stages=3, blocks_per_sm=2, experts=0}, "
+           "OneTile, MmaMainloop, FragmentEpilogue>")  # fmt: skip
 MMA_64 = MMA_128.replace("m=128, n", "m=64, n")
-WGMMA_128 = "WgmmaConfig<Int8, WgmmaTile{m=128, n=128, stages=6, stage_k=128}, ExactMainloop>"
-W8A16_16 = "W8a16Config<W8a16, W8a16Tile{m=16, n=128, stages=3, blocks_per_sm=1}>"
+WGMMA_128 = ("WgmmaConfig<Int8, WgmmaTile{m=128, n=128, stages=6, stage_k=128, experts=0}, ClusterTiles, ExactMainloop, "
+             "FragmentEpilogue>")  # fmt: skip
+W8A16_16 = ("MmaConfig<W8a16, MmaTile{m=16, n=128, warps_m=1, warps_n=4, stage_k=128, stages=3, blocks_per_sm=1, experts=0}, "
+            "OneTile, UpconvertingMmaMainloop, TransposedEpilogue>")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +122,7 @@ def test_the_built_kernels_pass(kernels, arch):
 
 
 #: (elements that must have grouped GEMMs in an architecture's code, the least number of tiles that they share with GEMMs)
-GROUPED = {"sm_80": ({"Int8"}, 4), "sm_89": ({"E4m3Blocks"}, 2), "sm_90": (set(), 0), "sm_90a": ({"Int8", "E4m3"}, 6),
+GROUPED = {"sm_80": ({"Int8"}, 4), "sm_89": ({"E4m3Blocks"}, 2), "sm_90": (set(), 0), "sm_90a": ({"Int8", "E4m3Blocks"}, 6),
            "sm_120": (set(), 2)}  # fmt: skip
 
 
@@ -128,9 +131,10 @@ def test_main_loops_of_experts_are_those_of_one_product(kernels, arch):
     """Issued instructions, of each tile that both have, at most 3 % more."""
     issued = {False: {}, True: {}}
     for k in (k for k in kernels if k.arch == arch):
-        if tile := re.match(r"gemm_(\w+)_kernel<\w+<(Grouped<)?(\w+)>?, \w+\{m=(\d+), n=(\d+),", k.name):
-            kind, grouped, *rest = tile.groups()
-            issued[grouped is not None][(kind, *rest)] = gemm_gates.counted(k)[0]
+        if tile := re.match(r"gemm_(\w+)_kernel<\w+<(\w+), \w+\{m=(\d+), n=(\d+),", k.name):
+            kind, element, *rest = tile.groups()
+            tile = (kind, element.replace("Optional", ""), *rest)
+            issued["Grouped" in k.name][tile] = gemm_gates.counted(k)[0]
     elements, shared = GROUPED[arch]
     assert {element for _, element, *_ in issued[True]} >= elements
     both = issued[True].keys() & issued[False].keys()
@@ -345,8 +349,8 @@ def test_8_9_runs_the_code_for_8_0_that_fits(kernels):
     elsewhere = {(k.source.removeprefix("csrc/kernels/"), k.arch) for k in gates.elsewhere(kernels)}
     shared = "attention/table_sm80.cu", "attention_decode/attention_decode_sm80.cu"
     assert {(source, "sm_89") for source in shared} <= elsewhere
-    folders = {source.partition("/")[0] for source, _ in elsewhere}
-    assert not folders & {"quantize", "w8a16_gemm", "fp8_gemm"}
+    own = "quantize/quantize_sm80.cu", "gemm/table_w8a16_sm80.cu", "gemm/table_fp8_sm89.cu"
+    assert not {source for source, _ in elsewhere} & set(own)
     tiles = [k.name for k in gates.elsewhere(kernels) if "head_dim=128, value_dim=128, modified=false" in k.name]
     assert tiles and all("n=32" in tile for tile in tiles), (
         "of 64 keys, which an L40S does not hold, 8.0 alone has code"
@@ -394,14 +398,20 @@ def test_an_unknown_architecture_is_refused():
         cubin.limits("sm_75")
 
 
-def test_the_assembler_s_messages_stop_the_build(commands, tmp_path):
-    entry = commands[0]
-    output = tmp_path / "kernels.o"
-    assert gates.compile_again(entry, ["90a"], output, HERE / "gate_kernels_sm90a.cu") is None
-    serialised = tmp_path / "serialised_sm90a.cu"
-    serialised.write_text("#define SERIALISED\n" + (HERE / "gate_kernels_sm90a.cu").read_text())
-    assert "C7514" in gates.compile_again(entry, ["90a"], output, serialised)
-    assert "spilling_kernel" in gates.compile_again(entry, ["100a"], output, HERE / "gate_kernels_sm80.cu")
+@pytest.mark.parametrize(
+    ("source", "defined", "arch", "message"),
+    in_turn(
+        [
+            ("gate_kernels_sm90a.cu", "", "90a", None),
+            ("gate_kernels_sm90a.cu", "#define SERIALISED\n", "90a", "C7514"),
+            ("gate_kernels_sm80.cu", "", "100a", "spilling_kernel"),
+        ]
+    ),
+)
+def test_the_assembler_s_messages_stop_the_build(commands, tmp_path, source, defined, arch, message):
+    (copied := tmp_path / source).write_text(defined + (HERE / source).read_text())
+    said = gates.compile_again(commands[0], [arch], tmp_path / "kernels.o", copied)
+    assert said is None if message is None else message in said
 
 
 def test_the_assembler_s_messages_in_a_log_of_the_build(commands, monkeypatch, tmp_path):

@@ -124,22 +124,21 @@ def test_what_racecheck_finds_is_to_be_read(run, tmp_path, capsys):
 
 
 def test_every_part_selects_a_test(monkeypatch, tmp_path, capsys):
-    """The dry run of what needs a GPU: each of its selections is collected."""
+    """The dry run of what needs a GPU: each of its selections is collected, by one process. One that selects nothing fails."""
+    nothing = part("of none", "", selection=gpu.Selection(["tests/gpu/test_gpu.py"], "gpu", "no_such_operation"))
+    real = [*gpu.parity(tmp_path), *gpu.sanitizer(tmp_path)]
+    monkeypatch.setattr(gpu, "STEPS", {"both": (lambda out: [*real, nothing], False)})
     monkeypatch.setattr(gpu, "about", lambda: {"gpu": None, "torch": "2"})
     monkeypatch.setattr(gpu, "BUILD", tmp_path / "build")
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "parity", "sanitizer", "--dry-run", "--out", str(tmp_path)])
-    gpu.main()
-    parts = json.loads((tmp_path / "summary.json").read_text())["steps"]
-    for step in ("parity", "sanitizer"):
-        assert {p["status"] for p in parts[step].values()} == {"passed"}, capsys.readouterr().out
-    assert {f"{op} {i}" for op in gpu.OPERATIONS for i in gpu.IMPLEMENTATIONS} < set(parts["parity"])
-
-
-def test_a_part_that_selects_no_test_fails_a_dry_run(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu, "ROOT", ROOT)
-    nothing = gpu.Selection(["tests/gpu/test_gpu.py"], "gpu", "no_such_operation")
-    assert run({"one": [part("of none", "", selection=nothing)]}, "--dry-run", "--out", str(tmp_path)) == 1
-    assert "of none: failed, 0 selected, it selects no test" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--dry-run", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        gpu.main()
+    said = capsys.readouterr().out
+    assert ended.value.code == 1 and "of none: failed, 0 selected, it selects no test" in said
+    parts = json.loads((tmp_path / "summary.json").read_text())["steps"]["both"]
+    assert {name for name, p in parts.items() if p["status"] != "passed"} == {"of none"}, said
+    assert len(parts) == len(real) + 1
+    assert {f"{op} {i}" for op in gpu.OPERATIONS for i in gpu.IMPLEMENTATIONS} < set(parts)
 
 
 def test_skips_and_unknown_steps(run, tmp_path, capsys):

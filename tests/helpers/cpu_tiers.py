@@ -120,7 +120,12 @@ def attention_decode(parts):
 GEMMS = (int8_gemm, w8a16_gemm, w8a16_grouped_gemm)
 ATTENTION = (attention, attention_decode)
 
-if __name__ == "__main__":
-    for name in sys.argv[2:]:
-        globals()[name](int(sys.argv[1]))
+
+def main(parts, *names):
+    for name in names:
+        globals()[name](int(parts))
     print(environment.cpu_tier())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

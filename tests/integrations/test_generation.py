@@ -1,16 +1,15 @@
 """Steps of decoding in models of transformers: what they read of which cache, with which operation."""
 
 import copy
+import itertools
 import os
-import pathlib
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
+from processes import fork
 from recorded_calls import recorded_calls
-from rotation import in_turn, paired
+from rotation import in_turn
 from small_models import ATTENTION, assert_same_objects, batch, build, objects
 
 import forwardpass as fp
@@ -170,7 +169,7 @@ def test_a_range_says_what_the_mask_does(rows, window):
     assert torch.equal(on_device, bounds)
 
 
-@pytest.mark.parametrize(("name", "kv_cache"), paired(("llama", "gemma2"), (None, "auto", "int8")))
+@pytest.mark.parametrize(("name", "kv_cache"), in_turn(itertools.product(("llama", "gemma2"), (None, "auto", "int8"))))
 @torch.inference_mode()
 def test_compiled_with_a_static_cache(name, kv_cache):
     """One graph a step, whose length is on the device."""
@@ -267,10 +266,7 @@ print(interpreter().arch)
 @pytest.mark.interpreted
 @pytest.mark.parametrize(("name", "arch"), in_turn([("llama", "sm_90a"), ("gpt_oss", "sm_80")]))
 def test_generate_batch_and_static_caches_interpreted(name, arch):
-    helpers = pathlib.Path(__file__).parents[1] / "helpers"
-    paths = os.pathsep.join([str(helpers), *sys.path])
-    environment = {**os.environ, "GPULESS_ARCH": arch, "PYTHONPATH": paths}
-    done = subprocess.run([sys.executable, "-c", _INTERPRETED, name], env=environment, capture_output=True, text=True)
+    done = fork.run(_INTERPRETED, name, env={**os.environ, "GPULESS_ARCH": arch})
     assert done.returncode == 0 and done.stdout.strip().endswith(arch), done.stderr
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from command_line import NO_MINILM, refused, run, small_bert
 from fake_hub import FakeHub
+from rotation import some_of
 from small_models import assert_same_objects, objects
 
 import forwardpass as fp
@@ -330,6 +331,8 @@ def test_records_that_are_refused(tmp_path, path, value, words):
 
 
 FEW = ("--batch", 1, "--length", 8)
+#: of the two folders that a command reads
+A_HALF = pytest.mark.parametrize("parts", [2, pytest.param(1, marks=pytest.mark.slow)])
 
 
 def json_of(*args):
@@ -338,7 +341,8 @@ def json_of(*args):
     return json.loads(result.stdout), " ".join(result.stderr.split())
 
 
-def test_commands_read_what_was_saved(tmp_path, texts):
+@A_HALF
+def test_commands_read_what_was_saved(tmp_path, texts, parts):
     """Every command that takes a model takes the folder of a SentenceTransformer, and the ones without a swap what was saved."""
     folder, saved = tmp_path / "model", tmp_path / "saved"
     model = adjusted(tmp_path / "bert")
@@ -368,14 +372,15 @@ def test_commands_read_what_was_saved(tmp_path, texts):
     assert described in printed and written["readout"] == described and written["agreement"]["samples"] == len(TEXTS)
     written, printed = json_of("plan", folder, "--max-error", 0.1, "--candidates", "int8", *options, *FEW)
     assert described in printed and written["evidence"]["readout"] == described
-    for name in (folder, saved):
+    for name in some_of((folder, saved), parts):
         written, printed = json_of("profile", name, "--text", texts, *FEW, "--batches", 1, "--rounds", 1)
         assert described in printed
         short = ("--slo-ms", 1000, "--rate", 1, "--max-batch", 2, "--seconds", 1, "--check", 0, "--length", 8)
         assert json_of("size-batch", name, *short)[0]["policy"] is not None
 
 
-def test_commands_read_a_cross_encoder(tmp_path, texts):
+@A_HALF
+def test_commands_read_a_cross_encoder(tmp_path, texts, parts):
     folder, saved = tmp_path / "model", tmp_path / "saved"
     sentence_transformers.CrossEncoder(str(classifier(tmp_path / "bert")), device="cpu").save_pretrained(str(folder))
     described = "scores of pairs of texts: of every 32 texts the first is the query"
@@ -390,7 +395,7 @@ def test_commands_read_a_cross_encoder(tmp_path, texts):
     )
     written, printed = json_of("plan", folder, "--max-error", 0.1, "--candidates", "int8", *options, *FEW)
     assert described in printed
-    for name in (folder, saved):
+    for name in some_of((folder, saved), parts):
         written, printed = json_of("profile", name, "--text", texts, *FEW, "--batches", 1, "--rounds", 1)
         assert described in printed
         short = ("--slo-ms", 1000, "--rate", 1, "--max-batch", 2, "--seconds", 1, "--check", 0, "--length", 8)

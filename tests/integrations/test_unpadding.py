@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+from rotation import in_turn
 from small_models import assert_same_objects, objects
 from torch import nn
 
@@ -228,20 +229,28 @@ def test_settings_of_a_config_and_of_a_model():
 
 
 @pytest.mark.filterwarnings("ignore")  # of tracing
-def test_what_is_compiled_exported_or_traced_stays_padded():
-    model, batch = build("bert"), ragged()
-    ours, _ = swapped(model)
-    expected = hidden(swapped(model, unpad=False)[0], batch)
+def compiled(model, batch):
     with torch.inference_mode():
-        compiled = torch.compile(ours, backend="eager", fullgraph=True)(**batch).last_hidden_state
-        exported = torch.export.export(ours, (), batch).module()(**batch).last_hidden_state
-    names = tuple(batch)
-    wrapped = Ordered(ours, names)
+        return torch.compile(model, backend="eager", fullgraph=True)(**batch).last_hidden_state
+
+
+def exported(model, batch):
+    with torch.inference_mode():
+        return torch.export.export(model, (), batch).module()(**batch).last_hidden_state
+
+
+def traced(model, batch):
+    values = tuple(batch.values())
     with torch.no_grad():
-        traced = torch.jit.trace(wrapped, tuple(batch[n] for n in names), check_trace=False)(*(batch[n] for n in names))
-    for got in (compiled, exported, traced):
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-        assert got[~batch["attention_mask"].bool()].any()
+        return torch.jit.trace(Ordered(model, tuple(batch)), values, check_trace=False)(*values)
+
+
+@pytest.mark.parametrize("graph", in_turn([compiled, exported, traced]))
+def test_what_is_compiled_exported_or_traced_stays_padded(graph):
+    model, batch = build("bert"), ragged()
+    got = graph(swapped(model)[0], batch)
+    torch.testing.assert_close(got, hidden(swapped(model, unpad=False)[0], batch), rtol=1e-4, atol=1e-4)
+    assert got[~batch["attention_mask"].bool()].any()
 
 
 class Ordered(nn.Module):

@@ -1,6 +1,6 @@
-// The list of experts that a block of a grouped GEMM makes (schedule/grouped_tile.cuh), written down: what every
+// The list of experts that a block of a grouped GEMM makes (schedule/expert_list.cuh), written down: what every
 // `step`th row of tiles is of, and what every `step`th row is. One block.
-#include "schedule/grouped_tile.cuh"
+#include "schedule/expert_list.cuh"
 
 using namespace forwardpass;
 

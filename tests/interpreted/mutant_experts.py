@@ -1,6 +1,8 @@
 """The kernels for experts in the mutation suite: permute_quantize's and unpermute's, which are one for all types, and instances of
 int8_grouped_gemm's."""
 
+import dataclasses
+import functools
 import itertools
 
 import torch
@@ -93,24 +95,32 @@ GATED = EpilogueCase(activation="silu_mul", out_dtype=BF16)
 ZERO_POINT = EpilogueCase(zero_point="row", b_scale="column")
 #: whose lines are mutated in the grouped instances; the others' are in those of one product
 FILES = (
-    "csrc/device/gemm_sm80.cuh",
-    "csrc/device/gemm_sm90a.cuh",
-    "csrc/device/grouped_output.cuh",
+    "csrc/kernels/gemm/mma.cuh",
+    "csrc/kernels/gemm/mma_mainloop.cuh",
+    "csrc/kernels/gemm/operand_copy.cuh",
+    "csrc/kernels/gemm/wgmma.cuh",
+    "csrc/kernels/gemm/wgmma_mainloops.cuh",
     "csrc/params/gemm.h",
+    "csrc/schedule/cluster_tiles.cuh",
+    "csrc/schedule/expert_list.cuh",
+    "csrc/schedule/grouped_output.cuh",
     "csrc/schedule/grouped_tile.cuh",
     "csrc/schedule/persistent.cuh",
 )
 
 
+@dataclasses.dataclass(frozen=True)
 class Falling(Grouped):
-    """The end of an expert in the middle is below the one before it, and so is the last one's."""
+    """The end of an expert is below the one before it: of the one in the middle and of the last, or of `at` and of all behind."""
 
+    at: int | None = None
     op = "int8_grouped_gemm"
 
     def arguments(self, device="cpu", seed=0):
         args = super().arguments(device, seed)
-        ends, middle = args[4], len(self.counts) // 2
-        ends[middle], ends[-1] = ends[middle - 1] - 3, 0
+        ends, at = args[4], len(self.counts) // 2 if self.at is None else self.at
+        ends[at] = ends[at - 1] - 3
+        ends[-1 if self.at is None else at + 1 :] = 0
         return args
 
 
@@ -133,6 +143,12 @@ def many(experts):
     return tuple((5 * e) % 4 * (e % 3) for e in range(experts))
 
 
+def of_a_lane(experts):
+    """Those that the list's thirteenth lane has, where they are many: each is in another place of a loop that is unrolled."""
+    share = -(-experts // 32)
+    return range(13 * share, 14 * share) if share > 3 else ()
+
+
 def grouped(m, *lists):
     """Of tiles of m rows, whose launches have as many for an expert on average as choose them: in both layouts, experts that lanes
     have none of, one and several (`lists`: how many experts), ends inside a tile and between two, tile after tile, rows of none."""
@@ -145,12 +161,18 @@ def grouped(m, *lists):
         case((m, 0, 1, m + 1, 2 * m, m - 1) + (0,) * (m // 4), 300, 260, HALF),
         case((m, 0, m // 2), 40, 1540, ZERO_POINT),
         case((m // 2, 0, 1), 33, 70, HALF),
+        case((m // 2, 0, 1), 33, 70, HALF, Falling),  # rows of no expert, whose last bytes are not 16
         case((m // 2, 0, 1), 96, 16, HALF),
         case((0,) * 60, 144, 64, HALF),
         Grouped((0, m, 0, m // 2, m - 1), 48, 700, GATED, room=m),
         Grouped((m, m - 1), 33, 70, EpilogueCase(out_dtype=torch.int8), room=m),
         Grouped((m // 2, m - 1, 0), 273, 70, EpilogueCase(), room=m),
         *(case(many(experts), 16, 64, HALF, of) for experts in lists for of in (Grouped, Falling, Beyond)),
+        *(
+            case(many(experts), 16, 64, HALF, functools.partial(Falling, at=at))
+            for experts in lists
+            for at in of_a_lane(experts)
+        ),
         *(of(many(experts), 16, 64, HALF, room=mean) for experts in lists for of in (Grouped, Beyond)),
     )
 
@@ -171,20 +193,24 @@ LISTS_MMA, LISTS_ALL = (32, 33, 75, 130), (32, 33, 75, 130, 300)
 
 
 def mma(m, cases):
-    return Instance(("sm_80",), f"Grouped<Int8>, MmaTile{{m={m}, n=128,", cases, multiprocessors=2, files=FILES)
+    return Instance(("sm_80",), f"Int8, MmaTile{{m={m}, n=128,", cases, multiprocessors=2, files=FILES)
 
 
 def wgmma(m, cases):
-    return Instance(("sm_90a",), f"Grouped<Int8>, WgmmaTile{{m={m}, n=128,", cases, multiprocessors=2, files=FILES)
+    return Instance(("sm_90a",), f"Int8, WgmmaTile{{m={m}, n=128,", cases, multiprocessors=2, files=FILES)
 
 
 INSTANCES = {
     "grouped_w8a16_16x128": Instance(
         ("sm_80",),
-        "Grouped<W8a16>, W8a16Tile{m=16,",
+        "W8a16, MmaTile{m=16,",
         UPCONVERTED,
         multiprocessors=2,
-        files=("csrc/device/w8a16_sm80.cuh", "csrc/device/gemm_sm80.cuh"),
+        files=(
+            "csrc/kernels/gemm/mma_upconverting.cuh",
+            "csrc/kernels/gemm/operand_copy.cuh",
+            "csrc/kernels/gemm/mma.cuh",
+        ),
     ),
     "permute_quantize": Instance(("sm_80",), "permute_quantize_kernel", PERMUTE),
     "unpermute": Instance(("sm_80",), "unpermute_kernel", UNPERMUTE),

@@ -19,7 +19,8 @@ from forwardpass.ops.w8a16_gemm import cases as w8a16_gemm
 #: are not, and every option of theirs is compared in test_kernels.py.
 EPILOGUE = (
     "csrc/device/activation.cuh",
-    "csrc/device/epilogue.cuh",
+    "csrc/device/epilogue/terms.cuh",
+    "csrc/device/epilogue/vector8.cuh",
     "csrc/device/vec.cuh",
     "python/forwardpass/ops/common/triton_activations.py",
     "python/forwardpass/ops/common/triton_epilogue.py",
@@ -132,7 +133,7 @@ CUDA = {
         clusters=1,
     ),
     "fp8_wgmma_128x128": Instance(
-        ("sm_90a",), "E4m3, WgmmaTile{m=128, n=128,",
+        ("sm_90a",), "E4m3OptionalBlocks, WgmmaTile{m=128, n=128,",
         (*wgmma(F8, 300, F8(100, 40, 3000, PLAIN), F8(101, 48, 1100, GATED), fp8_linear.Case((100,), 300, 500)),
          *wgmma(F8, 300, F8(100, 40, 1100, PLAIN, blocks=True), blocks=True),
          F8(200, 300, 330, PLAIN, blocks=True, quantized=True),
@@ -141,7 +142,7 @@ CUDA = {
         clusters=1,
     ),
     "fp8_wgmma_128x256": Instance(
-        ("sm_90a",), "E4m3, WgmmaTile{m=128, n=256,",
+        ("sm_90a",), "E4m3OptionalBlocks, WgmmaTile{m=128, n=256,",
         (F8(200, 50 * 256, 40, PLAIN), F8(200, 50 * 256, 40, HALF), F8(203, 50 * 256 - 3, 40, FP16),
          F8(200, 50 * 256, 40, GATED), F8(203, 50 * 256, 40, GATED_FP16), F8(200, 50 * 256, 40, GATED_FP32),
          F8(100, 100 * 256, 40, PLAIN, blocks=True), F8(200, 50 * 256, 40, BARE, blocks=True),
@@ -151,7 +152,7 @@ CUDA = {
         clusters=1, tiles=3,
     ),
     "fp8_wgmma_128x192": Instance(
-        ("sm_90a",), "E4m3, WgmmaTile{m=128, n=192,",
+        ("sm_90a",), "E4m3OptionalBlocks, WgmmaTile{m=128, n=192,",
         (F8(200, 66 * 192, 40, PLAIN), F8(200, 66 * 192, 40, HALF), F8(203, 66 * 192 - 3, 40, FP16),
          F8(200, 66 * 192, 40, GATED), F8(203, 66 * 192, 40, GATED_FP16), F8(200, 66 * 192, 40, GATED_FP32),
          F8(200, 66 * 192, 300, PLAIN, blocks=True), F8(200, 66 * 192, 40, BARE, blocks=True),
@@ -159,15 +160,15 @@ CUDA = {
         clusters=1, tiles=3,
     ),
     "fp8_wgmma_64x128": Instance(
-        ("sm_90a",), "E4m3, WgmmaTile{m=64, n=128,",
+        ("sm_90a",), "E4m3OptionalBlocks, WgmmaTile{m=64, n=128,",
         transposed(F8, 64, fp8_linear.Case((57,), 300, 500), *transposed(F8, 64, blocks=True)), clusters=1,
     ),
     "fp8_wgmma_16x128": Instance(
-        ("sm_90a",), "E4m3, WgmmaTile{m=16, n=128,",
+        ("sm_90a",), "E4m3OptionalBlocks, WgmmaTile{m=16, n=128,",
         transposed(F8, 16, fp8_linear.Case((9,), 300, 500), *transposed(F8, 16, blocks=True)), clusters=1,
     ),
     "w8a16_16x128": Instance(
-        ("sm_80", "sm_89"), "W8a16Config<W8a16, W8a16Tile{m=16,",
+        ("sm_80", "sm_89"), "W8a16, MmaTile{m=16,",
         tuple(W8((m,), n, k, dtype, w, scales, activation=activation)
               for dtype in (torch.float16, torch.bfloat16)
               for w in (torch.int8, E4M3)
@@ -175,7 +176,7 @@ CUDA = {
                                                   (9, 40, 1100, "block", None), (9, 300, 16, "tensor", None))),
     ),
     "w8a16_128x128": Instance(
-        ("sm_80",), "W8a16Config<W8a16, W8a16Tile{m=128,",
+        ("sm_80",), "W8a16, MmaTile{m=128,",
         tuple(W8((m,), n, k, dtype, w, scales, activation=activation)
               for dtype in (torch.float16, torch.bfloat16)
               for w in (torch.int8, E4M3)

@@ -3,12 +3,12 @@
 import importlib.util
 import re
 import shutil
-import subprocess
 import sys
 import threading
 
 import pytest
 import torch
+from processes import fork
 
 import forwardpass as fp
 from forwardpass import dispatch
@@ -52,7 +52,7 @@ def test_another_thread_is_not_interpreted():
 
 def python(code, **environment):
     environment = {"PATH": "", "PYTHONPATH": ":".join(sys.path), **environment}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    return fork.run(code, env=environment)
 
 
 def test_the_environment_interprets_every_thread():

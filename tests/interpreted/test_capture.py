@@ -6,10 +6,10 @@ import ctypes
 import dataclasses
 import shutil
 import subprocess
-import sys
 
 import pytest
 import torch
+from processes import fork
 
 import forwardpass as fp
 from forwardpass import dispatch
@@ -165,5 +165,5 @@ def test_what_a_first_launch_does_besides_is_allowed_in_a_capture(tmp_path):
         library = ctypes.CDLL({str(library)!r})
         print(library.launched_in(), library.forwardpass_capture_mode(0))
     """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = fork.run(script)
     assert done.stdout.split() == ["2", "0"], done.stderr

@@ -1,4 +1,4 @@
-"""The two epilogues of the GEMMs with fragments of accumulators: the direct one (fragment_epilogue.cuh), which makes outputs of
+"""The two epilogues of the GEMMs with fragments of accumulators: the direct one (fragment.cuh), which makes outputs of
 16 bits and those quantised in groups, and the general one, which makes the rest. They have the same bits, whatever the edge."""
 
 import itertools
@@ -22,7 +22,7 @@ LAUNCHES = (("int8_gemm", "sm_80"), ("int8_gemm", "sm_90a"), ("fp8_gemm", "sm_89
 ACTIVATIONS = (None, "relu", "gelu", "gelu_tanh", "silu", "silu_mul", "gelu_mul", "gelu_tanh_mul")
 #: rows, columns: whole tiles of each kernel, and the same less a few, which is not a multiple of 8 unless it has to be
 WHOLE, RAGGED, RAGGED_GATED = (256, 512), (251, 499), (251, 496)
-EPILOGUE = ("fragment_epilogue.cuh", "gemm_epilogue.cuh", "epilogue.cuh", "activation.cuh", "vec.cuh", "cuda_bf16.hpp")
+EPILOGUE = ("fragment.cuh", "staged.cuh", "terms.cuh", "vector8.cuh", "activation.cuh", "vec.cuh", "cuda_bf16.hpp")
 #: PTX instructions of a warp for 16 x 256 accumulators: 973, 1080 (chunks of 32 columns), 1064 and 966; the general epilogue has
 #: 2100 to 3101
 MOST = {"sm_80": 1050, "sm_89": 1150, "sm_90a": 1150}

@@ -73,8 +73,8 @@ INT8, FP8, W8A16 = "int8_grouped_gemm", "fp8_grouped_gemm", "w8a16_grouped_gemm"
 LIMITS = [
     # more tiles than 16 bits count, in tiles of 16 rows (there was none of 64 on Ada)
     Limit(FP8, "sm_89", 256, BEYOND_16_BITS + 1024, "MmaTileELi64ELi128E"),
-    Limit(W8A16, "sm_80", MOST_EXPERTS, BEYOND_16_BITS + 512, "W8a16TileELi16ELi128E"),
-    Limit(W8A16, "sm_80", MOST_EXPERTS, BEYOND_16_BITS + 512, "W8a16TileELi16ELi128E", room=True),
+    Limit(W8A16, "sm_80", MOST_EXPERTS, BEYOND_16_BITS + 512, "MmaTileELi16ELi128E"),
+    Limit(W8A16, "sm_80", MOST_EXPERTS, BEYOND_16_BITS + 512, "MmaTileELi16ELi128E", room=True),
     # as many rows as there may be, of every tile that they can have
     *(
         Limit(op, arch, experts, MOST_ROWS, tile, n)
@@ -87,8 +87,8 @@ LIMITS = [
             (FP8, "sm_89", MOST_EXPERTS, "MmaTileELi64ELi128E", N),
             (FP8, "sm_120", MOST_EXPERTS, "MmaTileELi64ELi128E", N),
             (FP8, "sm_90a", MOST_EXPERTS, "WgmmaTileELi128ELi128E", N),
-            (W8A16, "sm_80", 480, "W8a16TileELi64ELi128E", N),
-            (W8A16, "sm_80", MOST_EXPERTS, "W8a16TileELi16ELi128E", N),
+            (W8A16, "sm_80", 480, "MmaTileELi64ELi128E", N),
+            (W8A16, "sm_80", MOST_EXPERTS, "MmaTileELi16ELi128E", N),
         )
     ),
     *(

@@ -76,7 +76,7 @@ def test_as_many_experts_as_there_may_be(experts, tile, seed):
     """More than the list of the larger tile has room for take the smaller."""
     args = cases.Case((18, 17, 20, 13) * (experts // 4) + (1,) * (experts % 4), 16, 16).arguments(seed=seed)
     got, kernels = interpreted(args, "sm_80", seed)
-    assert any(f"W8a16TileELi{tile}E" in k.kernel for k in kernels)
+    assert any(f"MmaTileELi{tile}E" in k.kernel for k in kernels)
     cases.assert_matches(got, args)
 
 

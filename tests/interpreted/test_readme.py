@@ -2,10 +2,9 @@
 
 import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
+from processes import fork
 
 from forwardpass.dispatch.interpreted import KERNELS
 
@@ -17,5 +16,5 @@ def test_the_example():
     section = README.read_text().split("## Run its kernels without a GPU\n")[1].split("\n## ")[0]
     (code,) = re.findall(r"```python\n(.*?)```", section, re.S)
     (said,) = re.findall(r"# (cuda True)$", code, re.M)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = fork.run(code)
     assert done.stdout == f"{said}\n", done.stderr

@@ -72,7 +72,7 @@ def test_the_main_loop_has_no_bank_conflicts(x_dtype):
     for m in (16, 64, 128):
         case = w8a16_gemm.Case((m,), 128, 512, x_dtype=x_dtype)
         _, device = run("w8a16_gemm", case.arguments(), "sm_80")
-        (kernel,) = device.kernels("W8a16Config")
-        loads = [i for i in kernel.instructions if i.get("wavefronts") and not i["inner_file"].endswith("epilogue.cuh")]
+        (kernel,) = device.kernels("UpconvertingMmaMainloop")
+        loads = [i for i in kernel.instructions if i.get("wavefronts") and "/epilogue/" not in i["inner_file"]]
         assert {i["opcode"].split(".")[0] for i in loads} == {"ld", "cp"}
         assert sum(i["wavefronts"] for i in loads) == sum(i["ideal_wavefronts"] for i in loads)

@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+from rotation import A_QUARTER, some_of
 from torch import nn
 
 import forwardpass as fp
@@ -197,10 +198,11 @@ def test_threads(cls):
     assert not wrong
 
 
+@pytest.mark.parametrize("parts", A_QUARTER)
 @torch.inference_mode()
-def test_compiles_whole():
+def test_compiles_whole(parts):
     x = torch.randn(5, 33)
-    for layer in variants(linear(33, 9)):
+    for layer in some_of(variants(linear(33, 9)), parts):
         torch.compiler.reset()  # one forward for all of them, and more variants than torch keeps of a function
         assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
 

@@ -1,10 +1,8 @@
 """Int8Linear's packed weight is never stale. On the tier that keeps one, whatever this CPU has."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
+from processes import fork, two_threads
 
 import forwardpass  # noqa: F401  registers the ops
 
@@ -12,6 +10,7 @@ _NEVER_STALE = """
 import copy, io, multiprocessing, threading
 import torch, forwardpass as fp
 from forwardpass.nn import Int8Linear
+torch.set_num_threads(1)  # of OpenMP, so that there may be a fork
 
 g = torch.Generator().manual_seed(0)
 X = torch.randn(40, 200, generator=g)  # more rows than are multiplied without packing
@@ -76,7 +75,6 @@ m._packed = (None, None)                                                        
 assert results == [True] * 80
 queue = multiprocessing.get_context("fork").SimpleQueue()
 child = multiprocessing.get_context("fork").Process(target=lambda: queue.put(bool(torch.equal(m(X), expected))))
-torch.set_num_threads(1)
 child.start(); child.join(60)
 assert child.exitcode == 0 and queue.get()
 
@@ -94,6 +92,5 @@ print("right")
 
 @pytest.mark.skipif("avx2" not in torch.ops.forwardpass._cpu_tiers(), reason="no other tier keeps a packed weight")
 def test_packed_weight_is_never_stale():
-    environment = {"PATH": "", "PYTHONPATH": ":".join(sys.path), "FORWARDPASS_CPU": "avx2", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([sys.executable, "-c", _NEVER_STALE], capture_output=True, text=True, env=environment)
-    assert run.stdout == "right\n", run.stderr
+    done = fork.run(_NEVER_STALE, env=two_threads({"FORWARDPASS_CPU": "avx2"}))
+    assert done.stdout == "right\n", done.stderr

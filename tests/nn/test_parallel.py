@@ -7,6 +7,7 @@ import pytest
 import ranks
 import torch
 from ranks import SIZE
+from rotation import paired
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
@@ -97,8 +98,7 @@ def column_wise(kind, k, n, bias, dtype):
                 torch.testing.assert_close(y, expected, rtol=torch.finfo(dtype).eps * 4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("way", [row_wise, column_wise])
+@pytest.mark.parametrize(("way", "kind"), paired([row_wise, column_wise], KINDS))
 def test_two_processes_compute_what_one_does(processes, way, kind):
     sizes = [(512, 256)] if kind in ("w8a16_group", "fp8_block") else [(64, 48), (71, 51)]
     for k, n in sizes:

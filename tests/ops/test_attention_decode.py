@@ -4,13 +4,11 @@ alone."""
 import contextlib
 import dataclasses
 import functools
-import subprocess
-import sys
 
 import pytest
 import torch
 from every_backend import EVERY_BACKEND, in_triton, on_cuda, running
-from processes import two_threads
+from processes import fork, two_threads
 from rotation import in_parts, paired, whole
 
 import forwardpass as fp
@@ -557,7 +555,8 @@ with pytest.raises(RuntimeError, match="append_kv: FORWARDPASS_DEBUG=1 reads len
 
 def test_lengths_are_looked_at_where_that_is_asked_for():
     """On every backend, in every call, and nothing is written."""
-    subprocess.run([sys.executable, "-c", _DEBUG], check=True, env=two_threads({"FORWARDPASS_DEBUG": "1"}))
+    done = fork.run(_DEBUG, env=two_threads({"FORWARDPASS_DEBUG": "1"}))
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

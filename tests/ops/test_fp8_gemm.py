@@ -3,6 +3,7 @@
 import pytest
 import torch
 from rotation import in_parts, whole
+from triton_version import triton_version
 
 import forwardpass as fp
 from forwardpass import dispatch
@@ -310,6 +311,10 @@ def test_needs_a_gpu_that_multiplies_fp8(arch, code):
                 fp.ops.fp8_gemm(A, W, ONE, ONE, **GEMM)
 
 
+@pytest.mark.skipif(
+    triton_version() == "3.6",
+    reason="Triton 3.6 gives tcgen05.commit an offset in shared memory where the ISA has a generic address",
+)
 def test_of_a_b200_it_is_tritons(monkeypatch):
     """PTX for sm_90 runs there with FP8's mma.sync emulated; Triton compiles tcgen05."""
     with fp.interpret("sm_100a"):

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from every_backend import EVERY_BACKEND, running
-from processes import two_threads
+from processes import fork, two_threads
 from rotation import in_parts, in_turn, whole
 
 import forwardpass as fp
@@ -188,9 +188,7 @@ def test_tiers_that_the_cpu_may_lack_are_exact(tier, least, shapes, emulated_cpu
 
 @pytest.mark.parametrize("tier", in_turn(["sse", "AVX2", *sorted({"amx", "avx512_vnni"} - set(TIERS))]))
 def test_a_tier_that_is_not_there_is_refused(tier):
-    run = subprocess.run([sys.executable, "-c", "import forwardpass"], capture_output=True, text=True,
-                         env=two_threads({"FORWARDPASS_CPU": tier}))  # fmt: skip
-    *_, sentence = run.stderr.splitlines()
+    *_, sentence = fork.run("import forwardpass", env=two_threads({"FORWARDPASS_CPU": tier})).stderr.splitlines()
     assert sentence == (
         f"ValueError: FORWARDPASS_CPU is one of {', '.join(TIERS)} here, not {tier!r}: unset it for the last of them"
     )

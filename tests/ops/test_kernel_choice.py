@@ -1,94 +1,46 @@
 """Which kernel computes a GEMM, and in which tiles and parts of K: what the kernel library selects of those that it has."""
 
-import contextlib
 import ctypes
-import pathlib
 import shutil
 import subprocess
 
 import pytest
+from gemm_tables import INVALID_VALUE, LIBRARY, NO_KERNEL, SUCCESS, library, select
 
-import forwardpass as fp
-
-LIBRARY = pathlib.Path(fp.__file__).parent / "_kernels_interpreted.so"
 pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason="built without CUDA kernels, or without the interpreter")
 
 A100, L40S, H100, RTX5090 = (108, 80), (142, 89), (132, 90), (170, 120)  # multiprocessors, architecture
-SUCCESS, INVALID_VALUE, NO_KERNEL = 0, 1, 209  # of cudaError_t
-
-
-class Shape(ctypes.Structure):
-    _fields_ = [("m", ctypes.c_int64), ("n", ctypes.c_int64), ("k", ctypes.c_int64), ("group", ctypes.c_int32),
-                ("gated_blocks", ctypes.c_bool), ("experts", ctypes.c_int32)]  # fmt: skip
-
-
-class Device(ctypes.Structure):
-    _fields_ = [
-        ("sms", ctypes.c_int16),
-        ("index", ctypes.c_int16),
-        ("arch", ctypes.c_int16),
-        ("shared_kib", ctypes.c_int16),
-    ]
-
-
-class Kernel(ctypes.Structure):
-    """The first fields of a GemmKernel (csrc/kernels/gemm.h)."""
-
-    _fields_ = [
-        ("arch", ctypes.c_int32),
-        ("only", ctypes.c_bool),
-        ("tile_m", ctypes.c_int32),
-        ("tile_n", ctypes.c_int32),
-    ]
-
-
-class Choice(ctypes.Structure):
-    _fields_ = [("kernel", ctypes.POINTER(Kernel)), ("quantizes", ctypes.c_bool), ("splits", ctypes.c_int64),
-                ("split_k", ctypes.c_int64), ("cluster", ctypes.c_int32), ("blocks", ctypes.c_int32),
-                ("cluster_sums", ctypes.c_bool), ("arch", ctypes.c_int32)]  # fmt: skip
-
-
-def select(op, device, m, n, k, group=0, experts=1):
-    sms, arch = device
-    choice = Choice()
-    selector = getattr(ctypes.CDLL(str(LIBRARY)), f"forwardpass_select_{op}")
-    shape = Shape(m, n, k, group, False, experts)
-    with contextlib.ExitStack() as stack:
-        if arch == 90:  # how many clusters fit is asked of the device
-            stack.enter_context(fp.interpret("sm_90a", multiprocessors=sms))
-        error = selector(ctypes.byref(shape), ctypes.byref(Device(sms, 0, arch)), ctypes.byref(choice))
-    return error, choice
 
 
 @pytest.mark.parametrize(
-    ("op", "device", "shape", "arch", "tile", "splits", "cluster", "cluster_sums"),
+    ("kind", "device", "shape", "arch", "tile", "splits", "cluster", "cluster_sums"),
     [
-        ("int8_gemm", A100, (4, 4096, 4096), 80, (4, 16), 1, 0, False),
-        ("int8_gemm", A100, (5, 4096, 4096), 80, (16, 128), 3, 0, False),  # 32 tiles, of 108 multiprocessors
-        ("int8_gemm", A100, (64, 4096, 300), 80, (64, 128), 1, 0, False),  # of K there is too little to split
-        ("int8_gemm", A100, (4096, 4096, 4096), 80, (128, 128), 1, 0, False),
-        ("int8_gemm", H100, (1, 4096, 4096), 80, (4, 16), 1, 0, False),
-        ("int8_gemm", H100, (16, 1024, 1024), 90, (16, 128), 4, 1, True),
-        ("int8_gemm", H100, (4096, 4096, 4096), 90, (128, 256), 1, 2, False),
-        ("int8_gemm", H100, (512, 4096, 4096), 90, (128, 128), 1, 2, False),  # 128 tiles are one round, as 64 would be
-        ("fp8_gemm", H100, (4096, 2112, 7168), 90, (128, 192), 1, 2, False),  # three rounds, of 256 columns too
-        ("fp8_gemm", H100, (4096, 24576, 1536), 90, (128, 256), 1, 2, False),  # 47 rounds of 128 columns are fewer
-        ("int8_gemm", RTX5090, (4096, 4096, 4096), 80, (128, 128), 1, 0, False),
-        ("fp8_gemm", L40S, (64, 18176, 512), 89, (64, 128), 1, 0, False),
-        ("fp8_gemm", RTX5090, (100, 128, 128), 89, (128, 128), 1, 0, False),
+        ("int8", A100, (4, 4096, 4096), 80, (4, 16), 1, 0, False),
+        ("int8", A100, (5, 4096, 4096), 80, (16, 128), 3, 0, False),  # 32 tiles, of 108 multiprocessors
+        ("int8", A100, (64, 4096, 300), 80, (64, 128), 1, 0, False),  # of K there is too little to split
+        ("int8", A100, (4096, 4096, 4096), 80, (128, 128), 1, 0, False),
+        ("int8", H100, (1, 4096, 4096), 80, (4, 16), 1, 0, False),
+        ("int8", H100, (16, 1024, 1024), 90, (16, 128), 4, 1, True),
+        ("int8", H100, (4096, 4096, 4096), 90, (128, 256), 1, 2, False),
+        ("int8", H100, (512, 4096, 4096), 90, (128, 128), 1, 2, False),  # 128 tiles are one round, as 64 would be
+        ("fp8", H100, (4096, 2112, 7168), 90, (128, 192), 1, 2, False),  # three rounds, of 256 columns too
+        ("fp8", H100, (4096, 24576, 1536), 90, (128, 256), 1, 2, False),  # 47 rounds of 128 columns are fewer
+        ("int8", RTX5090, (4096, 4096, 4096), 80, (128, 128), 1, 0, False),
+        ("fp8", L40S, (64, 18176, 512), 89, (64, 128), 1, 0, False),
+        ("fp8", RTX5090, (100, 128, 128), 89, (128, 128), 1, 0, False),
         # four tiles beside each other: two clusters
-        ("w8a16_gemm", H100, (64, 512, 4096), 90, (64, 128), 16, 2, False),
-        ("w8a16_gemm", H100, (64, 384, 4096), 90, (64, 128), 16, 1, False),  # three
+        ("w8a16", H100, (64, 512, 4096), 90, (64, 128), 16, 2, False),
+        ("w8a16", H100, (64, 384, 4096), 90, (64, 128), 16, 1, False),  # three
         # too many splits for clusters that share x too
-        ("w8a16_gemm", H100, (64, 2048, 4096), 90, (64, 128), 8, 1, True),
-        ("w8a16_gemm", H100, (512, 4096, 4096), 90, (128, 128), 1, 2, False),  # 128 tiles are one round, as 64 would be
-        ("w8a16_gemm", H100, (2048, 4096, 4096), 90, (256, 128), 1, 2, False),
+        ("w8a16", H100, (64, 2048, 4096), 90, (64, 128), 8, 1, True),
+        ("w8a16", H100, (512, 4096, 4096), 90, (128, 128), 1, 2, False),  # 128 tiles are one round, as 64 would be
+        ("w8a16", H100, (2048, 4096, 4096), 90, (256, 128), 1, 2, False),
         # three rounds, not two of twice the rows
-        ("w8a16_gemm", H100, (1280, 4096, 4096), 90, (128, 128), 1, 2, False),
+        ("w8a16", H100, (1280, 4096, 4096), 90, (128, 128), 1, 2, False),
     ],
 )
-def test_by_hand(op, device, shape, arch, tile, splits, cluster, cluster_sums):
-    error, choice = select(op, device, *shape)
+def test_by_hand(kind, device, shape, arch, tile, splits, cluster, cluster_sums):
+    error, choice = select(kind, device, *shape)
     assert error == SUCCESS
     kernel = choice.kernel.contents
     assert (kernel.arch, (kernel.tile_m, kernel.tile_n)) == (arch, tile)
@@ -109,7 +61,7 @@ def test_by_hand(op, device, shape, arch, tile, splits, cluster, cluster_sums):
     ],
 )
 def test_clusters_are_those_that_the_device_has_room_for(sms, shape, splits, cluster, cluster_sums, blocks):
-    error, c = select("int8_gemm", (sms, 90), *shape)
+    error, c = select("int8", (sms, 90), *shape)
     assert error == SUCCESS
     assert (c.splits, c.cluster, c.cluster_sums, c.blocks) == (splits, cluster, cluster_sums, blocks)
 
@@ -118,20 +70,20 @@ def test_clusters_are_those_that_the_device_has_room_for(sms, shape, splits, clu
                          [(5, 128, (128, 128), True), (5, 256, (128, 256), True), (4096, 128, (128, 256), True),
                           (4, 128, (4, 16), False), (5, 0, (16, 128), False)])  # fmt: skip
 def test_a_block_that_quantises_has_all_of_a_group(m, group, tile, quantizes):
-    error, choice = select("fp8_gemm", H100, m, 4096, 4096, group)
+    error, choice = select("fp8", H100, m, 4096, 4096, group)
     kernel = choice.kernel.contents
     assert (error, (kernel.tile_m, kernel.tile_n), choice.quantizes) == (SUCCESS, tile, quantizes)
 
 
 def test_where_no_kernel_runs_there_is_an_error():
-    assert select("fp8_gemm", A100, 64, 64, 64)[0] == NO_KERNEL
-    assert select("int8_gemm", (40, 75), 64, 64, 64)[0] == NO_KERNEL
+    assert select("fp8", A100, 64, 64, 64)[0] == NO_KERNEL
+    assert select("int8", (40, 75), 64, 64, 64)[0] == NO_KERNEL
 
 
 def test_a_dtype_without_a_kernel_is_an_error():
     params = (ctypes.c_int64 * 64)()  # DequantActivationParams: no rows
     params[1] = 4  # of e4m3
-    launcher = ctypes.CDLL(str(LIBRARY)).forwardpass_dequant_activation
+    launcher = library().forwardpass_dequant_activation
     assert launcher(ctypes.byref(params), ctypes.c_void_p(2)) == INVALID_VALUE
 
 
@@ -139,10 +91,8 @@ def test_libraries_share_no_tables():
     """Both may be open in one process, each with kernels of its own: of ours only entry points are dynamic symbols."""
     if not shutil.which("readelf"):
         pytest.skip("needs readelf")
-    for library in LIBRARY.parent.glob("_kernels*.so"):
-        said = subprocess.run(
-            ["readelf", "-W", "--dyn-syms", library], capture_output=True, text=True, check=True
-        ).stdout
+    for path in LIBRARY.parent.glob("_kernels*.so"):
+        said = subprocess.run(["readelf", "-W", "--dyn-syms", path], capture_output=True, text=True, check=True).stdout
         fields = [line.split() for line in said.splitlines()]
         ours = [f[7] for f in fields if len(f) == 8 and f[6].isdigit() and "forwardpass" in f[7]]  # defined here
-        assert ours and all(name.startswith("forwardpass_") for name in ours), library.name
+        assert ours and all(name.startswith("forwardpass_") for name in ours), path.name

@@ -3,13 +3,11 @@ others have the bits that they have without. Nobody waits for the device to see 
 call."""
 
 import dataclasses
-import subprocess
-import sys
 
 import pytest
 import torch
 from every_backend import EVERY_BACKEND, running
-from processes import two_threads
+from processes import fork, two_threads
 
 from forwardpass import dispatch
 from forwardpass.ops.attention import cases
@@ -196,4 +194,5 @@ for backend, arch in (("reference", None), ("cpu", None), ("cuda", "sm_90a")):
 
 
 def test_debug_refuses_them():
-    subprocess.run([sys.executable, "-c", _DEBUG], check=True, env=two_threads({"FORWARDPASS_DEBUG": "1"}))
+    done = fork.run(_DEBUG, env=two_threads({"FORWARDPASS_DEBUG": "1"}))
+    assert done.returncode == 0, done.stderr

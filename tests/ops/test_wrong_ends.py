@@ -1,13 +1,10 @@
 """Ends and counts of the grouped GEMMs that are no rows': on every backend the rows that they concern are NaN, of int8 -127, and
 all others are right. Nobody waits for the device to see that; FORWARDPASS_DEBUG=1 does, and refuses the call."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from every_backend import EVERY_BACKEND, interpreted
-from processes import two_threads
+from processes import fork, two_threads
 
 import forwardpass as fp
 from forwardpass import dispatch
@@ -132,4 +129,5 @@ for a, offs, words in (
 
 
 def test_debug_refuses_them():
-    subprocess.run([sys.executable, "-c", _DEBUG], check=True, env=two_threads({"FORWARDPASS_DEBUG": "1"}))
+    done = fork.run(_DEBUG, env=two_threads({"FORWARDPASS_DEBUG": "1"}))
+    assert done.returncode == 0, done.stderr

@@ -35,6 +35,7 @@ def times(monkeypatch):
     monkeypatch.setattr(measure, "interleave", interleave)
     monkeypatch.setattr(planning, "interleave", interleave)
     monkeypatch.setattr(planning, "_is_slower", lambda latency, phases: False)
+    monkeypatch.setattr(planning, "time_pairs", lambda pairs, measurer, track: [{} for _ in pairs])
     return table
 
 

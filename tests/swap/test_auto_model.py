@@ -5,12 +5,11 @@ import copy
 import json
 import random
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 import transformers
+from processes import fork
 from rotation import in_turn
 from small_models import batch, build, outputs
 from stored_formats import llama
@@ -155,9 +154,7 @@ def test_whichever_is_imported_first(imports, expected, tmp_path):
     model = llama()
     fp.swap(model, "int8", include="**")
     fp.save_pretrained(model, tmp_path)
-    ran = subprocess.run(
-        [sys.executable, "-c", CODE.format(imports=imports), str(tmp_path)], capture_output=True, text=True
-    )
+    ran = fork.run(CODE.format(imports=imports), tmp_path)
     if expected:
         assert ran.stdout.strip() == expected, ran.stderr
     else:  # and never a model of wrong numbers
@@ -167,9 +164,7 @@ def test_whichever_is_imported_first(imports, expected, tmp_path):
 def test_importing_forwardpass_does_not_import_transformers():
     code = "import sys, forwardpass; print('transformers' in sys.modules, len(sys.meta_path))"
     plain = "import sys, torch; print('transformers' in sys.modules, len(sys.meta_path) + 1)"
-    ours, without = (
-        subprocess.run([sys.executable, "-c", c], capture_output=True, text=True).stdout for c in (code, plain)
-    )
+    ours, without = (fork.run(c).stdout for c in (code, plain))
     assert ours == without and ours.startswith("False")
 
 

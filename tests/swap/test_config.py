@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 import transformers
+from processes import fork
 from safetensors.torch import load_file, save_file
 from small_models import batch, build, outputs
 from stored_formats import llama
@@ -244,7 +245,7 @@ def test_it_needs_no_transformers():
     code = (
         "import sys, forwardpass as fp; print(fp.Config('int8', exclude='mlp')); print('transformers' in sys.modules)"
     )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    ran = fork.run(code)
     assert ran.stdout.startswith("Config(precision='int8'") and ran.stdout.splitlines()[1] == "False"
 
 

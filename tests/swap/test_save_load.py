@@ -5,11 +5,10 @@ import json
 import os
 import pickle
 import struct
-import subprocess
-import sys
 
 import pytest
 import torch
+from processes import fork
 from rotation import paired
 from small_models import CONFIGS, assert_same_objects, batch, block, build, objects, outputs, transformers
 from torch import nn
@@ -95,10 +94,7 @@ inputs, expected = torch.load(sys.argv[1] + "/expected.pt")
 with torch.inference_mode():
     assert torch.equal(model(**inputs)[0], expected)
 """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=120
-    )
+    done = fork.run(script, tmp_path)
     assert done.returncode == 0, done.stderr
 
 

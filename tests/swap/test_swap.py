@@ -1,14 +1,12 @@
 """swap: every Linear-like layer is replaced, or left with a reason; after an exception the model is as it was."""
 
 import dataclasses
-import os
-import subprocess
-import sys
 import threading
 import warnings
 
 import pytest
 import torch
+from processes import fork
 from small_models import (
     CONFIGS,
     Block,
@@ -536,6 +534,7 @@ def test_after_fork():
 import os, torch
 from small_models import block, outputs
 import forwardpass as fp
+torch.set_num_threads(1)
 model, x = block(), torch.randn(3, 64)
 exact = outputs(model, x)
 fp.swap(model, "int8")
@@ -547,8 +546,7 @@ if (child := os.fork()) == 0:
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 assert torch.equal(outputs(model, x), swapped)
 """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    done = fork.run(script)
     assert done.returncode == 0, done.stderr
 
 

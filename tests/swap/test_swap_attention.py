@@ -3,12 +3,12 @@
 import copy
 import json
 import pickle
-import subprocess
 import sys
 import threading
 
 import pytest
 import torch
+from processes import fork
 from rotation import in_turn
 from small_models import ATTENTION, assert_same_objects, batch, build, codes, names, objects, outputs
 from torch import nn
@@ -299,8 +299,7 @@ with torch.inference_mode():
 import forwardpass as fp
 print(fp.call_counts())
 """
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "model.pt")], capture_output=True,
-                          text=True, timeout=120)  # fmt: skip
+    done = fork.run(code, tmp_path / "model.pt")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "2 x MistralAttention: forwardpass"
 
@@ -366,7 +365,7 @@ def test_compiled(name):
 def test_importing_does_not_import_transformers():
     code = "import sys, forwardpass as fp, torch.nn as nn; fp.swap(nn.Sequential(nn.Linear(64, 64)), 'int8'); " \
            "print('transformers' in sys.modules)"  # fmt: skip
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120)
+    done = fork.run(code)
     assert done.stdout.strip() == "False", done.stderr
 
 

@@ -1,11 +1,13 @@
 """Models that transformers' tp_plan or torch's parallelize_module divides between two processes, before and after fp.swap."""
 
 import copy
+import itertools
 
 import pytest
 import ranks
 import torch
 from ranks import SIZE
+from rotation import in_turn
 from small_models import TwoLayers, assert_same_objects, codes, names, objects
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -134,7 +136,7 @@ def local(t):
     return t.to_local() if isinstance(t, DTensor) else t
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", in_turn(PRECISIONS))
 def test_a_model_that_transformers_divides_is_swapped(processes, folders, precision):
     processes.run(swapped_after, folders / "llama", precision)
 
@@ -170,7 +172,7 @@ def generates(folder, options):
     assert torch.equal(*tokens)
 
 
-@pytest.mark.parametrize("options", [{}, {"attention": True}, {"kv_cache": "auto"}, {"kv_cache": "int8"}])
+@pytest.mark.parametrize("options", in_turn([{}, {"attention": True}, {"kv_cache": "auto"}, {"kv_cache": "int8"}]))
 def test_attention_and_caches_are_of_a_rank_s_heads(processes, folders, options):
     processes.run(generates, folders / "llama", options)
 
@@ -264,8 +266,9 @@ def plain(precision, order):
         assert objects(model)[0] == before[0]
 
 
-@pytest.mark.parametrize("order", ["divided first", "swapped first"])
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    ("precision", "order"), in_turn(itertools.product(PRECISIONS, ["divided first", "swapped first"]), 4)
+)
 def test_plain_modules(processes, precision, order):
     processes.run(plain, precision, order)
 

@@ -3,9 +3,10 @@
 // bandwidth).
 #include "device/dependent_launch.cuh"
 #include "device/dispatch.h"
-#include "device/gemm_epilogue.cuh"
+#include "device/epilogue/vector8.cuh"
 #include "device/ptx_sm80.cuh"
-#include "params/dequant_activation.h"
+#include "kernels/dequant_activation/dequant_activation.h"
+#include "params/gemm.h"
 
 namespace forwardpass {
 

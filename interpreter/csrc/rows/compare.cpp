@@ -6,9 +6,9 @@
 namespace gpuless {
 namespace {
 
-enum class Compare { eq, ne, lt, le, gt, ge, equ, neu, ltu, leu, gtu, geu, num, nan };
+// Ordered comparisons: false with NaN. The others are their complements, or swap the operands.
+enum class Compare { eq, ne, lt, le, num };
 
-// Ordered comparisons are false with NaN, the others, with a u, true.
 template <Compare C, class T>
 bool holds(T a, T b) {
   switch (C) {
@@ -20,26 +20,8 @@ bool holds(T a, T b) {
       return a < b;
     case Compare::le:
       return a <= b;
-    case Compare::gt:
-      return a > b;
-    case Compare::ge:
-      return a >= b;
-    case Compare::equ:
-      return !(a < b || a > b);
-    case Compare::neu:
-      return !(a == b);
-    case Compare::ltu:
-      return !(a >= b);
-    case Compare::leu:
-      return !(a > b);
-    case Compare::gtu:
-      return !(a <= b);
-    case Compare::geu:
-      return !(a < b);
     case Compare::num:
       return a == a && b == b;
-    case Compare::nan:
-      return a != a || b != b;
   }
 }
 
@@ -54,14 +36,14 @@ Mask collect(F f) {
   return lanes;
 }
 
-// A comparison of two registers. Part 1: of the upper halves of 32-bit ones.
-using Comparison = Mask (*)(const uint8_t* a, const uint8_t* b);
-template <Compare C, class T, bool Ftz, class Held, int Part>
-Mask compare(const uint8_t* a, const uint8_t* b) {
-  const auto value = [](const uint8_t* operand, int l) {
+// Of two registers. `shift`: where packed ones have their value.
+using Comparing = Mask (*)(const uint8_t* a, const uint8_t* b, int shift);
+template <Compare C, class T, bool Ftz, class Held>
+Mask compare(const uint8_t* a, const uint8_t* b, int shift) {
+  const auto value = [=](const uint8_t* operand, int l) {
     const Held bits = reinterpret_cast<const Held*>(operand)[l];
     if constexpr (is_short<T>) {
-      const T x = T::from_bits(static_cast<uint32_t>(bits) >> (16 * Part));
+      const T x = T::from_bits(sizeof(Held) == 4 ? bits >> shift : bits);
       return static_cast<float>(Ftz ? flushed(x) : x);
     } else {
       return Ftz ? flushed(bits) : bits;
@@ -71,50 +53,75 @@ Mask compare(const uint8_t* a, const uint8_t* b) {
 }
 
 template <Compare C>
-Comparison comparison_of(Type type, bool ftz, int part) {
-  const auto of_short = [&](auto t) -> Comparison {
-    using T = decltype(t);
-    if (type == Type::f16 || type == Type::bf16) {
-      return ftz ? &compare<C, T, true, uint16_t, 0> : &compare<C, T, false, uint16_t, 0>;
-    }
-    if (ftz) return part ? &compare<C, T, true, uint32_t, 1> : &compare<C, T, true, uint32_t, 0>;
-    return part ? &compare<C, T, false, uint32_t, 1> : &compare<C, T, false, uint32_t, 0>;
-  };
-  if (type == Type::f16 || type == Type::f16x2) return of_short(Half{});
-  if (type == Type::bf16 || type == Type::bf16x2) return of_short(BFloat16{});
-  if (type == Type::f32) return ftz ? &compare<C, float, true, float, 0> : &compare<C, float, false, float, 0>;
-  if (type == Type::f64) return &compare<C, double, false, double, 0>;
-  if constexpr (C <= Compare::ge) {
-    return with_integer(type, [](auto t) -> Comparison {
-      using T = decltype(t);
-      if constexpr (sizeof(T) > 1) return &compare<C, T, false, T, 0>;
-      return nullptr;
-    });
+Comparing comparing(Type type, bool ftz) {
+  switch (type) {
+    case Type::f16:
+      return ftz ? &compare<C, Half, true, uint16_t> : &compare<C, Half, false, uint16_t>;
+    case Type::f16x2:
+      return ftz ? &compare<C, Half, true, uint32_t> : &compare<C, Half, false, uint32_t>;
+    case Type::bf16:
+      return &compare<C, BFloat16, false, uint16_t>;
+    case Type::bf16x2:
+      return &compare<C, BFloat16, false, uint32_t>;
+    case Type::f32:
+      return ftz ? &compare<C, float, true, float> : &compare<C, float, false, float>;
+    case Type::f64:
+      return &compare<C, double, false, double>;
+    default:
+      return with_integer(type, [](auto t) -> Comparing {
+        using T = decltype(t);
+        if constexpr (sizeof(T) > 1 && C != Compare::num) return &compare<C, T, false, T>;
+        return nullptr;
+      });
   }
-  return nullptr;
 }
-Comparison find_comparison(const Bind& b, Type type, int part) {
+
+struct Comparison {
+  Comparing compare;
+  bool swapped, complement;
+
+  Mask operator()(const uint8_t* a, const uint8_t* b, int shift = 0) const {
+    const Mask outcome = swapped ? compare(b, a, shift) : compare(a, b, shift);
+    return complement ? ~outcome : outcome;
+  }
+};
+Comparison find_comparison(const Bind& b, Type type) {
   struct Name {
     const char* name;
-    Comparison (*select)(Type, bool, int);
+    Comparing (*select)(Type, bool);
+    bool swapped = false, complement = false;
   };
+  constexpr bool kSwapped = true, kComplement = true;
   constexpr Name names[] = {
-      {"eq", comparison_of<Compare::eq>},   {"ne", comparison_of<Compare::ne>},   {"lt", comparison_of<Compare::lt>},
-      {"le", comparison_of<Compare::le>},   {"gt", comparison_of<Compare::gt>},   {"ge", comparison_of<Compare::ge>},
-      {"lo", comparison_of<Compare::lt>},   {"ls", comparison_of<Compare::le>},   {"hi", comparison_of<Compare::gt>},
-      {"hs", comparison_of<Compare::ge>},   {"equ", comparison_of<Compare::equ>}, {"neu", comparison_of<Compare::neu>},
-      {"ltu", comparison_of<Compare::ltu>}, {"leu", comparison_of<Compare::leu>}, {"gtu", comparison_of<Compare::gtu>},
-      {"geu", comparison_of<Compare::geu>}, {"num", comparison_of<Compare::num>}, {"nan", comparison_of<Compare::nan>},
+      {"eq", comparing<Compare::eq>},
+      {"ne", comparing<Compare::ne>},
+      {"lt", comparing<Compare::lt>},
+      {"le", comparing<Compare::le>},
+      {"gt", comparing<Compare::lt>, kSwapped},
+      {"ge", comparing<Compare::le>, kSwapped},
+      {"lo", comparing<Compare::lt>},
+      {"ls", comparing<Compare::le>},
+      {"hi", comparing<Compare::lt>, kSwapped},
+      {"hs", comparing<Compare::le>, kSwapped},
+      {"equ", comparing<Compare::ne>, false, kComplement},
+      {"neu", comparing<Compare::eq>, false, kComplement},
+      {"ltu", comparing<Compare::le>, kSwapped, kComplement},
+      {"leu", comparing<Compare::lt>, kSwapped, kComplement},
+      {"gtu", comparing<Compare::le>, false, kComplement},
+      {"geu", comparing<Compare::lt>, false, kComplement},
+      {"num", comparing<Compare::num>},
+      {"nan", comparing<Compare::num>, false, kComplement},
   };
   for (const Name& n : names)
-    if (n.name == b.slot(1)) return n.select(type, b.has("ftz"), part);
+    if (n.name == b.slot(1)) return {n.select(type, b.has("ftz")), n.swapped, n.complement};
   b.refuse("comparison ." + std::string(b.slot(1)) + " is not known");
 }
 
 // What setp and set do with the comparison's outcome.
 enum class Combine { none, and_, or_, xor_ };
 struct Test {
-  Comparison low, high;  // high: of packed types
+  Comparison comparison;
+  bool packed;  // it is made of the lower and of the upper halves
   Combine combine;
   bool negated;  // !c
 
@@ -131,8 +138,8 @@ Test& bind_test(Bind& b, Type type) {
   Test& t = b.data<Test>();
   t.combine = b.has("and") ? Combine::and_ : b.has("or") ? Combine::or_ : b.has("xor") ? Combine::xor_ : Combine::none;
   expect_operands(b, t.combine == Combine::none ? 3 : 4);
-  t.low = find_comparison(b, type, 0);
-  t.high = is_packed(type) ? find_comparison(b, type, 1) : nullptr;
+  t.comparison = find_comparison(b, type);
+  t.packed = is_packed(type);
   b.source(1, held_as(type));
   b.source(2, held_as(type));
   t.negated = t.combine != Combine::none && b.predicate(b.operand(3));
@@ -151,7 +158,7 @@ void put(Warp& w, Offset offset, Mask value, Mask mask) {
 Step setp(Warp& w, const Instruction& i, Mask mask) {
   const Test& t = *static_cast<const Test*>(i.data);
   const auto *a = w.operand<uint8_t>(i, i.destinations), *b = w.operand<uint8_t>(i, i.destinations + 1);
-  const Mask c = third(w, i, t), outcome = t.low(a, b), other = t.high ? t.high(a, b) : ~outcome;
+  const Mask c = third(w, i, t), outcome = t.comparison(a, b), other = t.packed ? t.comparison(a, b, 16) : ~outcome;
   put(w, i.operand[0], t.with(outcome, c), mask);
   if (i.destinations == 2) put(w, i.operand[1], t.with(other, c), mask);
   return Step::next;
@@ -176,9 +183,10 @@ template <class D>
 Step set(Warp& w, const Instruction& i, Mask mask) {
   const Test& t = *static_cast<const Test*>(i.data);
   const auto *a = w.operand<uint8_t>(i, 1), *b = w.operand<uint8_t>(i, 2);
-  const Mask c = third(w, i, t), low = t.with(t.low(a, b), c), high = t.high ? t.with(t.high(a, b), c) : 0;
+  const Mask c = third(w, i, t), low = t.with(t.comparison(a, b), c),
+             high = t.packed ? t.with(t.comparison(a, b, 16), c) : 0;
   const auto yes = static_cast<D>(i.immediate);
-  const bool packed = t.high;
+  const bool packed = t.packed;
   D* d = w.operand<D>(i, 0);
   each_lane(mask, [=](int l) {
     const D ones = low >> l & 1 ? yes : 0;

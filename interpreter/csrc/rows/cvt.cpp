@@ -1,5 +1,6 @@
 // Conversions between integers and fp16, bf16, fp32 and fp64 (ISA 9.7.9.21). Packed and narrow formats: cvt_packed.cpp.
 #include <cmath>
+#include <optional>
 
 #include "rows/floating.h"
 
@@ -134,42 +135,39 @@ Step cvt(Warp& w, const Instruction& i, Mask mask) {
   alignas(32) S in[kLanes];
   alignas(32) D out[kLanes];
   with_held(how.source_bytes, [&](auto word) { load(w.operand<decltype(word)>(i, 1), in); });
-  const auto all = [&] {
-    for (int l = 0; l < kLanes; ++l) out[l] = convert<D>(in[l], how);
-  };
-  if (std::is_floating_point_v<D> && how.rounding != Rounding::rn) {
-    const RoundingScope scope(how.rounding);
-    all();
-  } else {
-    all();
-  }
+  std::optional<RoundingScope> scope;
+  if (std::is_floating_point_v<D> && how.rounding != Rounding::rn) scope.emplace(how.rounding);
+  for (int l = 0; l < kLanes; ++l) out[l] = convert<D>(in[l], how);
+  scope.reset();
   with_held(how.destination_bytes, [&](auto word) { store(out, w.operand<decltype(word)>(i, 0), mask); });
   return Step::next;
 }
 
 // The common conversions, without modifiers and between registers of the types' sizes, in one loop that vectorises.
-template <class D, Integral I>
-struct Plain {
-  template <class S>
-  D operator()(S x) const {
-    constexpr How kHow = [] {
-      How how;
-      how.integral = I;
-      return how;
-    }();
-    return convert<D>(x, kHow);
-  }
-};
+template <class D, class S, Integral I>
+[[gnu::flatten]] Step plain(Warp& w, const Instruction& i, Mask mask) {
+  constexpr How kHow = [] {
+    How how;
+    how.integral = I;
+    return how;
+  }();
+  const auto* s = w.operand<Stored<S>>(i, 1);
+  keep_lanes(mask, w.operand<Stored<D>>(i, 0), [=](int l) { return stored<D>(convert<D>(loaded<S>(s[l]), kHow)); });
+  return Step::next;
+}
 template <class D, class S>
 Handler plain_handler(const How& how) {
-  const bool plain = how.rounding == Rounding::rn && !how.saturate && !how.flush &&
-                     how.destination_bytes == sizeof(D) && how.source_bytes == sizeof(S);
-  if (!plain) return nullptr;
-  if constexpr (is_real<S>) {
-    if (how.integral == Integral::rni) return &lanewise<Plain<D, Integral::rni>, D, S>;
-    if (how.integral == Integral::rzi) return &lanewise<Plain<D, Integral::rzi>, D, S>;
+  const bool is_plain = how.rounding == Rounding::rn && !how.saturate && !how.flush &&
+                        how.destination_bytes == sizeof(D) && how.source_bytes == sizeof(S);
+  if (!is_plain) return nullptr;
+  if constexpr (is_real<S> && (std::is_same_v<D, S> || !is_real<D>)) {
+    if (how.integral == Integral::rni) return &plain<D, S, Integral::rni>;
+    if (how.integral == Integral::rzi) return &plain<D, S, Integral::rzi>;
   }
-  return how.integral == Integral::none ? &lanewise<Plain<D, Integral::none>, D, S> : nullptr;
+  if (how.integral != Integral::none) return nullptr;
+  if constexpr (!is_real<D> && !is_real<S>) return &plain<std::make_unsigned_t<D>, S, Integral::none>;
+  if constexpr (is_real<D>) return &plain<D, S, Integral::none>;
+  return nullptr;  // a real number becomes an integer by one of the four roundings
 }
 
 Integral integral_of(const Bind& b) {
@@ -193,8 +191,8 @@ void bind_cvt(Bind& b) {
   how.source_bytes = b.source_relaxed(b.operand(1), from);
   with(to, [&](auto d) {
     with(from, [&](auto s) {
-      const Handler plain = plain_handler<decltype(d), decltype(s)>(how);
-      b.run(plain ? plain : &cvt<decltype(d), decltype(s)>);
+      const Handler handler = plain_handler<decltype(d), decltype(s)>(how);
+      b.run(handler ? handler : &cvt<decltype(d), decltype(s)>);
     });
   });
 }

@@ -46,20 +46,18 @@ struct DecodeTwoE8m0 {
   uint32_t operator()(uint16_t a) const { return half(a >> 8) << 16 | half(a & 0xff); }
 };
 
-// Calls f with an Encode for format F and the modifiers of the opcode.
+// Calls f with an Encode for format F and the modifiers of the opcode: to the narrow ones .rn.satfinite alone exists.
 template <class F, class G>
 void with_encode(Bind& b, G f) {
-  choose(b.has("rz"), [&](auto rz) {
-    const auto saturating = [&](auto sat) {
-      choose(b.has("relu"), [&](auto relu) {
-        constexpr Rounding kMode = decltype(rz)::value ? Rounding::rz : Rounding::rn;
-        f(Encode<F, kMode, decltype(sat)::value, decltype(relu)::value>{});
+  choose(b.has("relu"), [&](auto relu) {
+    constexpr bool kRelu = decltype(relu)::value;
+    if constexpr (std::is_same_v<F, F16> || std::is_same_v<F, Bf16>) {
+      choose(b.has("satfinite"), [&](auto sat) {
+        constexpr bool kSaturate = decltype(sat)::value;
+        b.has("rz") ? f(Encode<F, Rounding::rz, kSaturate, kRelu>{}) : f(Encode<F, Rounding::rn, kSaturate, kRelu>{});
       });
-    };
-    if constexpr (F::kSpecial == Special::none) {
-      saturating(std::true_type{});
     } else {
-      choose(b.has("satfinite"), saturating);
+      f(Encode<F, Rounding::rn, true, kRelu>{});
     }
   });
 }
@@ -87,10 +85,14 @@ template <class To, class F, Type Held>
 void bind_to_halves(Bind& b) {
   if (F::kSpecial == Special::none || std::is_same_v<To, Bf16>) require_narrow(b);
   bind_operands(b, Type::b32, Held, 1);
-  choose(b.has("satfinite"), [&](auto sat) {
-    choose(b.has("relu"), [&](auto relu) {
-      b.run(&lanewise<DecodeTwo<To, F, decltype(sat)::value, decltype(relu)::value>, uint32_t, uint16_t>);
-    });
+  choose(b.has("relu"), [&](auto relu) {
+    constexpr bool kRelu = decltype(relu)::value;
+    if constexpr (std::is_same_v<To, Bf16>) {
+      choose(b.has("satfinite"),
+             [&](auto sat) { b.run(&lanewise<DecodeTwo<To, F, decltype(sat)::value, kRelu>, uint32_t, uint16_t>); });
+    } else {
+      b.run(&lanewise<DecodeTwo<To, F, false, kRelu>, uint32_t, uint16_t>);
+    }
   });
 }
 template <class F>

@@ -47,8 +47,9 @@ RATES: list[tuple[str, str, tuple[float, float, float, float, float], str]] = [
      "Luo et al., Benchmarking and Dissecting the Nvidia Hopper GPU Architecture (2024): 62.9% of the peak by mma; "
      "B200: assumed, as much as an H100 does"),
     ("shared memory", "bytes", (128, 128, 128, 128, 128), f"{_SHARED}; the L1 cache is the same memory"),
-    ("L2", "bytes, of the device", (5120, 2048, 5120, 5120, 2048),
-     f"{_A100}: read bandwidth; not published for the others: assumed, as on the A100 and 5.2 TB/s; B200: as on the H100"),
+    ("L2", "bytes, of the device", (5120, 2048, 6144, 6144, 2048),
+     f"{_A100}: read bandwidth, 64 bytes of each of 80 slices; not published for the others. H100: assumed, 96 slices, as "
+     "ThunderKittens's GEMM needs 5600 at least; B200: as on the H100; L40S: 5.2 TB/s; RTX PRO 6000: as on the L40S"),
     ("DRAM", "GB/s, of the device", (2039, 864, 3352, 7672, 1792),
      f"{_A100}; L40S datasheet; {_H100}; {_B200}: 7.7 TB/s; RTX PRO 6000 datasheet"),
 ]  # fmt: skip

@@ -15,7 +15,7 @@ from . import core
 from .latencies import as_text, machine
 from .model import modelled
 from .profile import Counts, KernelProfile, LineProfile, by_line
-from .timeline import KernelTimeline, Timeline
+from .timeline import ERROR, KernelTimeline, Timeline
 
 
 def report(arguments: list[str]) -> int:
@@ -60,7 +60,7 @@ def report(arguments: list[str]) -> int:
         records = (k for k in json.loads(timeline) if options.kernel in k["kernel"])
         times = Timeline([KernelTimeline.read(k, machine(k["arch"])) for k in records])
         if options.timeline:
-            print("\n\n".join(k.table(inlined=options.inlined) for k in times.kernels))
+            print("\n\n".join([*(k.table(inlined=options.inlined) for k in times.kernels), ERROR]))
         if options.trace:
             times.save_trace(options.trace)
     return status

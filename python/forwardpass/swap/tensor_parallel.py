@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..common.modules import has_hooks
 from ..nn.layer import is_linear
 from ..nn.sharding import INPUTS, OUTPUTS, Sharding
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 _TORCH, _TRANSFORMERS = "torch.distributed.tensor.parallel.style", "transformers.distributed.tensor_parallel"
 #: Names of styles, with the dimension of the weight that they divide.
@@ -49,9 +52,24 @@ def whole(module: nn.Module) -> nn.Linear:
     linear = nn.Linear(module.in_features, module.out_features, "bias" in parameters, device="meta")  # type: ignore[arg-type]
     with torch.inference_mode(False), torch.no_grad():
         for name, p in parameters.items():
-            values = p.full_tensor() if isinstance(p, DTensor) else p
+            values = _gathered(p) if isinstance(p, DTensor) else p
             linear.register_parameter(name, nn.Parameter(values, requires_grad=False))
     return linear.train(module.training)
+
+
+def _gathered(p: DTensor) -> Tensor:
+    """All of a parameter. Of one whose processes have parts of several blocks each, as of a gate and an up in one layer, the parts
+    are gathered here: full_tensor() of torch 2.11 refuses such a placement."""
+    placement, mesh = p.placements[0], p.device_mesh
+    blocks = getattr(placement, "split_factor", 1)
+    if blocks == 1:
+        return p.full_tensor()
+    local = p.to_local().contiguous()
+    shards = [torch.empty_like(local) for _ in range(mesh.size())]
+    torch.distributed.all_gather(shards, local, group=mesh.get_group())
+    dim = placement.dim  # type: ignore[attr-defined]
+    parts = [shard.chunk(blocks, dim) for shard in shards]
+    return torch.cat([part for of_block in zip(*parts) for part in of_block], dim)
 
 
 def take_over(layers: Mapping[str, Any]) -> None:

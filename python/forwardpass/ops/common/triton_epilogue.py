@@ -1,4 +1,4 @@
-"""From accumulators to output in Triton: what dequant_activation and every GEMM share, as csrc/device/epilogue.cuh in CUDA.
+"""From accumulators to output in Triton: what dequant_activation and every GEMM share, as csrc/device/epilogue in CUDA.
 
 Launched with enable_fp_fusion=False: the fma is where the formula (forwardpass.ops.common.epilogue) has one, and nowhere else.
 

@@ -1,0 +1,436 @@
+#pragma once
+// The epilogue of a warp's accumulators as they lie in its registers, and the general one beside it.
+//
+// The outputs that most products have, of 16 bits or quantised in groups, are made directly: values are computed in the
+// fragments' layout, and only their 16 or 8 bits go through shared memory, in which a lane finds 16 bytes of a row.
+// Everything else (fp32, a static out_scale, a zero point, partial sums) takes the general epilogue, which is
+// staged.cuh's. Which one is decided on the host, once a launch. The bits are the same.
+//
+// Columns: the scales and biases of a warp's columns are loaded once a tile, a lane one of each 32, and staged as pairs
+// of floats. So their kinds (per column or one, three types, none) are decided there, all loads are in flight
+// together, and a lane's two columns of an n8 tile are one load of 16 bytes from shared memory. On wgmma that is done
+// while the first wgmmas run. The scales of a lane's rows, two for each sixteen, stay in registers.
+//
+// Then sixteen rows by 64 columns at a time, in a loop, so that the code of each activation exists once. Registers can
+// be indexed by constants only: the step that reads accumulators, dequantisation, is the body of a switch. Beside the
+// accumulators a chunk's 32 values are alive. For eight outputs in 16 bits, which is 16 bytes: 2 loads of columns, 8
+// conversions of int32, 8 products of scales, 8 fma, 4 packings, one matrix of 8 x 8 stored (a quarter of an stmatrix,
+// from sm_90 on), one load and one store. Rows of 128, 64 or 32 bytes are swizzled: no bank conflicts. Shared memory
+// moves 4 bytes for an output, 8 in the general epilogue.
+//
+// Instructions of a warp for its part of a tile of 128 x 256 on sm_90a, 4096 accumulators, read from the machine code
+// (nvcc 13.0) along the path of a whole tile: int8 to bf16, row by column scales 870 (2570 in the general epilogue);
+// e4m3, silu_mul and quantised 1230.
+#include "device/epilogue/staged.cuh"
+#include "device/swizzled_rows.cuh"
+
+namespace forwardpass {
+
+// What a warp with kColumns columns stages.
+template <int kColumns>
+union FragmentStaging {
+  Staging general;
+  struct {
+    float2 column[kColumns];      // scale and bias
+    uint4 out[kStagingRows * 8];  // rows of up to 128 bytes
+  } direct;
+};
+
+// p[column of this lane] for each 32 columns, the last of the `columns` that there are instead of those beyond it.
+template <int kCount, class T>
+__device__ inline void load_columns(float (&v)[kCount], const T* p, int columns) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) v[i] = to_float(p[min(i * 32 + static_cast<int>(threadIdx.x % 32), columns - 1)]);
+}
+
+// A tile of a warp's accumulators to outputs of 16 bits, or to e4m3 with a scale for each group.
+template <class Accumulators, bool kBlockScaled>
+struct DirectEpilogue {
+  static constexpr int kRows = (Accumulators::kTilesM - 1) * Accumulators::kStep + 16,
+                       kColumns = Accumulators::kTilesN * 8;
+  // A chunk: sixteen rows by kTiles n8 tiles, kAcross of them beside each other.
+  static constexpr int kTiles = Accumulators::kTilesN < 8 ? Accumulators::kTilesN : 8,
+                       kAcross = Accumulators::kTilesN / kTiles, kChunks = Accumulators::kTilesM * kAcross;
+  using Storage = FragmentStaging<kColumns>;
+  using OfRows = float[Accumulators::kTilesM][2];  // a value for each row of a lane
+  // A chunk's outputs, four to a tile: of gates and ups, whose tiles alternate, there are half as many.
+  template <bool kGated>
+  static constexpr int kOut = kGated ? kTiles / 2 : kTiles;
+
+  Storage& storage;
+  const GemmOutput& o;
+  const int64_t row, column;  // this warp's first
+  const int rows, columns;    // of this warp's, those inside the output
+  const bool whole;           // all are, and the output takes 16 bytes at a time
+
+  __device__ DirectEpilogue(Storage& storage, const GemmOutput& o, int64_t row, int64_t column)
+      : storage(storage),
+        o(o),
+        row(row),
+        column(column),
+        rows(inside(o.rows - row, kRows)),
+        columns(inside(o.columns - column, kColumns)),
+        whole(o.access.out && rows == kRows && columns == kColumns) {}
+  // Stages the columns, and has the scales of this lane's rows.
+  __device__ void load(OfRows& a_scale) const {
+    for_each_row([&](int i, int half) { a_scale[i][half] = 0; });
+    if (empty()) return;
+    const Epilogue& e = o.epilogue;
+    constexpr int kCount = kColumns / 32;
+    float scale[kCount] = {}, bias[kCount] = {};
+    if (e.b_scale) {
+      load_columns(scale, e.b_scale + (e.b_scale_per_column ? column : 0), e.b_scale_per_column ? columns : 1);
+    } else {
+      apply(scale, [](float) { return 1.0f; });
+    }
+    if (e.bias) {
+      switch (e.bias_dtype) {
+        case Dtype::f32:
+          load_columns(bias, static_cast<const float*>(e.bias) + column, columns);
+          break;
+        case Dtype::f16:
+          load_columns(bias, static_cast<const __half*>(e.bias) + column, columns);
+          break;
+        default:
+          load_columns(bias, static_cast<const __nv_bfloat16*>(e.bias) + column, columns);
+      }
+    }
+    const float* from = e.a_scale + (e.a_scale_per_row ? row : 0);
+    for_each_row([&](int i, int half) {
+      const int r = min(Accumulators::row(i, 2 * half), e.a_scale_per_row ? rows - 1 : 0);
+      a_scale[i][half] = e.a_scale ? from[r] : 1.0f;
+    });
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) storage.direct.column[i * 32 + threadIdx.x % 32] = {scale[i], bias[i]};
+    __syncwarp();
+  }
+  __device__ bool empty() const { return rows == 0 || columns == 0; }
+  __device__ static int inside(int64_t left, int most) {
+    return static_cast<int>(max(min(left, int64_t{most}), int64_t{0}));
+  }
+
+  // f(i, half) for each row of a lane.
+  template <class F>
+  __device__ static void for_each_row(F f) {
+#pragma unroll
+    for (int i = 0; i < Accumulators::kTilesM; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) f(i, half);
+  }
+  // f(row of tiles, first tile) of a chunk, as at_index calls it.
+  template <class F>
+  __device__ static void at_chunk(int chunk, F f) {
+    at_index<kChunks>(chunk, [&](int i) { f(i / kAcross, i % kAcross * kTiles); });
+  }
+
+  // Scale and bias of one of this lane's columns in a tile, and of the next one.
+  __device__ const float4& columns_of(int tile) const {
+    return reinterpret_cast<const float4&>(storage.direct.column[tile * 8 + accumulator_column(0)]);
+  }
+  // Those of a chunk: activations and, if gated, the ups by which they are multiplied.
+  template <bool kGated>
+  struct Values {
+    float v[kGated ? 2 : 1][kOut<kGated> * 4];
+    __device__ float operator()(int t, int e) const {
+      return kGated ? __fmul_rn(v[0][t * 4 + e], v[kGated][t * 4 + e]) : v[0][t * 4 + e];
+    }
+  };
+  // Of the four accumulators that a lane has in a tile: two columns of two rows.
+  struct TwoByTwo {
+    const float (&a_scale)[2];
+    float4 pair;  // scale and bias of either column
+    __device__ float row_scale(int e) const { return a_scale[e / 2]; }
+    __device__ ColumnTerms column(int e) const {
+      return e % 2 ? ColumnTerms{pair.z, pair.w} : ColumnTerms{pair.x, pair.y};
+    }
+  };
+  // Where the values of tile t of a chunk go.
+  template <bool kGated>
+  __device__ static float (&values_of(Values<kGated>& values, int t))[4] {
+    return reinterpret_cast<float (&)[4]>(values.v[kGated ? t % 2 : 0][(kGated ? t / 2 : t) * 4]);
+  }
+  // Of row i of tiles, from tile `first` on.
+  template <bool kGated>
+  __device__ void dequantize_chunk(Values<kGated>& values, const Accumulators& acc, const OfRows& a_scale, int i,
+                                   int first) const {
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t)
+      dequantize(values_of(values, t), acc[i][first + t], TwoByTwo{a_scale[i], columns_of(first + t)});
+  }
+  // Accumulators that are the values: block scales have been multiplied in, and there is no bias.
+  template <bool kGated>
+  __device__ static void copy_chunk(Values<kGated>& values, const Accumulators& acc, int i, int first) {
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) values_of(values, t)[e] = acc[i][first + t][e];
+  }
+  template <bool kGated>
+  __device__ Values<kGated> values(const Accumulators& acc, const OfRows& a_scale, int chunk) const {
+    Values<kGated> values;
+    if (kBlockScaled && o.plain) {
+      at_chunk(chunk, [&](int i, int first) { copy_chunk(values, acc, i, first); });
+    } else {
+      at_chunk(chunk, [&](int i, int first) { dequantize_chunk(values, acc, a_scale, i, first); });
+    }
+    // A branch for each sixteen that are interleaved: 32 of the largest activation take more registers than there are.
+    constexpr int kTogether = kOut<kGated> * 4 < 16 ? kOut<kGated> * 4 : 16;
+#pragma unroll
+    for (int k = 0; k < kOut<kGated> * 4; k += kTogether) {
+      const auto activation = static_cast<Activation>(ptx::unknown(static_cast<int32_t>(o.epilogue.activation)));
+      activate(activation, reinterpret_cast<float (&)[kTogether]>(values.v[0][k]));
+    }
+    return values;
+  }
+
+  // Chunks to the output, rows of kWords times 16 bytes. A lane has 16 bytes of every kAtOnce-th row.
+  template <int kWords, class T>
+  struct Store {
+    using Rows = SwizzledRows<kWords * 16>;
+    static constexpr int kAtOnce = 32 / kWords, kSteps = kStagingRows / kAtOnce, kElements = 16 / sizeof(T);
+    const DirectEpilogue& direct;
+    T* first;  // in the first chunk
+
+    const int columns;  // inside the output
+
+    __device__ Store(const DirectEpilogue& direct, bool gated)
+        : direct(direct), columns(gated ? direct.columns / 2 : direct.columns) {
+      const int lane = threadIdx.x % 32;
+      first = static_cast<T*>(direct.o.epilogue.out) + (direct.row + lane / kWords) * direct.o.epilogue.out_stride +
+              (gated ? direct.column / 2 : direct.column) + lane % kWords * kElements;
+      ptx::compute_here(first);
+    }
+    // Words of a chunk: of row group_id(), and of the row eight below.
+    __device__ void operator()(const uint32_t (&word)[kWords][2], int chunk) const {
+      auto* staged = reinterpret_cast<uint8_t*>(direct.storage.direct.out);
+      const int lane = threadIdx.x % 32;
+#if __CUDA_ARCH__ >= 900
+      const uint32_t to = ptx::shared_address(staged) + Rows::offset(lane % 16, lane / 16);
+#pragma unroll
+      for (int w = 0; w < kWords; w += 2)
+        ptx::stmatrix_x4(to ^ w * 16, {word[w][0], word[w][1], word[w + 1][0], word[w + 1][1]});
+#else
+#pragma unroll
+      for (int w = 0; w < kWords; ++w)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          *reinterpret_cast<uint32_t*>(staged + Rows::offset(group_id() + half * 8, w) + thread_in_group() * 4) =
+              word[w][half];
+#endif
+      __syncwarp();
+      uint4 v[kSteps];
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) {
+        v[i] = *reinterpret_cast<const uint4*>(staged + Rows::offset(lane / kWords + i * kAtOnce, lane % kWords));
+        if constexpr (sizeof(T) == 1) v[i] = separate(v[i]);
+      }
+      __syncwarp();
+      const int64_t stride = direct.o.epilogue.out_stride;
+      const int below = Accumulators::kTilesM == 1 ? 0 : chunk / kAcross * Accumulators::kStep,
+                right = chunk % kAcross * kWords * kElements;
+      T* p = first + below * stride + right;
+      if (direct.whole) {
+#pragma unroll
+        for (int i = 0; i < kSteps; ++i, p += kAtOnce * stride) ptx::st_global(p, v[i]);
+      } else {
+        masked(v, p, direct.rows - below - lane / kWords, columns - right - lane % kWords * kElements);
+      }
+    }
+    // The same of what is among the `rows` and `columns` that there are from p on.
+    __device__ void masked(const uint4 (&v)[kSteps], T* p, int rows, int columns) const {
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i, p += kAtOnce * direct.o.epilogue.out_stride) {
+        if (i * kAtOnce >= rows) break;
+#pragma unroll
+        for (int j = 0; j < kElements; j += kVec)
+          store_vec(reinterpret_cast<const Vec<T>*>(&v[i])[j / kVec], p + j, columns - j, direct.o.access.out);
+      }
+    }
+  };
+  // From pairs of the bytes of two tiles in each word, the eight bytes of the first tile and those of the second.
+  __device__ static uint4 separate(uint4 v) {
+    return {__byte_perm(v.x, v.y, 0x5410), __byte_perm(v.z, v.w, 0x5410), __byte_perm(v.x, v.y, 0x7632),
+            __byte_perm(v.z, v.w, 0x7632)};
+  }
+
+  // Outputs of 16 bits.
+  template <bool kGated>
+  __device__ void store_16(const Accumulators& acc, const OfRows& a_scale) const {
+    const Store<kOut<kGated>, uint16_t> store(*this, kGated);
+#pragma unroll 1
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      const auto y = values<kGated>(acc, a_scale, chunk);
+      uint32_t word[kOut<kGated>][2];
+      if (o.epilogue.out_dtype == Dtype::bf16) {
+        pack<Dtype::bf16>(word, y);
+      } else {
+        pack<Dtype::f16>(word, y);
+      }
+      store(word, chunk);
+    }
+  }
+
+  // Outputs in e4m3 with a scale for each group of a row, all of whose columns this warp has. Two passes: the values
+  // take their accumulators' place, until a row's largest magnitudes are known. Of the rows and groups that four lanes
+  // share, each lane has one's scale to compute.
+  template <bool kGated>
+  __device__ void quantize(Accumulators& acc, const OfRows& a_scale) const {
+    static_assert(Accumulators::kTilesM == 1 && (kGroups<kGated> == 1 || kGroups<kGated> == 2));
+    float most[kGroups<kGated>][2] = {}, inverse[kGroups<kGated>][2];
+    replace_by_values<kGated>(acc, a_scale, most);
+    store_group_scales<kGated>(most, inverse);
+    const Store<kOut<kGated> / 2, uint8_t> store(*this, kGated);
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      uint32_t word[kOut<kGated> / 2][2];
+      at_chunk(chunk, [&](int, int first) { pack_e4m3<kGated>(word, acc, first, inverse[group_of<kGated>(first)]); });
+      store(word, chunk);
+    }
+  }
+
+ private:
+  // Columns of the output in a chunk; groups of the warp's columns; that of the chunk whose first tile this is.
+  template <bool kGated>
+  static constexpr int kChunkColumns = kOut<kGated> * 8;
+  template <bool kGated>
+  static constexpr int kGroups = kAcross * kChunkColumns<kGated> / kScaleBlock;
+  template <bool kGated>
+  __device__ static constexpr int group_of(int first) {
+    return first / kTiles * kChunkColumns<kGated> / kScaleBlock;
+  }
+
+  template <Dtype Out, bool kGated>
+  __device__ static void pack(uint32_t (&word)[kOut<kGated>][2], const Values<kGated>& y) {
+#pragma unroll
+    for (int t = 0; t < kOut<kGated>; ++t)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) word[t][half] = pair_of_16_bits<Out>(y(t, half * 2), y(t, half * 2 + 1));
+  }
+  // Of two tiles from `first` on in each word, times a row's factor.
+  template <bool kGated>
+  __device__ static void pack_e4m3(uint32_t (&word)[kOut<kGated> / 2][2], const Accumulators& acc, int first,
+                                   const float (&factor)[2]) {
+#pragma unroll
+    for (int w = 0; w < kOut<kGated> / 2; ++w)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        word[w][half] = pair_of_e4m3(acc[0][first + 2 * w], half, factor[half]) |
+                        pair_of_e4m3(acc[0][first + 2 * w + 1], half, factor[half]) << 16;
+  }
+  __device__ static uint32_t pair_of_e4m3(const float (&y)[4], int half, float factor) {
+    return to_e4m3x2(__fmul_rn(y[half * 2 + 1], factor), __fmul_rn(y[half * 2], factor));
+  }
+
+  // The first pass. most: of each group and row of this lane, the largest magnitude.
+  template <bool kGated>
+  __device__ void replace_by_values(Accumulators& acc, const OfRows& a_scale, float (&most)[kGroups<kGated>][2]) const {
+#pragma unroll 1
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      auto y = values<kGated>(acc, a_scale, chunk);
+      if (!whole) trim(y, columns - chunk * kTiles * 8);
+      at_chunk(chunk, [&](int, int first) { replace_chunk(acc, y, first, most[group_of<kGated>(first)]); });
+    }
+  }
+  template <bool kGated>
+  __device__ static void replace_chunk(Accumulators& acc, const Values<kGated>& y, int first, float (&most)[2]) {
+#pragma unroll
+    for (int t = 0; t < kOut<kGated>; ++t)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        acc[0][first + t][e] = y(t, e);
+        most[e / 2] = ptx::max_nan(most[e / 2], fabsf(acc[0][first + t][e]));
+      }
+  }
+  // Between the passes. inverse: of each group and row, by what its values are multiplied.
+  template <bool kGated>
+  __device__ void store_group_scales(const float (&most)[kGroups<kGated>][2],
+                                     float (&inverse)[kGroups<kGated>][2]) const {
+    constexpr int kOfLane = 2 * kGroups<kGated>;
+    const int of_lane = thread_in_group() % kOfLane;  // the first lanes' store; others compute the same
+    float range = 0;
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) {
+      float m = most[i / 2][i % 2];
+#pragma unroll
+      for (int lanes = 1; lanes < 4; lanes *= 2) m = ptx::max_nan(m, __shfl_xor_sync(0xffffffff, m, lanes));
+      if (i == of_lane) range = m;
+    }
+    range = range < kLeastRange ? kLeastRange : range;
+    const float inverse_of_mine = __fdiv_rn(448.0f, range);
+    const Epilogue& e = o.epilogue;
+    const int r = Accumulators::row(0, of_lane % 2 * 2), group = of_lane / 2;
+    if (thread_in_group() < kOfLane && r < rows && group * kScaleBlock * (kGated ? 2 : 1) < columns)
+      e.group_scale[row + r + (column / (kGated ? 2 : 1) / kScaleBlock + group) * e.group_scale_stride] =
+          __fdiv_rn(range, 448.0f);
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) inverse[i / 2][i % 2] = __shfl_sync(0xffffffff, inverse_of_mine, i, 4);
+  }
+  // Zeros from the column `left` of a chunk on: outside the output, they make no group's scale larger.
+  template <bool kGated>
+  __device__ static void trim(Values<kGated>& y, int left) {
+#pragma unroll
+    for (auto& v : y.v)
+#pragma unroll
+      for (int k = 0; k < kOut<kGated> * 4; ++k)
+        if ((kGated ? 2 : 1) * (k / 4) * 8 + accumulator_column(k % 4) >= left) v[k] = 0;
+  }
+};
+
+// From a warp's accumulators, whose first is in `row` and `column` of a tile, to the output. Element::kBlockScaled:
+// there may be block scales, so that the accumulators are the outputs.
+template <class Config>
+struct FragmentEpilogue : WarpEpilogue<FragmentStaging<Config::Accumulators::kTilesN * 8>> {
+  using Accumulators = typename Config::Accumulators;
+  using WarpEpilogue<FragmentStaging<Accumulators::kTilesN * 8>>::WarpEpilogue;
+  static constexpr bool kQuantizes = false, kBlockScaled = Config::Element::kBlockScaled;
+  using Direct = DirectEpilogue<Accumulators, kBlockScaled>;
+
+  typename Direct::OfRows a_scale = {};  // of this lane's rows in the tile that has begun
+
+  template <class Tile>
+  __device__ Direct direct(const Tile& tile, int row, int column) const {
+    return {*this->staging, this->out, tile.row + row, tile.column + column};
+  }
+  // What a tile's outputs need beside its accumulators, loaded while those are computed.
+  template <class Tile>
+  __device__ void begin(const Tile& tile, int row, int column) {
+    if (this->out.direct && !(kBlockScaled && this->out.plain)) direct(tile, row, column).load(a_scale);
+  }
+  template <class Tile>
+  __device__ void operator()(const Accumulators& acc, const Tile& tile, int row, int column) const {
+    const GemmOutput& out = this->out;
+    if (!out.direct)
+      return finish_fragments(acc, this->staging->general, out, tile.row + row, tile.column + column, tile.split);
+    const auto direct = this->direct(tile, row, column);
+    if (direct.empty()) return;
+    if (is_gated(out.epilogue.activation)) {
+      direct.template store_16<true>(acc, a_scale);
+    } else {
+      direct.template store_16<false>(acc, a_scale);
+    }
+  }
+};
+
+// The same where outputs may have to be quantised in groups of 128, all of whose columns a warp has.
+template <class Config>
+struct QuantizingEpilogue : FragmentEpilogue<Config> {
+  using Base = FragmentEpilogue<Config>;
+  using Base::Base;
+  static constexpr bool kQuantizes = true;
+  static_assert(Base::kBlockScaled && Config::kN % kScaleBlock == 0);
+
+  template <class Tile>
+  __device__ void operator()(typename Config::Accumulators& acc, const Tile& tile, int row, int column) const {
+    const Epilogue& e = this->out.epilogue;
+    if (!e.group_scale) return Base::operator()(acc, tile, row, column);
+    const auto direct = this->direct(tile, row, column);
+    if (direct.empty()) return;
+    if (!is_gated(e.activation)) {
+      direct.template quantize<false>(acc, this->a_scale);
+    } else if constexpr (Config::kConsumerN == 2 * kScaleBlock) {
+      direct.template quantize<true>(acc, this->a_scale);
+    }
+  }
+};
+
+}  // namespace forwardpass

@@ -1,0 +1,69 @@
+#pragma once
+// The terms of the epilogue, each written once: the formula of Epilogue (params/common.h), operation by operation, for
+// values that lie in registers in any layout. A layout says which row and which column a value is of:
+//
+//   struct Layout {
+//     float row_scale(int i) const;     // a_scale of value i's row
+//     ColumnTerms column(int i) const;  // what its column has
+//   };
+//
+// vector8.cuh has eight columns of a row, fragment.cuh a tensor core's accumulators, fragment_transposed.cuh those
+// whose rows are the output's columns.
+#include "device/activation.cuh"
+#include "device/upconvert.cuh"
+#include "device/vec.cuh"
+
+namespace forwardpass {
+
+struct ColumnTerms {
+  float scale, bias;
+};
+
+// acc - zero_point * b_sum, of integers.
+template <int N>
+__device__ inline void subtract_zero_point(int32_t (&acc)[N], int32_t zero_point, const int32_t (&b_sum)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) acc[i] -= zero_point * b_sum[i];
+}
+
+// y = fma(float(acc), a_scale * b_scale, bias); Acc is int32_t or a float.
+template <int N, class Acc, class Layout>
+__device__ inline void dequantize(float (&y)[N], const Acc (&acc)[N], const Layout& layout) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const ColumnTerms column = layout.column(i);
+    y[i] = __fmaf_rn(to_float(acc[i]), __fmul_rn(layout.row_scale(i), column.scale), column.bias);
+  }
+}
+
+// activation(gate) * up: of gates that are activated already.
+template <int N>
+__device__ inline void multiply_by_up(float (&gate)[N], const float (&up)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) gate[i] = __fmul_rn(gate[i], up[i]);
+}
+
+// Two outputs of 16 bits, each rounded once; the first one in the low half.
+template <Dtype Out>
+__device__ inline uint32_t pair_of_16_bits(float low, float high) {
+  static_assert(Out == Dtype::f16 || Out == Dtype::bf16);
+  if constexpr (Out == Dtype::bf16) {
+    const auto pair = __float22bfloat162_rn(make_float2(low, high));
+    return reinterpret_cast<const uint32_t&>(pair);
+  } else {
+    const auto pair = __float22half2_rn(make_float2(low, high));
+    return reinterpret_cast<const uint32_t&>(pair);
+  }
+}
+
+// Two outputs to the nearest steps of their scales, in e4m3 or int8; the first one in the low byte.
+__device__ inline uint16_t quantized_pair(Dtype out, const float (&y)[2], const float (&scale)[2]) {
+  const float low = __fdiv_rn(y[0], scale[0]), high = __fdiv_rn(y[1], scale[1]);
+  if (out == Dtype::e4m3) return to_e4m3x2(high, low);
+  // fmaxf gives -127 for NaN, as every backend does
+  const int first = __float2int_rn(fminf(fmaxf(low, -127.0f), 127.0f)),
+            second = __float2int_rn(fminf(fmaxf(high, -127.0f), 127.0f));
+  return (first & 0xff) | (second & 0xff) << 8;
+}
+
+}  // namespace forwardpass

@@ -1,0 +1,126 @@
+#pragma once
+// The epilogue of eight consecutive columns of a row: the layout of dequant_activation, of the GEMV, of sums over
+// splits of K, and of every GEMM's general epilogue, which has each option. Options are branches that are uniform over
+// the launch.
+#include <type_traits>
+
+#include "device/epilogue/terms.cuh"
+
+namespace forwardpass {
+
+// What may be accessed as 16-byte words, the same for all threads: found once, on the host.
+struct EpilogueAccess {
+  bool columns, out;
+  explicit EpilogueAccess(const Epilogue& e)
+      : columns(is_aligned(e.b_scale) && is_aligned(e.bias) && is_aligned(e.b_sum)),
+        out(is_aligned(e.out) && e.out_stride * size_of(e.out_dtype) % 16 == 0 && is_aligned(e.out_scale)) {}
+};
+
+// n of 8 values from `column` on, or the one value there is.
+__device__ inline void load_scales(float (&v)[kVec], const float* p, bool per_column, int64_t column, int n,
+                                   bool aligned) {
+  if (per_column) return load_floats(v, p + column, n, aligned);
+  const float one = p ? *p : 1.0f;
+  apply(v, [=](float) { return one; });
+}
+
+__device__ inline void load_bias(float (&v)[kVec], const Epilogue& e, int64_t column, int n, bool aligned) {
+  switch (e.bias_dtype) {
+    case Dtype::f32:
+      return load_floats(v, static_cast<const float*>(e.bias) + column, n, aligned);
+    case Dtype::f16:
+      return load_floats(v, static_cast<const __half*>(e.bias) + column, n, aligned);
+    default:
+      return load_floats(v, static_cast<const __nv_bfloat16*>(e.bias) + column, n, aligned);
+  }
+}
+
+// What every row needs of eight columns from `column` on, n of them inside; b_sum with integers only.
+template <class Acc>
+struct EpilogueColumns {
+  static constexpr bool kInteger = std::is_same_v<Acc, int32_t>;
+  float scale[kVec], bias[kVec];
+  Vec<int32_t> b_sum;
+
+  __device__ EpilogueColumns(const Epilogue& e, const EpilogueAccess& access, int64_t column, int n) {
+    load_scales(scale, e.b_scale, e.b_scale_per_column, column, n, access.columns);
+    if (e.bias) {
+      load_bias(bias, e, column, n, access.columns);
+    } else {
+      apply(bias, [](float) { return 0.0f; });
+    }
+    if (kInteger && e.zero_point) b_sum = load_vec(e.b_sum + column, n, access.columns);
+  }
+};
+
+__device__ inline float row_scale(const Epilogue& e, int64_t row) {
+  return e.a_scale ? e.a_scale[e.a_scale_per_row ? row : 0] : 1.0f;
+}
+// Eight columns of a row, as the terms of the epilogue take them.
+template <class Acc>
+struct RowOfEight {
+  float a_scale;
+  const EpilogueColumns<Acc>& columns;
+
+  __device__ float row_scale(int) const { return a_scale; }
+  __device__ ColumnTerms column(int i) const { return {columns.scale[i], columns.bias[i]}; }
+};
+
+template <class Acc>
+__device__ inline void dequantize(float (&y)[kVec], Vec<Acc> acc, const Epilogue& e,
+                                  const EpilogueColumns<Acc>& columns, int64_t row) {
+  if constexpr (EpilogueColumns<Acc>::kInteger)
+    if (e.zero_point) subtract_zero_point(acc.e, e.zero_point[e.zero_point_per_row ? row : 0], columns.b_sum.e);
+  dequantize(y, acc.e, RowOfEight<Acc>{row_scale(e, row), columns});
+}
+
+template <class T>
+__device__ inline void store_floats(const float (&y)[kVec], T* p, int n, bool aligned) {
+  Vec<T> v;
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) from_float(y[i], v.e[i]);
+  store_vec(v, p, n, aligned);
+}
+
+// One rounding to the output's type, or to the nearest step of out_scale, at columns [column, column + n) of the
+// output.
+__device__ inline void store_output(float (&y)[kVec], const Epilogue& e, const EpilogueAccess& access, int64_t row,
+                                    int64_t column, int n) {
+  const int64_t offset = row * e.out_stride + column;
+  switch (e.out_dtype) {
+    case Dtype::f32:
+      return store_floats(y, static_cast<float*>(e.out) + offset, n, access.out);
+    case Dtype::f16:
+      return store_floats(y, static_cast<__half*>(e.out) + offset, n, access.out);
+    case Dtype::bf16:
+      return store_floats(y, static_cast<__nv_bfloat16*>(e.out) + offset, n, access.out);
+    default:
+      break;
+  }
+  float scale[kVec];
+  load_scales(scale, e.out_scale, e.out_scale_per_column, column, n, access.out);
+  Vec<uint8_t> q;
+#pragma unroll
+  for (int i = 0; i < kVec; i += 2) {
+    const uint16_t pair = quantized_pair(e.out_dtype, {y[i], y[i + 1]}, {scale[i], scale[i + 1]});
+    q.e[i] = pair & 0xff;
+    q.e[i + 1] = pair >> 8;
+  }
+  store_vec(q, static_cast<uint8_t*>(e.out) + offset, n, access.out);
+}
+
+// Eight accumulators of a row to the values of the output; gated: eight gates, and their ups from column + 8 on.
+// columns(): the EpilogueColumns of the eight, asked for after those of the ups are done with.
+template <class Acc, class Columns>
+__device__ inline void epilogue_values(float (&y)[kVec], const Epilogue& e, const EpilogueAccess& access,
+                                       const Columns& columns, int64_t row, int64_t column, int n, const Vec<Acc>& acc,
+                                       const Vec<Acc>& up) {
+  const bool gated = is_gated(e.activation);
+  float y_up[kVec];
+  if (gated) dequantize(y_up, up, e, EpilogueColumns<Acc>(e, access, column + kVec, n), row);
+  dequantize(y, acc, e, columns(), row);
+  activate(e.activation, y);
+  if (gated) multiply_by_up(y, y_up);
+}
+
+}  // namespace forwardpass

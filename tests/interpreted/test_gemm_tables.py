@@ -1,0 +1,153 @@
+"""Every row of every table of GEMM kernels (csrc/kernels/gemm) at its limits, one less and one more.
+
+Limits that take too much memory are asked of the row itself. Each row runs at the size of its tile, and with as many experts as
+its list has room for.
+"""
+
+import dataclasses
+import importlib
+
+import pytest
+import torch
+from gemm_tables import INVALID_VALUE, KINDS, LIBRARY, SUCCESS, is_within, rows, select
+
+import forwardpass as fp
+from forwardpass import dispatch
+
+pytestmark = [
+    pytest.mark.interpreted,
+    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.skipif(not LIBRARY.exists(), reason="built without CUDA kernels, or without the interpreter"),
+]
+
+MULTIPROCESSORS = 2
+#: where the kernels of an architecture run
+DEVICES = {80: "sm_80", 89: "sm_89", 90: "sm_90a"}
+K = 48
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    number: int
+    kind: str
+    arch: int
+    tile: tuple[int, int]
+    experts: int
+
+    def __str__(self):
+        experts = f", {self.experts} experts" if self.experts else ""
+        return f"{self.kind} {DEVICES[self.arch]} {self.tile[0]}x{self.tile[1]}{experts}"
+
+
+def table():
+    if not LIBRARY.exists():
+        return []
+    return [Row(i, KINDS[k.kind], k.arch, (k.tile_m, k.tile_n), k.limits.experts) for i, k in enumerate(rows())]
+
+
+def limits_of(row):
+    return list(rows())[row.number].limits
+
+
+def test_there_are_rows_of_every_kind():
+    kinds = {(r.kind, r.arch, r.experts > 0) for r in table()}
+    assert {(kind, 90, experts) for kind in ("int8", "fp8") for experts in (False, True)} <= kinds
+    assert {("int8", 80, True), ("fp8", 89, True), ("w8a16", 80, True), ("w8a16", 90, False)} <= kinds
+    assert len(set(table())) == len(table())  # no two of a kind have the same tile
+
+
+def test_a_row_computes_what_is_within_its_limits_and_nothing_beyond():
+    for row in table():
+        limits, (tile_m, tile_n) = limits_of(row), row.tile
+        one = {"m": 1, "n": 1, "k": 1, "experts": 1 if row.experts else 0}
+        assert is_within(row.number, **one), row
+        assert not is_within(row.number, **{**one, "experts": 0 if row.experts else 1}), row
+        at = {"m": limits.rows, "n": limits.columns, "k": limits.k}
+        if row.experts:
+            at["experts"] = row.experts
+        for name, value in at.items():
+            assert is_within(row.number, **{**one, name: value - 1}), (row, name)
+            assert is_within(row.number, **{**one, name: value}), (row, name)
+            assert not is_within(row.number, **{**one, name: value + 1}), (row, name)
+        if limits.rows < 2**16 * tile_m:
+            continue
+        tile_rows = 2**12 - (1 if row.experts else 0)  # an expert's last tile may be ragged
+        for more, right in ((-1, True), (0, False)):  # 2^31 tiles
+            assert is_within(row.number, **{**one, "m": (tile_rows + more) * tile_m, "n": 2**19 * tile_n}) == right, row
+
+
+@pytest.mark.parametrize("experts", [0, 3])
+@pytest.mark.parametrize(("kind", "arch"), [("int8", 80), ("fp8", 89), ("w8a16", 80), ("int8", 90), ("fp8", 90)])
+def test_a_shape_beyond_every_row_is_refused(kind, arch, experts):
+    device, rows, products = (MULTIPROCESSORS, arch), 2**31 - 1, max(experts, 1)
+    for m, n, k in (
+        (16, 16, 2**30),
+        (rows // products + 1, 16, 16),
+        (16, rows // products + 1, 16),
+        (2**28, 2**20, 16),
+    ):
+        assert select(kind, device, m, n, k, experts=experts)[0] == INVALID_VALUE, (m, n, k)
+    assert select(kind, device, 16, 16, 2**30 - 1, experts=experts)[0] == SUCCESS
+    if experts:
+        assert select(kind, device, 1, 16, 16, experts=512)[0] == SUCCESS
+        assert select(kind, device, 1, 16, 16, experts=513)[0] == INVALID_VALUE
+
+
+def test_the_refusal_is_a_sentence():
+    x, w = torch.empty(1, 2**30, dtype=torch.bfloat16), torch.empty(1, 2**30, dtype=torch.int8)  # which nothing touches
+    with (
+        fp.interpret("sm_80"),
+        pytest.raises(RuntimeError, match=r"fewer than 2\^31 rows and 2\^30 columns.*split them"),
+    ):
+        torch.ops.forwardpass.w8a16_gemm_cuda(x, w, torch.ones(1), None, None)
+
+
+def run(row, m, n):
+    """One product of m rows and n columns; grouped, that of as many experts as the row has room for, or one less."""
+    op = f"{row.kind}{'_grouped' if row.experts else ''}_gemm"
+    cases = importlib.import_module(f"forwardpass.ops.{op}.cases")
+    case = cases.Case((m,) if row.kind == "w8a16" else m, n, K) if not row.experts else cases.Case(m, n, K, beyond=1)
+    args = case.arguments()
+    with (
+        fp.interpret(DEVICES[row.arch], multiprocessors=MULTIPROCESSORS, counters=True) as device,
+        fp.use_backend("cuda"),
+    ):
+        got = dispatch.operations[op](*args)
+    assert device.findings == []
+    cases.assert_matches(got, args)
+    sides = {row.tile, row.tile[::-1]}  # swap-AB
+    return any(f"TileELi{a}ELi{b}E" in k.kernel for k in device.kernels() for a, b in sides) or "gemv" in str(
+        [k.kernel for k in device.kernels()]
+    )
+
+
+def chooses(row, m, n, experts=0):
+    error, choice = select(row.kind, (MULTIPROCESSORS, row.arch), m, n, K, experts=experts)
+    kernel = choice.kernel.contents if error == SUCCESS else None
+    return kernel is not None and (kernel.arch, (kernel.tile_m, kernel.tile_n)) == (row.arch, row.tile)
+
+
+def mean(counts):
+    return -(-sum(counts) // len(counts))
+
+
+@pytest.mark.parametrize("row", table(), ids=str)
+def test_every_row_is_right_at_its_limits(row):
+    tile_m, tile_n = row.tile
+    ran = 0
+    if row.experts:
+        for experts in (row.experts - 1, row.experts):
+            # a tile and one row more, none, and one row, so that the mean is that of the tile
+            rows_of_expert = 17 if tile_m > 16 else 2
+            counts = tuple(rows_of_expert * (1 + e % 3 // 2) if e % 3 else 0 for e in range(experts))
+            n = 16 if tile_n <= 128 else tile_n
+            if chooses(row, mean((*counts, 1)), n, experts):
+                assert run(row, counts, n)
+                ran += 1
+    else:
+        for more in (-1, 0, 1):
+            for m, n in ((tile_m + more, tile_n), (tile_m, tile_n + more)):
+                if chooses(row, m, n):
+                    assert run(row, m, n), (m, n)
+                    ran += 1
+    assert ran, "no shape that was tried takes this row"
