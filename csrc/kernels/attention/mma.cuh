@@ -391,6 +391,7 @@ template <AttentionInstance kInstance>
 cudaError_t launch_instance(const AttentionParams& p, cudaStream_t stream) {
   using Large = MmaAttentionConfig<kInstance, tile_of(kInstance, true)>;
   using Small = MmaAttentionConfig<kInstance, tile_of(kInstance, false)>;
+  static_assert(Small::kLeastSharedKib <= 100, "beyond 8.0 it has no code");
   return takes_large<kInstance>(p) ? launch_mma<Large>(p, stream) : launch_mma<Small>(p, stream);
 }
 template <AttentionInstance kInstance>

@@ -9,12 +9,10 @@ namespace forwardpass {
 template <class Config>
 class PagedSource {
  public:
-  struct Place {
-    int first;  // page or, without pages, sequence; -1: none
-    int row;    // in it
-  };
+  // Where the keys and values of a block are, in bytes from the cache's first. The values' place is read while that of
+  // the block before is written. One thread computes a key's; by all that copy it the loop has 12 % more instructions.
   struct Shared {
-    Place place[2][Config::kN];  // of the block that is copied and of the one before
+    int64_t k[Config::kN], v[2][Config::kN];
   };
 
   template <class Arguments>
@@ -35,16 +33,20 @@ class PagedSource {
     const int key = key_of(block);
     if (threadIdx.x >= Config::kN) return;
     const bool has_page = key < tile_.keys && first_ >= 0;
-    s_.place[block & 1][threadIdx.x] = {has_page ? first_ : -1, p_.cache.block_table ? key % p_.cache.page : key};
+    const int row = p_.cache.block_table ? key % p_.cache.page : key, head = tile_.kv_head(p_);
+    const auto place = [&](const AttentionTensor& t) {
+      return has_page ? (first_ * t.batch + row * t.row + head * t.head) * 2 : kNone;
+    };
+    s_.k[threadIdx.x] = place(p_.k), s_.v[block & 1][threadIdx.x] = place(p_.v);
   }
   // A key without a page is NaN: so are the scores of all rows that see it, and what follows from them.
   template <bool kWhole>
-  __device__ void copy_k(uint16_t* shared, int block, int keys, int columns) const {
-    copy<kWhole, true, Config::kHeadDim>(shared, p_.k, block, keys, columns);
+  __device__ void copy_k(uint16_t* shared, int, int keys, int columns) const {
+    copy<kWhole, true, Config::kHeadDim>(shared, p_.k, s_.k, keys, columns);
   }
   template <bool kWhole>
   __device__ void copy_v(uint16_t* shared, int block, int keys, int columns) const {
-    copy<kWhole, false, Config::kValueDim>(shared, p_.v, block, keys, columns);
+    copy<kWhole, false, Config::kValueDim>(shared, p_.v, s_.v[block & 1], keys, columns);
   }
   __device__ void step_back() const {}
 
@@ -53,31 +55,31 @@ class PagedSource {
     return threadIdx.x < Config::kN ? block * Config::kN + static_cast<int>(threadIdx.x) : INT32_MAX;
   }
   template <bool kWhole, bool kNan, int kColumns>
-  __device__ void copy(uint16_t* shared, const AttentionTensor& t, int block, int keys, int columns) const {
+  __device__ void copy(uint16_t* shared, const AttentionTensor& t, const int64_t* rows, int keys, int columns) const {
     using P = Panels<kColumns>;
     using Share = CopyShare<P::kRowBytes, Config::kN, Config::kThreads>;
     const uint32_t to = ptx::shared_address(shared) + Share::offset();
-    const auto head = static_cast<const char*>(t.data) + (tile_.kv_head(p_) * t.head + Share::chunk() * 8) * 2;
+    const auto column = static_cast<const char*>(t.data) + Share::chunk() * 16;
 #pragma unroll
     for (int i = 0; i < Share::kCount; ++i) {
       const int row = Share::row() + i * Share::kStep;
-      const Place place = s_.place[block & 1][row];
+      const int64_t place = rows[row];
       const bool inside = kWhole || row < keys;
-      const auto from = head + (max(place.first, 0) * t.batch + place.row * t.row) * 2;
 #pragma unroll
       for (int panel = 0; panel < P::kCount; ++panel) {
         const int offset = (panel * Config::kN + i * Share::kStep) * P::kRowBytes;
         const bool has_column = inside && panel * P::kPanel + Share::chunk() * 8 < columns;
-        if (kNan && inside && place.first < 0)
+        if (kNan && inside && place < 0)
           *reinterpret_cast<uint4*>(reinterpret_cast<char*>(shared) + Share::offset() + offset) = {kNans, kNans, kNans,
                                                                                                    kNans};
         else
-          ptx::cp_async_16(to + offset, from + panel * P::kRowBytes, has_column && place.first >= 0 ? 16 : 0);
+          ptx::cp_async_16(to + offset, column + place + panel * P::kRowBytes, has_column && place >= 0 ? 16 : 0);
       }
     }
     ptx::cp_async_commit();
   }
   static constexpr uint32_t kNans = 0x7fff7fff;  // of fp16 and of bf16
+  static constexpr int64_t kNone = -16;          // a multiple of what is copied together: nothing is read there
 
   const AttentionParams& p_;
   Shared& s_;
