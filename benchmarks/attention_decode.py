@@ -16,15 +16,34 @@ from torch import Tensor
 from benchmarks import bench
 from forwardpass.common.timing import interleave
 from forwardpass.dispatch import use_backend
-from forwardpass.ops.attention_decode import OPERATION
+from forwardpass.ops.attention_decode import OPERATION, WITH_LSE
 from forwardpass.ops.attention_decode.cases import Case, real
 
 
-def sdpa(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, block_table: Tensor | None, k_scale: Tensor | None,
-    v_scale: Tensor | None, scale: float | None, window_left: int | None, sinks: Tensor | None, **_: Any,
-) -> Tensor:  # fmt: skip
+def sdpa(sinks: Tensor | None, **options: Any) -> Tensor:
     """One new token a sequence."""
+    if sinks is not None:
+        return eager(sinks, **options)[0]
+    q, k, v, seen = operands(**options)
+    return F.scaled_dot_product_attention(q, k, v, seen, scale=options["scale"], enable_gqa=True).transpose(1, 2)
+
+
+def eager(sinks: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
+    """o and the log-sum-exp, which torch's fused attention does not return."""
+    q, k, v, seen = operands(**options)
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    s = q @ k.transpose(-1, -2) * (options["scale"] or q.shape[-1] ** -0.5)
+    s = s.masked_fill(~seen, -torch.inf)
+    if sinks is not None:
+        s = torch.cat([s, sinks.to(s.dtype).reshape(-1, 1, 1).expand(*s.shape[:-1], 1)], -1)
+    return (torch.softmax(s, -1)[..., : k.shape[2]] @ v).transpose(1, 2), torch.logsumexp(s.float(), -1)
+
+
+def operands(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, block_table: Tensor | None, k_scale: Tensor | None,
+    v_scale: Tensor | None, window_left: int | None, **_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """q, k and v with heads before rows, and which keys each sequence's row sees, [B, 1, 1, L]."""
     k, v = (
         in_order(cache, s, block_table, q.dtype) for cache, s in ((k_cache, k_scale), (v_cache, v_scale))
     )  # [B, L, Hk, D]
@@ -33,15 +52,7 @@ def sdpa(
     if window_left is not None:
         seen = seen & (keys >= seq_lens[:, None] - 1 - window_left)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if sinks is None:
-        return F.scaled_dot_product_attention(q, k, v, seen[:, None, None], scale=scale, enable_gqa=True).transpose(
-            1, 2
-        )
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    s = q @ k.transpose(-1, -2) * (scale or q.shape[-1] ** -0.5)
-    s = s.masked_fill(~seen[:, None, None], -torch.inf)
-    s = torch.cat([s, sinks.to(s.dtype).reshape(-1, 1, 1).expand(*s.shape[:-1], 1)], -1)
-    return (torch.softmax(s, -1)[..., : keys.numel()] @ v).transpose(1, 2)
+    return q, k, v, seen[:, None, None]
 
 
 def in_order(cache: Tensor, scale: Tensor | None, block_table: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -53,7 +64,7 @@ def in_order(cache: Tensor, scale: Tensor | None, block_table: Tensor | None, dt
     return cache[block_table.clamp(min=0)].flatten(1, 2)
 
 
-BASELINES = {OPERATION: sdpa}
+BASELINES = {OPERATION: sdpa, WITH_LSE: eager}
 
 
 def sweep_cases() -> Iterator[Case]:

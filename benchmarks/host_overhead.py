@@ -103,6 +103,7 @@ def calls() -> dict[str, Callable[[], Any]]:
         "attention": lambda: ops.attention(q, kv, kv, causal=True),
         "attention_with_lse": lambda: ops.attention_with_lse(q, kv, kv, causal=True),
         "attention_decode": lambda: ops.attention_decode(one_q, kv, kv, length),
+        "attention_decode_with_lse": lambda: ops.attention_decode_with_lse(one_q, kv, kv, length),
         "append_kv": lambda: ops.append_kv(one_kv, one_kv, cache, v_cache, length),
         "permute_quantize": lambda: ops.permute_quantize(x, index, 8, torch.int8),
         "unpermute": lambda: ops.unpermute(x, position, weights),

@@ -122,7 +122,7 @@ def test_a_missing_or_old_setuptools_is_one_sentence(tmp_path, version):
 def test_architectures(setup_py, listed, built, left_out):
     made = setup_py(TORCH_CUDA_ARCH_LIST=listed)
     assert made.arches() == (built, left_out)
-    hopper = made.gencode(ROOT / "csrc/kernels/attention/attention_sm90a.cu")
+    hopper = made.gencode(ROOT / "csrc/kernels/attention/table_sm90a.cu")
     assert hopper == (["-gencode=arch=compute_90a,code=[sm_90a,compute_90a]"] if "90a" in built else [])
 
 
@@ -146,12 +146,12 @@ def test_code_for_blackwell_is_made_of_ptx_for_hopper(setup_py, listed, quantize
 
 def test_8_9_has_code_of_its_own_where_e4m3_is_converted(setup_py):
     """Else it runs that for 8.0 (tests/gates/ada_gates.py compares them)."""
-    sources = {p.name.removesuffix("_sm80.cu"): p for p in (ROOT / "csrc/kernels").rglob("*_sm80.cu")}
-    own = setup_py().OWN_CODE_ON_89
-    assert {"attention", "table_int8", "pad_rows"} <= sources.keys() - set(own) and set(own) <= sources.keys()
+    sources = [(p.name.removesuffix("_sm80.cu"), p) for p in (ROOT / "csrc/kernels").rglob("*_sm80.cu")]
+    names, own = {name for name, _ in sources}, set(setup_py().OWN_CODE_ON_89)
+    assert {"table_modified", "table_int8", "pad_rows"} <= names - own and own <= names
     for listed, arches in (("8.0 8.9", ["80"]), ("8.9", ["89"])):
         made = setup_py(TORCH_CUDA_ARCH_LIST=listed)
-        for name, source in sources.items():
+        for name, source in sources:
             flags = [f"-gencode=arch=compute_{a},code=[sm_{a},compute_{a}]" for a in arches]
             if name in own and listed == "8.0 8.9":
                 flags.append("-gencode=arch=compute_89,code=[sm_89,compute_89]")

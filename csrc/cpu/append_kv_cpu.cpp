@@ -75,14 +75,14 @@ INLINE void rotate(int64_t rotated, const Buffers& b) {
 }
 
 template <class V>
-INLINE void write(const AppendKvParams& p, const float* row, const CacheTensor& to, const CacheScale& scale,
-                  int64_t first, int64_t position, int64_t head) {
+INLINE void write(const AppendKvParams& p, const float* row, int32_t columns, const CacheTensor& to,
+                  const CacheScale& scale, int64_t first, int64_t position, int64_t head) {
   const KvCache& c = p.cache;
   char* data = static_cast<char*>(to.data) + (first * to.first + position * to.row + head * to.head) * size_of(c.dtype);
   if (scale.data) {
     float* s = scale.data + first * scale.first + position * scale.row + head * scale.head;
     QuantizedRows out{};
-    out.q = data, out.dtype = c.dtype, out.columns = out.group = c.head_dim, out.symmetric = true;
+    out.q = data, out.dtype = c.dtype, out.columns = out.group = columns, out.symmetric = true;
     if (scale.per_token) {
       out.scale = s;
     } else {
@@ -92,17 +92,18 @@ INLINE void write(const AppendKvParams& p, const float* row, const CacheTensor& 
       return load<V, Dtype::f32>(row, column, n);
     });
   } else {
-    from_floats<V>(row, c.dtype, c.head_dim, data);
+    from_floats<V>(row, c.dtype, columns, data);
   }
 }
 
 // Of each token of all sequences, one after the other, from the first to the last.
 void append(const AppendKvParams& p, int64_t begin, int64_t end) {
   const KvCache& c = p.cache;
-  const CacheLines memory = allocate(4 * (c.head_dim + 2 * p.rotated + kNormSums));
+  const int64_t widest = std::max(c.head_dim, c.value_dim);
+  const CacheLines memory = allocate(4 * (widest + 2 * p.rotated + kNormSums));
   Buffers b;
   b.row = reinterpret_cast<float*>(memory.get());
-  b.cos = b.row + c.head_dim, b.sin = b.cos + p.rotated, b.sums = b.sin + p.rotated;
+  b.cos = b.row + widest, b.sin = b.cos + p.rotated, b.sums = b.sin + p.rotated;
   with_vectors(VECTOR_CODE {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t batch = i / p.tokens, token = i % p.tokens;
@@ -126,9 +127,9 @@ void append(const AppendKvParams& p, int64_t begin, int64_t end) {
       if (to.first < 0) continue;
       for (int64_t head = 0; head < c.heads; ++head) {
         prepare(p.k, head, p.k_norm);
-        write<V>(p, b.row, c.k, c.k_scale, to.first, to.row, head);
-        to_floats<V>(element(p.v, batch, token, head, p.dtype), p.dtype, c.head_dim, b.row);
-        write<V>(p, b.row, c.v, c.v_scale, to.first, to.row, head);
+        write<V>(p, b.row, c.head_dim, c.k, c.k_scale, to.first, to.row, head);
+        to_floats<V>(element(p.v, batch, token, head, p.dtype), p.dtype, c.value_dim, b.row);
+        write<V>(p, b.row, c.value_dim, c.v, c.v_scale, to.first, to.row, head);
       }
     }
   });

@@ -1,11 +1,11 @@
 // A few rows against all keys of their sequence: what binds is reading the cache once.
 //
 // An item is one head of the cache and kSplitKeys keys of a sequence; all query heads that share the head are its rows,
-// kMostRows at a time. Items leave their sums to a workspace, and a second pass adds those of a sequence in order:
-// which keys an item has depends on the sequence alone, so that bits depend neither on the number of threads nor on the
-// batch. Threads share the keys, not the items, of which a sequence's last may have few: 544 and 2080 keys of 3 heads,
-// float32, two threads: 46 and 130 us where items of 512 keys were counted out, 64 and 172. Of 128 keys int8 is slower
-// by a quarter.
+// kMostRows at a time, and of many rows of a sequence kChunkRows. Items leave their sums to a workspace, and a second
+// pass adds those of a sequence in order: which keys an item has depends on the sequence alone, so that bits depend
+// neither on the number of threads nor on the batch. Threads share the keys, not the items, of which a sequence's last
+// may have few: 544 and 2080 keys of 3 heads, float32, two threads: 46 and 130 us where items of 512 keys were counted
+// out, 64 and 172. Of 128 keys int8 is slower by a quarter.
 //
 // Keys and values are read where they lie, as words (words.h), in tiles of kTileKeys (decode_tile.h). While a tile is
 // multiplied, the next one is prefetched: rows of one head may be a kilobyte apart, where no hardware does it. Of 8
@@ -38,11 +38,16 @@ constexpr int64_t kLeastWork = 1 << 16;  // of a thread, in products of q and k
 // times as fast as head by head, rows of 16 bits no faster.
 constexpr int64_t kTogether = 512;
 
-// Keys of one sequence, from the first that any of its rows sees; and what comes before them: parts, keys of all heads.
-// lost: a bit for each row that is NaN, whose keys are not read.
-struct Sequence {
-  int64_t begin, end, splits, first_item, first_key;
-  uint32_t lost;
+// Rows of a head that are computed together: more of them would not stay in L1 with a tile of keys.
+constexpr int64_t kChunkRows = 64;
+
+// Rows of one sequence, and its keys from the first that any of them sees; and what comes before them: parts, keys of
+// all heads times rows. lost: the rows are NaN, and no keys are read.
+struct Chunk {
+  int64_t batch, first_row, rows, begin = 0, end = 0, splits = 1, first_item = 0, first_key = 0;
+  bool lost = false;
+
+  Head head(const AttentionDecodeParams& p, int64_t h) const { return {p, batch, h, first_row, rows}; }
 };
 
 // Whether the table names a page for each key from begin to end.
@@ -53,24 +58,37 @@ bool has_pages(const KvCache& c, int64_t batch, int64_t begin, int64_t end) {
   return true;
 }
 
-// Its begin, end and lost. A page is longer than rows are apart, so that no page is missing between those of rows that
-// are not lost.
-Sequence find_keys(const AttentionDecodeParams& p, int64_t batch) {
-  Sequence s{};
-  if (!p.in_range(batch)) return s.lost = ~0u, s;
-  const int64_t length = p.cache.seq_lens[batch], first = std::min<int64_t>(p.first_key(batch), length);
-  s.begin = first, s.end = length;
-  if (has_pages(p.cache, batch, first, length)) return s;
-  s.begin = s.end = first;
-  for (int64_t i = 0; i < p.rows; ++i) {
-    const int64_t end = length - p.rows + i + 1, begin = std::max(first, end - 1 - p.left);
-    if (begin >= end) continue;
-    if (!has_pages(p.cache, batch, begin, end))
-      s.lost |= 1u << i;
-    else
-      s.begin = s.begin == s.end ? begin : s.begin, s.end = end;
+// The keys that rows of a sequence see, in a chunk that is not lost.
+Chunk chunk_of(const AttentionDecodeParams& p, int64_t batch, int64_t first_row, int64_t rows) {
+  Chunk c{.batch = batch, .first_row = first_row, .rows = rows};
+  const int64_t place = p.cache.seq_lens[batch] - p.rows + first_row;
+  const int64_t first = std::max<int64_t>(p.leftpad ? p.leftpad[batch] : 0, place - p.left);
+  c.end = std::max<int64_t>(place + rows, 0);
+  c.begin = std::min(std::max<int64_t>(first, 0), c.end);
+  return c;
+}
+
+// A sequence's rows in chunks. If there is a page missing, each row by itself: others may see keys on both sides of it.
+void add_chunks(const AttentionDecodeParams& p, int64_t batch, std::vector<Chunk>& chunks) {
+  const int64_t most = std::max<int64_t>(kChunkRows / (p.heads / p.cache.heads), 8);
+  if (!p.in_range(batch)) {
+    for (int64_t row = 0; row < p.rows; row += most)
+      chunks.push_back({.batch = batch, .first_row = row, .rows = std::min(most, p.rows - row), .lost = true});
+    return;
   }
-  return s;
+  for (int64_t row = 0; row < p.rows; row += most) {
+    const Chunk chunk = chunk_of(p, batch, row, std::min(most, p.rows - row));
+    if (has_pages(p.cache, batch, chunk.begin, chunk.end)) {
+      chunks.push_back(chunk);
+      continue;
+    }
+    for (int64_t i = row; i < row + chunk.rows; ++i) {
+      Chunk alone = chunk_of(p, batch, i, 1);
+      alone.lost = !has_pages(p.cache, batch, alone.begin, alone.end);
+      if (alone.lost) alone.end = alone.begin;
+      chunks.push_back(alone);
+    }
+  }
 }
 
 // n floats, n a multiple of the lanes, to elements of words; what these have to be multiplied by. Integers are at most
@@ -136,8 +154,12 @@ class Scratch {
 // What a thread works in.
 class Worker {
  public:
-  explicit Worker(const AttentionDecodeParams& p)
-      : p_(p), rows_(Head{p, 0, 0}.rows()), columns_(round_up(p.cache.head_dim, kColumnStep)) {
+  // most_rows: of an item
+  Worker(const AttentionDecodeParams& p, int64_t most_rows)
+      : p_(p),
+        stride_(Sums::floats(most_rows, p.cache.value_dim)),
+        columns_(round_up(p.cache.head_dim, kColumnStep)),
+        value_columns_(round_up(p.cache.value_dim, kColumnStep)) {
     thread_local Scratch scratch;
     const int64_t heads = most_heads();
     float** parts[] = {&q_,
@@ -149,11 +171,11 @@ class Worker {
                        &buffers_.v_scale,
                        &buffers_.scores,
                        &buffers_.words};
-    const int64_t sizes[] = {heads * rows_ * columns_,
-                             round_up(heads * rows_, kMostLanes),
+    const int64_t sizes[] = {heads * most_rows * columns_,
+                             round_up(heads * most_rows, kMostLanes),
                              columns_,
-                             4 * kTileKeys * columns_,
-                             heads * Sums::floats(rows_, p.cache.head_dim),
+                             2 * kTileKeys * (columns_ + value_columns_),
+                             heads * stride_,
                              kTileKeys,
                              kTileKeys,
                              kMostRows * kTileKeys,
@@ -175,20 +197,19 @@ class Worker {
   // What follows is prefetched.
   void run(const Keys& keys, int64_t heads, float* sums, const Keys& following) {
     const auto& [first_head, begin, end] = keys;
-    const int64_t length = p_.cache.seq_lens[first_head.batch];
-    const int64_t stride = Sums::floats(rows_, p_.cache.head_dim);
+    const int64_t row_count = first_head.rows(), length = p_.cache.seq_lens[first_head.batch];
     const int64_t size = size_of(p_.cache.dtype), k_bytes = p_.cache.k.head * size, v_bytes = p_.cache.v.head * size;
     for (int64_t h = 0; h < heads; ++h) {
-      const Sums s(sums + h * stride, rows_, p_.cache.head_dim);
-      std::fill_n(s.values, rows_ * columns_, 0.0f);
-      std::fill_n(s.maxima, round_up(rows_, kMostRows), -INFINITY);
-      std::fill_n(s.totals, round_up(rows_, kMostRows), 0.0f);
-      if (begin < end) place_rows({p_, first_head.batch, first_head.head + h}, h);
+      const Sums s(sums + h * stride_, row_count, p_.cache.value_dim);
+      std::fill_n(s.values, row_count * value_columns_, 0.0f);
+      std::fill_n(s.maxima, round_up(row_count, kMostRows), -INFINITY);
+      std::fill_n(s.totals, round_up(row_count, kMostRows), 0.0f);
+      if (begin < end) place_rows(head_behind(first_head, h), h);
     }
     if (begin >= end) return;
     Tile tiles[2];
     tiles[0].find(keys, begin);
-    if (copies_rows_) std::fill_n(copies_, 4 * kTileKeys * columns_, 0.0f);
+    if (copies_rows_) std::fill_n(copies_, 2 * kTileKeys * (columns_ + value_columns_), 0.0f);
     for (int64_t key = begin, t = 0; key < end; key += kTileKeys, t ^= 1) {
       Tile &tile = tiles[t], &next = tiles[t ^ 1];
       if (key + kTileKeys < end)
@@ -198,27 +219,33 @@ class Worker {
       else
         next = tile;
       for (int64_t h = 0; h < heads; ++h) {
-        const Head head{p_, first_head.batch, first_head.head + h};
+        const Head head = head_behind(first_head, h);
         if (h) tile.next_head(k_bytes, v_bytes);
         Tile share, copied;
         if (heads > 1) share.find_share(next, h, heads, k_bytes, v_bytes);
         if (copies_rows_) copy_rows(tile, copied);
         place_scales(head, p_.cache.k_scale, tile, buffers_.k_scale);
         place_scales(head, p_.cache.v_scale, tile, buffers_.v_scale);
-        for (int64_t first = 0; first < rows_; first += kMostRows) {
-          Rows rows{q_ + (h * rows_ + first) * words_,
-                    factors_ + h * rows_ + first,
-                    words_,
-                    {},
-                    {},
-                    Sums(sums + h * stride, rows_, p_.cache.head_dim)};
-          const auto count = static_cast<int>(std::min<int64_t>(rows_ - first, kMostRows));
-          rows.sums.values += first * columns_, rows.sums.maxima += first, rows.sums.totals += first;
+        for (int64_t first = 0; first < row_count; first += kMostRows) {
+          Rows rows{.q = q_ + (h * row_count + first) * words_,
+                    .factors = factors_ + h * row_count + first,
+                    .words = words_,
+                    .low = {},
+                    .high = {},
+                    .place = {},
+                    .slope = {},
+                    .sums = Sums(sums + h * stride_, row_count, p_.cache.value_dim)};
+          const auto count = static_cast<int>(std::min<int64_t>(row_count - first, kMostRows));
+          rows.sums.values += first * value_columns_, rows.sums.maxima += first, rows.sums.totals += first;
+          bool sees_keys = false;
           for (int r = 0; r < count; ++r) {
-            const int64_t place = length - p_.rows + (first + r) % p_.rows - key;
+            const int64_t place = length - p_.rows + head.row_of_sequence(first + r) - key;
             rows.low[r] = static_cast<int>(std::clamp<int64_t>(place - p_.left, 0, kTileKeys));
             rows.high[r] = static_cast<int>(std::clamp<int64_t>(place, -1, tile.n - 1));
+            rows.place[r] = static_cast<float>(place), rows.slope[r] = slope_of(head, first + r);
+            sees_keys |= rows.low[r] <= rows.high[r];
           }
+          if (!sees_keys) continue;
           with_rows(count, [&](auto count) __attribute__((always_inline)) {
             with_arithmetic(p_, [&]<class A>(A) __attribute__((always_inline)) {
               attend<A, count()>(p_, copies_rows_ ? copied : tile, heads > 1 ? share : next, rows, buffers_);
@@ -230,6 +257,14 @@ class Worker {
   }
 
  private:
+  static Head head_behind(Head head, int64_t h) {
+    head.head += h;
+    return head;
+  }
+  float slope_of(const Head& head, int64_t row) const {
+    if (!p_.alibi_slopes) return 0;
+    return p_.alibi_slopes[head.batch * p_.alibi_batch_stride + head.q_head(row)] * kLog2e;
+  }
   // The rows of q as words, and what scores have to be multiplied by.
   void place_rows(const Head& head, int64_t index) {
     with_arithmetic(p_, [&]<class A>(A) __attribute__((always_inline)) { place_rows<A>(head, index); });
@@ -239,21 +274,21 @@ class Worker {
     using V = typename A::V;
     constexpr int64_t kStep = kLanes<V> * A::kElements;
     words_ = round_up(p_.cache.head_dim, kStep) / A::kElements;
-    const int64_t columns = p_.cache.head_dim;
-    copies_rows_ = columns % kStep != 0;
+    const int64_t columns = p_.cache.head_dim, rows = head.rows();
+    copies_rows_ = columns % kStep != 0 || p_.cache.value_dim % kStep != 0;
     float most = 0;  // sums of products with int8 are less than 2^31
     if constexpr (kIntegers<A>) most = std::min(A::kMost, static_cast<float>((int64_t{1} << 23) / columns_ - 1));
     std::fill_n(row_, columns_, 0.0f);
-    for (int64_t row = 0; row < rows_; ++row) {
-      const int64_t h = head.head * (rows_ / p_.rows) + row / p_.rows, i = row % p_.rows;
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t h = head.q_head(row), i = head.row_of_sequence(row);
       const auto q = static_cast<const char*>(p_.q.data) +
                      (head.batch * p_.q.batch + i * p_.q.row + h * p_.q.head) * size_of(p_.dtype);
       with_float_dtype(p_.dtype, [&](auto dtype) __attribute__((always_inline)) {
         for_each_vector<V>(
             0, columns, VECTOR_BODY(&) { store<Dtype::f32>(load<V, decltype(dtype)::value>(q, c, n), row_, c, n); });
       });
-      const float unit = pack<A>(row_, round_up(columns, kStep), most, q_ + (index * rows_ + row) * words_);
-      factors_[index * rows_ + row] = (p_.softcap > 0 ? p_.scale / p_.softcap : p_.scale * kLog2e) * unit;
+      const float unit = pack<A>(row_, round_up(columns, kStep), most, q_ + (index * rows + row) * words_);
+      factors_[index * rows + row] = (p_.softcap > 0 ? p_.scale / p_.softcap : p_.scale * kLog2e) * unit;
     }
   }
 
@@ -274,16 +309,18 @@ class Worker {
 
   void copy_rows(const Tile& from, Tile& tile) const {
     tile.key = from.key, tile.n = from.n;
-    const int64_t bytes = p_.cache.head_dim * size_of(p_.cache.dtype);
+    const int64_t size = size_of(p_.cache.dtype);
     for (int i = 0; i < kTileKeys; ++i) {
-      char* const to = reinterpret_cast<char*>(copies_ + i * 2 * columns_);
-      std::memcpy(to, from.k[i], bytes), std::memcpy(to + 4 * columns_, from.v[i], bytes);
+      char* const to = reinterpret_cast<char*>(copies_ + i * (columns_ + value_columns_));
+      std::memcpy(to, from.k[i], p_.cache.head_dim * size);
+      std::memcpy(to + 4 * columns_, from.v[i], p_.cache.value_dim * size);
       tile.k[i] = to, tile.v[i] = to + 4 * columns_;
     }
   }
 
   const AttentionDecodeParams& p_;
-  const int64_t rows_, columns_;
+  const int64_t stride_;  // from the sums of one head to those of the next
+  const int64_t columns_, value_columns_;
   int64_t words_;     // of a row of q
   bool copies_rows_;  // of the cache, as they are no whole vectors
   float *q_, *factors_, *row_, *copies_, *sums_;
@@ -301,13 +338,13 @@ float sink_of(const AttentionDecodeParams& p, int64_t h) {
   return sink * kLog2e;
 }
 
-// The head's rows of the output from `count` partial sums, `stride` floats apart, which it changes.
-void finish(const Head& head, uint32_t lost, float* partial, int64_t count, int64_t stride) {
+// The head's rows of the output, and of the lse, from `count` partial sums, `stride` floats apart, which it changes.
+void finish(const Head& head, bool lost, float* partial, int64_t count, int64_t stride) {
   const AttentionDecodeParams& p = head.p;
-  const int64_t columns = p.cache.head_dim, group = head.rows() / p.rows, values = round_up(columns, kColumnStep);
+  const int64_t columns = p.cache.value_dim, values = round_up(columns, kColumnStep);
   const auto sums = [&](int64_t s) { return Sums(partial + s * stride, head.rows(), columns); };
   for (int64_t row = 0; row < head.rows(); ++row) {
-    const int64_t h = head.head * group + row / p.rows, i = row % p.rows;
+    const int64_t h = head.q_head(row), i = head.row_of_sequence(row);
     const float sink = sink_of(p, h);
     float maximum = sink;
     for (int64_t s = 0; s < count; ++s) maximum = std::max(maximum, sums(s).maxima[row]);
@@ -318,7 +355,9 @@ void finish(const Head& head, uint32_t lost, float* partial, int64_t count, int6
       factor = std::exp2(factor - subtrahend);
       total += factor * sums(s).totals[row];
     }
-    const float inverse = lost >> i & 1 ? NAN : total == 0 ? 0 : 1 / total;  // a row without keys is 0
+    if (lost) total = NAN;
+    const float inverse = total == 0 ? 0 : 1 / total;  // a row without keys is 0
+    if (p.lse) p.lse[(head.batch * p.heads + h) * p.rows + i] = subtrahend / kLog2e + std::log(total);
     char* out = static_cast<char*>(p.out) + ((head.batch * p.rows + i) * p.heads + h) * columns * size_of(p.dtype);
     with_vectors(VECTOR_CODE {
       with_float_dtype(p.dtype, [&](auto dtype) __attribute__((always_inline)) {
@@ -335,29 +374,32 @@ void finish(const Head& head, uint32_t lost, float* partial, int64_t count, int6
 }
 
 // What there is to do, in order: of a sequence after the other the first keys of its heads, then their next ones. The
-// parts depend on a sequence's own length alone, so that its bits do.
+// parts depend on a sequence's own length alone, so that its bits do. Keys count once for each row of a chunk.
 struct Ranges {
   const AttentionDecodeParams& p;
   const int64_t heads;
-  std::vector<Sequence> sequences;
-  int64_t items = 0, keys = 0, most_splits = 1;
+  std::vector<Chunk> chunks;
+  int64_t items = 0, keys = 0, most_splits = 1, most_rows = 1;
 
-  explicit Ranges(const AttentionDecodeParams& p) : p(p), heads(p.cache.heads), sequences(p.cache.batch) {
-    for (int64_t b = 0; b < p.cache.batch; ++b) {
-      Sequence& s = sequences[b] = find_keys(p, b);
-      s.splits = std::max<int64_t>((s.end - s.begin + kSplitKeys - 1) / kSplitKeys, 1);
-      s.first_item = items, s.first_key = keys;
-      items += s.splits * heads, keys += (s.end - s.begin) * heads;
-      most_splits = std::max(most_splits, s.splits);
+  explicit Ranges(const AttentionDecodeParams& p) : p(p), heads(p.cache.heads) {
+    chunks.reserve(p.cache.batch);
+    for (int64_t b = 0; b < p.cache.batch; ++b) add_chunks(p, b, chunks);
+    for (Chunk& c : chunks) {
+      c.splits = std::max<int64_t>((c.end - c.begin + kSplitKeys - 1) / kSplitKeys, 1);
+      c.first_item = items, c.first_key = keys;
+      items += c.splits * heads, keys += (c.end - c.begin) * heads * c.rows;
+      most_splits = std::max(most_splits, c.splits), most_rows = std::max(most_rows, c.head(p, 0).rows());
     }
   }
 
+  const Chunk& chunk_of(int64_t item) const {
+    return *std::prev(std::upper_bound(chunks.begin(), chunks.end(), item,
+                                       [](int64_t item, const Chunk& c) { return item < c.first_item; }));
+  }
   Keys keys_of(int64_t item) const {
-    const auto behind = std::upper_bound(sequences.begin(), sequences.end(), item,
-                                         [](int64_t item, const Sequence& s) { return item < s.first_item; });
-    const auto s = std::prev(behind);
-    const int64_t part = item - s->first_item, key = s->begin + part / heads * kSplitKeys;
-    return {{p, s - sequences.begin(), part % heads}, key, std::min(key + kSplitKeys, s->end)};
+    const Chunk& c = chunk_of(item);
+    const int64_t part = item - c.first_item, key = c.begin + part / heads * kSplitKeys;
+    return {c.head(p, part % heads), key, std::min(key + kSplitKeys, c.end)};
   }
 
   // The first item whose middle has so many keys or more before it.
@@ -365,8 +407,9 @@ struct Ranges {
     const auto all = std::views::iota(int64_t{0}, items);
     const auto before = [&](int64_t item) {
       const auto [head, begin, end] = keys_of(item);
-      const Sequence& s = sequences[head.batch];
-      return s.first_key + (begin - s.begin) * heads + (end - begin) * head.head + (end - begin) / 2 < count;
+      const Chunk& c = chunk_of(item);
+      const int64_t in_chunk = (begin - c.begin) * heads + (end - begin) * head.head + (end - begin) / 2;
+      return c.first_key + in_chunk * c.rows < count;
     };
     return std::ranges::partition_point(all, before) - all.begin();
   }
@@ -378,35 +421,35 @@ struct Ranges {
 void attention_decode_cpu(const AttentionDecodeParams& p) {
   using namespace cpu;
   const Ranges ranges(p);
-  const int64_t rows = Head{p, 0, 0}.rows(), columns = p.cache.head_dim, stride = Sums::floats(rows, columns);
+  const int64_t group = p.heads / p.cache.heads, stride = Sums::floats(ranges.most_rows, p.cache.value_dim);
   thread_local Scratch workspace;
   float* const partials = ranges.most_splits > 1 ? workspace.get(stride * ranges.items) : nullptr;
   const int64_t shares =
-      std::clamp<int64_t>(ranges.keys * columns * rows / kLeastWork, 1, torch::stable::get_num_threads());
+      std::clamp<int64_t>(ranges.keys * p.cache.head_dim * group / kLeastWork, 1, torch::stable::get_num_threads());
   torch::stable::parallel_for(0, shares, 1, [&](int64_t first, int64_t last) {
-    Worker worker(p);
+    Worker worker(p, ranges.most_rows);
     const int64_t end = last == shares ? ranges.items : ranges.first_behind(ranges.keys * last / shares);
     for (int64_t item = ranges.first_behind(ranges.keys * first / shares); item < end;) {
       const Keys keys = ranges.keys_of(item);
-      const Sequence& sequence = ranges.sequences[keys.head.batch];
+      const Chunk& chunk = ranges.chunk_of(item);
       const int64_t count = std::min({worker.most_heads(), ranges.heads - keys.head.head, end - item});
-      const bool whole = sequence.splits == 1;
+      const bool whole = chunk.splits == 1;
       float* const sums = whole ? worker.own_sums() : partials + item * stride;
       item += count;
       worker.run(keys, count, sums, item < end ? ranges.keys_of(item) : keys);
       if (whole)
         for (int64_t h = 0; h < count; ++h)
-          finish({p, keys.head.batch, keys.head.head + h}, sequence.lost, sums + h * stride, 1, 0);
+          finish(chunk.head(p, keys.head.head + h), chunk.lost, sums + h * stride, 1, 0);
     }
   });
   if (ranges.most_splits == 1) return;
-  torch::stable::parallel_for(0, p.cache.batch * ranges.heads, 4, [&](int64_t first, int64_t last) {
+  const auto all = static_cast<int64_t>(ranges.chunks.size()) * ranges.heads;
+  torch::stable::parallel_for(0, all, 4, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const int64_t head = i % ranges.heads;
-      const Sequence& s = ranges.sequences[i / ranges.heads];
-      if (s.splits > 1)
-        finish({p, i / ranges.heads, head}, s.lost, partials + (s.first_item + head) * stride, s.splits,
-               ranges.heads * stride);
+      const Chunk& c = ranges.chunks[i / ranges.heads];
+      if (c.splits > 1)
+        finish(c.head(p, head), c.lost, partials + (c.first_item + head) * stride, c.splits, ranges.heads * stride);
     }
   });
 }

@@ -29,12 +29,15 @@ struct Sums {
         totals(maxima + round_up(rows, kMostRows)) {}
 };
 
-// One head of the cache, and the rows that read it: query head by query head, each with those of its sequence.
+// One head of the cache, and the rows that read it: query head by query head, each with `count` of its sequence, from
+// `first` on.
 struct Head {
   const AttentionDecodeParams& p;
-  int64_t batch, head;
+  int64_t batch, head, first, count;
 
-  int64_t rows() const { return int64_t{p.heads / p.cache.heads} * p.rows; }
+  int64_t rows() const { return p.heads / p.cache.heads * count; }
+  int64_t q_head(int64_t row) const { return head * (p.heads / p.cache.heads) + row / count; }
+  int64_t row_of_sequence(int64_t row) const { return first + row % count; }
 
   // Calls f(data, i, end) with the address of keys i to end - 1 of n from `key` on, of a tensor of the cache and this
   // head; they are t.row apart.
@@ -154,7 +157,8 @@ struct Rows {
   const float* factors;  // [R], of scores
   int64_t words;
   int low[kMostRows], high[kMostRows];
-  Sums sums;  // the first row's
+  float place[kMostRows], slope[kMostRows];  // where it stands, from the tile's first key on; ALiBi's, times log2(e)
+  Sums sums;                                 // the first row's
 };
 
 // What a tile's scores and values are multiplied by, scores that become probabilities, and these as words;
@@ -267,6 +271,7 @@ INLINE Four find_scores(const AttentionDecodeParams& p, const Tile& tile, const 
     unrolled<R>(UNROLLED_BODY(r) {
       V s = x[r] * (k_scale * rows.factors[r]);
       if (p.softcap > 0) s = tanh(s) * (p.softcap * kLog2e);
+      if (p.alibi_slopes) s -= abs(rows.place[r] - __builtin_convertvector(j, V)) * rows.slope[r];
       if (rows.low[r] > key || rows.high[r] < key + kN - 1) {
         s = select_less(j, splat<Ints<V>>(rows.low[r]), splat<V>(-INFINITY), s);
         s = select_less(splat<Ints<V>>(rows.high[r]), j, splat<V>(-INFINITY), s);
@@ -329,9 +334,9 @@ INLINE void attend(const AttentionDecodeParams& p, const Tile& tile, const Tile&
                    const Buffers& buffers) {
   const Four largest = find_scores<A, R>(p, tile, next, rows, buffers);
   const Factors factors = find_probabilities<A, R>(tile, largest, rows.sums, buffers);
-  const int64_t stride = round_up(p.cache.head_dim, kColumnStep);
+  const int64_t stride = round_up(p.cache.value_dim, kColumnStep);
   constexpr int kN = kLanes<typename A::V>, kVectors = (kN == 16 ? 4 : 2) / A::kElements;
-  const int64_t vectors = rows.words / kN;
+  const int64_t vectors = round_up(p.cache.value_dim, kN * A::kElements) / (kN * A::kElements);
   int64_t c = 0;
   for (; c + kVectors <= vectors; c += kVectors)
     add_values<A, R, kVectors>(tile, next, buffers.words, c, factors, rows.sums.values, stride);

@@ -41,6 +41,23 @@ __device__ inline void rescale(Fragments<float, kTilesM, kTilesN>& o, const RowV
   o.for_each([&](float& v, int i, int, int e) { v *= factor[i][e / 2]; });
 }
 
+// Of a row's scores, in units of log2(e): the largest, the sum of 2^(score - largest), and a sink, which is one more
+// score without a value; -inf without one. A row without keys has factor 0.
+struct Denominator {
+  float base, sum;  // sum: of 2^(score - base), the sink's included
+  float factor;     // what the values have to be multiplied by, which are relative to `largest`
+
+  __device__ Denominator(float largest, float keys, float sink) {
+    const float all = fmaxf(largest, sink);
+    base = all == -INFINITY ? 0 : all;
+    const float unit = ptx::ex2(largest - base);
+    sum = fmaf(keys, unit, ptx::ex2(sink - base));
+    factor = sum == 0 ? 0 : __fdividef(unit, sum);
+  }
+};
+// The natural logarithm of a denominator.
+__device__ inline float log_of_sum(float base, float sum) { return (base + log2f(sum)) * kLn2; }
+
 template <int kTilesM>
 struct OnlineSoftmax {
   RowValues<kTilesM> max, sum;  // max: in units of log2(e); sum: times 2^-max, over this thread's columns only
@@ -86,7 +103,7 @@ struct OnlineSoftmax {
     return __any_sync(0xffffffff, grown);
   }
   // After all keys: the output accumulators have to be multiplied by `factor`; sum is the whole row's, times 2^-max.
-  // sink: one more score, in units of log2(e). A row without keys has factor 0.
+  // sink: one more score, in units of log2(e).
   __device__ void finish(float sink, RowValues<kTilesM>& factor) {
 #pragma unroll
     for (int i = 0; i < kTilesM; ++i)
@@ -95,14 +112,12 @@ struct OnlineSoftmax {
         float total = sum[i][half];
         total += __shfl_xor_sync(0xffffffff, total, 1);
         total += __shfl_xor_sync(0xffffffff, total, 2);
-        const float row_max = fmaxf(max[i][half], sink), base = row_max == -INFINITY ? 0 : row_max,
-                    keys = ptx::ex2(max[i][half] - base), all = fmaf(total, keys, ptx::ex2(sink - base));
-        factor[i][half] = all == 0 ? 0 : __fdividef(keys, all);
-        max[i][half] = base, sum[i][half] = all;
+        const Denominator d(max[i][half], total, sink);
+        factor[i][half] = d.factor, max[i][half] = d.base, sum[i][half] = d.sum;
       }
   }
   // Then: the natural logarithm of a row's denominator.
-  __device__ float lse(int i, int half) const { return (max[i][half] + log2f(sum[i][half])) * kLn2; }
+  __device__ float lse(int i, int half) const { return log_of_sum(max[i][half], sum[i][half]); }
 };
 
 }  // namespace forwardpass

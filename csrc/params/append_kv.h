@@ -20,7 +20,7 @@ namespace forwardpass {
 constexpr int kNormSums = 32;
 struct AppendKvParams {
   static constexpr const char* kLauncher = "forwardpass_append_kv";
-  AttentionTensor k, v;      // [batch, token, head, dim]
+  AttentionTensor k, v;      // [batch, token, head, head_dim or value_dim]
   AttentionTensor q;         // [batch, token, q_heads, dim]; null: none
   void* q_out;               // as q, contiguous
   Affine q_norm, k_norm;     // weights

@@ -1,6 +1,7 @@
 #pragma once
 #include "params/common.h"
 #include "params/device.h"
+#include "params/kv_cache.h"
 
 namespace forwardpass {
 
@@ -41,7 +42,7 @@ struct AttentionParams {
   float* lse;               // [batch, heads, rows], varlen: [heads, rows]; natural logarithm; or null
   Dtype dtype;              // of q, k, v and out: f16 or bf16
   int32_t batch, heads, kv_heads;
-  int32_t rows, keys;  // Sq and Sk, neither is 0; varlen: of all sequences together, and keys may be 0
+  int32_t rows, keys;  // Sq and Sk, neither is 0; varlen: of all sequences together, and keys may be 0; cache: unused
   int32_t head_dim, value_dim;
   float scale, softcap;  // softcap 0: none
   int32_t left, right;   // causal: right = 0
@@ -51,11 +52,17 @@ struct AttentionParams {
   const void* sinks;           // [heads], logits that enter the denominator and the lse only; or null
   Dtype sinks_dtype;           // f32, or dtype
   const int32_t *cu_seqlens_q,
-      *cu_seqlens_k;     // varlen: [batch + 1], where sequences begin, on the device, any numbers; else both null
+      *cu_seqlens_k;  // varlen: [batch + 1], where sequences begin, on the device, any numbers; else both null
+  // With seq_lens, not varlen: sequence b's keys are the first seq_lens[b] of a cache, a number that only the device
+  // knows, as attention_decode has them. k and v are this cache's, contiguous or, with block_table, paged: `batch` is
+  // from one page to the next. Rows are NaN whose sequence has no room() or that attend to a key without a page.
+  KvCache cache;
   bool batch_invariant;  // tile and split depend on dims, heads and options only
+  float* workspace;      // on a GPU, of forwardpass_attention_workspace bytes
   Device device;         // that runs it; unused on a CPU
 };
 
 }  // namespace forwardpass
 
+KERNEL_LIBRARY int64_t forwardpass_attention_workspace(const forwardpass::AttentionParams* p);
 KERNEL_LIBRARY int forwardpass_attention(const forwardpass::AttentionParams* p, void* stream);

@@ -5,23 +5,29 @@
 
 namespace forwardpass {
 
+// Rows of q that no kernel but decode's is taken for; q of more is at multiples of 16 bytes on a GPU.
+constexpr int32_t kFewRows = 16;
+
 // attention_decode. Row i of a sequence is at position seq_len - rows + i; the score of its key j is
 //
-//   s = scale q k k_scale;  softcap: s = softcap tanh(s / softcap)
+//   s = scale q k k_scale;  softcap: s = softcap tanh(s / softcap);  s -= slope (position - j)
 //
 // and the key is attended to if max(position - left, leftpad) <= j <= position. A row without keys gives 0. A row is
 // NaN if the table has no page for a key that it attends to, or if its sequence is not in_range().
 struct AttentionDecodeParams {
   static constexpr const char* kLauncher = "forwardpass_attention_decode";
   AttentionTensor q;  // [batch, row, head, dim]
-  void* out;          // [batch, rows, heads, dim] contiguous
+  void* out;          // [batch, rows, heads, value_dim] contiguous
+  float* lse;         // [batch, heads, rows], the natural logarithm of the denominator; or null
   Dtype dtype;        // of q and out
   int32_t heads, rows;
   float scale, softcap;  // softcap 0: none
   int32_t left;
-  const void* sinks;       // [heads], logits that enter the denominator only; or null
-  Dtype sinks_dtype;       // f32, or dtype
-  const int32_t* leftpad;  // [batch], on the device; or null: 0
+  const void* sinks;           // [heads], logits that enter the denominator only; or null
+  Dtype sinks_dtype;           // f32, or dtype
+  const float* alibi_slopes;   // [heads], batches alibi_batch_stride apart; or null
+  int64_t alibi_batch_stride;  // 0: all batches have the same
+  const int32_t* leftpad;      // [batch], on the device; or null: 0
   KvCache cache;
   bool batch_invariant;  // how a sequence's keys are divided depends on nothing of other sequences
   float* workspace;      // on a GPU, of forwardpass_attention_decode_workspace bytes

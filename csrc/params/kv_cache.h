@@ -26,7 +26,7 @@ struct KvCache {
   const int32_t* seq_lens;     // [batch], on the device
   const int32_t* block_table;  // [batch, blocks], rows table_stride apart: pages of `page` rows; or null
   int64_t table_stride;
-  int32_t batch, heads, head_dim;
+  int32_t batch, heads, head_dim, value_dim;
   int32_t pages, page, blocks;  // contiguous: batch, L and 1
 
   HOST_DEVICE int64_t capacity() const { return int64_t{page} * blocks; }

@@ -77,6 +77,7 @@ struct AttentionTile {
     rows = p.rows;
     keys = p.keys;
     first_row = first_key = 0;
+    if (p.cache.seq_lens) keys = p.cache.has_room(batch) ? p.cache.seq_lens[batch] : -1;
     if (p.cu_seqlens_q) {
       // Sequence b has the tiles from cu_seqlens_q[b] / tile_rows + b on: as many as it needs, or one more. Behind
       // those that are known, the other rows are one sequence more. Binary search for b.
@@ -150,6 +151,14 @@ struct KeyBlocks {
     unmasked_begin = min((t.first(p, last_row) + n - 1) / n, end);
     unmasked_end = max(t.end(p, t.row), 0) / n;
     if (unmasked_end <= unmasked_begin) unmasked_begin = unmasked_end = begin;
+  }
+  // The i-th of `parts` parts of them: split-KV.
+  __device__ KeyBlocks part(int i, int parts) const {
+    KeyBlocks b;
+    b.begin = begin + (end - begin) * i / parts, b.end = begin + (end - begin) * (i + 1) / parts;
+    b.unmasked_begin = max(unmasked_begin, b.begin), b.unmasked_end = min(unmasked_end, b.end);
+    if (b.unmasked_end <= b.unmasked_begin) b.unmasked_begin = b.unmasked_end = b.begin;
+    return b;
   }
 };
 

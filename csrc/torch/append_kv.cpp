@@ -52,11 +52,13 @@ void append_kv(Backend backend, const Tensor& k, const Tensor& v, const Tensor& 
   AppendKvParams p{};
   p.k = new_rows(k, op, "k"), p.v = new_rows(v, op, "v");
   p.dtype = dtype_of(k.scalar_type(), op, "k");
-  for (int64_t d = 0; d < 4; ++d) STD_TORCH_CHECK(k.size(d) == v.size(d), op, ": k and v must have one shape");
+  for (int64_t d = 0; d < 3; ++d)
+    STD_TORCH_CHECK(k.size(d) == v.size(d), op, ": k and v must have one shape, columns apart");
   STD_TORCH_CHECK(k.scalar_type() == v.scalar_type() && same_device(k, v), op,
                   ": k and v must have one dtype and device");
   p.cache = kv_cache(k, k_cache, v_cache, seq_lens, block_table, k_scale, v_scale, op);
   STD_TORCH_CHECK(k.size(2) == p.cache.heads, op, ": k must have the heads of k_cache");
+  STD_TORCH_CHECK(v.size(3) == p.cache.value_dim, op, ": v must have the columns of v_cache");
   check_written(k_cache, "k_cache"), check_written(v_cache, "v_cache");
   if (k_scale) check_written(*k_scale, "k_scale"), check_written(*v_scale, "v_scale");
   check_apart(p.cache.k, p.cache.v, "caches");

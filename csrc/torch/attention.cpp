@@ -10,6 +10,8 @@
 namespace forwardpass {
 namespace {
 
+LibraryFunction<int64_t(const AttentionParams*)> workspace_bytes("forwardpass_attention_workspace");
+
 // q, k or v: [batch, row, head, dim], varlen: [row, head, dim].
 AttentionTensor strides_of(const Tensor& x) {
   const int64_t row = x.dim() - 3;
@@ -117,11 +119,7 @@ Tensor run(Backend backend, const char* op, const Tensor& q, const Tensor& k, co
   p.left = window_side(o.window_left, op);
   p.right = std::min(window_side(o.window_right, op), o.causal ? 0 : kUnlimited);
   p.mask = mask_of(o.mask, q, p, op);
-  if (o.alibi_slopes) {
-    const bool per_batch = o.alibi_slopes->dim() == 2;
-    p.alibi_slopes = floats(o.alibi_slopes, (per_batch ? int64_t{p.batch} : 1) * p.heads, q, op, "alibi_slopes");
-    p.alibi_batch_stride = per_batch ? p.heads : 0;
-  }
+  set_alibi(p, o.alibi_slopes, p.batch, q, op);
   p.cu_seqlens_q = ints(o.cu_seqlens_q, int64_t{p.batch} + 1, q, op, "cu_seqlens_q");
   p.cu_seqlens_k = ints(o.cu_seqlens_k, int64_t{p.batch} + 1, q, op, "cu_seqlens_k");
   p.batch_invariant = o.batch_invariant;
@@ -165,6 +163,8 @@ Tensor run(Backend backend, const char* op, const Tensor& q, const Tensor& k, co
   }
   if (p.keys == 0) p.k = p.v = p.q;  // what cu_seqlens say is still looked at; of keys nothing is read
   p.device = device_of(backend, q);
+  const Tensor workspace = empty_strided({workspace_bytes.of(backend)(&p) / 4}, {1}, ScalarType::Float, q);
+  p.workspace = static_cast<float*>(workspace.mutable_data_ptr());
   launch(backend, p, q);
   return out;
 }

@@ -27,4 +27,13 @@ void set_scores(Params& p, int64_t head_dim, std::optional<double> scale, double
   p.sinks_dtype = dtype_of(type, op, "sinks");
 }
 
+// Fills in p.alibi_slopes, [heads] or [batch, heads]; p.heads is there.
+template <class Params>
+void set_alibi(Params& p, OptionalTensorRef slopes, int64_t batch, const Tensor& q, const char* op) {
+  if (!slopes) return;
+  const bool per_batch = slopes->dim() == 2;
+  p.alibi_slopes = floats(slopes, (per_batch ? batch : 1) * p.heads, q, op, "alibi_slopes");
+  p.alibi_batch_stride = per_batch ? p.heads : 0;
+}
+
 }  // namespace forwardpass

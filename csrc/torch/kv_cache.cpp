@@ -5,10 +5,10 @@ namespace {
 
 CacheTensor cache_tensor(const Tensor& t, const Tensor& like, const Tensor& x, const char* op, const char* name) {
   STD_TORCH_CHECK(same_device(t, x), op, ": ", name, " is on another device than the input");
-  STD_TORCH_CHECK(t.dim() == 4 && t.size(1) >= 1 && t.size(2) >= 1 && t.size(3) == x.size(3), op, ": ", name,
-                  " must be [B or P, L or page, Hk, ", x.size(3), "]");
-  for (int64_t d = 0; d < 4; ++d)
-    STD_TORCH_CHECK(t.size(d) == like.size(d), op, ": k_cache and v_cache must have one shape");
+  STD_TORCH_CHECK(t.dim() == 4 && t.size(1) >= 1 && t.size(2) >= 1 && t.size(3) >= 1, op, ": ", name,
+                  " must be [B or P, L or page, Hk, columns]");
+  for (int64_t d = 0; d < 3; ++d)
+    STD_TORCH_CHECK(t.size(d) == like.size(d), op, ": k_cache and v_cache must have one shape, columns apart");
   STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), op, ": k_cache and v_cache must have one dtype");
   STD_TORCH_CHECK(t.size(3) == 1 || t.stride(3) == 1, op, ": the last dimension of ", name, " must have stride 1");
   return {t.mutable_data_ptr(), stride_of(t, 0), stride_of(t, 1), stride_of(t, 2)};
@@ -56,7 +56,9 @@ KvCache kv_cache(const Tensor& x, const Tensor& k_cache, const Tensor& v_cache, 
   c.v_scale = cache_scale(v_scale, v_cache, is_8bit, op, "v_scale");
   c.batch = size32(x.size(0), op, "sequences");
   c.heads = size32(k_cache.size(2), op, "heads");
+  STD_TORCH_CHECK(k_cache.size(3) == x.size(3), op, ": k_cache must have ", x.size(3), " columns");
   c.head_dim = size32(x.size(3), op, "columns");
+  c.value_dim = size32(v_cache.size(3), op, "columns");
   c.pages = size32(k_cache.size(0), op, "pages");
   c.page = size32(k_cache.size(1), op, "rows of the cache");
   c.blocks = 1;
@@ -72,7 +74,7 @@ KvCache kv_cache(const Tensor& x, const Tensor& k_cache, const Tensor& v_cache, 
                   ": block_table must be int32, on the input's device");
   STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == c.batch && t.size(1) >= 1 && (t.size(1) == 1 || t.stride(1) == 1), op,
                   ": block_table must be [", c.batch, ", n], its last dimension with stride 1");
-  STD_TORCH_CHECK(c.page >= 16 && c.pages >= 1, op, ": there must be pages, of at least 16 tokens");
+  STD_TORCH_CHECK(c.pages >= 1, op, ": there must be pages");
   c.block_table = static_cast<const int32_t*>(t.const_data_ptr());
   c.table_stride = stride_of(t, 0);
   c.blocks = size32(t.size(1), op, "columns of block_table");

@@ -92,10 +92,15 @@ constexpr std::tuple kOps{
         "int? window_right, float softcap, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks, Tensor? cu_seqlens_q, "
         "Tensor? cu_seqlens_k, bool batch_invariant) -> (Tensor o, Tensor lse)"},
 
-    Op<attention_decode>{
+    Op<attention_decode<false>>{
         "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seq_lens, Tensor? block_table, "
         "Tensor? k_scale, Tensor? v_scale, float? scale, int? window_left, int? window_right, float softcap, "
-        "Tensor? sinks, bool batch_invariant, Tensor? leftpad) -> Tensor"},
+        "Tensor? sinks, bool batch_invariant, Tensor? leftpad, Tensor? alibi_slopes) -> Tensor"},
+
+    Op<attention_decode<true>>{
+        "attention_decode_with_lse(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seq_lens, Tensor? block_table, "
+        "Tensor? k_scale, Tensor? v_scale, float? scale, int? window_left, int? window_right, float softcap, "
+        "Tensor? sinks, bool batch_invariant, Tensor? leftpad, Tensor? alibi_slopes) -> (Tensor o, Tensor lse)"},
 
     Op<append_kv>{
         "append_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor seq_lens, Tensor? block_table, "

@@ -89,11 +89,14 @@ std::conditional_t<kLse, std::tuple<Tensor, Tensor>, Tensor> attention(
     const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, const OptionalTensor& cu_seqlens_q,
     const OptionalTensor& cu_seqlens_k, bool batch_invariant);
 
-Tensor attention_decode(Backend backend, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                        const Tensor& seq_lens, const OptionalTensor& block_table, const OptionalTensor& k_scale,
-                        const OptionalTensor& v_scale, std::optional<double> scale, std::optional<int64_t> window_left,
-                        std::optional<int64_t> window_right, double softcap, const OptionalTensor& sinks,
-                        bool batch_invariant, const OptionalTensor& leftpad);
+// o or, as attention_decode_with_lse, o and lse.
+template <bool kLse>
+std::conditional_t<kLse, std::tuple<Tensor, Tensor>, Tensor> attention_decode(
+    Backend backend, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& seq_lens,
+    const OptionalTensor& block_table, const OptionalTensor& k_scale, const OptionalTensor& v_scale,
+    std::optional<double> scale, std::optional<int64_t> window_left, std::optional<int64_t> window_right,
+    double softcap, const OptionalTensor& sinks, bool batch_invariant, const OptionalTensor& leftpad,
+    const OptionalTensor& alibi_slopes);
 
 void append_kv(Backend backend, const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
                const Tensor& seq_lens, const OptionalTensor& block_table, const OptionalTensor& k_scale,

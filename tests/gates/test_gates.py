@@ -25,7 +25,9 @@ import forwardpass
 LIBRARY = pathlib.Path(forwardpass.__file__).parent / "_kernels.so"
 HERE = pathlib.Path(__file__).parent
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_90a", "sm_120")
-HEAD_DIM_128 = "AttentionInstance{dtype=f16, head_dim=128, value_dim=128, modified=false}, WgmmaAttentionTile{"
+HEAD_DIM_128 = (
+    "AttentionInstance{dtype=f16, head_dim=128, value_dim=128, modified=false, paged=false}, WgmmaAttentionTile{"
+)
 MMA_128 = ("MmaConfig<Int8, MmaTile{m=128, n=128, warps_m=2, warps_n=2, stage_k=64, stages=3, blocks_per_sm=2, experts=0}, "
            "OneTile, MmaMainloop, FragmentEpilogue>")  # fmt: skip
 MMA_64 = MMA_128.replace("m=128, n", "m=64, n")
@@ -344,9 +346,11 @@ def test_a_kernel_that_lacks_an_architecture_is_named(bad):
 
 
 def test_8_9_runs_the_code_for_8_0_that_fits(kernels):
-    elsewhere = {(k.source.rpartition("/")[2], k.arch) for k in gates.elsewhere(kernels)}
-    assert {("attention_sm80.cu", "sm_89"), ("attention_decode_sm80.cu", "sm_89")} <= elsewhere
-    assert not {source for source, _ in elsewhere} & {"quantize_sm80.cu", "table_w8a16_sm80.cu", "table_fp8_sm89.cu"}
+    elsewhere = {(k.source.removeprefix("csrc/kernels/"), k.arch) for k in gates.elsewhere(kernels)}
+    shared = "attention/table_sm80.cu", "attention_decode/attention_decode_sm80.cu"
+    assert {(source, "sm_89") for source in shared} <= elsewhere
+    own = "quantize/quantize_sm80.cu", "gemm/table_w8a16_sm80.cu", "gemm/table_fp8_sm89.cu"
+    assert not {source for source, _ in elsewhere} & set(own)
     tiles = [k.name for k in gates.elsewhere(kernels) if "head_dim=128, value_dim=128, modified=false" in k.name]
     assert tiles and all("n=32" in tile for tile in tiles), (
         "of 64 keys, which an L40S does not hold, 8.0 alone has code"

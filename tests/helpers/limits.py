@@ -239,11 +239,12 @@ def decode_limits() -> Iterator[Limit]:
     op = "attention_decode"
     yield from on_device_limits(op, decode)
     yield Limit(op, "rows of q, at least", 1, 0, decode_rows)
-    yield Limit(op, "rows of q, at most", 8, 9, decode_rows)
+    yield Limit(op, "rows of q, more than decode's kernel takes together", 17, None, decode_rows)
     yield Limit(op, "head dim, at most", 256, 264, lambda d: decode(dim=d), refused_by(*GPU))
+    yield Limit(op, "columns of v, at most", 256, 264, lambda d: decode(value_dim=d), refused_by(*GPU))
     yield Limit(op, "bytes of a row of the cache, a multiple of 16", 16, 8, lambda b: decode(dim=b // 2, page=None),
                 refused_by("cuda"))  # fmt: skip
-    yield Limit(op, "tokens of a page, at least", 16, 15, lambda n: decode(page=n))
+    yield Limit(op, "tokens of a page, at least", 1, 0, no_tokens("attention_decode", decode))
     yield Limit(op, "heads of q, a multiple of the cache's", 4, 3, decode_heads)
 
 
@@ -287,6 +288,17 @@ def on_device_limits(op: str, make: Callable[..., tuple[Any, ...]]) -> Iterator[
         yield Limit(op, "leftpad, at least", 0, -1, of_second("leftpad", page=None, leftpad=(1,)), **nan)
 
 
+def no_tokens(op: str, make: Callable[..., tuple[Any, ...]]) -> Callable[[int], tuple[Any, ...]]:
+    """Pages of one token, of which `tokens` are taken."""
+    names = operations[op].parameters
+
+    def taken(tokens: int) -> tuple[Any, ...]:
+        args = make(page=1)
+        return replaced(op, args, **{name: args[names.index(name)][:, :tokens] for name in ("k_cache", "v_cache")})
+
+    return taken
+
+
 def decode_rows(rows: int) -> tuple[Any, ...]:
     args = decode(rows=1)
     return replaced("attention_decode", args, q=args[0].expand(-1, rows, -1, -1) if rows else args[0][:, :0])
@@ -304,7 +316,7 @@ def append(**options: Any) -> tuple[Any, ...]:
 def append_limits() -> Iterator[Limit]:
     op = "append_kv"
     yield from on_device_limits(op, append)
-    yield Limit(op, "tokens of a page, at least", 16, 15, lambda n: case(op, lengths=(17, 40), page=n))
+    yield Limit(op, "tokens of a page, at least", 1, 0, no_tokens(op, append))
     yield Limit(op, "columns of rotary, at most D", 64, 66, rotary)
     yield Limit(op, "columns of rotary, at least", 2, 0, rotary)
     yield Limit(op, "columns of rotary, an even number", 2, 3, rotary)

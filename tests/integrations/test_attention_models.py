@@ -27,8 +27,8 @@ def interpreted(implementation, arch):
     attention = ROOT / "csrc/kernels/attention"
     there = {
         ("triton", "sm_90a"): importlib.util.find_spec("forwardpass.ops.attention.triton_kernel") is not None,
-        ("cuda", "sm_80"): "cudaErrorNotSupported" not in (attention / "attention_sm80.cu").read_text(),
-        ("cuda", "sm_90a"): (attention / "attention_sm90a.cu").exists(),
+        ("cuda", "sm_80"): "cudaErrorNotSupported" not in (attention / "table_sm80.cu").read_text(),
+        ("cuda", "sm_90a"): (attention / "table_sm90a.cu").exists(),
     }[implementation, arch]
     skip = pytest.mark.skipif(not there, reason=f"attention has no {implementation} kernel for {arch} yet")
     marks = [pytest.mark.interpreted, skip]

@@ -59,6 +59,7 @@ CASES = [
     ("attention", attention.Case((40, 70), causal=True, sinks="float32", lse=True, packed=True)),
     ("attention_decode", attention_decode.Case((0, 300, 17), cache=torch.int8, leftpad=(0, 50, 20))),
     ("attention_decode", attention_decode.Case((0, 300, 17), 2, page=None, batch_invariant=True)),
+    ("attention_decode", attention_decode.Case((0, 300, 17), 3, page=5, alibi="batch", value_dim=32, lse=True)),
     ("append_kv", append_kv.Case((0, 40, 17), 2, cache=torch.int8, rotary="whole", q_heads=4, norm="qk")),
     ("permute_quantize", permute_quantize.Case(700, 4, 60, 33, routing="sentinels")),
     ("permute_quantize", permute_quantize.Case(20, 4, 8, 300, group_size=128)),

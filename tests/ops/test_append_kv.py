@@ -142,8 +142,8 @@ SCALE = torch.ones(2, 4, 2)
 @pytest.mark.parametrize(
     ("args", "options", "error", "words"),
     [
-        ((K, K[:, :, :1], CACHE, CACHE.clone(), LENGTHS), {}, ValueError, "k and v must have one shape"),
-        ((K, K.half(), CACHE, CACHE.clone(), LENGTHS), {}, ValueError, "k and v must have one shape and dtype"),
+        ((K, K[:, :, :1], CACHE, CACHE.clone(), LENGTHS), {}, ValueError, "k and v must have one shape without columns"),
+        ((K, K.half(), CACHE, CACHE.clone(), LENGTHS), {}, ValueError, "k and v must have one shape without columns and one dtype"),
         ((K.half(), K.half(), CACHE, CACHE.clone(), LENGTHS), {}, TypeError, "k_cache must be a tensor of k's dtype"),
         ((K[:, :, :1], K[:, :, :1], CACHE, CACHE.clone(), LENGTHS), {}, ValueError, "k must have the heads of k_cache, 2, not 1"),
         ((K, K, CACHE[:, :1].expand(2, 4, 2, 8), CACHE, LENGTHS), {}, ValueError, "k_cache is expanded"),

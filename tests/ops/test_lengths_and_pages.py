@@ -37,6 +37,7 @@ class Wrong:
     page: int | None = 16
     window: int | None = None
     options: tuple[tuple[str, object], ...] = ()
+    rows: int = 4  # of more than 16 the GPU has one multiprocessor, where attention's kernels run them
 
     def __str__(self):
         return self.name
@@ -44,7 +45,7 @@ class Wrong:
     def arguments(self, index):
         """What is out of range, and the same with all of it in range."""
         dtype, cache = TYPES[index % len(TYPES)]
-        case = cases.Case(self.built, 4, 64, (4, 2), dtype, cache, self.page, window=self.window, batch_invariant=True,
+        case = cases.Case(self.built, self.rows, 64, (4, 2), dtype, cache, self.page, window=self.window, batch_invariant=True,
                           leftpad=self.leftpad, seq_lens=self.lengths, pages=self.pages, **dict(self.options))  # fmt: skip
         right = dataclasses.replace(case, leftpad=tuple(max(n, 0) for n in self.leftpad), seq_lens=(), pages=())
         return case.arguments(), right.arguments()
@@ -77,6 +78,8 @@ WRONG = (
     Wrong("no page for the last row", ((), (), (3,)), pages=((2, 2, -1),)),
     Wrong("no page for the last two rows", ((2, 3), (), ()), (34, 300, 33), pages=((0, 2, -1),)),
     Wrong("no page in the window of the first row", ((), (0,), ()), (40, 297, 33), pages=((1, 17, -1),), window=6),
+    Wrong("no page of one token, between rows that see both sides", ((), (1, 2), ()), page=1, pages=((1, 297, -1),), window=1),
+    Wrong("no page of one token, of a row's own", ((), (3,), ()), page=1, pages=((1, 299, 10**6),)),
     Wrong("a padding of -1", FIRST, leftpad=(-1, 0, 3)),
     Wrong("the least padding, and a window", SECOND, leftpad=(3, -(2**31), 0), window=70, page=None),
 )  # fmt: skip
@@ -92,7 +95,7 @@ RIGHT = (
 
 
 def lost_rows(wrong):
-    lost = torch.zeros(3, 4, dtype=torch.bool)
+    lost = torch.zeros(3, wrong.rows, dtype=torch.bool)
     for b, rows in enumerate(wrong.lost):
         lost[b, list(rows)] = True
     return lost
@@ -105,12 +108,30 @@ def on_backends(cases):
         yield from in_parts(enumerate(cases), 2 if arch else 1, backend, arch, shift=shift)
 
 
-@pytest.mark.parametrize(("numbered", "backend", "arch"), list(on_backends((*WRONG, *RIGHT))))
+MANY = tuple(range(56))
+#: The same of many rows, in attention's kernels: of 16 bits, which are every second one.
+PREFILLED = (
+    Wrong("a length of one more than the pages, of many rows", ((), MANY, ()), (40, PAGED_ROOM + 1, 33), rows=56),
+    Wrong("a length of one more than the rows, of many", (MANY, (), ()), (ROOM + 1, 300, 33), page=None, rows=56),
+    Wrong("lengths of -1 and of many rows, with sinks", ((), (), MANY), (40, 300, -1), rows=56,
+          options=(("sinks", "float32"),)),
+    Wrong("no page for the last of many rows", ((), MANY[52:], ()), pages=((1, 37, -1),), page=8, rows=56),
+    Wrong("no page in the windows of some of many rows", ((), MANY[24:35], ()), page=1, pages=((1, 268, 10**6),), window=10,
+          rows=56),
+    Wrong("no first page, of many rows and a softcap", ((), (), MANY[23:]), pages=((2, 0, -1),), rows=56,
+          options=(("softcap", 8.0),)),
+    Wrong("no page behind many rows", NONE, pages=((0, 3, -1), (2, 3, 10**6)), rows=56),
+    Wrong("no page before the windows of many rows", NONE, pages=((1, 0, -1), (1, 9, -1)), window=70, rows=56),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("numbered", "backend", "arch"), list(on_backends((*WRONG, *RIGHT, *PREFILLED))))
 def test_attention_decode(numbered, backend, arch):
     index, wrong = numbered
+    index = index % 2 if wrong.rows > 4 else index
     given, args = wrong.arguments(index)
     lost = lost_rows(wrong)
-    with running(backend, arch, multiprocessors=4):
+    with running(backend, arch, multiprocessors=4 if wrong.rows == 4 else 1):
         got, right = ATTENTION_DECODE(*given), ATTENTION_DECODE(*args)
     assert torch.equal(got.isnan().all((-1, -2)), lost)
     assert torch.equal(got.isnan().any((-1, -2)), lost)

@@ -61,8 +61,9 @@ __global__ void __launch_bounds__(kAppendWarps * 32) append_kv_kernel(const __gr
                 sin = load_float(p.sin.data, p.rotary_dtype, batch * p.sin.batch + token * p.sin.row + column);
     return __fadd_rn(__fmul_rn(x, cos), __fmul_rn(low ? -other : other, sin));
   };
+  const int columns = is_v ? c.value_dim : c.head_dim;
   const auto each = [&](auto f) {
-    for (int column = lane; column < c.head_dim; column += 32) f(column, value(column));
+    for (int column = lane; column < columns; column += 32) f(column, value(column));
   };
   const AppendKvParams::Place to = p.place(static_cast<int>(batch), static_cast<int>(token));
   if (is_q) {

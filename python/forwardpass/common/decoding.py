@@ -132,7 +132,7 @@ def cache_argument(model: nn.Module) -> str:
 
 
 def logits_by_steps(model: nn.Module, ids: Tensor, tokens: int = 8) -> Tensor:
-    """Logits [batch, S, vocabulary] of ids [batch, S], read `tokens` at a time (8: the most of attention_decode), so that each step
+    """Logits [batch, S, vocabulary] of ids [batch, S], read `tokens` at a time (8: the most of a step), so that each step
     sees the ones before it through the cache, in its dtype."""
     name, parts = cache_argument(model), []
     cache: dict[str, Any] = {}

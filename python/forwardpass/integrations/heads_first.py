@@ -73,7 +73,7 @@ def decode_arguments(
     batch, heads, rows, dim = query.shape
     if bounds is None and rows != 1:
         return None
-    if key.shape[0] != batch or value.shape != key.shape or key.shape[3] != dim or heads % key.shape[1]:
+    if key.shape[0] != batch or value.shape[:3] != key.shape[:3] or key.shape[3] != dim or heads % key.shape[1]:
         return None
     q, k, v = _rows(query), _rows(key), _rows(value)
     k_scale, v_scale = scale_of(key), scale_of(value)
@@ -83,7 +83,7 @@ def decode_arguments(
         leftpad, seq_lens = None, torch.full((batch,), k.shape[1], dtype=torch.int32, device=q.device)
     else:
         leftpad, seq_lens = bounds[0, 0]
-    call = q, k, v, seq_lens, None, k_scale, v_scale, scale, None, None, softcap, sinks, False, leftpad
+    call = q, k, v, seq_lens, None, k_scale, v_scale, scale, None, None, softcap, sinks, False, leftpad, None
     return call if why_no_kernel(ATTENTION_DECODE, call) is None else None
 
 
@@ -117,7 +117,7 @@ def _limits_of_attention(call: tuple[Any, ...]) -> tuple[Any, ...]:
 def _limits_of_decode(call: tuple[Any, ...]) -> tuple[Any, ...]:
     q, k, v = call[:3]
     aligned = not any(s * x.element_size() % 16 for x in (k, v) for s in (*x.stride()[:-1], x.storage_offset()))
-    return q.dtype, k.dtype, q.device, q.shape[-1], aligned
+    return q.dtype, k.dtype, q.device, q.shape[-1], v.shape[-1], aligned
 
 
 #: All of a call that the limits of an operation's backends ask for; asking them takes 6 us.

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.attention_decode import MOST_ROWS
+#: Tokens of a step that attend by a range. More, as a prompt in chunks has, come with a mask: fp.ops.attention_decode gives them to
+#: the kernel for few rows where there is a first key.
+MOST_ROWS = 8
 
 
 def reach(masks: ModuleType, mask_function: Callable[..., Any] | None) -> float | None:

@@ -340,7 +340,7 @@ def _packed(module: nn.Module, qkv: tuple[Tensor, Tensor, Tensor], options: dict
         seq_lens = ends_k.diff()[: len(q)].int()
         APPEND_KV(k.unsqueeze(1), v.unsqueeze(1), k_cache, v_cache, seq_lens, table, None, None, *PLAIN)
         step = q.unsqueeze(1), k_cache, v_cache, seq_lens, table, None, None, scale, left, None, softcap, sinks, False
-        return ATTENTION_DECODE(*step, None).transpose(0, 1), None
+        return ATTENTION_DECODE(*step, None, None).transpose(0, 1), None
     causal = bool(_is_causal(module, options["is_causal"]))
     right = left if not causal else None
     call = q, k, v, scale, causal, left, right, softcap, None, None, sinks, ends_q.int(), ends_k.int(), False

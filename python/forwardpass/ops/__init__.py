@@ -3,7 +3,7 @@
 from .activation_quantize import activation_quantize
 from .append_kv import append_kv
 from .attention import attention, attention_with_lse
-from .attention_decode import attention_decode
+from .attention_decode import attention_decode, attention_decode_with_lse
 from .common.activations import interleave_gate_up, separate_gate_up
 from .dequant_activation import dequant_activation
 from .fp8_gemm import fp8_gemm, fp8_gemm_quantize
@@ -25,6 +25,7 @@ __all__ = [
     "append_kv",
     "attention",
     "attention_decode",
+    "attention_decode_with_lse",
     "attention_with_lse",
     "dequant_activation",
     "fp8_gemm",

@@ -41,10 +41,11 @@ def append_kv(
     What a model does to the rows of q and k before, a norm of each head and rotary embedding, can be done in the same launch.
 
     Args:
-        k, v: float16, bfloat16 or float32 [B, S, Hk, D] of one dtype; last stride 1, others free.
-        k_cache: [B, L, Hk, D] or, with a block_table, pages [P, page, Hk, D] of at least 16 tokens; of k's dtype, int8 or
+        k: float16, bfloat16 or float32 [B, S, Hk, D]; last stride 1, others free.
+        v: [B, S, Hk, Dv] of k's dtype.
+        k_cache: [B, L, Hk, D] or, with a block_table, pages [P, page, Hk, D] of any number of tokens; of k's dtype, int8 or
             float8_e4m3fn. Last stride 1, others free, but not 0.
-        v_cache: as k_cache; the two may be views of one tensor that overlap, but in no row that is written.
+        v_cache: as k_cache, of Dv columns; the two may be views of one tensor that overlap, but in no row that is written.
         seq_lens: int32 [B], the new tokens included; from 0 to the rows of the cache, or the tokens of the table's pages.
         block_table: int32 [B, n], as in fp.ops.attention_decode. No two sequences have new tokens in one page.
         k_scale: of an 8-bit cache, float32: [1] or [Hk], by which k is divided, or k_cache's shape without D, to which the scale of
@@ -98,12 +99,12 @@ def _check(
 ) -> None:
     op = "append_kv"
     check_new_rows(op, "kv", k, v)
-    if k.shape != v.shape or k.dtype != v.dtype:
-        raise ValueError(f"{op}: k and v must have one shape and dtype, and are {k.dtype} {tuple(k.shape)} and {v.dtype} "
-                         f"{tuple(v.shape)}")  # fmt: skip
+    if k.shape[:3] != v.shape[:3] or k.dtype != v.dtype:
+        raise ValueError(f"{op}: k and v must have one shape without columns and one dtype, and are {k.dtype} {tuple(k.shape)} "
+                         f"and {v.dtype} {tuple(v.shape)}")  # fmt: skip
     if k.device != v.device:
         raise ValueError(f"{op}: v is on {v.device} and k on {k.device}: move one of them")
-    check_cache(op, "k", k, k_cache, v_cache, seq_lens, block_table, k_scale, v_scale)
+    check_cache(op, "k", k, k_cache, v_cache, seq_lens, block_table, k_scale, v_scale, v.shape[3])
     if k.shape[2] != k_cache.shape[2]:
         raise ValueError(f"{op}: k must have the heads of k_cache, {k_cache.shape[2]}, not {k.shape[2]}")
     for name, x in (("k_cache", k_cache), ("v_cache", v_cache), ("k_scale", k_scale), ("v_scale", v_scale)):

@@ -28,6 +28,7 @@ class Case:
     rotary: str | None = None  # or "whole", "half" of the columns; cos and sin of k's dtype, "float32"
     q_heads: int = 0  # 0: without q
     norm: str | None = None  # of q and k, or "k" alone; weights of k's dtype, "float32"
+    value_dim: int | None = None  # Dv, None: dim
     layout: str = "contiguous"
     awkward: bool = True  # rows of zeros and of extremes, rows of k and v apart in memory
 
@@ -35,14 +36,15 @@ class Case:
         """In the schema's order."""
         g = torch.Generator().manual_seed(seed)
         batch, tokens, h, d = len(self.lengths), self.tokens, self.heads, self.dim
-        old_k, old_v = (torch.randn(batch, max(*self.lengths, 0, 1) + 5, h, d, generator=g) for _ in "kv")
+        dims = d, self.value_dim or d
+        old_k, old_v = (torch.randn(batch, max(*self.lengths, 0, 1) + 5, h, n, generator=g) for n in dims)
         cache = Cache.build(
             old_k, old_v, self.lengths, self.page, self.cache or self.dtype, self.scales, self.layout, g
         )
-        k, v = (torch.randn(batch, tokens, h, d, generator=g) for _ in "kv")
+        k, v = (torch.randn(batch, tokens, h, n, generator=g) for n in dims)
         if self.awkward:
             for x in (k, v):
-                x[..., d // 3] *= 37.0
+                x[..., x.shape[-1] // 3] *= 37.0
                 x[:1] *= 3e-7
                 x[-1:, :, -1:] = 0.0
             k, v = torch.cat((k, v), -1)[..., :d], torch.cat((k, v), -1)[..., d:]
@@ -77,7 +79,8 @@ class Case:
         rows = len(self.lengths) * self.tokens
         q = 2 * self.q_heads * self.dim * self.dtype.itemsize
         scale = 8 if self.cache in QUANTIZED and self.scales == "token" else 0
-        each = 2 * self.dim * (self.dtype.itemsize + (self.cache or self.dtype).itemsize) + scale
+        dims = self.dim + (self.value_dim or self.dim)
+        each = dims * (self.dtype.itemsize + (self.cache or self.dtype).itemsize) + scale
         rotary = 0 if self.rotary is None else 2 * self.dim * self.dtype.itemsize
         return rows * (self.heads * each + rotary + q)
 
@@ -128,7 +131,8 @@ def cases() -> Iterator[Case]:
         "types": tuple(
             (t, c) for t in (torch.bfloat16, torch.float16, torch.float32) for c in (None, torch.int8, E4M3)
         ),
-        "page": (None, 16, 64, 23),
+        "page": (None, 16, 64, 23, 1, 6),
+        "value_dim": (None, 128, 24),
         "scales": SCALES,
         "rotary": (None, "whole", "half", "whole float32", "half float32 one"),
         "layout": LAYOUTS,

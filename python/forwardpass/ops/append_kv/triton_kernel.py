@@ -96,9 +96,9 @@ def append_kernel(
     v_cache_first, v_cache_row, v_cache_head, k_scale_ptr, k_scale_first, k_scale_row, k_scale_head, v_scale_ptr,
     v_scale_first, v_scale_row, v_scale_head, seq_lens_ptr, table_ptr, table_step, page, pages, room, tokens, cos_ptr,
     cos_batch, cos_row, sin_ptr, sin_batch, sin_row, rotated, kv_heads, q, q_batch, q_row, q_head, q_out, q_heads, q_norm_ptr,
-    k_norm_ptr, norm_eps, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGED: tl.constexpr, QUANTIZED: tl.constexpr,
-    E4M3: tl.constexpr, K_STATIC: tl.constexpr, V_STATIC: tl.constexpr, ROTARY: tl.constexpr, Q_NORM: tl.constexpr,
-    K_NORM: tl.constexpr, NORM_SUMS: tl.constexpr,
+    k_norm_ptr, norm_eps, DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
+    PAGED: tl.constexpr, QUANTIZED: tl.constexpr, E4M3: tl.constexpr, K_STATIC: tl.constexpr, V_STATIC: tl.constexpr,
+    ROTARY: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, NORM_SUMS: tl.constexpr,
 ):  # fmt: skip
     heads = kv_heads + q_heads  # all in the grid's x: in y it has 65535 at most
     row_of_tokens, head = tl.program_id(0) // heads, tl.program_id(0) % heads
@@ -130,9 +130,10 @@ def append_kernel(
     x = prepare_row(k, column, k_norm_ptr, norm_eps, cos_ptr, sin_ptr, rotated, DIM, K_NORM, NORM_SUMS, ROTARY)
     store_row(x, column, k_cache, first, row, head, k_cache_first, k_cache_row, k_cache_head, k_scale_ptr, k_scale_first,
               k_scale_row, k_scale_head, DIM, QUANTIZED, E4M3, K_STATIC)  # fmt: skip
-    x = tl.load(v + column, mask=column < DIM, other=0.0).to(tl.float32)
+    column = tl.arange(0, BLOCK_V)
+    x = tl.load(v + column, mask=column < VALUE_DIM, other=0.0).to(tl.float32)
     store_row(x, column, v_cache, first, row, head, v_cache_first, v_cache_row, v_cache_head, v_scale_ptr, v_scale_first,
-              v_scale_row, v_scale_head, DIM, QUANTIZED, E4M3, V_STATIC)  # fmt: skip
+              v_scale_row, v_scale_head, VALUE_DIM, QUANTIZED, E4M3, V_STATIC)  # fmt: skip
 
 
 def append_kv(
@@ -166,7 +167,8 @@ def append_kv(
             min(capacity(k_cache, block_table), 2**30), tokens, *rotation(cos, k), *rotation(sin, k),
             0 if cos is None else cos.shape[2], heads, queries, *queries.stride()[:3], k if q_out is None else q_out, q_heads,
             floats if q_norm is None else q_norm, floats if k_norm is None else k_norm, norm_eps, DIM=dim,
-            BLOCK_D=triton.next_power_of_2(dim), PAGED=block_table is not None, QUANTIZED=k_cache.dtype in QUANTIZED,
+            BLOCK_D=triton.next_power_of_2(dim), VALUE_DIM=v.shape[3],
+            BLOCK_V=triton.next_power_of_2(v.shape[3]), PAGED=block_table is not None, QUANTIZED=k_cache.dtype in QUANTIZED,
             E4M3=k_cache.dtype == E4M3, K_STATIC=not is_per_token(k_scale), V_STATIC=not is_per_token(v_scale),
             ROTARY=cos is not None, Q_NORM=q_norm is not None, K_NORM=k_norm is not None, NORM_SUMS=NORM_SUMS, num_warps=1,
             enable_fp_fusion=False,

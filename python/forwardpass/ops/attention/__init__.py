@@ -21,7 +21,7 @@ from . import reference
 
 #: (head_dim of q and k, of v) for which there are kernels; other head dims run in the next one of as many columns or more.
 BUCKETS = ((64, 64), (96, 96), (128, 128), (192, 192), (256, 256), (192, 128))
-#: The same of CUDA's kernels with a mask, ALiBi or softcap (csrc/kernels/attention/attention_modified_sm80.cu).
+#: The same of CUDA's kernels with a mask, ALiBi or softcap (csrc/kernels/attention/table_modified_sm80.cu).
 MODIFIED_BUCKETS = ((64, 64), (128, 128), (256, 256))
 #: Rows of an operand that are so many elements apart have offsets in a tile of 128 rows beyond the 32 bits that Triton's
 #: kernel has for them: with 64, d = 256 spills (static, sm_80).
@@ -246,6 +246,15 @@ def check_window(op: str, left: int | None, right: int | None) -> None:
             raise ValueError(f"{op}: each side of window must be at least 0, not {side}: None is unlimited")
 
 
+def check_alibi_slopes(op: str, slopes: Tensor | None, batch: int, heads: int, q: Tensor) -> None:
+    per_batch = isinstance(slopes, Tensor) and slopes.dim() == 2
+    check_vector(op, "alibi_slopes", slopes, batch * heads if per_batch else heads, torch.float32, q)
+    if slopes is not None and tuple(slopes.shape) not in ((heads,), (batch, heads)):
+        raise ValueError(
+            f"{op}: alibi_slopes must be [{heads}] or [{batch}, {heads}], and has shape {tuple(slopes.shape)}"
+        )
+
+
 def check_number(op: str, name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} must be a number, not {type(value).__name__}: pass .item() of a tensor")
@@ -286,12 +295,7 @@ def _check(
     check_window(op, window_left, window_right)
     if mask is not None:
         _check_mask(op, mask, q, k, packed)
-    per_batch = isinstance(alibi_slopes, Tensor) and alibi_slopes.dim() == 2
-    check_vector(op, "alibi_slopes", alibi_slopes, batch * heads if per_batch else heads, torch.float32, q)
-    if alibi_slopes is not None and tuple(alibi_slopes.shape) not in ((heads,), (batch, heads)):
-        raise ValueError(
-            f"{op}: alibi_slopes must be [{heads}] or [{batch}, {heads}], and has shape {tuple(alibi_slopes.shape)}"
-        )
+    check_alibi_slopes(op, alibi_slopes, batch, heads, q)
     check_vector(op, "sinks", sinks, heads, (torch.float32, q.dtype), q)
 
 

@@ -26,12 +26,39 @@ def attention_decode(
     sinks: Tensor | None,
     batch_invariant: bool,
     leftpad: Tensor | None,
+    alibi_slopes: Tensor | None,
     *,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """In `dtype`, by default float32, or q's where that is wider. Row i stands at place seq_len - Sq + i and sees no key beyond,
-    whatever window_right is, and none before leftpad. It is NaN if it sees a key without a page, or if its sequence's length or
-    leftpad is out of range."""
+    return attention_decode_with_lse(
+        q, k_cache, v_cache, seq_lens, block_table, k_scale, v_scale, scale, window_left, window_right, softcap, sinks,
+        batch_invariant, leftpad, alibi_slopes,
+        dtype=dtype,
+    )[0]  # fmt: skip
+
+
+def attention_decode_with_lse(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    scale: float | None,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float,
+    sinks: Tensor | None,
+    batch_invariant: bool,
+    leftpad: Tensor | None,
+    alibi_slopes: Tensor | None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """In `dtype`, by default float32, or q's where that is wider; o in q's dtype, the lse in float32 or wider. Row i stands at
+    place seq_len - Sq + i and sees no key beyond, whatever window_right is, and none before leftpad. It is NaN if it sees a key
+    without a page, or if its sequence's length or leftpad is out of range."""
     if leftpad is not None:
         check_leftpad("attention_decode", leftpad)
     check_lengths(
@@ -55,11 +82,16 @@ def attention_decode(
     is_lost = (seen & ~has_row[:, None]).any(-1) | ~in_range[:, None]  # [B, Sq]
     seen = seen & has_row[:, None]
     shares = [slice(b, b + 1) for b in range(q.shape[0])] if batch_invariant else [slice(None)]
-    parts = [
-        attend(q[b].to(dtype), k[b], v[b], scale, None, None, softcap, seen[b][:, None], None, sinks)[0] for b in shares
-    ]
-    out = torch.cat(parts).to(q.dtype) if parts else q.new_empty(q.shape)
-    return out.masked_fill(is_lost[:, :, None, None], torch.nan)
+    mask = seen[:, None]  # [B, 1, Sq, T]
+    if alibi_slopes is not None:
+        bias = -alibi_slopes.to(dtype).unsqueeze(-1).unsqueeze(-1) * (place - keys[:, None]).abs().unsqueeze(1)
+        mask = bias.masked_fill(~mask, -torch.inf)
+    parts = [attend(q[b].to(dtype), k[b], v[b], scale, None, None, softcap, mask[b], None, sinks) for b in shares]
+    if not parts:
+        return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(0, q.shape[2], q.shape[1], dtype=torch.float32)
+    o, lse = (torch.cat(x) for x in zip(*parts))
+    o, lse = o.to(q.dtype), lse.to(torch.promote_types(dtype, torch.float32))
+    return o.masked_fill(is_lost[:, :, None, None], torch.nan), lse.masked_fill(is_lost[:, None], torch.nan)
 
 
 def first_key(seq_lens: Tensor, rows: int, window_left: int | None, leftpad: Tensor | None) -> Tensor | None:

@@ -15,6 +15,7 @@ probabilities. Nothing here has been timed on a GPU.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -22,10 +23,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.driver import driver
 
-from ..attention.triton_kernel import LOG2_E, capped, load_logits
+from ..attention.triton_kernel import LN_2, LOG2_E, capped, load_logits
 from ..common.kv_cache import QUANTIZED, capacity
 from ..common.triton_gemm import Machine, machine_of, upconvert
-from . import OPERATION
+from . import OPERATION, WITH_LSE
 
 #: keys of a range where a row's bits must not depend on the batch
 CHUNK = 512
@@ -97,17 +98,21 @@ def sink_of(sinks_ptr, head, kind, dtype: tl.constexpr):
 
 _RUN_TIME = [
     "k_scale_first", "k_scale_row", "k_scale_head", "v_scale_first", "v_scale_row", "v_scale_head", "table_step", "page", "pages",
-    "room", "heads", "kv_heads", "group", "rows", "tiles", "left", "sinks_kind", "is_padded", "chunk", "most", "splits",
+    "room", "heads", "kv_heads", "group", "rows", "tiles", "left", "sinks_kind", "is_padded", "has_alibi", "alibi_batch", "has_lse",
+    "chunk", "most", "splits",
 ]  # fmt: skip
-_ANY_ALIGNMENT = ["k_scale_ptr", "v_scale_ptr", "seq_lens_ptr", "table_ptr", "sinks_ptr", "leftpad_ptr"]
+_ANY_ALIGNMENT = [
+    "k_scale_ptr", "v_scale_ptr", "seq_lens_ptr", "table_ptr", "sinks_ptr", "leftpad_ptr", "alibi_ptr", "lse_ptr"
+]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_RUN_TIME, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
 def decode_kernel(
     q, q_batch, q_row, q_head, k, k_first, k_row, k_head, v, v_first, v_row, v_head, k_scale_ptr, k_scale_first, k_scale_row,
     k_scale_head, v_scale_ptr, v_scale_first, v_scale_row, v_scale_head, seq_lens_ptr, table_ptr, table_step, page, pages,
-    room, out, partial_ptr, lse_ptr, heads, kv_heads, group, rows, tiles, scale, softcap, left, sinks_ptr, sinks_kind,
-    leftpad_ptr, is_padded, chunk, most, splits, M: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    room, out, lse_ptr, has_lse, partial_ptr, partial_lse_ptr, heads, kv_heads, group, rows, tiles, scale, softcap, left,
+    sinks_ptr, sinks_kind, leftpad_ptr, is_padded, alibi_ptr, has_alibi, alibi_batch, chunk, most, splits, M: tl.constexpr,
+    N: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
     PAGED: tl.constexpr, QUANTIZED: tl.constexpr,
 ):  # fmt: skip
     """rows: of a sequence; group: query heads of a head of the cache; room: keys that a sequence can have. A sequence has up to
@@ -134,12 +139,20 @@ def decode_kernel(
     query_head, row = head * group + t // rows, t % rows
     high = place + row
     low = high - left
+    # many rows: a tile of them sees a part of what all see
+    first = tl.maximum(first, tl.min(tl.where(inside, low, last)))
+    last = tl.minimum(last, tl.max(tl.where(inside, high, -1)) + 1)
+    slope = tl.zeros((M,), tl.float32)
+    if has_alibi:
+        slope = tl.load(alibi_ptr + batch.to(tl.int64) * alibi_batch + query_head, mask=inside, other=0.0)
     column = tl.arange(0, BLOCK_D)
     q_offset = batch.to(tl.int64) * q_batch + row.to(tl.int64) * q_row + query_head.to(tl.int64) * q_head
     is_column = (column < DIM)[None, :]
     q_tile = tl.load(q + q_offset[:, None] + column[None, :], mask=inside[:, None] & is_column, other=0.0)
 
-    acc = tl.zeros((M, BLOCK_D), tl.float32)
+    values = tl.arange(0, BLOCK_V)
+    is_value = (values < VALUE_DIM)[None, :]
+    acc = tl.zeros((M, BLOCK_V), tl.float32)
     maxima = tl.full((M,), float("-inf"), tl.float32)
     # rows of a sequence that is not in range are NaN
     total = tl.zeros((M,), tl.float32) + tl.where(in_range, 0.0, float("nan"))
@@ -158,7 +171,9 @@ def decode_kernel(
             index = tl.zeros((N,), tl.int32) + batch
             cache_row = j
         k_tile = rows_of_keys(k, index, cache_row, head, valid, k_first, k_row, k_head, dtype, DIM, BLOCK_D, QUANTIZED)
-        v_tile = rows_of_keys(v, index, cache_row, head, valid, v_first, v_row, v_head, dtype, DIM, BLOCK_D, QUANTIZED)
+        v_tile = rows_of_keys(
+            v, index, cache_row, head, valid, v_first, v_row, v_head, dtype, VALUE_DIM, BLOCK_V, QUANTIZED
+        )
         s = tl.dot(q_tile, k_tile.T) * scale
         if QUANTIZED:
             s *= load_scales(k_scale_ptr, index, cache_row, head, valid, k_scale_first, k_scale_row, k_scale_head)[
@@ -166,6 +181,8 @@ def decode_kernel(
             ]
         if softcap > 0:
             s = capped(s, softcap, softcap)
+        if has_alibi:
+            s -= slope[:, None] * tl.abs(high[:, None] - j[None, :]).to(tl.float32)
         s = tl.where(seen, s * unit[None, :], float("-inf"))
         highest = tl.maximum(maxima, tl.max(s, 1))
         shift = tl.where(highest == float("-inf"), 0.0, highest)  # no key yet
@@ -186,55 +203,65 @@ def decode_kernel(
         correction = tl.exp2(maxima - shift)
         total = total * correction + tl.exp2(sink - shift)
         factor = correction / tl.where(total == 0, 1.0, total)  # a row that sees nothing is 0
-        offset = ((batch.to(tl.int64) * rows + row) * heads + query_head) * DIM
+        offset = ((batch.to(tl.int64) * rows + row) * heads + query_head) * VALUE_DIM
         tl.store(
-            out + offset[:, None] + column[None, :], (acc * factor[:, None]).to(dtype), mask=inside[:, None] & is_column
+            out + offset[:, None] + values[None, :], (acc * factor[:, None]).to(dtype), mask=inside[:, None] & is_value
         )
+        if has_lse:
+            result = (batch.to(tl.int64) * heads + query_head) * rows + row
+            tl.store(lse_ptr + result, (shift + tl.log2(total)) * LN_2, mask=inside)
     else:
         result = (
             (split.to(tl.int64) * (tl.num_programs(0) // (kv_heads * tiles)) + batch) * heads * rows
             + head * group * rows
             + t
         )
-        tl.store(lse_ptr + result, maxima + tl.log2(total), mask=inside)
+        tl.store(partial_lse_ptr + result, maxima + tl.log2(total), mask=inside)
         o = acc / tl.where(total == 0, 1.0, total)[:, None]
         tl.store(
-            partial_ptr + result[:, None] * DIM + column[None, :], o, mask=(inside & (total != 0))[:, None] & is_column
+            partial_ptr + result[:, None] * VALUE_DIM + values[None, :],
+            o,
+            mask=(inside & (total != 0))[:, None] & is_value,
         )
 
 
 @triton.jit(
-    do_not_specialize=["results", "heads", "rows", "splits", "sinks_kind"], do_not_specialize_on_alignment=["sinks_ptr"]
+    do_not_specialize=["results", "heads", "rows", "splits", "sinks_kind", "has_lse"],
+    do_not_specialize_on_alignment=["sinks_ptr", "lse_ptr"],
 )
 def merge_kernel(
-    partial_ptr, lse_ptr, out, results, heads, rows, splits, sinks_ptr, sinks_kind, SPLITS: tl.constexpr, DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    partial_ptr, partial_lse_ptr, out, lse_ptr, has_lse, results, heads, rows, splits, sinks_ptr, sinks_kind,
+    SPLITS: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """One of the results [B, H, Sq] from its ranges, in their order. SPLITS: a power of two, at least splits."""
     dtype: tl.constexpr = out.dtype.element_ty
     result = tl.program_id(0)
     row, head, batch = result % rows, result // rows % heads, result // rows // heads
     split = tl.arange(0, SPLITS)
-    lse = tl.load(lse_ptr + split.to(tl.int64) * results + result, mask=split < splits, other=float("-inf"))
+    lse = tl.load(partial_lse_ptr + split.to(tl.int64) * results + result, mask=split < splits, other=float("-inf"))
     sink = tl.max(sink_of(sinks_ptr, head + tl.zeros((1,), tl.int32), sinks_kind, dtype))
     highest = tl.maximum(tl.max(lse), sink)
     shift = tl.where(highest == float("-inf"), 0.0, highest)
     total = tl.sum(tl.exp2(lse - shift)) + tl.exp2(sink - shift)
-    column = tl.arange(0, BLOCK_D)
-    acc = tl.zeros((BLOCK_D,), tl.float32)
+    column = tl.arange(0, BLOCK_V)
+    acc = tl.zeros((BLOCK_V,), tl.float32)
     results = tl.cast(results, tl.int64)
     for i in range(splits):
-        lse_i = tl.load(lse_ptr + i * results + result)
+        lse_i = tl.load(partial_lse_ptr + i * results + result)
         # a range without keys has no output
-        mask = (column < DIM) & (lse_i != float("-inf"))
-        o = tl.load(partial_ptr + (i * results + result) * DIM + column, mask=mask, other=0.0)
+        mask = (column < VALUE_DIM) & (lse_i != float("-inf"))
+        o = tl.load(partial_ptr + (i * results + result) * VALUE_DIM + column, mask=mask, other=0.0)
         acc += o * tl.exp2(lse_i - shift)
+    if has_lse:
+        tl.store(lse_ptr + result, (shift + tl.log2(total)) * LN_2)
     acc = acc / tl.where(total == 0, 1.0, total)
-    offset = ((batch.to(tl.int64) * rows + row) * heads + head) * DIM
-    tl.store(out + offset + column, acc.to(dtype), mask=column < DIM)
+    offset = ((batch.to(tl.int64) * rows + row) * heads + head) * VALUE_DIM
+    tl.store(out + offset + column, acc.to(dtype), mask=column < VALUE_DIM)
 
 
-def attention_decode(
+def run(
+    out: Tensor,
+    lse: Tensor | None,
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -249,11 +276,13 @@ def attention_decode(
     sinks: Tensor | None,
     batch_invariant: bool,
     leftpad: Tensor | None,
-) -> Tensor:
-    out = OPERATION.fake(q)
+    alibi_slopes: Tensor | None,
+) -> None:
+    """Fills out, and lse where there is one."""
     if not out.numel():
-        return out
+        return
     batch, rows, heads, dim = q.shape
+    value_dim = v_cache.shape[3]
     kv_heads, quantized = k_cache.shape[2], k_cache.dtype in QUANTIZED
     room = min(capacity(k_cache, block_table), 2**30)
     left = 2**30 if window_left is None else min(window_left, 2**30)
@@ -262,33 +291,47 @@ def attention_decode(
         machine = machine_of(driver.active.get_current_device())
         p = plan(batch, kv_heads, group * rows, min(room, left + rows), dim, batch_invariant, machine)
         floats, bits = seq_lens.view(torch.float32), seq_lens.view(torch.uint8)  # for what is not there
-        partial, lse = floats, floats
+        partial, partial_lse = floats, floats
         results = batch * heads * rows
         if p.splits > 1:
-            partial = torch.empty(p.splits, results, dim, dtype=torch.float32, device=q.device)
-            lse = torch.empty(p.splits, results, dtype=torch.float32, device=q.device)
+            partial = torch.empty(p.splits, results, value_dim, dtype=torch.float32, device=q.device)
+            partial_lse = torch.empty(p.splits, results, dtype=torch.float32, device=q.device)
+        sums = (floats if lse is None else lse, lse is not None)
         caches = [x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x for x in (k_cache, v_cache)]
         sink = (
             bits if sinks is None else sinks.view(torch.uint8),
             0 if sinks is None else 2 if sinks.dtype == torch.float32 else 3,
         )
-        columns = triton.next_power_of_2(max(dim, 16))
+        columns, value_columns = (triton.next_power_of_2(max(n, 16)) for n in (dim, value_dim))
         decode_kernel[(kv_heads * p.tiles * batch, p.splits)](
             q, *q.stride()[:3], caches[0], *k_cache.stride()[:3], caches[1], *v_cache.stride()[:3],
             *scales(k_scale, floats), *scales(v_scale, floats), seq_lens, seq_lens if block_table is None else block_table,
-            0 if block_table is None else block_table.stride(0), k_cache.shape[1], k_cache.shape[0], room, out, partial, lse,
-            heads, kv_heads, group, rows, p.tiles, dim**-0.5 if scale is None else scale, softcap, left, *sink,
-            seq_lens if leftpad is None else leftpad, leftpad is not None, CHUNK if batch_invariant else 0,
+            0 if block_table is None else block_table.stride(0), k_cache.shape[1], k_cache.shape[0], room, out, *sums,
+            partial, partial_lse, heads, kv_heads, group, rows, p.tiles, dim**-0.5 if scale is None else scale, softcap, left,
+            *sink, seq_lens if leftpad is None else leftpad, leftpad is not None,
+            floats if alibi_slopes is None else alibi_slopes, alibi_slopes is not None,
+            heads if alibi_slopes is not None and alibi_slopes.dim() == 2 else 0, CHUNK if batch_invariant else 0,
             p.most, p.splits,
-            M=p.block_m, N=p.block_n, DIM=dim, BLOCK_D=columns, PAGED=block_table is not None, QUANTIZED=quantized,
-            num_warps=p.warps, num_stages=p.stages,
+            M=p.block_m, N=p.block_n, DIM=dim, BLOCK_D=columns, VALUE_DIM=value_dim, BLOCK_V=value_columns,
+            PAGED=block_table is not None, QUANTIZED=quantized, num_warps=p.warps, num_stages=p.stages,
         )  # fmt: skip
         if p.splits > 1:
             merge_kernel[(results,)](
-                partial, lse, out, results, heads, rows, p.splits, *sink, DIM=dim, BLOCK_D=columns,
+                partial, partial_lse, out, *sums, results, heads, rows, p.splits, *sink, VALUE_DIM=value_dim, BLOCK_V=value_columns,
                 SPLITS=triton.next_power_of_2(p.most), num_warps=1,
             )  # fmt: skip
+
+
+def attention_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, *options: Any) -> Tensor:
+    out = OPERATION.fake(q, k_cache, v_cache)
+    run(out, None, q, k_cache, v_cache, *options)
     return out
+
+
+def attention_decode_with_lse(q: Tensor, k_cache: Tensor, v_cache: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    out, lse = WITH_LSE.fake(q, k_cache, v_cache)
+    run(out, lse, q, k_cache, v_cache, *options)
+    return out, lse
 
 
 def scales(scale: Tensor | None, stand_in: Tensor) -> tuple[Tensor, int, int, int]:
@@ -300,3 +343,4 @@ def scales(scale: Tensor | None, stand_in: Tensor) -> tuple[Tensor, int, int, in
 
 
 torch.library.impl("forwardpass::attention_decode_triton", ("cuda", "cpu"))(attention_decode)
+torch.library.impl("forwardpass::attention_decode_with_lse_triton", ("cuda", "cpu"))(attention_decode_with_lse)

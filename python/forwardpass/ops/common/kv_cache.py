@@ -14,7 +14,6 @@ from .quantized_rows import E4M3, FLOATS
 from .values import may_look
 
 QUANTIZED = (torch.int8, E4M3)
-LEAST_PAGE = 16
 
 
 def is_per_token(scale: Tensor | None) -> bool:
@@ -54,9 +53,10 @@ def check_cache(
     block_table: Tensor | None,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
+    value_dim: int | None,
 ) -> None:
-    """x, called name, are new tokens of the cache's sequences, or queries of theirs."""
-    for cache_name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+    """x, called name, are new tokens of the cache's sequences, or queries of theirs. value_dim: columns of v_cache; None: any."""
+    for cache_name, cache, columns in (("k_cache", k_cache, x.shape[3]), ("v_cache", v_cache, value_dim)):
         if not isinstance(cache, Tensor) or cache.dtype not in (x.dtype, *QUANTIZED):
             dtype = getattr(cache, "dtype", type(cache).__name__)
             raise TypeError(
@@ -64,13 +64,15 @@ def check_cache(
             )
         if cache.device != x.device:
             raise ValueError(f"{op}: {cache_name} is on {cache.device} and {name} on {x.device}: move one of them")
-        if cache.dim() != 4 or cache.shape[3] != x.shape[3] or 0 in cache.shape[1:3]:
+        if cache.dim() != 4 or 0 in cache.shape[1:] or columns not in (None, cache.shape[3]):
             layout = "[B, L, Hk" if block_table is None else "[P, page, Hk"
-            raise ValueError(f"{op}: {cache_name} must be {layout}, {x.shape[3]}], and has shape {tuple(cache.shape)}")
+            raise ValueError(
+                f"{op}: {cache_name} must be {layout}, {columns or 'Dv'}], and has shape {tuple(cache.shape)}"
+            )
         if cache.shape[3] > 1 and cache.stride(3) != 1:
             raise ValueError(f"{op}: the last dimension of {cache_name} must have stride 1, not {cache.stride(3)}")
-    if k_cache.shape != v_cache.shape or k_cache.dtype != v_cache.dtype:
-        raise ValueError(f"{op}: k_cache and v_cache must have one shape and dtype, and are {k_cache.dtype} "
+    if k_cache.shape[:3] != v_cache.shape[:3] or k_cache.dtype != v_cache.dtype:
+        raise ValueError(f"{op}: k_cache and v_cache must have one shape without columns and one dtype, and are {k_cache.dtype} "
                          f"{tuple(k_cache.shape)} and {v_cache.dtype} {tuple(v_cache.shape)}")  # fmt: skip
     check_ints(op, "seq_lens", seq_lens, name, x)
     _check_table(op, name, x, k_cache, block_table)
@@ -116,8 +118,6 @@ def _check_table(op: str, name: str, x: Tensor, k_cache: Tensor, block_table: Te
         raise ValueError(f"{op}: the last dimension of block_table must have stride 1, not {block_table.stride(1)}")
     if block_table.device != x.device:
         raise ValueError(f"{op}: block_table is on {block_table.device} and {name} on {x.device}: move one of them")
-    if k_cache.shape[1] < LEAST_PAGE:
-        raise ValueError(f"{op}: a page must have at least {LEAST_PAGE} tokens, not {k_cache.shape[1]}")
     if k_cache.shape[0] == 0:
         raise ValueError(f"{op}: k_cache must have a page, and has shape {tuple(k_cache.shape)}")
 

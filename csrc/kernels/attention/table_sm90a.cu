@@ -1,5 +1,5 @@
 // attention on wgmma without score modifiers.
-#include "kernels/attention/attention_sm90a.cuh"
+#include "kernels/attention/wgmma.cuh"
 
 namespace forwardpass {
 namespace {

@@ -1,5 +1,5 @@
 // attention on mma.sync without score modifiers.
-#include "kernels/attention/attention_sm80.cuh"
+#include "kernels/attention/mma.cuh"
 
 namespace forwardpass {
 namespace {

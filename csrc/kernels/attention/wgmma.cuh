@@ -8,8 +8,8 @@
 #include "device/softmax.cuh"
 #include "device/tma_map.h"
 #include "device/wgmma.cuh"
-#include "kernels/attention/attention_kernel.h"
-#include "kernels/attention/attention_scores.cuh"
+#include "kernels/attention/kernel.h"
+#include "kernels/attention/scores.cuh"
 #include "schedule/persistent.cuh"
 
 namespace forwardpass {
@@ -390,7 +390,7 @@ struct WgmmaAttentionMainloop {
         const int begin = uniform(blocks.begin), unmasked_begin = uniform(blocks.unmasked_begin),
                   unmasked_end = uniform(blocks.unmasked_end);
         int block = uniform(blocks.end) - 2;
-        if constexpr (Config::kModified) {  // as in attention_sm80.cuh
+        if constexpr (Config::kModified) {  // as in mma.cuh
 #pragma unroll 1
           for (; block >= begin; --block) attend(kNextBlock, block, block >= unmasked_end || block < unmasked_begin);
         } else {

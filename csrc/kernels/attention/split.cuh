@@ -1,5 +1,6 @@
 #pragma once
-// How attention_decode divides its keys among blocks, on the device: a captured launch replays with other lengths.
+// Split-KV: how attention_decode divides its keys among blocks, on the device: a captured launch replays with other
+// lengths.
 //
 // All keys that count are one list of blocks of keys: those of a sequence's first head, of its next head, then of the
 // next sequence. A thread block takes an equal share of the list, which is at most a part of one head, some whole
@@ -33,6 +34,20 @@ HOST_DEVICE inline int64_t invariant_parts(const AttentionDecodeParams& p) {
   const int64_t parts = (p.cache.capacity() + kLeast - 1) / kLeast, most = most_invariant_parts(p);
   return parts < most ? parts : most;
 }
+
+// The rows of q that a part is computed for, GQA's packing: up to kDecodeRows of those that share a kv head, query head
+// by query head, each with the rows of its sequence.
+struct PackedRows {
+  const AttentionDecodeParams& p;
+  const int batch, kv_head, first;
+
+  __device__ PackedRows(const AttentionDecodeParams& p, int batch, int list_head)
+      : p(p), batch(batch), kv_head(list_head / decode_groups(p)), first(list_head % decode_groups(p) * kDecodeRows) {}
+  __device__ bool has(int r) const { return first + r < decode_rows(p); }
+  __device__ int row(int r) const { return (first + r) % p.rows; }  // of the sequence
+  __device__ int q_head(int r) const { return kv_head * (p.heads / p.cache.heads) + (first + r) / p.rows; }
+  __device__ int64_t q(int r) const { return batch * p.q.batch + row(r) * p.q.row + q_head(r) * p.q.head; }
+};
 
 // The keys that rows of a sequence may attend to, [first, length), and in how many blocks: none if it is not in range.
 struct DecodeKeys {
@@ -158,8 +173,8 @@ __device__ inline void for_each_part(const AttentionDecodeParams& p, F f) {
         begin += int64_t{keys.count} * heads, ++batch;
         continue;
       }
-      const int in_batch = static_cast<int>(index - begin);
-      part.head = in_batch / keys.count, part.begin = in_batch % keys.count;
+      const int64_t in_batch = index - begin;
+      part.head = static_cast<int>(in_batch / keys.count), part.begin = static_cast<int>(in_batch % keys.count);
       part.end = part.begin + static_cast<int>(min(int64_t{keys.count - part.begin}, end - index));
       slot = 2 * slot + (part.begin == 0), index += part.end - part.begin;
     }

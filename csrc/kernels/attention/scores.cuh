@@ -1,18 +1,49 @@
 #pragma once
-// What attention does to the scores of a tile besides the softmax: modifiers, causal and window masks, sinks, the lse.
+// What attention does to scores besides the softmax: modifiers, causal and window masks, sinks, the lse. The terms come
+// first, each written once, of a score in units of log2(e), its row's position and its key. What calls them is a
+// layout: it says which row and which key a register holds.
 #include "device/softmax.cuh"
 #include "device/vec.cuh"
 #include "schedule/attention_tile.cuh"
 
 namespace forwardpass {
 
+// softcap tanh(s / softcap): tanh(x) = 1 - 2 / (1 + exp(2 x)), exact to 2^-22 of the cap. unit: what a score has to be
+// multiplied by to be in units of log2(e).
+struct Softcap {
+  float twice, cap, factor;
+  __device__ Softcap(float softcap, float unit)
+      : twice(2 * softcap * kLog2e), cap(softcap * kLog2e), factor(unit * 2 / softcap) {}
+  __device__ float operator()(float s) const { return cap - __fdividef(twice, 1 + ptx::ex2(s * factor)); }
+};
+
+// slope: of the head, in units of log2(e).
+__device__ inline float with_alibi(float s, float slope, int position, int key) {
+  return fmaf(-slope, fabsf(static_cast<float>(position - key)), s);
+}
+template <class Params>
+__device__ inline float alibi_slope(const Params& p, int batch, int head) {
+  return p.alibi_slopes ? p.alibi_slopes[batch * p.alibi_batch_stride + head] * kLog2e : 0;
+}
+
+// The sink of a head, a logit that enters the denominator only; -inf without one.
+template <class Params>
+__device__ inline float sink_of(const Params& p, int head) {
+  return p.sinks ? load_float(p.sinks, p.sinks_dtype, head) * kLog2e : -INFINITY;
+}
+
+// The keys that a row attends to: from first to end.
+struct KeyRange {
+  int first, end;
+};
+
 // One value for each row that a thread has of accumulators.
 template <class Scores, class T>
 using RowOf = T[Scores::kTilesM][2];
 
 // Score modifiers: from q k to scores in units of log2(e), with softcap, ALiBi and the mask, which gives -inf; on a
-// warp's accumulators. Without any of them the softmax scales q k itself.
-template <class Scores>
+// warp's accumulators. Without any of them the softmax scales q k itself. kMask: there may be a mask.
+template <class Scores, bool kMask = true>
 class ScoreModifiers {
  public:
   // What of a mask of 8 or 16 bits a thread loads for a block of keys, four words at a time.
@@ -30,7 +61,7 @@ class ScoreModifiers {
   // first_row: the warp's, in its sequence; vectors: in_vectors(p, t), which takes 60 instructions.
   __device__ ScoreModifiers(const AttentionParams& p, const AttentionTile& t, int first_row, bool vectors)
       : p_(&p), keys_(t.keys), vectors_(vectors) {
-    slope_ = p.alibi_slopes ? p.alibi_slopes[t.batch * p.alibi_batch_stride + t.head] * kLog2e : 0;
+    slope_ = alibi_slope(p, t.batch, t.head);
     const AttentionMask& m = p.mask;
     const unsigned size = element_bytes(m);
 #pragma unroll
@@ -45,7 +76,7 @@ class ScoreModifiers {
   // Begins to load the mask of a block of keys, before there are scores, as loads take long. What is not read in
   // vectors, and float32, which would take 64 registers, is loaded when it is needed.
   __device__ void load(MaskWords& words, int first_key) const {
-    if (!vectors_) return;
+    if (!kMask || !vectors_) return;
     if (p_->mask.kind == AttentionMaskKind::boolean)
       load_vectors<uint8_t>(words, first_key);
     else if (p_->mask.kind == AttentionMaskKind::f16 || p_->mask.kind == AttentionMaskKind::bf16)
@@ -53,18 +84,22 @@ class ScoreModifiers {
   }
   // first_key: of this thread's first column.
   __device__ void operator()(Scores& s, MaskWords& words, int first_key) const {
-    if (p_->softcap > 0) {  // tanh(x) = 1 - 2 / (1 + exp(2 x)), exact to 2^-22 of the cap
-      const float twice = 2 * p_->softcap * kLog2e, cap = p_->softcap * kLog2e,
-                  x = p_->scale * 2 * kLog2e / p_->softcap;
-      s.for_each([&](float& v, int, int, int) { v = cap - __fdividef(twice, 1 + ptx::ex2(v * x)); });
+    if (p_->softcap > 0) {
+      const Softcap cap(p_->softcap, p_->scale * kLog2e);
+      s.for_each([&](float& v, int, int, int) { v = cap(v); });
     } else {
       const float scale = p_->scale * kLog2e;
       s.for_each([&](float& v, int, int, int) { v *= scale; });
     }
     if (p_->alibi_slopes)
       s.for_each([&](float& v, int i, int j, int e) {
-        v = fmaf(-slope_, fabsf(static_cast<float>(position_[i][e / 2] - (first_key + j * 8 + e % 2))), v);
+        v = with_alibi(v, slope_, position_[i][e / 2], first_key + j * 8 + e % 2);
       });
+    if constexpr (kMask) add_mask(s, words, first_key);
+  }
+
+ private:
+  __device__ void add_mask(Scores& s, MaskWords& words, int first_key) const {
     switch (p_->mask.kind) {
       case AttentionMaskKind::none:
         break;
@@ -82,8 +117,6 @@ class ScoreModifiers {
         masked(s, first_key);
     }
   }
-
- private:
   __device__ static unsigned element_bytes(const AttentionMask& m) {
     return m.kind == AttentionMaskKind::boolean ? 1 : m.kind == AttentionMaskKind::f32 ? 4 : 2;
   }
@@ -187,23 +220,30 @@ class ScoreModifiers {
   RowOf<Scores, const char*> mask_;  // each row's first key
 };
 
-// The keys that the causal mask and the window leave, for the rows of a thread.
+// The keys that the causal mask and the window leave, for the rows of a thread, on a warp's accumulators.
 template <class Scores>
 struct RowBounds {
   RowOf<Scores, int> first, end;
   bool from_first;  // some first is not the first of all
 
   RowBounds() = default;
-  __device__ RowBounds(const AttentionParams& p, const AttentionTile& t, int first_row)
-      : from_first(t.first(p, t.rows - 1) > 0) {
+  // keys_of(r): the KeyRange of row r of the warp's.
+  template <class F>
+  __device__ RowBounds(bool from_first, F keys_of) : from_first(from_first) {
 #pragma unroll
     for (int i = 0; i < Scores::kTilesM; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = min(first_row + Scores::row(i, 2 * half), t.rows - 1);
-        first[i][half] = t.first(p, row), end[i][half] = t.end(p, row);
+        const KeyRange keys = keys_of(Scores::row(i, 2 * half));
+        first[i][half] = keys.first, end[i][half] = keys.end;
       }
   }
+  // Rows of a tile from first_row on.
+  __device__ RowBounds(const AttentionParams& p, const AttentionTile& t, int first_row)
+      : RowBounds(t.first(p, t.rows - 1) > 0, [&](int r) {
+          const int row = min(first_row + r, t.rows - 1);
+          return KeyRange{t.first(p, row), t.end(p, row)};
+        }) {}
   // -inf for all other keys; first_key: of this thread's first column. What has no window needs one comparison a score.
   __device__ void operator()(Scores& s, int first_key) const {
     s.for_each([&](float& v, int i, int j, int e) {
@@ -228,11 +268,6 @@ __device__ inline void store_lse(const OnlineSoftmax<Scores::kTilesM>& softmax, 
       const int row = first_row + Scores::row(i, 2 * half);
       if (row < tile.rows) p.lse[tile.lse(p, row)] = softmax.lse(i, half);
     }
-}
-
-// The sink of a head, a logit that enters the denominator only, in units of log2(e); -inf without one.
-__device__ inline float sink_of(const AttentionParams& p, int head) {
-  return p.sinks ? load_float(p.sinks, p.sinks_dtype, head) * kLog2e : -INFINITY;
 }
 
 }  // namespace forwardpass

@@ -5,11 +5,14 @@
 // Tensor cores bind, if they are kept busy. A score at head dim 128, 256 multiply-adds, takes them one clock on a
 // subpartition of an A100 and four on one of a 4090; the other instructions, about 14 per score of 32 lanes, issue in
 // 0.5 clocks.
+#include <algorithm>
+
 #include "device/shared_bytes.cuh"
 #include "device/softmax.cuh"
-#include "device/swizzled_rows.cuh"
-#include "kernels/attention/attention_kernel.h"
-#include "kernels/attention/attention_scores.cuh"
+#include "kernels/attention/combine.cuh"
+#include "kernels/attention/kernel.h"
+#include "kernels/attention/scores.cuh"
+#include "kernels/attention/source_paged.cuh"
 
 namespace forwardpass {
 
@@ -41,12 +44,13 @@ template <AttentionInstance kInstance, MmaAttentionTile kTile>
 struct MmaAttentionConfig {
   static constexpr Dtype kDtype = kInstance.dtype;
   static constexpr int kHeadDim = kInstance.head_dim, kValueDim = kInstance.value_dim;
-  static constexpr bool kModified = kInstance.modified;
+  static constexpr bool kModified = kInstance.modified, kPaged = kInstance.paged;
   static constexpr int kM = kTile.m, kN = kTile.n, kWarps = kTile.warps, kThreads = 32 * kWarps,
                        kBlocksPerSm = kTile.blocks_per_sm;
   static constexpr int kWarpM = kM / kWarps, kTilesM = kWarpM / 16;
 
   using Schedule = MmaAttentionSchedule<MmaAttentionConfig>;
+  using Source = std::conditional_t<kPaged, PagedSource<MmaAttentionConfig>, DenseSource<MmaAttentionConfig>>;
   using Scores = Fragments<float, kTilesM, kN / 8>;
   using Output = Fragments<float, kTilesM, kValueDim / 8>;
   using Mainloop = MmaAttentionMainloop<MmaAttentionConfig>;
@@ -55,6 +59,7 @@ struct MmaAttentionConfig {
   struct SharedStorage {
     alignas(128) uint16_t q[kM * kHeadDim];  // in the end the rows of out
     uint16_t k[kN * kHeadDim], v[kN * kValueDim];
+    [[no_unique_address]] typename Source::Shared source;
     // In shared memory, as registers would spill.
     AttentionTile tile;
     KeyBlocks blocks;
@@ -64,77 +69,19 @@ struct MmaAttentionConfig {
   static constexpr int kLeastSharedKib = (kBlocksPerSm * (sizeof(SharedStorage) + 1024) + 1023) / 1024;
 };
 
-// The shared-memory layout of rows of kColumns columns of 16 bits: panels of 64 or 32 columns; each has all rows.
-template <int kColumns>
-struct Panels {
-  static constexpr int kPanel = kColumns % 64 == 0 ? 64 : 32, kCount = kColumns / kPanel;
-  static constexpr int kRowBytes = kPanel * 2, kChunks = kPanel / 8;
-  static_assert(kColumns % kPanel == 0);
-  using Rows = SwizzledRows<kRowBytes>;
-
-  // Byte offset of any column that is a multiple of 8, with kRows rows.
-  template <int kRows>
-  __device__ static int offset(int row, int column) {
-    return column / kPanel * kRows * kRowBytes + Rows::offset(row, column % kPanel / 8);
-  }
-  // A lane's address for an ldmatrix of four 8 x 8 matrices: sixteen rows from `row` on of two chunks from `column` on,
-  // both multiples of 16. kLowerSecond: the second matrix is the lower rows of the first chunk, else the second chunk
-  // of the upper rows, whichever makes pairs of registers for the mma.
-  template <int kRows, bool kLowerSecond>
-  __device__ static uint32_t matrices(const uint16_t* shared, int row, int column) {
-    const int lane = threadIdx.x % 32, i = lane / 8, lower = kLowerSecond ? i % 2 : i / 2,
-              chunk = kLowerSecond ? i / 2 : i % 2;
-    return ptx::shared_address(shared) + (column / kPanel * kRows + row) * kRowBytes +
-           (Rows::offset(lower * 8 + lane % 8, chunk) ^ column % kPanel * 2);
-  }
-};
-
-// Copies kRows rows of kColumns columns, and in each further call the kRows rows before.
-template <int kRows, int kColumns, int kThreads>
-struct RowCopy {
-  using P = Panels<kColumns>;
-  using Share = CopyShare<P::kRowBytes, kRows, kThreads>;
-  const char* from;  // address of this thread's first row
-
-  // Bytes from one of a thread's rows to its next. Computed on the host, as kernel parameters take no registers.
-  static int64_t step(const AttentionTensor& t) { return t.row * Share::kStep * 2; }
-
-  __device__ RowCopy(const AttentionTensor& t, int64_t offset)
-      : from(static_cast<const char*>(t.data) + (offset + Share::row() * t.row + column()) * 2) {}
-  __device__ static int column() { return Share::chunk() * 8; }
-  // `rows` rows and `columns` columns exist (kWhole: all rows); the rest is zero-filled.
-  template <bool kWhole>
-  __device__ void copy(uint16_t* shared, int64_t step, int rows, int columns) {
-    const uint32_t to = ptx::shared_address(shared) + Share::offset();
-#pragma unroll
-    for (int i = 0; i < Share::kCount; ++i) {
-      const bool inside = kWhole || Share::row() + i * Share::kStep < rows;
-#pragma unroll
-      for (int panel = 0; panel < P::kCount; ++panel)
-        ptx::cp_async_16(to + (panel * kRows + i * Share::kStep) * P::kRowBytes, from + panel * P::kRowBytes,
-                         inside && panel * P::kPanel + column() < columns ? 16 : 0);
-      from += step;
-    }
-    ptx::cp_async_commit();
-  }
-};
-
 template <class Config>
 using CopyQ = RowCopy<Config::kM, Config::kHeadDim, Config::kThreads>;
-template <class Config>
-using CopyK = RowCopy<Config::kN, Config::kHeadDim, Config::kThreads>;
-template <class Config>
-using CopyV = RowCopy<Config::kN, Config::kValueDim, Config::kThreads>;
 
 struct MmaAttentionArguments {
   AttentionParams p;
-  unsigned tiles;                  // of a head
-  int64_t q_step, k_step, v_step;  // RowCopy's
-  int64_t k_back, v_back;          // bytes from the end of a key block to the beginning of the block before
-  float scale;                     // of the softmax
+  unsigned tiles;  // of a head
+  int splits;      // blocks that share a tile's keys; of several a second kernel combines the results
+  int64_t q_step;  // RowCopy's
+  DenseSteps source;
+  float scale;  // of the softmax
 };
 
-// A block computes one tile: f().
+// A block computes one tile, or of one a part of the keys: f().
 template <class Config>
 struct MmaAttentionSchedule {
   const MmaAttentionArguments& a;
@@ -143,8 +90,11 @@ struct MmaAttentionSchedule {
   template <class F>
   __device__ void for_each(F f) const {
     AttentionTile tile;
-    if (!tile.find(a.p, Config::kM, a.tiles, blockIdx.x, known_sequences(a.p))) return;
-    if (threadIdx.x == 0) s.tile = tile, s.blocks = KeyBlocks(a.p, tile, Config::kM, Config::kN);
+    if (!tile.find(a.p, Config::kM, a.tiles, blockIdx.x / a.splits, known_sequences(a.p))) return;
+    if (threadIdx.x == 0) {
+      s.tile = tile;
+      s.blocks = KeyBlocks(a.p, tile, Config::kM, Config::kN).part(static_cast<int>(blockIdx.x) % a.splits, a.splits);
+    }
     __syncthreads();
     f(s.tile, s.blocks);
   }
@@ -155,6 +105,7 @@ struct MmaAttentionMainloop {
   static constexpr Dtype kDtype = Config::kDtype;
   using Scores = typename Config::Scores;
   using Output = typename Config::Output;
+  using Modifiers = ScoreModifiers<Scores, !Config::kPaged>;
   const MmaAttentionArguments& a;
   typename Config::SharedStorage& s;
   const int warp_row;  // this warp's first row in the tile
@@ -163,16 +114,16 @@ struct MmaAttentionMainloop {
                              OnlineSoftmax<Config::kTilesM>& softmax) const {
     const AttentionParams& p = a.p;
     const auto first_row = [&] { return tile.row + warp_row; };  // this warp's, in the sequence
-    const int first_key = (blocks.end - 1) * Config::kN;         // of the block that comes first: the last one
-    CopyK<Config> copy_k(p.k, tile.k(p) + first_key * p.k.row);
-    CopyV<Config> copy_v(p.v, tile.v(p) + first_key * p.v.row);
+    const int first_block = blocks.end - 1;                      // that comes first: the last one
+    typename Config::Source source(a, s.source, tile, first_block);
     o.clear();
     if (blocks.end > blocks.begin) {
       CopyQ<Config> copy_q(p.q, tile.q(p) + tile.row * p.q.row);
       copy_q.template copy<false>(s.q, a.q_step, tile.rows - tile.row, p.head_dim);
-      copy_k.template copy<false>(s.k, a.k_step, tile.keys - first_key, p.head_dim);
+      source.begin(first_block);
+      source.template copy_k<false>(s.k, first_block, tile.keys - first_block * Config::kN, p.head_dim);
     }
-    const bool vectors = Config::kModified && ScoreModifiers<Scores>::in_vectors(p, tile);
+    const bool vectors = Config::kModified && Modifiers::in_vectors(p, tile);
     // From the last block to the first, so that the one that may end beyond the keys comes first.
     const auto attend = [&](int block, auto may_be_masked, bool masked = true) {
       constexpr bool kMayBeMasked = decltype(may_be_masked)::value;
@@ -181,18 +132,20 @@ struct MmaAttentionMainloop {
       __syncthreads();  // k has arrived for all warps, and all have read v
       const int keys = tile.keys - block * Config::kN;
       if (kMayBeMasked && masked)
-        copy_v.template copy<false>(s.v, a.v_step, keys, p.value_dim);
+        source.template copy_v<false>(s.v, block, keys, p.value_dim);
       else
-        copy_v.template copy<true>(s.v, a.v_step, keys, p.value_dim);
+        source.template copy_v<true>(s.v, block, keys, p.value_dim);
+      if (block > blocks.begin) source.look_up(block - 1);
       const int key = block * Config::kN + accumulator_column(0);
-      typename ScoreModifiers<Scores>::MaskWords mask;
-      if (Config::kModified) ScoreModifiers<Scores>(p, tile, first_row(), vectors).load(mask, key);
+      typename Modifiers::MaskWords mask;
+      if (Config::kModified) Modifiers(p, tile, first_row(), vectors).load(mask, key);
       mma_q_k(scores);
+      if (block > blocks.begin) source.keep(block - 1);
       ptx::cp_async_wait<0>();
       __syncthreads();  // v has arrived, and all have read k
-      copy_v.from -= a.v_back, copy_k.from -= a.k_back;
-      if (block > blocks.begin) copy_k.template copy<true>(s.k, a.k_step, Config::kN, p.head_dim);
-      if (Config::kModified) ScoreModifiers<Scores>(p, tile, first_row(), vectors)(scores, mask, key);
+      source.step_back();
+      if (block > blocks.begin) source.template copy_k<true>(s.k, block - 1, Config::kN, p.head_dim);
+      if (Config::kModified) Modifiers(p, tile, first_row(), vectors)(scores, mask, key);
       if (kMayBeMasked && masked) RowBounds<Scores>(p, tile, first_row())(scores, key);
       RowValues<Config::kTilesM> factor;
       if (softmax.update(scores, a.scale, factor)) rescale(o, factor);
@@ -276,8 +229,10 @@ struct MmaAttentionEpilogue {
   const AttentionParams& p;
   typename Config::SharedStorage& s;
   const int warp_row;  // this warp's first row in the tile
+  const int splits;
 
   __device__ void operator()(const AttentionTile& tile, Output& o, OnlineSoftmax<Config::kTilesM>& softmax) const {
+    if (splits > 1) return store_partial(o, softmax);
     RowValues<Config::kTilesM> factor;
     softmax.finish(tile.known() ? sink_of(p, tile.head) : NAN, factor);
     rescale(o, factor);
@@ -286,6 +241,23 @@ struct MmaAttentionEpilogue {
   }
 
  private:
+  __device__ void store_partial(const Output& o, const OnlineSoftmax<Config::kTilesM>& softmax) const {
+    const PartialResult to(p.workspace, blockIdx.x, Config::kM, p.value_dim);
+#pragma unroll
+    for (int i = 0; i < Output::kTilesM; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = warp_row + o.row(i, 2 * half);
+        float sum = softmax.sum[i][half];
+        sum += __shfl_xor_sync(0xffffffff, sum, 1);
+        sum += __shfl_xor_sync(0xffffffff, sum, 2);
+        if (thread_in_group() == 0) to.max[row] = softmax.max[i][half], to.sum[row] = sum;
+        const auto columns = reinterpret_cast<float2*>(to.o + row * p.value_dim + accumulator_column(0));
+#pragma unroll
+        for (int j = 0; j < Output::kTilesN; ++j)
+          if (j * 8 < p.value_dim) columns[j * 4] = {o[i][j][half * 2], o[i][j][half * 2 + 1]};
+      }
+  }
   // Stores this warp's rows in words of 16 bytes, through its own rows of q in shared memory: no other warp reads
   // those, and this one read them before a barrier.
   __device__ void store_rows(const Output& o, const AttentionTile& tile) const {
@@ -336,7 +308,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   auto& s = *reinterpret_cast<typename Config::SharedStorage*>(memory);
   const int warp_row = threadIdx.x / 32 * Config::kWarpM;
   const typename Config::Mainloop mainloop{a, s, warp_row};
-  const typename Config::Epilogue epilogue{a.p, s, warp_row};
+  const typename Config::Epilogue epilogue{a.p, s, warp_row, a.splits};
   typename Config::Schedule{a, s}.for_each([&](const AttentionTile& tile, const KeyBlocks& blocks) {
     OnlineSoftmax<Config::kTilesM> softmax;
     typename Config::Output o;
@@ -345,32 +317,93 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   });
 }
 
+// The parts of each row of a tile. A block has kCombineWarps of them, or of their columns.
+template <int kM>
+__global__ void __launch_bounds__(32 * kCombineWarps)
+    combine_attention_kernel(const __grid_constant__ AttentionParams p, unsigned tiles, int splits) {
+  const int panels = (p.value_dim + kCombineColumns - 1) / kCombineColumns, of_tile = kM * panels / kCombineWarps;
+  const unsigned block = blockIdx.x / of_tile;
+  const int index = static_cast<int>(blockIdx.x) % of_tile * kCombineWarps + static_cast<int>(threadIdx.x) / 32;
+  const int row = index / panels, column = index % panels * kCombineColumns + static_cast<int>(threadIdx.x) % 32 * 4;
+  AttentionTile tile;
+  if (!tile.find(p, kM, tiles, block, 0) || tile.row + row >= tile.rows) return;
+  CombinedResult result;
+  add_parts(result, 0, splits, 1, row, column, p.value_dim,
+            [&](int n) { return PartialResult(p.workspace, int64_t{block} * splits + n, kM, p.value_dim); });
+  const Denominator d(result.max, result.sum, tile.known() ? sink_of(p, tile.head) : NAN);
+  if (p.lse && column == 0) p.lse[tile.lse(p, tile.row + row)] = log_of_sum(d.base, d.sum);
+  if (column >= p.value_dim) return;
+  const float f = d.factor;
+  const auto packed = [&](float low, float high) {
+    return p.dtype == Dtype::f16 ? pack<Dtype::f16>(low * f, high * f) : pack<Dtype::bf16>(low * f, high * f);
+  };
+  const float4& o = result.o;
+  *reinterpret_cast<uint2*>(static_cast<uint16_t*>(p.out) + tile.out(p, tile.row + row) + column) = {packed(o.x, o.y),
+                                                                                                     packed(o.z, o.w)};
+}
+
+// Split-KV: as many blocks per tile as fill the multiprocessors once, with kLeastKeys each, so that few tiles of many
+// keys take as long as many. Of packed sequences only the device knows the keys.
+template <class Config>
+int splits_of(const AttentionParams& p) {
+  constexpr int64_t kLeastKeys = 256, kMost = 32;
+  if (p.cu_seqlens_q || p.batch_invariant) return 1;
+  const int64_t blocks = row_tiles(p, Config::kM) * all_heads(p), room = int64_t{p.device.sms} * Config::kBlocksPerSm;
+  const int64_t all = p.cache.seq_lens ? p.cache.capacity() : p.keys;
+  const int64_t reach = int64_t{p.left} + p.right + Config::kM;  // of a tile's rows
+  const int64_t splits = std::min({room / blocks, std::min(all, reach) / kLeastKeys, kMost});
+  return static_cast<int>(std::max<int64_t>(splits, 1));
+}
+template <class Config>
+int64_t workspace_bytes(const AttentionParams& p) {
+  const int64_t splits = splits_of<Config>(p), floats = PartialResult::floats(Config::kM, p.value_dim);
+  return splits > 1 ? row_tiles(p, Config::kM) * all_heads(p) * splits * floats * int64_t{sizeof(float)} : 0;
+}
+
 template <class Config>
 cudaError_t launch_mma(const AttentionParams& p, cudaStream_t stream) {
   constexpr int kShared = sizeof(typename Config::SharedStorage);
-  const int64_t tiles = row_tiles(p, Config::kM), grid = tiles * all_heads(p);
+  const int splits = splits_of<Config>(p);
+  const int64_t tiles = row_tiles(p, Config::kM), all_tiles = tiles * all_heads(p), grid = all_tiles * splits;
   if (grid > INT32_MAX) return cudaErrorInvalidConfiguration;
   if (auto e = allow_shared<attention_mma_kernel<Config>>(kShared)) return e;
   const MmaAttentionArguments arguments{.p = p,
                                         .tiles = static_cast<unsigned>(tiles),
+                                        .splits = splits,
                                         .q_step = CopyQ<Config>::step(p.q),
-                                        .k_step = CopyK<Config>::step(p.k),
-                                        .v_step = CopyV<Config>::step(p.v),
-                                        .k_back = Config::kN * 4 * p.k.row,
-                                        .v_back = Config::kN * 4 * p.v.row,
+                                        .source = Config::Source::steps(p),
                                         .scale = Config::kModified ? 1 : p.scale * kLog2e};
   attention_mma_kernel<Config><<<static_cast<unsigned>(grid), Config::kThreads, kShared, stream>>>(arguments);
+  if (auto e = cudaGetLastError(); e || splits == 1) return e;
+  const int64_t panels = (p.value_dim + kCombineColumns - 1) / kCombineColumns;
+  combine_attention_kernel<Config::kM>
+      <<<static_cast<unsigned>(all_tiles * Config::kM * panels / kCombineWarps), 32 * kCombineWarps, 0, stream>>>(
+          p, static_cast<unsigned>(tiles), splits);
   return cudaGetLastError();
 }
 
 template <AttentionInstance kInstance>
+bool takes_large(const AttentionParams& p) {
+  return p.device.arch < 89 &&
+         p.device.shared_kib >= MmaAttentionConfig<kInstance, tile_of(kInstance, true)>::kLeastSharedKib;
+}
+template <AttentionInstance kInstance>
 cudaError_t launch_instance(const AttentionParams& p, cudaStream_t stream) {
   using Large = MmaAttentionConfig<kInstance, tile_of(kInstance, true)>;
   using Small = MmaAttentionConfig<kInstance, tile_of(kInstance, false)>;
-  const bool large = p.device.arch < 89 && p.device.shared_kib >= Large::kLeastSharedKib;
-  return large ? launch_mma<Large>(p, stream) : launch_mma<Small>(p, stream);
+  static_assert(Small::kLeastSharedKib <= 100, "beyond 8.0 it has no code");
+  return takes_large<kInstance>(p) ? launch_mma<Large>(p, stream) : launch_mma<Small>(p, stream);
 }
 template <AttentionInstance kInstance>
-constexpr AttentionKernel mma_attention{.arch = sm_80, .instance = kInstance, .launch = launch_instance<kInstance>};
+int64_t workspace_of_instance(const AttentionParams& p) {
+  using Large = MmaAttentionConfig<kInstance, tile_of(kInstance, true)>;
+  using Small = MmaAttentionConfig<kInstance, tile_of(kInstance, false)>;
+  return takes_large<kInstance>(p) ? workspace_bytes<Large>(p) : workspace_bytes<Small>(p);
+}
+template <AttentionInstance kInstance>
+constexpr AttentionKernel mma_attention{.arch = sm_80,
+                                        .instance = kInstance,
+                                        .launch = launch_instance<kInstance>,
+                                        .workspace = workspace_of_instance<kInstance>};
 
 }  // namespace forwardpass

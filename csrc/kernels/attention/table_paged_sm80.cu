@@ -1,0 +1,17 @@
+// attention on mma.sync of a cache, without score modifiers: attention_decode's many rows (chunked prefill). Other head
+// dims, and pairs of them, run in the next.
+#include "kernels/attention/mma.cuh"
+
+namespace forwardpass {
+namespace {
+
+template <Dtype kDtype, int kDim>
+constexpr AttentionKernel paged = mma_attention<AttentionInstance{
+    .dtype = kDtype, .head_dim = kDim, .value_dim = kDim, .modified = false, .paged = true}>;
+
+const AttentionKernel kernels[] = {paged<Dtype::f16, 64>,  paged<Dtype::f16, 128>,  paged<Dtype::f16, 256>,
+                                   paged<Dtype::bf16, 64>, paged<Dtype::bf16, 128>, paged<Dtype::bf16, 256>};
+const AttentionKernels registered(kernels);
+
+}  // namespace
+}  // namespace forwardpass
