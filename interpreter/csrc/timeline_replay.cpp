@@ -175,16 +175,16 @@ Time Replay::pipe_free(const Warp& w) const {
 
 // ---- Schedulers: the same warp as long as it can go on, else the youngest; at a tensor core, in turns ----
 
-// Of the warps whose next instruction is an mma that their tensor core can take, the one that has waited longest. If one
-// warp always went first, the mma of one CTA would hide all loads of the other: a kernel with one stage then comes out
-// ahead of the same with two, which is measured to be 16 % faster (docs/interpreter.md, learn-cuda's v4 and v6b).
-Warp* Replay::next_at_tensor_core(Multiprocessor::Scheduler& s, Warp* chosen, Time now) const {
+// Of the warps whose next instruction is an mma that their tensor core can take, the one that has waited longest. If
+// one warp always went first, the mma of one CTA would hide all loads of the other: a kernel with one stage then comes
+// out ahead of the same with two, which is measured to be 16 % faster (docs/interpreter.md, learn-cuda's v4 and v6b).
+Warp* Replay::next_at_tensor_core(Multiprocessor::Scheduler& s, Warp* preferred, Time now) const {
   for (Warp* w : s.warps) {
     if (w->blocked || op_of(w->trace->events[w->next]).kind != Op::Kind::mma) continue;
-    if (std::max(w->earliest, pipe_free(*w)) <= now && w->multiplied < chosen->multiplied) chosen = w;
+    if (std::max(w->earliest, pipe_free(*w)) <= now && w->multiplied < preferred->multiplied) preferred = w;
   }
-  chosen->multiplied = now;
-  return chosen;
+  preferred->multiplied = now;
+  return preferred;
 }
 
 void Replay::take_turn(Multiprocessor& m, int number, Time now) {

@@ -177,7 +177,7 @@ class Replay {
   }
   void set_results(Warp&, const Op&, Time ready, Wait why);
   Time pipe_free(const Warp&) const;
-  Warp* next_at_tensor_core(Multiprocessor::Scheduler&, Warp* chosen, Time now) const;
+  Warp* next_at_tensor_core(Multiprocessor::Scheduler&, Warp* preferred, Time now) const;
   void take_turn(Multiprocessor&, int scheduler, Time now);
   void issue(Warp&, Time now);
   void memory(Warp&, const Op&, const TraceEvent&, Time now);
