@@ -56,7 +56,7 @@ constexpr uint32_t kDescriptorHigh = kSwizzleBytes / kDescriptorUnit | 1 << 30;
 #define FORWARDPASS_float(i) , "+f"(d[i / 4][i % 4])
 #define FORWARDPASS_int32_t(i) , "+r"(d[i / 4][i % 4])
 // A function for n columns of accumulators of type T, constraint "+f" or "+r". The numbers are those of the operands
-// behind them: the low halves of the descriptors, the upper half, scale-d. What the function is a template of comes last.
+// behind them: the low halves of the descriptors, the upper half, scale-d. What it is a template of comes last.
 #define FORWARDPASS_WGMMA(name, n, T, constraint, opcode, scales, a_number, b_number, high, scale_d, ...) \
   __VA_ARGS__ __device__ inline void name(T (&d)[n / 8][4], uint32_t a, uint32_t b, bool accumulate) { \
     asm volatile("{\n" \
@@ -107,7 +107,8 @@ FORWARDPASS_WGMMA(wgmma_k32, 128, float, "+f", "k32.f32.e4m3.e4m3", ", 1, 1", 64
 FORWARDPASS_WGMMA(wgmma_k32, 192, float, "+f", "k32.f32.e4m3.e4m3", ", 1, 1", 96, 97, 98, 99)
 // With a as fragments of an mma of m16n8k32, for each warp sixteen rows; its registers may change once a wgmma_wait has
 // followed.
-FORWARDPASS_WGMMA_REGISTERS(wgmma_k32, 128, "k32.f32.e4m3.e4m3", "", 64, 65, 66, 67, 68, 69, 70, template <int TransB = 0>)
+FORWARDPASS_WGMMA_REGISTERS(wgmma_k32, 128, "k32.f32.e4m3.e4m3", "", 64, 65, 66, 67, 68, 69, 70,
+                            template <int TransB = 0>)
 
 // The same of 16-bit floats: d [64, n] = a [64, 16] b [n, 16] transposed, plus d where `accumulate`.
 FORWARDPASS_K16(f16, 64, 32, 33, 34, 35)

@@ -382,6 +382,10 @@ cudaError_t launch_mma(const AttentionParams& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
+template <bool kPaged>
+bool reads_keys(const AttentionParams& p) {
+  return kPaged == (p.cache.seq_lens != nullptr);
+}
 template <AttentionInstance kInstance>
 bool takes_large(const AttentionParams& p) {
   return p.device.arch < 89 &&
@@ -402,6 +406,7 @@ int64_t workspace_of_instance(const AttentionParams& p) {
 template <AttentionInstance kInstance>
 constexpr AttentionKernel mma_attention{.arch = sm_80,
                                         .instance = kInstance,
+                                        .reads = reads_keys<kInstance.paged>,
                                         .launch = launch_instance<kInstance>,
                                         .workspace = workspace_of_instance<kInstance>};
 

@@ -7,10 +7,10 @@
 #include "device/pipeline.cuh"
 #include "device/shared_bytes.cuh"
 #include "device/softmax.cuh"
-#include "device/tma_map.h"
 #include "device/wgmma.cuh"
 #include "kernels/attention/kernel.h"
 #include "kernels/attention/scores.cuh"
+#include "kernels/attention/source_tma.cuh"
 #include "schedule/persistent.cuh"
 
 namespace forwardpass {
@@ -37,8 +37,6 @@ constexpr WgmmaAttentionTile tile_of(AttentionInstance i) {
   return {.consumers = 2, .n = 128};
 }
 
-// Columns of 16 bits in a 128-byte swizzle atom.
-constexpr int kPanel = 64;
 // What a block may have.
 constexpr int kSharedBytes = 227 << 10;
 
@@ -105,65 +103,15 @@ struct WgmmaAttentionConfig {
     Key k[kStages];
     Value v[kStages];
     WgmmaAttentionWork work[kQStages];  // whose q it is
-    int known;                          // known_sequences: not in one of the 24 registers that the producer has
+    // Of the producer, not in the 24 registers that it has: known_sequences, and of each lane what it loads of v next.
+    int known;
+    struct {
+      Box box;
+      int head;
+    } next_v[32];
     PipelineBarriers<kQStages> q_barriers;
     PipelineBarriers<kStages> k_barriers, v_barriers;
   };
-};
-
-// q, k and v are tensors of five dimensions: dim, row, head, and two that select the sequence.
-struct AttentionArguments {
-  AttentionParams p;
-  unsigned tiles;  // of a head
-  int64_t blocks;  // of all heads
-  CUtensorMap q, k, v;
-};
-
-// Varlen: TMA has to zero-fill behind the end of each sequence, as whatever follows it may be NaN, and 0 times NaN is
-// NaN. But a tensor map has one end for all. So the map's rows end at kEnd, and a sequence of `rows` rows that begins
-// at row `first` of the packed tensor is addressed by the map's last rows:
-//
-//   rows of the map         0                 kEnd - rows              kEnd
-//                           |---------------------|----------------------|  zeros
-//                                                 |                      |
-//                                                 |   kEnd - rows - first rows back
-//                                                 v                      v
-//   packed tensor    |------|----------------------|-----|
-//                    0    first              first + rows
-//
-// Two more dimensions move the address back. Their coordinates are first + rows and kEnd, their strides one row, and
-// kBack bytes less one row:
-//
-//   address / row bytes = (kEnd - rows + r) + (first + rows) * 1 + kEnd * (kBack / row bytes - 1)
-//                       = first + r + kEnd * kBack / row bytes
-//   and kEnd * kBack = 2^30 * 2^34 bytes = 2^64 bytes, which is 0 as addresses are modulo 2^64.
-//
-// No NVIDIA document promises that wrap; Triton's ragged descriptors (triton/tools/ragged_tma.py) rely on it with the
-// same extents.
-constexpr int kEnd = 1 << 30, kAnyExtent = 0x7fff0000;  // the second: more than any coordinate
-constexpr int64_t kBack = int64_t{1} << 34;
-
-struct SequenceOrigin {
-  int row, head, sequence[2];  // coordinates; those of `sequence` select it
-
-  SequenceOrigin() = default;
-  // rows: those of the sequence, from row `first` of the packed tensor on.
-  __device__ SequenceOrigin(const AttentionTensor& t, bool varlen, int batch, int head, int64_t first, int rows)
-      : row(varlen ? kEnd - rows : 0),
-        head(t.head ? head : 0),
-        sequence{varlen    ? static_cast<int>(first) + rows
-                 : t.batch ? batch
-                           : 0,
-                 varlen ? kEnd : 0} {}
-  // Issues the TMA loads of all panels of a block of rows.
-  template <int kPanels, int kRows>
-  __device__ void load(uint16_t (&to)[kPanels][kRows][kPanel], const CUtensorMap& map, int r, uint32_t barrier) const {
-#pragma unroll
-    for (int i = 0; i < kPanels; ++i) {
-      const int from[5] = {i * kPanel, row + r, head, sequence[0], sequence[1]};
-      ptx::tma_load(ptx::shared_address(to[i]), map, from, barrier);
-    }
-  }
 };
 
 // The persistent tile schedule: f(tile, its key blocks) for each tile of this block.
@@ -182,55 +130,69 @@ struct WgmmaAttentionSchedule {
   }
 };
 
+// The producer, a warp: each lane finds and loads a box of each block of keys. k of a block comes before v of the block
+// before, as the consumers use them, be that the last one of the tile before.
 template <class Config>
-__device__ inline void producer(const AttentionArguments& a, typename Config::SharedStorage& s) {
-  typename Config::QPipeline q(s.q_barriers);
-  typename Config::Pipeline k(s.k_barriers), v(s.v_barriers);
-  const auto announce = [&](const WgmmaAttentionWork& work, int bytes) {
-    q.wait_empty();
-    s.work[q.stage] = work;
-    return q.announce(bytes);
-  };
-  const auto load_v = [&](const SequenceOrigin& keys, int block) {
-    keys.load(s.v[v.stage].panel, a.v, block * Config::kN, v.acquire(sizeof(typename Config::Value)));
-    v.advance();
-  };
-  // The last v of a tile, where the next one's first k comes before it.
-  SequenceOrigin last_v;
-  int last_block = -1;
-  const auto load_last_v = [&] {
-    if (last_block >= 0) load_v(last_v, last_block);
-    last_block = -1;
-  };
-  typename Config::Schedule{a, s.known}.for_each([&](const AttentionTile& t, const KeyBlocks& blocks) {
-    const bool any = blocks.end > blocks.begin;
-    const uint32_t q_full = announce({t, blocks, true}, any ? sizeof(typename Config::Query) : 0);
-    const int q_stage = q.stage;
+struct WgmmaAttentionProducer {
+  const AttentionArguments& a;
+  typename Config::SharedStorage& s;
+  typename Config::QPipeline q;
+  typename Config::Pipeline k, v;
+  bool has_v = false;  // there is a block whose k has been loaded, and not its v
+
+  __device__ WgmmaAttentionProducer(const AttentionArguments& a, typename Config::SharedStorage& s)
+      : a(a), s(s), q(s.q_barriers), k(s.k_barriers), v(s.v_barriers) {}
+
+  // All tiles of this block.
+  __device__ void operator()() {
+    typename Config::Schedule{a, s.known}.for_each([&](const AttentionTile& t, const KeyBlocks& blocks) {
+      const bool any = blocks.end > blocks.begin;
+      load_q(t, blocks, any);
+#pragma unroll 1
+      for (int block = blocks.end - 1; block >= blocks.begin; --block) load_keys(t, block);
+      if (!Config::kAhead || !any) load_v();
+    });
+    load_v();
+    announce({.exists = false}, 0);
+  }
+
+ private:
+  __device__ static int lane() { return static_cast<int>(threadIdx.x % 32); }
+  __device__ void load_q(const AttentionTile& t, const KeyBlocks& blocks, bool any) {
+    announce({t, blocks, true}, any ? sizeof(typename Config::Query) : 0);
+    if (any && lane() == 0) a.find_q(t).load(s.q[q.stage].panel, 0, a.q, a.q_steps, t.head, q.full(q.stage));
     q.advance();
-    if (!any) return load_last_v();
-    const bool varlen = a.p.cu_seqlens_q;
-    const SequenceOrigin rows(a.p.q, varlen, t.batch, t.head, t.first_row, t.rows),
-        k_keys(a.p.k, varlen, t.batch, t.kv_head(a.p), t.first_key, t.keys),
-        v_keys(a.p.v, varlen, t.batch, t.kv_head(a.p), t.first_key, t.keys);
-    const auto load_k = [&](int block) {
-      k_keys.load(s.k[k.stage].panel, a.k, block * Config::kN, k.acquire(sizeof(typename Config::Key)));
-      k.advance();
-    };
-    rows.load(s.q[q_stage].panel, a.q, t.row, q_full);
-    // in the order in which the consumers use them
-    int block = blocks.end - 1;
-    load_k(block);
-    load_last_v();
-    for (; block > blocks.begin; --block) {
-      load_k(block - 1);
-      load_v(v_keys, block);
-    }
-    last_v = v_keys, last_block = block;
-    if (!Config::kAhead) load_last_v();
-  });
-  load_last_v();
-  announce({.exists = false}, 0);
-}
+  }
+  // Tells the consumers of a tile, of whose q so many bytes follow.
+  __device__ void announce(const WgmmaAttentionWork& work, int bytes) {
+    q.wait_empty();
+    if (lane() > 0) return;
+    s.work[q.stage] = work;
+    q.announce(bytes);
+  }
+  __device__ void load_keys(const AttentionTile& t, int block) {
+    const Box box = a.find_keys(t, block * Config::kN + lane() * a.box_rows);
+    const int head = t.kv_head(a.p);
+    load(s.k[k.stage].panel, k, box, box.page < 0 ? a.k_nan : a.k, a.k_steps, head);
+    load_v();
+    has_v = true, s.next_v[lane()] = {box, head};
+  }
+  __device__ void load_v() {
+    if (has_v) load(s.v[v.stage].panel, v, s.next_v[lane()].box, a.v, a.v_steps, s.next_v[lane()].head);
+    has_v = false;
+  }
+  // Waits until a stage of k or v is empty, and loads it.
+  template <class Panels>
+  __device__ void load(Panels& to, typename Config::Pipeline& pipeline, const Box& box, const CUtensorMap& map,
+                       const BoxSteps& steps, int head) {
+    pipeline.wait_empty();
+    if (lane() == 0) pipeline.announce(sizeof(to));
+    __syncwarp();
+    if (lane() < Config::kN / a.box_rows)
+      box.load(to, lane() * a.box_rows, map, steps, head, pipeline.full(pipeline.stage));
+    pipeline.advance();
+  }
+};
 
 // A consumer warpgroup. A tile's prologue is its first block's q k^T and softmax; then p v of each block runs beside q
 // k^T and softmax of the next, and the last one's, where shared memory and registers allow (Config::kAhead), beside the
@@ -577,10 +539,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   ptx::launch_dependents();
   const int known = known_sequences(a.p);
   if (threadIdx.x == Config::kConsumers * ptx::kWarpgroup) s.known = known;
+  __syncwarp();
   const int warpgroup = uniform(threadIdx.x / ptx::kWarpgroup);
   if (warpgroup == Config::kConsumers) {
     ptx::setmaxnreg_dec<Config::kProducerRegisters>();
-    if (threadIdx.x == Config::kConsumers * ptx::kWarpgroup) producer<Config>(a, s);
+    if (threadIdx.x < Config::kConsumers * ptx::kWarpgroup + 32) WgmmaAttentionProducer<Config>(a, s)();
   } else {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
     typename Config::Consumer(a.p, s, warpgroup)();
@@ -593,25 +556,7 @@ cudaError_t launch_wgmma(const AttentionParams& p, cudaStream_t stream) {
   const int64_t tiles = row_tiles(p, Config::kM);
   AttentionArguments a{.p = p, .tiles = static_cast<unsigned>(tiles), .blocks = tiles * all_heads(p)};
   if (a.blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  // A dimension over which an operand is broadcast gets one element: no document promises that a tensor map may have a
-  // stride of 0. The stride of a dimension with one element is any multiple of 16, such as kNoStride.
-  const auto operand = [&](CUtensorMap& to, const AttentionTensor& t, int dim, int rows, int heads, int box_rows) {
-    constexpr int64_t kSize = sizeof(uint16_t), kNoStride = 16;
-    const auto type = p.dtype == Dtype::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-    const auto bytes = [&](int64_t stride) { return stride ? stride * kSize : kNoStride; };
-    const int64_t row = rows <= 1 ? kNoStride : t.row * kSize, head = bytes(t.head);
-    const int box[] = {kPanel, box_rows, 1, 1, 1};
-    heads = t.head ? heads : 1;
-    if (!p.cu_seqlens_q)
-      return encode_boxes<5>(to, type, t.data, {dim, rows, heads, t.batch ? p.batch : 1, 1},
-                             {row, head, bytes(t.batch), kNoStride}, box, CU_TENSOR_MAP_SWIZZLE_128B);
-    if (rows > kEnd || row >= kBack) return cudaErrorInvalidValue;
-    return encode_boxes<5>(to, type, t.data, {dim, kEnd, heads, kAnyExtent, kAnyExtent}, {row, head, row, kBack - row},
-                           box, CU_TENSOR_MAP_SWIZZLE_128B);
-  };
-  if (auto e = operand(a.q, p.q, p.head_dim, p.rows, p.heads, Config::kM)) return e;
-  if (auto e = operand(a.k, p.k, p.head_dim, p.keys, p.kv_heads, Config::kN)) return e;
-  if (auto e = operand(a.v, p.v, p.value_dim, p.keys, p.kv_heads, Config::kN)) return e;
+  if (auto e = a.encode(Config::kM, Config::kN)) return e;
   if (auto e = allow_shared<attention_wgmma_kernel<Config>>(kShared)) return e;
   const Launch launch{.grid = std::min<int64_t>(a.blocks, p.device.sms),
                       .block = Config::kThreads,
@@ -621,7 +566,9 @@ cudaError_t launch_wgmma(const AttentionParams& p, cudaStream_t stream) {
 }
 
 template <AttentionInstance kInstance>
-constexpr AttentionKernel wgmma_attention{
-    .arch = sm_90a, .instance = kInstance, .launch = launch_wgmma<WgmmaAttentionConfig<kInstance, tile_of(kInstance)>>};
+constexpr AttentionKernel wgmma_attention{.arch = sm_90a,
+                                          .instance = kInstance,
+                                          .reads = loads_by_boxes,
+                                          .launch = launch_wgmma<WgmmaAttentionConfig<kInstance, tile_of(kInstance)>>};
 
 }  // namespace forwardpass
