@@ -86,7 +86,8 @@ struct PagedBoxes {
 struct AttentionArguments {
   AttentionParams p;
   unsigned tiles;  // of a head
-  int64_t blocks;  // of all heads
+  int splits;      // that share a tile's keys
+  int64_t blocks;  // of all heads: their tiles, or parts of those
   int box_rows;    // of a box of keys; several make a block of keys where pages are smaller
   CUtensorMap q, k, v;
   CUtensorMap k_nan;  // k with NaN, not zeros, beyond its end

@@ -8,6 +8,7 @@
 #include "device/shared_bytes.cuh"
 #include "device/softmax.cuh"
 #include "device/wgmma.cuh"
+#include "kernels/attention/combine_prefill.cuh"
 #include "kernels/attention/kernel.h"
 #include "kernels/attention/scores.cuh"
 #include "kernels/attention/source_tma.cuh"
@@ -44,7 +45,7 @@ constexpr int kSharedBytes = 227 << 10;
 struct WgmmaAttentionWork {
   AttentionTile tile;
   KeyBlocks blocks;
-  bool exists;  // false: there are no more
+  int64_t slot;  // in the workspace, of its part of the keys; -1: there are no more tiles
 };
 
 template <class Config>
@@ -61,7 +62,7 @@ struct WgmmaAttentionConfig {
   static constexpr bool kModified = kInstance.modified;
   static constexpr int kConsumers = kTile.consumers, kM = ptx::kWgmmaRows * kConsumers, kN = kTile.n,
                        kStages = kHeadDim == 64 ? 4 : 2;  // what shared memory holds
-  static constexpr int kThreads = ptx::kWarpgroup * (1 + kConsumers);
+  static constexpr int kBlocksPerSm = 1, kThreads = ptx::kWarpgroup * (1 + kConsumers);
   static constexpr int kPanelsD = (kHeadDim + kPanel - 1) / kPanel, kPanelsV = (kValueDim + kPanel - 1) / kPanel;
   // Two stages of q, where shared memory holds them, so that the next tile's is there when this one ends.
   static constexpr int kRowBytes = kPanel * sizeof(uint16_t), kBlockBytes = kN * (kPanelsD + kPanelsV) * kRowBytes,
@@ -114,7 +115,7 @@ struct WgmmaAttentionConfig {
   };
 };
 
-// The persistent tile schedule: f(tile, its key blocks) for each tile of this block.
+// The persistent tile schedule: f(tile, its key blocks, slot) for each tile of this block, or part of a tile's keys.
 template <class Config>
 struct WgmmaAttentionSchedule {
   const AttentionArguments& a;
@@ -122,10 +123,11 @@ struct WgmmaAttentionSchedule {
 
   template <class F>
   __device__ void for_each(F f) const {
-    for_each_tile(a.blocks, blockIdx.x, gridDim.x, [&](int64_t block) {
+    for_each_tile(a.blocks, blockIdx.x, gridDim.x, [&](int64_t slot) {
       AttentionTile tile;
-      if (tile.find(a.p, Config::kM, a.tiles, static_cast<unsigned>(block), known))
-        f(tile, KeyBlocks(a.p, tile, Config::kM, Config::kN));
+      const unsigned index = static_cast<unsigned>(slot), splits = a.splits;
+      if (tile.find(a.p, Config::kM, a.tiles, index / splits, known))
+        f(tile, KeyBlocks(a.p, tile, Config::kM, Config::kN).part(index % splits, splits), index);
     });
   }
 };
@@ -145,22 +147,23 @@ struct WgmmaAttentionProducer {
 
   // All tiles of this block.
   __device__ void operator()() {
-    typename Config::Schedule{a, s.known}.for_each([&](const AttentionTile& t, const KeyBlocks& blocks) {
+    typename Config::Schedule{a, s.known}.for_each([&](const AttentionTile& t, const KeyBlocks& blocks, int slot) {
       const bool any = blocks.end > blocks.begin;
-      load_q(t, blocks, any);
+      load_q({t, blocks, slot}, any);
 #pragma unroll 1
       for (int block = blocks.end - 1; block >= blocks.begin; --block) load_keys(t, block);
       if (!Config::kAhead || !any) load_v();
     });
     load_v();
-    announce({.exists = false}, 0);
+    announce({.slot = -1}, 0);
   }
 
  private:
   __device__ static int lane() { return static_cast<int>(threadIdx.x % 32); }
-  __device__ void load_q(const AttentionTile& t, const KeyBlocks& blocks, bool any) {
-    announce({t, blocks, true}, any ? sizeof(typename Config::Query) : 0);
-    if (any && lane() == 0) a.find_q(t).load(s.q[q.stage].panel, 0, a.q, a.q_steps, t.head, q.full(q.stage));
+  __device__ void load_q(const WgmmaAttentionWork& work, bool any) {
+    announce(work, any ? sizeof(typename Config::Query) : 0);
+    if (any && lane() == 0)
+      a.find_q(work.tile).load(s.q[q.stage].panel, 0, a.q, a.q_steps, work.tile.head, q.full(q.stage));
     q.advance();
   }
   // Tells the consumers of a tile, of whose q so many bytes follow.
@@ -212,6 +215,7 @@ struct WgmmaAttentionConsumer {
   // A tile, of which this warp has sixteen rows.
   struct Tile : AttentionTile {
     KeyBlocks blocks;
+    int64_t slot;
     int first_row;  // this warp's, in its sequence
     RowBounds<Scores> bounds;
     ScoreModifiers<Scores> modify;
@@ -220,6 +224,7 @@ struct WgmmaAttentionConsumer {
     __device__ Tile(const AttentionParams& p, const WgmmaAttentionWork& work, int warpgroup)
         : AttentionTile(work.tile),
           blocks(work.blocks),
+          slot(work.slot),
           first_row(row + warpgroup * ptx::kWgmmaRows + threadIdx.x / 32 % 4 * 16),
           bounds(p, *this, first_row),
           modify(p, *this, first_row, ScoreModifiers<Scores>::in_vectors(p, *this)) {}
@@ -233,6 +238,7 @@ struct WgmmaAttentionConsumer {
   };
 
   const AttentionParams& p;
+  const int& splits;
   const typename Config::SharedStorage& s;
   const int warpgroup;
   typename Config::QPipeline q;
@@ -245,8 +251,9 @@ struct WgmmaAttentionConsumer {
   Output o;
   Weights weights;  // of the block of keys whose p v comes next
 
-  __device__ WgmmaAttentionConsumer(const AttentionParams& p, const typename Config::SharedStorage& s, int warpgroup)
-      : p(p),
+  __device__ WgmmaAttentionConsumer(const AttentionArguments& a, const typename Config::SharedStorage& s, int warpgroup)
+      : p(a.p),
+        splits(a.splits),
         s(s),
         warpgroup(warpgroup),
         q(s.q_barriers),
@@ -286,7 +293,7 @@ struct WgmmaAttentionConsumer {
   // Waits for the next tile's q. False: there are no more tiles.
   __device__ bool wait_tile() {
     q.wait_full();
-    return uniform(s.work[q.stage].exists);
+    return uniform(s.work[q.stage].slot >= 0);
   }
   __device__ bool next_has_keys() const {
     const WgmmaAttentionWork& work = s.work[q.stage];
@@ -357,7 +364,7 @@ struct WgmmaAttentionConsumer {
     RowValues<1> factor;
     softmax(scores, none, block, factor);
     wait_pv(v_stage);
-    finish(previous, previous_factor);
+    finish(previous, o, previous_factor);
     o.clear();
     pack_weights(scores);
   }
@@ -367,7 +374,7 @@ struct WgmmaAttentionConsumer {
     RowValues<1> factor;
     finish_softmax(factor);
     wait_pv(v_stage);
-    finish(current, factor);
+    finish(current, o, factor);
   }
   // All blocks of a tile but the first one.
   __device__ void other_blocks() {
@@ -458,28 +465,46 @@ struct WgmmaAttentionConsumer {
     for (int i = 0; i < Config::kN / 16; ++i) pack_operand<kDtype>(weights[i], scores[0], i);
   }
 
-  // After all keys of the current tile: its lse. The output has then to be multiplied by `factor`.
+  // Split-KV: where the result of a tile's part goes.
+  __device__ PartialResult partial(const Tile& t) const { return {p.workspace, t.slot, Config::kM, p.value_dim}; }
+  __device__ static int warp_row(const Tile& t) { return t.first_row - t.row; }
+  // After all keys of the current tile: its lse, or its part's sums. The output has then to be multiplied by `factor`.
   __device__ void finish_softmax(RowValues<1>& factor) {
-    sums.finish(sink_of(p, current.head), factor);
-    store_lse<Output>(sums, p, current, current.first_row);
+    if (splits > 1) {
+      store_sums(partial(current), warp_row(current), sums);
+      factor[0][0] = factor[0][1] = 1;
+    } else {
+      sums.finish(sink_of(p, current.head), factor);
+      store_lse<Output>(sums, p, current, current.first_row);
+    }
     __syncwarp();  // lanes diverged at their rows' ends; what follows is warp-synchronous
   }
-  __device__ void finish(const Tile& t, const RowValues<1>& factor) {
-    typename Config::Epilogue{p}(t, t.first_row, o, factor);
+  __device__ void finish(const Tile& t, Output& values, const RowValues<1>& factor) const {
+    if (splits > 1) {
+      store_values(partial(t), warp_row(t), values, p.value_dim);
+      __syncwarp();
+    } else {
+      typename Config::Epilogue{p}(t, t.first_row, values, factor);
+    }
   }
   // Of a tile without keys: zeros, and the sink; of rows whose sequence is not known: NaN. Not o: with another way to
   // its epilogue ptxas would serialise the wgmmas that add to it (C7515).
   __device__ void store_nothing() {
-    const AttentionTile& tile = current;
-    const float lse = tile.known() ? sink_of(p, tile.head) : NAN, value = tile.known() ? 1 : NAN;
+    const bool known = splits > 1 || current.known();  // of several parts, who combines them asks
+    if (splits > 1) {
+      store_sums(partial(current), warp_row(current), sums);
+    } else {
+      const float lse = known ? sink_of(p, current.head) : NAN;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) sums.max[0][half] = lse, sums.sum[0][half] = 1;
-    store_lse<Output>(sums, p, tile, current.first_row);
+      for (int half = 0; half < 2; ++half) sums.max[0][half] = lse, sums.sum[0][half] = 1;
+      store_lse<Output>(sums, p, current, current.first_row);
+    }
     __syncwarp();
     Output none;
     none.clear();
+    const float value = known ? 1 : NAN;
     const RowValues<1> factor = {{value, value}};
-    typename Config::Epilogue{p}(tile, current.first_row, none, factor);
+    finish(current, none, factor);
   }
 };
 
@@ -546,7 +571,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     if (threadIdx.x < Config::kConsumers * ptx::kWarpgroup + 32) WgmmaAttentionProducer<Config>(a, s)();
   } else {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
-    typename Config::Consumer(a.p, s, warpgroup)();
+    typename Config::Consumer(a, s, warpgroup)();
   }
 }
 
@@ -554,7 +579,9 @@ template <class Config>
 cudaError_t launch_wgmma(const AttentionParams& p, cudaStream_t stream) {
   constexpr int kShared = sizeof(typename Config::SharedStorage);
   const int64_t tiles = row_tiles(p, Config::kM);
-  AttentionArguments a{.p = p, .tiles = static_cast<unsigned>(tiles), .blocks = tiles * all_heads(p)};
+  const int splits = splits_of<Config>(p);
+  AttentionArguments a{
+      .p = p, .tiles = static_cast<unsigned>(tiles), .splits = splits, .blocks = tiles * all_heads(p) * splits};
   if (a.blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   if (auto e = a.encode(Config::kM, Config::kN)) return e;
   if (auto e = allow_shared<attention_wgmma_kernel<Config>>(kShared)) return e;
@@ -562,13 +589,16 @@ cudaError_t launch_wgmma(const AttentionParams& p, cudaStream_t stream) {
                       .block = Config::kThreads,
                       .shared = kShared,
                       .dependent = true};
-  return launch_kernel(attention_wgmma_kernel<Config>, launch, stream, a);
+  if (auto e = launch_kernel(attention_wgmma_kernel<Config>, launch, stream, a); e || splits == 1) return e;
+  return launch_combine<Config, true>(p, splits, stream);
 }
 
 template <AttentionInstance kInstance>
-constexpr AttentionKernel wgmma_attention{.arch = sm_90a,
-                                          .instance = kInstance,
-                                          .reads = loads_by_boxes,
-                                          .launch = launch_wgmma<WgmmaAttentionConfig<kInstance, tile_of(kInstance)>>};
+constexpr AttentionKernel wgmma_attention{
+    .arch = sm_90a,
+    .instance = kInstance,
+    .reads = loads_by_boxes,
+    .launch = launch_wgmma<WgmmaAttentionConfig<kInstance, tile_of(kInstance)>>,
+    .workspace = workspace_bytes<WgmmaAttentionConfig<kInstance, tile_of(kInstance)>>};
 
 }  // namespace forwardpass
