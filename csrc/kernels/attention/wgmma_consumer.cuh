@@ -309,11 +309,10 @@ struct WgmmaAttentionConsumer {
   // Of a tile without keys: zeros, and the sink; of rows whose sequence is not known: NaN. Not o: with another way to
   // its epilogue ptxas would serialise the wgmmas that add to it (C7515).
   __device__ void store_nothing() {
-    const bool known = splits > 1 || current.known();  // of several parts, who combines them asks
     if (splits > 1) {
       store_sums(partial(current), warp_row(current), sums);
     } else {
-      const float lse = known ? sink_of(p, current.head) : NAN;
+      const float lse = current.known() ? sink_of(p, current.head) : NAN;
 #pragma unroll
       for (int half = 0; half < 2; ++half) sums.max[0][half] = lse, sums.sum[0][half] = 1;
       store_lse<Output>(sums, p, current, current.first_row);
@@ -321,7 +320,7 @@ struct WgmmaAttentionConsumer {
     __syncwarp();
     Output none;
     none.clear();
-    const float value = known ? 1 : NAN;
+    const float value = current.known() ? 1 : NAN;
     const RowValues<1> factor = {{value, value}};
     finish(current, none, factor);
   }
