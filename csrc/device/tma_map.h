@@ -9,10 +9,11 @@
 namespace forwardpass {
 
 // boxes of a tensor of `Rank` dimensions, innermost first: their sizes, the bytes between two elements of each but the
-// first, sizes of a box. The base and the strides are multiples of 16.
+// first, sizes of a box; what a box has beyond the tensor. The base and the strides are multiples of 16.
 template <int Rank>
 cudaError_t encode_boxes(CUtensorMap& map, CUtensorMapDataType type, const void* data, const int64_t (&sizes)[Rank],
-                         const int64_t (&strides)[Rank - 1], const int (&box)[Rank], CUtensorMapSwizzle swizzle) {
+                         const int64_t (&strides)[Rank - 1], const int (&box)[Rank], CUtensorMapSwizzle swizzle,
+                         CUtensorMapFloatOOBfill beyond = CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) {
   static std::atomic<void*> known{nullptr};
   void* encode = known.load(std::memory_order_acquire);
   if (!encode) {
@@ -31,7 +32,7 @@ cudaError_t encode_boxes(CUtensorMap& map, CUtensorMapDataType type, const void*
   }
   const CUresult result = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(encode)(
       &map, type, Rank, const_cast<void*>(data), sizes64, strides64, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, beyond);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 

@@ -37,163 +37,118 @@ constexpr uint32_t kDescriptorHigh = kSwizzleBytes / kDescriptorUnit | 1 << 30;
 // Macros, because an asm statement takes its operands, their constraints and their numbers as they are written: neither
 // a template's pack nor a constant expression can be one.
 // clang-format off
-// The registers of n8 tiles, by how many there are: as operands of an asm, and as their numbers there.
-#define FORWARDPASS_NUMBERS_2 "%0, %1, %2, %3, %4, %5, %6, %7"
-#define FORWARDPASS_NUMBERS_8 FORWARDPASS_NUMBERS_2 \
-  ", %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, " \
-  "%29, %30, %31"
-#define FORWARDPASS_NUMBERS_10 FORWARDPASS_NUMBERS_8 ", %32, %33, %34, %35, %36, %37, %38, %39"
-#define FORWARDPASS_NUMBERS_12 FORWARDPASS_NUMBERS_10 ", %40, %41, %42, %43, %44, %45, %46, %47"
-#define FORWARDPASS_NUMBERS_14 FORWARDPASS_NUMBERS_12 ", %48, %49, %50, %51, %52, %53, %54, %55"
-#define FORWARDPASS_NUMBERS_16 FORWARDPASS_NUMBERS_14 ", %56, %57, %58, %59, %60, %61, %62, %63"
-#define FORWARDPASS_NUMBERS_24 FORWARDPASS_NUMBERS_16 \
-  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, " \
-  "%85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-#define FORWARDPASS_NUMBERS_32 FORWARDPASS_NUMBERS_24 \
-  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, " \
-  "%114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-#define FORWARDPASS_TILE(kind, j) kind(d[j][0]), kind(d[j][1]), kind(d[j][2]), kind(d[j][3])
-#define FORWARDPASS_TILES_2(kind) FORWARDPASS_TILE(kind, 0), FORWARDPASS_TILE(kind, 1)
-#define FORWARDPASS_TILES_8(kind) FORWARDPASS_TILES_2(kind), FORWARDPASS_TILE(kind, 2), FORWARDPASS_TILE(kind, 3), \
-  FORWARDPASS_TILE(kind, 4), FORWARDPASS_TILE(kind, 5), FORWARDPASS_TILE(kind, 6), FORWARDPASS_TILE(kind, 7)
-#define FORWARDPASS_TILES_10(kind) FORWARDPASS_TILES_8(kind), FORWARDPASS_TILE(kind, 8), FORWARDPASS_TILE(kind, 9)
-#define FORWARDPASS_TILES_12(kind) FORWARDPASS_TILES_10(kind), FORWARDPASS_TILE(kind, 10), \
-  FORWARDPASS_TILE(kind, 11)
-#define FORWARDPASS_TILES_14(kind) FORWARDPASS_TILES_12(kind), FORWARDPASS_TILE(kind, 12), \
-  FORWARDPASS_TILE(kind, 13)
-#define FORWARDPASS_TILES_16(kind) FORWARDPASS_TILES_14(kind), FORWARDPASS_TILE(kind, 14), \
-  FORWARDPASS_TILE(kind, 15)
-#define FORWARDPASS_TILES_24(kind) FORWARDPASS_TILES_16(kind), FORWARDPASS_TILE(kind, 16), \
-  FORWARDPASS_TILE(kind, 17), FORWARDPASS_TILE(kind, 18), FORWARDPASS_TILE(kind, 19), FORWARDPASS_TILE(kind, 20), \
-  FORWARDPASS_TILE(kind, 21), FORWARDPASS_TILE(kind, 22), FORWARDPASS_TILE(kind, 23)
-#define FORWARDPASS_TILES_32(kind) FORWARDPASS_TILES_24(kind), FORWARDPASS_TILE(kind, 24), \
-  FORWARDPASS_TILE(kind, 25), FORWARDPASS_TILE(kind, 26), FORWARDPASS_TILE(kind, 27), FORWARDPASS_TILE(kind, 28), \
-  FORWARDPASS_TILE(kind, 29), FORWARDPASS_TILE(kind, 30), FORWARDPASS_TILE(kind, 31)
-// The numbers of the operands behind the accumulators: low halves of the descriptors, the upper half, scale-d.
-#define FORWARDPASS_WGMMA(opcode, numbers, a, b, high, accumulate, scales) \
-  "{\n" \
-  ".reg .pred p;\n" \
-  ".reg .b64 a, b;\n" \
-  "setp.ne.b32 p, %" #accumulate ", 0;\n" \
-  "mov.b64 a, {%" #a ", %" #high "};\n" \
-  "mov.b64 b, {%" #b ", %" #high "};\n" \
-  "wgmma.mma_async.sync.aligned." opcode " {" numbers "}, a, b, p" scales ";\n" \
-  "}"
-// The same with four registers of the first operand in place of its descriptor; trans_b: a string, imm-trans-b if any.
-#define FORWARDPASS_WGMMA_REGISTERS(opcode, numbers, a0, a1, a2, a3, b, high, accumulate, trans_b) \
-  "{\n" \
-  ".reg .pred p;\n" \
-  ".reg .b64 b;\n" \
-  "setp.ne.b32 p, %" #accumulate ", 0;\n" \
-  "mov.b64 b, {%" #b ", %" #high "};\n" \
-  "wgmma.mma_async.sync.aligned." opcode " {" numbers "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, b, p, 1, 1" \
-  trans_b ";\n" \
-  "}"
-// Functions for 8-bit operands: their type, the accumulators' in C++, as asm constraint and in the opcode, the scales.
-#define FORWARDPASS_K32(Acc, kind, type, acc, scales, tiles, n, ...) \
-  __device__ inline void wgmma_k32(Acc (&d)[tiles][4], uint32_t a, uint32_t b, bool accumulate) { \
-    asm volatile(FORWARDPASS_WGMMA("m64n" #n "k32." acc "." type "." type, FORWARDPASS_NUMBERS_##tiles, \
-                                   __VA_ARGS__, scales) \
-                 : FORWARDPASS_TILES_##tiles(kind) \
+// x(i) for the n / 2 registers that a thread has of n columns of accumulators, without the first: x writes a register's
+// number in the asm, or the operand that it is.
+#define FORWARDPASS_REGISTERS_16(x) x(1) x(2) x(3) x(4) x(5) x(6) x(7)
+#define FORWARDPASS_REGISTERS_64(x) FORWARDPASS_REGISTERS_16(x) x(8) x(9) x(10) x(11) x(12) x(13) x(14) x(15) x(16) \
+  x(17) x(18) x(19) x(20) x(21) x(22) x(23) x(24) x(25) x(26) x(27) x(28) x(29) x(30) x(31)
+#define FORWARDPASS_REGISTERS_80(x) FORWARDPASS_REGISTERS_64(x) x(32) x(33) x(34) x(35) x(36) x(37) x(38) x(39)
+#define FORWARDPASS_REGISTERS_96(x) FORWARDPASS_REGISTERS_80(x) x(40) x(41) x(42) x(43) x(44) x(45) x(46) x(47)
+#define FORWARDPASS_REGISTERS_112(x) FORWARDPASS_REGISTERS_96(x) x(48) x(49) x(50) x(51) x(52) x(53) x(54) x(55)
+#define FORWARDPASS_REGISTERS_128(x) FORWARDPASS_REGISTERS_112(x) x(56) x(57) x(58) x(59) x(60) x(61) x(62) x(63)
+#define FORWARDPASS_REGISTERS_192(x) FORWARDPASS_REGISTERS_128(x) x(64) x(65) x(66) x(67) x(68) x(69) x(70) x(71) \
+  x(72) x(73) x(74) x(75) x(76) x(77) x(78) x(79) x(80) x(81) x(82) x(83) x(84) x(85) x(86) x(87) x(88) x(89) x(90) \
+  x(91) x(92) x(93) x(94) x(95)
+#define FORWARDPASS_REGISTERS_256(x) FORWARDPASS_REGISTERS_192(x) x(96) x(97) x(98) x(99) x(100) x(101) x(102) \
+  x(103) x(104) x(105) x(106) x(107) x(108) x(109) x(110) x(111) x(112) x(113) x(114) x(115) x(116) x(117) x(118) \
+  x(119) x(120) x(121) x(122) x(123) x(124) x(125) x(126) x(127)
+#define FORWARDPASS_NUMBER(i) ", %" #i
+#define FORWARDPASS_float(i) , "+f"(d[i / 4][i % 4])
+#define FORWARDPASS_int32_t(i) , "+r"(d[i / 4][i % 4])
+// A function for n columns of accumulators of type T, constraint "+f" or "+r". The numbers are those of the operands
+// behind them: the low halves of the descriptors, the upper half, scale-d. What it is a template of comes last.
+#define FORWARDPASS_WGMMA(name, n, T, constraint, opcode, scales, a_number, b_number, high, scale_d, ...) \
+  __VA_ARGS__ __device__ inline void name(T (&d)[n / 8][4], uint32_t a, uint32_t b, bool accumulate) { \
+    asm volatile("{\n" \
+                 ".reg .pred p;\n" \
+                 ".reg .b64 a, b;\n" \
+                 "setp.ne.b32 p, %" #scale_d ", 0;\n" \
+                 "mov.b64 a, {%" #a_number ", %" #high "};\n" \
+                 "mov.b64 b, {%" #b_number ", %" #high "};\n" \
+                 "wgmma.mma_async.sync.aligned.m64n" #n opcode " {%0" FORWARDPASS_REGISTERS_##n(FORWARDPASS_NUMBER) \
+                 "}, a, b, p" scales ";\n" \
+                 "}" \
+                 : constraint(d[0][0]) FORWARDPASS_REGISTERS_##n(FORWARDPASS_##T) \
                  : "r"(a), "r"(b), "n"(kDescriptorHigh), "r"(static_cast<int>(accumulate))); \
   }
-#define FORWARDPASS_S8(...) FORWARDPASS_K32(int32_t, "+r", "s8", "s32", "", __VA_ARGS__)
-#define FORWARDPASS_E4M3(...) FORWARDPASS_K32(float, "+f", "e4m3", "f32", ", 1, 1", __VA_ARGS__)
-#define FORWARDPASS_REGISTERS_E4M3(tiles, n, ...) \
-  __device__ inline void wgmma_k32(float (&d)[tiles][4], const uint32_t (&a)[4], uint32_t b, bool accumulate) { \
-    asm volatile(FORWARDPASS_WGMMA_REGISTERS("m64n" #n "k32.f32.e4m3.e4m3", FORWARDPASS_NUMBERS_##tiles, __VA_ARGS__, \
-                                             "") \
-                 : FORWARDPASS_TILES_##tiles("+f") \
+// The same with four registers of a; trans_b: imm-trans-b as a string, if any.
+#define FORWARDPASS_WGMMA_REGISTERS(name, n, opcode, trans_b, a0, a1, a2, a3, b_number, high, scale_d, ...) \
+  __VA_ARGS__ __device__ inline void name(float (&d)[n / 8][4], const uint32_t (&a)[4], uint32_t b, bool accumulate) { \
+    asm volatile("{\n" \
+                 ".reg .pred p;\n" \
+                 ".reg .b64 b;\n" \
+                 "setp.ne.b32 p, %" #scale_d ", 0;\n" \
+                 "mov.b64 b, {%" #b_number ", %" #high "};\n" \
+                 "wgmma.mma_async.sync.aligned.m64n" #n opcode " {%0" FORWARDPASS_REGISTERS_##n(FORWARDPASS_NUMBER) \
+                 "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, b, p, 1, 1" trans_b ";\n" \
+                 "}" \
+                 : "+f"(d[0][0]) FORWARDPASS_REGISTERS_##n(FORWARDPASS_float) \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(kDescriptorHigh), \
-                   "r"(static_cast<int>(accumulate))); \
+                   "r"(static_cast<int>(accumulate)), "n"(TransB)); \
   }
-// Functions for operands of 16-bit floats, and those for one type.
-#define FORWARDPASS_K16_OF(type, tiles, n, ...) \
-  asm volatile(FORWARDPASS_WGMMA("m64n" #n "k16.f32." #type "." #type, FORWARDPASS_NUMBERS_##tiles, __VA_ARGS__, \
-                                 ", 1, 1, 0, 0") \
-               : FORWARDPASS_TILES_##tiles("+f") \
-               : "r"(a), "r"(b), "n"(kDescriptorHigh), "r"(static_cast<int>(accumulate)))
-#define FORWARDPASS_K16(tiles, n, ...) \
-  template <Dtype D> \
-  __device__ inline void wgmma_k16(float (&d)[tiles][4], uint32_t a, uint32_t b, bool accumulate) { \
-    static_assert(D == Dtype::f16 || D == Dtype::bf16); \
-    if constexpr (D == Dtype::f16) \
-      FORWARDPASS_K16_OF(f16, tiles, n, __VA_ARGS__); \
-    else \
-      FORWARDPASS_K16_OF(bf16, tiles, n, __VA_ARGS__); \
-  }
-#define FORWARDPASS_REGISTERS_K16_OF(type, tiles, n, a0, a1, a2, a3, b0, high, scale_d, trans_b) \
-  asm volatile(FORWARDPASS_WGMMA_REGISTERS("m64n" #n "k16.f32." #type "." #type, FORWARDPASS_NUMBERS_##tiles, a0, a1, \
-                                           a2, a3, b0, high, scale_d, ", %" #trans_b) \
-               : FORWARDPASS_TILES_##tiles("+f") \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(kDescriptorHigh), \
-                 "r"(static_cast<int>(accumulate)), "n"(TransB))
-#define FORWARDPASS_REGISTERS_K16(tiles, n, ...) \
-  template <Dtype D, int TransB = 0> \
-  __device__ inline void wgmma_k16(float (&d)[tiles][4], const uint32_t (&a)[4], uint32_t b, bool accumulate) { \
-    static_assert(D == Dtype::f16 || D == Dtype::bf16); \
-    if constexpr (D == Dtype::f16) \
-      FORWARDPASS_REGISTERS_K16_OF(f16, tiles, n, __VA_ARGS__); \
-    else \
-      FORWARDPASS_REGISTERS_K16_OF(bf16, tiles, n, __VA_ARGS__); \
-  }
-// clang-format on
+// Those of 16-bit floats.
+#define FORWARDPASS_K16(type, n, ...) \
+  FORWARDPASS_WGMMA(wgmma_k16, n, float, "+f", "k16.f32." #type "." #type, ", 1, 1, 0, 0", __VA_ARGS__, \
+                    template <Dtype D> requires(D == Dtype::type))
+#define FORWARDPASS_REGISTERS_K16(type, n, trans_b, ...) \
+  FORWARDPASS_WGMMA_REGISTERS(wgmma_k16, n, "k16.f32." #type "." #type, ", %" #trans_b, __VA_ARGS__, \
+                              template <Dtype D, int TransB = 0> requires(D == Dtype::type))
 
-// 9.7.15.5.2 wgmma.mma_async: d [64, 8 T] = a [64, 32] b [8 T, 32] transposed, plus d where `accumulate`. As in an mma
-// of m16n8, for each warp sixteen rows and for each n8 tile four registers.
-FORWARDPASS_S8(2, 16, 8, 9, 10, 11)
-FORWARDPASS_S8(8, 64, 32, 33, 34, 35)
-FORWARDPASS_S8(16, 128, 64, 65, 66, 67)
-FORWARDPASS_S8(24, 192, 96, 97, 98, 99)
-FORWARDPASS_S8(32, 256, 128, 129, 130, 131)
-FORWARDPASS_E4M3(2, 16, 8, 9, 10, 11)
-FORWARDPASS_E4M3(8, 64, 32, 33, 34, 35)
-FORWARDPASS_E4M3(16, 128, 64, 65, 66, 67)
-FORWARDPASS_E4M3(24, 192, 96, 97, 98, 99)
+// 9.7.15.5.2 wgmma.mma_async: d [64, n] = a [64, 32] b [n, 32] transposed, plus d where `accumulate`. As in an mma of
+// m16n8, for each warp sixteen rows and for each n8 tile four registers.
+FORWARDPASS_WGMMA(wgmma_k32, 16, int32_t, "+r", "k32.s32.s8.s8", "", 8, 9, 10, 11)
+FORWARDPASS_WGMMA(wgmma_k32, 64, int32_t, "+r", "k32.s32.s8.s8", "", 32, 33, 34, 35)
+FORWARDPASS_WGMMA(wgmma_k32, 128, int32_t, "+r", "k32.s32.s8.s8", "", 64, 65, 66, 67)
+FORWARDPASS_WGMMA(wgmma_k32, 192, int32_t, "+r", "k32.s32.s8.s8", "", 96, 97, 98, 99)
+FORWARDPASS_WGMMA(wgmma_k32, 256, int32_t, "+r", "k32.s32.s8.s8", "", 128, 129, 130, 131)
+FORWARDPASS_WGMMA(wgmma_k32, 16, float, "+f", "k32.f32.e4m3.e4m3", ", 1, 1", 8, 9, 10, 11)
+FORWARDPASS_WGMMA(wgmma_k32, 64, float, "+f", "k32.f32.e4m3.e4m3", ", 1, 1", 32, 33, 34, 35)
+FORWARDPASS_WGMMA(wgmma_k32, 128, float, "+f", "k32.f32.e4m3.e4m3", ", 1, 1", 64, 65, 66, 67)
+FORWARDPASS_WGMMA(wgmma_k32, 192, float, "+f", "k32.f32.e4m3.e4m3", ", 1, 1", 96, 97, 98, 99)
 // With a as fragments of an mma of m16n8k32, for each warp sixteen rows; its registers may change once a wgmma_wait has
 // followed.
-FORWARDPASS_REGISTERS_E4M3(16, 128, 64, 65, 66, 67, 68, 69, 70)
+FORWARDPASS_WGMMA_REGISTERS(wgmma_k32, 128, "k32.f32.e4m3.e4m3", "", 64, 65, 66, 67, 68, 69, 70,
+                            template <int TransB = 0>)
 
-// The same of 16-bit floats: d [64, 8 T] = a [64, 16] b [8 T, 16] transposed, plus d where `accumulate`.
-FORWARDPASS_K16(8, 64, 32, 33, 34, 35)
-FORWARDPASS_K16(10, 80, 40, 41, 42, 43)
-FORWARDPASS_K16(14, 112, 56, 57, 58, 59)
-FORWARDPASS_K16(16, 128, 64, 65, 66, 67)
+// The same of 16-bit floats: d [64, n] = a [64, 16] b [n, 16] transposed, plus d where `accumulate`.
+FORWARDPASS_K16(f16, 64, 32, 33, 34, 35)
+FORWARDPASS_K16(bf16, 64, 32, 33, 34, 35)
+FORWARDPASS_K16(f16, 80, 40, 41, 42, 43)
+FORWARDPASS_K16(bf16, 80, 40, 41, 42, 43)
+FORWARDPASS_K16(f16, 112, 56, 57, 58, 59)
+FORWARDPASS_K16(bf16, 112, 56, 57, 58, 59)
+FORWARDPASS_K16(f16, 128, 64, 65, 66, 67)
+FORWARDPASS_K16(bf16, 128, 64, 65, 66, 67)
 // With a as fragments of an mma of m16n8k16, for each warp sixteen rows; its registers may change once a wgmma_wait has
-// followed. TransB: b is [16, 8 T].
-FORWARDPASS_REGISTERS_K16(2, 16, 8, 9, 10, 11, 12, 13, 14, 15)
-FORWARDPASS_REGISTERS_K16(8, 64, 32, 33, 34, 35, 36, 37, 38, 39)
-FORWARDPASS_REGISTERS_K16(12, 96, 48, 49, 50, 51, 52, 53, 54, 55)
-FORWARDPASS_REGISTERS_K16(16, 128, 64, 65, 66, 67, 68, 69, 70, 71)
-FORWARDPASS_REGISTERS_K16(24, 192, 96, 97, 98, 99, 100, 101, 102, 103)
-FORWARDPASS_REGISTERS_K16(32, 256, 128, 129, 130, 131, 132, 133, 134, 135)
+// followed. TransB: b is [16, n].
+FORWARDPASS_REGISTERS_K16(f16, 16, 15, 8, 9, 10, 11, 12, 13, 14)
+FORWARDPASS_REGISTERS_K16(bf16, 16, 15, 8, 9, 10, 11, 12, 13, 14)
+FORWARDPASS_REGISTERS_K16(f16, 64, 39, 32, 33, 34, 35, 36, 37, 38)
+FORWARDPASS_REGISTERS_K16(bf16, 64, 39, 32, 33, 34, 35, 36, 37, 38)
+FORWARDPASS_REGISTERS_K16(f16, 96, 55, 48, 49, 50, 51, 52, 53, 54)
+FORWARDPASS_REGISTERS_K16(bf16, 96, 55, 48, 49, 50, 51, 52, 53, 54)
+FORWARDPASS_REGISTERS_K16(f16, 128, 71, 64, 65, 66, 67, 68, 69, 70)
+FORWARDPASS_REGISTERS_K16(bf16, 128, 71, 64, 65, 66, 67, 68, 69, 70)
+FORWARDPASS_REGISTERS_K16(f16, 192, 103, 96, 97, 98, 99, 100, 101, 102)
+FORWARDPASS_REGISTERS_K16(bf16, 192, 103, 96, 97, 98, 99, 100, 101, 102)
+FORWARDPASS_REGISTERS_K16(f16, 256, 135, 128, 129, 130, 131, 132, 133, 134)
+FORWARDPASS_REGISTERS_K16(bf16, 256, 135, 128, 129, 130, 131, 132, 133, 134)
+// clang-format on
 
-#undef FORWARDPASS_NUMBERS_2
-#undef FORWARDPASS_NUMBERS_8
-#undef FORWARDPASS_NUMBERS_10
-#undef FORWARDPASS_NUMBERS_12
-#undef FORWARDPASS_NUMBERS_14
-#undef FORWARDPASS_NUMBERS_16
-#undef FORWARDPASS_NUMBERS_24
-#undef FORWARDPASS_NUMBERS_32
-#undef FORWARDPASS_TILE
-#undef FORWARDPASS_TILES_2
-#undef FORWARDPASS_TILES_8
-#undef FORWARDPASS_TILES_10
-#undef FORWARDPASS_TILES_12
-#undef FORWARDPASS_TILES_14
-#undef FORWARDPASS_TILES_16
-#undef FORWARDPASS_TILES_24
-#undef FORWARDPASS_TILES_32
+#undef FORWARDPASS_REGISTERS_16
+#undef FORWARDPASS_REGISTERS_64
+#undef FORWARDPASS_REGISTERS_80
+#undef FORWARDPASS_REGISTERS_96
+#undef FORWARDPASS_REGISTERS_112
+#undef FORWARDPASS_REGISTERS_128
+#undef FORWARDPASS_REGISTERS_192
+#undef FORWARDPASS_REGISTERS_256
+#undef FORWARDPASS_NUMBER
+#undef FORWARDPASS_float
+#undef FORWARDPASS_int32_t
 #undef FORWARDPASS_WGMMA
 #undef FORWARDPASS_WGMMA_REGISTERS
-#undef FORWARDPASS_K32
-#undef FORWARDPASS_S8
-#undef FORWARDPASS_E4M3
-#undef FORWARDPASS_REGISTERS_E4M3
-#undef FORWARDPASS_K16_OF
 #undef FORWARDPASS_K16
-#undef FORWARDPASS_REGISTERS_K16_OF
 #undef FORWARDPASS_REGISTERS_K16
 
 }  // namespace forwardpass::ptx

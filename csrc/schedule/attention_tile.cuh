@@ -60,11 +60,13 @@ struct AttentionTile {
   int64_t first_row, first_key;  // of the sequence, in q and out, and in k and v
 
   // Only a few heads' tiles at a time, so that blocks that run together share keys in L2. Under a causal mask tiles of
-  // the last rows see the most keys. In the last group of heads they come first, so that the multiprocessors finish
-  // together with short tiles; in the group before, they come last, and so on, so that where persistent blocks take
-  // every 132nd tile, what one group gives to a block too much the next gives too little. Simulated for 8 to 512 heads
-  // of 4 to 128 tiles each, the multiprocessors are 97.4 % busy on average (98.1 % if tiles were handed out as blocks
-  // finish, by a counter that something has to set to 0). False: there is no such tile. known: known_sequences.
+  // the last rows see the most keys. In the last group of heads they come first (longest processing time first, LPT),
+  // so that the multiprocessors finish together with short tiles; in the group before, they come last, and so on, so
+  // that where persistent blocks take every 132nd tile, what one group gives to a block too much the next gives too
+  // little. Simulated for 8 to 512 heads of 4 to 128 tiles each, the multiprocessors are 97.4 % busy on average (98.1 %
+  // if tiles were handed out as blocks finish, by a counter that something has to set to 0). LPT in every group leaves
+  // 87 of those 97 %, and 90 where blocks also take every second round of tiles in the opposite order. False: there is
+  // no such tile. known: known_sequences.
   __device__ bool find(const AttentionParams& p, int tile_rows, unsigned tiles, unsigned block, int known) {
     const unsigned all = static_cast<unsigned>(all_heads(p)), together = heads_together(p);
     const unsigned group = block / (tiles * together), first_head = group * together;

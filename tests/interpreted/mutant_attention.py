@@ -1,11 +1,12 @@
 """attention's kernels in the mutation suite: an instance of each configuration of tiles, in launches that take every path:
 blocks of keys whole and at an edge, more of them than stages, rows without keys, more tiles than blocks, more heads than
-run together, packed sequences, every kind of what is added to the scores."""
+run together, packed sequences, caches, every kind of what is added to the scores."""
 
 import torch
 from mutant_instances import Instance
 
 from forwardpass.ops.attention.cases import Case
+from forwardpass.ops.attention_decode.cases import Case as OfCache
 
 F16, BF16 = torch.float16, torch.bfloat16
 #: cu_seqlens of three sequences of 40 rows and 70 keys
@@ -53,6 +54,21 @@ def plain(dtype, dim, below, **every):
     )
 
 
+def caches(dtype, dim, below, **every):
+    """Pages that are parts of a block of keys, and longer ones; lengths out of range, and pages for some rows and for all."""
+
+    def case(lengths, rows, d=dim, **options):
+        return OfCache(lengths, rows, d, (2, 2), dtype, **{"lse": True, **every, **options})
+
+    return (
+        case((300, 0, 33), 40, below, page=48, sinks="float32"),
+        case((300, 330, 50, 90), 40, page=16, seq_lens=(300, 10**6, -1, 90), pages=((0, 17, -1), (3, 1, 99))),
+        case((290, 140), 150, page=256, window=100, layout="together"),
+        case((200, 140), 70, below, page=None, layout="heads first"),
+        case((1100, 40), 40, page=64),  # of which several blocks share the keys, some without any
+    )
+
+
 def general(dtype, dim, below):
     #: a mask's values in blocks clean and not, the last of which lacks one key
     masks = ("bool bhij", "dtype bhij", "float32 bhij", "dtype hj", "bool bj")
@@ -92,9 +108,9 @@ INSTANCES = {
     "attention_mma_64": sm80(F16, 64, plain(F16, 64, 40)),
     "attention_mma_128": sm80(BF16, 128, plain(BF16, 128, 104)),
     "attention_mma_general": sm80(F16, 64, general(F16, 64, 40)),
-    "attention_wgmma_64": sm90a(F16, 64, plain(F16, 64, 40)),
-    "attention_wgmma_128": sm90a(BF16, 128, plain(BF16, 128, 104)),
-    "attention_wgmma_general": sm90a(BF16, 64, general(BF16, 64, 40)),
+    "attention_wgmma_64": sm90a(F16, 64, (*plain(F16, 64, 40), *caches(F16, 64, 40))),
+    "attention_wgmma_128": sm90a(BF16, 128, (*plain(BF16, 128, 104), *caches(BF16, 128, 104))),
+    "attention_wgmma_general": sm90a(BF16, 64, (*general(BF16, 64, 40), *caches(BF16, 64, 40, alibi="batch"))),
     "attention_triton": triton(plain(F16, 64, 40)),
     "attention_triton_general": triton(general(BF16, 64, 40)),
 }

@@ -14,6 +14,7 @@ from forwardpass.ops.attention_decode import cases as of_cache
 from forwardpass.testing import assert_equal, poisoned_outputs
 
 COMBINE = "combine_attention_kernel"
+ARCHES = ("sm_80", "sm_90a")
 F16, BF16 = torch.float16, torch.bfloat16
 #: On an A100 each is of one to four tiles of rows, in two to seven parts.
 FEW = (
@@ -29,42 +30,46 @@ OF_CACHE = (
 )
 
 
-def run(operation, args, seed=0, **options):
+def run(operation, args, seed=0, arch="sm_80", **options):
     """The result, and the names of the kernels."""
-    with fp.interpret("sm_80", seed=seed, guard=True, counters=True, **options) as gpu:
+    with fp.interpret(arch, seed=seed, guard=True, counters=True, **options) as gpu:
         with fp.use_backend("cuda"), poisoned_outputs():
             result = operation(*args)
         assert gpu.findings == []
         return result, " ".join(k.kernel for k in gpu.kernels())
 
 
+@pytest.mark.parametrize("arch", ARCHES)
 @pytest.mark.parametrize("parts", [2, pytest.param(1, marks=pytest.mark.slow)])
-def test_the_keys_of_few_tiles_are_shared(parts, seed):
-    for case in some_of(FEW, parts):
+def test_the_keys_of_few_tiles_are_shared(parts, arch, seed):
+    for case in some_of(FEW, parts, shift=ARCHES.index(arch)):
         args = case.arguments(seed=seed)
-        result, kernels = run(dispatch.operations[case.op], args, seed)
+        result, kernels = run(dispatch.operations[case.op], args, seed, arch)
         assert COMBINE in kernels
         cases.assert_matches(result, args)
 
 
+@pytest.mark.parametrize("arch", ARCHES)
 @pytest.mark.parametrize("parts", [2, pytest.param(1, marks=pytest.mark.slow)])
-def test_the_keys_of_a_cache_are_shared(parts, seed):
-    for case in some_of(OF_CACHE, parts):
+def test_the_keys_of_a_cache_are_shared(parts, arch, seed):
+    for case in some_of(OF_CACHE, parts, shift=ARCHES.index(arch)):
         args = case.arguments(seed=seed)
-        result, kernels = run(WITH_LSE, args, seed, multiprocessors=24)
+        result, kernels = run(WITH_LSE, args, seed, arch, multiprocessors=24)
         assert COMBINE in kernels and "decode" not in kernels
         of_cache.assert_matches(result, args)
 
 
-def test_whatever_the_seed():
+@pytest.mark.parametrize("arch", ARCHES)
+def test_whatever_the_seed(arch):
     case = cases.Case((40, 600), (64, 64), F16, 1, (1, 1), causal=True, lse=True)
     args = case.arguments()
     for seed in range(3):
-        result, kernels = run(dispatch.operations[case.op], args, seed)
+        result, kernels = run(dispatch.operations[case.op], args, seed, arch)
         assert COMBINE in kernels
         cases.assert_matches(result, args)
 
 
+@pytest.mark.parametrize("arch", ARCHES)
 @pytest.mark.parametrize(
     ("change", "options"),
     [
@@ -76,10 +81,10 @@ def test_whatever_the_seed():
     ],
     ids=str,
 )
-def test_others_are_computed_whole(change, options):
+def test_others_are_computed_whole(change, options, arch):
     case = dataclasses.replace(cases.Case((100, 800), (64, 64), F16, 1, (2, 2), causal=True), **change)
     args = case.arguments()
-    result, kernels = run(dispatch.operations[case.op], args, **options)
+    result, kernels = run(dispatch.operations[case.op], args, arch=arch, **options)
     assert COMBINE not in kernels
     cases.assert_matches(result, args)
 

@@ -13,12 +13,13 @@ struct AttentionInstance {
   Dtype dtype;              // of q, k, v and out
   int head_dim, value_dim;  // columns of q and k, and of v; value_dim is at most head_dim. Fewer are zero-filled
   bool modified;            // with score modifiers: mask, ALiBi or softcap
-  bool paged = false;       // keys and values are a cache's, paged or contiguous, by seq_lens; without a mask
+  bool paged = false;       // on mma.sync: keys are a cache's, paged or contiguous, by seq_lens; without a mask
 };
 
 struct AttentionKernel {
   Arch arch;
   AttentionInstance instance;
+  bool (*reads)(const AttentionParams& p);  // the keys from where they are
   cudaError_t (*launch)(const AttentionParams& p, cudaStream_t stream);
   int64_t (*workspace)(const AttentionParams& p) = nullptr;  // bytes that launch takes; null: none
 

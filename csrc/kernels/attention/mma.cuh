@@ -9,7 +9,7 @@
 
 #include "device/shared_bytes.cuh"
 #include "device/softmax.cuh"
-#include "kernels/attention/combine.cuh"
+#include "kernels/attention/combine_prefill.cuh"
 #include "kernels/attention/kernel.h"
 #include "kernels/attention/scores.cuh"
 #include "kernels/attention/source_paged.cuh"
@@ -232,7 +232,11 @@ struct MmaAttentionEpilogue {
   const int splits;
 
   __device__ void operator()(const AttentionTile& tile, Output& o, OnlineSoftmax<Config::kTilesM>& softmax) const {
-    if (splits > 1) return store_partial(o, softmax);
+    if (splits > 1) {
+      const PartialResult to(p.workspace, blockIdx.x, Config::kM, p.value_dim);
+      store_sums(to, warp_row, softmax);
+      return store_values(to, warp_row, o, p.value_dim);
+    }
     RowValues<Config::kTilesM> factor;
     softmax.finish(tile.known() ? sink_of(p, tile.head) : NAN, factor);
     rescale(o, factor);
@@ -241,23 +245,6 @@ struct MmaAttentionEpilogue {
   }
 
  private:
-  __device__ void store_partial(const Output& o, const OnlineSoftmax<Config::kTilesM>& softmax) const {
-    const PartialResult to(p.workspace, blockIdx.x, Config::kM, p.value_dim);
-#pragma unroll
-    for (int i = 0; i < Output::kTilesM; ++i)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = warp_row + o.row(i, 2 * half);
-        float sum = softmax.sum[i][half];
-        sum += __shfl_xor_sync(0xffffffff, sum, 1);
-        sum += __shfl_xor_sync(0xffffffff, sum, 2);
-        if (thread_in_group() == 0) to.max[row] = softmax.max[i][half], to.sum[row] = sum;
-        const auto columns = reinterpret_cast<float2*>(to.o + row * p.value_dim + accumulator_column(0));
-#pragma unroll
-        for (int j = 0; j < Output::kTilesN; ++j)
-          if (j * 8 < p.value_dim) columns[j * 4] = {o[i][j][half * 2], o[i][j][half * 2 + 1]};
-      }
-  }
   // Stores this warp's rows in words of 16 bytes, through its own rows of q in shared memory: no other warp reads
   // those, and this one read them before a barrier.
   __device__ void store_rows(const Output& o, const AttentionTile& tile) const {
@@ -317,49 +304,6 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   });
 }
 
-// The parts of each row of a tile. A block has kCombineWarps of them, or of their columns.
-template <int kM>
-__global__ void __launch_bounds__(32 * kCombineWarps)
-    combine_attention_kernel(const __grid_constant__ AttentionParams p, unsigned tiles, int splits) {
-  const int panels = (p.value_dim + kCombineColumns - 1) / kCombineColumns, of_tile = kM * panels / kCombineWarps;
-  const unsigned block = blockIdx.x / of_tile;
-  const int index = static_cast<int>(blockIdx.x) % of_tile * kCombineWarps + static_cast<int>(threadIdx.x) / 32;
-  const int row = index / panels, column = index % panels * kCombineColumns + static_cast<int>(threadIdx.x) % 32 * 4;
-  AttentionTile tile;
-  if (!tile.find(p, kM, tiles, block, 0) || tile.row + row >= tile.rows) return;
-  CombinedResult result;
-  add_parts(result, 0, splits, 1, row, column, p.value_dim,
-            [&](int n) { return PartialResult(p.workspace, int64_t{block} * splits + n, kM, p.value_dim); });
-  const Denominator d(result.max, result.sum, tile.known() ? sink_of(p, tile.head) : NAN);
-  if (p.lse && column == 0) p.lse[tile.lse(p, tile.row + row)] = log_of_sum(d.base, d.sum);
-  if (column >= p.value_dim) return;
-  const float f = d.factor;
-  const auto packed = [&](float low, float high) {
-    return p.dtype == Dtype::f16 ? pack<Dtype::f16>(low * f, high * f) : pack<Dtype::bf16>(low * f, high * f);
-  };
-  const float4& o = result.o;
-  *reinterpret_cast<uint2*>(static_cast<uint16_t*>(p.out) + tile.out(p, tile.row + row) + column) = {packed(o.x, o.y),
-                                                                                                     packed(o.z, o.w)};
-}
-
-// Split-KV: as many blocks per tile as fill the multiprocessors once, with kLeastKeys each, so that few tiles of many
-// keys take as long as many. Of packed sequences only the device knows the keys.
-template <class Config>
-int splits_of(const AttentionParams& p) {
-  constexpr int64_t kLeastKeys = 256, kMost = 32;
-  if (p.cu_seqlens_q || p.batch_invariant) return 1;
-  const int64_t blocks = row_tiles(p, Config::kM) * all_heads(p), room = int64_t{p.device.sms} * Config::kBlocksPerSm;
-  const int64_t all = p.cache.seq_lens ? p.cache.capacity() : p.keys;
-  const int64_t reach = int64_t{p.left} + p.right + Config::kM;  // of a tile's rows
-  const int64_t splits = std::min({room / blocks, std::min(all, reach) / kLeastKeys, kMost});
-  return static_cast<int>(std::max<int64_t>(splits, 1));
-}
-template <class Config>
-int64_t workspace_bytes(const AttentionParams& p) {
-  const int64_t splits = splits_of<Config>(p), floats = PartialResult::floats(Config::kM, p.value_dim);
-  return splits > 1 ? row_tiles(p, Config::kM) * all_heads(p) * splits * floats * int64_t{sizeof(float)} : 0;
-}
-
 template <class Config>
 cudaError_t launch_mma(const AttentionParams& p, cudaStream_t stream) {
   constexpr int kShared = sizeof(typename Config::SharedStorage);
@@ -375,13 +319,13 @@ cudaError_t launch_mma(const AttentionParams& p, cudaStream_t stream) {
                                         .scale = Config::kModified ? 1 : p.scale * kLog2e};
   attention_mma_kernel<Config><<<static_cast<unsigned>(grid), Config::kThreads, kShared, stream>>>(arguments);
   if (auto e = cudaGetLastError(); e || splits == 1) return e;
-  const int64_t panels = (p.value_dim + kCombineColumns - 1) / kCombineColumns;
-  combine_attention_kernel<Config::kM>
-      <<<static_cast<unsigned>(all_tiles * Config::kM * panels / kCombineWarps), 32 * kCombineWarps, 0, stream>>>(
-          p, static_cast<unsigned>(tiles), splits);
-  return cudaGetLastError();
+  return launch_combine<Config, false>(p, splits, stream);
 }
 
+template <bool kPaged>
+bool reads_keys(const AttentionParams& p) {
+  return kPaged == (p.cache.seq_lens != nullptr);
+}
 template <AttentionInstance kInstance>
 bool takes_large(const AttentionParams& p) {
   return p.device.arch < 89 &&
@@ -403,6 +347,7 @@ int64_t workspace_of_instance(const AttentionParams& p) {
 template <AttentionInstance kInstance>
 constexpr AttentionKernel mma_attention{.arch = sm_80,
                                         .instance = kInstance,
+                                        .reads = reads_keys<kInstance.paged>,
                                         .launch = launch_instance<kInstance>,
                                         .workspace = workspace_of_instance<kInstance>};
 

@@ -60,7 +60,7 @@ class ScoreModifiers {
   }
   // first_row: the warp's, in its sequence; vectors: in_vectors(p, t), which takes 60 instructions.
   __device__ ScoreModifiers(const AttentionParams& p, const AttentionTile& t, int first_row, bool vectors)
-      : p_(&p), keys_(t.keys), vectors_(vectors) {
+      : p_(&p), last_key_(t.keys - 1), vectors_(vectors) {
     slope_ = alibi_slope(p, t.batch, t.head);
     const AttentionMask& m = p.mask;
     const unsigned size = element_bytes(m);
@@ -129,7 +129,7 @@ class ScoreModifiers {
   template <class T>
   __device__ T element(int i, int half, int key) const {
     const int step = static_cast<int>(p_->mask.column * sizeof(T));  // 32 bits, so that an address is one multiply-add
-    return *reinterpret_cast<const T*>(mask_[i][half] + int64_t{min(key, keys_ - 1)} * step);
+    return *reinterpret_cast<const T*>(mask_[i][half] + int64_t{min(key, last_key_)} * step);
   }
   // f(i, half) for each row of this thread
   template <class F>
@@ -153,7 +153,7 @@ class ScoreModifiers {
       for (int k = 0; k < (kChunks<T> + 3) / 4; ++k) {
         const int chunk = k * 4 + thread_in_group(), key = first_key - accumulator_column(0) + chunk * kTiles<T> * 8;
         uint4 x{};
-        if (chunk < kChunks<T> && key < keys_)
+        if (chunk < kChunks<T> && key <= last_key_)
           x = *reinterpret_cast<const uint4*>(mask_[i][half] + key * int64_t{sizeof(T)});
         words[i][half][k][0] = x.x, words[i][half][k][1] = x.y, words[i][half][k][2] = x.z, words[i][half][k][3] = x.w;
       }
@@ -201,7 +201,7 @@ class ScoreModifiers {
         for (int j = 0; j < Scores::kTilesN; ++j) {
           const int key = first_key + j * 8;
           float2 m{};
-          if (key < keys_) m = *reinterpret_cast<const float2*>(mask_[i][half] + key * int64_t{sizeof(float)});
+          if (key <= last_key_) m = *reinterpret_cast<const float2*>(mask_[i][half] + key * int64_t{sizeof(float)});
           float &first = s[i][j][half * 2], &second = s[i][j][half * 2 + 1];
           first = fmaf(m.x, kLog2e, first), second = fmaf(m.y, kLog2e, second);
         }
@@ -213,7 +213,7 @@ class ScoreModifiers {
   }
 
   const AttentionParams* p_;
-  int keys_;
+  int last_key_;
   float slope_;   // ALiBi's, in units of log2(e)
   bool vectors_;  // the mask's rows can be read 16 bytes at a time
   RowOf<Scores, int> position_;

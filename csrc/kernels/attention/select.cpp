@@ -9,9 +9,8 @@ namespace {
 
 bool takes(const AttentionKernel& k, const AttentionParams& p) {
   const bool modified = p.softcap > 0 || p.alibi_slopes || p.mask.kind != AttentionMaskKind::none;
-  return runs_on(k.arch, p.device) && k.instance.dtype == p.dtype && k.instance.modified == modified &&
-         k.instance.paged == (p.cache.seq_lens != nullptr) && k.instance.head_dim >= p.head_dim &&
-         k.instance.value_dim >= p.value_dim;
+  return runs_on(k.arch, p.device) && k.instance.dtype == p.dtype && k.instance.modified == modified && k.reads(p) &&
+         k.instance.head_dim >= p.head_dim && k.instance.value_dim >= p.value_dim;
 }
 bool better(const AttentionKernel& a, const AttentionKernel& b) {
   const auto columns = [](const AttentionInstance& i) { return i.head_dim + i.value_dim; };

@@ -1,15 +1,14 @@
 #pragma once
-// attention on wgmma. Blocks are persistent: each computes tile after tile of 64 rows per consumer warpgroup. One
-// producer thread finds the tiles and loads q, and block after block of keys and values, by TMA. A consumer's q k^T of
-// the next block runs while it computes the softmax of this one, and so does p v, which takes p from registers.
+// attention on wgmma, warp-specialised. Blocks are persistent: each computes tile after tile of 64 rows per consumer
+// warpgroup. One producer warp finds the tiles and loads q, and block after block of keys and values, by TMA. A
+// consumer's q k^T of the next block runs while it computes the softmax of this one, and so does p v, which takes p
+// from registers. Two consumers take turns at issuing them (ping-pong).
 #include "device/dependent_launch.cuh"
 #include "device/pipeline.cuh"
 #include "device/shared_bytes.cuh"
-#include "device/softmax.cuh"
-#include "device/tma_map.h"
 #include "device/wgmma.cuh"
 #include "kernels/attention/kernel.h"
-#include "kernels/attention/scores.cuh"
+#include "kernels/attention/wgmma_consumer.cuh"
 #include "schedule/persistent.cuh"
 
 namespace forwardpass {
@@ -36,24 +35,11 @@ constexpr WgmmaAttentionTile tile_of(AttentionInstance i) {
   return {.consumers = 2, .n = 128};
 }
 
-// Columns of 16 bits in a 128-byte swizzle atom.
-constexpr int kPanel = 64;
 // What a block may have.
 constexpr int kSharedBytes = 227 << 10;
 
-// A tile, as the producer tells the consumers of it: they have no time to divide.
-struct WgmmaAttentionWork {
-  AttentionTile tile;
-  KeyBlocks blocks;
-  bool exists;  // false: there are no more
-};
-
 template <class Config>
 struct WgmmaAttentionSchedule;
-template <class Config>
-struct WgmmaAttentionMainloop;
-template <class Config>
-struct WgmmaAttentionEpilogue;
 
 template <AttentionInstance kInstance, WgmmaAttentionTile kTile>
 struct WgmmaAttentionConfig {
@@ -62,7 +48,7 @@ struct WgmmaAttentionConfig {
   static constexpr bool kModified = kInstance.modified;
   static constexpr int kConsumers = kTile.consumers, kM = ptx::kWgmmaRows * kConsumers, kN = kTile.n,
                        kStages = kHeadDim == 64 ? 4 : 2;  // what shared memory holds
-  static constexpr int kThreads = ptx::kWarpgroup * (1 + kConsumers);
+  static constexpr int kBlocksPerSm = 1, kThreads = ptx::kWarpgroup * (1 + kConsumers);
   static constexpr int kPanelsD = (kHeadDim + kPanel - 1) / kPanel, kPanelsV = (kValueDim + kPanel - 1) / kPanel;
   // Two stages of q, where shared memory holds them, so that the next tile's is there when this one ends.
   static constexpr int kRowBytes = kPanel * sizeof(uint16_t), kBlockBytes = kN * (kPanelsD + kPanelsV) * kRowBytes,
@@ -86,7 +72,7 @@ struct WgmmaAttentionConfig {
   using QPipeline = forwardpass::Pipeline<kQStages>;
   using Scores = Fragments<float, 1, kN / 8>;
   using Output = Fragments<float, 1, kValueDim / 8>;
-  using Mainloop = WgmmaAttentionMainloop<WgmmaAttentionConfig>;
+  using Consumer = WgmmaAttentionConsumer<WgmmaAttentionConfig>;
   using Epilogue = WgmmaAttentionEpilogue<WgmmaAttentionConfig>;
 
   using Rows = uint16_t[kPanel];
@@ -104,68 +90,18 @@ struct WgmmaAttentionConfig {
     Key k[kStages];
     Value v[kStages];
     WgmmaAttentionWork work[kQStages];  // whose q it is
-    int known;                          // known_sequences: not in one of the 24 registers that the producer has
+    // Of the producer, not in the 24 registers that it has: known_sequences, and of each lane what it loads of v next.
+    int known;
+    struct {
+      Box box;
+      int head;
+    } next_v[32];
     PipelineBarriers<kQStages> q_barriers;
     PipelineBarriers<kStages> k_barriers, v_barriers;
   };
 };
 
-// q, k and v are tensors of five dimensions: dim, row, head, and two that select the sequence.
-struct AttentionArguments {
-  AttentionParams p;
-  unsigned tiles;  // of a head
-  int64_t blocks;  // of all heads
-  CUtensorMap q, k, v;
-};
-
-// Varlen: TMA has to zero-fill behind the end of each sequence, as whatever follows it may be NaN, and 0 times NaN is
-// NaN. But a tensor map has one end for all. So the map's rows end at kEnd, and a sequence of `rows` rows that begins
-// at row `first` of the packed tensor is addressed by the map's last rows:
-//
-//   rows of the map         0                 kEnd - rows              kEnd
-//                           |---------------------|----------------------|  zeros
-//                                                 |                      |
-//                                                 |   kEnd - rows - first rows back
-//                                                 v                      v
-//   packed tensor    |------|----------------------|-----|
-//                    0    first              first + rows
-//
-// Two more dimensions move the address back. Their coordinates are first + rows and kEnd, their strides one row, and
-// kBack bytes less one row:
-//
-//   address / row bytes = (kEnd - rows + r) + (first + rows) * 1 + kEnd * (kBack / row bytes - 1)
-//                       = first + r + kEnd * kBack / row bytes
-//   and kEnd * kBack = 2^30 * 2^34 bytes = 2^64 bytes, which is 0 as addresses are modulo 2^64.
-//
-// No NVIDIA document promises that wrap; Triton's ragged descriptors (triton/tools/ragged_tma.py) rely on it with the
-// same extents.
-constexpr int kEnd = 1 << 30, kAnyExtent = 0x7fff0000;  // the second: more than any coordinate
-constexpr int64_t kBack = int64_t{1} << 34;
-
-struct SequenceOrigin {
-  int row, head, sequence[2];  // coordinates; those of `sequence` select it
-
-  SequenceOrigin() = default;
-  // rows: those of the sequence, from row `first` of the packed tensor on.
-  __device__ SequenceOrigin(const AttentionTensor& t, bool varlen, int batch, int head, int64_t first, int rows)
-      : row(varlen ? kEnd - rows : 0),
-        head(t.head ? head : 0),
-        sequence{varlen    ? static_cast<int>(first) + rows
-                 : t.batch ? batch
-                           : 0,
-                 varlen ? kEnd : 0} {}
-  // Issues the TMA loads of all panels of a block of rows.
-  template <int kPanels, int kRows>
-  __device__ void load(uint16_t (&to)[kPanels][kRows][kPanel], const CUtensorMap& map, int r, uint32_t barrier) const {
-#pragma unroll
-    for (int i = 0; i < kPanels; ++i) {
-      const int from[5] = {i * kPanel, row + r, head, sequence[0], sequence[1]};
-      ptx::tma_load(ptx::shared_address(to[i]), map, from, barrier);
-    }
-  }
-};
-
-// The persistent tile schedule: f(tile, its key blocks) for each tile of this block.
+// The persistent tile schedule: f(tile, its key blocks, slot) for each tile of this block, or part of a tile's keys.
 template <class Config>
 struct WgmmaAttentionSchedule {
   const AttentionArguments& a;
@@ -173,324 +109,79 @@ struct WgmmaAttentionSchedule {
 
   template <class F>
   __device__ void for_each(F f) const {
-    for_each_tile(a.blocks, blockIdx.x, gridDim.x, [&](int64_t block) {
+    for_each_tile(a.blocks, blockIdx.x, gridDim.x, [&](int64_t slot) {
       AttentionTile tile;
-      if (tile.find(a.p, Config::kM, a.tiles, static_cast<unsigned>(block), known))
-        f(tile, KeyBlocks(a.p, tile, Config::kM, Config::kN));
+      const unsigned index = static_cast<unsigned>(slot), splits = a.splits;
+      if (tile.find(a.p, Config::kM, a.tiles, index / splits, known))
+        f(tile, KeyBlocks(a.p, tile, Config::kM, Config::kN).part(index % splits, splits), index);
     });
   }
 };
 
+// The producer, a warp: each lane finds and loads a box of each block of keys. k of a block comes before v of the block
+// before, as the consumers use them, be that the last one of the tile before.
 template <class Config>
-__device__ inline void producer(const AttentionArguments& a, typename Config::SharedStorage& s) {
-  typename Config::QPipeline q(s.q_barriers);
-  typename Config::Pipeline k(s.k_barriers), v(s.v_barriers);
-  const auto announce = [&](const WgmmaAttentionWork& work, int bytes) {
-    q.wait_empty();
-    s.work[q.stage] = work;
-    return q.announce(bytes);
-  };
-  const auto load_v = [&](const SequenceOrigin& keys, int block) {
-    keys.load(s.v[v.stage].panel, a.v, block * Config::kN, v.acquire(sizeof(typename Config::Value)));
-    v.advance();
-  };
-  // The last v of a tile, where the next one's first k comes before it.
-  SequenceOrigin last_v;
-  int last_block = -1;
-  const auto load_last_v = [&] {
-    if (last_block >= 0) load_v(last_v, last_block);
-    last_block = -1;
-  };
-  typename Config::Schedule{a, s.known}.for_each([&](const AttentionTile& t, const KeyBlocks& blocks) {
-    const bool any = blocks.end > blocks.begin;
-    const uint32_t q_full = announce({t, blocks, true}, any ? sizeof(typename Config::Query) : 0);
-    const int q_stage = q.stage;
-    q.advance();
-    if (!any) return load_last_v();
-    const bool varlen = a.p.cu_seqlens_q;
-    const SequenceOrigin rows(a.p.q, varlen, t.batch, t.head, t.first_row, t.rows),
-        k_keys(a.p.k, varlen, t.batch, t.kv_head(a.p), t.first_key, t.keys),
-        v_keys(a.p.v, varlen, t.batch, t.kv_head(a.p), t.first_key, t.keys);
-    const auto load_k = [&](int block) {
-      k_keys.load(s.k[k.stage].panel, a.k, block * Config::kN, k.acquire(sizeof(typename Config::Key)));
-      k.advance();
-    };
-    rows.load(s.q[q_stage].panel, a.q, t.row, q_full);
-    // in the order in which the consumers use them
-    int block = blocks.end - 1;
-    load_k(block);
-    load_last_v();
-    for (; block > blocks.begin; --block) {
-      load_k(block - 1);
-      load_v(v_keys, block);
-    }
-    last_v = v_keys, last_block = block;
-    if (!Config::kAhead) load_last_v();
-  });
-  load_last_v();
-  announce({.exists = false}, 0);
-}
-
-// A consumer warpgroup's mainloop, with its side of the pipelines.
-template <class Config>
-struct WgmmaAttentionMainloop {
-  static constexpr Dtype kDtype = Config::kDtype;
-  // Named barriers, one for each warpgroup; 0 is __syncthreads. Two meet at one: who waits and who passes the turn.
-  static constexpr int kFirstTurn = 1, kTurnThreads = 2 * ptx::kWarpgroup;
-  static constexpr int kStep = 16 * sizeof(uint16_t) / ptx::kDescriptorUnit;  // 16 columns
-  static constexpr int kRow = kPanel * sizeof(uint16_t) / ptx::kDescriptorUnit;
-  using Scores = typename Config::Scores;
-  using Output = typename Config::Output;
-  // To a block of keys: of a tile after which nothing is under way, of the same tile, or of the one that follows it.
-  enum class Step { first, next_block, next_tile };
-  using Weights = uint32_t[Config::kN / 16][4];  // p, rounded to 16 bits: the first operand of p v
-  const AttentionParams& p;
+struct WgmmaAttentionProducer {
+  const AttentionArguments& a;
+  typename Config::SharedStorage& s;
   typename Config::QPipeline q;
   typename Config::Pipeline k, v;
-  uint32_t q_rows, k_rows, v_rows;  // low halves of the wgmma descriptors: of this warpgroup's rows; in the first stage
-  int warpgroup;
+  bool has_v = false;  // there is a block whose k has been loaded, and not its v
 
-  __device__ WgmmaAttentionMainloop(const AttentionParams& p, typename Config::SharedStorage& s, int warpgroup)
-      : p(p), q(s.q_barriers), k(s.k_barriers), v(s.v_barriers), warpgroup(warpgroup) {
-    q_rows = uniform(ptx::descriptor(ptx::shared_address(s.q[0].panel[0][warpgroup * ptx::kWgmmaRows])));
-    k_rows = uniform(ptx::descriptor(ptx::shared_address(s.k[0].panel)));
-    v_rows = uniform(ptx::descriptor(ptx::shared_address(s.v[0].panel), Config::kN * kPanel * sizeof(uint16_t)));
-  }
-  // Ping-pong, by a named barrier per warpgroup: it waits for its turn, and passes the turn to the next one.
-  __device__ void wait_turn() const {
-    if (Config::kPingPong) ptx::barrier_sync(kFirstTurn + warpgroup, kTurnThreads);
-  }
-  __device__ void pass_turn() const {
-    if (Config::kPingPong) ptx::barrier_arrive(kFirstTurn + (warpgroup + 1) % Config::kConsumers, kTurnThreads);
-  }
+  __device__ WgmmaAttentionProducer(const AttentionArguments& a, typename Config::SharedStorage& s)
+      : a(a), s(s), q(s.q_barriers), k(s.k_barriers), v(s.v_barriers) {}
 
   // All tiles of this block.
-  __device__ void operator()(const typename Config::SharedStorage& s) {
-    const typename Config::Epilogue epilogue{p};
-    AttentionTile tile;
-    KeyBlocks blocks;
-    int first_row;  // this warp's, in its sequence
-    RowBounds<Scores> bounds;
-    ScoreModifiers<Scores> modify;
-    OnlineSoftmax<1> softmax;
-    const float scale = Config::kModified ? 1 : p.scale * kLog2e;
-    Output o;
-    Weights weights;
-    const auto begin_tile = [&] {
-      const WgmmaAttentionWork& work = s.work[q.stage];
-      tile = work.tile, blocks = work.blocks;
-      first_row = tile.row + warpgroup * ptx::kWgmmaRows + threadIdx.x / 32 % 4 * 16;
-      bounds = RowBounds<Scores>(p, tile, first_row);
-      modify = ScoreModifiers<Scores>(p, tile, first_row, ScoreModifiers<Scores>::in_vectors(p, tile));
-      softmax = OnlineSoftmax<1>();
-    };
-    const auto next_has_keys = [&] {
-      const WgmmaAttentionWork& work = s.work[q.stage];
-      return uniform(work.exists && work.blocks.end > work.blocks.begin);
-    };
-    const auto release_q = [&] {
-      q.release(q.stage);
-      q.advance();
-    };
-    // The output has then to be multiplied by `factor`.
-    const auto finish_softmax = [&](RowValues<1>& factor) {
-      softmax.finish(sink_of(p, tile.head), factor);
-      store_lse<Output>(softmax, p, tile, first_row);
-      __syncwarp();  // lanes diverged at their rows' ends; what follows is warp-synchronous
-    };
-    // Of a tile without keys: zeros, and the sink; of rows whose sequence is not known: NaN. Not o: with another way to
-    // its epilogue ptxas would serialise the wgmmas that add to it (C7515).
-    const auto store_nothing = [&] {
-      const float lse = tile.known() ? sink_of(p, tile.head) : NAN, value = tile.known() ? 1 : NAN;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) softmax.max[0][half] = lse, softmax.sum[0][half] = 1;
-      store_lse<Output>(softmax, p, tile, first_row);
-      __syncwarp();
-      Output none;
-      none.clear();
-      const RowValues<1> factor = {{value, value}};
-      epilogue(tile, first_row, none, factor);
-    };
-    const auto end_p_v = [&](int stage) {
-      ptx::wgmma_wait<0>();
-      ptx::wgmma_keep(o[0]);
-      v.release(stage);
-    };
-    // The scores of a block of keys and its p, and the p v of the block before, which may be the last one of the tile
-    // before. A tile's first block, and whether it is masked, are found here.
-    const auto attend = [&](auto of_step, int block, bool masked) {
-      constexpr Step kStep = decltype(of_step)::value;
-      Scores scores;
-      mma_q_k(scores);
-      const int v_stage = v.stage;
-      if (kStep != Step::first) {
-        mma_p_v(o, weights);
-        v.advance();
-      }
-      pass_turn();
-      const AttentionTile last_tile = tile;
-      const int last_row = first_row;
-      RowValues<1> last_factor;
-      if (kStep == Step::next_tile) finish_softmax(last_factor);
-      if (kStep != Step::next_block) {
-        begin_tile();
-        block = uniform(blocks.end) - 1;
-        masked = block >= uniform(blocks.unmasked_end);
-      }
-      const int first_key = block * Config::kN + accumulator_column(0);
-      typename ScoreModifiers<Scores>::MaskWords mask;
-      if (Config::kModified) modify.load(mask, first_key);
-      const auto end_last_p_v = [&] {
-        if (kStep == Step::first) return;
-        end_p_v(v_stage);
-        if (kStep == Step::next_block) return;
-        epilogue(last_tile, last_row, o, last_factor);
-        o.clear();
-      };
-      ptx::wgmma_wait<kStep == Step::first ? 0 : 1>();
-      ptx::wgmma_keep(scores[0]);
-      k.release(k.stage);
-      k.advance();
-      if (Config::kModified) {
-        // The registers of `weights` are needed: without this wait 968 bytes are spilled at 128 columns. Blocks of 96
-        // keys need no wait here; with them a bool mask was 7 % faster and one of 16 bits slower (modelled).
-        end_last_p_v();
-        modify(scores, mask, first_key);
-      }
-      if (masked) bounds(scores, first_key);
-      RowValues<1> factor;
-      const bool grown = softmax.update(scores, scale, factor);
-      ptx::wgmma_keep(scores[0]);
-      // This wait is here, not where v is needed: ptxas moves the wgmma wait below it upwards across anything but a
-      // branch, and the softmax would then begin after p v has completed. A third stage of v, or of k, for which there
-      // is room at head dim 128, changes little: 4 x 4096 rows are 1.2 % faster, 16 x 1024 causal ones 1.4 % slower.
-      v.wait_full();
-      if (!Config::kModified) end_last_p_v();
-      // Here, not before mma_p_v: it would stand before the wgmmas of this warpgroup's turn.
-      if (kStep == Step::next_block && grown) rescale(o, factor);
-#pragma unroll
-      for (int i = 0; i < Config::kN / 16; ++i) pack_operand<kDtype>(weights[i], scores[0], i);
-    };
-    constexpr std::integral_constant<Step, Step::first> kFirst;
-    constexpr std::integral_constant<Step, Step::next_block> kNextBlock;
-    constexpr std::integral_constant<Step, Step::next_tile> kNextTile;
-    for (;;) {
-      q.wait_full();
-      if (!uniform(s.work[q.stage].exists)) break;
-      if (!next_has_keys()) {
-        begin_tile();
-        store_nothing();
-        release_q();
-        continue;
-      }
-      o.clear();
-      attend(kFirst, 0, false);
-      bool more;
-      do {
-        const int begin = uniform(blocks.begin), unmasked_begin = uniform(blocks.unmasked_begin),
-                  unmasked_end = uniform(blocks.unmasked_end);
-        int block = uniform(blocks.end) - 2;
-        if constexpr (Config::kModified) {  // as in mma.cuh
+  __device__ void operator()() {
+    typename Config::Schedule{a, s.known}.for_each([&](const AttentionTile& t, const KeyBlocks& blocks, int slot) {
+      const bool any = blocks.end > blocks.begin;
+      load_q({t, blocks, slot}, any);
 #pragma unroll 1
-          for (; block >= begin; --block) attend(kNextBlock, block, block >= unmasked_end || block < unmasked_begin);
-        } else {
-          // Masked blocks down to the first unmasked one, those, and masked ones again: two phases of one loop, so that
-          // the code for a masked block exists once.
-#pragma unroll 1
-          for (int phase = 0; phase < 2; ++phase) {
-            const int stop = phase == 0 ? unmasked_end : begin;
-#pragma unroll 1
-            for (; block >= stop; --block) attend(kNextBlock, block, true);
-            if (phase == 1) break;
-#pragma unroll 1
-            for (; block >= unmasked_begin; --block) attend(kNextBlock, block, false);
-          }
-        }
-        release_q();
-        more = false;
-        if (Config::kAhead) {
-          q.wait_full();
-          more = next_has_keys();
-          if (more) attend(kNextTile, 0, false);
-        }
-      } while (more);
-      mma_p_v(o, weights);
-      RowValues<1> factor;
-      finish_softmax(factor);
-      end_p_v(v.stage);
-      v.advance();
-      epilogue(tile, first_row, o, factor);
-    }
+      for (int block = blocks.end - 1; block >= blocks.begin; --block) load_keys(t, block);
+      if (!Config::kAhead || !any) load_v();
+    });
+    load_v();
+    announce({.slot = -1}, 0);
   }
 
  private:
-  __device__ void mma_q_k(Scores& scores) const {
-    k.wait_full();
-    wait_turn();
-    ptx::wgmma_fence();
-    const uint32_t q_stage = q_rows + q.stage * (sizeof(typename Config::Query) / ptx::kDescriptorUnit),
-                   rows = k_rows + k.stage * (sizeof(typename Config::Key) / ptx::kDescriptorUnit);
-#pragma unroll
-    for (int i = 0; i < Config::kHeadDim / 16; ++i) {
-      const int column = i % 4 * kStep, panel = i / 4 * kRow;
-      ptx::wgmma_k16<kDtype>(scores[0], q_stage + panel * Config::kM + column, rows + panel * Config::kN + column,
-                             i > 0);
-    }
-    ptx::wgmma_commit();
+  __device__ static int lane() { return static_cast<int>(threadIdx.x % 32); }
+  __device__ void load_q(const WgmmaAttentionWork& work, bool any) {
+    announce(work, any ? sizeof(typename Config::Query) : 0);
+    if (any && lane() == 0)
+      a.find_q(work.tile).load(s.q[q.stage].panel, 0, a.q, a.q_steps, work.tile.head, q.full(q.stage));
+    q.advance();
   }
-  __device__ void mma_p_v(Output& o, const Weights& weights) const {
-    ptx::wgmma_keep(o[0]);
-    ptx::wgmma_fence();
-    const uint32_t rows = v_rows + v.stage * (sizeof(typename Config::Value) / ptx::kDescriptorUnit);
-#pragma unroll
-    for (int i = 0; i < Config::kN / 16; ++i) ptx::wgmma_k16<kDtype, 1>(o[0], weights[i], rows + i * 16 * kRow, true);
-    ptx::wgmma_commit();
+  // Tells the consumers of a tile, of whose q so many bytes follow.
+  __device__ void announce(const WgmmaAttentionWork& work, int bytes) {
+    q.wait_empty();
+    if (lane() > 0) return;
+    s.work[q.stage] = work;
+    q.announce(bytes);
   }
-};
-
-template <class Config>
-struct WgmmaAttentionEpilogue {
-  using Output = typename Config::Output;
-  const AttentionParams& p;
-
-  // first_row: this warp's, in its sequence.
-  __device__ void operator()(const AttentionTile& tile, int first_row, Output& o, const RowValues<1>& factor) const {
-    rescale(o, factor);
-    store_rows(o, tile, first_row);
+  __device__ void load_keys(const AttentionTile& t, int block) {
+    const Box box = a.find_keys(t, block * Config::kN + lane() * a.box_rows);
+    const int head = t.kv_head(a.p);
+    load(s.k[k.stage].panel, k, box, box.page < 0 ? a.k_nan : a.k, a.k_steps, head);
+    load_v();
+    has_v = true, s.next_v[lane()] = {box, head};
+  }
+  __device__ void load_v() {
+    if (has_v) load(s.v[v.stage].panel, v, s.next_v[lane()].box, a.v, a.v_steps, s.next_v[lane()].head);
+    has_v = false;
+  }
+  // Waits until a stage of k or v is empty, and loads it.
+  template <class Panels>
+  __device__ void load(Panels& to, typename Config::Pipeline& pipeline, const Box& box, const CUtensorMap& map,
+                       const BoxSteps& steps, int head) {
+    pipeline.wait_empty();
+    if (lane() == 0) pipeline.announce(sizeof(to));
     __syncwarp();
-  }
-
- private:
-  // Stores a tile's rows. The four lanes that share a row exchange their columns so that each has eight neighbouring
-  // ones: 16 bytes.
-  __device__ void store_rows(const Output& o, const AttentionTile& tile, int first_row) const {
-    constexpr int kVectors = Output::kTilesN / 4;  // of eight columns, in a lane
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = first_row + Output::row(0, half * 2);
-      const auto out = static_cast<uint16_t*>(p.out) + tile.out(p, min(row, tile.rows - 1));
-      uint32_t x[kVectors][4];
-#pragma unroll
-      for (int j = 0; j < Output::kTilesN; ++j)
-        x[j / 4][j % 4] = pack<Config::kDtype>(o[0][j][half * 2], o[0][j][half * 2 + 1]);
-      transpose_in_group(x);
-#pragma unroll
-      for (int i = 0; i < kVectors; ++i) {
-        const int column = (i * 4 + thread_in_group()) * 8;
-        if (row < tile.rows && column < p.value_dim)
-          *reinterpret_cast<uint4*>(out + column) = make_uint4(x[i][0], x[i][1], x[i][2], x[i][3]);
-      }
-    }
+    if (const int row = lane() * a.box_rows; row < Config::kN)
+      box.load(to, row, map, steps, head, pipeline.full(pipeline.stage));
+    pipeline.advance();
   }
 };
-
-template <class Config>
-__device__ inline void consumer(const AttentionArguments& a, typename Config::SharedStorage& s, int warpgroup) {
-  typename Config::Mainloop mainloop(a.p, s, warpgroup);
-  if (warpgroup == Config::kConsumers - 1) mainloop.pass_turn();
-  mainloop(s);
-  if (warpgroup == 0) mainloop.wait_turn();  // takes the last pass, so that the barrier is left empty
-}
 
 template <class Config, class = SharedBytesOf<Config>>
 __global__ void __launch_bounds__(Config::kThreads, 1)
@@ -512,13 +203,14 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   ptx::launch_dependents();
   const int known = known_sequences(a.p);
   if (threadIdx.x == Config::kConsumers * ptx::kWarpgroup) s.known = known;
+  __syncwarp();
   const int warpgroup = uniform(threadIdx.x / ptx::kWarpgroup);
   if (warpgroup == Config::kConsumers) {
     ptx::setmaxnreg_dec<Config::kProducerRegisters>();
-    if (threadIdx.x == Config::kConsumers * ptx::kWarpgroup) producer<Config>(a, s);
+    if (threadIdx.x < Config::kConsumers * ptx::kWarpgroup + 32) WgmmaAttentionProducer<Config>(a, s)();
   } else {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
-    consumer<Config>(a, s, warpgroup);
+    typename Config::Consumer(a, s, warpgroup)();
   }
 }
 
@@ -526,37 +218,26 @@ template <class Config>
 cudaError_t launch_wgmma(const AttentionParams& p, cudaStream_t stream) {
   constexpr int kShared = sizeof(typename Config::SharedStorage);
   const int64_t tiles = row_tiles(p, Config::kM);
-  AttentionArguments a{.p = p, .tiles = static_cast<unsigned>(tiles), .blocks = tiles * all_heads(p)};
+  const int splits = splits_of<Config>(p);
+  AttentionArguments a{
+      .p = p, .tiles = static_cast<unsigned>(tiles), .splits = splits, .blocks = tiles * all_heads(p) * splits};
   if (a.blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  // A dimension over which an operand is broadcast gets one element: no document promises that a tensor map may have a
-  // stride of 0. The stride of a dimension with one element is any multiple of 16, such as kNoStride.
-  const auto operand = [&](CUtensorMap& to, const AttentionTensor& t, int dim, int rows, int heads, int box_rows) {
-    constexpr int64_t kSize = sizeof(uint16_t), kNoStride = 16;
-    const auto type = p.dtype == Dtype::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-    const auto bytes = [&](int64_t stride) { return stride ? stride * kSize : kNoStride; };
-    const int64_t row = rows <= 1 ? kNoStride : t.row * kSize, head = bytes(t.head);
-    const int box[] = {kPanel, box_rows, 1, 1, 1};
-    heads = t.head ? heads : 1;
-    if (!p.cu_seqlens_q)
-      return encode_boxes<5>(to, type, t.data, {dim, rows, heads, t.batch ? p.batch : 1, 1},
-                             {row, head, bytes(t.batch), kNoStride}, box, CU_TENSOR_MAP_SWIZZLE_128B);
-    if (rows > kEnd || row >= kBack) return cudaErrorInvalidValue;
-    return encode_boxes<5>(to, type, t.data, {dim, kEnd, heads, kAnyExtent, kAnyExtent}, {row, head, row, kBack - row},
-                           box, CU_TENSOR_MAP_SWIZZLE_128B);
-  };
-  if (auto e = operand(a.q, p.q, p.head_dim, p.rows, p.heads, Config::kM)) return e;
-  if (auto e = operand(a.k, p.k, p.head_dim, p.keys, p.kv_heads, Config::kN)) return e;
-  if (auto e = operand(a.v, p.v, p.value_dim, p.keys, p.kv_heads, Config::kN)) return e;
+  if (auto e = a.encode(Config::kM, Config::kN)) return e;
   if (auto e = allow_shared<attention_wgmma_kernel<Config>>(kShared)) return e;
   const Launch launch{.grid = std::min<int64_t>(a.blocks, p.device.sms),
                       .block = Config::kThreads,
                       .shared = kShared,
                       .dependent = true};
-  return launch_kernel(attention_wgmma_kernel<Config>, launch, stream, a);
+  if (auto e = launch_kernel(attention_wgmma_kernel<Config>, launch, stream, a); e || splits == 1) return e;
+  return launch_combine<Config, true>(p, splits, stream);
 }
 
 template <AttentionInstance kInstance>
 constexpr AttentionKernel wgmma_attention{
-    .arch = sm_90a, .instance = kInstance, .launch = launch_wgmma<WgmmaAttentionConfig<kInstance, tile_of(kInstance)>>};
+    .arch = sm_90a,
+    .instance = kInstance,
+    .reads = loads_by_boxes,
+    .launch = launch_wgmma<WgmmaAttentionConfig<kInstance, tile_of(kInstance)>>,
+    .workspace = workspace_bytes<WgmmaAttentionConfig<kInstance, tile_of(kInstance)>>};
 
 }  // namespace forwardpass
