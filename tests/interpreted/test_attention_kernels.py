@@ -45,7 +45,7 @@ def run(kernel, op, args, seed=0, checks=True):
         got = dispatch.operations[op](*args)
     assert device.findings == []
     if args[0].numel() and args[1].numel():
-        assert device.counters["launches"] == 1
+        assert device.counters["launches"] in (1, 2)  # where blocks share a tile's keys, another one adds their parts
     return got
 
 
