@@ -19,7 +19,7 @@ demo: .venv/cpu
 	@echo; echo "That was the CPU. Next: gpuless and the CUDA kernels of one architecture are compiled, and run on this model's layers."
 	@$(MAKE) --no-print-directory .venv/kernels
 	$(BIN)/forwardpass kernels minilm
-	$(BIN)/forwardpass doctor
+	@echo; echo "$(BIN)/forwardpass doctor compares every operation that runs here with its reference, and says what does not run and why."
 
 # A process a core, each with one thread; the files of tests go to whoever is free, those that take longest first (conftest.py).
 PYTEST = OMP_NUM_THREADS=1 $(1)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
