@@ -305,7 +305,7 @@ def make(
     if not isinstance(multiprocessors, int) or multiprocessors < 0:
         raise ValueError(f"multiprocessors is how many a slice of the GPU has, or 0 for all, not {multiprocessors!r}")
     if isa is None:
-        isa = "report" if strict else os.environ.get("GPULESS_ISA") or "report"
+        isa = "report" if strict else os.environ.get("GPULESS_ISA_FINDINGS") or "report"
     if strict is None:
         strict = os.environ.get("GPULESS_STRICT", "0") not in ("", "0") and isa == "report"
     if strict and isa == "ignore":
@@ -364,7 +364,7 @@ def gpu(
             of text ("race softmax.cu:120 softmax_forward4  # both write the same"), or the `pathlib.Path` of a file of such
             lines (`Device.save_baseline`).
         isa: what becomes of findings that break no hardware, only the letter of the PTX ISA (`Finding.breaks`):
-            "report" warns, once, and goes on, "ignore" forgets them. None: as GPULESS_ISA has it, else "report".
+            "report" warns, once, and goes on, "ignore" forgets them. None: as GPULESS_ISA_FINDINGS has it, else "report".
         strict: they are raised as all others are. By default GPULESS_STRICT=1 says so.
 
     Yields:
