@@ -58,10 +58,15 @@ def tensor_core(name: str, arch: str) -> list[str]:
     return [rf"{kind}\b" for kind in kinds]
 
 
+#: Of attention on mma.sync beyond 8.0, whatever a multiprocessor has (kSharedKib in csrc/kernels/attention/mma.cuh).
+MOST_BEYOND_80 = 100 * 1024
+
+
 def held(k: cubin.Kernel) -> bool:
     """Whether a multiprocessor holds as many of its blocks as its name says: else it is not launched there."""
     c = attention_gates.claims(k.name)
-    return c is None or c.blocks * (k.shared + k.limits.RESERVED) <= k.limits.sm_shared
+    most = k.limits.sm_shared if k.arch == "sm_80" or "wgmma" in k.name else min(k.limits.sm_shared, MOST_BEYOND_80)
+    return c is None or c.blocks * (k.shared + k.limits.RESERVED) <= most
 
 
 def left_out(k: cubin.Kernel) -> bool:
