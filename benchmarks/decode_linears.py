@@ -43,7 +43,7 @@ CANDIDATES: dict[str, tuple[Callable[[nn.Linear], nn.Module], torch.dtype]] = {
 
 def weight_bytes(layers: list[nn.Module]) -> int:
     """What a step reads of weights."""
-    weights = [layer.weight for layer in layers]
+    weights = [getattr(layer, "qweight", layer.weight) for layer in layers]
     return sum(w.numel() * w.element_size() for w in weights if isinstance(w, Tensor))
 
 

@@ -129,7 +129,7 @@ def test_a_layer_is_checked_again_by_what_it_is_bound_to():
             assert torch.equal(layer(x), expected)
         with fp.use_backend("triton"), pytest.raises(fp.Unsupported):
             layer(x)
-        whole = {name: getattr(layer, name) for name in ("weight", "weight_scale", "bias")}
+        whole = {name: getattr(layer, name) for name in ("qweight", "weight_scale", "bias")}
         for name, buffer in whole.items():
             setattr(layer, name, buffer.to("meta"))
             with pytest.raises(ValueError, match="is on meta"):

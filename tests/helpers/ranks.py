@@ -116,7 +116,7 @@ def refused(call, error, text):
 
 def weight_bytes(model):
     """Of quantised weights."""
-    return sum(m.weight.numel() * m.weight.itemsize for m in model.modules() if isinstance(m, fp.nn.QuantizedLinear))
+    return sum(m.qweight.numel() * m.qweight.itemsize for m in model.modules() if isinstance(m, fp.nn.QuantizedLinear))
 
 
 def slices(layer, x):

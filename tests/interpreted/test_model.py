@@ -44,7 +44,7 @@ def by_its_parts(layer, x):
         symmetric=layer.symmetric,
         channel_scale=layer.channel_scale,
     )
-    acc = torch._int_mm(q.flatten(0, -2).contiguous(), layer.weight.t()).unflatten(0, q.shape[:-1])
+    acc = torch._int_mm(q.flatten(0, -2).contiguous(), layer.qweight.t()).unflatten(0, q.shape[:-1])
     shift = {} if layer.symmetric else {"a_zero_point": zero_point, "b_sum": layer.weight_sum}
     return fp.ops.dequant_activation(acc, scale, layer.weight_scale, bias=layer.bias, out_dtype=x.dtype, **shift)
 

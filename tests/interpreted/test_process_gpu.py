@@ -36,7 +36,7 @@ def test_a_script_runs_a_swapped_model(tmp_path):
         "with torch.inference_mode():\n"
         "    expected = model(x)\n"
         "    fp.swap(model, 'int8')\n"
-        "    print(fp.explain('int8_linear', x, model[0].weight, model[0].weight_scale).backend)\n"
+        "    print(fp.explain('int8_linear', x, model[0].qweight, model[0].weight_scale).backend)\n"
         "    print(float((model(x) - expected).norm() / expected.norm()) < 0.02)\n"
     )
     command = [sys.executable, "-m", "gpuless", "run", "--gpu", "sm_80", str(script)]

@@ -88,7 +88,7 @@ def test_copied_and_cast(change):
     x = torch.randn(3, 72)
     y = mlp(x)
     assert torch.equal(change(mlp)(x), y)
-    assert mlp.gate_up.weight.stride(0) % 16 == 0
+    assert mlp.gate_up.qweight.stride(0) % 16 == 0
 
 
 @torch.no_grad()

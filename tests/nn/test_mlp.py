@@ -72,7 +72,9 @@ def test_copied_and_cast(change):
         Int8Linear.from_torch(up, activation="gelu"), Int8Linear.from_torch(down), names=("fc1", "fc2"),
         between={"dropout": dropout},
     )  # fmt: skip
-    assert {*mlp.state_dict()} == {f"{n}.{b}" for n in ("fc1", "fc2") for b in ("weight", "weight_scale", "weight_sum")}
+    assert {*mlp.state_dict()} == {
+        f"{n}.{b}" for n in ("fc1", "fc2") for b in ("qweight", "weight_scale", "weight_sum", "anchor")
+    }
     x = torch.randn(3, K)
     y = mlp(x)
     assert torch.equal(change(mlp)(x), y)

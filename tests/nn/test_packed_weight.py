@@ -28,22 +28,22 @@ def is_right(m):
 
 def keeps(m):
     weight, packed = m._packed
-    return weight is m.weight and packed is not None and packed.numel() > m.weight.numel()
+    return weight is m.qweight and packed is not None and packed.numel() > m.qweight.numel()
 
 m, other = layer(0), layer(1)
 assert keeps(m) and "_packed" not in m.state_dict() and not [n for n, _ in m.named_buffers() if "packed" in n]
 is_right(m)
 
-m.weight = other.weight.clone(); is_right(m); assert keeps(m)                      # another weight
+m.qweight = other.qweight.clone(); is_right(m); assert keeps(m)                      # another weight
 m.load_state_dict(layer(2).state_dict()); is_right(m); assert keeps(m)             # copied into the old one
-m.weight.copy_(other.weight); is_right(m)                                          # in place
-m.weight.data.copy_(layer(3).weight); is_right(m)                                  # past the version counter
-m.weight.numpy()[5, 7] ^= 1; is_right(m)                                           # one bit, past torch
-m.weight.data = layer(4).weight.clone(); is_right(m)
-m.weight.zero_(); is_right(m)
+m.qweight.copy_(other.qweight); is_right(m)                                          # in place
+m.qweight.data.copy_(layer(3).qweight); is_right(m)                                  # past the version counter
+m.qweight.numpy()[5, 7] ^= 1; is_right(m)                                           # one bit, past torch
+m.qweight.data = layer(4).qweight.clone(); is_right(m)
+m.qweight.zero_(); is_right(m)
 m = layer(0)
-swapped = m.weight[[1, 0, *range(2, 70)]].clone()
-m.weight.copy_(swapped); is_right(m)                                               # the same bytes in another order
+swapped = m.qweight[[1, 0, *range(2, 70)]].clone()
+m.qweight.copy_(swapped); is_right(m)                                               # the same bytes in another order
 for change in (lambda m: m.to(torch.float16), lambda m: m.to("cpu"), copy.deepcopy):
     is_right(change(layer(5)))
 m = layer(5).to("meta")
@@ -57,7 +57,7 @@ assert loaded._packed == (None, None)
 is_right(loaded); assert keeps(loaded)
 
 for packed in (layer(7)._packed[1], torch.zeros_like(m._packed[1])):               # of another weight, and of none
-    args = (X, m.weight, m.weight_scale)
+    args = (X, m.qweight, m.weight_scale)
     try:
         y = fp.ops.int8_linear(*args, packed=packed)
         assert torch.equal(y, fp.ops.int8_linear(*args)) and packed[0] != 0
@@ -81,7 +81,7 @@ assert child.exitcode == 0 and queue.get()
 compiled = torch.compile(layer(9), backend="aot_eager", fullgraph=True)
 is_right(compiled._orig_mod)
 assert torch.equal(compiled(X), compiled._orig_mod(X))
-compiled._orig_mod.weight.copy_(other.weight)
+compiled._orig_mod.qweight.copy_(other.qweight)
 assert torch.equal(compiled(X), compiled._orig_mod(X))
 m = layer(10)
 exported = torch.export.export(m, (X,))

@@ -52,7 +52,7 @@ def kernel_error(layer, dtype, magnitude, y):
     """What a kernel may be off by: sums in float32 of K terms, each rank's rounded to what it is written in (bfloat16 by
     `Bf16Linear`'s own product), the bias, the sum of ranks, the output."""
     written = torch.bfloat16 if isinstance(layer, fp.nn.Bf16Linear) else dtype
-    terms = layer.weight.shape[1] + 8
+    terms = layer.qweight.shape[1] + 8
     return magnitude * (terms * 2**-24 + torch.finfo(written).eps) + y.abs() * 2 * torch.finfo(dtype).eps
 
 
@@ -68,7 +68,7 @@ def row_wise(kind, k, n, bias, dtype):
     divided = copy.deepcopy(layer)
     parallelize_module(divided, mesh, fp.nn.RowwiseParallel())
     columns = torch.arange(k).chunk(SIZE)[mesh.get_local_rank()]
-    assert divided.weight.shape == (n, len(columns)) and divided.in_features == len(columns)
+    assert divided.qweight.shape == (n, len(columns)) and divided.in_features == len(columns)
     assert (divided.bias is not None) == (bias and mesh.get_local_rank() == 0)
     for shape in ((5, k), (2, 3, k), (1, k), (0, k)):
         x = torch.randn(shape, dtype=dtype)
@@ -86,7 +86,7 @@ def column_wise(kind, k, n, bias, dtype):
         divided = copy.deepcopy(layer)
         parallelize_module(divided, mesh, fp.nn.ColwiseParallel(output_layouts=output))
         rows = torch.arange(n).chunk(SIZE)[mesh.get_local_rank()]
-        assert divided.weight.shape == (len(rows), k)
+        assert divided.qweight.shape == (len(rows), k)
         for shape in ((5, k), (2, 3, k), (0, k)):
             x = torch.randn(shape, dtype=dtype)
             with torch.inference_mode():
@@ -151,7 +151,7 @@ def weights_of_rank_0():
     for source in (0, None):
         layer = layer_of("int8", 64, 32)
         if mesh.get_local_rank():
-            layer.weight.zero_()
+            layer.qweight.zero_()
         parallelize_module(layer, mesh, fp.nn.ColwiseParallel(output_layouts=Replicate()), src_data_rank=source)
         y = layer(x)
         assert torch.equal(y, expected) == (source == 0)

@@ -230,8 +230,9 @@ def test_twins_compute_the_same_with_weights_of_their_own(precision, monkeypatch
         assert first is module and len(others) == 1_000_000 // sum(
             t.untyped_storage().nbytes() for t in (*module.parameters(), *module.buffers())
         )
-        weights = {m.weight.data_ptr() for m in (module, *others)}
-        assert len(weights) == 1 + len(others) and {m.weight.stride() for m in others} == {module.weight.stride()}
+        name = "qweight" if precision else "weight"
+        weights = [getattr(m, name) for m in (module, *others)]
+        assert len({w.data_ptr() for w in weights}) == len(weights) and len({w.stride() for w in weights}) == 1
         assert all(torch.equal(m(x), module(x)) for m in others[:3])
-        others[0].weight.zero_()
-        assert module.weight.any() and others[1].weight.any()
+        weights[1].zero_()
+        assert weights[0].any() and weights[2].any()

@@ -175,7 +175,7 @@ def test_rows_of_the_projection():
         half = model.to(torch.bfloat16)(*(t.bfloat16() for t in tensors[:1]), *(tensors[1].bfloat16(),) * 2)[0]
         assert 0 < error(half.float(), y) < 0.03
         model.float()
-        layer.weight = torch.zeros_like(layer.weight)  # what is put in its place counts
+        layer.qweight = torch.zeros_like(layer.qweight)  # what is put in its place counts
         assert not torch.equal(model(*tensors)[0], y)
         fp.restore(model)
 
@@ -244,7 +244,7 @@ def test_a_part_of_them(exclude):
     assert type(attention) is fp.nn.MultiheadAttention and not model.use_nested_tensor
     state = model.state_dict()
     assert ("layers.0.self_attn.in_proj_weight" in state) == ("in_proj" in exclude)
-    assert ("layers.0.self_attn.in_proj.weight" in state) == ("in_proj" not in exclude)
+    assert ("layers.0.self_attn.in_proj.qweight" in state) == ("in_proj" not in exclude)
     assert 0 < error(model(x), expected) < 0.03
     fp.restore(model)
     assert_same_objects(model, before)

@@ -166,7 +166,7 @@ def test_stored_layer_by_layer(precision, tmp_path):
     (weights,) = (tmp_path / "checkpoint").glob("*.safetensors")
     with safe_open(weights, "pt") as file:
         names = set(file.keys())
-    assert {"mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"} <= names
+    assert {"mlp.gate_proj.qweight", "mlp.up_proj.qweight", "mlp.down_proj.qweight"} <= names
     again = copy.deepcopy(loaded)
     fp.save_pretrained(again, tmp_path / "again")
     with torch.no_grad():

@@ -291,7 +291,7 @@ def test_stored_layer_by_layer(cls, precision, x, tmp_path):
 
     (weights,) = (tmp_path / "0").glob("*.safetensors")
     with safe_open(weights, "pt") as file:
-        assert {f"mlp.{name}.weight" for name in (("both", "down") if cls is Halves else ("fc1", "fc2"))} <= {
+        assert {f"mlp.{name}.qweight" for name in (("both", "down") if cls is Halves else ("fc1", "fc2"))} <= {
             *file.keys()
         }
 

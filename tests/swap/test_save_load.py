@@ -126,7 +126,7 @@ def test_every_form_of_a_layer(tmp_path):
     loaded = fp.load_pretrained(tmp_path, model=nn.Sequential(*map(copy.deepcopy, linears)).eval())
     assert [type(m) for m in loaded] == [type(m) for m in model]
     assert [m.config() for m in loaded[:3]] == [m.config() for m in model[:3]]
-    assert loaded[0].weight.stride(0) % 16 == 0
+    assert loaded[0].qweight.stride(0) % 16 == 0
     assert torch.equal(outputs(loaded, x), outputs(model, x))
 
 
@@ -223,7 +223,7 @@ DAMAGE = {
         "damaged or no safetensors file",
     ),
     "beyond its end": (
-        header({"first.weight": {"dtype": "I8", "shape": [1 << 40, 1 << 20], "data_offsets": [0, 1 << 60]}}),
+        header({"first.qweight": {"dtype": "I8", "shape": [1 << 40, 1 << 20], "data_offsets": [0, 1 << 60]}}),
         ValueError,
         "damaged or no safetensors file",
     ),
@@ -243,9 +243,9 @@ DAMAGE = {
         r"head.bias has the shape \(4,\)",
     ),
     "shape of a layer": (
-        lambda f: tensors(f, lambda t: t.update({"first.weight": torch.ones(2, 2, dtype=torch.int8)})),
+        lambda f: tensors(f, lambda t: t.update({"first.qweight": torch.ones(2, 2, dtype=torch.int8)})),
         ValueError,
-        r"first.weight in the file is \(2, 2\)",
+        r"first.qweight in the file is \(2, 2\)",
     ),
     "dtype": (
         lambda f: tensors(f, lambda t: t.update({"head.bias": torch.ones(3, dtype=torch.int32)})),
@@ -317,7 +317,7 @@ DAMAGE = {
         "bias=1 is not of its type",
     ),
     "alias": (
-        lambda f: edit(f, lambda r: r["aliases"].update({"first.weight": "nowhere"})),
+        lambda f: edit(f, lambda r: r["aliases"].update({"first.qweight": "nowhere"})),
         ValueError,
         "no tensor 'nowhere'",
     ),

@@ -253,7 +253,7 @@ def test_other_values_are_used():
     other, _ = swapped()
     x = torch.randn(3, SIZE)
     with torch.no_grad():
-        other[0].b.weight.neg_()
+        other[0].b.qweight.neg_()
         other[0].b.weight_sum.neg_()
         model.load_state_dict(other.state_dict())
         assert torch.equal(model(x)[1], other(x)[1])
@@ -265,7 +265,7 @@ def test_other_values_are_used():
 def test_state_dict_holds_each_layer_alone(tmp_path):
     model, _ = swapped()
     state = model.state_dict()
-    assert state["0.b.weight"].shape == (48, SIZE)
+    assert state["0.b.qweight"].shape == (48, SIZE)
     fp.save_pretrained(model, tmp_path / "checkpoint")
     loaded = fp.load_pretrained(tmp_path / "checkpoint", model=nn.Sequential(Straight()).eval())
     x = torch.randn(3, SIZE)

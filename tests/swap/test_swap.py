@@ -308,7 +308,7 @@ def test_a_tied_head_that_is_spelled_out_gets_a_copy_of_its_own(tmp_path):
         report = fp.swap(model, "w8a16", include=["lm_head"])
         assert names(report) == ["lm_head"] and codes(report)["model.layers.0.mlp.up_proj"] == "not_included"
         assert model.get_input_embeddings().weight is weight and torch.equal(weight, values)
-        copy, sizes = model.lm_head.weight, report.weight_bytes
+        copy, sizes = model.lm_head.qweight, report.weight_bytes
         assert type(model.lm_head) is fp.nn.W8A16Linear and copy.dtype == torch.int8
         assert (
             sizes.after - sizes.before == report.swapped[0].bytes_after > copy.numel()

@@ -329,8 +329,8 @@ def joined():
             parallelize_module(m, mesh, {"?": style()})
         for _ in range(2):
             assert torch.equal(m(x), expected)
-        assert m.q.joined.layer.weight.shape == (120, 64)
-        assert m.q.weight.untyped_storage()._cdata == m.v.weight.untyped_storage()._cdata
+        assert m.q.joined.layer.qweight.shape == (120, 64)
+        assert m.q.qweight.untyped_storage()._cdata == m.v.qweight.untyped_storage()._cdata
 
 
 def swapped_with_gate_and_up(folder):
@@ -341,9 +341,9 @@ def swapped_with_gate_and_up(folder):
     column, row = fp.nn.ColwiseParallel(), fp.nn.RowwiseParallel()
     parallelize_module(model, mesh, {"model.layers.*.mlp.gate_up": column, "model.layers.*.mlp.down": row})
     mlp = model.model.layers[0].mlp
-    assert mlp.gate_up.weight.shape == (128, 64) and mlp.down.weight.shape == (64, 64)
+    assert mlp.gate_up.qweight.shape == (128, 64) and mlp.down.qweight.shape == (64, 64)
     assert error(logits(model), logits(one)) < 5e-3
-    assert mlp.separate()["up_proj"].weight.shape == (64, 64)
+    assert mlp.separate()["up_proj"].qweight.shape == (64, 64)
 
 
 def refusals(folder):

@@ -74,7 +74,7 @@ def _inputs(model: nn.Module, names: Sequence[str], batch: dict[str, Tensor]) ->
 
 def _shape(layer: nn.Module) -> str:
     """[N, K] of each weight."""
-    weights = (b for n, b in layer.state_dict().items() if n.rpartition(".")[2] == "weight" and b.dim() == 2)
+    weights = (b for n, b in layer.state_dict().items() if n.rpartition(".")[2] == "qweight" and b.dim() == 2)
     return " ".join(f"{n}x{k}" for n, k in (w.shape for w in weights))
 
 

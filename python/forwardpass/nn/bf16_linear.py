@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -28,7 +29,7 @@ class Bf16Linear(QuantizedLinear):
         dtype: of the bias; outputs have the dtype of the input.
         activation: "relu", "gelu", "gelu_tanh" or "silu", applied to y in fp32; None: none, as in nn.Linear.
 
-    Shapes: input [..., in_features], output [..., out_features]. Buffers: weight bfloat16 [N, K], bias [N] or None.
+    Shapes: input [..., in_features], output [..., out_features]. Buffers: qweight bfloat16 [N, K], bias [N] or None.
     """
 
     weight_dtype: ClassVar[torch.dtype] = torch.bfloat16
@@ -64,17 +65,20 @@ class Bf16Linear(QuantizedLinear):
         cls._refuse(module)
         weight, bias = linear_weight(module), module.bias
         assert bias is None or isinstance(bias, Tensor)
-        layer = cls(weight.shape[1], weight.shape[0], bias is not None, activation=activation, device="meta")
-        layer.weight = weight.to(torch.bfloat16, memory_format=torch.contiguous_format)
+        layer = cls(
+            weight.shape[1], weight.shape[0], bias is not None, dtype=weight.dtype, activation=activation, device="meta"
+        )
+        layer.qweight = weight.to(torch.bfloat16, memory_format=torch.contiguous_format)
         if bias is not None:
             layer.bias = bias.detach().clone()
+        layer.settle()
         return layer.train(module.training)
 
     def product(self, x: Tensor) -> Tensor:  # type: ignore[override]
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError("Bf16Linear has no backward, and its input requires grad: call it under "
                                "torch.inference_mode(), or detach its input")  # fmt: skip
-        y = F.linear(x.to(torch.bfloat16), self.weight)
+        y = F.linear(x.to(torch.bfloat16), self.qweight)
         if self.bias is None and self.activation is None:
             return y.to(x.dtype)
         # The bias is not in the product, which would round it: an error that is the same in every row. One operation that takes
@@ -85,5 +89,6 @@ class Bf16Linear(QuantizedLinear):
     def _quantized(self, x: Tensor) -> Tensor:
         return x.to(torch.bfloat16).double()
 
-    def _dequantized_weight(self) -> Tensor:
-        return self.weight.double()
+    @staticmethod
+    def dequantized(buffers: Mapping[str, Tensor]) -> Tensor:
+        return buffers["qweight"].double()

@@ -110,6 +110,7 @@ class Experts(QuantizedModule):
                 f"{name}_bias", torch.empty(num_experts, n, dtype=as_dtype(dtype), device=device) if bias else None
             )
         self._gate: _Gate | None = None
+        self._put_anchor(as_dtype(dtype), device)
 
     @classmethod
     def why_not(cls, module: nn.Module) -> Reason | None:
@@ -258,7 +259,7 @@ class Experts(QuantizedModule):
             "gated": self.gated,
             **({} if self.activation is None else {"activation": self.activation}),
             "bias": bias is not None,
-            "dtype": str(torch.float32 if bias is None else bias.dtype).removeprefix("torch."),
+            "dtype": str(self.anchor.dtype if bias is None else bias.dtype).removeprefix("torch."),
         }
 
     def extra_repr(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -36,7 +37,7 @@ class Fp8Linear(QuantizedLinear):
         activation: "relu", "gelu", "gelu_tanh" or "silu", applied to y in the layer's epilogue; None: none, as in nn.Linear.
         scales: "tensor", "row" or "block"; static: not with "block"; channel_scale: see above.
 
-    Shapes: input [..., in_features], output [..., out_features]. Buffers: weight e4m3 [N, K], weight_scale fp32 [1], [N] or
+    Shapes: input [..., in_features], output [..., out_features]. Buffers: qweight e4m3 [N, K], weight_scale fp32 [1], [N] or
     [ceil(N / 128), ceil(K / 128)] (of gate and up as one layer [2, ceil(N / 256), ceil(K / 128)]), bias [N] or None,
     channel_scale fp32 [K] or None, input_scale fp32 [1] (static) or None.
 
@@ -100,7 +101,7 @@ class Fp8Linear(QuantizedLinear):
         n, k = weight.shape
         cls._check_sizes(channel_scale=(channel_scale, k), input_scale=(input_scale, 1))
         assert bias is None or isinstance(bias, Tensor)
-        layer = cls(k, n, bias is not None, scales=scales, static=input_scale is not None,
+        layer = cls(k, n, bias is not None, dtype=weight.dtype, scales=scales, static=input_scale is not None,
                     channel_scale=channel_scale is not None, activation=activation, device="meta")  # fmt: skip
         quantized = quantize_weight(weight if channel_scale is None else weight.float() / channel_scale, E4M3, scales)
         layer.filled(*quantized, bias, channel_scale=channel_scale, input_scale=input_scale)
@@ -110,11 +111,11 @@ class Fp8Linear(QuantizedLinear):
         b = self._buffers
         if isinstance(x, Quantized):
             return FP8_GEMM(
-                x.values, b["weight"], x.scale, b["weight_scale"], b["bias"], self.activation, x.dtype, None
+                x.values, b["qweight"], x.scale, b["weight_scale"], b["bias"], self.activation, x.dtype, None
             )
         return OPERATION(
             rows(x),
-            b["weight"],
+            b["qweight"],
             b["weight_scale"],
             b["bias"],
             self.activation,
@@ -142,7 +143,7 @@ class Fp8Linear(QuantizedLinear):
             a, a_scale = x.values, x.scale
         else:
             a, a_scale = quantized_input(rows(x), *options, QUANTIZE)  # type: ignore[arg-type]
-        product = a, b["weight"], a_scale, b["weight_scale"], b["bias"], self.activation
+        product = a, b["qweight"], a_scale, b["weight_scale"], b["bias"], self.activation
         static = then._buffers["input_scale"]
         if static is None:
             q, scale = FP8_GEMM_QUANTIZE(*product, BLOCK)
@@ -156,8 +157,10 @@ class Fp8Linear(QuantizedLinear):
             a, a_scale = quantized_input(x, self.weight_scale, self.input_scale, self.channel_scale)
         return a.double() * rows_scale(a, a_scale, self.scales == "block")
 
-    def _dequantized_weight(self) -> Tensor:
-        return self.weight.double() * columns_scale(self.weight, self.weight_scale)
+    @staticmethod
+    def dequantized(buffers: Mapping[str, Tensor]) -> Tensor:
+        q = buffers["qweight"]
+        return q.double() * columns_scale(q, buffers["weight_scale"])
 
     def config(self) -> dict[str, Any]:
         return super().config() | {

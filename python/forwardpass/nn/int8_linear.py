@@ -32,13 +32,13 @@ class Int8Linear(QuantizedLinear):
         activation: "relu", "gelu", "gelu_tanh" or "silu", applied to y in the layer's epilogue; None: none, as in nn.Linear.
         symmetric, static, channel_scale: which buffers there are, see above.
 
-    Shapes: input [..., in_features], output [..., out_features]. Buffers: weight int8 [N, K], weight_scale fp32 [N], bias [N] or
+    Shapes: input [..., in_features], output [..., out_features]. Buffers: qweight int8 [N, K], weight_scale fp32 [N], bias [N] or
     None, weight_sum int32 [N] (asymmetric), channel_scale fp32 [K] or None, input_scale fp32 [1] and input_zero_point int32 [1]
     (static).
 
-    On a CPU with AVX2 at most it also keeps its weight as the kernel reads it, in about as many bytes again, made from `weight` on
-    the first call after that was replaced. Where `weight` is written into in place the results follow, but each call packs it
-    anew: `layer.weight = layer.weight.clone()` ends that. It is no buffer, and not in the state_dict.
+    On a CPU with AVX2 at most it also keeps its weight as the kernel reads it, in about as many bytes again, made from `qweight` on
+    the first call after that was replaced. Where `qweight` is written into in place the results follow, but each call packs it
+    anew: `layer.qweight = layer.qweight.clone()` ends that. It is no buffer, and not in the state_dict.
 
     Inference only: raises under grad when the input requires it.
     """
@@ -113,7 +113,7 @@ class Int8Linear(QuantizedLinear):
             quantized = quantize_weight(weight.float() if channel_scale is None else weight.float() / channel_scale)
         elif quantized[0].shape != weight.shape or quantized[0].dtype != torch.int8 or quantized[1].shape != (n,):
             raise ValueError(f"Int8Linear.from_torch: quantized must be int8 [{n}, {k}] and float32 [{n}]")
-        layer = cls(k, n, own_bias is not None, symmetric=symmetric, static=input_scale is not None,
+        layer = cls(k, n, own_bias is not None, dtype=weight.dtype, symmetric=symmetric, static=input_scale is not None,
                     channel_scale=channel_scale is not None, activation=activation, device="meta")  # fmt: skip
         assert own_bias is None or isinstance(own_bias, Tensor)
         layer.filled(*quantized, own_bias, channel_scale=channel_scale, input_scale=input_scale,
@@ -123,7 +123,7 @@ class Int8Linear(QuantizedLinear):
     def _fill(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         super()._fill(weight, scale, bias)
         if not self.symmetric:
-            self.weight_sum = self.weight.sum(1, dtype=torch.int32)
+            self.weight_sum = self.qweight.sum(1, dtype=torch.int32)
 
     def product(self, x: Tensor | Quantized) -> Tensor:
         b, packed = self._buffers, self._packed
@@ -132,10 +132,10 @@ class Int8Linear(QuantizedLinear):
         if torch.compiler.is_compiling():
             if torch.compiler.is_exporting():  # for other machines
                 packed = (None, None)
-        elif packed[0] is not b["weight"]:
+        elif packed[0] is not b["qweight"]:
             packed = self._pack()
         return OPERATION(
-            rows(x), b["weight"], b["weight_scale"], b["bias"], self.activation, x.dtype, b["input_scale"], b["input_zero_point"],
+            rows(x), b["qweight"], b["weight_scale"], b["bias"], self.activation, x.dtype, b["input_scale"], b["input_zero_point"],
             self.symmetric, b["channel_scale"], b["weight_sum"], packed[1],
         )  # fmt: skip
 
@@ -164,18 +164,19 @@ class Int8Linear(QuantizedLinear):
     ) -> Tensor:
         b = self._buffers
         return GEMM(
-            a, b["weight"], scale, b["weight_scale"], b["bias"], self.activation, dtype, out_scale, zero_point,
+            a, b["qweight"], scale, b["weight_scale"], b["bias"], self.activation, dtype, out_scale, zero_point,
             b["weight_sum"],
         )  # fmt: skip
 
     def settle(self, alone: bool = True) -> None:
+        super().settle(alone)
         if alone:
             self._pack()
         else:
             self._packed = (None, None)
 
     def _pack(self) -> tuple[Tensor | None, Tensor | None]:
-        weight = self.weight
+        weight = self.qweight
         on_cpu = type(weight) is Tensor and weight.device.type == "cpu" and library.load_error is None
         self._packed = packed = (weight, pack_int8_weight(weight) if on_cpu else None)
         return packed

@@ -39,7 +39,7 @@ class Joined:
         self._columns = [*zip(accumulate(sizes, initial=0), sizes)]
         config = first.config() | {"out_features": sum(sizes)}
         with torch.inference_mode(False), torch.no_grad():  # for a later load_state_dict, which writes in place
-            self.layer = type(first)(**config, device=first.weight.device).eval()
+            self.layer = type(first)(**config, device=first.qweight.device).eval()
             for name, whole in self.layer._buffers.items():
                 if whole is None:
                     continue

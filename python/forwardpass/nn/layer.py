@@ -16,6 +16,7 @@ from ..ops.common.activations import GATED, PLAIN, activate, check_activation, i
 from ..ops.common.quantized_rows import E4M3, FLOATS, LEAST_RANGE, empty_q, pad_rows
 from ..ops.fp8_gemm import BLOCK
 from ..ops.w8a16_gemm.reference import dequantize_weight
+from .dequantized_weight import DequantizedWeight
 from .joined import Joined
 
 if TYPE_CHECKING:
@@ -115,6 +116,19 @@ class QuantizedModule(nn.Module):
     activation: str | None  #: that it applies besides
     #: whether `load_state_dict` gave it other values than those that it was made with
     is_loaded: bool = False
+    #: Without elements: of the dtype and on the device of the floats that the module stands for, which torch's casts and moves
+    #: change with it, and which `next(model.parameters())` finds.
+    anchor: nn.Parameter
+
+    def _put_anchor(self, dtype: torch.dtype, device: torch.device | str | None, requires_grad: bool = False) -> None:
+        with torch.inference_mode(False):  # for a later cast, which changes it in place
+            self.anchor = nn.Parameter(torch.empty(0, dtype=dtype, device=device), requires_grad)
+
+    def _move_anchor(self) -> None:
+        """To where the values are, once there are some."""
+        anchor, device = self._parameters.get("anchor"), next(iter(self._fixed().values())).device
+        if anchor is not None and anchor.device != device:
+            self._put_anchor(anchor.dtype, device, anchor.requires_grad)
 
     def exact(self, *args: Tensor) -> Tensor:
         """What forward gives, but for the error of its kernels: in fp64 on the operands that its input is quantised to."""
@@ -149,12 +163,21 @@ class QuantizedModule(nn.Module):
                 setattr(self, name, new := old.to(new.device))
             if new.itemsize == 1 and new.stride(-2) % 16:  # .to() makes it contiguous
                 setattr(self, name, pad_rows(new))
+        if before:
+            self._move_anchor()
         return self
+
+    def _as_now(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+        """A state dict by today's names: an earlier version, as a model of floats, has a `weight`."""
+        name, before = f"{prefix}qweight", f"{prefix}weight"
+        if "qweight" not in self._buffers or name in state_dict or before not in state_dict:
+            return state_dict
+        return {(name if key == before else key): value for key, value in state_dict.items()}
 
     def check_state_dict(self, state_dict: Mapping[str, Any], prefix: str) -> None:
         """RuntimeError where a state dict is of a module that is not swapped, or swapped another way: `copy_` would cut a float
         weight to integers, strict=False would leave weights under scales of another, or pass over all of them."""
-        fixed = self._fixed()
+        fixed, state_dict = self._fixed(), self._as_now(state_dict, prefix)
         stored = {n for n in self._buffers if not n.endswith("bias") and prefix + n in state_dict}
         cast = not any(t.itemsize == 1 for t in fixed.values())  # a weight of 16 bits
         misfits = [n for n, t in fixed.items() if n in stored and state_dict[prefix + n].dtype != t.dtype
@@ -176,11 +199,14 @@ class QuantizedModule(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *others: Any) -> None:
         self.check_state_dict(state_dict, prefix)
+        state_dict = self._as_now(state_dict, prefix)
         pairs = [
             (t, state_dict[prefix + n]) for n, t in self._buffers.items() if t is not None and prefix + n in state_dict
         ]
         if any(not t.is_meta and not torch.equal(new.to(t.device), t) for t, new in pairs):
             self.is_loaded = True
+        if "anchor" in self._parameters and f"{prefix}anchor" not in state_dict:  # of a file, or of an earlier version
+            state_dict = {**state_dict, f"{prefix}anchor": self.anchor}
         super()._load_from_state_dict(state_dict, prefix, *others)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -209,7 +235,11 @@ L = TypeVar("L", bound="QuantizedLinear")
 
 
 class QuantizedLinear(QuantizedModule):
-    """Base of the layers: weight [N, K], weight_scale fp32 (`scales_shape`; None for a weight of 16 bits), bias [N] or None.
+    """Base of the layers: qweight [N, K], of 8 bits or bfloat16, weight_scale fp32 (`scales_shape`; None for bfloat16), bias [N] or
+    None.
+
+    `weight` is for code that reads it, and not for the layer: a `DequantizedWeight` of the dtype and in the layout of the weight
+    that was replaced. It cannot be written.
 
     With a gated activation ("silu_mul") rows are those of a gate and an up projection by `interleave_gate_up`, and outputs N / 2.
     """
@@ -219,15 +249,17 @@ class QuantizedLinear(QuantizedModule):
     #: the operation that its forward calls; None: torch's own product
     operation: ClassVar[str | None]
     #: buffers with a row or an element an output
-    output_buffers: ClassVar[tuple[str, ...]] = ("weight", "weight_scale", "bias")
+    output_buffers: ClassVar[tuple[str, ...]] = ("qweight", "weight_scale", "bias")
     #: the deepest K that the layer's kernels take
     max_in_features: ClassVar[int | None] = None
 
-    weight: Tensor
-    weight_scale: Tensor  #: None where the weight has 16 bits: such a layer reads its weight itself
+    qweight: Tensor
+    weight_scale: Tensor  #: None where qweight is bfloat16
     bias: Tensor | None
     joined: Joined | None = None  #: with layers that are called with the same input
     sharding: Sharding | None = None  #: where it is one process's part of a layer
+    is_transposed: bool = False  #: whether the weight that it stands for is [K, N], as in transformers' Conv1D
+    _weight: DequantizedWeight | None = None
     #: input_scale and channel_scale, and the one over the other
     _divided: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
 
@@ -250,13 +282,14 @@ class QuantizedLinear(QuantizedModule):
         self.in_features, self.out_features, self.activation = in_features, out_features, activation
         shape, weight_dtype = (out_features, in_features), weight_dtype or self.weight_dtype
         if scales is None:
-            self.register_buffer("weight", torch.empty(shape, dtype=weight_dtype, device=device))
+            self.register_buffer("qweight", torch.empty(shape, dtype=weight_dtype, device=device))
             self.register_buffer("weight_scale", None)
         else:
-            self.register_buffer("weight", empty_q(torch.empty(0, device=device), shape, weight_dtype))
+            self.register_buffer("qweight", empty_q(torch.empty(0, device=device), shape, weight_dtype))
             size = scales_shape(out_features, in_features, scales)
             self.register_buffer("weight_scale", torch.empty(size, dtype=torch.float32, device=device))
         self.register_buffer("bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None)
+        self._put_anchor(dtype, device)
 
     @classmethod
     def why_not(cls, module: nn.Module) -> Reason | None:
@@ -288,7 +321,7 @@ class QuantizedLinear(QuantizedModule):
 
     def _optional(self, name: str, present: bool, size: int, dtype: torch.dtype = torch.float32) -> None:
         """A vector that the layer may have beside its weight, on the weight's device."""
-        empty = torch.empty(size, dtype=dtype, device=self.weight.device) if present else None
+        empty = torch.empty(size, dtype=dtype, device=self.qweight.device) if present else None
         self.register_buffer(name, empty)
 
     @classmethod
@@ -300,7 +333,7 @@ class QuantizedLinear(QuantizedModule):
 
     def _fill(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         """Takes over an 8-bit weight [N, K], its scales and a copy of the bias."""
-        self.weight = weight if weight.stride(0) % 16 == 0 else pad_rows(weight)
+        self.qweight = weight if weight.stride(0) % 16 == 0 else pad_rows(weight)
         self.weight_scale = scale
         if bias is not None:
             self.bias = bias.detach().clone()
@@ -310,7 +343,7 @@ class QuantizedLinear(QuantizedModule):
         for name, v in vectors.items():
             if v is not None:
                 buffer = getattr(self, name)
-                setattr(self, name, v.detach().to(self.weight.device, buffer.dtype).reshape(-1).clone())
+                setattr(self, name, v.detach().to(self.qweight.device, buffer.dtype).reshape(-1).clone())
 
     def filled(self: L, weight: Tensor, scale: Tensor, bias: Tensor | None, **vectors: Tensor | None) -> L:
         """This empty layer with values: a weight that is quantised already, its scales, and vectors beside it."""
@@ -321,6 +354,9 @@ class QuantizedLinear(QuantizedModule):
 
     def forward(self, x: Tensor | Quantized, then: QuantizedLinear | None = None) -> Tensor | Quantized:
         """then: a layer for which `quantizes_for` holds, and which is called with the result and nothing else."""
+        device = self._buffers["qweight"].device.type  # type: ignore[union-attr]
+        if device != "meta" and torch.is_autocast_enabled(device):
+            x = _as_autocast(x)
         if then is not None:
             return self.quantized_product(x, then)
         sharding = self.sharding
@@ -364,11 +400,58 @@ class QuantizedLinear(QuantizedModule):
         self._divided = (None, None, None)  # it writes into buffers
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_divided": (None, None, None)}
+        return {**super().__getstate__(), "_divided": (None, None, None), "_weight": None}
+
+    @property
+    def weight(self) -> Tensor:
+        """Values: qweight times its scales and channel_scale, which is what x is multiplied by. [N, K], or [K, N]."""
+        if torch.compiler.is_compiling():
+            return self._read_weight(self._buffers, self.is_transposed)().to(self.anchor.dtype)
+        weight, q, dtype = self._weight, self.qweight, self.anchor.dtype
+        if type(weight) is not DequantizedWeight or (weight.dtype, weight.device, weight.numel()) != (
+            dtype, q.device, q.numel(),
+        ):  # fmt: skip
+            like = torch.empty(q.shape, dtype=dtype, device="meta")
+            read = self._read_weight(self._buffers, self.is_transposed)
+            self._weight = weight = DequantizedWeight(read, like.t() if self.is_transposed else like, q.device)
+        return weight
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        raise AttributeError(f"the weight of {type(self).__name__} is computed from its {self.qweight.dtype} values, and cannot be "
+                             "set: restore the layer (fp.restore), set its weight, and swap it again")  # fmt: skip
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight":  # nn.Module asks no property
+            type(self).weight.fset(self, param)  # type: ignore[attr-defined]
+        super().register_parameter(name, param)
+
+    @classmethod
+    def _read_weight(cls, buffers: Mapping[str, Tensor | None], transposed: bool) -> Callable[[], Tensor]:
+        """What computes it. Of the buffers and not of the layer, which would then hold itself."""
+
+        def read() -> Tensor:
+            weight, smoothing = cls.dequantized(buffers), buffers.get("channel_scale")  # type: ignore[arg-type]
+            weight = weight if smoothing is None else weight * smoothing
+            return weight.t() if transposed else weight
+
+        return read
+
+    def adopt(self, module: nn.Module) -> None:
+        super().adopt(module)
+        self.stand_for(module)
+
+    def stand_for(self, module: nn.Module, dtype_too: bool = True) -> None:
+        """Gives `weight` the layout that it has in the module that is replaced, and the dtype where that is of floats."""
+        weight = module.anchor if isinstance(module, QuantizedLinear) else module.weight
+        if dtype_too and isinstance(weight, Tensor) and weight.dtype in FLOATS:
+            self._put_anchor(weight.dtype, self.qweight.device, weight.requires_grad)
+        self.is_transposed = module.is_transposed if isinstance(module, QuantizedLinear) else is_conv1d(module)
 
     def settle(self, alone: bool = True) -> None:
         """Makes what the layer keeps beside its buffers, which now have their values; not alone: drops it, as another layer
         computes for this one."""
+        self._move_anchor()
 
     def outputs(self: L, start: int, size: int) -> L | None:
         """A layer of `size` outputs of this one from `start` on, on views of its buffers; None where they cannot be views."""
@@ -400,7 +483,12 @@ class QuantizedLinear(QuantizedModule):
         return exact
 
     def _dequantized_weight(self) -> Tensor:
-        return dequantize_weight(self.weight, self.weight_scale)
+        return self.dequantized(self._buffers)  # type: ignore[arg-type]
+
+    @staticmethod
+    def dequantized(buffers: Mapping[str, Tensor]) -> Tensor:
+        """In float64, the weight [N, K] that a layer with these buffers multiplies by."""
+        return dequantize_weight(buffers["qweight"], buffers["weight_scale"])
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments, as JSON takes them: `cls(**config)` is this layer without its values."""
@@ -408,13 +496,22 @@ class QuantizedLinear(QuantizedModule):
             "in_features": self.in_features,
             "out_features": self.out_features,
             "bias": self.bias is not None,
-            "dtype": str(self.bias.dtype if self.bias is not None else torch.float32).removeprefix("torch."),
+            "dtype": str(self.anchor.dtype if self.bias is None else self.bias.dtype).removeprefix("torch."),
             **({} if self.activation is None else {"activation": self.activation}),
         }
 
     def extra_repr(self) -> str:
         activation = "" if self.activation is None else f", activation={self.activation}"
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}{activation}"
+
+
+def _as_autocast(x: Tensor | Quantized) -> Tensor | Quantized:
+    """As nn.Linear takes it under torch.autocast."""
+    if isinstance(x, Quantized):
+        return x._replace(dtype=torch.get_autocast_dtype(x.values.device.type))
+    if not x.is_floating_point() or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype:

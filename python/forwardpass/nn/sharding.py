@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 OUTPUTS, INPUTS = 0, 1  #: dimensions of a weight [N, K]
 #: What `divide` knows how to divide.
-_BUFFERS = {"weight", "weight_scale", "weight_sum", "bias", "channel_scale", "input_scale", "input_zero_point"}
+_BUFFERS = {"qweight", "weight_scale", "weight_sum", "bias", "channel_scale", "input_scale", "input_zero_point"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,14 +96,14 @@ class Sharding:
             ValueError: the layer cannot be divided so, and why; it is as it was.
         """
         size = self.checked_size(layer)
-        index, rank = self._index(size, layer.weight.device), self.mesh.get_local_rank()
+        index, rank = self._index(size, layer.qweight.device), self.mesh.get_local_rank()
         parts = {name: self._part(layer, name, t, index) for name, t in layer._buffers.items() if t is not None}
         if self.dim == OUTPUTS:
             layer.out_features = index.numel()
         else:
             layer.in_features = index.numel()
             if "weight_sum" in parts:
-                parts["weight_sum"] = parts["weight"].sum(1, dtype=torch.int32)
+                parts["weight_sum"] = parts["qweight"].sum(1, dtype=torch.int32)
         layer._buffers.update(parts)
         if self.dim == INPUTS and rank != 0:
             layer.bias = None
@@ -148,12 +148,12 @@ class Sharding:
 
     def _part(self, layer: QuantizedLinear, name: str, t: Tensor, index: Tensor) -> Tensor:
         """This rank's part of one buffer."""
-        if name == "weight":
+        if name == "qweight":
             if t.itemsize > 1:
                 return t.index_select(self.dim, index)
             return pad_rows(t.view(torch.uint8).index_select(self.dim, index).view(t.dtype))
         if name == "weight_scale" and t.dim() == 2:
-            size = layer.weight.shape[self.dim]
+            size = layer.qweight.shape[self.dim]
             return t.index_select(self.dim, index if t.shape[self.dim] == size else index[::BLOCK] // BLOCK)
         per_output = name in layer.output_buffers and t.numel() == layer.out_features
         if (self.dim == OUTPUTS and per_output) or (self.dim == INPUTS and name == "channel_scale"):

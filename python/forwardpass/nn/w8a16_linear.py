@@ -28,7 +28,7 @@ class W8A16Linear(QuantizedLinear):
         activation: "relu", "gelu", "gelu_tanh" or "silu", applied to y in the layer's epilogue; None: none, as in nn.Linear.
         scales: "row", one an output channel, or "group", one for 128 columns of it.
 
-    Buffers: weight [N, K], weight_scale fp32 [N] or [N, ceil(K / 128)], bias [N] or None.
+    Buffers: qweight [N, K], weight_scale fp32 [N] or [N, ceil(K / 128)], bias [N] or None.
     """
 
     operation: ClassVar[str] = "w8a16_gemm"
@@ -71,20 +71,19 @@ class W8A16Linear(QuantizedLinear):
         weight, bias = linear_weight(module), module.bias
         assert bias is None or isinstance(bias, Tensor)
         n, k = weight.shape
-        layer = cls(
-            k, n, bias is not None, weight_dtype=weight_dtype, scales=scales, activation=activation, device="meta"
-        )
-        return layer.filled(*quantize_weight(weight, layer.weight.dtype, scales), bias).train(module.training)
+        layer = cls(k, n, bias is not None, dtype=weight.dtype, weight_dtype=weight_dtype, scales=scales,
+                    activation=activation, device="meta")  # fmt: skip
+        return layer.filled(*quantize_weight(weight, layer.qweight.dtype, scales), bias).train(module.training)
 
     def product(self, x: Tensor) -> Tensor:  # type: ignore[override]
         b = self._buffers
-        return OPERATION(rows(x), b["weight"], b["weight_scale"], b["bias"], self.activation)
+        return OPERATION(rows(x), b["qweight"], b["weight_scale"], b["bias"], self.activation)
 
     def config(self) -> dict[str, Any]:
         return super().config() | {
-            "weight_dtype": str(self.weight.dtype).removeprefix("torch."),
+            "weight_dtype": str(self.qweight.dtype).removeprefix("torch."),
             "scales": self.scales,
         }
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, weight={str(self.weight.dtype).removeprefix('torch.')}, scales={self.scales}"
+        return f"{super().extra_repr()}, weight={str(self.qweight.dtype).removeprefix('torch.')}, scales={self.scales}"

@@ -171,11 +171,12 @@ class _Filled:
     """A model with empty layers, while transformers reads their values."""
 
     def __init__(self, model: Any, record: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
-        from .checkpoint import decide_changes, empty_layers
+        from .checkpoint import EARLIER, decide_changes, empty_layers, renamed
         from .projections import Projections
 
         self.model = model
         record, shapes = _below(model, record, shapes)
+        shapes = {renamed(record, name): shape for name, shape in shapes.items()}
         projections = Projections(model, on_meta=True)
         projections.put()
         leaves, layers = empty_layers(model, record, shapes, lambda t: torch.device("meta"), self._fail)
@@ -185,7 +186,8 @@ class _Filled:
             vars(module)["_is_hf_initialized"] = True
         self.layers = {leaf.fqn: (leaf, layers[id(leaf.module)]) for leaf in leaves}
         for leaf, layer in self.layers.values():
-            leaf.parent._modules[leaf.name] = layer
+            vars(layer)["anchor"] = layer._parameters.pop("anchor")  # which no file has
+            leaf.parent._modules[leaf.name] = _Earlier(layer) if record["schema"] == EARLIER else layer
         for name in shapes:
             fqn, _, tensor = name.rpartition(".")
             if fqn in self.layers and tensor not in self.layers[fqn][1].state_dict():
@@ -200,16 +202,21 @@ class _Filled:
         from .siblings import JoinedSwap
         from .tensor_parallel import take_over
 
-        for fqn, (_, layer) in self.layers.items():
+        for fqn, (leaf, layer) in self.layers.items():
+            if isinstance(there := leaf.parent._modules[leaf.name], _Earlier):
+                there.fill(layer)
+                leaf.parent._modules[leaf.name] = layer
             for name, t in layer.named_buffers():
                 if not _is_loaded(t):
                     raise self._fail(f"{fqn}.{name} is missing from the file")
+            layer._parameters["anchor"] = vars(layer).pop("anchor")
             layer._apply(lambda t: t)  # rows of 16 bytes
             if isinstance(layer, QuantizedLinear):
                 layer.settle()
+        anchors = {id(layer.anchor) for _, layer in self.layers.values()}
         if _is_as_saved(self.model):
             for name, t in self.model.named_parameters():
-                if not _is_loaded(t):
+                if not _is_loaded(t) and id(t) not in anchors:
                     raise self._fail(f"{name} is missing from the file")
         if eight_bits := [name for name, p in self.model.named_parameters() if p.itemsize == 1]:
             raise self._fail(f"{eight_bits[0]} has 8 bits in the file, and no layer of it is recorded")
@@ -221,6 +228,17 @@ class _Filled:
         put_changes(self.model, self.changes)
         joined.put()
         methods.put(self.model)
+
+
+class _Earlier(nn.Module):
+    """In the place of an empty layer, the tensors that an earlier version wrote of it, by their names then."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self._buffers = {"weight" if name == "qweight" else name: t for name, t in layer._buffers.items()}
+
+    def fill(self, layer: nn.Module) -> None:
+        layer._buffers.update({"qweight" if name == "weight" else name: t for name, t in self._buffers.items()})
 
 
 def _is_there(model: nn.Module, fqn: str, module: nn.Module) -> bool:

@@ -22,7 +22,7 @@ from ..common.files import read_json, write_json
 from ..common.modules import plain_module
 from ..integrations import sentence_transformers as sentences
 from ..integrations.kv_scales import KV_CACHES
-from ..nn import Experts, QuantizedModule
+from ..nn import Experts, QuantizedLinear, QuantizedModule
 from ..nn.experts import experts_sizes
 from ..version import __version__
 from . import auto_model, card, keras_layers, methods, model_config, originals
@@ -48,7 +48,9 @@ from .tensor_files import TensorFiles, safetensors_module, shard_bytes, split
 from .unpadding import UnpaddingDecision, UnpaddingSwap, decide_unpadding, unpads
 from .walker import Leaf, experts_leaves, linear_like
 
-SCHEMA = "forwardpass.checkpoint/2"
+SCHEMA = "forwardpass.checkpoint/3"
+#: Its files have integers under the name `weight`.
+EARLIER = "forwardpass.checkpoint/2"
 _FIX = "save it again with fp.save_pretrained(model, folder)"
 _RECORD = {
     "schema": str,
@@ -94,7 +96,7 @@ def _slots(model: nn.Module, instead: Mapping[int, nn.Module], prefix: str = "")
     module = instead.get(id(model), model)
     for tensors in (module._parameters, module._buffers):
         for name, tensor in tensors.items():
-            if tensor is not None:
+            if tensor is not None and tensor is not getattr(module, "anchor", None):
                 yield prefix + name, Slot(module, name, tensor)
     for name, child in module._modules.items():
         if child is not None:
@@ -318,15 +320,23 @@ def _load(
         return stored_checkpoint.load(other, torch.device(device))
     record = _read_record(folder)
     with TensorFiles([folder / name for name in weights_of(record)], _FIX) as files:
-        shapes = files.shapes()
+        in_file = {renamed(record, name): name for name in files.shapes()}
+        shapes = {name: files.header(stored)[0] for name, stored in in_file.items()}
         if model is None:
             model = _build(folder, record["model"], len(shapes))
             if record["around"] is not None:
                 model = build(record["around"], model, str(folder))
         else:
             model = _to_be_filled(model)
-        _fill(model, record, shapes, files.read, torch.device(device), str(folder))
+        _fill(model, record, shapes, lambda name: files.read(in_file[name]), torch.device(device), str(folder))
     return model
+
+
+def renamed(record: Mapping[str, Any], name: str) -> str:
+    """The name that a tensor of a record's files has now."""
+    fqn, _, tensor = name.rpartition(".")
+    is_earlier = record["schema"] == EARLIER and tensor == "weight"
+    return f"{fqn}.qweight" if is_earlier and any(layer["fqn"] == fqn for layer in record["layers"]) else name
 
 
 def _load_file(path: pathlib.Path, model: nn.Module | None, device: torch.device) -> nn.Module:
@@ -439,6 +449,7 @@ def empty_layers(
     """(the layers that a record names, quantised layers without values by the ids of those)."""
     leaves = {leaf.fqn: leaf for leaf in (*linear_like(model), *experts_leaves(model))}
     replacements: dict[int, QuantizedModule] = {}
+    says_dtypes = record.get("schema") == SCHEMA or record.get("model", {}).get("config") is not None
     for layer in record["layers"]:
         leaf = leaves.get(layer["fqn"])
         if leaf is None:
@@ -454,6 +465,8 @@ def empty_layers(
             raise fail(f"{leaf.fqn} computes {new.activation}, and {leaf.formula or 'no such activation'} is behind it")
         if isinstance(new, Experts):
             new.adopt(leaf.module)
+        elif isinstance(new, QuantizedLinear):
+            new.stand_for(leaf.module, dtype_too=not says_dtypes)
         replacements[id(leaf.module)] = new
     return [leaves[layer["fqn"]] for layer in record["layers"]], replacements
 
@@ -480,7 +493,7 @@ def put_changes(model: nn.Module, changes: Changes) -> None:
 def _sizes(leaf: Leaf, config: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[Any, ...], str]:
     """(its weight's shape, the same by what is recorded of it, that weight's name)."""
     if not leaf.is_experts:
-        return (leaf.out_features, leaf.in_features), (config.get("out_features"), config.get("in_features")), "weight"
+        return (leaf.out_features, leaf.in_features), (config.get("out_features"), config.get("in_features")), "qweight"
     experts, intermediate, hidden = experts_sizes(leaf.module)
     names = ("num_experts", "hidden_features", "intermediate_features")
     return (experts, hidden, intermediate), tuple(config.get(name) for name in names), "down_weight"
@@ -522,7 +535,7 @@ def _read_record(folder: pathlib.Path) -> dict[str, Any]:
 def checked(content: Mapping[str, Any], path: str | pathlib.Path) -> dict[str, Any]:
     """A record with every entry of the type that `save_pretrained` writes. Raises ValueError, which names its place."""
     record = {"unpad": None, "kv_cache": None, "around": None, **content}  # older ones do not say
-    if record.get("schema") != SCHEMA:
+    if record.get("schema") not in (SCHEMA, EARLIER):
         raise ValueError(
             f"{path} has the schema {str(record.get('schema'))[:60]!r}, and this version reads {SCHEMA!r}: {_FIX}"
         )
@@ -553,7 +566,18 @@ def checked(content: Mapping[str, Any], path: str | pathlib.Path) -> dict[str, A
         require(layer["module"] in modules(), f"layer {i} is of an unknown module")
         require(layer["fqn"] not in fqns, f"layer {i} is there twice")
         fqns.add(layer["fqn"])
-    return record
+    return record if record["schema"] == SCHEMA else _as_now(record)
+
+
+def _as_now(record: dict[str, Any]) -> dict[str, Any]:
+    """An earlier record, which does not say of layers without a bias what dtype they stand for."""
+    of_model = record["model"]["config"] or {}
+    dtype = of_model.get("dtype") or of_model.get("torch_dtype")
+    for layer in record["layers"]:
+        if dtype is not None and layer["config"].get("bias") is False:
+            layer["config"]["dtype"] = dtype
+    aliases = {renamed(record, name): renamed(record, stored) for name, stored in record["aliases"].items()}
+    return {**record, "aliases": aliases}
 
 
 def weights_of(record: Mapping[str, Any]) -> list[str]:

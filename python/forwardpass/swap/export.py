@@ -165,7 +165,7 @@ def _scheme(fqn: str, layer: QuantizedModule) -> dict[str, Any]:
             of_inputs = inputs("float", layer.input_scale is not None)
         return {"format": "float-quantized", "weights": weights, "input_activations": of_inputs}
     if isinstance(layer, W8A16Linear):
-        is_e4m3 = layer.weight.dtype == E4M3
+        is_e4m3 = layer.qweight.dtype == E4M3
         grouped = {"strategy": "group", "group_size": BLOCK} if layer.scales == "group" else {"strategy": "channel"}
         if is_e4m3 and layer.scales == "group":
             raise Unsupported(
@@ -255,7 +255,7 @@ def _tensors(
 def _layer_tensors(layer: QuantizedModule, packs: bool) -> Iterator[tuple[str, Tensor]]:
     """A layer's, by the format's names; packs: int8 in int32s."""
     b = layer._buffers
-    weight, scale = b["weight"], b.get("weight_scale")
+    weight, scale = b["qweight"], b.get("weight_scale")
     assert weight is not None
     if packs:
         n, k = weight.shape

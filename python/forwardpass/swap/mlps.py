@@ -302,7 +302,7 @@ class MLPs:
                     )
                     continue
                 modules = [m for m in became.values() if isinstance(m, QuantizedLinear)]
-                weights = (m.weight.dtype for n, m in zip(block.formula.layers, modules) if n in block.formula.int8)
+                weights = (m.qweight.dtype for n, m in zip(block.formula.layers, modules) if n in block.formula.int8)
                 if reason := block.why_not(modules):
                     self.apart.append((fqn, Reason("unlike", reason, "leave it")))
                 elif all(dtype is torch.int8 for dtype in weights):  # no other is swapped there: `rules.weight_read`

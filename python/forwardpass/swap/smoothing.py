@@ -183,7 +183,7 @@ def _common(layers: list[Int8Linear]) -> Tensor:
 
 
 def _dequantised(layer: Int8Linear) -> Tensor:
-    return layer.weight.float() * layer.weight_scale[:, None]
+    return layer.qweight.float() * layer.weight_scale[:, None]
 
 
 def _floats(model: nn.Module, alone: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -201,7 +201,7 @@ def _floats(model: nn.Module, alone: Mapping[str, nn.Module]) -> dict[str, nn.Mo
 
 def _rescaled(layer: Int8Linear, inputs: Tensor | None, rows: Tensor | None, floats: nn.Module | None) -> Int8Linear:
     """The same for an input that is scaled already, and with scaled outputs."""
-    weight, scale, bias, smoothing = layer.weight, layer.weight_scale, layer.bias, layer.channel_scale
+    weight, scale, bias, smoothing = layer.qweight, layer.weight_scale, layer.bias, layer.channel_scale
     if inputs is not None and smoothing is not None and not torch.equal(inputs, smoothing):
         whole = _dequantised(layer) * smoothing if floats is None else linear_weight(floats).to(inputs.device).float()
         weight, scale = round_weight(whole / inputs)

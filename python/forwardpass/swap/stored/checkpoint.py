@@ -24,6 +24,7 @@ from ...common.quiet import quiet_libraries
 from ...nn import QuantizedModule
 from ...nn.experts import experts_sizes, is_experts
 from ...nn.layer import is_linear
+from ...ops.common.quantized_rows import FLOATS
 from .. import methods, model_config, originals
 from ..attention import AttentionSwap, decide_attention
 from ..auto_model import reading_quantizer
@@ -244,11 +245,12 @@ def _check_loaded(folder: pathlib.Path, about: Mapping[str, Any]) -> None:
 def _finish(model: nn.Module) -> nn.Module:
     """Layers of forwardpass in the places of the stored ones."""
     layers: dict[str, tuple[Leaf, QuantizedModule]] = {}
+    dtype = next((p.dtype for p in model.parameters() if p.dtype in FLOATS), torch.float32)
     stored = [(leaf, None) for leaf in linear_like(model) if isinstance(leaf.module, StoredLinear)]
     for leaf, recipe in (*stored, *stored_experts(model)):
         module: Any = leaf.module
         try:
-            new = module.made(leaf.formula) if recipe is None else recipe.module(module, in_place=True)
+            new = module.made(leaf.formula, dtype) if recipe is None else recipe.module(module, in_place=True)
         except Refused as e:
             raise ValueError(f"{leaf.fqn}: {e}; {_FIX}") from None
         module._parameters = dict.fromkeys(module._parameters)

@@ -24,12 +24,12 @@ class StoredLinear(nn.Linear):
         if "weight" not in tensors:  # T5 and GPT-BigCode initialise their layers' by name
             vars(self)["weight"] = torch.empty(0)
 
-    def made(self, activation: str | None) -> QuantizedLinear:
-        """The layer that takes its tensors over."""
+    def made(self, activation: str | None, dtype: torch.dtype) -> QuantizedLinear:
+        """The layer that takes its tensors over; dtype: of the model's floats."""
         tensors: dict[str, Tensor] = {name: p.detach() for name, p in self._parameters.items() if p is not None}
         stored = self.recipe.read(tensors)
         stored.check_size("its weight", self.out_features, self.in_features)
-        return stored.layer(tensors.get("bias"), activation).train(self.training)
+        return stored.layer(tensors.get("bias"), activation, dtype).train(self.training)
 
     def forward(self, x: Any) -> Any:
         raise NotImplementedError("this layer of a checkpoint is not made into one that computes")

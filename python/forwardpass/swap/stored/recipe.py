@@ -82,10 +82,10 @@ class EightBits:
             scale = scale.expand(n) if kind == "row" else scale
         return scale.reshape(scales_shape(n, k, kind)).contiguous()
 
-    def layer(self, bias: Tensor | None, activation: str | None) -> QuantizedLinear:
-        """The layer that computes with it."""
+    def layer(self, bias: Tensor | None, activation: str | None, dtype: torch.dtype = torch.float32) -> QuantizedLinear:
+        """The layer that computes with it; dtype: of the floats that it stands for."""
         n, k = self.weight.shape
-        options: dict[str, Any] = {"activation": activation, "device": "meta"}
+        options: dict[str, Any] = {"activation": activation, "dtype": dtype, "device": "meta"}
         static = self.input_scale is not None
         if not self.multiplies_as_8_bits:
             kind = "group" if self.kind in ("block", "group") else "row"
