@@ -339,9 +339,9 @@ def swapped_with_gate_and_up(folder):
     fp.swap(one, "int8")
     model = copy.deepcopy(one)
     column, row = fp.nn.ColwiseParallel(), fp.nn.RowwiseParallel()
-    parallelize_module(model, mesh, {"model.layers.*.mlp.gate_up": column, "model.layers.*.mlp.down": row})
+    parallelize_module(model, mesh, {"model.layers.*.mlp.gate_up": column, "model.layers.*.mlp.down_proj": row})
     mlp = model.model.layers[0].mlp
-    assert mlp.gate_up.qweight.shape == (128, 64) and mlp.down.qweight.shape == (64, 64)
+    assert mlp.gate_up.qweight.shape == (128, 64) and mlp.down_proj.qweight.shape == (64, 64)
     assert error(logits(model), logits(one)) < 5e-3
     assert mlp.separate()["up_proj"].qweight.shape == (64, 64)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ..common.modules import is_watched
 from ..dispatch import gpu_takes, use_backend
 from ..ops.common.activations import GATED, PLAIN, interleave_gate_up, separate_gate_up
 from ..ops.fp8_gemm import BLOCK
@@ -21,6 +23,9 @@ _NONE: Mapping[str, nn.Module] = {}
 class TwoProducts(QuantizedModule):
     """Base of the MLPs: a first layer with the activation in its epilogue, and a second one.
 
+    Code that gets at the parts of the module that it stands for finds them by their names, and what they give together is what the
+    module gives: members that the unit does not call itself, and which compute only where something calls them.
+
     On a GPU, where the second layer's scales do not depend on what a row holds (static and symmetric int8; static e4m3; on Hopper
     also e4m3 with block scales), the first writes its output in 8 bits as the second quantises it: a half or a fourth of the
     bytes, and a launch less. The second layer's channel_scale is in what the first one divides by. On a CPU each layer quantises
@@ -31,6 +36,7 @@ class TwoProducts(QuantizedModule):
     Args:
         layers: the two by their names.
         between, behind: modules that are called on what each gives, by name: nn.Dropout.
+        uncalled: the other members, by name.
     """
 
     def __init__(
@@ -38,13 +44,19 @@ class TwoProducts(QuantizedModule):
         layers: Mapping[str, QuantizedLinear],
         between: Mapping[str, nn.Module] = _NONE,
         behind: Mapping[str, nn.Module] = _NONE,
+        uncalled: Mapping[str, nn.Module] = _NONE,
     ) -> None:
         super().__init__()
         self.activation, self.training = None, next(iter(layers.values())).training
-        for name, module in (*layers.items(), *between.items(), *behind.items()):
+        for name, module in (*layers.items(), *between.items(), *behind.items(), *uncalled.items()):
             self.add_module(name, module)
         self._first, self._second = layers
         self._between, self._behind = tuple(between), tuple(behind)
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether members are called one by one."""
+        return False
 
     @property
     def layers(self) -> tuple[QuantizedLinear, QuantizedLinear]:
@@ -65,12 +77,16 @@ class TwoProducts(QuantizedModule):
 
     def forward(self, x: Tensor | Quantized) -> Tensor:
         """x: of a `QuantizingNorm` before it, quantised."""
-        modules, (first, second) = self._modules, self.layers
-        h = first(x, second) if self._hands_over(x) else first(x)
+        first, second = self.layers
+        return self._finished(first(x, second) if self._hands_over(x) else first(x))
+
+    def _finished(self, h: Tensor | Quantized) -> Tensor:
+        """From what the first layer gives."""
+        modules = self._modules
         if not isinstance(h, Quantized):
             for name in self._between:
                 h = modules[name](h)  # type: ignore[misc]
-        y: Tensor = second(h)
+        y: Tensor = modules[self._second](h)  # type: ignore[misc]
         for name in self._behind:
             y = modules[name](y)  # type: ignore[misc]
         return y
@@ -103,6 +119,7 @@ class MLP(TwoProducts):
         names: tuple[str, str] = ("up", "down"),
         between: Mapping[str, nn.Module] = _NONE,
         behind: Mapping[str, nn.Module] = _NONE,
+        activation: str | None = None,
     ) -> MLP:
         """The two as they are.
 
@@ -111,6 +128,7 @@ class MLP(TwoProducts):
             down: any quantised layer of as many inputs as up has outputs.
             names: of the two as attributes.
             between, behind: modules that are called on the activated up and on the result, by name: nn.Dropout.
+            activation: the name under which code finds an activation: an nn.Identity, as up computes it.
 
         Raises:
             ValueError: they do not fit, and how.
@@ -118,7 +136,7 @@ class MLP(TwoProducts):
         if up.activation not in PLAIN:
             raise ValueError(f"MLP.from_layers: up computes one of {', '.join(PLAIN)}, and not {up.activation}")
         _check_fit("MLP", "up", up.out_features, down)
-        return cls(dict(zip(names, (up, down))), between, behind)
+        return cls(dict(zip(names, (up, down))), between, behind, {activation: nn.Identity()} if activation else _NONE)
 
     def separate(self) -> dict[str, QuantizedLinear]:
         return dict(zip((self._first, self._second), self.layers))
@@ -131,11 +149,9 @@ class GatedMLP(TwoProducts):
     Made by `from_layers`, or `from_halves` where gate and up are one layer. Inference only.
 
     Shapes: input [..., K], output [..., N]. Modules: gate_up, a layer of the same class with activation "silu_mul" or its like,
-    weight [2 I, K] by `interleave_gate_up`; down, [N, I].
+    qweight [2 I, K] by `interleave_gate_up`; the second layer, [N, I], by its name; and, not called, gate and up by their names and
+    the activation. `state_dict` has the names of the separate layers.
     """
-
-    gate_up: QuantizedLinear
-    down: QuantizedLinear
 
     def __init__(
         self,
@@ -144,10 +160,32 @@ class GatedMLP(TwoProducts):
         members: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj"),
         between: Mapping[str, nn.Module] = _NONE,
         behind: Mapping[str, nn.Module] = _NONE,
+        activation: tuple[str, nn.Module] | None = None,
     ) -> None:
-        super().__init__({"gate_up": gate_up, "down": down}, between, behind)
+        self._indices = (0, 1) if len(members) == 3 else (None,)
+        uncalled: dict[str, nn.Module] = {
+            name: PartOfProduct(gate_up, i) for name, i in zip(members, self._indices)
+        } | ({activation[0]: activation[1]} if activation else {})
+        name = "gate_up" if "gate_up" not in members else "gate_up_interleaved"
+        super().__init__({name: gate_up, members[-1]: down}, between, behind, uncalled)
         #: names of the layers in the module that it stands for: three, or two where gate and up were one
         self.members = members
+        self._applied = activation[0] if activation else None
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether something is around one of its members, which are then called one by one."""
+        if self._applied is None:
+            return False
+        modules = self._modules
+        return any(is_watched(modules[name]) for name in (*self.members[:-1], self._applied))  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor | Quantized) -> Tensor:
+        if not self.is_apart or isinstance(x, Quantized):
+            return super().forward(x)
+        parts = [self._modules[name](x) for name in self.members[:-1]]  # type: ignore[misc]
+        gate, up = parts if len(parts) == 2 else parts[0].chunk(2, -1)
+        return self._finished(self._modules[self._applied](gate) * up)  # type: ignore[index, misc]
 
     @classmethod
     def why_not(cls, gate: QuantizedLinear, up: QuantizedLinear) -> str | None:
@@ -180,6 +218,7 @@ class GatedMLP(TwoProducts):
         names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
         between: Mapping[str, nn.Module] = _NONE,
         behind: Mapping[str, nn.Module] = _NONE,
+        activation: tuple[str, nn.Module] | None = None,
     ) -> GatedMLP:
         """Copies of gate and up as one layer, and down as it is.
 
@@ -189,6 +228,7 @@ class GatedMLP(TwoProducts):
             down: any quantised layer of I inputs.
             names: of the three in a checkpoint.
             between, behind: modules that are called on the product of gate and up and on the result, by name: nn.Dropout.
+            activation: the module of gate's activation, with its name, for code that asks for it.
 
         Raises:
             ValueError: they do not fit, and how.
@@ -198,7 +238,7 @@ class GatedMLP(TwoProducts):
         _check_fit("GatedMLP", "gate", gate.out_features, down)
         halves = {name: (t, up._buffers[name]) for name, t in _by_output(gate).items()}
         gate_up = _like(gate, 2 * gate.out_features, f"{gate.activation}_mul", _together(gate, halves))
-        return cls(_settled(gate_up), down, names, between, behind)
+        return cls(_settled(gate_up), down, names, between, behind, activation)
 
     @classmethod
     def from_halves(
@@ -210,8 +250,10 @@ class GatedMLP(TwoProducts):
         names: tuple[str, str] = ("gate_up_proj", "down_proj"),
         between: Mapping[str, nn.Module] = _NONE,
         behind: Mapping[str, nn.Module] = _NONE,
+        module: tuple[str, nn.Module] | None = None,
     ) -> GatedMLP:
         """The same of gate and up as one layer, the first half of whose outputs is the gate's: a copy of it, and down as it is.
+        module: as `activation` of `from_layers`.
 
         Raises:
             ValueError: they do not fit, and how.
@@ -221,23 +263,40 @@ class GatedMLP(TwoProducts):
         _check_fit("GatedMLP", "gate_up", gate_up.out_features // 2, down)
         halves = {name: separate_gate_up(t, layout="halves") for name, t in _by_output(gate_up).items()}
         interleaved = _like(gate_up, gate_up.out_features, f"{activation}_mul", _together(gate_up, halves))
-        return cls(_settled(interleaved), down, names, between, behind)
+        return cls(_settled(interleaved), down, names, between, behind, module)
 
     def separate(self) -> dict[str, QuantizedLinear]:
-        first, n = self.gate_up, self.gate_up.out_features
+        first, second = self.layers
         assert first.activation is not None
-        blocks = _of_blocks(first)
-        halves = {name: t.unbind() if name in blocks else separate_gate_up(t) for name, t in _by_output(first).items()}
-        if len(self.members) == 2:
-            layers = [_like(first, n, None, {name: torch.cat(both) for name, both in halves.items()})]
-        else:
-            layers = [
-                _like(first, n // 2, activation, {name: both[i] for name, both in halves.items()})
-                for i, activation in enumerate((first.activation.removesuffix("_mul"), None))
-            ]
-        for layer in layers:
-            layer.adopt(first)
-        return dict(zip(self.members, (*layers, self.down)))
+        activations = (first.activation.removesuffix("_mul"), None) if len(self._indices) == 2 else (None,)
+        layers = [_part(first, i, activation) for i, activation in zip(self._indices, activations)]
+        return dict(zip(self.members, (*layers, second)))
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """That of the separate layers, of gate and up as copies, by the names that they have in the module that it stands for."""
+        destination = OrderedDict() if destination is None else destination
+        for name, layer in self.separate().items():
+            layer.state_dict(destination=destination, prefix=f"{prefix}{name}.", keep_vars=keep_vars)
+        # accelerate offloads what named_parameters() gives, and looks it up here
+        destination[f"{prefix}{self._first}.anchor"] = self.layers[0].anchor.detach()
+        return destination
+
+    def check_state_dict(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        for name, layer in self.separate().items():
+            layer.check_state_dict(state_dict, f"{prefix}{name}.")
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
+        """Puts gate and up together again, before the layer reads them."""
+        names = [f"{prefix}{name}." for name in self.members[:-1]]
+        parts = [{key[len(name) :]: t for key, t in state_dict.items() if key.startswith(name)} for name in names]
+        if any(parts):
+            self.check_state_dict(state_dict, prefix)
+            for key in [name + key for name, part in zip(names, parts) for key in part]:
+                del state_dict[key]
+            first = self.layers[0]
+            whole = _of_parts(first, [first._as_now(part, "") for part in parts])
+            state_dict.update({f"{prefix}{self._first}.{key}": t for key, t in whole.items()})
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
 
 def _check_fit(cls: str, name: str, outputs: int, down: QuantizedLinear) -> None:
@@ -273,6 +332,65 @@ def _like(layer: L, outputs: int, activation: str | None, by_output: Mapping[str
             setattr(new, name, by_output[name].contiguous() if name in by_output else t.clone())
     new.sharding = layer.sharding
     return new.train(layer.training)
+
+
+def _part(layer: L, index: int | None, activation: str | None) -> L:
+    """A copy of the gate (0) or of the up (1) of a layer that is both, or of both as halves (None)."""
+    halves = {n: t.unbind() if n in _of_blocks(layer) else separate_gate_up(t) for n, t in _by_output(layer).items()}
+    outputs = layer.out_features // (1 if index is None else 2)
+    by_output = {name: torch.cat(both) if index is None else both[index] for name, both in halves.items()}
+    part = _like(layer, outputs, activation, by_output)
+    part.adopt(layer)
+    return part
+
+
+def _of_parts(layer: QuantizedLinear, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The opposite, of tensors by their names; those that one part has and the other has not are left out."""
+    by_output, blocks = _by_output(layer), _of_blocks(layer)
+    whole: dict[str, Tensor] = {}
+    for name, t in parts[0].items():
+        if name not in by_output:
+            whole[name] = t
+        elif all(name in part for part in parts):
+            gate, up = (part[name] for part in parts) if len(parts) == 2 else t.chunk(2)
+            whole[name] = torch.stack((gate, up)) if name in blocks else interleave_gate_up(gate, up)
+    return whole
+
+
+class PartOfProduct(nn.Module):
+    """In the place of a layer that a `GatedMLP` computes together with another: for code that calls it, or reads its weight.
+
+    A call, as a read of weight or bias, copies the layer out of the other.
+
+    Args:
+        product: gate and up as one.
+        index: 0, the gate, without its activation; 1, up; None, both as halves.
+    """
+
+    def __init__(self, product: QuantizedLinear, index: int | None) -> None:
+        super().__init__()
+        self._product, self._index = (product,), index  # in a tuple, which holds no children
+        self.in_features = product.in_features
+        self.out_features = product.out_features // (1 if index is None else 2)
+
+    def layer(self) -> QuantizedLinear:
+        """A layer of its own."""
+        return _part(self._product[0], self._index, None)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.layer().weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.layer().bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer()(x)
+        return y
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, computed with others"
 
 
 def _settled(layer: L) -> L:

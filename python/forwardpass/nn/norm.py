@@ -50,7 +50,7 @@ class QuantizingNorm(nn.Module):
             return None
         holder, name = self._reader
         mlp, weight = holder._modules.get(name), self._parameters.get("weight")
-        if not isinstance(mlp, TwoProducts) or is_watched(mlp) or is_watched(self):
+        if not isinstance(mlp, TwoProducts) or is_watched(mlp) or mlp.is_apart or is_watched(self):
             return None
         promotes = weight is not None and weight.dtype != x.dtype  # and the result has another dtype than x
         return None if promotes else mlp.layers[0].row_quantization()

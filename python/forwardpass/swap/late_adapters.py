@@ -11,7 +11,6 @@ from typing import Any
 from torch import nn
 
 from ..common.imports import when_imported
-from ..nn import GatedMLP
 from ..nn.mlp import TwoProducts
 from . import originals
 from .adapters import BASE
@@ -45,8 +44,7 @@ def _swapped(model: nn.Module) -> list[str]:
     names = []
     for fqn, module in originals.quantised_layers(model).items():
         if isinstance(module, TwoProducts):
-            members = module.members if isinstance(module, GatedMLP) else module._modules
-            names += [f"{fqn}.{name}" for name in members]
+            names += [f"{fqn}.{name}" for name in module.separate()]
         elif fqn.rpartition(".")[2] != BASE:
             names.append(fqn)
     return names

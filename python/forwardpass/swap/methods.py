@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..nn import QuantizedModule
+from ..nn import GatedMLP, QuantizedModule
 from . import refusals, saving
 
 
@@ -31,8 +31,11 @@ def take_away(model: nn.Module) -> None:
 
 def _check_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
     """Before `load_state_dict` writes anything: a layer that refuses in the middle of it leaves the norms before it changed."""
+    of_gated = {
+        id(m.layers[0]) for m in model.modules() if isinstance(m, GatedMLP)
+    }  # whose names are those of its parts
     for fqn, module in model.named_modules():
-        if isinstance(module, QuantizedModule):
+        if isinstance(module, QuantizedModule) and id(module) not in of_gated:
             module.check_state_dict(state_dict, f"{prefix}{fqn}." if fqn else prefix)
 
 

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from ..common.modules import is_watched, tensor_bytes
@@ -23,7 +22,7 @@ from ..nn.mlp import TwoProducts
 from . import originals
 from .fusion import Activation, called, formula_of
 from .norms import NormBefore, norm_before
-from .reach import Function, Reach, self_of
+from .reach import Function, Reach, is_attribute_of, self_of
 from .tensor_parallel import sharding_of
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ class Formula:
     gated: bool  #: of two layers the first is gate and up, one half of its outputs each
     between: tuple[str, ...]
     behind: tuple[str, ...]
-    int8: frozenset[str]  #: layers with int8 weights, for this to be all that it computes
+    converted: frozenset[str]  #: layers whose input it converts to their dtype, where that is another one
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -90,12 +89,13 @@ class Block:
         modules, f = self.module._modules, self.formula
         between, behind = ({n: m for n in names if (m := modules[n]) is not None} for names in (f.between, f.behind))
         options: dict[str, Any] = {"names": f.layers, "between": between, "behind": behind}
+        act: Any = f.activation, modules[f.activation]
         if not f.gated:
-            new: TwoProducts = MLP.from_layers(*layers, **options)
+            new: TwoProducts = MLP.from_layers(*layers, activation=f.activation, **options)
         elif len(layers) == 2:
-            new = GatedMLP.from_halves(layers[0], layers[1], self.activation, **options)
+            new = GatedMLP.from_halves(layers[0], layers[1], self.activation, module=act, **options)
         else:
-            new = GatedMLP.from_layers(*layers, **options)
+            new = GatedMLP.from_layers(*layers, activation=act, **options)
         new.training = self.module.training  # and of dropouts what it was
         if new.layers[0] is not layers[0]:
             new.layers[0].adopt(layers[0])
@@ -157,7 +157,7 @@ def formula_in(holder: nn.Module, reach: Reach) -> Formula | None:
     if methods is None or len(methods) != 1 or holder._parameters or holder._buffers:
         return None
     try:
-        value, int8 = _value(methods[0])
+        value, converted = _value(methods[0])
     except _Other:
         return None
     value, behind = _passed(value, holder)
@@ -170,14 +170,14 @@ def formula_in(holder: nn.Module, reach: Reach) -> Formula | None:
     if product is None:
         return None
     first, act, gated = product
-    formula = Formula((*first, down), act, gated, between, behind, int8)
+    formula = Formula((*first, down), act, gated, between, behind, converted)
     names = [*formula.modules]
-    if set(names) != set(holder._modules) or len(set(names)) < len(names) or not int8 <= {*formula.layers}:
+    if set(names) != set(holder._modules) or len(set(names)) < len(names) or not converted <= {*formula.layers}:
         return None
     if not all(_is_linear_like(holder._modules[name]) for name in formula.layers):
         return None
-    reserved = _TAKEN.union({"gate_up", "down"} if gated else ())
-    if {*between, *behind} & reserved or (not gated and {*formula.layers} & _TAKEN):
+    reserved = _TAKEN | {"gate_up", "gate_up_interleaved"}
+    if {*between, *behind, act} & reserved or {*formula.layers} & _TAKEN:
         return None
     return formula
 
@@ -221,7 +221,7 @@ def _gate(gate: _Value, up: _Value) -> tuple[str, ...] | None:
 
 
 def _value(forward: Function) -> tuple[_Value, frozenset[str]]:
-    """(what a method returns of its one argument, names of layers whose weights are int8 if that is so); each member is called once
+    """(what a method returns of its one argument, names of layers to whose dtype it converts); each member is called once
     at most, and in no branch."""
     if not isinstance(forward, ast.FunctionDef) or forward.name != "forward" or forward.decorator_list:
         raise _Other
@@ -231,7 +231,7 @@ def _value(forward: Function) -> tuple[_Value, frozenset[str]]:
         raise _Other
     variables = {arguments.args[1].arg: _INPUT}
     done: set[str] = set()
-    int8: set[str] = set()
+    converted: set[str] = set()
 
     def of(node: ast.expr) -> _Value:
         if isinstance(node, ast.Name) and node.id in variables:
@@ -256,27 +256,39 @@ def _value(forward: Function) -> tuple[_Value, frozenset[str]]:
             ) if ast.unparse(call).endswith((".chunk(2, dim=-1)", ".chunk(2, -1)")):
                 both = of(value)
                 variables[name], variables[other] = ("half", 0, both), ("half", 1, both)
-            case ast.If(test=ast.BoolOp(op=ast.And()) as test, orelse=[]) if layer := _not_if_int8(test, self_name):
-                int8.add(layer)
+            case ast.If(test=ast.BoolOp(op=ast.And()) as test, body=body, orelse=[]) if layer := _converted(
+                test, body, self_name
+            ):
+                converted.add(layer)
             case ast.Return(value=ast.expr() as value):
-                return of(value), frozenset(int8)
+                return of(value), frozenset(converted)
             case _:
                 break
     raise _Other
 
 
-def _not_if_int8(test: ast.BoolOp, self_name: str) -> str | None:
-    """The layer whose int8 weight keeps a condition from being met, as T5's to convert what its `wo` is called with."""
+def _converted(test: ast.BoolOp, body: list[ast.stmt], self_name: str) -> str | None:
+    """The layer to whose dtype, where a variable has another one, code converts that: T5, before its `wo`."""
+    match body:
+        case [
+            ast.Assign(
+                targets=[ast.Name(id=name)],
+                value=ast.Call(
+                    func=ast.Attribute(value=ast.Name(id=variable), attr="to"),
+                    args=[ast.Attribute(value=ast.Attribute(value=member, attr="weight"), attr="dtype")],
+                    keywords=[],
+                ),
+            )
+        ] if name == variable and is_attribute_of(member, self_name):
+            layer = member.attr  # type: ignore[attr-defined]
+        case _:
+            return None
     if any(isinstance(x, ast.NamedExpr) for x in ast.walk(test)):
         return None
     if any(isinstance(x, ast.Call) and ast.unparse(x.func) != "isinstance" for x in ast.walk(test)):
         return None
-    for condition in map(ast.unparse, test.values):
-        owner, _, rest = condition.partition(".")
-        name = rest.removesuffix(".weight.dtype != torch.int8")
-        if owner == self_name and name != rest and name.isidentifier():
-            return name
-    return None
+    another = f"{name}.dtype != {self_name}.{layer}.weight.dtype"
+    return layer if another in map(ast.unparse, test.values) else None
 
 
 # ---- what the layers became
@@ -302,10 +314,13 @@ class MLPs:
                     )
                     continue
                 modules = [m for m in became.values() if isinstance(m, QuantizedLinear)]
-                weights = (m.qweight.dtype for n, m in zip(block.formula.layers, modules) if n in block.formula.int8)
-                if reason := block.why_not(modules):
+                converted = (m for n, m in zip(block.formula.layers, modules) if n in block.formula.converted)
+                reason = block.why_not(modules)
+                if any(m.anchor.dtype != modules[0].anchor.dtype for m in converted):
+                    reason = "its weights have several dtypes, and it converts what is between them"
+                if reason:
                     self.apart.append((fqn, Reason("unlike", reason, "leave it")))
-                elif all(dtype is torch.int8 for dtype in weights):  # no other is swapped there: `rules.weight_read`
+                else:
                     self._blocks.append((block, modules))
 
     @property

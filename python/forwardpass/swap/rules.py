@@ -296,6 +296,10 @@ def ties(leaf: Leaf, context: Context) -> Iterator[tuple[str, Memory]]:
                 yield name, other
 
 
+#: Values of a layer's weight or bias: not its dtype, and not what it is.
+_READ = r"(?<!isinstance\()\bself\.{}\.(weight|bias)\b(?!\.(dtype|device|shape|ndim)\b)"
+
+
 def weight_read(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
     leaf = leaf.outermost  # an adapter has its layer's weight as its own
     parent = leaf.parent
@@ -304,10 +308,7 @@ def weight_read(leaf: Leaf, context: Context, precision: Precision) -> Finding |
     source = _forward_source(type(parent).forward)
     # A class that derives from torch's may call its forward, whatever its own reads.
     of_torch = isinstance(parent, nn.TransformerEncoderLayer | nn.MultiheadAttention)
-    if not (of_torch or re.search(rf"\bself\.{re.escape(leaf.name)}\.(weight|bias)\b", source)):
-        return None
-    makes_way = f"self.{leaf.name}.weight.dtype != torch.int8" in source  # T5 and its kin convert their input else
-    if makes_way and precision.module.weight_dtype is torch.int8:
+    if not (of_torch or re.search(_READ.format(re.escape(leaf.name)), source)):
         return None
     fix = "have it call the layer instead"
     if isinstance(parent, nn.TransformerEncoderLayer):  # in its fast path, which is off where its attention is ours
