@@ -13,7 +13,7 @@ from small_models import build
 from torch import nn
 
 import forwardpass as fp
-from forwardpass.nn.joined import MOST_ROWS_ON_CPU
+from forwardpass.nn.joined import MOST_ROWS_ON_CPU, Joined
 from forwardpass.nn.layer import QuantizedLinear
 from forwardpass.swap.siblings import siblings
 from forwardpass.swap.walker import linear_leaves
@@ -371,3 +371,48 @@ def test_decoders(name):
     with torch.no_grad():
         a, b = model(input_ids=ids).logits, apart(model, ids).logits
     torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+
+
+def static_layers(scale, smoothing=None):
+    torch.manual_seed(0)
+    smoothing = torch.rand(SIZE) + 0.5 if smoothing is None else smoothing
+    return [
+        fp.nn.Int8Linear.from_torch(
+            nn.Linear(SIZE, 48), input_scale=torch.tensor([scale]), symmetric=True, channel_scale=smoothing
+        )
+        for _ in range(3)
+    ]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize("write", ["load_state_dict", "copy_"])
+def test_scales_that_are_written_into_count(write, alike, mode):
+    """The product had copies of them: each layer was right, and the model off by .09."""
+    x = torch.randn(3, SIZE)
+    with mode():
+        layers, other = static_layers(0.03), static_layers(0.05, torch.rand(SIZE) + 0.5)
+        joined = Joined(layers)
+        for layer, new in zip(layers, other) if alike else [(layers[1], other[1])]:
+            if write == "load_state_dict":
+                layer.load_state_dict(new.state_dict())
+            else:
+                for name, t in layer._buffers.items():
+                    if t is not None:
+                        t.copy_(new._buffers[name])
+        expected = [layer.product(x) for layer in layers]
+        for _ in range(2):
+            joined.begin()
+            assert all(torch.equal(layer(x), y) for layer, y in zip(layers, expected))
+
+
+def test_an_input_that_is_written_into_through_a_view_counts():
+    """What was read is the code of the module; a view that was made before has no name there."""
+    x = torch.randn(3, SIZE)
+    with torch.no_grad():
+        layers = static_layers(0.03)
+        joined, view = Joined(layers), x.view(-1)
+        joined.begin()
+        layers[0](x)
+        torch.relu_(view)
+        assert all(torch.equal(layer(x), layer.product(x)) for layer in layers[1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Container, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from .layer import QuantizedLinear
 
+_joining = threading.Lock()
 #: More rows are not worth it there.
 MOST_ROWS_ON_CPU = 32
 
@@ -23,14 +25,16 @@ class Joined:
     their names, their hooks, and their buffers, which are views. The first computes, the others take their columns of the result
     if what they are called with is the same tensor, in the forward of the module that holds them, whose code was read (see
     `swap.siblings`): between the first call and the last nothing writes to that tensor. Called in another way each layer
-    computes alone, and so it does where the views are no longer what it holds: moved, cast, copied. Those are joined again by the
-    next call that is not compiled.
+    computes alone. So it does where something has written to that tensor, which torch counts outside of inference mode, and where
+    the views are no longer what it holds: moved, cast, copied, or of a scale written into. Those are joined again, where they still
+    agree, by the next call that is not compiled.
     """
 
     def __init__(self, members: Sequence[QuantizedLinear]) -> None:
         self.members = tuple(members)
         self._begun = False
-        self._result: tuple[Tensor, list[Tensor]] | None = None  #: the input, and each layer's columns
+        #: the input, how often it had been written to, and each layer's columns
+        self._result: tuple[Tensor, int, list[Tensor]] | None = None
         self._join()
 
     def _join(self) -> None:
@@ -39,29 +43,36 @@ class Joined:
         self._columns = [*zip(accumulate(sizes, initial=0), sizes)]
         config = first.config() | {"out_features": sum(sizes)}
         with torch.inference_mode(False), torch.no_grad():  # for a later load_state_dict, which writes in place
-            self.layer = type(first)(**config, device=first.qweight.device).eval()
-            for name, whole in self.layer._buffers.items():
+            layer = type(first)(**config, device=first.qweight.device).eval()
+            for name, whole in layer._buffers.items():
                 if whole is None:
                     continue
                 if name not in first.output_buffers:
                     whole.copy_(first._buffers[name])  # type: ignore[arg-type]
+                    for member in self.members:  # out of inference mode, whose tensors do not count what is written
+                        member._buffers[name] = member._buffers[name].clone()  # type: ignore[union-attr]
                     continue
                 for member, part in zip(self.members, whole.split(sizes)):
                     part.copy_(member._buffers[name])
                     member._buffers[name] = part
-        self.layer.settle()
+        layer.settle()
         for member in self.members:
             member.settle(alone=False)
             member.joined = self
         self._views = [(m._buffers, name, t) for m in self.members for name, t in m._buffers.items() if t is not None]
-        self._is_copy = False
+        self._scales = [(t, t._version) for _, name, t in self._views if name not in first.output_buffers]
+        self._is_copy, self.layer = False, layer
 
     def _is_whole(self) -> bool:
         if self._is_copy:
             return False
-        for buffers, name, view in self._views:  # noqa: SIM110, a generator takes three times as long
+        for buffers, name, view in self._views:
             if buffers[name] is not view:
                 return False
+        if not torch.compiler.is_compiling():
+            for scale, version in self._scales:  # of which the product has a copy
+                if scale._version != version:
+                    return False
         return True
 
     def begin(self, *_: Any) -> None:
@@ -74,23 +85,32 @@ class Joined:
             if not begun or _has_too_many_rows(x) or torch.compiler.is_exporting():
                 return member.product(x)  # what is exported asks for no number of rows
             if not self._is_whole():
-                if torch.compiler.is_compiling() or why_apart(self.members):
+                if torch.compiler.is_compiling():
                     return member.product(x)
-                self._join()
+                with _joining:
+                    if not self._is_whole():
+                        if why_apart(self.members):
+                            return member.product(x)
+                        self._join()
             y = self.layer.product(x)
             columns = [y.narrow(-1, start, n) for start, n in self._columns]
-            self._result = x, columns
+            self._result = x, _writes(x), columns
             return columns[0]
         result = self._result
-        if result is None or result[0] is not x:
+        if result is None or result[0] is not x or result[1] != _writes(x):
             return member.product(x)
         if member is self.members[-1]:
             self._result = None
-        return result[1][self.members.index(member)]
+        return result[2][self.members.index(member)]
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has tensors of its own, which its next call joins."""
-        return {**vars(self), "_begun": False, "_result": None, "_views": [], "_is_copy": True}
+        return {**vars(self), "_begun": False, "_result": None, "_views": [], "_scales": [], "_is_copy": True}
+
+
+def _writes(x: Tensor) -> int:
+    """How often something has written into a tensor or a view of it; where torch does not count, 0."""
+    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 def _has_too_many_rows(x: Tensor) -> bool:
