@@ -38,3 +38,10 @@ def test_a_module_that_is_not_there_is_not_found():
     when_imported("no_such_module_at_all", lambda: pytest.fail("there is none"))
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("no_such_module_at_all")
+
+
+def test_an_action_that_fails_stops_no_import(module):
+    """`import peft` failed where its tuners were elsewhere, because forwardpass was imported."""
+    when_imported(module, lambda: importlib.import_module("imported_later.tuners"))
+    with pytest.warns(UserWarning, match="imported_later is another one than it knows"):
+        assert importlib.import_module(module).x == 1

@@ -78,3 +78,18 @@ def test_refused_with_the_model_as_it_was(precision, error, words):
 def test_a_pattern_of_nothing_is_named():
     with pytest.warns(UserWarning, match="precision='decoder' matches none"):
         fp.swap(llama(), {"mlp": "int8", "decoder": "int8"})
+
+
+@pytest.mark.parametrize("by", ["patterns", "function"])
+def test_by_hand_means_by_hand_whatever_the_size(by, monkeypatch):
+    """A layer that a pattern named was left for its size."""
+    from forwardpass.swap import rules
+
+    monkeypatch.setattr(rules, "LEAST_SIZES_ON_CPU", dict.fromkeys(rules.LEAST_SIZES_ON_CPU, rules.LeastSize(10**6, 1)))
+    monkeypatch.setattr(rules, "LEAST_SIZE", rules.LeastSize(10**6, 1))
+    hand = {"*.mlp.*": "int8", "**": "int8"} if by == "patterns" else lambda fqn, _: "int8" if ".mlp." in fqn else None
+    report = fp.swap(llama(), hand)
+    assert {"mlp" in s.fqn for s in report.swapped} == {True} and len(report.swapped) == 6
+    small = {s.fqn for s in report.skipped if s.reason.code == "too_small"}
+    assert bool(small) is (by == "patterns") and not any("mlp" in fqn for fqn in small)
+    assert not fp.swap(llama(), "int8").swapped

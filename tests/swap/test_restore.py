@@ -155,10 +155,20 @@ def test_dtype_and_layers_that_were_replaced_since():
     assert isinstance(model.first, fp.nn.Int8Linear)  # all or none
     model.second = swapped
     fp.restore(model)
-    assert model.first.weight.dtype == torch.float32  # as it was
-    assert model.head.weight.dtype == torch.float16
-    model.float()
+    assert {p.dtype for p in model.parameters()} == {torch.float16}  # float32 beside it before
     assert id(model.first.weight) == before[1]["first.weight"][0]
+    assert model(torch.randn(3, 64).half()).dtype == torch.float16
+
+
+@pytest.mark.parametrize("name", ["llama", "t5", "bert"])
+def test_a_model_that_was_cast_is_restored_in_one_dtype(name):
+    model = build(name)
+    expected = {n: p.to(torch.bfloat16) for n, p in model.state_dict().items()}
+    fp.swap(model, "int8", include="**", attention=False)
+    model.bfloat16()
+    fp.restore(model)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert all(torch.equal(t, expected[n]) for n, t in model.state_dict().items() if t.is_floating_point())
 
 
 def test_hooks_on_replacements_are_spoken_of():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import warnings
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from typing import Any
@@ -41,7 +42,11 @@ class _Finder:
             def run_and_act(module: Any) -> None:
                 run(module)
                 if (action := self.actions.pop(name, None)) is not None:
-                    action()
+                    try:
+                        action()
+                    except Exception as e:  # somebody imports, and what we do besides may not stop that
+                        warnings.warn(f"forwardpass: this version of {name} is another one than it knows, and what it does for "
+                                      f"that package stays undone ({type(e).__name__}: {e})", stacklevel=2)  # fmt: skip
 
             loader.exec_module = run_and_act
         return spec

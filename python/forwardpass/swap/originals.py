@@ -22,6 +22,7 @@ from ..common.modules import accelerate_hooks, plain_module
 from ..integrations.transformers_attention import PLACE
 from ..nn import MultiheadAttention, QuantizedModule
 from ..nn.mlp import TwoProducts
+from ..ops.common.quantized_rows import FLOATS
 from . import methods
 from .tensor_parallel import refuse_divided
 from .walker import Leaf
@@ -145,8 +146,8 @@ def put_in_place(model: nn.Module, replaced: Iterable[Replaced]) -> None:
 
 
 class Moved:
-    """Parameters and buffers of modules on another device, `but` these: the same objects, their data moved. `undo` takes
-    them back.
+    """Parameters and buffers of modules on another device, and floats in another dtype, `but` these: the same objects, their data
+    moved. `undo` takes them back.
     """
 
     def __init__(self, modules: Iterable[nn.Module], device: torch.device, but: Iterable[Tensor] = ()):
@@ -159,12 +160,15 @@ class Moved:
             self.undo()
             raise
 
-    def add(self, module: nn.Module, device: torch.device) -> None:
+    def add(self, module: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> None:
         for tensor in (*module.parameters(), *module.buffers()):
             for t in (tensor, tensor.grad):
-                if id(tensor) not in self._but and t is not None and t.device != device:
+                if id(tensor) in self._but or t is None:
+                    continue
+                cast = t.dtype if dtype is None or t.dtype not in FLOATS else dtype
+                if (t.device, t.dtype) != (device, cast):
                     self._before.append((t, t.data))
-                    t.data = t.data.to(device)
+                    t.data = t.data.to(device, cast)
 
     def undo(self) -> None:
         for tensor, data in self._before:
@@ -182,12 +186,12 @@ def identities(layers: Iterable[tuple[Leaf, QuantizedModule]]) -> tuple[Replaced
 
 
 def restore(model: nn.Module) -> None:
-    """Puts the original modules back, of all swaps of this model: the same Module and Parameter objects, values and dtypes bit
-    for bit.
+    """Puts the original modules back, of all swaps of this model: the same Module and Parameter objects, values bit for bit.
 
-    They arrive on the device that the model is on now, with the training flags that it has now; requires_grad,
-    gradients and dtype are as they were. Hooks and attributes that were set on the replacements go with them, and so do values
-    that `load_state_dict` gave them since the swap, while layers that were not swapped keep theirs: a warning says so.
+    They arrive on the device that the model is on now, with the training flags that it has now; requires_grad and gradients are as
+    they were. Where the model has been cast since, they are cast as it was, which rounds them as it would have. Hooks and
+    attributes that were set on the replacements go with them, and so do values that `load_state_dict` gave them since the swap,
+    while layers that were not swapped keep theirs: a warning says so.
 
     Raises:
         RuntimeError: the model is not swapped, is a copy of a swapped one, or was swapped with keep=False; or a layer
@@ -219,7 +223,7 @@ def undo_swaps(model: nn.Module, swaps: Sequence[Originals]) -> None:
         for layer in (x for swapped in swaps for x in swapped.layers):
             device = device_of(layer.replacement)
             if device.type != "meta":  # there is nothing there to be restored to
-                moved.add(layer.original, device)
+                moved.add(layer.original, device, _cast_since(layer))
         for swapped in swaps:
             swapped.undo(model)
             undone.append(swapped)
@@ -252,6 +256,17 @@ def undo_swaps(model: nn.Module, swaps: Sequence[Originals]) -> None:
     if hooked:
         warnings.warn(f"restore: hooks registered on {len(hooked)} replaced layers ({hooked[0]}, …) went with them: "
                       "register them again on the restored layers", stacklevel=3)  # fmt: skip
+
+
+def _cast_since(layer: Replaced) -> torch.dtype | None:
+    """The dtype that a replacement stands for now, if it is another one than at the swap."""
+    now = [
+        m.anchor.dtype
+        for m in layer.replacement.modules()
+        if isinstance(m, QuantizedModule) and "anchor" in m._parameters
+    ]
+    before = [p.dtype for p in layer.original.parameters() if p.dtype in FLOATS]
+    return now[0] if now and len({*now}) == len({*before}) == 1 and now[0] != before[0] else None
 
 
 def quantised_layers(model: nn.Module) -> dict[str, QuantizedModule]:

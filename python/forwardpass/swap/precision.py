@@ -64,6 +64,7 @@ class Presets:
     def __init__(self, precision: ByHand) -> None:
         self.patterns: tuple[Pattern, ...] = ()  #: those that say it
         self._of: Callable[[str, nn.Module], str | None]
+        self.is_function = not isinstance(precision, str | Mapping)
         if isinstance(precision, str):
             find_precision(precision)
             self._of = lambda fqn, module: precision
@@ -76,6 +77,11 @@ class Presets:
             self._of = precision
         else:
             raise TypeError(f"precision is a name, a dict of patterns and names, or a function, not {precision!r}")
+
+    def names(self, fqn: str) -> bool:
+        """Whether it says this of the layer, and not of all that nothing else is said of."""
+        first = next((p for p in self.patterns if p.matches(fqn)), None)
+        return self.is_function or (first is not None and first.text not in ("*", "**"))
 
     def find(self, fqn: str, module: nn.Module) -> Precision | None:
         """None for a layer that stays as it is. ValueError where there is none of that name."""

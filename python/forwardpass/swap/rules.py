@@ -35,7 +35,7 @@ from ..nn.layer import is_linear
 from ..ops.common.quantized_rows import FLOATS
 from .adapters import BASE, reads_base
 from .patterns import Pattern
-from .precision import STORED, Precision
+from .precision import STORED, Precision, Presets
 from .tensor_parallel import sharding_of, whole
 from .walker import Leaf
 
@@ -88,7 +88,7 @@ class Context:
     model: nn.Module
     include: tuple[Pattern, ...] = ()
     exclude: tuple[Pattern, ...] = ()
-    by_hand: tuple[Pattern, ...] = ()  #: that say which precision a layer gets
+    by_hand: Presets | None = None  #: what says which precision a layer gets
     memory: dict[int, list[Memory]] = field(init=False)
     output_layers: set[int] = field(init=False)
 
@@ -355,6 +355,8 @@ class Rule:
 
 
 _USER = (excluded, not_included)
+#: What somebody who names a layer by hand knows.
+_OF_SPEED = (too_small, no_int8_instructions)
 #: Without these there is nothing to ask the others about.
 _FIRST = (uninitialized, dotted)
 _DEFAULT = (lm_head, moe_router, too_small, no_int8_instructions)
@@ -381,11 +383,14 @@ def why_skip(leaf: Leaf, context: Context, precision: Precision, defaults: bool)
     decides itself.
     """
     names = {leaf.fqn, leaf.outermost.fqn}
-    named = any(p.spells_out(name) for name in names for p in (*context.include, *context.by_hand))
+    by_hand = context.by_hand.patterns if context.by_hand is not None else ()
+    named = any(p.spells_out(name) for name in names for p in (*context.include, *by_hand))
     for rule in RULES:
         if leaf.is_experts and rule.ask in _OF_LINEARS:
             continue
         if rule.kind == "default" and (named or not defaults):
+            continue
+        if rule.ask in _OF_SPEED and context.by_hand is not None and context.by_hand.names(leaf.fqn):
             continue
         if precision is STORED and rule.ask in _OF_FLOATS:
             continue

@@ -133,9 +133,7 @@ def swap(
     refuse_inference_mode(model)
     with KerasLinears(model) as keras, Projections(model) as projections:
         keep = keras.where_kept(keep)
-        context = Context(
-            model, patterns("include", include), patterns("exclude", exclude), presets.patterns if presets else ()
-        )
+        context = Context(model, patterns("include", include), patterns("exclude", exclude), presets)
         leaves = linear_like(model)
         refuse_model(model, leaves)
         again = bool(originals.quantised_layers(model) or originals.swapped_attention(model))
@@ -300,7 +298,7 @@ def _warnings(decision: Decision, training: bool) -> list[str]:
         for argument, patterns in (
             ("include", context.include),
             ("exclude", context.exclude),
-            ("precision", context.by_hand),
+            ("precision", context.by_hand.patterns if context.by_hand else ()),
         )
         for pattern in patterns
         if not any(pattern.matches(fqn) for fqn in names)
