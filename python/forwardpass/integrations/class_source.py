@@ -7,10 +7,14 @@ import functools
 import inspect
 import sys
 import textwrap
-from types import ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from ..common.syntax import tree_of
+from . import patches
+
+#: Whose decorators are part of what their own classes are.
+_DECORATING = ("transformers", "torch")
 
 
 def owner_of_forward(cls: Any) -> Any:
@@ -30,6 +34,51 @@ def _parsed(module: ModuleType) -> ast.Module | None:
         return tree_of(inspect.getsource(module))
     except (OSError, TypeError):
         return None
+
+
+def is_as_written(owner: Any, name: str) -> bool:
+    """Whether the function of a module or class is the one in its file. Libraries (Liger, Unsloth) and users put others in the
+    place of transformers' own, of which nothing is known by what the file has."""
+    module = owner if isinstance(owner, ModuleType) else sys.modules.get(owner.__module__)
+    function: Any = patches.below(owner, name)
+    while hasattr(function, "__wrapped__") and _package(function) in _DECORATING:
+        function = function.__wrapped__
+    if module is None or not isinstance(function, FunctionType):
+        return False
+    tree = _parsed(module)
+    within = tree if owner is module else named(tree, owner.__name__)
+    return _is_in(function.__code__, getattr(module, "__file__", None), named(within, name))
+
+
+def _package(function: Any) -> str:
+    return str(getattr(function, "__globals__", {}).get("__name__", "")).partition(".")[0]
+
+
+def _is_in(code: CodeType, file: str | None, node: Any) -> bool:
+    """Whether it is compiled from that definition."""
+    return (
+        code.co_filename == file
+        and node is not None
+        and node.lineno <= code.co_firstlineno + len(node.decorator_list)
+        and (code.co_firstlineno <= node.end_lineno and code.co_name == node.name)
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _are_as_written(cls: Any, functions: tuple[Any, ...]) -> bool:
+    return all(
+        is_as_written(cls, name) for name, x in vars(cls).items() if isinstance(x, FunctionType) and name != "__init__"
+    )
+
+
+def class_is_as_written(cls: Any) -> bool:
+    """Whether the functions of a class of transformers, and of those of its models that it derives from, are those in their files.
+    It costs little to ask again: classes are looked through when their functions have changed."""
+    return all(
+        _are_as_written(base, tuple(x for x in vars(base).values() if isinstance(x, FunctionType)))
+        for base in cls.__mro__
+        if base.__module__.startswith("transformers.models.")
+    )
 
 
 def named(tree: ast.AST | None, name: str) -> ast.AST | None:

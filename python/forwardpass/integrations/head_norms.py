@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ..common.modules import is_watched
+from . import patches
 from .class_source import owner_of_forward
 from .norm_formulas import written_formula
+from .patches import Patch
 
 _NAMES = {"query_states": "q_norm", "key_states": "k_norm"}
-_SKIPS = "forwardpass_skips_norms"  #: attribute of a forward that is wrapped
 _EMBEDDINGS = ast.dump(ast.parse("cos, sin = position_embeddings").body[0])
 
 
@@ -65,16 +66,12 @@ def _ends_in_norm(statements: list[ast.stmt], states: str, norm: str) -> bool:
     return False
 
 
-def wrap(attention: nn.Module) -> bool:
-    """Lets its norms be left out; False where they are none that the operation computes."""
+def wrap(attention: nn.Module) -> list[Patch]:
+    """Lets its norms be left out, until these are removed; none where they are none that the operation computes."""
     norms = [getattr(attention, name, None) for name in _NAMES.values()]
     if not all(isinstance(norm, nn.Module) and written_formula(norm) for norm in norms):
-        return False
-    for norm in norms:
-        owner = owner_of_forward(type(norm))
-        if not hasattr(owner.forward, _SKIPS):
-            owner.forward = _skipping(owner.forward)
-    return True
+        return []
+    return [patches.put(owner_of_forward(type(norm)), "forward", _skipping) for norm in norms]
 
 
 def _skipping(forward: Any) -> Any:
@@ -85,7 +82,6 @@ def _skipping(forward: Any) -> Any:
             return args[0]
         return forward(self, *args, **kwargs)
 
-    setattr(skipping, _SKIPS, True)
     return skipping
 
 
@@ -93,7 +89,8 @@ def skip(attention: nn.Module) -> tuple[nn.Module, nn.Module] | None:
     """Leaves out the next calls of its norms in this thread, and returns them; None where something else may look at them."""
     norms: Any = tuple(attention._modules[name] for name in _NAMES.values())
     for norm in norms:
-        if is_watched(norm) or written_formula(norm) is None:
+        patched = patches.is_there(owner_of_forward(type(norm)), "forward")
+        if is_watched(norm) or not patched or written_formula(norm) is None:
             return None
     _skipped.norms = list(norms)
     return norms

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from .class_source import body_of, dump, named, owner_of_forward, tree_of_module
+from . import patches
+from .class_source import body_of, dump, is_as_written, named, owner_of_forward, tree_of_module
 
 
 @dataclass(frozen=True)
@@ -56,18 +57,20 @@ _CLASSES = {
 
 def written_formula(norm: nn.Module) -> NormFormula | None:
     """That of a module whose class's code is one of the forms that models have, else None."""
-    cls: Any = type(norm)  # mypy takes type[nn.Module] for unhashable
-    return _written_formula(cls)
+    owner = owner_of_forward(type(norm))
+    return _written_formula(owner, patches.below(owner, "forward"), vars(owner).get("_norm"))
 
 
 @functools.lru_cache(maxsize=1024)
-def _written_formula(cls: Any) -> NormFormula | None:
-    owner = owner_of_forward(cls)
+def _written_formula(owner: Any, forward: Any, _norm: Any) -> NormFormula | None:
+    """By what the class has now, as somebody may put other functions into it."""
     tree = named(tree_of_module(owner), owner.__name__)
     code = body_of(named(tree, "forward"))
+    if not is_as_written(owner, "forward"):
+        return None
     if code in (_LLAMA, _T5):
         return NormFormula("rms", "variance_epsilon")
-    if code == _GEMMA and body_of(named(tree, "_norm")) == _GEMMAS_NORM:
+    if code == _GEMMA and body_of(named(tree, "_norm")) == _GEMMAS_NORM and is_as_written(owner, "_norm"):
         return NormFormula("rms", "eps", 1.0)
     return None
 

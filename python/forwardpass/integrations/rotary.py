@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import functools
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -18,12 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.append_kv import PLAIN, WITHOUT_NORMS
-from . import head_norms
-from .class_source import body_of, dump, named, owner_of_forward, tree_of_module
+from . import head_norms, patches
+from .class_source import body_of, dump, is_as_written, named, owner_of_forward, tree_of_module
 
 NAME = "apply_rotary_pos_emb"
-#: Attributes: of cosines, that the next rotation by them is left to the cache, and of the function that looks at it; of keys, what
-#: is yet to be done to them.
+#: Attributes: of cosines, that the next rotation by them is left to the cache; of keys, what is yet to be done to them.
 _DEFERS, _PENDING = "forwardpass_defers_rotation", "forwardpass_rotary"
 
 #: What the operation does, as models write it: of all columns, and of the first.
@@ -67,7 +67,16 @@ def pending(key: Tensor) -> tuple[Any, ...]:
 def why_apart(attention: nn.Module) -> str | None:
     """None where the code of an attention module says that its queries and keys can be rotated later, else what it lacks."""
     cls: Any = type(attention)  # mypy takes type[nn.Module] for unhashable
-    return _why_apart(cls)
+    return _why_apart(cls) or _why_replaced(cls)
+
+
+def _why_replaced(cls: Any) -> str | None:
+    owner = owner_of_forward(cls)
+    module = sys.modules[owner.__module__]
+    for place, name in ((owner, "forward"), (module, NAME), (module, "rotate_half")):
+        if not is_as_written(place, name):
+            return f"another function stands in the place of {place.__name__}.{name}"
+    return None
 
 
 @functools.lru_cache(maxsize=1024)
@@ -105,15 +114,20 @@ def defer(attention: nn.Module) -> tuple[Any, ...]:
     """Rotates a module's queries and keys in its cache, where that appends in place, their norms before it; returns the handles of
     the hooks that do so."""
     cls: Any = type(attention)
-    module: Any = sys.modules[owner_of_forward(cls).__module__]
-    if not hasattr(vars(module)[NAME], _DEFERS):
-        setattr(module, NAME, _deferring(vars(module)[NAME]))
-    if not norms_precede(cls) or not head_norms.wrap(attention):
-        return (attention.register_forward_pre_hook(_mark, with_kwargs=True),)
+    rotation = patches.put(_module(attention), NAME, _deferring)
+    if not norms_precede(cls) or not (norms := head_norms.wrap(attention)):
+        return rotation, attention.register_forward_pre_hook(_mark, with_kwargs=True)
     return (
+        rotation,
+        *norms,
         attention.register_forward_pre_hook(_mark_with_norms, with_kwargs=True),
         attention.register_forward_hook(_forget, always_call=True),  # also after one that failed before its norms
     )
+
+
+def _module(attention: nn.Module) -> Any:
+    """The Python module whose rotation an attention calls."""
+    return sys.modules[owner_of_forward(type(attention)).__module__]
 
 
 def _mark(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], has_norms: bool = False) -> None:
@@ -123,7 +137,7 @@ def _mark(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], h
     index: Any = attention.layer_idx
     if embeddings is not None:
         layer: Any = layers[index] if index < len(layers) else None
-        defers = hasattr(layer, "appends_in_place") and layer.appends_in_place()
+        defers = hasattr(layer, "appends_in_place") and layer.appends_in_place() and why_changed(attention) is None
         norms = head_norms.skip(attention) if defers and has_norms else None
         setattr(embeddings[0], _DEFERS, (norms,) if defers else ())
 
@@ -154,8 +168,28 @@ def _deferring(rotate: Callable[..., Any]) -> Callable[..., Any]:
         setattr(k, _PENDING, (cos, sin, rows, q_out, *weights))
         return q_out.transpose(1, 2), k
 
-    setattr(deferred, _DEFERS, True)
     return deferred
+
+
+def why_changed(attention: nn.Module) -> str | None:
+    """What of an attention's code is another one than at the swap: its steps then do as the model does, and one of them says so."""
+    owner, module = owner_of_forward(type(attention)), _module(attention)
+    changed = None if patches.is_there(module, NAME) else f"{module.__name__}.{NAME}"
+    if not _is_as_written(owner, vars(owner)["forward"]):
+        changed = f"{owner.__name__}.forward"
+    if changed is not None and changed not in _spoken_of:
+        _spoken_of.add(changed)
+        warnings.warn(f"{changed} is another function than at the swap: steps with a cache no longer rotate as they append",
+                      stacklevel=4)  # fmt: skip
+    return changed
+
+
+_spoken_of: set[str] = set()
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_as_written(owner: Any, forward: Any) -> bool:
+    return is_as_written(owner, "forward")
 
 
 def _fits(q: Tensor, k: Tensor, cos: Tensor) -> bool:

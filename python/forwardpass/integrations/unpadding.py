@@ -29,7 +29,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -38,9 +39,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .class_source import class_is_as_written
+
 #: The attribute of a model that runs a stack of its layers without padding: the implementation that its config has to name for
 #: that, None where attention pads by itself.
 PLACE = "forwardpass_unpadding"
+#: And that of the classes of those layers and of their parts, whose code has to be transformers' own.
+CLASSES = "forwardpass_unpadding_classes"
 
 
 #: The least share of padding in a batch that pays. CPU time of all-MiniLM-L6-v2 in int8, padded and not (one core of an AMD EPYC,
@@ -119,6 +124,9 @@ def _rows(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ro
         return None
     if mask.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
+    if (replaced := why_replaced(vars(model).get(CLASSES, ()))) is not None:
+        _speak_of(replaced)
+        return None
     name = vars(model)[PLACE]
     if name is not None and config._attn_implementation != name:  # type: ignore[union-attr]  # set by hand since
         return None
@@ -130,6 +138,18 @@ def _rows(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ro
     if tokens.sum() > (1 - WORTH) * tokens.numel() or not tokens[:, 0].all():
         return None
     return Rows(tokens, mask.device)
+
+
+def why_replaced(classes: Iterable[Any]) -> str | None:
+    """The first of these classes whose code is not what transformers has in its file; None where that is so of none."""
+    return next((cls.__name__ for cls in classes if not class_is_as_written(cls)), None)
+
+
+@functools.cache
+def _speak_of(name: str) -> None:
+    warnings.warn(
+        f"the code of {name} is another than at the swap: batches keep their padding from here on", stacklevel=6
+    )
 
 
 def enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -221,6 +241,11 @@ class Stack:
     layers: tuple[nn.Module, ...]
     attention: tuple[nn.Module, ...]  #: of each layer
     by_interface: bool  #: whether attention comes to `transformers_attention`
+
+    @property
+    def classes(self) -> tuple[Any, ...]:
+        """Those of its layers and of all that is in them, once each."""
+        return tuple(dict.fromkeys(type(m) for layer in self.layers for m in layer.modules()))
 
     def hooks(self) -> Iterator[Any]:
         """Registers them; their handles."""

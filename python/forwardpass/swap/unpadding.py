@@ -14,7 +14,7 @@ from torch import nn
 from ..common.batches import device_of
 from ..dispatch import Reason, gpu_takes
 from ..integrations.transformers_attention import dispatches
-from ..integrations.unpadding import PLACE, Stack
+from ..integrations.unpadding import CLASSES, PLACE, Stack, why_replaced
 from . import rules
 from .attention import NOT_PLANNED, AttentionDecision, holders_of_configs, why_not_named
 from .plan import UNPAD
@@ -144,6 +144,9 @@ def _why_not(stack: Stack, changed: set[int]) -> Reason | None:
         return Reason("decoder", "it is a decoder", "leave it")
     if changed.isdisjoint(inside):
         return Reason("unchanged", "none of its layers is swapped", "see why they are skipped")
+    if (replaced := why_replaced(stack.classes)) is not None:
+        return Reason("replaced", f"the code of {replaced} is not what transformers has in its file",
+                      "undo what replaced it, to run without padding")  # fmt: skip
     if len({id(layer) for layer in stack.layers}) < len(stack.layers) or len(stack.attention) != len(stack.layers):
         return Reason("shared", "its layers are not each another one with one attention", "leave it")
     if any(
@@ -178,7 +181,7 @@ class UnpaddingSwap:
         """After that of attention, which gives the configs their names."""
         for stack in self._stacks:
             name = stack.model.config._attn_implementation if stack.by_interface else None  # type: ignore[union-attr]
-            vars(stack.model)[PLACE] = name
+            vars(stack.model).update({PLACE: name, CLASSES: stack.classes})
             self._handles += stack.hooks()
 
     def undo(self) -> None:
@@ -187,6 +190,7 @@ class UnpaddingSwap:
         self._handles.clear()
         for stack in self._stacks:
             vars(stack.model).pop(PLACE, None)
+            vars(stack.model).pop(CLASSES, None)
 
 
 def unpads(model: nn.Module) -> str | None:

@@ -1,0 +1,117 @@
+"""Classes of transformers whose code somebody replaces, as Liger and Unsloth do: what was read of their files no longer counts."""
+
+import importlib
+
+import pytest
+import torch
+from small_models import ATTENTION, batch, build, outputs
+
+import forwardpass as fp
+
+transformers = pytest.importorskip("transformers")
+STEPS = 5
+
+
+def modeling(name):
+    return importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+
+
+def logits_of_steps(model):
+    """What each step of a generation gives, by a cache."""
+    result = model.generate(batch("llama")["input_ids"], max_new_tokens=STEPS, do_sample=False, eos_token_id=None,
+                            disable_compile=True, return_dict_in_generate=True, output_logits=True)  # fmt: skip
+    return torch.stack(result.logits)
+
+
+def halved(forward):
+    return lambda self, x: forward(self, x) / 2
+
+
+def other_rotation(rotate):
+    def other(q, k, cos, sin, unsqueeze_dim=1):
+        q, k = rotate(q, k, cos, sin, unsqueeze_dim)
+        return q / 2, k
+
+    return other
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("what", ["norm", "rotation"])
+@pytest.mark.filterwarnings("ignore:swap")
+@torch.inference_mode()
+def test_steps_do_what_the_code_does_now(what, when, monkeypatch):
+    """.36 to 1.29 off, in silence: a patch counted at prefill and was ignored at every step of decode."""
+    module = modeling("qwen3")
+
+    def replace():
+        if what == "norm":
+            monkeypatch.setattr(module.Qwen3RMSNorm, "forward", halved(module.Qwen3RMSNorm.forward))
+        else:
+            monkeypatch.setattr(module, "apply_rotary_pos_emb", other_rotation(module.apply_rotary_pos_emb))
+
+    model, plain = build("qwen3", ATTENTION), build("qwen3", ATTENTION)
+    plain.load_state_dict(model.state_dict())
+    original = logits_of_steps(plain)
+    if when == "before":
+        replace()
+    fp.swap(model, attention=True, kv_cache="auto")
+    if when == "after":
+        replace()
+        rotary = importlib.import_module("forwardpass.integrations.rotary")
+        rotary._spoken_of.clear()
+        if what == "rotation":
+            with pytest.warns(UserWarning, match="apply_rotary_pos_emb is another function than at the swap"):
+                logits_of_steps(model)
+    expected = logits_of_steps(plain)
+    assert not torch.allclose(expected, original, atol=1e-3)
+    torch.testing.assert_close(logits_of_steps(model), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_restoring_the_last_model_takes_our_functions_out(monkeypatch):
+    module, patches = modeling("qwen3"), importlib.import_module("forwardpass.integrations.patches")
+    for owner, name in ((module, "apply_rotary_pos_emb"), (module.Qwen3RMSNorm, "forward")):
+        monkeypatch.setattr(owner, name, patches.below(owner, name))  # models of other tests may be about
+    monkeypatch.setattr(patches, "_patches", {})
+    before = module.apply_rotary_pos_emb, module.Qwen3RMSNorm.forward
+    first, second = build("qwen3", ATTENTION), build("qwen3", ATTENTION)
+    for model in (first, second):
+        fp.swap(model, attention=True, kv_cache="auto")
+    assert module.apply_rotary_pos_emb is not before[0] and module.Qwen3RMSNorm.forward is not before[1]
+    fp.restore(first)
+    assert module.apply_rotary_pos_emb is not before[0]
+    fp.restore(second)
+    assert (module.apply_rotary_pos_emb, module.Qwen3RMSNorm.forward) == before
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("cls", ["BertLayer", "BertOutput"])
+@torch.inference_mode()
+def test_encoders_without_padding(cls, when, monkeypatch):
+    """Shorter texts were off by .27 to .42: what a layer computes over all rows of a batch saw other rows."""
+    owner = getattr(modeling("bert"), cls)
+    forward = owner.forward
+
+    def over_rows(self, x, *args, **kwargs):
+        y = forward(self, x, *args, **kwargs)
+        return y - y.mean(1, keepdim=True)
+
+    model = build("bert")
+    x = batch("bert")
+    x["attention_mask"] = torch.ones_like(x["input_ids"])
+    x["attention_mask"][0, x["input_ids"].shape[1] // 2 :] = 0
+    tokens = x["attention_mask"].bool()
+    if when == "before":
+        monkeypatch.setattr(owner, "forward", over_rows)
+    report = fp.swap(model, "w8a16", include="**", attention=True)
+    assert bool(report.unpadding.encoders) is (when == "after")
+    if when == "after":
+        monkeypatch.setattr(owner, "forward", over_rows)
+        with pytest.warns(UserWarning, match=f"the code of {cls} is another than at the swap"):
+            y = outputs(model, x)
+    else:
+        assert report.unpadding.reason.code == "replaced" and cls in report.unpadding.reason.text
+        y = outputs(model, x)
+    fp.restore(model)
+    fp.swap(model, "w8a16", include="**", attention=True, unpad=False)
+    torch.testing.assert_close(y[tokens], outputs(model, x)[tokens], rtol=1e-4, atol=1e-5)
