@@ -11,6 +11,7 @@ from torch import nn
 import forwardpass as fp
 from forwardpass.planning import plots
 from forwardpass.planning.agreement import CausalLm, Classification, Embedding
+from forwardpass.planning.criterion import Criterion
 from forwardpass.planning.parity import Comparison, LayerParity, ParityReport
 from forwardpass.swap import originals
 
@@ -290,8 +291,24 @@ def test_comparison():
     c.add(torch.ones(1, 3), torch.zeros(1, 3))
     assert (c.cosine_min, c.relative_error) == (0, math.inf)
     c.add(torch.full((1, 3), float("nan")), torch.zeros(1, 3))
-    assert all(math.isnan(v) for v in (c.cosine_min, c.relative_error, c.max_abs_error))
-    assert c.to_json() == {"samples": 4, "cosine_min": None, "relative_error": None, "max_abs_error": None}
+    assert all(math.isnan(v) for v in (c.cosine_min, c.relative_error, c.max_abs_error, c.norm_error))
+    assert c.to_json() == {
+        "samples": 4,
+        **dict.fromkeys(("cosine_min", "relative_error", "max_abs_error", "norm_error")),
+    }
+
+
+def test_a_scale_that_is_wrong_shows():
+    """It does in no cosine."""
+    x = torch.randn(4, 64, dtype=torch.float64)
+    c = Comparison()
+    c.add(torch.cat((1.1 * x[:1], x[1:])), x)
+    assert c.cosine_min == pytest.approx(1) and c.norm_error == pytest.approx(0.1)
+    criterion = Criterion("min_cosine", 0.999)
+    for scale, fails in ((1.04, False), (0.96, False), (1.05, True), (0.95, True)):
+        errors = criterion.additive(scale * x, x, None)
+        assert errors.max() == pytest.approx((scale - 1) ** 2 / 2)
+        assert criterion.fails(criterion.worst(errors, scale * x, x, None)) is fails
 
 
 def causal(scale):

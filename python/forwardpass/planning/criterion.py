@@ -22,8 +22,8 @@ Metric = Callable[[Tensor, Tensor, Any], float]
 
 @dataclass(frozen=True)
 class Criterion:
-    """One of: the lowest cosine over samples, the largest relative L2 error over batches, the largest value of a metric, the rise
-    of a decoder's perplexity over all batches together.
+    """One of: the lowest cosine over samples (a norm that is off counts as well), the largest relative L2 error over batches, the
+    largest value of a metric, the rise of a decoder's perplexity over all batches together.
 
     Errors that layers bring are small and independent of each other, so their squares add up at the output: 1 - cosine, which
     is half of the squared error across the output, and the squared relative error. Those are `additive`; `budget` and `worst`
@@ -86,11 +86,12 @@ class Criterion:
         return F.cross_entropy(logits.float(), target, reduction="none").unsqueeze(1)
 
     def additive(self, actual: Tensor, expected: Tensor, batch: Any) -> Tensor:
-        """fp64 on the host: for min_cosine 1 - cosine of every sample, else the batch's squared relative error [1]."""
+        """fp64 on the host: for min_cosine 1 - cosine of every sample and, as no cosine sees it, half of the square of its norm's
+        relative error, together half of its squared relative error. Else the batch's squared relative error [1]."""
         mask = padding_mask(batch, expected.shape[:-1])
         actual, expected = samples(actual, mask).double(), samples(expected.to(actual.device), mask).double()
         if self.kind == "min_cosine":
-            return 1 - cosines(actual, expected).cpu()
+            return (1 - cosines(actual, expected) + norm_errors(actual, expected).square() / 2).cpu()
         return squared_relative_error(actual, expected).reshape(1).cpu()
 
     def worst(self, errors: Tensor, actual: Tensor, expected: Tensor, batch: Any) -> float:
@@ -138,3 +139,9 @@ def cosines(actual: Tensor, expected: Tensor) -> Tensor:
     norms = actual.square().sum(1), expected.square().sum(1)
     cosine = (actual * expected).sum(1) / (norms[0] * norms[1]).sqrt().clamp_min(1e-300)
     return torch.where((norms[0] == 0) & (norms[1] == 0), 1.0, cosine)
+
+
+def norm_errors(actual: Tensor, expected: Tensor) -> Tensor:
+    """By how much the norm of each row of one fp64 [samples, n] is off, relative to the other's; 0 where that is zero."""
+    norms = actual.norm(dim=1), expected.norm(dim=1)
+    return torch.where(norms[1] == 0, 0 * norms[0], (norms[0] / norms[1].clamp_min(1e-300) - 1).abs())

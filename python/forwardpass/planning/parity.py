@@ -21,7 +21,7 @@ from ..nn import QuantizedModule
 from ..swap import originals
 from ..version import __version__
 from .agreement import TASKS, task_of
-from .criterion import cosines, samples
+from .criterion import cosines, norm_errors, samples
 
 SCHEMA = "forwardpass.parity/1"
 
@@ -36,6 +36,7 @@ class Comparison:
     cosine_min: float = math.inf  #: lowest of the samples
     relative_error: float = 0.0  #: L2 norm of the error over that of the reference, worst of the batches
     max_abs_error: float = 0.0
+    norm_error: float = 0.0  #: by how much a sample's norm is off, relative to the reference's; the largest
 
     def add(self, actual: Tensor, expected: Tensor) -> None:
         """actual and expected [samples, n] of one batch."""
@@ -44,6 +45,7 @@ class Comparison:
         actual, expected = actual.double(), expected.double()
         self.samples += len(expected)
         self.cosine_min = -_largest(-self.cosine_min, -cosines(actual, expected).min().item())
+        self.norm_error = _largest(self.norm_error, norm_errors(actual, expected).max().item())
         self.relative_error = _largest(self.relative_error, relative_error(actual, expected))
         self.max_abs_error = _largest(self.max_abs_error, (actual - expected).abs().max().item())
 
@@ -117,7 +119,8 @@ class ParityReport(Printed):
             "compiled": self.compiled and self.compiled.to_json(),
             "task": self.task,
             "agreement": {k: v if math.isfinite(v) else None for k, v in self.agreement.items()},
-            "measured": ["samples", "cosine_min", "relative_error", "max_abs_error", "compiled", "agreement", "layers"],
+            "measured": ["samples", "cosine_min", "norm_error", "relative_error", "max_abs_error", "compiled", "agreement",
+                         "layers"],
             "layers": [
                 {"fqn": x.fqn, "precision": x.precision, **x.total.to_json(),
                  "quantisation": x.quantisation.to_json(), "kernel": x.kernel.to_json()}
@@ -164,7 +167,8 @@ class ParityReport(Printed):
 
 def _sentence(comparison: Comparison) -> str:
     cosine, relative, largest = comparison.cells()
-    return f"lowest cosine {cosine}, relative error {relative}, largest {largest}"
+    norm = f"{comparison.norm_error:.2e}" if comparison.samples else "-"
+    return f"lowest cosine {cosine}, norm off by {norm}, relative error {relative}, largest {largest}"
 
 
 def parity(
