@@ -259,14 +259,12 @@ def undo_swaps(model: nn.Module, swaps: Sequence[Originals]) -> None:
 
 
 def _cast_since(layer: Replaced) -> torch.dtype | None:
-    """The dtype that a replacement stands for now, if it is another one than at the swap."""
-    now = [
-        m.anchor.dtype
-        for m in layer.replacement.modules()
-        if isinstance(m, QuantizedModule) and "anchor" in m._parameters
-    ]
-    before = [p.dtype for p in layer.original.parameters() if p.dtype in FLOATS]
-    return now[0] if now and len({*now}) == len({*before}) == 1 and now[0] != before[0] else None
+    """The dtype that a replacement stands for now, if it is another one than at the swap; None of what another library had in 8
+    bits."""
+    modules = [m for m in layer.replacement.modules() if isinstance(m, QuantizedModule)]
+    now = {m.anchor.dtype for m in modules if "anchor" in m._parameters}
+    before = {p.dtype for p in layer.original.parameters()}
+    return now.pop() if len(now) == len(before) == 1 and now != before and before <= {*FLOATS} else None
 
 
 def quantised_layers(model: nn.Module) -> dict[str, QuantizedModule]:

@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..common.modules import tensor_bytes
+from ..dispatch import Reason
 from ..nn import QuantizedModule
 from ..nn.joined import Joined, why_apart
 from . import originals
@@ -131,16 +132,21 @@ class JoinedSwap:
     `put` after. Holds no layer that `build` copies into another: where nothing else does, it is freed at once.
     """
 
-    def __init__(self, layers: Mapping[str, tuple[Leaf, QuantizedModule]]) -> None:
+    def __init__(
+        self, layers: Mapping[str, tuple[Leaf, QuantizedModule]], apart: Mapping[str, Reason] | None = None
+    ) -> None:
+        """apart: what is no product, by the name of its first layer, and why."""
+        apart = apart or {}
         self._mlps = MLPs(layers)
-        self.mlps, self.apart = self._mlps.names, self._mlps.apart
+        self.mlps = self._mlps.names
+        self.apart = [*self._mlps.apart, *(x for x in apart.items() if x not in self._mlps.apart)]
         self.norms = [norm.fqn for norm in self._mlps.norms]
         within = self._mlps.members
         self._alone = {fqn: layer for fqn, layer in layers.items() if fqn not in within}
         self._runs = [
             (run, members)
             for run in siblings(leaf for leaf, _ in self._alone.values())
-            if why_apart(members := [self._alone[leaf.fqn][1] for leaf in run]) is None
+            if run[0].fqn not in apart and why_apart(members := [self._alone[leaf.fqn][1] for leaf in run]) is None
         ]
         self._joined: list[tuple[weakref.ref[nn.Module], Joined]] = []
         self._handles: list[RemovableHandle] = []

@@ -28,6 +28,7 @@ from .patterns import patterns
 from .plan import Plan, PlannedLayer, layers_of
 from .precision import STORED, ByHand, LayerPrecision, Precision, Presets
 from .projections import Projections
+from .proofs import proven
 from .report import OtherLayers, Report, Skipped, Swapped, WeightBytes
 from .rules import Context, ties
 from .siblings import JoinedSwap
@@ -39,6 +40,7 @@ from .walker import Leaf, experts_leaves, linear_leaves, linear_like
 #: Of a model's bytes, what the layers of a class have at least for the report to speak of them.
 WEIGHS = 0.01
 KEEP = ("auto", "device", "cpu", False)
+_NONE: Mapping[str, Reason] = {}
 
 
 def swap(
@@ -151,6 +153,7 @@ def swap(
             refuse_swapped(model, ", and nothing else that would be swapped")
         others = (*keras.skipped(context.exclude), *projections.skipped(context))
         decision = replace(decision, skipped=(*decision.skipped, *others))
+        decision, apart = proven(decision)
         if strict:
             refuse_skips(decision.skipped)
         notes = _warnings(decision, model.training and not keras.is_all)
@@ -169,7 +172,7 @@ def swap(
                                  "pass the same ones, or plan again")  # fmt: skip
             decision = decision.calibrated_as(arguments)
         calibration = fingerprint.value if arguments else None
-        return _carry_out(decision, notes, arguments, calibration, keep, dry_run, projections, keras)
+        return _carry_out(decision, notes, arguments, calibration, keep, dry_run, projections, keras, apart)
 
 
 def _refuse_divided(model: nn.Module, calibrates: bool, keep: str | bool) -> None:
@@ -229,6 +232,7 @@ def _carry_out(
     dry_run: bool,
     projections: Projections,
     keras: KerasLinears | None = None,
+    apart: Mapping[str, Reason] = _NONE,
 ) -> Report:
     """Builds the replacements, gives the warnings, and puts the replacements in place."""
     model, swapped = decision.model, decision.swapped
@@ -236,7 +240,7 @@ def _carry_out(
         replacements = [_empty(leaf, p) for leaf, p in swapped]
     else:
         replacements = [build(leaf, p.precision, arguments.get(leaf.fqn, {})) for leaf, p in swapped]
-    joined = JoinedSwap({leaf.fqn: (leaf, new) for (leaf, _), new in zip(swapped, replacements)})
+    joined = JoinedSwap({leaf.fqn: (leaf, new) for (leaf, _), new in zip(swapped, replacements)}, apart)
     change = AttentionSwap(model, decision.attention, decision.unpadding.named)
     in_report = {
         *(s.fqn for s in decision.skipped),
