@@ -9,7 +9,7 @@
 #include "kernels/gemm/arguments.cuh"
 #include "kernels/gemm/kernel.h"
 #include "kernels/gemm/reduce_splits.h"
-#include "schedule/expert_list.cuh"
+#include "schedule/grouped_tile.cuh"
 
 namespace forwardpass {
 
@@ -128,5 +128,19 @@ constexpr GemmKernel mma_row(GemmKind kind, Arch arch, int blocks_per_sm = Confi
           .blocks_per_sm = blocks_per_sm,
           .launch = launch_gemm_mma<Config>};
 }
+
+// The rows of a table whose operands, main loop and epilogue are the same.
+template <GemmKind kKind, class Element, template <class> class Mainloop, template <class> class Epilogue>
+struct MmaRows {
+  template <MmaTile kTile>
+  static constexpr GemmKernel one(Arch arch) {
+    return mma_row<MmaConfig<Element, kTile, OneTile, Mainloop, Epilogue>>(kKind, arch);
+  }
+  template <MmaTile kTile, int kExperts>
+  static constexpr GemmKernel grouped(Arch arch, int blocks_per_sm = kTile.blocks_per_sm) {
+    constexpr MmaTile kWithList = with_experts(kTile, kExperts);
+    return mma_row<MmaConfig<Element, kWithList, GroupedTiles, Mainloop, Epilogue>>(kKind, arch, blocks_per_sm);
+  }
+};
 
 }  // namespace forwardpass

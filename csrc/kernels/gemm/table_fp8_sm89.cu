@@ -1,7 +1,6 @@
 // fp8 on mma.sync m16n8k32 of e4m3, promoted to fp32 every 128 of K.
 #include "device/epilogue/fragment.cuh"
 #include "kernels/gemm/mma_mainloop.cuh"
-#include "schedule/grouped_tile.cuh"
 
 namespace forwardpass {
 
@@ -34,15 +33,14 @@ constexpr GemmKernel one() {
 }
 // Grouped, one kernel has scales of either kind. That costs issue slots, of which enough are left: 853 instructions for
 // 2^20 multiply-adds, which take the tensor cores of an L40S's multiprocessor 1024 clocks; they are issued in 213.
-template <MmaTile kTile, int kExperts>
-constexpr GemmKernel grouped() {
-  constexpr MmaTile kWithList = with_experts(kTile, kExperts);
-  return mma_row<MmaConfig<E4m3OptionalBlocks, kWithList, GroupedTiles, MmaMainloop, FragmentEpilogue>>(GemmKind::fp8,
-                                                                                                        sm_89);
-}
+using Grouped = MmaRows<GemmKind::fp8, E4m3OptionalBlocks, MmaMainloop, FragmentEpilogue>;
 // The grouped 64 x 128 is the largest that has room for the list of more than 144 experts.
-const GemmKernel kernels[] = {one<k128x128>(),          one<k64x128>(),          one<k16x128>(),
-                              grouped<k128x128, 144>(), grouped<k64x128, 512>(), grouped<k16x128, 512>()};
+const GemmKernel kernels[] = {one<k128x128>(),
+                              one<k64x128>(),
+                              one<k16x128>(),
+                              Grouped::grouped<k128x128, 144>(sm_89),
+                              Grouped::grouped<k64x128, 512>(sm_89),
+                              Grouped::grouped<k16x128, 512>(sm_89)};
 const GemmKernels registered(kernels);
 
 }  // namespace

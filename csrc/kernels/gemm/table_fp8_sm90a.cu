@@ -23,24 +23,16 @@ constexpr WgmmaTile k64x128{.m = 64, .n = 128, .stages = 8}, k16x128{.m = 16, .n
 
 namespace {
 
-template <WgmmaTile kTile, template <class> class Schedule, template <class> class Epilogue>
-constexpr GemmKernel row(int stage_clocks = 0) {
-  return wgmma_row<WgmmaConfig<E4m3OptionalBlocks, kTile, Schedule, PromotingMainloop, Epilogue>>(GemmKind::fp8,
-                                                                                                  stage_clocks);
-}
-template <WgmmaTile kTile, int kExperts, template <class> class Epilogue>
-constexpr GemmKernel grouped(int stage_clocks = 0) {
-  return row<with_experts(kTile, kExperts), GroupedClusterTiles, Epilogue>(stage_clocks);
-}
-const GemmKernel kernels[] = {row<k128x256, PersistentTiles, QuantizingEpilogue>(1163),
-                              row<k128x192, PersistentTiles, FragmentEpilogue>(893),
-                              row<k128x128, ClusterTiles, QuantizingEpilogue>(689),
-                              row<k64x128, ClusterTiles, CachedEpilogue>(),
-                              row<k16x128, ClusterTiles, CachedEpilogue>(),
-                              grouped<k128x256Grouped, 384, FragmentEpilogue>(1163),
-                              grouped<k128x128, 512, FragmentEpilogue>(689),
-                              grouped<k64x128, 512, CachedEpilogue>(),
-                              grouped<k16x128, 512, CachedEpilogue>()};
+using Rows = WgmmaRows<GemmKind::fp8, E4m3OptionalBlocks, PromotingMainloop>;
+const GemmKernel kernels[] = {Rows::row<k128x256, PersistentTiles, QuantizingEpilogue>(1163),
+                              Rows::row<k128x192, PersistentTiles, FragmentEpilogue>(893),
+                              Rows::row<k128x128, ClusterTiles, QuantizingEpilogue>(689),
+                              Rows::row<k64x128, ClusterTiles, CachedEpilogue>(),
+                              Rows::row<k16x128, ClusterTiles, CachedEpilogue>(),
+                              Rows::grouped<k128x256Grouped, 384, FragmentEpilogue>(1163),
+                              Rows::grouped<k128x128, 512, FragmentEpilogue>(689),
+                              Rows::grouped<k64x128, 512, CachedEpilogue>(),
+                              Rows::grouped<k16x128, 512, CachedEpilogue>()};
 const GemmKernels registered(kernels);
 
 }  // namespace

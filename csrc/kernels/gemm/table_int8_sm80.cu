@@ -1,7 +1,6 @@
 // int8 on mma.sync m16n8k32.
 #include "device/epilogue/fragment.cuh"
 #include "kernels/gemm/mma_mainloop.cuh"
-#include "schedule/grouped_tile.cuh"
 
 namespace forwardpass {
 
@@ -18,19 +17,11 @@ constexpr MmaTile k16x128{
 
 namespace {
 
-template <MmaTile kTile>
-constexpr GemmKernel one() {
-  return mma_row<MmaConfig<Int8, kTile, OneTile, MmaMainloop, FragmentEpilogue>>(GemmKind::int8, sm_80);
-}
-template <MmaTile kTile, int kExperts>
-constexpr GemmKernel grouped(int blocks_per_sm = kTile.blocks_per_sm) {
-  constexpr MmaTile kWithList = with_experts(kTile, kExperts);
-  return mma_row<MmaConfig<Int8, kWithList, GroupedTiles, MmaMainloop, FragmentEpilogue>>(GemmKind::int8, sm_80,
-                                                                                          blocks_per_sm);
-}
+using Rows = MmaRows<GemmKind::int8, Int8, MmaMainloop, FragmentEpilogue>;
 // Grouped, two blocks of 16 rows fit an A100's multiprocessor; an L40S has the second ones when the first have ended.
-const GemmKernel kernels[] = {one<k128x128>(),          one<k64x128>(),          one<k16x128>(),
-                              grouped<k128x128, 144>(), grouped<k64x128, 512>(), grouped<k16x128, 512>(2)};
+const GemmKernel kernels[] = {Rows::one<k128x128>(sm_80),         Rows::one<k64x128>(sm_80),
+                              Rows::one<k16x128>(sm_80),          Rows::grouped<k128x128, 144>(sm_80),
+                              Rows::grouped<k64x128, 512>(sm_80), Rows::grouped<k16x128, 512>(sm_80, 2)};
 const GemmKernels registered(kernels);
 
 }  // namespace

@@ -21,24 +21,17 @@ constexpr WgmmaTile k64x128{.m = 64, .n = 128, .stages = 8}, k16x128{.m = 16, .n
 
 namespace {
 
-template <WgmmaTile kTile, template <class> class Schedule, template <class> class Epilogue>
-constexpr GemmKernel row(int stage_clocks = 0) {
-  return wgmma_row<WgmmaConfig<Int8, kTile, Schedule, ExactMainloop, Epilogue>>(GemmKind::int8, stage_clocks);
-}
-template <WgmmaTile kTile, int kExperts, template <class> class Epilogue>
-constexpr GemmKernel grouped(int stage_clocks = 0) {
-  return row<with_experts(kTile, kExperts), GroupedClusterTiles, Epilogue>(stage_clocks);
-}
+using Rows = WgmmaRows<GemmKind::int8, Int8, ExactMainloop>;
 // A grouped tile of 128 x 256 leaves room for the list of 384 experts.
-const GemmKernel kernels[] = {row<k128x256, PersistentTiles, FragmentEpilogue>(1084),
-                              row<k128x192, PersistentTiles, FragmentEpilogue>(860),
-                              row<k128x128, ClusterTiles, FragmentEpilogue>(656),
-                              row<k64x128, ClusterTiles, CachedEpilogue>(),
-                              row<k16x128, ClusterTiles, CachedEpilogue>(),
-                              grouped<k128x256, 384, FragmentEpilogue>(1084),
-                              grouped<k128x128, 512, FragmentEpilogue>(656),
-                              grouped<k64x128, 512, CachedEpilogue>(),
-                              grouped<k16x128, 512, CachedEpilogue>()};
+const GemmKernel kernels[] = {Rows::row<k128x256, PersistentTiles, FragmentEpilogue>(1084),
+                              Rows::row<k128x192, PersistentTiles, FragmentEpilogue>(860),
+                              Rows::row<k128x128, ClusterTiles, FragmentEpilogue>(656),
+                              Rows::row<k64x128, ClusterTiles, CachedEpilogue>(),
+                              Rows::row<k16x128, ClusterTiles, CachedEpilogue>(),
+                              Rows::grouped<k128x256, 384, FragmentEpilogue>(1084),
+                              Rows::grouped<k128x128, 512, FragmentEpilogue>(656),
+                              Rows::grouped<k64x128, 512, CachedEpilogue>(),
+                              Rows::grouped<k16x128, 512, CachedEpilogue>()};
 const GemmKernels registered(kernels);
 
 }  // namespace

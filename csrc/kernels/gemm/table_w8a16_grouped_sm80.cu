@@ -14,7 +14,6 @@
 // that are prefetched (14.6 and 39.2).
 #include "device/epilogue/fragment_transposed.cuh"
 #include "kernels/gemm/mma_upconverting.cuh"
-#include "schedule/grouped_tile.cuh"
 
 namespace forwardpass {
 namespace {
@@ -23,14 +22,10 @@ namespace {
 // begin when those have ended.
 constexpr int kBlocksPerSm = 2;
 
-template <MmaTile kTile, int kExperts>
-constexpr GemmKernel grouped() {
-  constexpr MmaTile kWithList = with_experts(kTile, kExperts);
-  return mma_row<MmaConfig<W8a16, kWithList, GroupedTiles, UpconvertingMmaMainloop, TransposedEpilogue>>(
-      GemmKind::w8a16, sm_80, kBlocksPerSm);
-}
+using Rows = MmaRows<GemmKind::w8a16, W8a16, UpconvertingMmaMainloop, TransposedEpilogue>;
 // With the list of 480 a block of 64 x 128 fits the 99 KB of an L40S.
-const GemmKernel kernels[] = {grouped<kW8a16Of64Rows, 480>(), grouped<kW8a16Of16Rows, 512>()};
+const GemmKernel kernels[] = {Rows::grouped<kW8a16Of64Rows, 480>(sm_80, kBlocksPerSm),
+                              Rows::grouped<kW8a16Of16Rows, 512>(sm_80, kBlocksPerSm)};
 const GemmKernels registered(kernels);
 
 }  // namespace

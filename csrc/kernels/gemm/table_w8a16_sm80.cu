@@ -11,11 +11,9 @@ constexpr MmaTile kOf128Rows{
 
 namespace {
 
-template <MmaTile kTile>
-constexpr GemmKernel one() {
-  return mma_row<MmaConfig<W8a16, kTile, OneTile, UpconvertingMmaMainloop, TransposedEpilogue>>(GemmKind::w8a16, sm_80);
-}
-const GemmKernel kernels[] = {one<kOf128Rows>(), one<kW8a16Of64Rows>(), one<kW8a16Of16Rows>()};
+using Rows = MmaRows<GemmKind::w8a16, W8a16, UpconvertingMmaMainloop, TransposedEpilogue>;
+const GemmKernel kernels[] = {Rows::one<kOf128Rows>(sm_80), Rows::one<kW8a16Of64Rows>(sm_80),
+                              Rows::one<kW8a16Of16Rows>(sm_80)};
 const GemmKernels registered(kernels);
 
 }  // namespace

@@ -348,4 +348,17 @@ constexpr GemmKernel wgmma_row(GemmKind kind, int stage_clocks = 0) {
           .resident_clusters = resident_clusters<Config>};
 }
 
+// The rows of a table whose operands and main loop are the same.
+template <GemmKind kKind, class Element, template <class> class Mainloop>
+struct WgmmaRows {
+  template <WgmmaTile kTile, template <class> class Schedule, template <class> class Epilogue>
+  static constexpr GemmKernel row(int stage_clocks = 0) {
+    return wgmma_row<WgmmaConfig<Element, kTile, Schedule, Mainloop, Epilogue>>(kKind, stage_clocks);
+  }
+  template <WgmmaTile kTile, int kExperts, template <class> class Epilogue>
+  static constexpr GemmKernel grouped(int stage_clocks = 0) {
+    return row<with_experts(kTile, kExperts), GroupedClusterTiles, Epilogue>(stage_clocks);
+  }
+};
+
 }  // namespace forwardpass
