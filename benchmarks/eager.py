@@ -59,15 +59,17 @@ def dequantize(
     a_zero_point: Tensor | None = None,
     b_sum: Tensor | None = None,
     out_scale: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """[..., N], int32 or float -> activation((acc - zero point * sum of b) * scales + bias), maybe in steps of out_scale."""
+    """[..., N], int32 or float -> activation((acc - zero point * sum of b) * scales + bias), maybe plus a residual, or in steps
+    of out_scale."""
     if a_zero_point is not None:
         assert b_sum is not None
         acc = acc - a_zero_point.unsqueeze(-1) * b_sum
     v = acc.float() * (a_scale.unsqueeze(-1) * b_scale)
     v = activate(v if bias is None else v + bias, activation, "interleaved8")
     if out_scale is None:
-        return v.to(out_dtype)
+        return (v if residual is None else v + residual).to(out_dtype)
     limit = 127 if out_dtype == torch.int8 else 448
     v = (v / out_scale).clamp(-limit, limit)
     return v.round().to(out_dtype) if out_dtype == torch.int8 else v.to(out_dtype)

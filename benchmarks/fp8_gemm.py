@@ -34,15 +34,17 @@ def product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor) -> Tensor:
 
 def baseline(
     a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, activation: str | None,
-    out_dtype: torch.dtype, out_scale: Tensor | None = None,
+    out_dtype: torch.dtype, out_scale: Tensor | None = None, residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     unit = torch.ones(1, device=a.device)
     acc = product(a, b, a_scale, b_scale)
-    return eager.dequantize(acc, unit, unit, bias, activation, out_dtype, out_scale=out_scale)
+    return eager.dequantize(acc, unit, unit, bias, activation, out_dtype, out_scale=out_scale, residual=residual)
 
 
-def baseline_quantize(*args: Any, group_size: int, **named: Any) -> tuple[Tensor, Tensor]:
+def baseline_quantize(*args: Any, group_size: int | None, **named: Any) -> tuple[Tensor, Tensor]:
     y = baseline(*args, **named, out_dtype=torch.float32)
+    if group_size is None:
+        return eager.quantize_rows(y, torch.float8_e4m3fn)[:2]
     return eager.quantize_groups(y, torch.float8_e4m3fn, group_size)
 
 

@@ -50,6 +50,7 @@ struct QuantizedRows {
 // From accumulators acc [rows, columns] to the output, for the GEMMs and for dequant_activation:
 //   y = fma(float(acc - zero_point * b_sum), a_scale * b_scale, bias)    each operation rounded once to fp32
 //   out = activation(y), gated: activation(gate) * up, gates and ups in blocks of 8 columns each, [rows, columns / 2]
+//   out + residual, if there is one; rounded to fp32
 //   16-bit or fp32: one rounding; i8 and e4m3: sat(rne(out / out_scale))
 //   group_scale: e4m3 as QuantizedRows has it, in groups of 128 columns of out (GEMMs on wgmma only)
 struct Epilogue {
@@ -61,6 +62,9 @@ struct Epilogue {
   const float* out_scale;     // [out columns] or [1]; goes with an i8 or e4m3 output
   float* group_scale;         // [rows, groups], groups group_scale_stride apart, rows contiguous; or null
   int64_t group_scale_stride;
+  const void*
+      residual;  // [rows, out columns] of out_dtype, which is 16-bit or fp32, rows residual_stride apart; or null
+  int64_t residual_stride;
   void* out;  // rows out_stride elements apart
   int64_t out_stride;
   Dtype bias_dtype, out_dtype;

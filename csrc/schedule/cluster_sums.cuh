@@ -59,7 +59,7 @@ struct ClusterSums {
       epilogue_values(
           y, o.epilogue, o.access, [&] { return columns; }, row + r, column, n, acc,
           gated ? sum(shared, r, c + kVec, map.share_bits, splits) : acc);
-      store_output(y, o.epilogue, o.access, row + r, gated ? column / 2 : column, n);
+      store_output<Config::Element::k16Bits>(y, o.epilogue, o.access, row + r, gated ? column / 2 : column, n);
     }
   }
 

@@ -10,7 +10,9 @@ namespace forwardpass {
 struct GroupOutput : GemmOutput {
   const GemmOutput& all;
 
-  __device__ explicit GroupOutput(const GemmOutput& all) : GemmOutput(all), all(all) {}
+  __device__ explicit GroupOutput(const GemmOutput& all) : GemmOutput(all), all(all) {
+    epilogue.residual = nullptr, partial = nullptr;  // there are none, and the compiler knows
+  }
   __device__ void take(int expert, const ExpertList& list) {
     rows = list.rows_end(expert);
     take_expert(epilogue, all.epilogue, expert * columns);

@@ -13,6 +13,7 @@ struct EpilogueOptions {
   OptionalTensorRef out_scale = {};
   OptionalTensorRef a_zero_point = {};
   OptionalTensorRef b_sum = {};
+  OptionalTensorRef residual = {};
 };
 
 // A vector with one element for all rows or columns, or with one for each of n.
@@ -51,6 +52,15 @@ inline Epilogue epilogue_options(std::vector<int64_t>& sizes, int64_t rows, cons
                   ": out_dtype must be a float type, or int8 or float8_e4m3fn with an out_scale");
   e.out_scale =
       one_or_each<float>(o.out_scale, sizes.back(), ScalarType::Float, x, e.out_scale_per_column, op, "out_scale");
+  if (o.residual) {
+    STD_TORCH_CHECK(is_float(e.out_dtype) && o.residual->scalar_type() == o.out_dtype &&
+                        sizes_of(*o.residual) == sizes && same_device(*o.residual, x),
+                    op, ": residual must be as the output: of its shape, its float dtype and its device");
+    if (o.residual->numel()) {
+      const Matrix residual = matrix(*o.residual, op, "residual");
+      e.residual = residual.data, e.residual_stride = residual.stride;
+    }
+  }
   return e;
 }
 

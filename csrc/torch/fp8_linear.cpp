@@ -7,7 +7,7 @@ namespace forwardpass {
 
 Tensor fp8_linear(Backend backend, const Tensor& x, const Tensor& weight, const Tensor& w_scale,
                   const OptionalTensor& bias, const std::optional<std::string>& activation, ScalarType out_dtype,
-                  const OptionalTensor& scale, const OptionalTensor& channel_scale) {
+                  const OptionalTensor& scale, const OptionalTensor& channel_scale, const OptionalTensor& residual) {
   const char* op = "fp8_linear";
   QuantizeParams q{};
   q.x = matrix(x, op, "x");
@@ -18,7 +18,8 @@ Tensor fp8_linear(Backend backend, const Tensor& x, const Tensor& weight, const 
   // blocks of the weight go with groups of 128 of x, a vector with whole rows
   const bool blocks = w_scale.dim() >= 2;
   QuantizeOptions x_options{.dtype = ScalarType::Float8_e4m3fn, .scale = scale, .channel_scale = channel_scale};
-  EpilogueOptions out_options{.bias = bias, .activation = activation_of(activation, op), .out_dtype = out_dtype};
+  EpilogueOptions out_options{
+      .bias = bias, .activation = activation_of(activation, op), .out_dtype = out_dtype, .residual = residual};
   if (blocks) {
     x_options.group_size = kScaleBlock;
   } else {

@@ -11,7 +11,8 @@ void check_int8_depth(int64_t k, bool zero_point, const char* op) {
 
 Tensor int8_gemm(Backend backend, const Tensor& a, const Tensor& b, const Tensor& a_scale, const Tensor& b_scale,
                  const OptionalTensor& bias, const std::optional<std::string>& activation, ScalarType out_dtype,
-                 const OptionalTensor& out_scale, const OptionalTensor& a_zero_point, const OptionalTensor& b_sum) {
+                 const OptionalTensor& out_scale, const OptionalTensor& a_zero_point, const OptionalTensor& b_sum,
+                 const OptionalTensor& residual) {
   const char* op = "int8_gemm";
   GemmParams p{};
   p.kind = GemmKind::int8;
@@ -29,7 +30,8 @@ Tensor int8_gemm(Backend backend, const Tensor& a, const Tensor& b, const Tensor
                                         .out_dtype = out_dtype,
                                         .out_scale = out_scale,
                                         .a_zero_point = a_zero_point,
-                                        .b_sum = b_sum},
+                                        .b_sum = b_sum,
+                                        .residual = residual},
                                        a, op);
   if (backend != Backend::cpu) {
     run_gemm(backend, p, a);

@@ -9,7 +9,8 @@ namespace forwardpass {
 Tensor int8_linear(Backend backend, const Tensor& x, const Tensor& weight, const Tensor& w_scale,
                    const OptionalTensor& bias, const std::optional<std::string>& activation, ScalarType out_dtype,
                    const OptionalTensor& scale, const OptionalTensor& zero_point, bool symmetric,
-                   const OptionalTensor& channel_scale, const OptionalTensor& w_sum, const OptionalTensor& packed) {
+                   const OptionalTensor& channel_scale, const OptionalTensor& w_sum, const OptionalTensor& packed,
+                   const OptionalTensor& residual) {
   const char* op = "int8_linear";
   QuantizeParams q{};
   q.x = matrix(x, op, "x");
@@ -25,8 +26,11 @@ Tensor int8_linear(Backend backend, const Tensor& x, const Tensor& weight, const
                                   .zero_point = zero_point,
                                   .symmetric = symmetric,
                                   .channel_scale = channel_scale};
-  const EpilogueOptions out_options{
-      .b_scale = w_scale, .bias = bias, .activation = activation_of(activation, op), .out_dtype = out_dtype};
+  const EpilogueOptions out_options{.b_scale = w_scale,
+                                    .bias = bias,
+                                    .activation = activation_of(activation, op),
+                                    .out_dtype = out_dtype,
+                                    .residual = residual};
   auto sizes = sizes_of(x);
   sizes.back() = p.b.rows;
   Tensor out;

@@ -58,10 +58,12 @@ constexpr std::tuple kOps{
 
     Op<dequant_activation>{
         "dequant_activation(Tensor acc, Tensor? a_scale, Tensor? b_scale, Tensor? bias, str? activation, "
-        "ScalarType out_dtype, Tensor? out_scale, Tensor? a_zero_point, Tensor? b_sum) -> Tensor"},
+        "ScalarType out_dtype, Tensor? out_scale, Tensor? a_zero_point, Tensor? b_sum, "
+        "Tensor? residual=None) -> Tensor"},
 
     Op<int8_gemm>{"int8_gemm(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor? bias, str? activation, "
-                  "ScalarType out_dtype, Tensor? out_scale, Tensor? a_zero_point, Tensor? b_sum) -> Tensor"},
+                  "ScalarType out_dtype, Tensor? out_scale, Tensor? a_zero_point, Tensor? b_sum, "
+                  "Tensor? residual=None) -> Tensor"},
 
     Op<int8_grouped_gemm>{
         "int8_grouped_gemm(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor offs, Tensor? bias, "
@@ -69,10 +71,11 @@ constexpr std::tuple kOps{
 
     Op<int8_linear>{
         "int8_linear(Tensor x, Tensor weight, Tensor w_scale, Tensor? bias, str? activation, ScalarType out_dtype, "
-        "Tensor? scale, Tensor? zero_point, bool symmetric, Tensor? channel_scale, Tensor? w_sum, Tensor? packed) -> "
-        "Tensor"},
+        "Tensor? scale, Tensor? zero_point, bool symmetric, Tensor? channel_scale, Tensor? w_sum, Tensor? packed, "
+        "Tensor? residual=None) -> Tensor"},
 
-    Op<w8a16_gemm>{"w8a16_gemm(Tensor x, Tensor w, Tensor w_scale, Tensor? bias, str? activation) -> Tensor"},
+    Op<w8a16_gemm>{"w8a16_gemm(Tensor x, Tensor w, Tensor w_scale, Tensor? bias, str? activation, "
+                   "Tensor? residual=None) -> Tensor"},
 
     Op<w8a16_grouped_gemm>{
         "w8a16_grouped_gemm(Tensor x, Tensor w, Tensor w_scale, Tensor offs, Tensor? bias, str? activation) -> Tensor"},
@@ -108,7 +111,7 @@ constexpr std::tuple kOps{
         "Tensor? q_norm, Tensor? k_norm, float norm_eps) -> ()"},
 
     GpuOp<fp8_gemm>{"fp8_gemm(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor? bias, str? activation, "
-                    "ScalarType out_dtype, Tensor? out_scale) -> Tensor"},
+                    "ScalarType out_dtype, Tensor? out_scale, Tensor? residual=None) -> Tensor"},
 
     GpuOp<fp8_grouped_gemm>{
         "fp8_grouped_gemm(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor offs, Tensor? bias, "
@@ -120,7 +123,7 @@ constexpr std::tuple kOps{
 
     GpuOp<fp8_linear>{
         "fp8_linear(Tensor x, Tensor weight, Tensor w_scale, Tensor? bias, str? activation, ScalarType out_dtype, "
-        "Tensor? scale, Tensor? channel_scale) -> Tensor"},
+        "Tensor? scale, Tensor? channel_scale, Tensor? residual=None) -> Tensor"},
 };
 
 template <class Function>

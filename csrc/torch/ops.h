@@ -26,11 +26,12 @@ Tensor dequant_activation(Backend backend, const Tensor& acc, const OptionalTens
                           const OptionalTensor& b_scale, const OptionalTensor& bias,
                           const std::optional<std::string>& activation, ScalarType out_dtype,
                           const OptionalTensor& out_scale, const OptionalTensor& a_zero_point,
-                          const OptionalTensor& b_sum);
+                          const OptionalTensor& b_sum, const OptionalTensor& residual);
 
 Tensor int8_gemm(Backend backend, const Tensor& a, const Tensor& b, const Tensor& a_scale, const Tensor& b_scale,
                  const OptionalTensor& bias, const std::optional<std::string>& activation, ScalarType out_dtype,
-                 const OptionalTensor& out_scale, const OptionalTensor& a_zero_point, const OptionalTensor& b_sum);
+                 const OptionalTensor& out_scale, const OptionalTensor& a_zero_point, const OptionalTensor& b_sum,
+                 const OptionalTensor& residual);
 
 Tensor int8_grouped_gemm(Backend backend, const Tensor& a, const Tensor& b, const Tensor& a_scale,
                          const Tensor& b_scale, const Tensor& offs, const OptionalTensor& bias,
@@ -41,7 +42,8 @@ Tensor int8_grouped_gemm(Backend backend, const Tensor& a, const Tensor& b, cons
 Tensor int8_linear(Backend backend, const Tensor& x, const Tensor& weight, const Tensor& w_scale,
                    const OptionalTensor& bias, const std::optional<std::string>& activation, ScalarType out_dtype,
                    const OptionalTensor& scale, const OptionalTensor& zero_point, bool symmetric,
-                   const OptionalTensor& channel_scale, const OptionalTensor& w_sum, const OptionalTensor& packed);
+                   const OptionalTensor& channel_scale, const OptionalTensor& w_sum, const OptionalTensor& packed,
+                   const OptionalTensor& residual);
 
 // weight as the int8 GEMM of this CPU reads it, int8; empty where it reads it as it is.
 Tensor pack_int8_weight(const Tensor& weight);
@@ -52,7 +54,7 @@ bool cpu_has_attention(ScalarType dtype, int64_t head_dim, int64_t rows);
 
 Tensor fp8_gemm(Backend backend, const Tensor& a, const Tensor& b, const Tensor& a_scale, const Tensor& b_scale,
                 const OptionalTensor& bias, const std::optional<std::string>& activation, ScalarType out_dtype,
-                const OptionalTensor& out_scale);
+                const OptionalTensor& out_scale, const OptionalTensor& residual);
 
 Tensor fp8_grouped_gemm(Backend backend, const Tensor& a, const Tensor& b, const Tensor& a_scale, const Tensor& b_scale,
                         const Tensor& offs, const OptionalTensor& bias, const std::optional<std::string>& activation,
@@ -64,10 +66,10 @@ std::tuple<Tensor, Tensor> fp8_gemm_quantize(Backend backend, const Tensor& a, c
 
 Tensor fp8_linear(Backend backend, const Tensor& x, const Tensor& weight, const Tensor& w_scale,
                   const OptionalTensor& bias, const std::optional<std::string>& activation, ScalarType out_dtype,
-                  const OptionalTensor& scale, const OptionalTensor& channel_scale);
+                  const OptionalTensor& scale, const OptionalTensor& channel_scale, const OptionalTensor& residual);
 
 Tensor w8a16_gemm(Backend backend, const Tensor& x, const Tensor& w, const Tensor& w_scale, const OptionalTensor& bias,
-                  const std::optional<std::string>& activation);
+                  const std::optional<std::string>& activation, const OptionalTensor& residual);
 
 Tensor w8a16_grouped_gemm(Backend backend, const Tensor& x, const Tensor& w, const Tensor& w_scale, const Tensor& offs,
                           const OptionalTensor& bias, const std::optional<std::string>& activation);

@@ -7,7 +7,7 @@
 namespace forwardpass {
 
 Tensor w8a16_gemm(Backend backend, const Tensor& x, const Tensor& w, const Tensor& w_scale, const OptionalTensor& bias,
-                  const std::optional<std::string>& activation) {
+                  const std::optional<std::string>& activation, const OptionalTensor& residual) {
   const char* op = "w8a16_gemm";
   GemmParams p{};
   p.kind = GemmKind::w8a16;
@@ -17,7 +17,8 @@ Tensor w8a16_gemm(Backend backend, const Tensor& x, const Tensor& w, const Tenso
   const Dtype w_dtype = dtype_of(w.scalar_type(), op, "w");
   STD_TORCH_CHECK(w_dtype == Dtype::i8 || w_dtype == Dtype::e4m3, op, ": w must be int8 or float8_e4m3fn");
   p.b = b_operand(w, w_dtype, p.a.columns, x, op, "w");
-  EpilogueOptions out_options{.bias = bias, .activation = activation_of(activation, op), .out_dtype = x.scalar_type()};
+  EpilogueOptions out_options{
+      .bias = bias, .activation = activation_of(activation, op), .out_dtype = x.scalar_type(), .residual = residual};
   if (w_scale.dim() == 2) {
     p.blocks.b = floats(w_scale, p.b.rows * ceil_div(p.b.columns, kScaleBlock), x, op, "w_scale");
   } else {

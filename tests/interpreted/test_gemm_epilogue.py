@@ -11,6 +11,7 @@ import forwardpass as fp
 from forwardpass import dispatch
 from forwardpass.ops.common.quantized_rows import E4M3
 from forwardpass.ops.dequant_activation.cases import EpilogueCase
+from forwardpass.ops.dequant_activation.cases import residual as residual_of
 from forwardpass.ops.fp8_gemm import cases as fp8_gemm
 from forwardpass.ops.int8_gemm import cases as int8_gemm
 from forwardpass.testing import assert_equal
@@ -45,19 +46,24 @@ def rows_and_columns(args, m, n):
 
 @pytest.mark.parametrize(("activation", "launch"), paired(ACTIVATIONS, LAUNCHES))
 def test_direct_and_general_outputs_are_equal(launch, activation, seed):
-    """Of 16 bits, and of fp32 rounded to them: whole tiles and ragged ones, each kind of scale and of bias."""
+    """Of 16 bits, and of fp32 rounded to them: whole tiles and ragged ones, each kind of scale and of bias; and with a residual."""
     name, arch = launch
     operation = dispatch.operations[name]
     ragged = RAGGED if activation is None or not activation.endswith("_mul") else RAGGED_GATED
     kinds = itertools.cycle(
         itertools.product((torch.float32, torch.float16, BF16, None), ("row", "tensor"), ("column", "tensor"))
     )
+    layouts = itertools.cycle(("contiguous", "aligned", "apart"))
     for (m, n), dtype in itertools.product((WHOLE, ragged), (BF16, torch.float16)):
         bias, a_scale, b_scale = next(kinds)
         case = EpilogueCase(a_scale, b_scale, bias, activation, torch.float32)
         args = rows_and_columns(CASES[name](*WHOLE, 128, case).arguments(seed=seed), m, n)
         general, _ = run(operation, args, arch, seed)
         direct, _ = run(operation, (*args[:6], dtype, *args[7:]), arch, seed)
+        assert_equal(direct, general.to(dtype))
+        residual = residual_of(general.shape, dtype, next(layouts), seed=seed)
+        general, _ = run(operation, (*args[:-1], residual.float()), arch, seed)
+        direct, _ = run(operation, (*args[:6], dtype, *args[7:-1], residual), arch, seed)
         assert_equal(direct, general.to(dtype))
 
 

@@ -6,6 +6,7 @@ its list has room for.
 
 import dataclasses
 import importlib
+import itertools
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from rotation import in_parts
 
 import forwardpass as fp
 from forwardpass import dispatch
+from forwardpass.ops.dequant_activation.cases import EpilogueCase
 
 pytestmark = [
     pytest.mark.interpreted,
@@ -25,6 +27,14 @@ MULTIPROCESSORS = 2
 #: where the kernels of an architecture run
 DEVICES = {80: "sm_80", 89: "sm_89", 90: "sm_90a"}
 K = 48
+#: outputs that are made in every layout of the epilogue, with a residual and without one
+OUTPUTS = (
+    (torch.bfloat16, "contiguous"),
+    (torch.float32, None),
+    (torch.float16, "aligned"),
+    (torch.float32, "apart"),
+    (torch.bfloat16, None),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,13 +150,20 @@ def cases_of(row):
         )  # of two tiles below each other, wide ones take fewer rounds
         sizes = [(m + more, tile_n) for m in rows for more in (-1, 0, 1)]
         sizes += [(m, tile_n + more) for m in rows for more in (-1, 1)]
-        return [case((m,) if row.kind == "w8a16" else m, n, K) for m, n in sizes if chooses(row, m, n)]
+        outputs = itertools.cycle(OUTPUTS)
+        return [one_product(row, case, m, n, *next(outputs)) for m, n in sizes if chooses(row, m, n)]
     found, mean, n = [], tile_m // 2 + 1, 16 if tile_n <= 128 else tile_n
     for experts in (row.experts - 1, row.experts):
         counts = tuple(e % 3 for e in range(experts))
         if chooses(row, mean, n, experts):
             found.append(case(counts, n, K, beyond=mean * experts - sum(counts)))
     return found
+
+
+def one_product(row, case, m, n, out_dtype, residual):
+    if row.kind == "w8a16":
+        return case((m,), n, K, residual=residual)
+    return case(m, n, K, EpilogueCase(out_dtype=out_dtype, residual=residual))
 
 
 @pytest.mark.parametrize("row", in_parts(table(), 6))

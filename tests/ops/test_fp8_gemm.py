@@ -144,7 +144,7 @@ def tensor_core_product(a, b, promoted):
 def test_same_signs_tell_whether_an_accumulator_is_promoted(case, seed):
     """With block scales there is no other way: each 128 of K are scaled on their own."""
     args = case.arguments(seed=seed)
-    a, b, a_scale, b_scale, bias, activation, out_dtype, _ = args
+    a, b, a_scale, b_scale, bias, activation, out_dtype, *_ = args
     assert (bias, activation, out_dtype) == (None, None, torch.float32)
     scale = a_scale[:, None] * b_scale
     y = {promoted: tensor_core_product(a, b, promoted) * scale for promoted in (True, False)}

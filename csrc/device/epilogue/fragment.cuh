@@ -38,9 +38,9 @@ union FragmentStaging {
 
 // p[column of this lane] for each 32 columns, the last of the `columns` that there are instead of those beyond it.
 template <int kCount, class T>
-__device__ inline void load_columns(float (&v)[kCount], const T* p, int columns) {
+__device__ inline void load_columns(T (&v)[kCount], const T* p, int columns) {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) v[i] = to_float(p[min(i * 32 + static_cast<int>(threadIdx.x % 32), columns - 1)]);
+  for (int i = 0; i < kCount; ++i) v[i] = p[min(i * 32 + static_cast<int>(threadIdx.x % 32), columns - 1)];
 }
 
 // A tile of a warp's accumulators to outputs of 16 bits, or to e4m3 with a scale for each group.
@@ -84,15 +84,16 @@ struct DirectEpilogue {
       apply(scale, [](float) { return 1.0f; });
     }
     if (e.bias) {
-      switch (e.bias_dtype) {
-        case Dtype::f32:
-          load_columns(bias, static_cast<const float*>(e.bias) + column, columns);
-          break;
-        case Dtype::f16:
-          load_columns(bias, static_cast<const __half*>(e.bias) + column, columns);
-          break;
-        default:
-          load_columns(bias, static_cast<const __nv_bfloat16*>(e.bias) + column, columns);
+      if (e.bias_dtype == Dtype::f32) {
+        load_columns(bias, static_cast<const float*>(e.bias) + column, columns);
+      } else {  // one load for two types
+        uint16_t bits[kCount];
+        load_columns(bits, static_cast<const uint16_t*>(e.bias) + column, columns);
+        const bool is_f16 = e.bias_dtype == Dtype::f16;
+#pragma unroll
+        for (int i = 0; i < kCount; ++i)
+          bias[i] = is_f16 ? to_float(reinterpret_cast<const __half&>(bits[i]))
+                           : to_float(reinterpret_cast<const __nv_bfloat16&>(bits[i]));
       }
     }
     const float* from = e.a_scale + (e.a_scale_per_row ? row : 0);
@@ -127,13 +128,10 @@ struct DirectEpilogue {
   __device__ const float4& columns_of(int tile) const {
     return reinterpret_cast<const float4&>(storage.direct.column[tile * 8 + accumulator_column(0)]);
   }
-  // Those of a chunk: activations and, if gated, the ups by which they are multiplied.
+  // Those of a chunk: gates, which become the outputs, and ups.
   template <bool kGated>
   struct Values {
-    float v[kGated ? 2 : 1][kOut<kGated> * 4];
-    __device__ float operator()(int t, int e) const {
-      return kGated ? __fmul_rn(v[0][t * 4 + e], v[kGated][t * 4 + e]) : v[0][t * 4 + e];
-    }
+    float y[kOut<kGated> * 4], up[kGated ? kOut<kGated> * 4 : 1];
   };
   // Of the four accumulators that a lane has in a tile: two columns of two rows.
   struct TwoByTwo {
@@ -147,7 +145,8 @@ struct DirectEpilogue {
   // Where the values of tile t of a chunk go.
   template <bool kGated>
   __device__ static float (&values_of(Values<kGated>& values, int t))[4] {
-    return reinterpret_cast<float (&)[4]>(values.v[kGated ? t % 2 : 0][(kGated ? t / 2 : t) * 4]);
+    if (kGated && t % 2) return reinterpret_cast<float (&)[4]>(values.up[t / 2 * 4]);
+    return reinterpret_cast<float (&)[4]>(values.y[(kGated ? t / 2 : t) * 4]);
   }
   // Of row i of tiles, from tile `first` on.
   template <bool kGated>
@@ -178,9 +177,28 @@ struct DirectEpilogue {
 #pragma unroll
     for (int k = 0; k < kOut<kGated> * 4; k += kTogether) {
       const auto activation = static_cast<Activation>(ptx::unknown(static_cast<int32_t>(o.epilogue.activation)));
-      activate(activation, reinterpret_cast<float (&)[kTogether]>(values.v[0][k]));
+      activate(activation, reinterpret_cast<float (&)[kTogether]>(values.y[k]));
     }
+    if constexpr (kGated) multiply_by_up(values.y, values.up);
     return values;
+  }
+  // A chunk's residual, where there is one, by two columns of a row. Four lanes have 16 bytes of a row, and find the
+  // other half of a sector in L1. As it is aligned, all eight columns of a tile are inside the output, or none is.
+  template <int kWords>
+  __device__ void load_residual(uint32_t (&pair)[kWords][2], int chunk) const {
+    const int64_t stride = o.epilogue.residual_stride;
+    const int first_row = (Accumulators::kTilesM == 1 ? 0 : chunk / kAcross * Accumulators::kStep) + group_id(),
+              first_column = chunk % kAcross * kWords * 8;
+    const auto* p = static_cast<const uint16_t*>(o.epilogue.residual) + (row + first_row) * stride + column +
+                    first_column + thread_in_group() * 2;
+#pragma unroll
+    for (int t = 0; t < kWords; ++t)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        pair[t][half] = 0;
+        if (first_row + half * 8 < rows && first_column + t * 8 < columns)
+          pair[t][half] = *reinterpret_cast<const uint32_t*>(p + half * 8 * stride + t * 8);
+      }
   }
 
   // Chunks to the output, rows of kWords times 16 bytes. A lane has 16 bytes of every kAtOnce-th row.
@@ -259,12 +277,14 @@ struct DirectEpilogue {
     const Store<kOut<kGated>, uint16_t> store(*this, kGated);
 #pragma unroll 1
     for (int chunk = 0; chunk < kChunks; ++chunk) {
-      const auto y = values<kGated>(acc, a_scale, chunk);
+      auto v = values<kGated>(acc, a_scale, chunk);
       uint32_t word[kOut<kGated>][2];
-      if (o.epilogue.out_dtype == Dtype::bf16) {
-        pack<Dtype::bf16>(word, y);
+      if (!kGated && o.epilogue.residual) {
+        pack_sums(word, v.y, chunk);
+      } else if (o.epilogue.out_dtype == Dtype::bf16) {
+        pack<Dtype::bf16>(word, v.y);
       } else {
-        pack<Dtype::f16>(word, y);
+        pack<Dtype::f16>(word, v.y);
       }
       store(word, chunk);
     }
@@ -299,12 +319,23 @@ struct DirectEpilogue {
     return first / kTiles * kChunkColumns<kGated> / kScaleBlock;
   }
 
-  template <Dtype Out, bool kGated>
-  __device__ static void pack(uint32_t (&word)[kOut<kGated>][2], const Values<kGated>& y) {
-#pragma unroll
-    for (int t = 0; t < kOut<kGated>; ++t)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) word[t][half] = pair_of_16_bits<Out>(y(t, half * 2), y(t, half * 2 + 1));
+  template <Dtype Out, int kWords>
+  __device__ static void pack(uint32_t (&word)[kWords][2], const float (&y)[kWords * 4]) {
+    round_pairs<Out>(reinterpret_cast<uint32_t (&)[kWords * 2]>(word), y);
+  }
+  // The same with the residual. On a way of its own, down to the words: were sums and values to meet in registers, each
+  // value would be moved there.
+  template <int kWords>
+  __device__ void pack_sums(uint32_t (&word)[kWords][2], float (&y)[kWords * 4], int chunk) const {
+    uint32_t residual[kWords][2];
+    load_residual(residual, chunk);
+    if (o.epilogue.out_dtype == Dtype::bf16) {
+      add_residual(y, reinterpret_cast<__nv_bfloat16(&)[kWords * 4]>(residual));
+      pack<Dtype::bf16>(word, y);
+    } else {
+      add_residual(y, reinterpret_cast<__half(&)[kWords * 4]>(residual));
+      pack<Dtype::f16>(word, y);
+    }
   }
   // Of two tiles from `first` on in each word, times a row's factor.
   template <bool kGated>
@@ -326,18 +357,19 @@ struct DirectEpilogue {
   __device__ void replace_by_values(Accumulators& acc, const OfRows& a_scale, float (&most)[kGroups<kGated>][2]) const {
 #pragma unroll 1
     for (int chunk = 0; chunk < kChunks; ++chunk) {
-      auto y = values<kGated>(acc, a_scale, chunk);
-      if (!whole) trim(y, columns - chunk * kTiles * 8);
-      at_chunk(chunk, [&](int, int first) { replace_chunk(acc, y, first, most[group_of<kGated>(first)]); });
+      auto v = values<kGated>(acc, a_scale, chunk);
+      if (!whole) trim<kGated>(v.y, columns - chunk * kTiles * 8);
+      at_chunk(chunk, [&](int, int first) { replace_chunk<kGated>(acc, v.y, first, most[group_of<kGated>(first)]); });
     }
   }
   template <bool kGated>
-  __device__ static void replace_chunk(Accumulators& acc, const Values<kGated>& y, int first, float (&most)[2]) {
+  __device__ static void replace_chunk(Accumulators& acc, const float (&y)[kOut<kGated> * 4], int first,
+                                       float (&most)[2]) {
 #pragma unroll
     for (int t = 0; t < kOut<kGated>; ++t)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        acc[0][first + t][e] = y(t, e);
+        acc[0][first + t][e] = y[t * 4 + e];
         most[e / 2] = ptx::max_nan(most[e / 2], fabsf(acc[0][first + t][e]));
       }
   }
@@ -367,12 +399,10 @@ struct DirectEpilogue {
   }
   // Zeros from the column `left` of a chunk on: outside the output, they make no group's scale larger.
   template <bool kGated>
-  __device__ static void trim(Values<kGated>& y, int left) {
+  __device__ static void trim(float (&y)[kOut<kGated> * 4], int left) {
 #pragma unroll
-    for (auto& v : y.v)
-#pragma unroll
-      for (int k = 0; k < kOut<kGated> * 4; ++k)
-        if ((kGated ? 2 : 1) * (k / 4) * 8 + accumulator_column(k % 4) >= left) v[k] = 0;
+    for (int k = 0; k < kOut<kGated> * 4; ++k)
+      if ((kGated ? 2 : 1) * (k / 4) * 8 + accumulator_column(k % 4) >= left) y[k] = 0;
   }
 };
 

@@ -53,7 +53,8 @@ struct SwappedEpilogue : TransposedEpilogue<Config> {
   // The warpgroups have all of the tile's columns each.
   template <class Tile>
   __device__ void operator()(const Accumulators& acc, const Tile& tile, int row, int) {
-    if (!out.direct) return Base::operator()(acc, tile, row, 0);
+    // Of what k16Bits leaves so much is computed ahead of the main loop that 128 x 256 spills.
+    if (!out.direct) return Base::template finish<false>(acc, tile, row, 0);
     const int64_t first = tile.row + warpgroup * ptx::kWgmmaRows;
     if (is_gated(out.epilogue.activation)) {
       store<true>(acc, tile.column, first / 2);
@@ -81,6 +82,20 @@ struct SwappedEpilogue : TransposedEpilogue<Config> {
       for (int e = 0; e < 4; ++e) (e < kOutputs ? y[t * kOutputs + e] : up[t * 2 + e % 2]) = v[e];
     }
   }
+  // Adds the residual to a chunk's outputs, of this lane from (row, column) on: two bytes at a time, as of each row it
+  // has two columns that are eight apart.
+  __device__ void add_residual_to(float (&y)[kTiles * 4], int64_t row, int64_t column) const {
+    using T = cuda_t<Config::Element::X>;
+    const Epilogue& e = out.epilogue;
+    const T* p = static_cast<const T*>(e.residual) + row * e.residual_stride + column;
+    T residual[kTiles * 4] = {};
+#pragma unroll
+    for (int i = 0; i < kTiles * 4; ++i) {
+      const int below = i / 4 * 8 + i % 2, right = i % 4 / 2 * 8;
+      if (row + below < out.rows && column + right < out.columns) residual[i] = p[below * e.residual_stride + right];
+    }
+    add_residual(y, residual);
+  }
   // To (row, column) of the output on. Gated: of a lane's two columns the first is a gate and the second its up.
   template <bool kGated>
   __device__ void store(const Accumulators& acc, int64_t row, int64_t column) {
@@ -95,6 +110,7 @@ struct SwappedEpilogue : TransposedEpilogue<Config> {
     const uint8_t* from = buffers + Rows::offset(thread / Rows::kChunks, thread % Rows::kChunks);
     const int64_t columns = out.columns / (kGated ? 2 : 1), stride = out.epilogue.out_stride;
     const bool whole = out.access.out && column + kColumns <= columns;
+    const int64_t first_row = row + thread_in_group() * 2, first_column = column + warp * 16 + group_id();
     row += thread / Rows::kChunks, column += thread % Rows::kChunks * kVec;
     auto* p = static_cast<uint16_t*>(out.epilogue.out) + row * stride + column;
     int rows = static_cast<int>(min(out.rows - row, int64_t{kTilesN * 8}));
@@ -106,7 +122,11 @@ struct SwappedEpilogue : TransposedEpilogue<Config> {
       float y[kTiles * kOutputs], up[kTiles * 2];
       at_index<kChunks>(chunk, [&](int i) { dequantize_chunk<kOutputs>(y, up, acc, i * kTiles); });
       activate(out.epilogue.activation, y);
-      if constexpr (kGated) multiply_by_up(y, up);
+      if constexpr (kGated) {
+        multiply_by_up(y, up);
+      } else {
+        if (out.epilogue.residual) add_residual_to(y, first_row + chunk * kChunkRows, first_column);
+      }
 #pragma unroll
       for (int i = 0; i < kTiles * kOutputs; i += 8)
         ptx::stmatrix_x4_trans(

@@ -17,6 +17,11 @@ struct TransposedEpilogue : WarpEpilogue<Staging> {
 
   template <class Tile>
   __device__ void operator()(const Accumulators& acc, const Tile& tile, int row, int column) const {
+    finish<Config::Element::k16Bits>(acc, tile, row, column);
+  }
+  // k16Bits: as store_output has it.
+  template <bool k16Bits, class Tile>
+  __device__ void finish(const Accumulators& acc, const Tile& tile, int row, int column) const {
     constexpr int kTilesN = Accumulators::kTilesM, kTilesM = Accumulators::kTilesN;  // of the output
     static_assert(kTilesN == 1 || Accumulators::kStep == 16);
     constexpr int kColumns = kTilesN * 16, kFit = kStagingColumns / kColumns,
@@ -28,8 +33,8 @@ struct TransposedEpilogue : WarpEpilogue<Staging> {
     for (int chunk = 0; chunk < kTilesM / 2; chunk += kBeside) {
       at_index<kTilesM / 2 / kBeside>(chunk / kBeside, [&](int i) { stage<kBeside>(acc, i * 2 * kBeside); });
       __syncwarp();
-      finish_staged<kColumns, typename Accumulators::Element, kBeside>(*staging, out, out_row + chunk * kStagingRows,
-                                                                       out_column, tile.split);
+      finish_staged<kColumns, typename Accumulators::Element, k16Bits, kBeside>(
+          *staging, out, out_row + chunk * kStagingRows, out_column, tile.split);
       __syncwarp();
     }
   }

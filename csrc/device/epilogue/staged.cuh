@@ -100,7 +100,7 @@ __device__ inline void store_partial(const Staging& staging, const GemmOutput& o
 // Finishes the first kColumns columns of the staging buffer, whose first element is (row, column) of the output: stores
 // partial sums, or outputs. A lane has the same columns in all rows. kBeside: the buffer holds that many blocks of
 // kColumns columns; each is of the next sixteen rows of the output.
-template <int kColumns, class Acc, int kBeside = 1>
+template <int kColumns, class Acc, bool k16Bits, int kBeside = 1>
 __device__ inline void finish_staged(const Staging& staging, const GemmOutput& o, int64_t row, int64_t column,
                                      int split) {
   static_assert(kColumns * kBeside <= kStagingColumns);
@@ -119,7 +119,7 @@ __device__ inline void finish_staged(const Staging& staging, const GemmOutput& o
     epilogue_values(
         y, o.epilogue, o.access, [&] { return columns; }, row + r, column, n, acc,
         gated ? get_vector<Acc>(staging, r, c + kVec) : acc);
-    store_output(y, o.epilogue, o.access, row + r, gated ? column / 2 : column, n);
+    store_output<k16Bits>(y, o.epilogue, o.access, row + r, gated ? column / 2 : column, n);
   }
 }
 
@@ -139,8 +139,8 @@ __device__ inline void finish_fragments(const Fragments<Acc, kTilesM, kTilesN, k
         stage_accumulators(staging, 0, t * 8, acc[i / kAcross][i % kAcross * kStagingTiles + t]);
     });
     __syncwarp();
-    finish_staged<kColumns, Acc>(staging, o, row + chunk / kAcross * kStepM, column + chunk % kAcross * kColumns,
-                                 split);
+    finish_staged<kColumns, Acc, false>(staging, o, row + chunk / kAcross * kStepM, column + chunk % kAcross * kColumns,
+                                        split);
     __syncwarp();
   }
 }

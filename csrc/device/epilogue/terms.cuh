@@ -43,6 +43,13 @@ __device__ inline void multiply_by_up(float (&gate)[N], const float (&up)[N]) {
   for (int i = 0; i < N; ++i) gate[i] = __fmul_rn(gate[i], up[i]);
 }
 
+// Outputs plus a residual of their type.
+template <int N, class T>
+__device__ inline void add_residual(float (&y)[N], const T (&residual)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) y[i] = __fadd_rn(y[i], to_float(residual[i]));
+}
+
 // Two outputs of 16 bits, each rounded once; the first one in the low half.
 template <Dtype Out>
 __device__ inline uint32_t pair_of_16_bits(float low, float high) {
@@ -54,6 +61,12 @@ __device__ inline uint32_t pair_of_16_bits(float low, float high) {
     const auto pair = __float22half2_rn(make_float2(low, high));
     return reinterpret_cast<const uint32_t&>(pair);
   }
+}
+
+template <Dtype Out, int N>
+__device__ inline void round_pairs(uint32_t (&pair)[N], const float (&y)[2 * N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) pair[i] = pair_of_16_bits<Out>(y[2 * i], y[2 * i + 1]);
 }
 
 // Two outputs to the nearest steps of their scales, in e4m3 or int8.

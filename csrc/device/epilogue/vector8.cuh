@@ -13,7 +13,8 @@ struct EpilogueAccess {
   bool columns, out;
   explicit EpilogueAccess(const Epilogue& e)
       : columns(is_aligned(e.b_scale) && is_aligned(e.bias) && is_aligned(e.b_sum)),
-        out(is_aligned(e.out) && e.out_stride * size_of(e.out_dtype) % 16 == 0 && is_aligned(e.out_scale)) {}
+        out(is_aligned(e.out) && e.out_stride * size_of(e.out_dtype) % 16 == 0 && is_aligned(e.out_scale) &&
+            is_aligned(e.residual) && e.residual_stride * size_of(e.out_dtype) % 16 == 0) {}
 };
 
 // n of 8 values from `column` on, or the one value there is.
@@ -24,15 +25,24 @@ __device__ inline void load_scales(float (&v)[kVec], const float* p, bool per_co
   apply(v, [=](float) { return one; });
 }
 
-__device__ inline void load_bias(float (&v)[kVec], const Epilogue& e, int64_t column, int n, bool aligned) {
-  switch (e.bias_dtype) {
-    case Dtype::f32:
-      return load_floats(v, static_cast<const float*>(e.bias) + column, n, aligned);
-    case Dtype::f16:
-      return load_floats(v, static_cast<const __half*>(e.bias) + column, n, aligned);
-    default:
-      return load_floats(v, static_cast<const __nv_bfloat16*>(e.bias) + column, n, aligned);
+template <class T>
+__device__ inline void to_floats(float (&f)[kVec], const Vec<T>& v) {
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) f[i] = to_float(v.e[i]);
+}
+
+// n of 8 elements of p from `offset` on, in fp32: of fp16 or bf16, which one load serves; or of fp32.
+__device__ inline void load_16_bits(float (&v)[kVec], const void* p, Dtype dtype, int64_t offset, int n, bool aligned) {
+  const Vec<uint16_t> bits = load_vec(static_cast<const uint16_t*>(p) + offset, n, aligned);
+  if (dtype == Dtype::f16) {
+    to_floats(v, reinterpret_cast<const Vec<__half>&>(bits));
+  } else {
+    to_floats(v, reinterpret_cast<const Vec<__nv_bfloat16>&>(bits));
   }
+}
+__device__ inline void load_typed(float (&v)[kVec], const void* p, Dtype dtype, int64_t offset, int n, bool aligned) {
+  if (dtype != Dtype::f32) return load_16_bits(v, p, dtype, offset, n, aligned);
+  load_floats(v, static_cast<const float*>(p) + offset, n, aligned);
 }
 
 // What every row needs of eight columns from `column` on, n of them inside; b_sum with integers only.
@@ -45,7 +55,7 @@ struct EpilogueColumns {
   __device__ EpilogueColumns(const Epilogue& e, const EpilogueAccess& access, int64_t column, int n) {
     load_scales(scale, e.b_scale, e.b_scale_per_column, column, n, access.columns);
     if (e.bias) {
-      load_bias(bias, e, column, n, access.columns);
+      load_typed(bias, e.bias, e.bias_dtype, column, n, access.columns);
     } else {
       apply(bias, [](float) { return 0.0f; });
     }
@@ -74,35 +84,46 @@ __device__ inline void dequantize(float (&y)[kVec], Vec<Acc> acc, const Epilogue
   dequantize(y, acc.e, RowOfEight<Acc>{row_scale(e, row), columns});
 }
 
-template <class T>
-__device__ inline void store_floats(const float (&y)[kVec], T* p, int n, bool aligned) {
-  Vec<T> v;
-#pragma unroll
-  for (int i = 0; i < kVec; ++i) from_float(y[i], v.e[i]);
-  store_vec(v, p, n, aligned);
-}
-
-// One rounding to the output's type, or to the nearest step of out_scale, at columns [column, column + n) of the
-// output.
-__device__ inline void store_output(float (&y)[kVec], const Epilogue& e, const EpilogueAccess& access, int64_t row,
-                                    int64_t column, int n) {
-  const int64_t offset = row * e.out_stride + column;
-  switch (e.out_dtype) {
-    case Dtype::f32:
-      return store_floats(y, static_cast<float*>(e.out) + offset, n, access.out);
-    case Dtype::f16:
-      return store_floats(y, static_cast<__half*>(e.out) + offset, n, access.out);
-    case Dtype::bf16:
-      return store_floats(y, static_cast<__nv_bfloat16*>(e.out) + offset, n, access.out);
-    default:
-      break;
-  }
+// Outputs of fp32 or 8 bits.
+__device__ inline void store_other(float (&y)[kVec], const Epilogue& e, const EpilogueAccess& access, int64_t offset,
+                                   int64_t column, int n) {
+  if (e.out_dtype == Dtype::f32)
+    return store_vec(reinterpret_cast<const Vec<float>&>(y), static_cast<float*>(e.out) + offset, n, access.out);
   float scale[kVec];
   load_scales(scale, e.out_scale, e.out_scale_per_column, column, n, access.out);
   Vec<uint8_t> q;
 #pragma unroll
   for (int i = 0; i < kVec; i += 2) quantize_pair(q.e + i, e.out_dtype, y + i, scale + i);
   store_vec(q, static_cast<uint8_t*>(e.out) + offset, n, access.out);
+}
+
+// The residual, and one rounding to the output's type; or that to the nearest step of out_scale. At columns
+// [column, column + n) of the output. k16Bits: outputs of 16 bits are all that there are.
+template <bool k16Bits>
+__device__ inline void store_output(float (&y)[kVec], const Epilogue& e, const EpilogueAccess& access, int64_t row,
+                                    int64_t column, int n) {
+  if (e.residual) {
+    const int64_t offset = row * e.residual_stride + column;
+    float residual[kVec];
+    if constexpr (k16Bits) {
+      load_16_bits(residual, e.residual, e.out_dtype, offset, n, access.out);
+    } else {
+      load_typed(residual, e.residual, e.out_dtype, offset, n, access.out);
+    }
+    add_residual(y, residual);
+  }
+  const int64_t offset = row * e.out_stride + column;
+  if (k16Bits || e.out_dtype == Dtype::f16 || e.out_dtype == Dtype::bf16) {
+    Vec<uint16_t> v;
+    auto& pair = reinterpret_cast<uint32_t (&)[kVec / 2]>(v);
+    if (e.out_dtype == Dtype::bf16) {
+      round_pairs<Dtype::bf16>(pair, y);
+    } else {
+      round_pairs<Dtype::f16>(pair, y);
+    }
+    return store_vec(v, static_cast<uint16_t*>(e.out) + offset, n, access.out);
+  }
+  if constexpr (!k16Bits) store_other(y, e, access, offset, column, n);
 }
 
 // Eight accumulators of a row to the values of the output; gated: eight gates, and their ups from column + 8 on.

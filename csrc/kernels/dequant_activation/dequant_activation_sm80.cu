@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kThreads)
   float y[kVec];
   const auto columns = [&] { return EpilogueColumns<cuda_t<D>>(p.epilogue, access, column, n); };
   epilogue_values(y, p.epilogue, access, columns, row, column, n, first, up);
-  store_output(y, p.epilogue, access, row, out_column, n);
+  store_output<false>(y, p.epilogue, access, row, out_column, n);
 }
 
 cudaError_t launch_dequant_activation(const DequantActivationParams& p, int64_t splits, int64_t split_stride,

@@ -243,7 +243,7 @@ __global__ void __launch_bounds__(GemvConfig<X>::kThreads, GemvConfig<X>::kBlock
     staging.at<Acc>(m, n) = sum;
   }
   __syncwarp();
-  finish_staged<Config::kN, Acc>(staging, p.out, 0, tile.column, tile.split);
+  finish_staged<Config::kN, Acc, Config::kXSize == 2>(staging, p.out, 0, tile.column, tile.split);
 }
 
 template <Dtype X>

@@ -21,7 +21,7 @@ namespace forwardpass {
 struct W8a16 {
   using Acc = float;
   static constexpr Dtype kAcc = Dtype::f32;
-  static constexpr bool kSwapAB = true, kPromoted = false, kBlockScaled = true;
+  static constexpr bool kSwapAB = true, k16Bits = true, kPromoted = false, kBlockScaled = true;
 };
 
 // Its tiles; those of a warp are 16 or 64 x 32. Memory binds: three stages in flight, 48 KB of the weight, with one

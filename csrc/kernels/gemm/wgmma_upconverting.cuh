@@ -30,7 +30,7 @@ struct Upconverted {
   using Acc = float;
   static constexpr Dtype kAcc = Dtype::f32;
   static constexpr int kSizeB = size_of(X);
-  static constexpr bool kSwapAB = true, kPromoted = false, kBlockScaled = kBlockScaled_;
+  static constexpr bool kSwapAB = true, k16Bits = true, kPromoted = false, kBlockScaled = kBlockScaled_;
 };
 
 // One half of a stage is upconverted while the wgmmas of the other half run. With block scales each stage's products

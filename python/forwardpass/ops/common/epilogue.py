@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .activations import activate, check_activation, is_gated, separate_gate_up
-from .quantized_rows import E4M3, FLOATS, check_vector, empty_q, pad_rows
+from .quantized_rows import E4M3, FLOATS, check_rows, check_vector, empty_q, pad_rows
 
 
 def apply_epilogue(
@@ -19,11 +19,13 @@ def apply_epilogue(
     out_scale: Tensor | None = None,
     a_zero_point: Tensor | None = None,
     b_sum: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """acc [..., N], exact (int64 or fp64) or floats, to the output: the formula that every backend follows, a scale of None 1::
 
         y = fma(fp32(acc - a_zero_point * b_sum), fp32(a_scale * b_scale), bias)      one rounding each, to fp32
         out = activation(y) in fp32, gated activation(gate) * up                      then one rounding to out_dtype
+        out = activation(y) + residual, likewise in fp32, where there is one          before that rounding
         int8, e4m3: sat(rne(fp32(out / out_scale))), int8 in -127..127
 
     The fma is computed in fp64 and rounded: the product of two fp32 is exact there, and the sum is off by less than 2^-52,
@@ -42,6 +44,8 @@ def apply_epilogue(
         y = activate(activation, gate, up)
     else:
         y = activate(activation, y)
+    if residual is not None:
+        y = y.float() + residual.float()
     if out_scale is None:
         return y.to(out_dtype)
     scaled = y.float() / out_scale
@@ -92,6 +96,7 @@ def check_epilogue(
     a_zero_point: Tensor | None,
     b_sum: Tensor | None,
     optional: tuple[str, ...] = (),
+    residual: Tensor | None = None,
 ) -> None:
     """The epilogue's arguments for accumulators [*lead, columns] on x's device; optional: scales that may be None."""
     rows = 1
@@ -122,8 +127,29 @@ def check_epilogue(
         raise TypeError(f"{op}: out_dtype must be float32, float16, bfloat16, int8 or float8_e4m3fn, not {out_dtype}")
     if (out_scale is not None) != (out_dtype not in FLOATS):
         raise ValueError(f"{op}: out_scale goes with out_dtype int8 or float8_e4m3fn, and only with them")
-    one_or_each("out_scale", out_scale, columns // 2 if is_gated(activation) else columns, torch.float32)
+    outputs = columns // 2 if is_gated(activation) else columns
+    one_or_each("out_scale", out_scale, outputs, torch.float32)
     one_or_each("a_zero_point", a_zero_point, rows, torch.int32)
     check_vector(op, "b_sum", b_sum, columns, torch.int32, x)
     if b_sum is not None and a_zero_point is None:
         raise ValueError(f"{op}: b_sum is used with a_zero_point only: pass both or neither")
+    if residual is not None:
+        check_residual(op, residual, (*lead, outputs), out_dtype, x)
+
+
+def check_residual(op: str, residual: Tensor, shape: tuple[int, ...], out_dtype: torch.dtype, x: Tensor) -> None:
+    """residual is as the output, which is on x's device, but for its row stride."""
+    if out_dtype not in FLOATS:
+        raise ValueError(f"{op}: residual goes with out_dtype float32, float16 or bfloat16, and this is {out_dtype}: add it to a "
+                         "float output, and quantise the sum")  # fmt: skip
+    if not isinstance(residual, Tensor) or residual.dtype != out_dtype:
+        raise TypeError(f"{op}: residual must be a tensor of {out_dtype}, as the output is, not "
+                        f"{getattr(residual, 'dtype', type(residual).__name__)}")  # fmt: skip
+    if tuple(residual.shape) != shape:
+        raise ValueError(
+            f"{op}: residual must have the output's shape, {list(shape)}, and has {list(residual.shape)}: expand it"
+        )
+    if residual.device != x.device:
+        raise ValueError(f"{op}: residual is on {residual.device} and the input on {x.device}: move one of them")
+    if residual.numel():
+        check_rows(op, "residual", residual)

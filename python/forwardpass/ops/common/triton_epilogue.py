@@ -3,7 +3,8 @@
 Launched with enable_fp_fusion=False: the fma is where the formula (forwardpass.ops.common.epilogue) has one, and nowhere else.
 
 Every option is a number, so that a kernel has it as a constant or at run time: dequant_activation is bound by memory, and
-moves 16 bytes at a time only with constants; a GEMM compiles once for all of them.
+moves 16 bytes at a time only with constants; a GEMM compiles once for all of them. With a residual it compiles once more, so
+that the kernel without one keeps its registers.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ def options(
     out_scale: Tensor | None = None,
     a_zero_point: Tensor | None = None,
     b_sum: Tensor | None = None,
+    residual: Tensor | None = None,
     scaled: bool = False,
 ) -> dict[str, Any]:
     """The arguments of a kernel that ends in `activated` and `store_output`; `scaled`: its accumulators are already."""
@@ -47,6 +49,10 @@ def options(
 
     _, columns, out_stride = matrix_shape(out)
     out_bytes = out.view(torch.uint8)
+    residual_bytes, residual_stride = out_bytes, 0
+    if residual is not None:
+        rows, columns, residual_stride = matrix_shape(residual)
+        residual_bytes = residual.as_strided((rows, columns), (residual_stride, 1)).view(torch.uint8)
     return {
         "a_scale_ptr": unread if a_scale is None else a_scale, "a_scale_step": -1 if scaled else step(a_scale),
         "b_scale_ptr": unread, "b_scale_step": -1 if scaled else step(b_scale),
@@ -55,6 +61,7 @@ def options(
         "bias_type": _TYPES[None if bias is None else bias.dtype],
         "activation": _ACTIVATIONS[activation and activation.removesuffix("_mul")],
         "out_scale_ptr": unread if out_scale is None else out_scale, "out_scale_step": step(out_scale),
+        "residual_ptr": residual_bytes, "residual_stride": residual_stride, "RESIDUAL": residual is not None,
         "out_ptr": out_bytes, "out_type": _TYPES[out.dtype], "out_stride": out_stride, "out_columns": columns,
     }  # fmt: skip
 
@@ -145,10 +152,45 @@ def store_as(ptr, y, row, rows, column, columns, stride, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def load_masked(ptr, row, rows, column, columns, stride):
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    return tl.load(ptr + row.to(tl.int64)[:, None] * stride + column[None, :], mask=inside, other=0)
+
+
+@triton.jit
+def load_as(ptr, row, rows, column, columns, stride, ALIGNED: tl.constexpr):
+    """[M, N] of the rows of `ptr`, as `store_as`."""
+    if ALIGNED is None:
+        if columns % 16 == 0 and stride % 16 == 0:
+            v = load_masked(ptr, row, rows, column, columns // 16 * 16, stride // 16 * 16)
+        else:
+            v = load_masked(ptr, row, rows, column, columns, stride)
+    else:
+        v = load_masked(ptr, row, rows, column, columns, stride)
+    return v
+
+
+@triton.jit
+def load_residual(ptr, type_, row, rows, column, columns, stride, ALIGNED: tl.constexpr):
+    """[M, N] of the output's type, in fp32."""
+    if type_ == 1:
+        residual = load_as(ptr.to(tl.pointer_type(tl.float32)), row, rows, column, columns, stride, ALIGNED)
+    else:
+        bits = load_as(ptr.to(tl.pointer_type(tl.int16)), row, rows, column, columns, stride, ALIGNED)
+        residual = bits.to(tl.float16, bitcast=True).to(tl.float32)
+        if type_ == 3:
+            residual = bits.to(tl.bfloat16, bitcast=True).to(tl.float32)
+    return residual
+
+
+@triton.jit
 def store_output(
-    y, row, rows, column, columns, out_ptr, out_type, stride, out_scale_ptr, out_scale_step, ALIGNED: tl.constexpr
-):
-    """fp32 [M, N] to the output's type."""
+    y, row, rows, column, columns, residual_ptr, residual_stride, out_ptr, out_type, stride, out_scale_ptr, out_scale_step,
+    RESIDUAL: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """fp32 [M, N], plus the residual if there is one, to the output's type."""
+    if RESIDUAL:
+        y += load_residual(residual_ptr, out_type, row, rows, column, columns, residual_stride, ALIGNED)
     if out_type == 1:
         store_as(out_ptr.to(tl.pointer_type(tl.float32)), y, row, rows, column, columns, stride, ALIGNED)
     elif out_type <= 3:

@@ -22,8 +22,9 @@ def dequant_activation(
     out_scale: Tensor | None = None,
     a_zero_point: Tensor | None = None,
     b_sum: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """`activation((acc - a_zero_point * b_sum) * a_scale * b_scale + bias)`, the formula of `forwardpass.ops.common.epilogue`.
+    """`activation((acc - a_zero_point * b_sum) * a_scale * b_scale + bias) + residual`: `ops.common.epilogue` has the formula.
 
     Args:
         acc: int32, float32, float16 or bfloat16 [..., N], last stride 1, any row stride.
@@ -36,6 +37,8 @@ def dequant_activation(
         a_zero_point: int32, one element or one a row; with int32 accumulators. From -128 to 127, as those of `quantize` are, or
             any for which acc - a_zero_point * b_sum is within int32.
         b_sum: int32 [N], the row sums of b [N, K]; goes with a_zero_point.
+        residual: of out_dtype and of the output's shape, last stride 1, any row stride; added in fp32 behind the activation and
+            before the one rounding. Not with 8-bit outputs.
 
     Returns:
         [..., N] (gated: N / 2) of out_dtype, contiguous; 8-bit ones with rows padded to 16 bytes.
@@ -44,7 +47,9 @@ def dequant_activation(
         TypeError: an argument is of another type or dtype than above.
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
     """
-    return OPERATION(acc, a_scale, b_scale, bias, activation, out_dtype, out_scale, a_zero_point, b_sum)
+    args = (acc, a_scale, b_scale, bias, activation, out_dtype, out_scale, a_zero_point, b_sum)
+    # To pass the schema's default takes 0.15 us; an int8_gemm of few elements takes 5. As all operations with a residual.
+    return OPERATION(*args) if residual is None else OPERATION(*args, residual)
 
 
 def _check(
@@ -57,6 +62,7 @@ def _check(
     out_scale: Tensor | None,
     a_zero_point: Tensor | None,
     b_sum: Tensor | None,
+    residual: Tensor | None = None,
 ) -> None:
     op = "dequant_activation"
     if not isinstance(acc, Tensor) or acc.dtype not in (torch.int32, *FLOATS):
@@ -70,7 +76,7 @@ def _check(
     lead, columns = tuple(acc.shape[:-1]), acc.shape[-1]
     check_epilogue(
         op, acc, lead, columns, a_scale, b_scale, bias, activation, out_dtype, out_scale, a_zero_point, b_sum,
-        optional=("a_scale", "b_scale"),
+        optional=("a_scale", "b_scale"), residual=residual,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...testing import apart, assert_close, assert_equal, assert_quantized_close, pairwise
+from ...testing import apart, assert_close, assert_equal, assert_quantized_close, laid_out, pairwise
 from ..common.activations import GATED, PLAIN, element_bound, is_gated, separate_gate_up
 from ..common.quantized_rows import E4M3, FLOATS
 from . import reference
@@ -29,6 +29,7 @@ class EpilogueCase:
     out_dtype: torch.dtype = torch.float32
     out_scale: str = "tensor"  # or "column"; with 8-bit outputs
     zero_point: str | None = None  # None, "row" or "tensor"
+    residual: str | None = None  # or a layout of `laid_out`; of float outputs alone
 
     def arguments(
         self, lead: tuple[int, ...], columns: int, step: float, device: str = "cpu", seed: int = 0
@@ -58,8 +59,36 @@ class EpilogueCase:
             else torch.randint(-128, 128, zero_shape, generator=g, dtype=torch.int32).to(device),
         }
 
+    def residual_of(self, lead: tuple[int, ...], columns: int, device: str = "cpu", seed: int = 0) -> Tensor | None:
+        """That of accumulators [*lead, columns]."""
+        if self.residual is None or self.out_dtype not in FLOATS:
+            return None
+        outputs = columns // 2 if is_gated(self.activation) else columns
+        return residual((*lead, outputs), self.out_dtype, self.residual, device, seed)
+
+
+def residual(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: str | None, device: str = "cpu", seed: int = 0
+) -> Tensor | None:
+    """As a residual stream is: with an outlier column, beside which sums lose bits, and a row of negative zeros."""
+    if layout is None:
+        return None
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed + 3))
+    rows = x.reshape(-1, shape[-1])
+    if x.numel():
+        rows[:, shape[-1] // 3] *= 60.0
+        rows[len(rows) // 2] = -0.0
+    return laid_out(x.to(dtype), layout, device)
+
+
+#: None, and layouts of `laid_out`: rows of the output's stride, of another one, and at no multiple of 16 bytes
+RESIDUALS = (None, "contiguous", "aligned", "apart")
+#: of `compiled_for`
+RESIDUAL_KERNEL: dict[str, Callable[[Any], Any]] = {"residual": lambda layout: layout is not None}
+
 
 def epilogue_factors(zero_points: tuple[str | None, ...] = (None, "row", "tensor")) -> dict[str, tuple[Any, ...]]:
+    """But for the residual, which not every product takes."""
     return {
         "a_scale": ("row", "tensor"),
         "b_scale": ("column", "tensor"),
@@ -92,7 +121,7 @@ class Case:
         if e["a_zero_point"] is not None:
             b_sum = torch.randint(-9000, 9000, (n,), generator=g, dtype=torch.int32).to(device)
         return (apart(acc, device), e["a_scale"], e["b_scale"], e["bias"], e["activation"], e["out_dtype"], e["out_scale"],
-                e["a_zero_point"], b_sum)  # fmt: skip
+                e["a_zero_point"], b_sum, self.epilogue.residual_of(lead, n, device, seed))  # fmt: skip
 
     def bytes(self) -> int:
         """Accumulators once, outputs once."""
@@ -113,14 +142,20 @@ def assert_epilogue_matches(actual: Tensor, specification: Callable[..., Tensor]
     if activation in (None, "relu"):
         return assert_equal(actual, expected)
     assert actual.stride() == expected.stride()
-    # the fp32 values before the activation are equal bit for bit, so only the activation and the last rounding are off
+    # the fp32 values before the activation are equal bit for bit, so only the activation and what follows it is off
     plain = (
-        named | {"activation": None, "out_dtype": torch.float32} | ({"out_scale": None} if "out_scale" in named else {})
+        named
+        | {"activation": None, "out_dtype": torch.float32}
+        | {name: None for name in ("out_scale", "residual") if name in named}
     )
     y = specification(*plain.values())
     gate, up = separate_gate_up(y, -1) if is_gated(activation) else (y, None)
     exact = specification(*(plain | {"activation": activation, "out_dtype": torch.float64}).values())
     bound = element_bound(activation, gate, up)
+    if (added := named.get("residual")) is not None:
+        bound = bound + ULP[torch.float32] * exact.abs()  # which the sum may cancel
+        exact = exact + added.double()
+        bound = bound + ULP[torch.float32] * exact.abs()
     if out_dtype in ULP:
         least = {torch.float16: 2.0**-25}.get(out_dtype, 0.0)
         return assert_close(actual, exact, bound * (1 + ULP[out_dtype]) + ULP[out_dtype] * exact.abs() + least)
@@ -140,6 +175,7 @@ def cases() -> Iterator[Case]:
         **epilogue_factors(),
         "a_scale": ("row", "tensor", None),
         "b_scale": ("column", "tensor", None),
+        "residual": RESIDUALS,
     }
     for row in pairwise(factors):
         shape, acc_dtype = row.pop("shape"), row.pop("acc_dtype")

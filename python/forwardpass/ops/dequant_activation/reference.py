@@ -18,5 +18,6 @@ def dequant_activation(
     out_scale: Tensor | None,
     a_zero_point: Tensor | None,
     b_sum: Tensor | None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    return apply_epilogue(acc, a_scale, b_scale, bias, activation, out_dtype, out_scale, a_zero_point, b_sum)
+    return apply_epilogue(acc, a_scale, b_scale, bias, activation, out_dtype, out_scale, a_zero_point, b_sum, residual)

@@ -25,8 +25,9 @@ def load_sum(acc_ptr, column, mask, parts, part_stride):
 @triton.jit
 def dequantize_block(
     acc_ptr, acc_stride, parts, part_stride, rows, blocks, a_scale_ptr, a_scale_step, b_scale_ptr, b_scale_step, zero_ptr,
-    zero_step, b_sum_ptr, bias_ptr, bias_type, activation, out_scale_ptr, out_scale_step, out_ptr, out_type, out_stride,
-    out_columns, GATED: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    zero_step, b_sum_ptr, bias_ptr, bias_type, activation, out_scale_ptr, out_scale_step, residual_ptr, residual_stride,
+    out_ptr, out_type, out_stride, out_columns,
+    RESIDUAL: tl.constexpr, GATED: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The program's block of the outputs, of accumulators that are the sum of `parts`, `part_stride` elements apart."""
     program = tl.program_id(0).to(tl.int64)
@@ -45,22 +46,23 @@ def dequantize_block(
     y = activated(acc, up, row, rows, column, out_columns, a_scale_ptr, a_scale_step, b_scale_ptr, b_scale_step,
                   zero_ptr, zero_step, b_sum_ptr, bias_ptr, bias_type, activation, GATED)  # fmt: skip
     store_output(
-        y, row, rows, column, out_columns, out_ptr, out_type, out_stride, out_scale_ptr, out_scale_step, ALIGNED
-    )
+        y, row, rows, column, out_columns, residual_ptr, residual_stride, out_ptr, out_type, out_stride, out_scale_ptr,
+        out_scale_step, RESIDUAL, ALIGNED,
+    )  # fmt: skip
 
 
 @triton.jit
 def dequant_activation_kernel(
-    acc_ptr, acc_stride, rows, blocks, a_scale_ptr, b_scale_ptr, zero_ptr, b_sum_ptr, bias_ptr, out_scale_ptr, out_ptr,
-    out_stride, out_columns,
+    acc_ptr, acc_stride, rows, blocks, a_scale_ptr, b_scale_ptr, zero_ptr, b_sum_ptr, bias_ptr, out_scale_ptr,
+    residual_ptr, residual_stride, out_ptr, out_stride, out_columns,
     a_scale_step: tl.constexpr, b_scale_step: tl.constexpr, zero_step: tl.constexpr, bias_type: tl.constexpr,
-    activation: tl.constexpr, out_scale_step: tl.constexpr, out_type: tl.constexpr, GATED: tl.constexpr,
+    activation: tl.constexpr, out_scale_step: tl.constexpr, out_type: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     dequantize_block(
         acc_ptr, acc_stride, 1, 0, rows, blocks, a_scale_ptr, a_scale_step, b_scale_ptr, b_scale_step, zero_ptr, zero_step,
-        b_sum_ptr, bias_ptr, bias_type, activation, out_scale_ptr, out_scale_step, out_ptr, out_type, out_stride, out_columns,
-        GATED, True, BLOCK,
+        b_sum_ptr, bias_ptr, bias_type, activation, out_scale_ptr, out_scale_step, residual_ptr, residual_stride, out_ptr,
+        out_type, out_stride, out_columns, RESIDUAL, GATED, True, BLOCK,
     )  # fmt: skip
 
 
@@ -74,6 +76,7 @@ def dequant_activation(
     out_scale: Tensor | None,
     a_zero_point: Tensor | None,
     b_sum: Tensor | None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     out = fake_output(acc, tuple(acc.shape), activation, out_dtype)
     if out.numel():
@@ -83,7 +86,7 @@ def dequant_activation(
         with torch.cuda.device_of(acc):
             dequant_activation_kernel[(rows * blocks,)](
                 acc, stride, rows, blocks,
-                **options(a_scale, b_scale, bias, activation, out, out_scale, a_zero_point, b_sum),
+                **options(a_scale, b_scale, bias, activation, out, out_scale, a_zero_point, b_sum, residual),
                 GATED=is_gated(activation), BLOCK=block, num_warps=max(1, block // 256), enable_fp_fusion=False,
             )  # fmt: skip
     return out

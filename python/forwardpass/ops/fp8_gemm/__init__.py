@@ -29,8 +29,9 @@ def fp8_gemm(
     activation: str | None = None,
     out_dtype: torch.dtype,
     out_scale: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """`activation((a * a_scale) @ (b * b_scale).T + bias)` of float8_e4m3fn operands.
+    """`activation((a * a_scale) @ (b * b_scale).T + bias) + residual` of float8_e4m3fn operands.
 
     Tensor cores add e4m3 products with fewer bits than fp32 has, so kernels move their sums to fp32 every 128 of K: the
     result is within 2^-10 of the sum of |a * b| on such hardware, whatever K, and within 2^-19 where products add exactly.
@@ -47,8 +48,8 @@ def fp8_gemm(
         a: float8_e4m3fn [..., K], last stride 1, any row stride.
         b: float8_e4m3fn [N, K], as nn.Linear's weight.
         a_scale, b_scale: see above.
-        bias, activation, out_dtype, out_scale: as in `dequant_activation`; gated activations want the rows of b, bias and a
-            b_scale [N] interleaved by `interleave_gate_up`.
+        bias, activation, out_dtype, out_scale, residual: as in `dequant_activation`; gated activations want the rows of b, bias
+            and a b_scale [N] interleaved by `interleave_gate_up`.
 
     Returns:
         [..., N] (gated: N / 2) of out_dtype, contiguous; 8-bit ones with rows padded to 16 bytes.
@@ -58,7 +59,8 @@ def fp8_gemm(
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
         Unsupported: a backend asked for by name cannot run these arguments; GPUs below sm_89 multiply no FP8.
     """
-    return FP8_GEMM(a, b, a_scale, b_scale, bias, activation, out_dtype, out_scale)
+    args = (a, b, a_scale, b_scale, bias, activation, out_dtype, out_scale)
+    return FP8_GEMM(*args) if residual is None else FP8_GEMM(*args, residual)
 
 
 def fp8_gemm_quantize(
@@ -74,7 +76,7 @@ def fp8_gemm_quantize(
     """`fp8_gemm` and `quantize` of its result to e4m3 in one pass: the result is never rounded to 16 bits.
 
     Args:
-        a: as in fp8_gemm, and so is everything not named here.
+        a: as in fp8_gemm, and so is everything not named here. There is no residual.
         group_size: columns of the output that share a scale: 128.
 
     Returns:
@@ -143,6 +145,7 @@ def _check(
     activation: str | None,
     out_dtype: torch.dtype,
     out_scale: Tensor | None,
+    residual: Tensor | None = None,
 ) -> None:
     check_8bit(op, "a", a, E4M3)
     check_rows(op, "a", a)
@@ -154,14 +157,15 @@ def _check(
                          "pass both of one kind")  # fmt: skip
     unit = a.new_empty(1, dtype=torch.float32)
     scales = (unit, unit) if blocks else (a_scale, b_scale)
-    check_epilogue(op, a, tuple(a.shape[:-1]), b.shape[0], *scales, bias, activation, out_dtype, out_scale, None, None)
+    check_epilogue(op, a, tuple(a.shape[:-1]), b.shape[0], *scales, bias, activation, out_dtype, out_scale, None, None,
+                   residual=residual)  # fmt: skip
 
 
 def _check_gemm(
     a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, activation: str | None, out_dtype: torch.dtype,
-    out_scale: Tensor | None,
+    out_scale: Tensor | None, residual: Tensor | None = None,
 ) -> None:  # fmt: skip
-    _check("fp8_gemm", a, b, a_scale, b_scale, bias, activation, out_dtype, out_scale)
+    _check("fp8_gemm", a, b, a_scale, b_scale, bias, activation, out_dtype, out_scale, residual)
 
 
 def _check_gemm_quantize(

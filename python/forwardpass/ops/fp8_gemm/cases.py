@@ -23,7 +23,7 @@ from ...testing import (
 )
 from ..common.activations import activate, element_bound, is_gated, separate_gate_up
 from ..common.quantized_rows import E4M3, FLOATS, LEAST_RANGE, empty_scales
-from ..dequant_activation.cases import EpilogueCase, epilogue_factors
+from ..dequant_activation.cases import RESIDUAL_KERNEL, RESIDUALS, EpilogueCase, epilogue_factors
 from ..int8_gemm.cases import BENCHMARK_SHAPES
 from . import FP8_GEMM, FP8_GEMM_QUANTIZE
 from .reference import BLOCK, columns_scale, rows_scale
@@ -78,7 +78,9 @@ class Case:
             e["a_scale"][(0,) * len(lead)] *= 100
         operands = (laid_out(a.unflatten(0, lead), self.layouts[0], device), laid_out(b, self.layouts[1], device))
         shared = (*operands, e["a_scale"], e["b_scale"], e["bias"], e["activation"])
-        return (*shared, BLOCK) if self.quantized else (*shared, e["out_dtype"], e["out_scale"])
+        if self.quantized:
+            return (*shared, BLOCK)
+        return (*shared, e["out_dtype"], e["out_scale"], self.epilogue.residual_of(lead, self.n, device, seed))
 
     def _block_scales(
         self, lead: tuple[int, ...], step: float, g: torch.Generator, device: str
@@ -115,6 +117,9 @@ def assert_matches(actual: Tensor | tuple[Tensor, Tensor], args: tuple[Any, ...]
     a, b, a_scale, b_scale, bias, activation, *options = args
     c = TRUNCATING if truncating else EXACT
     exact, bound, cancels = expected_values(a, b, a_scale, b_scale, bias, activation, c)
+    if (added := options[2] if len(options) > 2 else None) is not None:
+        bound = bound + 2.0**-23 * exact.abs()  # which the sum may cancel
+        exact = exact + added.double()
     if not isinstance(actual, Tensor):
         _assert_quantized_matches(*actual, exact, bound)
     elif actual.dtype in FLOATS:
@@ -184,10 +189,15 @@ def cases(few_kernels: bool = False) -> Iterator[Case]:
         "lead": (False, True),
         "same_sign": (False, True),
         **epilogue,
+        "residual": RESIDUALS,
         "out_dtype": (*epilogue["out_dtype"], "quantize"),
     }
     kernels = (
-        compiled_for(GEMM_KERNEL | {"scales": lambda scales: scales[2], "out_dtype": lambda dtype: dtype == "quantize"})
+        compiled_for(
+            GEMM_KERNEL
+            | RESIDUAL_KERNEL
+            | {"scales": lambda scales: scales[2], "out_dtype": lambda dtype: dtype == "quantize"}
+        )
         if few_kernels
         else []
     )

@@ -41,11 +41,12 @@ def fp8_gemm(
     activation: str | None,
     out_dtype: torch.dtype,
     out_scale: Tensor | None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     a_values = a.double() * rows_scale(a, a_scale, b_scale.dim() >= 2)
     acc = a_values @ (b.double() * columns_scale(b, b_scale)).t()
     unit = torch.ones(1, device=a.device)
-    return apply_epilogue(acc, unit, unit, bias, activation, out_dtype, out_scale)
+    return apply_epilogue(acc, unit, unit, bias, activation, out_dtype, out_scale, residual=residual)
 
 
 def fp8_gemm_quantize(

@@ -19,9 +19,10 @@ def fp8_gemm(
     activation: str | None,
     out_dtype: torch.dtype,
     out_scale: Tensor | None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     out = fake_gemm(a, b, a_scale, b_scale, bias, activation, out_dtype)
-    return gemm(a, b, a_scale, b_scale, bias, activation, out, out_scale)
+    return gemm(a, b, a_scale, b_scale, bias, activation, out, out_scale, residual=residual)
 
 
 def fp8_gemm_quantize(

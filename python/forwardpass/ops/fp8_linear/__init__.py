@@ -22,6 +22,7 @@ def fp8_linear(
     out_dtype: torch.dtype | None = None,
     scale: Tensor | None = None,
     channel_scale: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """`quantize(x)` to e4m3, then `fp8_gemm` with `weight`, without what passes between them.
 
@@ -35,6 +36,7 @@ def fp8_linear(
         out_dtype: float32, float16 or bfloat16; None: that of x.
         scale: float32, one element: static quantisation of x, not with block scales.
         channel_scale: float32 [K], multiplies x first, as in `quantize`.
+        residual: as in `dequant_activation`: [..., N] (gated: N / 2) of out_dtype.
 
     Returns:
         [..., N] (gated: N / 2) of out_dtype, contiguous.
@@ -44,9 +46,9 @@ def fp8_linear(
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
         Unsupported: a backend asked for by name cannot run these arguments; GPUs below sm_89 multiply no FP8.
     """
-    return OPERATION(
-        x, weight, w_scale, bias, activation, x.dtype if out_dtype is None else out_dtype, scale, channel_scale
-    )
+    dtype = x.dtype if out_dtype is None else out_dtype
+    args = (x, weight, w_scale, bias, activation, dtype, scale, channel_scale)
+    return OPERATION(*args) if residual is None else OPERATION(*args, residual)
 
 
 def _check(
@@ -58,6 +60,7 @@ def _check(
     out_dtype: torch.dtype,
     scale: Tensor | None,
     channel_scale: Tensor | None,
+    residual: Tensor | None = None,
 ) -> None:
     op = "fp8_linear"
     check_float_rows(op, "x", x)
@@ -72,7 +75,8 @@ def _check(
         )
     unit = x.new_empty(1, dtype=torch.float32)
     lead, n = tuple(x.shape[:-1]), weight.shape[0]
-    check_epilogue(op, x, lead, n, unit, unit if blocks else w_scale, bias, activation, out_dtype, None, None, None)
+    check_epilogue(op, x, lead, n, unit, unit if blocks else w_scale, bias, activation, out_dtype, None, None, None,
+                   residual=residual)  # fmt: skip
 
 
 def _notes(x: Tensor, weight: Tensor, *options: object) -> list[str]:

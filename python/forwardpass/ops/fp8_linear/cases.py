@@ -24,6 +24,7 @@ from ...testing import (
 )
 from ..common.activations import GATED, PLAIN, is_gated
 from ..common.quantized_rows import E4M3, FLOATS
+from ..dequant_activation.cases import RESIDUAL_KERNEL, RESIDUALS, residual
 from ..fp8_gemm import cases as gemm
 from ..fp8_gemm.reference import BLOCK
 from ..int8_gemm.cases import BENCHMARK_SHAPES
@@ -43,6 +44,7 @@ class Case:
     static: bool = False
     channel_scale: bool = False
     layout: str = "aligned"  # of the weight
+    residual: str | None = None  # or a layout of `laid_out`
 
     def arguments(self, device: str = "cpu", seed: int = 0) -> tuple[Any, ...]:
         """In the schema's order."""
@@ -53,6 +55,7 @@ class Case:
         shape = {"tensor": (1,), "row": (self.n,), "block": (2, *matrix) if gated else matrix}[self.scales]
         w_scale = ((torch.rand(shape, generator=g) + 0.5) / 3000).to(device)
         bias = torch.randn(self.n, generator=g).to(device) if self.bias else None
+        outputs = self.n // 2 if gated else self.n
         scale = torch.full((1,), 0.04, device=device) if self.static else None
         channel = (torch.rand(self.k, generator=g) + 0.25).to(device) if self.channel_scale else None
         x = awkward((*self.lead, self.k), self.x_dtype, seed, device)
@@ -65,6 +68,7 @@ class Case:
             self.out_dtype,
             scale,
             channel,
+            residual((*self.lead, outputs), self.out_dtype, self.residual, device, seed),
         )
 
     def bytes(self) -> int:
@@ -77,11 +81,11 @@ class Case:
 
 def assert_matches(actual: Tensor, args: tuple[Any, ...], truncating: bool = False) -> None:
     """actual is what a backend may return for args: that of fp8_gemm for the very x that the reference quantises to."""
-    x, weight, w_scale, bias, activation, out_dtype, scale, channel_scale = (
+    x, weight, w_scale, bias, activation, out_dtype, scale, channel_scale, *added = (
         a.cpu() if isinstance(a, Tensor) else a for a in args
     )
     a, a_scale = reference.quantized_input(x, w_scale, scale, channel_scale)
-    gemm.assert_matches(actual, (a, weight, a_scale, w_scale, bias, activation, out_dtype, None), truncating)
+    gemm.assert_matches(actual, (a, weight, a_scale, w_scale, bias, activation, out_dtype, None, *added), truncating)
 
 
 def cases(few_kernels: bool = False) -> Iterator[Case]:
@@ -96,10 +100,11 @@ def cases(few_kernels: bool = False) -> Iterator[Case]:
         "out_dtype": FLOATS,
         "channel_scale": (False, True),
         "layout": LAYOUTS,
+        "residual": RESIDUALS,
     }
     kernels = (
         compiled_for(
-            GEMM_KERNEL | {"scales": lambda scales: scales[0] == "block"},
+            GEMM_KERNEL | RESIDUAL_KERNEL | {"scales": lambda scales: scales[0] == "block"},
             QUANTIZE_KERNEL | {"scales": lambda scales: (scales[0] == "block", scales[1])},
         )
         if few_kernels

@@ -34,6 +34,7 @@ def fp8_linear(
     out_dtype: torch.dtype,
     scale: Tensor | None,
     channel_scale: Tensor | None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     a, a_scale = quantized_input(x, w_scale, scale, channel_scale)
-    return fp8_gemm(a, weight, a_scale, w_scale, bias, activation, out_dtype, None)
+    return fp8_gemm(a, weight, a_scale, w_scale, bias, activation, out_dtype, None, residual)

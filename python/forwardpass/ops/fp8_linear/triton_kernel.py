@@ -19,9 +19,10 @@ def fp8_linear(
     out_dtype: torch.dtype,
     scale: Tensor | None,
     channel_scale: Tensor | None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     a, a_scale = quantized_input(x, w_scale, scale, channel_scale, quantize)
-    return fp8_gemm(a, weight, a_scale, w_scale, bias, activation, out_dtype, None)
+    return fp8_gemm(a, weight, a_scale, w_scale, bias, activation, out_dtype, None, residual)
 
 
 torch.library.impl("forwardpass::fp8_linear_triton", ("cuda", "cpu"))(fp8_linear)

@@ -27,8 +27,9 @@ def int8_gemm(
     out_scale: Tensor | None = None,
     a_zero_point: Tensor | None = None,
     b_sum: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """`activation((a - a_zero_point) @ b.T * a_scale * b_scale + bias)`; int32 accumulators exact, epilogue as below.
+    """`activation((a - a_zero_point) @ b.T * a_scale * b_scale + bias) + residual`; int32 accumulators exact, epilogue as below.
 
     Args:
         a: int8 [..., K], last stride 1, any row stride. K <= 131071, with a_zero_point <= 65536.
@@ -36,6 +37,7 @@ def int8_gemm(
         a_scale, b_scale, bias, activation, out_dtype, out_scale, a_zero_point: as in `dequant_activation`; gated activations
             want the rows of b, b_scale, bias and b_sum interleaved by `interleave_gate_up`.
         b_sum: int32 [N], b.sum(1): used with a_zero_point; computed by one more pass over b where it is not given.
+        residual: as in `dequant_activation`: [..., N] (gated: N / 2) of a float out_dtype.
 
     Returns:
         [..., N] (gated: N / 2) of out_dtype, contiguous; 8-bit ones with rows padded to 16 bytes.
@@ -46,7 +48,8 @@ def int8_gemm(
     """
     if a_zero_point is not None and b_sum is None:
         b_sum = b.sum(1, dtype=torch.int32)
-    return OPERATION(a, b, a_scale, b_scale, bias, activation, out_dtype, out_scale, a_zero_point, b_sum)
+    args = (a, b, a_scale, b_scale, bias, activation, out_dtype, out_scale, a_zero_point, b_sum)
+    return OPERATION(*args) if residual is None else OPERATION(*args, residual)
 
 
 def check_int8_weight(op: str, name: str, b: Tensor, x_name: str, x: Tensor, zero_point: bool) -> None:
@@ -77,12 +80,14 @@ def _check(
     out_scale: Tensor | None,
     a_zero_point: Tensor | None,
     b_sum: Tensor | None,
+    residual: Tensor | None = None,
 ) -> None:
     op = "int8_gemm"
     check_8bit(op, "a", a, torch.int8)
     check_int8_weight(op, "b", b, "a", a, a_zero_point is not None)
     lead, n = tuple(a.shape[:-1]), b.shape[0]
-    check_epilogue(op, a, lead, n, a_scale, b_scale, bias, activation, out_dtype, out_scale, a_zero_point, b_sum)
+    check_epilogue(op, a, lead, n, a_scale, b_scale, bias, activation, out_dtype, out_scale, a_zero_point, b_sum,
+                   residual=residual)  # fmt: skip
 
 
 def _notes(a: Tensor, b: Tensor, *options: object) -> list[str]:

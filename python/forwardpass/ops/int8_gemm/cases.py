@@ -11,7 +11,13 @@ from torch import Tensor
 
 from ...testing import GEMM_FACTORS, GEMM_KERNEL, LAYOUTS, compiled_for, few_macs, laid_out, pairwise
 from ..common.activations import is_gated
-from ..dequant_activation.cases import EpilogueCase, assert_epilogue_matches, epilogue_factors
+from ..dequant_activation.cases import (
+    RESIDUAL_KERNEL,
+    RESIDUALS,
+    EpilogueCase,
+    assert_epilogue_matches,
+    epilogue_factors,
+)
 from . import reference
 
 
@@ -36,7 +42,7 @@ class Case:
         b_sum = b.sum(1, dtype=torch.int32).to(device) if e["a_zero_point"] is not None else None
         a, b = (laid_out(x, layout, device) for x, layout in zip((a, b), self.layouts))
         return (a, b, e["a_scale"], e["b_scale"], e["bias"], e["activation"], e["out_dtype"], e["out_scale"],
-                e["a_zero_point"], b_sum)  # fmt: skip
+                e["a_zero_point"], b_sum, self.epilogue.residual_of((self.m,), self.n, device, seed))  # fmt: skip
 
     def bytes(self) -> int:
         outputs = self.m * self.n // (2 if is_gated(self.epilogue.activation) else 1)
@@ -61,8 +67,9 @@ def cases(few_kernels: bool = False) -> Iterator[Case]:
         "layout_a": LAYOUTS,
         "layout_b": LAYOUTS,
         **epilogue_factors(),
+        "residual": RESIDUALS,
     }
-    kernels = compiled_for(GEMM_KERNEL) if few_kernels else []
+    kernels = compiled_for(GEMM_KERNEL | RESIDUAL_KERNEL) if few_kernels else []
     for row in pairwise(factors, few_macs, kernels):
         m, n, k, layouts = row.pop("m"), row.pop("n"), row.pop("k"), (row.pop("layout_a"), row.pop("layout_b"))
         if is_gated(row["activation"]):

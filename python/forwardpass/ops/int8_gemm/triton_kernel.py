@@ -20,9 +20,10 @@ def int8_gemm(
     out_scale: Tensor | None,
     a_zero_point: Tensor | None,
     b_sum: Tensor | None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     out = fake_gemm(a, b, a_scale, b_scale, bias, activation, out_dtype)
-    return gemm(a, b, a_scale, b_scale, bias, activation, out, out_scale, a_zero_point, b_sum)
+    return gemm(a, b, a_scale, b_scale, bias, activation, out, out_scale, a_zero_point, b_sum, residual)
 
 
 torch.library.impl("forwardpass::int8_gemm_triton", ("cuda", "cpu"))(int8_gemm)

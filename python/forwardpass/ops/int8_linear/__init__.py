@@ -26,6 +26,7 @@ def int8_linear(
     channel_scale: Tensor | None = None,
     w_sum: Tensor | None = None,
     packed: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """`quantize(x)` then `int8_gemm` with `weight`: the same bits as the two calls, without what passes between them.
 
@@ -39,6 +40,7 @@ def int8_linear(
         w_sum: int32 [N], weight.sum(1); required with symmetric=False (a layer keeps it; computing it would read the weight twice).
         packed: `pack_int8_weight(weight)`, which the cpu backend then does not pack anew on each call; results are the same
             with it and without, also where the weight has changed since. Other backends read weight.
+        residual: as in `dequant_activation`: [..., N] (gated: N / 2) of out_dtype.
 
     Returns:
         [..., N] (gated: N / 2) of out_dtype, contiguous.
@@ -48,9 +50,8 @@ def int8_linear(
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
     """
     dtype = x.dtype if out_dtype is None else out_dtype
-    return OPERATION(
-        x, weight, w_scale, bias, activation, dtype, scale, zero_point, symmetric, channel_scale, w_sum, packed
-    )
+    args = (x, weight, w_scale, bias, activation, dtype, scale, zero_point, symmetric, channel_scale, w_sum, packed)
+    return OPERATION(*args) if residual is None else OPERATION(*args, residual)
 
 
 def pack_int8_weight(weight: Tensor) -> Tensor:
@@ -88,6 +89,7 @@ def _check(
     channel_scale: Tensor | None,
     w_sum: Tensor | None,
     packed: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> None:
     op = "int8_linear"
     check_float_rows(op, "x", x)
@@ -107,7 +109,7 @@ def _check(
         raise TypeError(f"{op}: w_scale must be a float32 tensor, not {type(w_scale).__name__}")
     lead, n, unit = tuple(x.shape[:-1]), weight.shape[0], w_scale.new_empty(1, dtype=torch.float32, device=x.device)
     shift = None if symmetric else unit.int()
-    check_epilogue(op, x, lead, n, unit, w_scale, bias, activation, out_dtype, None, shift, w_sum)
+    check_epilogue(op, x, lead, n, unit, w_scale, bias, activation, out_dtype, None, shift, w_sum, residual=residual)
 
 
 def _notes(x: Tensor, weight: Tensor, *options: object) -> list[str]:

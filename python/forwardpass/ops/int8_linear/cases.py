@@ -24,7 +24,7 @@ from ...testing import (
 )
 from ..common.activations import GATED, PLAIN, is_gated
 from ..common.quantized_rows import FLOATS
-from ..dequant_activation.cases import assert_epilogue_matches
+from ..dequant_activation.cases import RESIDUAL_KERNEL, RESIDUALS, assert_epilogue_matches, residual
 from ..int8_gemm.cases import BENCHMARK_SHAPES
 from . import pack_int8_weight, reference
 
@@ -43,6 +43,7 @@ class Case:
     channel_scale: bool = False
     layout: str = "aligned"  # of the weight
     packed: bool = False
+    residual: str | None = None  # or a layout of `laid_out`
 
     def arguments(self, device: str = "cpu", seed: int = 0) -> tuple[Any, ...]:
         """In the schema's order."""
@@ -59,8 +60,10 @@ class Case:
         x = awkward((*self.lead, self.k), self.x_dtype, seed, device)
         weight = laid_out(weight, self.layout, device)
         packed = pack_int8_weight(weight) if self.packed and device == "cpu" else None
+        outputs = self.n // 2 if is_gated(self.activation) else self.n
+        added = residual((*self.lead, outputs), self.out_dtype, self.residual, device, seed)
         return (x, weight, w_scale.to(device), bias, self.activation, self.out_dtype, scale, zero_point, self.symmetric, channel,
-                w_sum, packed)  # fmt: skip
+                w_sum, packed, added)  # fmt: skip
 
     def bytes(self) -> int:
         m = math.prod(self.lead)
@@ -90,8 +93,9 @@ def cases(few_kernels: bool = False) -> Iterator[Case]:
         "channel_scale": (False, True),
         "layout": LAYOUTS,
         "packed": (False, True),
+        "residual": RESIDUALS,
     }
-    kernels = compiled_for(GEMM_KERNEL, QUANTIZE_KERNEL) if few_kernels else []
+    kernels = compiled_for(GEMM_KERNEL | RESIDUAL_KERNEL, QUANTIZE_KERNEL) if few_kernels else []
     for row in leads(pairwise(factors, few_macs, kernels)):
         if is_gated(row["activation"]):
             row["n"] = -(-row["n"] // 16) * 16

@@ -37,6 +37,7 @@ def int8_linear(
     channel_scale: Tensor | None,
     w_sum: Tensor | None,
     packed: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     a, a_scale, a_zero_point = quantized_input(x, scale, zero_point, symmetric, channel_scale)
-    return int8_gemm(a, weight, a_scale, w_scale, bias, activation, out_dtype, None, a_zero_point, w_sum)
+    return int8_gemm(a, weight, a_scale, w_scale, bias, activation, out_dtype, None, a_zero_point, w_sum, residual)

@@ -12,15 +12,21 @@ from . import reference
 
 
 def w8a16_gemm(
-    x: Tensor, w: Tensor, w_scale: Tensor, *, bias: Tensor | None = None, activation: str | None = None
+    x: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    *,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """`activation(x @ (w * w_scale).T + bias)`: weights are read as 8 bits and upconverted in registers.
+    """`activation(x @ (w * w_scale).T + bias) + residual`: weights are read as 8 bits and upconverted in registers.
 
     Args:
         x: float16, bfloat16 (or, on the CPU, float32) [..., K], last stride 1, any row stride.
         w: int8 or float8_e4m3fn [N, K].
         w_scale: float32, one element, [N], or contiguous [N, ceil(K / 128)] for blocks of 128 columns.
-        bias: float32, float16 or bfloat16 [N]; activation: as in `dequant_activation`.
+        bias: float32, float16 or bfloat16 [N]; activation, residual: as in `dequant_activation`, of x's dtype.
 
     Returns:
         [..., N] (gated: N / 2) of x's dtype, contiguous.
@@ -29,10 +35,18 @@ def w8a16_gemm(
         TypeError: an argument is of another type or dtype than above.
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
     """
-    return OPERATION(x, w, w_scale, bias, activation)
+    args = (x, w, w_scale, bias, activation)
+    return OPERATION(*args) if residual is None else OPERATION(*args, residual)
 
 
-def _check(x: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, activation: str | None) -> None:
+def _check(
+    x: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None = None,
+) -> None:
     op = "w8a16_gemm"
     check_float_rows(op, "x", x)
     if not isinstance(w, Tensor) or w.dtype not in (torch.int8, E4M3):
@@ -48,11 +62,14 @@ def _check(x: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, activatio
             raise ValueError(f"{op}: w_scale of blocks must be [{n}, {groups}], and has shape {tuple(w_scale.shape)}")
         check_vector(op, "w_scale", w_scale, n * groups, torch.float32, x)
     check_epilogue(
-        op, x, tuple(x.shape[:-1]), n, unit, unit if blocks else w_scale, bias, activation, x.dtype, None, None, None
-    )
+        op, x, tuple(x.shape[:-1]), n, unit, unit if blocks else w_scale, bias, activation, x.dtype, None, None, None,
+        residual=residual,
+    )  # fmt: skip
 
 
-def _fake(x: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+def _fake(
+    x: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None = None
+) -> Tensor:
     return fake_output(x, (*x.shape[:-1], w.shape[0]), activation, x.dtype)
 
 

@@ -24,6 +24,7 @@ from ...testing import (
 )
 from ..common.activations import GATED, PLAIN, element_bound, is_gated, separate_gate_up
 from ..common.quantized_rows import E4M3
+from ..dequant_activation.cases import RESIDUAL_KERNEL, RESIDUALS, residual
 from ..int8_gemm.cases import BENCHMARK_SHAPES
 from . import reference
 
@@ -41,6 +42,7 @@ class Case:
     bias: bool = True
     activation: str | None = None
     layout: str = "aligned"  # of the weight
+    residual: str | None = None  # or a layout of `laid_out`
 
     def arguments(self, device: str = "cpu", seed: int = 0) -> tuple[Any, ...]:
         """In the schema's order."""
@@ -51,12 +53,14 @@ class Case:
         shape = {"tensor": (1,), "column": (self.n,), "block": (self.n, -(-self.k // 128))}[self.scales]
         w_scale = ((torch.rand(shape, generator=g) + 0.5) / 2000).to(device)
         bias = torch.randn(self.n, generator=g).to(device) if self.bias else None
+        outputs = self.n // 2 if is_gated(self.activation) else self.n
         return (
             awkward((*self.lead, self.k), self.x_dtype, seed, device),
             laid_out(w, self.layout, device),
             w_scale,
             bias,
             self.activation,
+            residual((*self.lead, outputs), self.x_dtype, self.residual, device, seed),
         )
 
     def bytes(self) -> int:
@@ -70,9 +74,8 @@ class Case:
 
 def assert_matches(actual: Tensor, args: tuple[Any, ...]) -> None:
     """actual is what a backend may return for args: an fp32 sum of K products in any order is within K 2^-24 of the sum of their
-    magnitudes, and 3 more roundings follow."""
-    activation = args[4]
-    x, w, w_scale, bias = (a.cpu() if isinstance(a, Tensor) else a for a in args[:4])
+    magnitudes, and 3 more roundings follow, 4 with a residual."""
+    x, w, w_scale, bias, activation, *added = (a.cpu() if isinstance(a, Tensor) else a for a in args)
     if actual.dtype != x.dtype or not actual.is_contiguous():
         raise AssertionError(f"{actual.dtype} {actual.stride()}, expected {x.dtype} and contiguous")
     y = reference.w8a16_gemm(x.double(), w, w_scale, bias, None)
@@ -82,6 +85,10 @@ def assert_matches(actual: Tensor, args: tuple[Any, ...]) -> None:
     gate, up = separate_gate_up(y, -1) if is_gated(activation) else (y, None)
     errors = separate_gate_up(error, -1) if is_gated(activation) else (error, 0.0)
     bound, unit = element_bound(activation, gate, up, *errors), ULP[x.dtype]
+    if added and added[0] is not None:
+        bound = bound + ULP[torch.float32] * exact.abs()  # which the sum may cancel
+        exact = exact + added[0].double()
+        bound = bound + ULP[torch.float32] * exact.abs()
     least = {torch.float16: 2.0**-25}.get(x.dtype, 0.0)
     assert_close(actual, exact, bound * (1 + unit) + unit * exact.abs() + least)
 
@@ -98,9 +105,12 @@ def cases(few_kernels: bool = False) -> Iterator[Case]:
         "bias": (True, False),
         "activation": (None, *PLAIN, *GATED),
         "layout": LAYOUTS,
+        "residual": RESIDUALS,
     }
     kernels = (
-        compiled_for(GEMM_KERNEL | {"x_dtype": str, "w_dtype": str, "scales": lambda scales: scales == "block"})
+        compiled_for(
+            GEMM_KERNEL | RESIDUAL_KERNEL | {"x_dtype": str, "w_dtype": str, "scales": lambda scales: scales == "block"}
+        )
         if few_kernels
         else []
     )

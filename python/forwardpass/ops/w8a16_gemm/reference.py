@@ -14,11 +14,15 @@ def dequantize_weight(w: Tensor, w_scale: Tensor) -> Tensor:
     return w.double() * w_scale.double().reshape(-1, 1)
 
 
-def w8a16_gemm(x: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+def w8a16_gemm(
+    x: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None = None
+) -> Tensor:
     y = x.double() @ dequantize_weight(w, w_scale).t()
     if bias is not None:
         y = y + bias.double()
     if is_gated(activation):
         gate, up = separate_gate_up(y, -1)
-        return activate(activation, gate, up).to(x.dtype)
-    return activate(activation, y).to(x.dtype)
+        y = activate(activation, gate, up)
+    else:
+        y = activate(activation, y)
+    return (y if residual is None else y + residual.double()).to(x.dtype)
