@@ -25,6 +25,7 @@ from gpuless import core
 #: operation -> variants: what its case takes besides M, N, K and 16-bit inputs and outputs
 OPERATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "int8_gemm": {"": {}},
+    "int8_gemm_quantize": {"": {"quantized": True}},
     "int8_linear": {"": {"symmetric": True}},
     "fp8_gemm": {"rows": {}, "blocks": {"blocks": True}},
     "fp8_gemm_quantize": {"blocks": {"blocks": True, "quantized": True}},

@@ -88,6 +88,7 @@ def calls() -> dict[str, Callable[[], Any]]:
         "activation_quantize": lambda: ops.activation_quantize(gate_up, "silu_mul", torch.int8),
         "dequant_activation": lambda: ops.dequant_activation(acc, a_scale, b_scale, bias=bias, out_dtype=out),
         "int8_gemm": lambda: ops.int8_gemm(a, b, a_scale, b_scale, bias=bias, out_dtype=out),
+        "int8_gemm_quantize": lambda: ops.int8_gemm_quantize(a, b, a_scale, b_scale, bias=bias),
         "int8_grouped_gemm": lambda: ops.int8_grouped_gemm(
             a, experts, a_scale, experts_scale, ends, bias=experts_bias, out_dtype=out
         ),

@@ -1,4 +1,4 @@
-"""int8_gemm beside plain torch code around torch._int_mm."""
+"""int8_gemm and int8_gemm_quantize beside plain torch code around torch._int_mm."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import bench, eager
-from forwardpass.ops.int8_gemm import OPERATION
+from forwardpass.ops.int8_gemm import OPERATION, QUANTIZE_OPERATION
 
 
 def baseline(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, **epilogue: Any) -> Tensor:
@@ -14,7 +14,12 @@ def baseline(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, **epilogue:
     return eager.dequantize(acc, a_scale, b_scale, **epilogue)
 
 
-BASELINES = {OPERATION: baseline}
+def baseline_quantize(*args: Any, **named: Any) -> tuple[Tensor, Tensor]:
+    q, scale, _ = eager.quantize_rows(baseline(*args, **named, out_dtype=torch.float32), torch.int8)
+    return q, scale
+
+
+BASELINES = {OPERATION: baseline, QUANTIZE_OPERATION: baseline_quantize}
 
 if __name__ == "__main__":
     bench.main(BASELINES, __doc__)

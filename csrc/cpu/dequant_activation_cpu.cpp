@@ -1,6 +1,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "cpu/epilogue.h"
+#include "cpu/finish_rows.h"
 #include "params/dequant_activation.h"
 
 namespace forwardpass {
@@ -27,6 +28,7 @@ void dequant_activation_rows(const DequantActivationParams& p, int64_t first, in
 }  // namespace
 
 void dequant_activation_cpu(const DequantActivationParams& p) {
+  if (p.epilogue.residual || p.epilogue.group_scale) return finish_rows(p);
   torch::stable::parallel_for(0, p.acc.rows, cpu::grain(p.acc.columns),
                               [&](int64_t first, int64_t last) { dequant_activation_rows(p, first, last); });
 }

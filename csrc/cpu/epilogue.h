@@ -49,22 +49,9 @@ INLINE void activate_block(Activation activation, float* y, int64_t n) {
   });
 }
 
-// Adds the residual to n outputs from column `first` on.
-template <class V>
-INLINE void add_residual_block(const Epilogue& e, float* y, int64_t row, int64_t first, int64_t n) {
-  auto p = static_cast<const char*>(e.residual) + (row * e.residual_stride + first) * size_of(e.out_dtype);
-  with_float_dtype(e.out_dtype, [&](auto D) __attribute__((always_inline)) {
-    for_each_vector<V>(
-        0, n, VECTOR_BODY(&) {
-          store<Dtype::f32>(load<V, Dtype::f32>(y, c, n) + load<V, decltype(D)::value>(p, c, n), y, c, n);
-        });
-  });
-}
-
 // Stores n outputs from column `first` on.
 template <class V>
-INLINE void store_block(const Epilogue& e, float* y, int64_t row, int64_t first, int64_t n) {
-  if (e.residual) add_residual_block<V>(e, y, row, first, n);
+INLINE void store_block(const Epilogue& e, const float* y, int64_t row, int64_t first, int64_t n) {
   auto out = static_cast<char*>(e.out) + (row * e.out_stride + first) * size_of(e.out_dtype);
   if (!e.out_scale) {
     return with_float_dtype(e.out_dtype, [&](auto D) __attribute__((always_inline)) {
@@ -84,13 +71,28 @@ INLINE void store_block(const Epilogue& e, float* y, int64_t row, int64_t first,
   }
 }
 
-// acc: a row of `columns` int32 or float accumulators; row: its row of the output.
+// Stores a row of n outputs plus the residual.
+template <class V>
+INLINE void store_sum(const Epilogue& e, const float* y, int64_t row, int64_t n) {
+  with_float_dtype(e.out_dtype, [&](auto D) __attribute__((always_inline)) {
+    auto residual = static_cast<const char*>(e.residual) + row * e.residual_stride * size_of(D);
+    auto out = static_cast<char*>(e.out) + row * e.out_stride * size_of(D);
+    for_each_vector<V>(
+        0, n, VECTOR_BODY(&) {
+          store<decltype(D)::value>(load<V, Dtype::f32>(y, c, n) + load<V, decltype(D)::value>(residual, c, n), out, c,
+                                    n);
+        });
+  });
+}
+
+// All but the residual and the scales of rows. acc: a row of `columns` int32 or float accumulators; row: its row of the
+// output.
 template <class V, Dtype Acc>
 INLINE void epilogue_row(const Epilogue& e, const void* acc, int64_t row, int64_t columns) {
   float buffer[kBlock];
   for (int64_t c = 0; c < columns; c += kBlock) {
     const int64_t n = columns - c < kBlock ? columns - c : kBlock, columns_per_output = is_gated(e.activation) ? 2 : 1;
-    const bool direct = e.out_dtype == Dtype::f32 && columns_per_output == 1 && !e.residual;
+    const bool direct = e.out_dtype == Dtype::f32 && columns_per_output == 1;
     float* y = direct ? static_cast<float*>(e.out) + row * e.out_stride + c : buffer;
     dequantize<V, Acc>(e, acc, row, c, n, y);
     activate_block<V>(e.activation, y, n);

@@ -49,6 +49,11 @@ Tensor quantized(QuantizeParams quantize, const Tensor& x) {
 
 }  // namespace
 
+bool int8_gemm_has_whole_rows(const Matrix& a) {
+  const cpu::Int8Kernel* kernel = cpu::int8_kernel(cpu::tier());
+  return kernel && a.rows > kernel->few_rows_unpacked;  // of few rows threads share the columns
+}
+
 void int8_gemm_cpu(const Tensor& x, const Matrix& a, const Matrix& b, const Epilogue& epilogue,
                    const QuantizeParams* quantize, OptionalTensorRef packed) {
   if (const cpu::Int8Kernel* kernel = cpu::int8_kernel(cpu::tier())) {

@@ -141,8 +141,9 @@ void load_rows(const Matrix& a, const QuantizeParams* quantize, int64_t first, i
 }
 
 // How many of b's columns a thread takes at a time: all, but where there are few blocks of rows so many that threads
-// have equal shares. They are 2^20 multiply-adds at least, about 5 us.
-int64_t columns_of_part(int64_t blocks, const PackedWeight& b) {
+// have equal shares. They are 2^20 multiply-adds at least, about 5 us. Rows that are quantised are whole.
+int64_t columns_of_part(int64_t blocks, const PackedWeight& b, bool whole) {
+  if (whole) return b.columns;
   const int64_t threads = torch::stable::get_num_threads();
   if (blocks >= 4 * threads) return b.columns;
   const int64_t parts =
@@ -163,19 +164,21 @@ void multiply_blocks(const Int8Kernel& kernel, const Matrix& a, int64_t n, const
   const int64_t m = a.rows, blocks = (m + kBlockRows - 1) / kBlockRows;
   const int64_t a_stride = b.depth + kTileBytes;  // no power of two, as 16 rows would then share a set of L1
   const int64_t block_bytes = kBlockRows * a_stride, scratch_bytes = kernel.scratch_bytes_per_column * b.depth;
+  const bool whole = epilogue.group_scale;
+  const int64_t part_columns = columns_of_part(blocks, b, whole), parts = (b.columns + part_columns - 1) / part_columns,
+                chunk_columns = whole ? part_columns : std::min(kChunkColumns, part_columns);
   const auto multiply = [&](int64_t block, int64_t first_column, int64_t end_column, const uint8_t* rows,
                             const uint8_t* scratch, const CacheLines& sums) {
     const int64_t r = block * kBlockRows, count = std::min(kBlockRows, m - r);
     auto acc = reinterpret_cast<int32_t*>(sums[0].bytes);
-    for (int64_t c = first_column; c < end_column; c += kChunkColumns) {
-      const int64_t columns = std::min(kChunkColumns, end_column - c);
+    for (int64_t c = first_column; c < end_column; c += chunk_columns) {
+      const int64_t columns = std::min(chunk_columns, end_column - c);
       kernel.multiply_block(b, rows, a_stride, count, scratch, c / kTileRows, columns / kTileRows, acc);
       dequant_activation_cpu(
           {{acc, Dtype::i32, count, std::min(columns, n - c), columns}, columns_from(rows_from(epilogue, r), c)});
     }
   };
-  const int64_t part_columns = columns_of_part(blocks, b), parts = (b.columns + part_columns - 1) / part_columns;
-  const auto allocate_sums = [&] { return allocate(kBlockRows * std::min(kChunkColumns, part_columns) * 4); };
+  const auto allocate_sums = [&] { return allocate(kBlockRows * chunk_columns * 4); };
   if (parts == 1) {
     return torch::stable::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
       const CacheLines rows = allocate(block_bytes), scratch = allocate(scratch_bytes), sums = allocate_sums();

@@ -17,6 +17,7 @@ inline QuantizeParams rows_from(QuantizeParams p, int64_t first, int64_t count) 
 inline Epilogue rows_from(Epilogue e, int64_t first) {
   if (e.a_scale_per_row) e.a_scale += first;
   if (e.zero_point_per_row) e.zero_point += first;
+  if (e.group_scale) e.group_scale += first;
   if (e.residual) e.residual = static_cast<const char*>(e.residual) + first * e.residual_stride * size_of(e.out_dtype);
   e.out = static_cast<char*>(e.out) + first * e.out_stride * size_of(e.out_dtype);
   return e;

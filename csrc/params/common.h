@@ -52,7 +52,8 @@ struct QuantizedRows {
 //   out = activation(y), gated: activation(gate) * up, gates and ups in blocks of 8 columns each, [rows, columns / 2]
 //   out + residual, if there is one; rounded to fp32
 //   16-bit or fp32: one rounding; i8 and e4m3: sat(rne(out / out_scale))
-//   group_scale: e4m3 as QuantizedRows has it, in groups of 128 columns of out (GEMMs on wgmma only)
+//   group_scale: e4m3 or i8 as QuantizedRows has it, of what one tile has whole: groups of 128 columns of out or, if
+//   group_scale_stride is 0, rows (GEMMs on wgmma and int8 on a CPU only)
 struct Epilogue {
   const float* a_scale;       // [rows] or [1]; null: one
   const float* b_scale;       // [columns] or [1]; null: one

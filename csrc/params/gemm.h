@@ -32,8 +32,8 @@ struct Groups {
 enum class GemmKind : int32_t { int8, fp8, w8a16 };
 
 // a [m, k] times b [n, k] transposed. group: columns of an output row that share a scale as the output is quantised:
-// 128, or the 256 of gate and up; 0: it is not quantised in groups. gated_blocks: gate and up have block scales.
-// experts: a grouped GEMM of so many products, of m rows on average; 0: one product.
+// 128, or the 256 of gate and up, or all; 0: it is not quantised in groups. gated_blocks: gate and up have block
+// scales. experts: a grouped GEMM of so many products, of m rows on average; 0: one product.
 struct GemmShape {
   int64_t m, n, k;
   GemmKind kind;

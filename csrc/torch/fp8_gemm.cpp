@@ -83,26 +83,31 @@ Tensor fp8_gemm(Backend backend, const Tensor& a, const Tensor& b, const Tensor&
   return out;
 }
 
-// On wgmma a block has all of a group's columns and quantises them. Elsewhere, and with split-K, the GEMM in fp32 comes
-// first, which moves 8 more bytes per output.
+// On wgmma a block has all columns of a group, or of a row of up to 256 columns, and quantises them. Elsewhere, and
+// with split-K, the GEMM in fp32 comes first, which moves 8 more bytes per output.
 std::tuple<Tensor, Tensor> fp8_gemm_quantize(Backend backend, const Tensor& a, const Tensor& b, const Tensor& a_scale,
                                              const Tensor& b_scale, const OptionalTensor& bias,
-                                             const std::optional<std::string>& activation, int64_t group_size) {
+                                             const std::optional<std::string>& activation,
+                                             std::optional<int64_t> group_size) {
   const char* op = "fp8_gemm_quantize";
-  STD_TORCH_CHECK(group_size == kScaleBlock, op, ": group_size must be ", kScaleBlock);
+  STD_TORCH_CHECK(group_size.value_or(kScaleBlock) == kScaleBlock, op, ": group_size must be ", kScaleBlock,
+                  ", or none");
   const QuantizeOptions options{.dtype = ScalarType::Float8_e4m3fn, .group_size = group_size};
   auto [sizes, p] =
       check_gemm(a, b, a_scale, b_scale,
                  {.bias = bias, .activation = activation_of(activation, op), .out_dtype = ScalarType::Float}, op);
   Epilogue& e = p.epilogue;
+  STD_TORCH_CHECK(group_size || p.b.rows, op, ": b must have at least one row");
   const bool empty = p.a.rows == 0 || p.b.rows == 0;
-  const KernelChoice choice =
-      empty ? KernelChoice{} : select_kernel(backend, p, a, kScaleBlock * (is_gated(e.activation) ? 2 : 1));
+  const bool gated = is_gated(e.activation);
+  int64_t group = kScaleBlock * (gated ? 2 : 1);
+  if (!group_size && (!gated || p.b.rows > group)) group = std::min<int64_t>(p.b.rows, INT32_MAX);
+  const KernelChoice choice = empty ? KernelChoice{} : select_kernel(backend, p, a, static_cast<int32_t>(group));
   if (empty || (choice.quantizes && choice.splits == 1)) {
     auto [quantized, rows] = quantized_rows(sizes, options, a, op);
     p.choice = choice;
     e.out = rows.q, e.out_stride = rows.q_stride, e.out_dtype = Dtype::e4m3;
-    e.group_scale = rows.scale, e.group_scale_stride = rows.scale_stride;
+    e.group_scale = rows.scale, e.group_scale_stride = group_size ? rows.scale_stride : 0;
     run_gemm(backend, p, a);
     return {std::get<0>(quantized), std::get<1>(quantized)};
   }

@@ -16,6 +16,9 @@ void check_int8_depth(int64_t k, bool zero_point, const char* op);
 void int8_gemm_cpu(const Tensor& x, const Matrix& a, const Matrix& b, const Epilogue& epilogue,
                    const QuantizeParams* quantize, OptionalTensorRef packed = {});
 
+// Whether it computes whole rows of so many, so that its epilogue may quantise them.
+bool int8_gemm_has_whole_rows(const Matrix& a);
+
 // The same of each expert's rows of a, which p.a is the matrix of.
 void int8_grouped_gemm_cpu(const Tensor& a, const GemmParams& p);
 

@@ -65,6 +65,10 @@ constexpr std::tuple kOps{
                   "ScalarType out_dtype, Tensor? out_scale, Tensor? a_zero_point, Tensor? b_sum, "
                   "Tensor? residual=None) -> Tensor"},
 
+    Op<int8_gemm_quantize>{
+        "int8_gemm_quantize(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor? bias, str? activation, "
+        "Tensor? a_zero_point, Tensor? b_sum) -> (Tensor q, Tensor scale)"},
+
     Op<int8_grouped_gemm>{
         "int8_grouped_gemm(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor offs, Tensor? bias, "
         "str? activation, ScalarType out_dtype, Tensor? out_scale, Tensor? a_zero_point, Tensor? b_sum) -> Tensor"},
@@ -119,7 +123,7 @@ constexpr std::tuple kOps{
 
     GpuOp<fp8_gemm_quantize>{
         "fp8_gemm_quantize(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor? bias, str? activation, "
-        "int group_size) -> (Tensor q, Tensor scale)"},
+        "int? group_size) -> (Tensor q, Tensor scale)"},
 
     GpuOp<fp8_linear>{
         "fp8_linear(Tensor x, Tensor weight, Tensor w_scale, Tensor? bias, str? activation, ScalarType out_dtype, "

@@ -33,6 +33,11 @@ Tensor int8_gemm(Backend backend, const Tensor& a, const Tensor& b, const Tensor
                  const OptionalTensor& out_scale, const OptionalTensor& a_zero_point, const OptionalTensor& b_sum,
                  const OptionalTensor& residual);
 
+std::tuple<Tensor, Tensor> int8_gemm_quantize(Backend backend, const Tensor& a, const Tensor& b, const Tensor& a_scale,
+                                              const Tensor& b_scale, const OptionalTensor& bias,
+                                              const std::optional<std::string>& activation,
+                                              const OptionalTensor& a_zero_point, const OptionalTensor& b_sum);
+
 Tensor int8_grouped_gemm(Backend backend, const Tensor& a, const Tensor& b, const Tensor& a_scale,
                          const Tensor& b_scale, const Tensor& offs, const OptionalTensor& bias,
                          const std::optional<std::string>& activation, ScalarType out_dtype,
@@ -62,7 +67,8 @@ Tensor fp8_grouped_gemm(Backend backend, const Tensor& a, const Tensor& b, const
 
 std::tuple<Tensor, Tensor> fp8_gemm_quantize(Backend backend, const Tensor& a, const Tensor& b, const Tensor& a_scale,
                                              const Tensor& b_scale, const OptionalTensor& bias,
-                                             const std::optional<std::string>& activation, int64_t group_size);
+                                             const std::optional<std::string>& activation,
+                                             std::optional<int64_t> group_size);
 
 Tensor fp8_linear(Backend backend, const Tensor& x, const Tensor& weight, const Tensor& w_scale,
                   const OptionalTensor& bias, const std::optional<std::string>& activation, ScalarType out_dtype,

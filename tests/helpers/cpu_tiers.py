@@ -58,7 +58,7 @@ def check(op, module, cases, seed=lambda case: 0, **how):
     for case in cases:
         args = case.arguments(seed=seed(case))
         with poisoned_outputs():
-            got = getattr(torch.ops.forwardpass, f"{op}_cpu")(*args)
+            got = getattr(torch.ops.forwardpass, f"{getattr(case, 'op', op)}_cpu")(*args)
         try:
             module.assert_matches(got, args, **how)
         except AssertionError as e:

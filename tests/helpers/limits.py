@@ -399,15 +399,28 @@ def positions(position: int) -> tuple[Any, ...]:
 def product_limits() -> Iterator[Limit]:
     yield Limit("int8_gemm", "K", MAX_K, MAX_K + 1, int8_depth)
     yield Limit("int8_gemm", "K with a_zero_point", MAX_K_ZERO_POINT, MAX_K_ZERO_POINT + 1, int8_depth_zero_point)
+    for zero_point, last in ((None, MAX_K), ("row", MAX_K_ZERO_POINT)):
+        of = "K" if zero_point is None else "K with a_zero_point"
+        yield Limit("int8_gemm_quantize", of, last, last + 1, quantized_depth(zero_point))
     yield Limit("int8_linear", "K", MAX_K, MAX_K + 1, linear_depth(True))
     yield Limit("int8_linear", "K with symmetric=False", MAX_K_ZERO_POINT, MAX_K_ZERO_POINT + 1, linear_depth(False))
     yield Limit("int8_grouped_gemm", "K", MAX_K, MAX_K + 1, grouped_depth)
     yield Limit("int8_grouped_gemm", "K with a_zero_point", MAX_K_ZERO_POINT, MAX_K_ZERO_POINT + 1,
                 grouped_depth_zero_point)  # fmt: skip
-    for op, options in (("int8_gemm", {}), ("fp8_gemm", {}), ("fp8_gemm_quantize", {"quantized": True})):
+    for op, options in (
+        ("int8_gemm", {}),
+        ("int8_gemm_quantize", {"quantized": True}),
+        ("fp8_gemm", {}),
+        ("fp8_gemm_quantize", {"quantized": True}),
+    ):
         yield Limit(op, "N with a gate, a multiple of 16", 32, 24, gated(op, **options))
     yield Limit("fp8_gemm_quantize", "group_size", 128, 64, fp8_group)
     yield Limit("dequant_activation", "N with a gate, a multiple of 16", 32, 24, gated_sums)
+
+
+def quantized_depth(zero_point: str | None) -> Callable[[int], tuple[Any, ...]]:
+    epilogue = EpilogueCase(zero_point=zero_point)
+    return lambda k: case("int8_gemm", m=2, n=16, k=k, epilogue=epilogue, quantized=True)
 
 
 def fp8_group(size: int) -> tuple[Any, ...]:

@@ -34,6 +34,9 @@ HALF = EpilogueCase(bias=torch.float16, activation="relu", out_dtype=torch.bfloa
 FP16 = EpilogueCase(bias=torch.bfloat16, out_dtype=torch.float16)
 GATED_FP16 = EpilogueCase(activation="silu_mul", out_dtype=torch.float16)
 GATED_FP32 = EpilogueCase(activation="silu_mul")
+#: of a residual, in either type and beside a ragged edge
+RESIDUAL = EpilogueCase(out_dtype=torch.bfloat16, residual="contiguous")
+RESIDUAL_FP16 = EpilogueCase(bias=None, out_dtype=torch.float16, residual="aligned")
 #: whose accumulators are the outputs, with block scales
 BARE, BARE_FP16 = (EpilogueCase(bias=None, out_dtype=dtype) for dtype in (torch.bfloat16, torch.float16))
 BARE_GATED = EpilogueCase(bias=None, activation="silu_mul", out_dtype=torch.bfloat16)
@@ -47,6 +50,8 @@ def mma(case, m, depths, many, *more, **options):
         case(m - 1, 48, depths[0], GATED, **options),
         case(m, 136, depths[0], HALF, **options),
         case(m, 40, depths[0], FP16, **options),
+        case(m, 136, depths[0], RESIDUAL, **options),
+        case(m - 3, 120, depths[0], RESIDUAL_FP16, **options),
         case(m, 48, depths[0], GATED_FP16, **options),
         case(m - 1, 48, depths[0], GATED_FP32, **options),
         case(m - 3, 36, 1100, PLAIN, **options),
@@ -65,6 +70,8 @@ def wgmma(case, columns, *more, **options):
         case(257, columns - 44, 100, GATED, **options),
         case(200, columns + 4, 100, HALF, **options),
         case(100, columns, 100, FP16, **options),
+        case(200, columns + 4, 100, RESIDUAL, **options),
+        case(101, columns - 44, 100, RESIDUAL_FP16, **options),
         case(101, columns - 44, 100, GATED_FP16, **options),
         case(257, columns - 44, 100, GATED_FP32, **options),
         *more,
@@ -85,12 +92,13 @@ def transposed(case, m, *more, **options):
 def upconverted(dtype, few, many):
     """Weights on wgmma: the product is made transposed, so it is N that makes clusters of one and of two, and tiles that come
     to each stage twice."""
-    return tuple(
-        W8((m,), n, k, dtype, w, scales, activation=activation)
-        for w in (torch.int8, E4M3)
-        for m, n, k, scales, activation in ((few, 120, 3000, "block", None), (many, 240, 330, "column", "silu_mul"),
-                                            (few, 1100, 500, "tensor", None), (few, 250, 1100, "block", None),
-                                            (few, 96, 3000, "column", "silu_mul"), (few, 1096, 40, "tensor", None))
+    return (
+        *(W8((m,), n, k, dtype, w, scales, activation=activation)
+          for w in (torch.int8, E4M3)
+          for m, n, k, scales, activation in ((few, 120, 3000, "block", None), (many, 240, 330, "column", "silu_mul"),
+                                              (few, 1100, 500, "tensor", None), (few, 250, 1100, "block", None),
+                                              (few, 96, 3000, "column", "silu_mul"), (few, 1096, 40, "tensor", None))),
+        W8((many - 1,), 1096, 40, dtype, residual="contiguous"), W8((few,), 120, 40, dtype, residual="aligned"),
     )  # fmt: skip
 
 
@@ -122,6 +130,8 @@ CUDA = {
         ("sm_90a",), "Int8, WgmmaTile{m=128, n=256,",
         (I8(200, 50 * 256, 330, PLAIN), I8(200, 50 * 256, 40, GATED), I8(100, 100 * 256, 40, PLAIN),
          I8(200, 50 * 256, 40, HALF), I8(203, 50 * 256 - 3, 40, FP16), I8(203, 50 * 256, 40, GATED_FP16),
+         I8(200, 50 * 256, 40, RESIDUAL), I8(203, 50 * 256 - 8, 40, RESIDUAL_FP16),
+         I8(200, 250, 40, PLAIN, quantized=True), I8(203, 100, 40, HALF, quantized=True),
          I8(200, 50 * 256, 40, GATED_FP32)), clusters=1, tiles=3,
     ),
     "int8_wgmma_64x128": Instance(
@@ -144,6 +154,8 @@ CUDA = {
     "fp8_wgmma_128x256": Instance(
         ("sm_90a",), "E4m3OptionalBlocks, WgmmaTile{m=128, n=256,",
         (F8(200, 50 * 256, 40, PLAIN), F8(200, 50 * 256, 40, HALF), F8(203, 50 * 256 - 3, 40, FP16),
+         F8(200, 50 * 256, 40, RESIDUAL), F8(203, 50 * 256 - 8, 40, RESIDUAL_FP16),
+         F8(200, 250, 40, PLAIN, quantized=True, rows=True),
          F8(200, 50 * 256, 40, GATED), F8(203, 50 * 256, 40, GATED_FP16), F8(200, 50 * 256, 40, GATED_FP32),
          F8(100, 100 * 256, 40, PLAIN, blocks=True), F8(200, 50 * 256, 40, BARE, blocks=True),
          F8(203, 50 * 256 - 3, 40, BARE_FP16, blocks=True), F8(200, 50 * 256, 40, BARE_GATED, blocks=True),
@@ -154,6 +166,7 @@ CUDA = {
     "fp8_wgmma_128x192": Instance(
         ("sm_90a",), "E4m3OptionalBlocks, WgmmaTile{m=128, n=192,",
         (F8(200, 66 * 192, 40, PLAIN), F8(200, 66 * 192, 40, HALF), F8(203, 66 * 192 - 3, 40, FP16),
+         F8(200, 66 * 192, 40, RESIDUAL), F8(203, 66 * 192 - 8, 40, RESIDUAL_FP16),
          F8(200, 66 * 192, 40, GATED), F8(203, 66 * 192, 40, GATED_FP16), F8(200, 66 * 192, 40, GATED_FP32),
          F8(200, 66 * 192, 300, PLAIN, blocks=True), F8(200, 66 * 192, 40, BARE, blocks=True),
          F8(203, 66 * 192 - 3, 40, BARE_FP16, blocks=True)),
@@ -191,10 +204,11 @@ CUDA = {
     ),
     "w8a16_wgmma_128x256": Instance(
         ("sm_90a",), "Upconverted<f16, false>, WgmmaTile{m=128, n=256,",
-        tuple(W8((m,), n, k, torch.float16, w, scales, activation=activation)
-              for w in (torch.int8, E4M3)
-              for m, n, k, scales, activation in ((50 * 256, 200, 700, "column", None), (100 * 256, 112, 40, "tensor", "silu_mul"),
-                                                  (100 * 256 - 3, 123, 40, "column", "relu"))), clusters=1, tiles=3,
+        (*(W8((m,), n, k, torch.float16, w, scales, activation=activation)
+           for w in (torch.int8, E4M3)
+           for m, n, k, scales, activation in ((50 * 256, 200, 700, "column", None), (100 * 256, 112, 40, "tensor", "silu_mul"),
+                                               (100 * 256 - 3, 123, 40, "column", "relu"))),
+         W8((50 * 256 - 3,), 200, 40, torch.float16, residual="contiguous")), clusters=1, tiles=3,
     ),
     "gemv_int8": Instance(
         ("sm_80",), "gemv_kernel",

@@ -47,6 +47,8 @@ CASES = [
     ("dequant_activation", dequant_activation.Case((5, 64), epilogue=GATED)),
     ("int8_gemm", int8_gemm.Case(2, 33, 4100, layouts=("apart", "apart"))),
     ("int8_gemm", int8_gemm.Case(70, 64, 1030)),
+    ("int8_gemm", int8_gemm.Case(70, 64, 1030, quantized=True)),
+    ("int8_gemm", int8_gemm.Case(20, 48, 130, dequant_activation.EpilogueCase(residual="contiguous"))),
     ("int8_grouped_gemm", int8_grouped_gemm.Case((3, 0, 70), 33, 130, layouts=("apart", "apart"))),
     ("fp8_grouped_gemm", fp8_grouped_gemm.Case((3, 0, 70), 33, 130, blocks=True)),
     ("int8_linear", int8_linear.Case((5,), 33, 130, symmetric=False)),

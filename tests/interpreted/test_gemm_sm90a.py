@@ -106,6 +106,49 @@ def test_fp8_gemm_quantize_is_one_kernel_with_the_bits_of_two(m, n, activation, 
     assert device.findings == []
 
 
+@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize(
+    ("m", "n", "activation"),
+    in_turn([(300, 256, None), (129, 250, "gelu"), (200, 256, "silu_mul"), (257, 100, None), (70, 17, "relu")]),
+)
+def test_rows_that_a_tile_has_whole_are_quantised_by_the_product(m, n, activation, blocks, seed):
+    """Of one tile's columns, and of both groups that it has; one row is large, and one has its largest value at the end."""
+    case = fp8_gemm.Case(m, n, 136, EpilogueCase(activation=activation, out_dtype=torch.float32), blocks)
+    args = case.arguments(seed=seed)
+    bias = args[4].clone()
+    bias[-1] = 3000
+    args = (*args[:4], bias, *args[5:])
+    with fp.interpret("sm_90a", seed=seed, approximate=False) as device, fp.use_backend("cuda"):
+        y = dispatch.operations["fp8_gemm"](*args)
+        expected = fp.ops.quantize(y, torch.float8_e4m3fn)
+        before = device.counters["launches"]
+        got = fp.ops.fp8_gemm_quantize(*args[:4], bias=bias, activation=activation, group_size=None)
+        assert device.counters["launches"] == before + (1 if m > 64 else 2)
+    for g, e in zip(got, expected):
+        assert_equal(g, e)
+    assert device.findings == []
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "activation", "zero_point", "launches"),
+    in_turn([(300, 256, None, None, 1), (129, 250, "gelu", None, 1), (257, 100, "relu", None, 1), (70, 17, None, None, 1),
+             (130, 257, None, None, 2), (130, 256, "silu_mul", None, 2), (130, 64, None, "row", 2), (3, 64, None, None, 2)]),
+)  # fmt: skip
+def test_rows_of_int8_that_a_tile_has_whole_are_quantised_by_the_product(m, n, activation, zero_point, launches, seed):
+    case = int8_gemm.Case(m, n, 136, EpilogueCase(activation=activation, zero_point=zero_point), quantized=True)
+    *shared, activation, a_zero_point, b_sum = case.arguments(seed=seed)
+    options = {"bias": shared[4].clone(), "activation": activation, "a_zero_point": a_zero_point, "b_sum": b_sum}
+    options["bias"][-1] = 3000
+    with fp.interpret("sm_90a", seed=seed, approximate=False) as device, fp.use_backend("cuda"):
+        expected = fp.ops.quantize(fp.ops.int8_gemm(*shared[:4], **options, out_dtype=torch.float32), torch.int8)
+        before = device.counters["launches"]
+        got = fp.ops.int8_gemm_quantize(*shared[:4], **options)
+        assert device.counters["launches"] == before + launches
+    for g, e in zip(got, expected):
+        assert_equal(g, e)
+    assert device.findings == []
+
+
 @pytest.mark.parametrize(("m", "activation"), [(9, None), (61, "silu_mul"), (128, "gelu")])
 def test_sums_of_a_cluster_are_those_of_the_parts_in_order(m, activation, seed):
     """27 tiles beside each other: four splits each, of 384 columns."""

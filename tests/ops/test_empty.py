@@ -65,7 +65,11 @@ GEMMS = {
         torch.tensor([min(m, 1), m], dtype=I32),
         out_dtype=F16,
     ),
+    "int8_gemm_quantize": lambda m, n, k: fp.ops.int8_gemm_quantize(*int8(m, n, k), ONE, torch.ones(n)),
     "fp8_gemm_quantize": lambda m, n, k: fp.ops.fp8_gemm_quantize(*fp8(m, n, k), ONE, torch.ones(n)),
+    "fp8_gemm_quantize of rows": lambda m, n, k: fp.ops.fp8_gemm_quantize(
+        *fp8(m, n, k), ONE, torch.ones(n), group_size=None
+    ),
     "fp8_gemm_quantize of blocks": lambda m, n, k: fp.ops.fp8_gemm_quantize(*blocks(m, n, k)),
     "fp8_linear": lambda m, n, k: fp.ops.fp8_linear(torch.ones(m, k, dtype=F16), fp8(m, n, k)[1], torch.ones(n)),
     "w8a16_gemm": lambda m, n, k: fp.ops.w8a16_gemm(

@@ -110,6 +110,8 @@ def test_quantize_is_gemm_then_quantize():
     expected = fp.ops.quantize(y, E4M3, group_size=128)
     for got, e in zip(fp.ops.fp8_gemm_quantize(*args[:4], bias=args[4]), expected):
         assert_equal(got, e)
+    for got, e in zip(fp.ops.fp8_gemm_quantize(*args[:4], bias=args[4], group_size=None), fp.ops.quantize(y, E4M3)):
+        assert_equal(got, e)
 
 
 def exponent(v, least):
@@ -282,7 +284,7 @@ GEMM = {"out_dtype": torch.float32}
         (lambda: fp.ops.fp8_gemm(A, W, ONE, ONE, **GEMM, out_scale=ONE), ValueError, "out_scale"),
         (lambda: fp.ops.fp8_gemm(A, W, ONE, ONE, out_dtype=E4M3), ValueError, "out_scale"),
         (lambda: fp.ops.fp8_gemm(A, W, ONE, ONE, out_dtype=torch.float64), TypeError, "not torch.float64"),
-        (lambda: fp.ops.fp8_gemm_quantize(A, W, ONE, ONE, group_size=64), ValueError, "group_size must be 128, not 64"),
+        (lambda: fp.ops.fp8_gemm_quantize(A, W, ONE, ONE, group_size=64), ValueError, "must be 128, or None for rows, not 64"),
         (lambda: fp.ops.fp8_linear(A, W, ONE), TypeError, "x must be float32"),
         (lambda: fp.ops.fp8_linear(X, W, ONE, out_dtype=E4M3), TypeError, "fp8_gemm"),
         (lambda: fp.ops.fp8_linear(X, W, BLOCKS, scale=ONE), ValueError, "static scale goes with"),

@@ -13,27 +13,24 @@ from rotation import in_parts, in_turn, whole
 
 import forwardpass as fp
 from forwardpass.ops.dequant_activation import cases as dequant_cases
-from forwardpass.ops.dequant_activation import reference as dequant_reference
 from forwardpass.ops.int8_gemm import MAX_K, MAX_K_ZERO_POINT
 from forwardpass.ops.int8_gemm import cases as gemm_cases
-from forwardpass.ops.int8_gemm import reference as gemm_reference
 from forwardpass.ops.int8_linear import cases as linear_cases
-from forwardpass.ops.int8_linear import reference as linear_reference
-from forwardpass.testing import poisoned_outputs
+from forwardpass.testing import assert_equal, poisoned_outputs
 
 OPS = {
-    "dequant_activation": (dequant_reference.dequant_activation, list(dequant_cases.cases())),
-    "int8_gemm": (gemm_reference.int8_gemm, list(gemm_cases.cases())),
-    "int8_linear": (linear_reference.int8_linear, list(linear_cases.cases())),
+    "dequant_activation": dequant_cases,
+    "int8_gemm": gemm_cases,
+    "int8_linear": linear_cases,
 }
 
 
-@pytest.mark.parametrize(("case", "op"), [whole(cases, op) for op, (_, cases) in OPS.items()])
+@pytest.mark.parametrize(("case", "op"), [whole(cases.cases(), op) for op, cases in OPS.items()])
 def test_cpu_against_reference(case, op, seed):
     args = case.arguments(seed=seed)
     with poisoned_outputs():
-        got = getattr(torch.ops.forwardpass, f"{op}_cpu")(*args)
-    dequant_cases.assert_epilogue_matches(got, OPS[op][0], args)
+        got = getattr(torch.ops.forwardpass, f"{getattr(case, 'op', op)}_cpu")(*args)
+    OPS[op].assert_matches(got, args)
 
 
 def test_int8_gemm_by_hand():
@@ -77,9 +74,36 @@ def test_sums_at_the_greatest_depth(backend, arch, zero_point):
     assert y.tolist() == [[float(torch.tensor(k * (128 + (zero_point or 0)) * 128.0))] * 2]
 
 
-@pytest.mark.parametrize(("case", "op"), [p for op, (_, cases) in OPS.items() for p in in_parts(cases[::9], 5, op)])
+@pytest.mark.parametrize(
+    ("case", "op"), [p for op, cases in OPS.items() for p in in_parts([*cases.cases()][::9], 5, op)]
+)
 def test_opcheck(case, op):
-    torch.library.opcheck(getattr(torch.ops.forwardpass, f"{op}_cpu").default, case.arguments())
+    torch.library.opcheck(getattr(torch.ops.forwardpass, f"{getattr(case, 'op', op)}_cpu").default, case.arguments())
+
+
+@pytest.mark.parametrize("shape", [(1, 40, 70), (70, 300, 130), (600, 2500, 64), (33, 5000, 40)], ids=str)
+@pytest.mark.parametrize("zero_point", [False, True])
+def test_gemm_quantize_is_gemm_then_quantize(shape, zero_point):
+    """Of few rows, which threads share by columns, and of more columns than are multiplied at a time."""
+    case = gemm_cases.Case(*shape, dequant_cases.EpilogueCase(zero_point="row" if zero_point else None), quantized=True)
+    *shared, a_zero_point, b_sum = case.arguments()
+    y = fp.ops.int8_gemm(*shared[:4], bias=shared[4], out_dtype=torch.float32, a_zero_point=a_zero_point, b_sum=b_sum)
+    got = fp.ops.int8_gemm_quantize(*shared[:4], bias=shared[4], a_zero_point=a_zero_point, b_sum=b_sum)
+    for g, e in zip(got, fp.ops.quantize(y, torch.int8)):
+        assert_equal(g, e)
+    with fp.use_backend("reference"):
+        expected = fp.ops.int8_gemm_quantize(*shared[:4], bias=shared[4], a_zero_point=a_zero_point, b_sum=b_sum)
+    for g, e in zip(got, expected):
+        assert_equal(g, e)
+
+
+def test_a_row_of_nan_and_of_zeros_have_scales():
+    a, b, one = torch.zeros(40, 16, dtype=torch.int8), torch.ones(9, 16, dtype=torch.int8), torch.ones(1)
+    a_scale = torch.ones(40)
+    a_scale[1] = torch.nan
+    q, scale = fp.ops.int8_gemm_quantize(a, b, a_scale, one)
+    assert scale[1].isnan() and not scale[[0, 2, 39]].isnan().any() and (scale[0] > 0)
+    assert not q[0].any()
 
 
 def test_linear_is_quantize_then_gemm():

@@ -5,9 +5,15 @@ import torch
 from every_backend import EVERY_BACKEND, running
 
 import forwardpass as fp
+from forwardpass.dispatch import operations
 from forwardpass.ops.common.quantized_rows import E4M3
+from forwardpass.ops.dequant_activation.cases import EpilogueCase
+from forwardpass.ops.fp8_gemm import cases as fp8_gemm
+from forwardpass.ops.int8_gemm import cases as int8_gemm
+from forwardpass.ops.w8a16_gemm import cases as w8a16_gemm
 
 BF16 = torch.bfloat16
+MODULES = {"int8_gemm": int8_gemm, "fp8_gemm": fp8_gemm, "w8a16_gemm": w8a16_gemm}
 M, N, K = 5, 32, 64
 ONE = torch.ones(1)
 A, B = torch.ones(M, K, dtype=torch.int8), torch.ones(N, K, dtype=torch.int8)
@@ -106,3 +112,27 @@ def test_a_graph_has_it():
     assert torch.equal(torch.compile(f, fullgraph=True, backend="aot_eager")(r), (K + r) * 2)
     y = fp.ops.int8_gemm(*(t.to("meta") for t in (A, B, ONE, ONE)), out_dtype=BF16, residual=r.to("meta", BF16))
     assert (y.shape, y.dtype) == ((M, N), BF16)
+
+
+#: (operation, architecture, rows): of each way in which a kernel of CUDA makes outputs, and of split-K
+LAYOUTS = [
+    ("int8_gemm", "sm_80", 130), ("int8_gemm", "sm_90a", 130), ("int8_gemm", "sm_90a", 20), ("fp8_gemm", "sm_89", 130),
+    ("fp8_gemm", "sm_90a", 130), ("w8a16_gemm", "sm_80", 70), ("w8a16_gemm", "sm_90a", 20), ("w8a16_gemm", "sm_90a", 60),
+    ("w8a16_gemm", "sm_90a", 130), ("w8a16_gemm", "sm_90a", 520), ("int8_gemm", "sm_80", 3),
+]  # fmt: skip
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("activation", [None, "silu_mul"])
+@pytest.mark.parametrize(("name", "arch", "m"), LAYOUTS)
+def test_every_layout_adds_it(name, arch, m, activation):
+    """Aligned to 16 bytes and not; the last tile's rows and columns are beyond the output."""
+    cases = MODULES[name]
+    for dtype, layout, k in ((BF16, "contiguous", 48), (torch.float16, "aligned", 600), (BF16, "apart", 48)):
+        if name == "w8a16_gemm":
+            case = cases.Case((m,), 272, k, dtype, activation=activation, residual=layout)
+        else:
+            case = cases.Case(m, 272, k, EpilogueCase(activation=activation, out_dtype=dtype, residual=layout))
+        args = case.arguments()
+        with running("cuda", arch, multiprocessors=4):
+            cases.assert_matches(operations[name](*args), args)

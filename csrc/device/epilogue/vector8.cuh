@@ -84,11 +84,9 @@ __device__ inline void dequantize(float (&y)[kVec], Vec<Acc> acc, const Epilogue
   dequantize(y, acc.e, RowOfEight<Acc>{row_scale(e, row), columns});
 }
 
-// Outputs of fp32 or 8 bits.
-__device__ inline void store_other(float (&y)[kVec], const Epilogue& e, const EpilogueAccess& access, int64_t offset,
-                                   int64_t column, int n) {
-  if (e.out_dtype == Dtype::f32)
-    return store_vec(reinterpret_cast<const Vec<float>&>(y), static_cast<float*>(e.out) + offset, n, access.out);
+// Outputs of 8 bits.
+__device__ inline void store_quantized(const float (&y)[kVec], const Epilogue& e, const EpilogueAccess& access,
+                                       int64_t offset, int64_t column, int n) {
   float scale[kVec];
   load_scales(scale, e.out_scale, e.out_scale_per_column, column, n, access.out);
   Vec<uint8_t> q;
@@ -113,6 +111,8 @@ __device__ inline void store_output(float (&y)[kVec], const Epilogue& e, const E
     add_residual(y, residual);
   }
   const int64_t offset = row * e.out_stride + column;
+  if (!k16Bits && e.out_dtype == Dtype::f32)
+    return store_vec(reinterpret_cast<const Vec<float>&>(y), static_cast<float*>(e.out) + offset, n, access.out);
   if (k16Bits || e.out_dtype == Dtype::f16 || e.out_dtype == Dtype::bf16) {
     Vec<uint16_t> v;
     auto& pair = reinterpret_cast<uint32_t (&)[kVec / 2]>(v);
@@ -123,7 +123,7 @@ __device__ inline void store_output(float (&y)[kVec], const Epilogue& e, const E
     }
     return store_vec(v, static_cast<uint16_t*>(e.out) + offset, n, access.out);
   }
-  if constexpr (!k16Bits) store_other(y, e, access, offset, column, n);
+  if constexpr (!k16Bits) store_quantized(y, e, access, offset, column, n);
 }
 
 // Eight accumulators of a row to the values of the output; gated: eight gates, and their ups from column + 8 on.

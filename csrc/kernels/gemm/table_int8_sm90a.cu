@@ -23,7 +23,7 @@ namespace {
 
 using Rows = WgmmaRows<GemmKind::int8, Int8, ExactMainloop>;
 // A grouped tile of 128 x 256 leaves room for the list of 384 experts.
-const GemmKernel kernels[] = {Rows::row<k128x256, PersistentTiles, FragmentEpilogue>(1084),
+const GemmKernel kernels[] = {Rows::row<k128x256, PersistentTiles, QuantizingEpilogue>(1084),
                               Rows::row<k128x192, PersistentTiles, FragmentEpilogue>(860),
                               Rows::row<k128x128, ClusterTiles, FragmentEpilogue>(656),
                               Rows::row<k64x128, ClusterTiles, CachedEpilogue>(),

@@ -9,7 +9,7 @@ from .dequant_activation import dequant_activation
 from .fp8_gemm import fp8_gemm, fp8_gemm_quantize
 from .fp8_grouped_gemm import fp8_grouped_gemm
 from .fp8_linear import fp8_linear
-from .int8_gemm import int8_gemm
+from .int8_gemm import int8_gemm, int8_gemm_quantize
 from .int8_grouped_gemm import int8_grouped_gemm
 from .int8_linear import int8_linear, pack_int8_weight
 from .norm_quantize import add_norm_quantize, norm_quantize
@@ -33,6 +33,7 @@ __all__ = [
     "fp8_grouped_gemm",
     "fp8_linear",
     "int8_gemm",
+    "int8_gemm_quantize",
     "int8_grouped_gemm",
     "int8_linear",
     "interleave_gate_up",

@@ -137,6 +137,13 @@ def check_epilogue(
         check_residual(op, residual, (*lead, outputs), out_dtype, x)
 
 
+def check_row_scales(op: str, b: Tensor) -> None:
+    """Rows of the output of a product with b [N, K] have a scale each."""
+    if b.shape[0] == 0:
+        raise ValueError(f"{op}: b must have at least one row, as an output without columns has no scale, and b has shape "
+                         f"{tuple(b.shape)}")  # fmt: skip
+
+
 def check_residual(op: str, residual: Tensor, shape: tuple[int, ...], out_dtype: torch.dtype, x: Tensor) -> None:
     """residual is as the output, which is on x's device, but for its row stride."""
     if out_dtype not in FLOATS:

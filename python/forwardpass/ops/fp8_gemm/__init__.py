@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...dispatch import Operation, Reason
 from ..common.activations import is_gated
-from ..common.epilogue import check_epilogue, fake_gemm
+from ..common.epilogue import check_epilogue, check_row_scales, fake_gemm
 from ..common.quantized_rows import E4M3, check_8bit, check_rows, check_vector, check_weight, copy_notes, fake_quantized
 from . import reference
 from .reference import BLOCK
@@ -71,17 +71,19 @@ def fp8_gemm_quantize(
     *,
     bias: Tensor | None = None,
     activation: str | None = None,
-    group_size: int = BLOCK,
+    group_size: int | None = BLOCK,
 ) -> tuple[Tensor, Tensor]:
     """`fp8_gemm` and `quantize` of its result to e4m3 in one pass: the result is never rounded to 16 bits.
 
     Args:
         a: as in fp8_gemm, and so is everything not named here. There is no residual.
-        group_size: columns of the output that share a scale: 128.
+        group_size: columns of the output that share a scale: 128; None: a row has one. On sm_90 a row of up to 256 columns of b is
+            quantised in the product's epilogue, in which one block has all of it. Of a wider one, and on other GPUs, the
+            product's float32 outputs are quantised by a second kernel.
 
     Returns:
         q float8_e4m3fn [..., N] (gated: N / 2), its rows padded to 16 bytes; scale float32 [..., ceil(N / 128)] with rows
-        contiguous and groups a multiple of 4 apart: what the next fp8_gemm takes as a and a_scale.
+        contiguous and groups a multiple of 4 apart, or [...]: what the next fp8_gemm takes as a and a_scale.
 
     Raises:
         TypeError: an argument is of another type or dtype than above.
@@ -169,17 +171,20 @@ def _check_gemm(
 
 
 def _check_gemm_quantize(
-    a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, activation: str | None, group_size: int
+    a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, activation: str | None,
+    group_size: int | None,
 ) -> None:  # fmt: skip
-    if group_size != BLOCK:
-        raise ValueError(
-            f"fp8_gemm_quantize: group_size must be {BLOCK}, not {group_size!r}: for another, fp8_gemm, then quantize"
-        )
+    if group_size not in (BLOCK, None):
+        raise ValueError(f"fp8_gemm_quantize: group_size must be {BLOCK}, or None for rows, not {group_size!r}: for another, "
+                         "fp8_gemm, then quantize")  # fmt: skip
     _check("fp8_gemm_quantize", a, b, a_scale, b_scale, bias, activation, torch.float32, None)
+    if group_size is None:
+        check_row_scales("fp8_gemm_quantize", b)
 
 
 def _fake_gemm_quantize(
-    a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, activation: str | None, group_size: int
+    a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, activation: str | None,
+    group_size: int | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     columns = b.shape[0] // 2 if is_gated(activation) else b.shape[0]
     q, scale, _ = fake_quantized(a, (*a.shape[:-1], columns), E4M3, False, group_size, True)

@@ -47,6 +47,7 @@ class Case:
     epilogue: EpilogueCase = EpilogueCase()
     blocks: bool = False  # scales of 128 and of 128 x 128, in place of the epilogue's
     quantized: bool = False  # fp8_gemm_quantize, whatever the epilogue's out_dtype
+    rows: bool = False  # then: a scale for each row, instead of for each 128 columns
     same_sign: bool = False
     layouts: tuple[str, str] = ("aligned", "aligned")  # of a and b, see `laid_out`
     lead: bool = False  # a [2, M / 2, K] where M is even
@@ -79,7 +80,7 @@ class Case:
         operands = (laid_out(a.unflatten(0, lead), self.layouts[0], device), laid_out(b, self.layouts[1], device))
         shared = (*operands, e["a_scale"], e["b_scale"], e["bias"], e["activation"])
         if self.quantized:
-            return (*shared, BLOCK)
+            return (*shared, None if self.rows else BLOCK)
         return (*shared, e["out_dtype"], e["out_scale"], self.epilogue.residual_of(lead, self.n, device, seed))
 
     def _block_scales(
@@ -121,7 +122,7 @@ def assert_matches(actual: Tensor | tuple[Tensor, Tensor], args: tuple[Any, ...]
         bound = bound + 2.0**-23 * exact.abs()  # which the sum may cancel
         exact = exact + added.double()
     if not isinstance(actual, Tensor):
-        _assert_quantized_matches(*actual, exact, bound)
+        _assert_quantized_matches(*actual, exact, bound, *options)
     elif actual.dtype in FLOATS:
         unit, least = HALF_UNIT[actual.dtype], {torch.float16: 2.0**-25}.get(actual.dtype, 0.0)
         assert_close(actual, exact, bound * (1 + unit) + unit * exact.abs() + least)
@@ -161,16 +162,18 @@ def assert_rows_close(actual: Tensor, exact: Tensor, cancels: Tensor, least: flo
             )
 
 
-def _assert_quantized_matches(q: Tensor, scale: Tensor, exact: Tensor, bound: Tensor) -> None:
+def _assert_quantized_matches(q: Tensor, scale: Tensor, exact: Tensor, bound: Tensor, group_size: int | None) -> None:
+    if group_size is None:
+        group_size, scale = exact.shape[-1], scale.unsqueeze(-1)
     groups = scale.shape[-1]
-    padded = (0, groups * BLOCK - exact.shape[-1])
+    padded = (0, groups * group_size - exact.shape[-1])
     widest, off = (
-        torch.nn.functional.pad(x, padded).unflatten(-1, (groups, BLOCK)).amax(-1) for x in (exact.abs(), bound)
+        torch.nn.functional.pad(x, padded).unflatten(-1, (groups, group_size)).amax(-1) for x in (exact.abs(), bound)
     )
     slack = 2.0**-22  # multiplying by the reciprocal, rounded, is not dividing by the scale
     expected = widest.clamp(min=LEAST_RANGE) / 448
     assert_close(scale, expected, off / 448 + slack * expected, "scale")
-    column_scale = scale.cpu().repeat_interleave(BLOCK, -1)[..., : exact.shape[-1]]
+    column_scale = scale.cpu().repeat_interleave(group_size, -1)[..., : exact.shape[-1]]
     assert_quantized_close(q, exact, bound + slack * exact.abs(), column_scale)
 
 
@@ -190,13 +193,13 @@ def cases(few_kernels: bool = False) -> Iterator[Case]:
         "same_sign": (False, True),
         **epilogue,
         "residual": RESIDUALS,
-        "out_dtype": (*epilogue["out_dtype"], "quantize"),
+        "out_dtype": (*epilogue["out_dtype"], "quantize", "quantize rows"),
     }
     kernels = (
         compiled_for(
             GEMM_KERNEL
             | RESIDUAL_KERNEL
-            | {"scales": lambda scales: scales[2], "out_dtype": lambda dtype: dtype == "quantize"}
+            | {"scales": lambda scales: scales[2], "out_dtype": lambda dtype: dtype if isinstance(dtype, str) else None}
         )
         if few_kernels
         else []
@@ -204,13 +207,16 @@ def cases(few_kernels: bool = False) -> Iterator[Case]:
     for row in pairwise(factors, few_macs, kernels):
         a_scale, b_scale, blocks = row.pop("scales")
         layouts = (row.pop("layout_a"), row.pop("layout_b"))
-        if quantized := row["out_dtype"] == "quantize":
+        output = row["out_dtype"]
+        if quantized := isinstance(output, str):
             row["out_dtype"] = torch.float32
         sizes = {name: row.pop(name) for name in ("m", "n", "k", "lead", "same_sign")}
         if is_gated(row["activation"]):
             sizes["n"] = -(-sizes["n"] // 16) * 16
         e = EpilogueCase(a_scale, b_scale, **row)
-        yield Case(**sizes, epilogue=e, blocks=blocks, quantized=quantized, layouts=layouts)
+        yield Case(
+            **sizes, epilogue=e, blocks=blocks, quantized=quantized, rows=output == "quantize rows", layouts=layouts
+        )
 
 
 #: Sums of one sign, on which a kernel that does not promote its accumulator is out of bounds where that truncates.

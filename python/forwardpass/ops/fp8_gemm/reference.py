@@ -56,7 +56,7 @@ def fp8_gemm_quantize(
     b_scale: Tensor,
     bias: Tensor | None,
     activation: str | None,
-    group_size: int,
+    group_size: int | None,
 ) -> tuple[Tensor, Tensor]:
     y = fp8_gemm(a, b, a_scale, b_scale, bias, activation, torch.float32, None)
     q, scale, _ = quantize_values(y, E4M3, group_size=group_size)

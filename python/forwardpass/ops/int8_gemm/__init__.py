@@ -1,4 +1,4 @@
-"""int8_gemm: [M, K] times [N, K] transposed in int8, with the dequantisation and the activation in its epilogue."""
+"""int8_gemm and int8_gemm_quantize: [M, K] times [N, K] transposed in int8, dequantisation and activation in the epilogue."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ...dispatch import Operation
-from ..common.epilogue import check_epilogue, fake_gemm
-from ..common.quantized_rows import check_8bit, check_rows, check_weight, copy_notes
+from ..common.activations import is_gated
+from ..common.epilogue import check_epilogue, check_row_scales, fake_gemm
+from ..common.quantized_rows import check_8bit, check_rows, check_weight, copy_notes, fake_quantized
 from . import reference
 
 #: Beyond these depths a sum of K products could pass 2^31 - 1: without and with a zero point. 131072 products of -128 and -128
@@ -52,6 +53,38 @@ def int8_gemm(
     return OPERATION(*args) if residual is None else OPERATION(*args, residual)
 
 
+def int8_gemm_quantize(
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    *,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    a_zero_point: Tensor | None = None,
+    b_sum: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`int8_gemm` and `quantize` of its rows to int8 in one call: the result is never rounded to 16 bits.
+
+    On a CPU, and on sm_90 where a tile has whole rows (up to 256 columns of b, without a gate and a zero point), the product's
+    epilogue quantises them. Otherwise a second kernel quantises the product's float32 outputs.
+
+    Args:
+        a: as in int8_gemm, and so is everything not named here. There is no residual.
+
+    Returns:
+        q int8 [..., N] (gated: N / 2), its rows padded to 16 bytes; scale float32 [...]: what the next int8_gemm takes as a and
+        a_scale.
+
+    Raises:
+        TypeError: an argument is of another type or dtype than above.
+        ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
+    """
+    if a_zero_point is not None and b_sum is None:
+        b_sum = b.sum(1, dtype=torch.int32)
+    return QUANTIZE_OPERATION(a, b, a_scale, b_scale, bias, activation, a_zero_point, b_sum)
+
+
 def check_int8_weight(op: str, name: str, b: Tensor, x_name: str, x: Tensor, zero_point: bool) -> None:
     """b is int8 [N, K] for an x [..., K] of a depth that int32 accumulators hold, on its device."""
     check_8bit(op, name, b, torch.int8)
@@ -81,8 +114,8 @@ def _check(
     a_zero_point: Tensor | None,
     b_sum: Tensor | None,
     residual: Tensor | None = None,
+    op: str = "int8_gemm",
 ) -> None:
-    op = "int8_gemm"
     check_8bit(op, "a", a, torch.int8)
     check_int8_weight(op, "b", b, "a", a, a_zero_point is not None)
     lead, n = tuple(a.shape[:-1]), b.shape[0]
@@ -90,8 +123,34 @@ def _check(
                    residual=residual)  # fmt: skip
 
 
+def _check_quantize(
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    a_zero_point: Tensor | None,
+    b_sum: Tensor | None,
+) -> None:
+    _check(a, b, a_scale, b_scale, bias, activation, torch.float32, None, a_zero_point, b_sum, op="int8_gemm_quantize")
+    check_row_scales("int8_gemm_quantize", b)
+
+
+def _fake_quantize(
+    a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, activation: str | None, *options: object
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    columns = b.shape[0] // 2 if is_gated(activation) else b.shape[0]
+    q, scale, _ = fake_quantized(a, (*a.shape[:-1], columns), torch.int8, False, None, True)
+    return q, scale
+
+
 def _notes(a: Tensor, b: Tensor, *options: object) -> list[str]:
     return int8_notes(a, b, options[6])
+
+
+def _notes_quantize(a: Tensor, b: Tensor, *options: object) -> list[str]:
+    return int8_notes(a, b, options[4])
 
 
 def int8_notes(a: Tensor, b: Tensor, a_zero_point: object) -> list[str]:
@@ -103,3 +162,6 @@ def int8_notes(a: Tensor, b: Tensor, a_zero_point: object) -> list[str]:
 
 
 OPERATION = Operation(int8_gemm, _check, reference.int8_gemm, fake_gemm, notes=_notes)
+QUANTIZE_OPERATION = Operation(
+    int8_gemm_quantize, _check_quantize, reference.int8_gemm_quantize, _fake_quantize, notes=_notes_quantize
+)

@@ -1,4 +1,4 @@
-"""int8_gemm in plain torch: the specification. Sums of int8 products are exact in fp64."""
+"""int8_gemm and int8_gemm_quantize in plain torch: the specification. Sums of int8 products are exact in fp64."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..common.epilogue import apply_epilogue
+from ..common.quantized_rows import quantize_values
 
 
 def int8_gemm(
@@ -23,3 +24,17 @@ def int8_gemm(
 ) -> Tensor:
     acc = a.double() @ b.double().t()
     return apply_epilogue(acc, a_scale, b_scale, bias, activation, out_dtype, out_scale, a_zero_point, b_sum, residual)
+
+
+def int8_gemm_quantize(
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    a_zero_point: Tensor | None,
+    b_sum: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    y = int8_gemm(a, b, a_scale, b_scale, bias, activation, torch.float32, None, a_zero_point, b_sum)
+    return quantize_values(y, torch.int8)[:2]
