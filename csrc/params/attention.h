@@ -28,6 +28,14 @@ struct AttentionMask {
 // INT32_MAX: unlimited
 constexpr int32_t kUnlimited = 0x7fffffff;
 
+// Which kernel computes a call, with which tile, and how its keys are divided: chosen once, on the host
+// (kernels/attention/select.cpp), a function of shapes, options and device only.
+struct AttentionChoice {
+  int (*launch)(const struct AttentionParams& p, void* stream);  // returns a cudaError_t
+  int32_t splits;                                                // blocks that share a tile's keys (split-KV)
+  int64_t workspace_bytes;                                       // that it takes; 0: none
+};
+
 // attention or, with an lse, attention_with_lse. Row i of a sequence of Sq rows and Sk keys is at position i + Sk - Sq
 // (bottom-right alignment). The score of its key j is
 //
@@ -36,7 +44,9 @@ constexpr int32_t kUnlimited = 0x7fffffff;
 // and the key is attended to if -left <= j - (i + Sk - Sq) <= right and the mask lets it. A row without keys gives 0;
 // its lse is -inf, or the sink.
 struct AttentionParams {
+  using Choice = AttentionChoice;
   static constexpr const char* kLauncher = "forwardpass_attention";
+  static constexpr const char* kSelector = "forwardpass_select_attention";
   AttentionTensor q, k, v;  // heads, kv_heads and kv_heads; query head h reads head h / (heads / kv_heads)
   void* out;                // [batch, rows, heads, value_dim] contiguous; varlen: [rows, heads, value_dim]
   float* lse;               // [batch, heads, rows], varlen: [heads, rows]; natural logarithm; or null
@@ -58,11 +68,15 @@ struct AttentionParams {
   // from one page to the next. Rows are NaN whose sequence has no room() or that attend to a key without a page.
   KvCache cache;
   bool batch_invariant;  // tile and split depend on dims, heads and options only
-  float* workspace;      // on a GPU, of forwardpass_attention_workspace bytes
-  Device device;         // that runs it; unused on a CPU
+  // Of a GPU, unused on a CPU:
+  Device device;
+  AttentionChoice choice;
+  float* workspace;  // of choice.workspace_bytes
 };
 
 }  // namespace forwardpass
 
-KERNEL_LIBRARY int64_t forwardpass_attention_workspace(const forwardpass::AttentionParams* p);
+// Returns a cudaError_t.
+KERNEL_LIBRARY int forwardpass_select_attention(const forwardpass::AttentionParams* p,
+                                                forwardpass::AttentionChoice* choice);
 KERNEL_LIBRARY int forwardpass_attention(const forwardpass::AttentionParams* p, void* stream);

@@ -8,6 +8,14 @@ namespace forwardpass {
 // Rows of q that no kernel but decode's is taken for; q of more is at multiples of 16 bytes on a GPU.
 constexpr int32_t kFewRows = 16;
 
+// As AttentionChoice: decode's kernel in `grid` thread blocks or, as prefill of a cache, one of attention's.
+struct AttentionDecodeChoice {
+  int (*launch)(const struct AttentionDecodeParams& p, void* stream);  // returns a cudaError_t
+  int64_t grid;
+  int64_t workspace_bytes;
+  AttentionChoice prefill;  // launch null: decode's
+};
+
 // attention_decode. Row i of a sequence is at position seq_len - rows + i; the score of its key j is
 //
 //   s = scale q k k_scale;  softcap: s = softcap tanh(s / softcap);  s -= slope (position - j)
@@ -15,7 +23,9 @@ constexpr int32_t kFewRows = 16;
 // and the key is attended to if max(position - left, leftpad) <= j <= position. A row without keys gives 0. A row is
 // NaN if the table has no page for a key that it attends to, or if its sequence is not in_range().
 struct AttentionDecodeParams {
+  using Choice = AttentionDecodeChoice;
   static constexpr const char* kLauncher = "forwardpass_attention_decode";
+  static constexpr const char* kSelector = "forwardpass_select_attention_decode";
   AttentionTensor q;  // [batch, row, head, dim]
   void* out;          // [batch, rows, heads, value_dim] contiguous
   float* lse;         // [batch, heads, rows], the natural logarithm of the denominator; or null
@@ -30,8 +40,10 @@ struct AttentionDecodeParams {
   const int32_t* leftpad;      // [batch], on the device; or null: 0
   KvCache cache;
   bool batch_invariant;  // how a sequence's keys are divided depends on nothing of other sequences
-  float* workspace;      // on a GPU, of forwardpass_attention_decode_workspace bytes
-  Device device;         // that runs it; unused on a CPU
+  // Of a GPU, unused on a CPU:
+  Device device;
+  AttentionDecodeChoice choice;
+  float* workspace;  // of choice.workspace_bytes
 
   // Whether the cache has room for a sequence's length, and its padding is at least 0.
   HOST_DEVICE bool in_range(int64_t sequence) const {
@@ -49,5 +61,7 @@ void attention_decode_cpu(const AttentionDecodeParams& p);
 
 }  // namespace forwardpass
 
-KERNEL_LIBRARY int64_t forwardpass_attention_decode_workspace(const forwardpass::AttentionDecodeParams* p);
+// Returns a cudaError_t.
+KERNEL_LIBRARY int forwardpass_select_attention_decode(const forwardpass::AttentionDecodeParams* p,
+                                                       forwardpass::AttentionDecodeChoice* choice);
 KERNEL_LIBRARY int forwardpass_attention_decode(const forwardpass::AttentionDecodeParams* p, void* stream);

@@ -4,13 +4,11 @@
 
 #include "cpu/attention.h"
 #include "cpu/attention_rows.h"
-#include "torch/attention_scores.h"
+#include "torch/attention.h"
 #include "torch/torch_ops.h"
 
 namespace forwardpass {
 namespace {
-
-LibraryFunction<int64_t(const AttentionParams*)> workspace_bytes("forwardpass_attention_workspace");
 
 // q, k or v: [batch, row, head, dim], varlen: [row, head, dim].
 AttentionTensor strides_of(const Tensor& x) {
@@ -162,10 +160,7 @@ Tensor run(Backend backend, const char* op, const Tensor& q, const Tensor& k, co
     *operands[i] = strides_of(*copies[i]);
   }
   if (p.keys == 0) p.k = p.v = p.q;  // what cu_seqlens say is still looked at; of keys nothing is read
-  p.device = device_of(backend, q);
-  const Tensor workspace = empty_strided({workspace_bytes.of(backend)(&p) / 4}, {1}, ScalarType::Float, q);
-  p.workspace = static_cast<float*>(workspace.mutable_data_ptr());
-  launch(backend, p, q);
+  launch_chosen(backend, p, q);
   return out;
 }
 

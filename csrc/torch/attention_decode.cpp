@@ -1,14 +1,12 @@
 #include "params/attention_decode.h"
 
-#include "torch/attention_scores.h"
+#include "torch/attention.h"
 #include "torch/kv_cache.h"
 #include "torch/ops.h"
 
 namespace forwardpass {
 
 namespace {
-
-LibraryFunction<int64_t(const AttentionDecodeParams*)> workspace_bytes("forwardpass_attention_decode_workspace");
 
 bool is_aligned(const CacheTensor& t, int32_t columns, Dtype dtype) {
   return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 &&
@@ -31,10 +29,7 @@ void run(Backend backend, AttentionDecodeParams& p, const Tensor& q, const char*
     torch::stable::copy_(copy, q);
     p.q = new_rows(copy, op, "q");
   }
-  p.device = device_of(backend, q);
-  const Tensor workspace = empty_strided({workspace_bytes.of(backend)(&p) / 4}, {1}, ScalarType::Float, q);
-  p.workspace = static_cast<float*>(workspace.mutable_data_ptr());
-  launch(backend, p, q);
+  launch_chosen(backend, p, q);
 }
 
 }  // namespace

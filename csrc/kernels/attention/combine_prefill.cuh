@@ -41,7 +41,7 @@ __device__ inline void store_values(const PartialResult& to, int warp_row, const
 // The parts of each row of a tile. A block has kCombineWarps of them, or of their columns.
 template <int kM, bool kDependent>
 __global__ void __launch_bounds__(32 * kCombineWarps)
-    combine_attention_kernel(const __grid_constant__ AttentionParams p, unsigned tiles, int splits) {
+    combine_attention_kernel(const __grid_constant__ AttentionParams p, unsigned tiles) {
   if (kDependent) {
     ptx::wait_for_earlier_kernels();
     ptx::launch_dependents();
@@ -53,6 +53,7 @@ __global__ void __launch_bounds__(32 * kCombineWarps)
   AttentionTile tile;
   if (!tile.find(p, kM, tiles, block, 0) || tile.row + row >= tile.rows) return;
   CombinedResult result;
+  const int splits = p.choice.splits;
   add_parts(result, 0, splits, 1, row, column, p.value_dim,
             [&](int n) { return PartialResult(p.workspace, int64_t{block} * splits + n, kM, p.value_dim); });
   const Denominator d(result.max, result.sum, tile.known() ? sink_of(p, tile.head) : NAN);
@@ -67,8 +68,8 @@ __global__ void __launch_bounds__(32 * kCombineWarps)
                                                                                                      packed(o.z, o.w)};
 }
 
-// Split-KV: as many blocks per tile as fill the multiprocessors once, with kLeastKeys each, so that few tiles of many
-// keys take as long as many. Of packed sequences only the device knows the keys.
+// As many blocks per tile as fill the multiprocessors once, with kLeastKeys each. Of packed sequences only the device
+// knows the keys.
 template <class Config>
 int splits_of(const AttentionParams& p) {
   constexpr int64_t kLeastKeys = 256, kMost = 32;
@@ -80,21 +81,24 @@ int splits_of(const AttentionParams& p) {
   return static_cast<int>(std::max<int64_t>(splits, 1));
 }
 template <class Config>
-int64_t workspace_bytes(const AttentionParams& p) {
-  const int64_t splits = splits_of<Config>(p), floats = PartialResult::floats(Config::kM, p.value_dim);
-  return splits > 1 ? row_tiles(p, Config::kM) * all_heads(p) * splits * floats * int64_t{sizeof(float)} : 0;
+AttentionChoice choose(const AttentionParams& p, int (*launch)(const AttentionParams& p, void* stream)) {
+  AttentionChoice choice{.launch = launch, .splits = splits_of<Config>(p)};
+  const int64_t tiles = row_tiles(p, Config::kM) * all_heads(p),
+                floats = PartialResult::floats(Config::kM, p.value_dim);
+  if (choice.splits > 1) choice.workspace_bytes = tiles * choice.splits * floats * int64_t{sizeof(float)};
+  return choice;
 }
 
 // kDependent: it may begin before the parts' kernel has ended. Also tells apart the kernels of files that are compiled
 // for different architectures.
 template <class Config, bool kDependent>
-cudaError_t launch_combine(const AttentionParams& p, int splits, cudaStream_t stream) {
+cudaError_t launch_combine(const AttentionParams& p, cudaStream_t stream) {
   const int64_t tiles = row_tiles(p, Config::kM), panels = (p.value_dim + kCombineColumns - 1) / kCombineColumns;
   const Launch launch{.grid = tiles * all_heads(p) * Config::kM * panels / kCombineWarps,
                       .block = 32 * kCombineWarps,
                       .dependent = kDependent};
   return launch_kernel(combine_attention_kernel<Config::kM, kDependent>, launch, stream, p,
-                       static_cast<unsigned>(tiles), splits);
+                       static_cast<unsigned>(tiles));
 }
 
 }  // namespace forwardpass

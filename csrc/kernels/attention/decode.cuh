@@ -169,7 +169,7 @@ struct DecodeWarp {
   const PackedRows rows;
   const int warp;
   Output o;
-  OnlineSoftmax<1> softmax;
+  OnlineSoftmax<1> sums;
   float q_scale[2], v_exponent = -126;  // of this lane's rows; v_scale per token: a power of two above all so far
 
   __device__ DecodeWarp(const AttentionDecodeParams& p, typename Config::SharedStorage& s, const DecodePart& part)
@@ -218,60 +218,75 @@ struct DecodeWarp {
     return p.dtype == Dtype::bf16 ? __bfloat1622float2(pair_of<__nv_bfloat162>(pair))
                                   : __half22float2(pair_of<__half2>(pair));
   }
+  // A warp's steps of q, in pairs of columns.
+  static constexpr int kSteps = Config::kHeadDim / 16 / Config::kWarps;
+  using QPairs = uint32_t[kSteps][4];
   // q to shared memory, by all warps: each has some of the steps.
   __device__ void place_q() {
-    constexpr int kSteps = Config::kHeadDim / 16 / Config::kWarps;
-    uint32_t pairs[kSteps][4];
+    QPairs pairs;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step)
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         pairs[step][i] = load_q(accumulator_row(i % 2 * 2), step * Config::kWarps + warp, i / 2);
-    if constexpr (Config::k8Bit) {
-      float most[2] = {};
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float2 pair = q_floats(pairs[step][i]);
-          most[i % 2] = fmaxf(most[i % 2], fmaxf(fabsf(pair.x), fabsf(pair.y)));
-        }
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        most[half] = fmaxf(most[half], __shfl_xor_sync(0xffffffff, most[half], 1));
-        most[half] = fmaxf(most[half], __shfl_xor_sync(0xffffffff, most[half], 2));
-        if (thread_in_group() == 0) s.q_largest[warp][accumulator_row(half * 2)] = most[half];
-      }
-      __syncthreads();
-      float smaller[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int w = 0; w < Config::kWarps; ++w)
-          most[half] = fmaxf(most[half], s.q_largest[w][accumulator_row(half * 2)]);
-        // the power of two below it, by its exponent's bits; of 0, denormal and infinite ones any will do
-        const uint32_t exponent = min(max(__float_as_uint(most[half]) >> 23, 2u), 252u);
-        smaller[half] = __uint_as_float((254 - exponent) << 23), q_scale[half] *= __uint_as_float(exponent << 23);
-      }
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float2 pair = q_floats(pairs[step][i]);
-          pairs[step][i] = pack<X>(pair.x * smaller[i % 2], pair.y * smaller[i % 2]);
-        }
-    }
+    if constexpr (Config::k8Bit) fit_q(pairs);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const auto& q = pairs[step];
       s.q[step * Config::kWarps + warp][threadIdx.x % 32] = {q[0], q[1], q[2], q[3]};
     }
   }
-  __device__ void attend(int index, int key) {
-    const float *k_scales = s.k_scale[warp][index], *v_scales = s.v_scale[warp][index];
+  // For 8-bit elements: q in fp16, divided by a power of two that makes a row's largest element 1 to 2.
+  __device__ void fit_q(QPairs& pairs) {
+    float most[2] = {};
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 pair = q_floats(pairs[step][i]);
+        most[i % 2] = fmaxf(most[i % 2], fmaxf(fabsf(pair.x), fabsf(pair.y)));
+      }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      most[half] = fmaxf(most[half], __shfl_xor_sync(0xffffffff, most[half], 1));
+      most[half] = fmaxf(most[half], __shfl_xor_sync(0xffffffff, most[half], 2));
+      if (thread_in_group() == 0) s.q_largest[warp][accumulator_row(half * 2)] = most[half];
+    }
+    __syncthreads();
+    float smaller[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int w = 0; w < Config::kWarps; ++w)
+        most[half] = fmaxf(most[half], s.q_largest[w][accumulator_row(half * 2)]);
+      // the power of two below it, by its exponent's bits; of 0, denormal and infinite ones any will do
+      const uint32_t exponent = min(max(__float_as_uint(most[half]) >> 23, 2u), 252u);
+      smaller[half] = __uint_as_float((254 - exponent) << 23), q_scale[half] *= __uint_as_float(exponent << 23);
+    }
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 pair = q_floats(pairs[step][i]);
+        pairs[step][i] = pack<X>(pair.x * smaller[i % 2], pair.y * smaller[i % 2]);
+      }
+  }
+  // A slice of keys, of which `key` is the first.
+  __device__ void attend(int stage, int key) {
     Scores scores;
     scores.clear();
-    multiply_k(scores, ptx::shared_address(s.stage[warp][index].k));
+    qk(scores, ptx::shared_address(s.stage[warp][stage].k));
+    scale(scores, s.k_scale[warp][stage]);
+    if (p.alibi_slopes) add_alibi(scores, key);
+    mask(scores, s.there[warp][stage], key);
+    RowValues<1> factor;
+    bool grown = sums.update(scores, 1, factor);
+    if (Config::k8Bit && p.cache.v_scale.per_token) grown |= scale_values(scores, s.v_scale[warp][stage], factor);
+    if (grown) rescale(o, factor);
+    pv(scores, ptx::shared_address(s.stage[warp][stage].v));
+  }
+  // From q k to scores in units of log2(e), with softcap. k_scales: of the slice's keys, if they are per token.
+  __device__ void scale(Scores& scores, const float* k_scales) const {
     if (Config::k8Bit && p.cache.k_scale.per_token) {
       scores.for_each([&](float& v, int, int j, int e) { v *= q_scale[e / 2] * k_scales[Scores::column(j, e)]; });
     } else {
@@ -281,56 +296,59 @@ struct DecodeWarp {
       const Softcap cap(p.softcap, 1);
       scores.for_each([&](float& v, int, int, int) { v = cap(v); });
     }
-    const int first_position = part.keys.length - p.rows, last_position = part.keys.length - 1;
-    if (p.alibi_slopes) {  // found anew, as registers that keep them would be everybody's
-      float slope[2];
-      int position[2];
+  }
+  __device__ int first_position() const { return part.keys.length - p.rows; }  // of a sequence's rows
+  __device__ void add_alibi(Scores& scores, int key) const {
+    float slope[2];  // found anew, as registers that keep them would be everybody's
+    int position[2];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int r = accumulator_row(half * 2);
-        position[half] = first_position + rows.row(r);
-        slope[half] = rows.has(r) ? alibi_slope(p, part.batch, rows.q_head(r)) : 0;
-      }
-      scores.for_each([&](float& v, int, int j, int e) {
-        v = with_alibi(v, slope[e / 2], position[e / 2], key + Scores::column(j, e));
-      });
+    for (int half = 0; half < 2; ++half) {
+      const int r = accumulator_row(half * 2);
+      position[half] = first_position() + rows.row(r);
+      slope[half] = rows.has(r) ? alibi_slope(p, part.batch, rows.q_head(r)) : 0;
     }
-    const uint32_t there = s.there[warp][index];
-    if (there != 0xffffffff || key + Config::kSlice - 1 > first_position ||
-        (p.left != kUnlimited && key < last_position - p.left)) {
-      // Without a page the score is NaN, which the row's maximum leaves out; its sum and values are NaN to the end.
-      scores.for_each([&](float& v, int, int j, int e) {
-        if (!(there >> Scores::column(j, e) & 1)) v = NAN;
-      });
-      const RowBounds<Scores> bounds(p.left != kUnlimited, [&](int r) {
-        const int position = first_position + rows.row(r);
-        return KeyRange{position - min(p.left, position), position + 1};
-      });
-      bounds(scores, key + accumulator_column(0));
-    }
-    RowValues<1> factor;
-    bool grown = softmax.update(scores, 1, factor);
-    if (Config::k8Bit && p.cache.v_scale.per_token) {
-      float most = 0;
+    scores.for_each([&](float& v, int, int j, int e) {
+      v = with_alibi(v, slope[e / 2], position[e / 2], key + Scores::column(j, e));
+    });
+  }
+  // Where a row may not see a key, or a key has no page.
+  __device__ void mask(Scores& scores, uint32_t there, int key) const {
+    const int first_position = this->first_position(), last_position = part.keys.length - 1;
+    if (there == 0xffffffff && key + Config::kSlice - 1 <= first_position &&
+        (p.left == kUnlimited || key >= last_position - p.left))
+      return;
+    // Without a page the score is NaN, which the row's maximum leaves out; its sum and values are NaN to the end.
+    scores.for_each([&](float& v, int, int j, int e) {
+      if (!(there >> Scores::column(j, e) & 1)) v = NAN;
+    });
+    const RowBounds<Scores> bounds(p.left != kUnlimited, [&](int r) {
+      const int position = first_position + rows.row(r);
+      return KeyRange{position - min(p.left, position), position + 1};
+    });
+    bounds(scores, key + accumulator_column(0));
+  }
+  // Multiplies p by the values' scales per token, relative to a power of two above all so far, as p is rounded to fp16.
+  // True: that has grown; `factor`, by which o has to be multiplied, includes it.
+  __device__ bool scale_values(Scores& scores, const float* v_scales, RowValues<1>& factor) {
+    float most = 0;
 #pragma unroll
-      for (int j = 0; j < 2; ++j)
+    for (int j = 0; j < 2; ++j)
 #pragma unroll
-        for (int e = 0; e < 2; ++e) most = fmaxf(most, v_scales[j * 8 + accumulator_column(e)]);
-      most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 1));
-      most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 2));
-      const float exponent = fmaxf(v_exponent, static_cast<float>(ilogbf(most) + 1));
-      if (exponent > v_exponent) {
-        const float smaller = ptx::ex2(v_exponent - exponent);
-        factor[0][0] *= smaller, factor[0][1] *= smaller, v_exponent = exponent, grown = true;
-      }
-      const float unit = ptx::ex2(-v_exponent);
-      scores.for_each([&](float& v, int, int j, int e) { v *= v_scales[Scores::column(j, e)] * unit; });
+      for (int e = 0; e < 2; ++e) most = fmaxf(most, v_scales[j * 8 + accumulator_column(e)]);
+    most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 1));
+    most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 2));
+    const float exponent = fmaxf(v_exponent, static_cast<float>(ilogbf(most) + 1));
+    const bool grown = exponent > v_exponent;
+    if (grown) {
+      const float smaller = ptx::ex2(v_exponent - exponent);
+      factor[0][0] *= smaller, factor[0][1] *= smaller, v_exponent = exponent;
     }
-    if (grown) rescale(o, factor);
-    multiply_v(scores, ptx::shared_address(s.stage[warp][index].v));
+    const float unit = ptx::ex2(-v_exponent);
+    scores.for_each([&](float& v, int, int j, int e) { v *= v_scales[Scores::column(j, e)] * unit; });
+    return grown;
   }
   // scores = q k^T
-  __device__ void multiply_k(Scores& scores, uint32_t k) const {
+  __device__ void qk(Scores& scores, uint32_t k) const {
 #pragma unroll
     for (int chunk = 0; chunk < Rows::kChunks; chunk += 2) {
       uint32_t r[4];
@@ -349,7 +367,7 @@ struct DecodeWarp {
     }
   }
   // o += p v
-  __device__ void multiply_v(const Scores& p, uint32_t v) {
+  __device__ void pv(const Scores& p, uint32_t v) {
     uint32_t weights[4];
     pack_operand<X>(weights, p[0], 0);
 #pragma unroll
@@ -385,11 +403,11 @@ __device__ inline void finish_part(const AttentionDecodeParams& p, typename Conf
   const float unit = Config::k8Bit && p.cache.v_scale.per_token ? ptx::ex2(warp.v_exponent) : 1;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float sum = warp.softmax.sum[0][half];
+    float sum = warp.sums.sum[0][half];
     sum += __shfl_xor_sync(0xffffffff, sum, 1);
     sum += __shfl_xor_sync(0xffffffff, sum, 2);
     const int r = accumulator_row(half * 2);
-    if (thread_in_group() == 0) partial.max[r] = warp.softmax.max[0][half], partial.sum[r] = sum;
+    if (thread_in_group() == 0) partial.max[r] = warp.sums.max[0][half], partial.sum[r] = sum;
   }
 #pragma unroll
   for (int j = 0; j < Config::kHeadDim / 8; ++j)
@@ -461,7 +479,7 @@ struct CombineShape {
 };
 
 __global__ void __launch_bounds__(32 * kCombineWarps)
-    combine_decode_kernel(const __grid_constant__ AttentionDecodeParams p, int blocks) {
+    combine_decode_kernel(const __grid_constant__ AttentionDecodeParams p) {
   __shared__ float4 outputs[kCombineWarps][32];
   __shared__ float2 sums[kCombineWarps];  // the largest score, and the sum
   ptx::wait_for_earlier_kernels();
@@ -479,7 +497,7 @@ __global__ void __launch_bounds__(32 * kCombineWarps)
     parts = (keys.count + part_blocks - 1) / part_blocks;
   } else if (keys.count) {
     const DecodeList list(p);
-    const int64_t shares = list.shares(blocks), begin = list.begin_of_batch(batch) + int64_t{head} * keys.count;
+    const int64_t shares = list.shares(p.choice.grid), begin = list.begin_of_batch(batch) + int64_t{head} * keys.count;
     const int64_t of_first = list.share_of(begin, shares), of_last = list.share_of(begin + keys.count - 1, shares);
     first = 2 * of_first + 1, next = 2 * of_first + 2, step = 2, parts = static_cast<int>(of_last - of_first) + 1;
   }
@@ -509,15 +527,10 @@ __global__ void __launch_bounds__(32 * kCombineWarps)
 }
 
 template <class Config>
-int64_t grid_of(const AttentionDecodeParams& p) {
-  return p.batch_invariant ? p.cache.batch * decode_heads(p) * invariant_parts(p)
-                           : int64_t{p.device.sms} * Config::blocks_per_sm(p.device);
-}
-
-template <class Config>
-cudaError_t launch_decode(const AttentionDecodeParams& p, cudaStream_t stream) {
+int launch_decode(const AttentionDecodeParams& p, void* cuda_stream) {
   constexpr int kShared = sizeof(typename Config::SharedStorage);
-  const int64_t grid = grid_of<Config>(p), heads = int64_t{p.cache.batch} * decode_heads(p);
+  const auto stream = static_cast<cudaStream_t>(cuda_stream);
+  const int64_t grid = p.choice.grid, heads = int64_t{p.cache.batch} * decode_heads(p);
   const CombineShape shape(p);
   if (grid > INT32_MAX || heads * shape.per_head > INT32_MAX) return cudaErrorInvalidConfiguration;
   if (auto e = allow_shared<attention_decode_kernel<Config>>(kShared)) return e;
@@ -525,7 +538,17 @@ cudaError_t launch_decode(const AttentionDecodeParams& p, cudaStream_t stream) {
   const Launch launch{.grid = grid, .block = Config::kThreads, .shared = kShared, .dependent = dependent};
   if (auto e = launch_kernel(attention_decode_kernel<Config>, launch, stream, p)) return e;
   const Launch combine{.grid = heads * shape.per_head, .block = 32 * shape.warps * shape.rows, .dependent = dependent};
-  return launch_kernel(combine_decode_kernel, combine, stream, p, static_cast<int>(grid));
+  return launch_kernel(combine_decode_kernel, combine, stream, p);
+}
+
+template <class Config>
+AttentionDecodeChoice choose_decode(const AttentionDecodeParams& p) {
+  AttentionDecodeChoice choice{.launch = launch_decode<Config>};
+  choice.grid = p.batch_invariant ? p.cache.batch * decode_heads(p) * invariant_parts(p)
+                                  : int64_t{p.device.sms} * Config::blocks_per_sm(p.device);
+  const int64_t parts = choice.grid * (p.batch_invariant ? 1 : 2);
+  choice.workspace_bytes = parts * PartialResult::floats(decode_partial_rows(p), p.cache.value_dim) * sizeof(float);
+  return choice;
 }
 
 }  // namespace forwardpass

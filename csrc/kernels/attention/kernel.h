@@ -19,21 +19,14 @@ struct AttentionInstance {
 struct AttentionKernel {
   Arch arch;
   AttentionInstance instance;
-  bool (*reads)(const AttentionParams& p);  // the keys from where they are
-  cudaError_t (*launch)(const AttentionParams& p, cudaStream_t stream);
-  int64_t (*workspace)(const AttentionParams& p) = nullptr;  // bytes that launch takes; null: none
-
-  int64_t workspace_bytes(const AttentionParams& p) const { return workspace ? workspace(p) : 0; }
+  bool (*reads)(const AttentionParams& p);              // the keys from where they are
+  AttentionChoice (*choose)(const AttentionParams& p);  // tile and split
 };
 
 using AttentionKernels = Registered<AttentionParams, AttentionKernel>;
 
-// The kernel for a call, of those that were built; null: none takes it.
-const AttentionKernel* kernel_for(const AttentionParams& p);
-
-// attention_decode of many rows as prefill of a cache, and the kernel that then takes less time than decode's; null:
-// decode's takes less, or none takes the call.
-AttentionParams prefill_of(const AttentionDecodeParams& p);
-const AttentionKernel* prefill_kernel_for(const AttentionDecodeParams& p);
+// attention_decode of many rows as prefill of a cache, where a kernel takes less time so than decode's. False: decode's
+// takes less, or none takes the call.
+bool choose_prefill(const AttentionDecodeParams& p, AttentionDecodeChoice& choice);
 
 }  // namespace forwardpass

@@ -1,5 +1,5 @@
-// attention's entry point: of the kernels that take the call, one of the newest architecture, with the fewest columns;
-// and which calls of attention_decode such a kernel runs.
+// Which kernel computes a call of attention: of those that take it, one of the newest architecture, with the fewest
+// columns; and which calls of attention_decode such a kernel computes. Also attention's entry points.
 #include <algorithm>
 
 #include "kernels/attention/kernel.h"
@@ -33,8 +33,7 @@ bool takes_less(const AttentionKernel& prefill, const AttentionDecodeParams& p) 
   return blocks * (prefill.arch.number < 90 ? kMma : kWgmma) < groups * kDecode;
 }
 
-}  // namespace
-
+// The kernel for a call, of those that were built; null: none takes it.
 const AttentionKernel* kernel_for(const AttentionParams& p) {
   const AttentionKernel* best = nullptr;
   AttentionKernels::for_each([&](const AttentionKernel& k) {
@@ -55,24 +54,35 @@ AttentionParams prefill_of(const AttentionDecodeParams& p) {
   prefill.alibi_slopes = p.alibi_slopes, prefill.alibi_batch_stride = p.alibi_batch_stride;
   prefill.sinks = p.sinks, prefill.sinks_dtype = p.sinks_dtype;
   prefill.cache = c, prefill.batch_invariant = p.batch_invariant, prefill.device = p.device;
-  prefill.workspace = p.workspace;
+  prefill.choice = p.choice.prefill, prefill.workspace = p.workspace;
   return prefill;
 }
+int launch_prefill(const AttentionDecodeParams& p, void* stream) {
+  return p.choice.prefill.launch(prefill_of(p), stream);
+}
+
+}  // namespace
 
 // Not of 8 bits, nor of sequences that are padded on the left.
-const AttentionKernel* prefill_kernel_for(const AttentionDecodeParams& p) {
-  if (p.rows <= kFewRows || size_of(p.cache.dtype) == 1 || p.leftpad) return nullptr;
-  const AttentionKernel* prefill = kernel_for(prefill_of(p));
-  return prefill && takes_less(*prefill, p) ? prefill : nullptr;
+bool choose_prefill(const AttentionDecodeParams& p, AttentionDecodeChoice& choice) {
+  if (p.rows <= kFewRows || size_of(p.cache.dtype) == 1 || p.leftpad) return false;
+  const AttentionParams prefill = prefill_of(p);
+  const AttentionKernel* kernel = kernel_for(prefill);
+  if (!kernel || !takes_less(*kernel, p)) return false;
+  choice = {};
+  choice.launch = launch_prefill, choice.prefill = kernel->choose(prefill);
+  choice.workspace_bytes = choice.prefill.workspace_bytes;
+  return true;
 }
 
 }  // namespace forwardpass
 
-int64_t forwardpass_attention_workspace(const forwardpass::AttentionParams* p) {
-  const forwardpass::AttentionKernel* best = forwardpass::kernel_for(*p);
-  return best ? best->workspace_bytes(*p) : 0;
+using namespace forwardpass;
+
+int forwardpass_select_attention(const AttentionParams* p, AttentionChoice* choice) {
+  const AttentionKernel* kernel = kernel_for(*p);
+  if (!kernel) return cudaErrorNoKernelImageForDevice;
+  *choice = kernel->choose(*p);
+  return cudaSuccess;
 }
-int forwardpass_attention(const forwardpass::AttentionParams* p, void* stream) {
-  const forwardpass::AttentionKernel* best = forwardpass::kernel_for(*p);
-  return best ? best->launch(*p, static_cast<cudaStream_t>(stream)) : cudaErrorNoKernelImageForDevice;
-}
+int forwardpass_attention(const AttentionParams* p, void* stream) { return p->choice.launch(*p, stream); }

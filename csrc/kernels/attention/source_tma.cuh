@@ -86,7 +86,6 @@ struct PagedBoxes {
 struct AttentionArguments {
   AttentionParams p;
   unsigned tiles;  // of a head
-  int splits;      // that share a tile's keys
   int64_t blocks;  // of all heads: their tiles, or parts of those
   int box_rows;    // of a box of keys; several make a block of keys where pages are smaller
   CUtensorMap q, k, v;

@@ -111,7 +111,7 @@ struct WgmmaAttentionSchedule {
   __device__ void for_each(F f) const {
     for_each_tile(a.blocks, blockIdx.x, gridDim.x, [&](int64_t slot) {
       AttentionTile tile;
-      const unsigned index = static_cast<unsigned>(slot), splits = a.splits;
+      const unsigned index = static_cast<unsigned>(slot), splits = a.p.choice.splits;
       if (tile.find(a.p, Config::kM, a.tiles, index / splits, known))
         f(tile, KeyBlocks(a.p, tile, Config::kM, Config::kN).part(index % splits, splits), index);
     });
@@ -215,12 +215,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 }
 
 template <class Config>
-cudaError_t launch_wgmma(const AttentionParams& p, cudaStream_t stream) {
+int launch_wgmma(const AttentionParams& p, void* cuda_stream) {
   constexpr int kShared = sizeof(typename Config::SharedStorage);
+  const auto stream = static_cast<cudaStream_t>(cuda_stream);
   const int64_t tiles = row_tiles(p, Config::kM);
-  const int splits = splits_of<Config>(p);
-  AttentionArguments a{
-      .p = p, .tiles = static_cast<unsigned>(tiles), .splits = splits, .blocks = tiles * all_heads(p) * splits};
+  AttentionArguments a{.p = p, .tiles = static_cast<unsigned>(tiles), .blocks = tiles * all_heads(p) * p.choice.splits};
   if (a.blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   if (auto e = a.encode(Config::kM, Config::kN)) return e;
   if (auto e = allow_shared<attention_wgmma_kernel<Config>>(kShared)) return e;
@@ -228,16 +227,17 @@ cudaError_t launch_wgmma(const AttentionParams& p, cudaStream_t stream) {
                       .block = Config::kThreads,
                       .shared = kShared,
                       .dependent = true};
-  if (auto e = launch_kernel(attention_wgmma_kernel<Config>, launch, stream, a); e || splits == 1) return e;
-  return launch_combine<Config, true>(p, splits, stream);
+  if (auto e = launch_kernel(attention_wgmma_kernel<Config>, launch, stream, a); e || p.choice.splits == 1) return e;
+  return launch_combine<Config, true>(p, stream);
 }
 
 template <AttentionInstance kInstance>
+AttentionChoice choose_wgmma(const AttentionParams& p) {
+  using Config = WgmmaAttentionConfig<kInstance, tile_of(kInstance)>;
+  return choose<Config>(p, launch_wgmma<Config>);
+}
+template <AttentionInstance kInstance>
 constexpr AttentionKernel wgmma_attention{
-    .arch = sm_90a,
-    .instance = kInstance,
-    .reads = loads_by_boxes,
-    .launch = launch_wgmma<WgmmaAttentionConfig<kInstance, tile_of(kInstance)>>,
-    .workspace = workspace_bytes<WgmmaAttentionConfig<kInstance, tile_of(kInstance)>>};
+    .arch = sm_90a, .instance = kInstance, .reads = loads_by_boxes, .choose = choose_wgmma<kInstance>};
 
 }  // namespace forwardpass

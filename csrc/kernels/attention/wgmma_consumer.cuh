@@ -57,7 +57,6 @@ struct WgmmaAttentionConsumer {
   };
 
   const AttentionParams& p;
-  const int& splits;
   const typename Config::SharedStorage& s;
   const int warpgroup;
   typename Config::QPipeline q;
@@ -72,7 +71,6 @@ struct WgmmaAttentionConsumer {
 
   __device__ WgmmaAttentionConsumer(const AttentionArguments& a, const typename Config::SharedStorage& s, int warpgroup)
       : p(a.p),
-        splits(a.splits),
         s(s),
         warpgroup(warpgroup),
         q(s.q_barriers),
@@ -289,7 +287,7 @@ struct WgmmaAttentionConsumer {
   __device__ static int warp_row(const Tile& t) { return t.first_row - t.row; }
   // After all keys of the current tile: its lse, or its part's sums. The output has then to be multiplied by `factor`.
   __device__ void finish_softmax(RowValues<1>& factor) {
-    if (splits > 1) {
+    if (p.choice.splits > 1) {
       store_sums(partial(current), warp_row(current), sums);
       factor[0][0] = factor[0][1] = 1;
     } else {
@@ -299,7 +297,7 @@ struct WgmmaAttentionConsumer {
     __syncwarp();  // lanes diverged at their rows' ends; what follows is warp-synchronous
   }
   __device__ void finish(const Tile& t, Output& values, const RowValues<1>& factor) const {
-    if (splits > 1) {
+    if (p.choice.splits > 1) {
       store_values(partial(t), warp_row(t), values, p.value_dim);
       __syncwarp();
     } else {
@@ -309,7 +307,7 @@ struct WgmmaAttentionConsumer {
   // Of a tile without keys: zeros, and the sink; of rows whose sequence is not known: NaN. Not o: with another way to
   // its epilogue ptxas would serialise the wgmmas that add to it (C7515).
   __device__ void store_nothing() {
-    if (splits > 1) {
+    if (p.choice.splits > 1) {
       store_sums(partial(current), warp_row(current), sums);
     } else {
       const float lse = current.known() ? sink_of(p, current.head) : NAN;

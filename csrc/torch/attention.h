@@ -1,5 +1,6 @@
 #pragma once
-// Torch side of what attention and attention_decode do to scores: scale, softcap, window and sinks, checked.
+// Torch side of what attention and attention_decode share: what they do to scores (scale, softcap, window, sinks,
+// ALiBi), checked; and a call on a GPU.
 #include <algorithm>
 #include <cmath>
 
@@ -34,6 +35,20 @@ void set_alibi(Params& p, OptionalTensorRef slopes, int64_t batch, const Tensor&
   const bool per_batch = slopes->dim() == 2;
   p.alibi_slopes = floats(slopes, (per_batch ? batch : 1) * p.heads, q, op, "alibi_slopes");
   p.alibi_batch_stride = per_batch ? p.heads : 0;
+}
+
+// A call on a GPU: chooses the kernel, allocates the workspace that it takes, if any, and launches it.
+template <class Params>
+void launch_chosen(Backend backend, Params& p, const Tensor& q) {
+  static LibraryFunction<int(const Params*, typename Params::Choice*)> selector(Params::kSelector);
+  p.device = device_of(backend, q);
+  check_cuda(backend, Params::kSelector, selector.of(backend)(&p, &p.choice));
+  OptionalTensor workspace;  // which lives until the kernel is launched
+  if (p.choice.workspace_bytes) {
+    workspace = contiguous_rows({p.choice.workspace_bytes / 4}, ScalarType::Float, q);
+    p.workspace = static_cast<float*>(workspace->mutable_data_ptr());
+  }
+  launch(backend, p, q);
 }
 
 }  // namespace forwardpass
