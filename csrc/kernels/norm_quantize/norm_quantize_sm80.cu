@@ -20,84 +20,105 @@ __device__ inline void for_each_affine(float (&v)[kVec], const Affine& a, int co
   for (int i = 0; i < kVec; ++i) v[i] = f(v[i], c[i]);
 }
 
-template <Dtype D>
-__global__ void __launch_bounds__(RowsConfig::kMaxWidth)
-    norm_quantize_kernel(NormQuantizeParams p, RowsLaunch l, bool aligned) {
-  using T = cuda_t<D>;
-  __shared__ float slots[2][32];  // of the two reductions
-  ptx::launch_dependents();
-  const Segment s(l, p.out);
-  auto x = static_cast<const T*>(p.x.data) + s.row * p.x.stride;                       // [columns]
-  auto residual = static_cast<const T*>(p.residual.data) + s.row * p.residual.stride;  // [columns]
-  auto residual_out = static_cast<T*>(p.residual_out) + s.row * p.x.columns;           // [columns]
-  bool add = p.residual.data;
-  auto rounded_sum = [](float a, float b) {
-    T sum;
-    from_float(__fadd_rn(a, b), sum);
-    return sum;
-  };
-
+// A row that is normed: x or, with a residual, the sum of both.
+template <class T>
+struct NormRow {
+  const NormQuantizeParams& p;
+  const Segment& s;
+  const bool aligned;
+  const T *x, *residual;  // [columns]
+  T* residual_out;        // [columns]
+  bool add;               // the residual is yet to be added
   // A layer norm does not change when the whole row is shifted. Computed relative to the row's first value, a large
   // common offset costs no accuracy, and a constant row has variance 0 exactly.
   float pivot = 0, mean = 0, inverse = 1;
-  if (p.kind == Norm::layer && s.active)
-    pivot = add ? to_float(rounded_sum(to_float(*x), to_float(*residual))) : to_float(*x);
+  bool normalized = false;  // what is loaded
 
-  const auto plus = [](float a, float b) { return __fadd_rn(a, b); };
-  const auto times = [](float a, float b) { return __fmul_rn(a, b); };
-  const auto normalize = [&](int column, int n, float (&v)[kVec]) {
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) v[i] = __fmul_rn(__fsub_rn(v[i], mean), inverse);
-    for_each_affine<T>(v, p.weight, column, n, aligned, times);
-    for_each_affine<T>(v, p.bias, column, n, aligned, plus);
-    trim(v, n);
-  };
+  __device__ NormRow(const NormQuantizeParams& p, const Segment& s, bool aligned)
+      : p(p),
+        s(s),
+        aligned(aligned),
+        x(static_cast<const T*>(p.x.data) + s.row * p.x.stride),
+        residual(static_cast<const T*>(p.residual.data) + s.row * p.residual.stride),
+        residual_out(static_cast<T*>(p.residual_out) + s.row * p.x.columns),
+        add(p.residual.data) {
+    if (p.kind == Norm::layer && s.active)
+      pivot = add ? to_float(rounded_sum(to_float(*x), to_float(*residual))) : to_float(*x);
+  }
+  __device__ static T rounded_sum(float a, float b) {
+    T sum;
+    from_float(__fadd_rn(a, b), sum);
+    return sum;
+  }
+  __device__ static float plus(float a, float b) { return __fadd_rn(a, b); }
+  __device__ static float times(float a, float b) { return __fmul_rn(a, b); }
+
   // A row that does not fit the registers is loaded again in every pass; in the last one as normalised values.
-  bool normalized = false;
-  SegmentValues values(s, [&](int base, Chunk& v) {
+  __device__ void load(int base, Chunk& v) const {
     load_chunk(v, x, s, base, aligned);
-    if (add) {
-      Chunk r;
-      load_chunk(r, residual, s, base, aligned);
-      for_each_vector(s, base, [&](int i, int column, int n) {
-        Vec<T> sum;
-#pragma unroll
-        for (int j = 0; j < kVec; ++j) v[i][j] = to_float(sum.e[j] = rounded_sum(v[i][j], r[i][j]));
-        store_vec(sum, residual_out + column, n, aligned);
-      });
-    }
+    if (add) add_residual(base, v);
     for_each_vector(s, base, [&](int i, int column, int n) {
 #pragma unroll
       for (int j = 0; j < kVec; ++j) v[i][j] = __fsub_rn(v[i][j], pivot);
       trim(v[i], n);
       if (normalized) normalize(column, n, v[i]);
     });
-  });
-
-  if (p.kind == Norm::layer) {
-    float sum = 0;
-    values.for_each([&](int, int, float (&v)[kVec]) {
-#pragma unroll
-      for (int i = 0; i < kVec; ++i) sum = __fadd_rn(sum, v[i]);
-    });
-    mean = __fdiv_rn(reduce_segment(sum, s, slots[0], plus), p.x.columns);
   }
-  float squares = 0;  // of the centred values: E[x^2] - E[x]^2 cancels
-  values.for_each([&](int, int n, float (&v)[kVec]) {
-    float d[kVec];
+  __device__ void add_residual(int base, Chunk& v) const {
+    Chunk r;
+    load_chunk(r, residual, s, base, aligned);
+    for_each_vector(s, base, [&](int i, int column, int n) {
+      Vec<T> sum;
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) d[i] = __fsub_rn(v[i], mean);
-    trim(d, n);
+      for (int j = 0; j < kVec; ++j) v[i][j] = to_float(sum.e[j] = rounded_sum(v[i][j], r[i][j]));
+      store_vec(sum, residual_out + column, n, aligned);
+    });
+  }
+  __device__ void normalize(int column, int n, float (&v)[kVec]) const {
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) squares = __fmaf_rn(d[i], d[i], squares);
-  });
-  squares = reduce_segment(squares, s, slots[1], plus);
-  inverse = __frcp_rn(__fsqrt_rn(__fadd_rn(__fdiv_rn(squares, p.x.columns), p.eps)));
-  inverse = __fmaf_rn(squares, 0.0f, inverse);  // squares that overflow show as NaN, not as values of 0
+    for (int i = 0; i < kVec; ++i) v[i] = __fmul_rn(__fsub_rn(v[i], mean), inverse);
+    for_each_affine<T>(v, p.weight, column, n, aligned, times);
+    for_each_affine<T>(v, p.bias, column, n, aligned, plus);
+    trim(v, n);
+  }
+  // The mean, of a layer norm, and the inverse of the root of the mean square.
+  template <class Values>
+  __device__ void find_moments(Values& values, float (&slots)[2][32]) {
+    if (p.kind == Norm::layer) {
+      float sum = 0;
+      values.for_each([&](int, int, float (&v)[kVec]) {
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) sum = __fadd_rn(sum, v[i]);
+      });
+      mean = __fdiv_rn(reduce_segment(sum, s, slots[0], plus), p.x.columns);
+    }
+    float squares = 0;  // of the centred values: E[x^2] - E[x]^2 cancels
+    values.for_each([&](int, int n, float (&v)[kVec]) {
+      float d[kVec];
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) d[i] = __fsub_rn(v[i], mean);
+      trim(d, n);
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) squares = __fmaf_rn(d[i], d[i], squares);
+    });
+    squares = reduce_segment(squares, s, slots[1], plus);
+    inverse = __frcp_rn(__fsqrt_rn(__fadd_rn(__fdiv_rn(squares, p.x.columns), p.eps)));
+    inverse = __fmaf_rn(squares, 0.0f, inverse);  // squares that overflow show as NaN, not as values of 0
+  }
+};
 
-  if (add) x = residual_out, add = false;  // each thread reads again what it wrote itself
-  normalized = true;
-  if (values.resident()) values.for_each(normalize);
+template <Dtype D>
+__global__ void __launch_bounds__(RowsConfig::kMaxWidth)
+    norm_quantize_kernel(NormQuantizeParams p, RowsLaunch l, bool aligned) {
+  __shared__ float slots[2][32];  // of the two reductions
+  ptx::launch_dependents();
+  const Segment s(l, p.out);
+  NormRow<cuda_t<D>> row(p, s, aligned);
+  SegmentValues values(s, [&](int base, Chunk& v) { row.load(base, v); });
+  row.find_moments(values, slots);
+  if (row.add) row.x = row.residual_out, row.add = false;  // each thread reads again what it wrote itself
+  row.normalized = true;
+  if (values.resident()) values.for_each([&](int column, int n, float (&v)[kVec]) { row.normalize(column, n, v); });
   quantize_segment(values, s, p.out);
 }
 

@@ -48,6 +48,37 @@ __device__ int first_row(const PermuteQuantizeParams& p, int choices, int* warp_
   return begin + earlier;
 }
 
+// The experts that this thread's choices name, every 32nd from `first` on; -1: none.
+using ChosenExperts = int[PositionsConfig::kEach];
+__device__ void load_chosen(const PermuteQuantizeParams& p, int64_t first, ChosenExperts& experts) {
+  const int64_t rows = p.rows();
+#pragma unroll
+  for (int i = 0; i < PositionsConfig::kEach; ++i) {
+    const int64_t choice = first + i * 32;
+    int64_t e = -1;
+    if (choice < rows)
+      e = p.wide_index ? static_cast<const int64_t*>(p.index)[choice] : static_cast<const int32_t*>(p.index)[choice];
+    experts[i] = e >= 0 && e < p.experts ? static_cast<int>(e) : -1;
+  }
+}
+// rank(i, how many choices of the same expert the warp has had before choice i); ranks: the warp's, of each expert.
+template <class F>
+__device__ inline void count_chosen(const ChosenExperts& experts, int* ranks, F rank) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < PositionsConfig::kEach; ++i) {
+    const int e = experts[i];
+    const unsigned same = __match_any_sync(0xffffffff, e);
+    const int before = __popc(same & ((1u << lane) - 1));
+    int had = 0;
+    if (e >= 0) had = ranks[e];
+    rank(i, had + before);
+    __syncwarp();
+    if (e >= 0 && before == 0) ranks[e] = had + __popc(same);
+    __syncwarp();
+  }
+}
+
 // A block has consecutive choices, kCountedChoices in each of `rounds`, and of those a warp consecutive ones, 32 at a
 // time. `counting`: only counts them into p.counts, for the blocks of the launch that follows.
 __device__ void find_positions(const PermuteQuantizeParams& p, bool counting, int rounds) {
@@ -63,33 +94,11 @@ __device__ void find_positions(const PermuteQuantizeParams& p, bool counting, in
 #pragma unroll 1
   for (int round = 0; round < rounds; ++round) {
     const int64_t first = (int64_t{blockIdx.x} * rounds + round) * kCountedChoices + warp * (32 * kEach) + lane;
-    int chosen_experts[kEach];  // -1: none
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const int64_t choice = first + i * 32;
-      int64_t e = -1;
-      if (choice < rows)
-        e = p.wide_index ? static_cast<const int64_t*>(p.index)[choice] : static_cast<const int32_t*>(p.index)[choice];
-      chosen_experts[i] = e >= 0 && e < p.experts ? static_cast<int>(e) : -1;
-    }
-    // rank(i, how many choices of the same expert the warp has had before)
-    const auto count = [&](auto rank) {
-#pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        const int e = chosen_experts[i];
-        const unsigned same = __match_any_sync(0xffffffff, e);
-        const int before = __popc(same & ((1u << lane) - 1));
-        int had = 0;
-        if (e >= 0) had = ranks[warp][e];
-        rank(i, had + before);
-        __syncwarp();
-        if (e >= 0 && before == 0) ranks[warp][e] = had + __popc(same);
-        __syncwarp();
-      }
-    };
+    ChosenExperts experts;
+    load_chosen(p, first, experts);
     for (int e = lane; e < p.experts; e += 32) ranks[warp][e] = 0;
     __syncwarp();
-    count([](int, int) {});
+    count_chosen(experts, ranks[warp], [](int, int) {});
     __syncthreads();
 
     int choices = 0;
@@ -108,9 +117,8 @@ __device__ void find_positions(const PermuteQuantizeParams& p, bool counting, in
         row += of_warp;
       }
     __syncthreads();
-    count([&](int i, int place) {
-      if (const int64_t choice = first + i * 32; choice < rows)
-        p.position[choice] = chosen_experts[i] >= 0 ? place : -1;
+    count_chosen(experts, ranks[warp], [&](int i, int place) {
+      if (const int64_t choice = first + i * 32; choice < rows) p.position[choice] = experts[i] >= 0 ? place : -1;
     });
   }
   if (counting && has_expert) p.counts[int64_t{blockIdx.x} * p.experts + expert] = row;
