@@ -13,9 +13,9 @@ from forwardpass.ops.append_kv import OPERATION
 def baseline(
     k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, block_table: Tensor | None, k_scale: Tensor | None,
     v_scale: Tensor | None, cos: Tensor | None, sin: Tensor | None, q: Tensor | None, q_out: Tensor | None, q_norm: Tensor | None,
-    k_norm: Tensor | None, norm_eps: float,
+    k_norm: Tensor | None, norm_eps: float, interleaved: bool,
 ) -> None:  # fmt: skip
-    """One new token a sequence, none of them empty, and a cache without static scales."""
+    """One new token a sequence, none of them empty, a cache without static scales, and rotation of halves."""
     position = (seq_lens - 1).long()
     first, row = torch.arange(len(k), device=k.device), position
     if block_table is not None:

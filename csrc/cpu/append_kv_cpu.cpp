@@ -60,10 +60,18 @@ INLINE void norm(const Affine& weight, float eps, int64_t columns, const Buffers
 }
 
 template <class V>
-INLINE void rotate(int64_t rotated, const Buffers& b) {
+INLINE void rotate(int64_t rotated, bool interleaved, const Buffers& b) {
   const int64_t half = rotated / 2;
   float* row = b.row;
   const float *cos = b.cos, *sin = b.sin;
+  if (interleaved) {
+    for (int64_t c = 0; c < rotated; c += 2) {
+      const float low = row[c], high = row[c + 1];
+      row[c] = low * cos[c] - high * sin[c];
+      row[c + 1] = high * cos[c + 1] + low * sin[c + 1];
+    }
+    return;
+  }
   for_each_vector<V>(
       0, half, VECTOR_BODY(=) {
         const auto part = [&](const float* x, int64_t first)
@@ -115,7 +123,7 @@ void append(const AppendKvParams& p, int64_t begin, int64_t end) {
                                __attribute__((always_inline)) {
                                  to_floats<V>(element(x, batch, token, head, p.dtype), p.dtype, c.head_dim, b.row);
                                  if (weight.data) norm<V>(weight, p.eps, c.head_dim, b);
-                                 if (p.rotated) rotate<V>(p.rotated, b);
+                                 if (p.rotated) rotate<V>(p.rotated, p.interleaved, b);
                                };
       const AppendKvParams::Place to = p.place(static_cast<int32_t>(batch), static_cast<int32_t>(token));
       for (int64_t head = 0; head < p.q_heads; ++head) {

@@ -13,6 +13,7 @@ namespace forwardpass {
 //
 //   k[c] = k[c] / sqrt(sum(k^2) / head_dim + eps) weight[c]
 //   k[c] = k[c] cos[c] + (c < rotated / 2 ? -k[c + rotated / 2] : k[c - rotated / 2]) sin[c]
+//   interleaved: k[c] = k[c] cos[c] + (c % 2 == 0 ? -k[c + 1] : k[c - 1]) sin[c]
 //
 // each operation rounded once to fp32. The sum is made of kNormSums, each of every kNormSums-th column in their order;
 // then the second half of the sums is added to the first, until one is left. A sum that overflows makes NaN. Scales per
@@ -28,9 +29,16 @@ struct AppendKvParams {
   Dtype dtype, rotary_dtype;
   float eps;
   int32_t q_heads, tokens, rotated;
+  bool interleaved;
   KvCache cache;
   Device device;  // that runs it; unused on a CPU
 
+  // The column that one of the first `rotated` is rotated with: beyond it, if it is the pair's first.
+  HOST_DEVICE int32_t partner(int32_t column) const {
+    const bool is_first = interleaved ? column % 2 == 0 : column < rotated / 2;
+    const int32_t apart = interleaved ? 1 : rotated / 2;
+    return is_first ? column + apart : column - apart;
+  }
   // The first two indices of a token's row; first -1: it is not written, as it is before its sequence, or is lost.
   struct Place {
     int64_t first, row;

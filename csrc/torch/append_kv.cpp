@@ -47,7 +47,7 @@ void append_kv(Backend backend, const Tensor& k, const Tensor& v, const Tensor& 
                const Tensor& seq_lens, const OptionalTensor& block_table, const OptionalTensor& k_scale,
                const OptionalTensor& v_scale, const OptionalTensor& cos, const OptionalTensor& sin,
                const OptionalTensor& q, const OptionalTensor& q_out, const OptionalTensor& q_norm,
-               const OptionalTensor& k_norm, double norm_eps) {
+               const OptionalTensor& k_norm, double norm_eps, bool interleaved) {
   const char* op = "append_kv";
   AppendKvParams p{};
   p.k = new_rows(k, op, "k"), p.v = new_rows(v, op, "v");
@@ -70,6 +70,8 @@ void append_kv(Backend backend, const Tensor& k, const Tensor& v, const Tensor& 
     p.rotary_dtype = dtype_of(cos->scalar_type(), op, "cos");
     p.rotated = static_cast<int32_t>(cos->size(2));
   }
+  STD_TORCH_CHECK(cos || !interleaved, op, ": interleaved says how cos and sin rotate: pass them");
+  p.interleaved = interleaved;
   STD_TORCH_CHECK(q.has_value() == q_out.has_value(), op, ": q and q_out go together");
   if (q) {
     p.q = new_rows(*q, op, "q");

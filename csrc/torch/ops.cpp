@@ -112,7 +112,7 @@ constexpr std::tuple kOps{
     Op<append_kv>{
         "append_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor seq_lens, Tensor? block_table, "
         "Tensor(c!)? k_scale, Tensor(d!)? v_scale, Tensor? cos, Tensor? sin, Tensor? q, Tensor(e!)? q_out, "
-        "Tensor? q_norm, Tensor? k_norm, float norm_eps) -> ()"},
+        "Tensor? q_norm, Tensor? k_norm, float norm_eps, bool interleaved) -> ()"},
 
     GpuOp<fp8_gemm>{"fp8_gemm(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor? bias, str? activation, "
                     "ScalarType out_dtype, Tensor? out_scale, Tensor? residual=None) -> Tensor"},

@@ -110,6 +110,6 @@ void append_kv(Backend backend, const Tensor& k, const Tensor& v, const Tensor& 
                const Tensor& seq_lens, const OptionalTensor& block_table, const OptionalTensor& k_scale,
                const OptionalTensor& v_scale, const OptionalTensor& cos, const OptionalTensor& sin,
                const OptionalTensor& q, const OptionalTensor& q_out, const OptionalTensor& q_norm,
-               const OptionalTensor& k_norm, double norm_eps);
+               const OptionalTensor& k_norm, double norm_eps, bool interleaved);
 
 }  // namespace forwardpass

@@ -19,10 +19,16 @@ rotary = importlib.import_module("forwardpass.integrations.rotary")
 caches = importlib.import_module("forwardpass.integrations.transformers_cache")
 
 STEPS = 6
+#: Cohere and GLM rotate neighbouring columns, GLM half of all columns.
+DECODERS = {
+    **ATTENTION,
+    "cohere": ("CohereForCausalLM", "CohereConfig", ATTENTION["llama"][2]),
+    "glm": ("GlmForCausalLM", "GlmConfig", ATTENTION["llama"][2]),
+}
 
 
 def decoder(name="llama"):
-    model = build(name, ATTENTION)
+    model = build(name, DECODERS)
     model.set_attn_implementation("eager")
     return model
 
@@ -61,7 +67,9 @@ def appended(monkeypatch):
         ("ministral3", "Ministral3Attention", "something else between"),  # scales queries behind it
         ("hunyuan_v1_dense", "HunYuanDenseV1Attention", "something else between"),  # norms behind it
         ("gpt_oss", "GptOssAttention", "another apply_rotary_pos_emb"),
-        ("glm", "GlmAttention", "another apply_rotary_pos_emb"),  # pairs of neighbours
+        ("glm", "GlmAttention", None),  # pairs of neighbours
+        ("cohere", "CohereAttention", None),
+        ("helium", "HeliumAttention", "another apply_rotary_pos_emb"),
         ("bert", "BertSelfAttention", "another apply_rotary_pos_emb"),
     ],
 )
@@ -155,7 +163,7 @@ def test_norms_in_threads():
 
 
 @pytest.mark.parametrize("kv_cache", ["auto", "int8"])
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "cohere", "glm"])
 def test_steps_rotate_as_they_append(name, kv_cache, appended):
     """The prompt is rotated by the model, as attention reads it from there."""
     model = with_other_norms(decoder(name))
@@ -166,7 +174,8 @@ def test_steps_rotate_as_they_append(name, kv_cache, appended):
     calls = appended()
     assert [call["q"] is not None for call in calls] == [False] * layers + [True] * layers * (STEPS - 1)
     assert all((call["cos"] is None) == (call["q"] is None) for call in calls)
-    has_norms = name != "llama"
+    assert all(call["interleaved"] == (name in ("cohere", "glm") and call["q"] is not None) for call in calls)
+    has_norms = name in ("qwen3", "gemma3")
     assert all(
         (call["q_norm"] is not None and call["k_norm"] is not None) == (has_norms and call["q"] is not None)
         for call in calls
@@ -178,7 +187,7 @@ def test_steps_rotate_as_they_append(name, kv_cache, appended):
     assert len(appended()) == len(calls)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "cohere", "glm"])
 def test_logits_of_steps_are_those_of_the_models_rotation(name, appended):
     """In 16 bits they are no further from float32's, where a model rounds each product and the operation once."""
     for dtype in (torch.float32, torch.bfloat16):

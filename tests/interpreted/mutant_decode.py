@@ -80,6 +80,7 @@ APPEND = (
         (7, 2), 2, 256, 1, BF16, I8, rotary="half", norm="k"
     ),  # the largest in the first of two columns taken together
     Append((7, 2), 2, 200, 1, F16, rotary="half", q_heads=1, norm="qk"),
+    Append((7, 2), 2, 40, 1, F16, rotary="half pairs", q_heads=1),
     Append((7, 2), 2, 200, 1, torch.float32, E4M3, rotary="whole", q_heads=2, norm="qk", scales="head"),
 )
 

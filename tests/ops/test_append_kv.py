@@ -77,6 +77,18 @@ def test_rotary_is_that_of_transformers():
     torch.testing.assert_close(cache, k * angle.cos().unsqueeze(2) + rotate_half * angle.sin().unsqueeze(2))
 
 
+def test_interleaved_rotary_is_that_of_complex_numbers():
+    """Two neighbouring columns are one complex number, as GPT-J has it."""
+    k, angle = torch.randn(2, 3, 2, 16), torch.rand(2, 3, 6)
+    cache, lengths = torch.zeros(2, 3, 2, 16), torch.tensor([3, 3], dtype=torch.int32)
+    rotary = tuple(x.repeat_interleave(2, -1) for x in (angle.cos(), angle.sin()))
+    got = fp.ops.append_kv(k, k, cache, cache.clone(), lengths, rotary=rotary, q=k, interleaved=True)
+    turned = torch.view_as_complex(k[..., :12].unflatten(-1, (-1, 2))) * torch.polar(torch.ones(()), angle).unsqueeze(2)
+    for actual in (cache, got):
+        torch.testing.assert_close(actual[..., :12], torch.view_as_real(turned).flatten(-2))
+        assert_equal(actual[..., 12:], k[..., 12:])
+
+
 def test_norm_is_that_of_torch():
     """Qwen3's: of each head of q and k, before the rotation."""
     q, k = torch.randn(2, 3, 4, 40), torch.randn(2, 3, 2, 40)
@@ -157,6 +169,8 @@ SCALE = torch.ones(2, 4, 2)
         ((K, K, CACHE, CACHE.clone(), LENGTHS), {"q_norm": ONE}, ValueError, "q_norm is the norm of q: pass q"),
         ((K, K, CACHE, CACHE.clone(), LENGTHS), {"k_norm": ONE}, ValueError, "k_norm must be contiguous with 8 elements"),
         ((K, K, CACHE, CACHE.clone(), LENGTHS), {"k_norm": ONE.double()}, TypeError, "k_norm must be a tensor of torch.float32"),
+        ((K, K, CACHE, CACHE.clone(), LENGTHS), {"interleaved": True}, ValueError, "pass rotary, or leave interleaved out"),
+        ((K, K, CACHE, CACHE.clone(), LENGTHS), {"rotary": (ROTARY, ROTARY), "interleaved": 1}, TypeError, "interleaved must be"),
         ((K, K, CACHE, CACHE.clone(), LENGTHS), {"norm_eps": -1.0}, ValueError, "norm_eps must be a number of at least 0"),
         ((K, K, CACHE, CACHE[:], LENGTHS), {}, ValueError, "k_cache and v_cache are the same memory, where v would overwrite k: "
          "pass two tensors"),

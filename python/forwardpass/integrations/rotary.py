@@ -13,7 +13,7 @@ import functools
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,32 +26,64 @@ NAME = "apply_rotary_pos_emb"
 #: Attributes: of cosines, that the next rotation by them is left to the cache; of keys, what is yet to be done to them.
 _DEFERS, _PENDING = "forwardpass_defers_rotation", "forwardpass_rotary"
 
-#: What the operation does, as models write it: of all columns, and of the first.
-_ROTATIONS = frozenset(
-    dump(code)
-    for code in (
-        """
-        cos = cos.unsqueeze(unsqueeze_dim)
-        sin = sin.unsqueeze(unsqueeze_dim)
-        q_embed = (q * cos) + (rotate_half(q) * sin)
-        k_embed = (k * cos) + (rotate_half(k) * sin)
-        return q_embed, k_embed
-        """,
-        """
-        cos = cos.unsqueeze(unsqueeze_dim)
-        sin = sin.unsqueeze(unsqueeze_dim)
-        rotary_dim = cos.shape[-1]
-        q_rot, q_pass = q[..., :rotary_dim], q[..., rotary_dim:]
-        k_rot, k_pass = k[..., :rotary_dim], k[..., rotary_dim:]
-        q_embed = (q_rot * cos) + (rotate_half(q_rot) * sin)
-        k_embed = (k_rot * cos) + (rotate_half(k_rot) * sin)
-        q_embed = torch.cat([q_embed, q_pass], dim=-1)
-        k_embed = torch.cat([k_embed, k_pass], dim=-1)
-        return q_embed, k_embed
-        """,
-    )
+
+class Rotation(NamedTuple):
+    """What a module's rotation is to `append_kv`."""
+
+    interleaved: bool
+    spread: bool = False  #: the first half of the columns of cos and sin counts, each for two columns of q and k
+
+
+#: The rotation of Llama, of all columns, and of Cohere, which is in float32: the operation's is, whatever is written.
+_WHOLE = """
+cos = cos.unsqueeze(unsqueeze_dim)
+sin = sin.unsqueeze(unsqueeze_dim)
+q_embed = (q * cos) + (rotate_half(q) * sin)
+k_embed = (k * cos) + (rotate_half(k) * sin)
+return q_embed, k_embed
+"""
+_WHOLE_IN_FLOAT32 = """
+dtype = q.dtype
+q = q.float()
+k = k.float()
+cos = cos.unsqueeze(unsqueeze_dim)
+sin = sin.unsqueeze(unsqueeze_dim)
+q_embed = (q * cos) + (rotate_half(q) * sin)
+k_embed = (k * cos) + (rotate_half(k) * sin)
+return q_embed.to(dtype=dtype), k_embed.to(dtype=dtype)
+"""
+#: Of the first columns.
+_PART = """
+rotary_dim = cos.shape[-1]
+q_rot, q_pass = q[..., :rotary_dim], q[..., rotary_dim:]
+k_rot, k_pass = k[..., :rotary_dim], k[..., rotary_dim:]
+q_embed = (q_rot * cos) + (rotate_half(q_rot) * sin)
+k_embed = (k_rot * cos) + (rotate_half(k_rot) * sin)
+q_embed = torch.cat([q_embed, q_pass], dim=-1)
+k_embed = torch.cat([k_embed, k_pass], dim=-1)
+return q_embed, k_embed
+"""
+_UNSQUEEZE = "cos = cos.unsqueeze(unsqueeze_dim)\nsin = sin.unsqueeze(unsqueeze_dim)"
+_SPREAD = """
+cos = cos[..., : cos.shape[-1] // 2].repeat_interleave(2, dim=-1)
+sin = sin[..., : sin.shape[-1] // 2].repeat_interleave(2, dim=-1)
+"""
+_HALVES = "x1 = x[..., : x.shape[-1] // 2]\nx2 = x[..., x.shape[-1] // 2 :]\nreturn torch.cat((-x2, x1), dim=-1)"
+_COHERE_PAIRS = (
+    "x1 = x[..., ::2]\nx2 = x[..., 1::2]\nrot_x = torch.stack([-x2, x1], dim=-1).flatten(-2)\nreturn rot_x"
 )
-_HALVES = dump("x1 = x[..., : x.shape[-1] // 2]\nx2 = x[..., x.shape[-1] // 2 :]\nreturn torch.cat((-x2, x1), dim=-1)")
+_GLM_PAIRS = "x1 = x[..., 0::2]\nx2 = x[..., 1::2]\nreturn torch.stack((-x2, x1), dim=-1).flatten(-2)"
+
+#: What the operation does, as models write it: (apply_rotary_pos_emb, rotate_half).
+_ROTATIONS = {
+    (dump(rotation), dump(half)): form
+    for rotation, half, form in (
+        (_WHOLE, _HALVES, Rotation(False)),
+        (_UNSQUEEZE + _PART, _HALVES, Rotation(False)),
+        (_WHOLE_IN_FLOAT32, _COHERE_PAIRS, Rotation(True)),
+        (_UNSQUEEZE + _SPREAD + _PART, _GLM_PAIRS, Rotation(True, spread=True)),
+    )
+}
 #: In the forward of attention, one right behind the other.
 _CALL = ast.dump(ast.parse(f"query_states, key_states = {NAME}(query_states, key_states, cos, sin)").body[0])
 _UPDATE = "key_states, value_states = cache.update(key_states, value_states, self.layer_idx, kwargs=kwargs)"
@@ -59,7 +91,7 @@ _APPEND = ast.dump(ast.parse(f"if cache is not None:\n    {_UPDATE}").body[0])
 
 
 def pending(key: Tensor) -> tuple[Any, ...]:
-    """(cos, sin, q, q_out, q_norm, k_norm, norm_eps), for `append_kv`, where k [B, Hk, S, D] is yet to be rotated, else what
+    """(cos, sin, q, q_out, q_norm, k_norm, norm_eps, interleaved), for `append_kv`, where k [B, Hk, S, D] is yet to be rotated, else what
     stands for nothing. The mark goes."""
     return PLAIN if torch.compiler.is_compiling() else vars(key).pop(_PENDING, PLAIN)
 
@@ -85,7 +117,7 @@ def _why_apart(cls: Any) -> str | None:
     tree = tree_of_module(owner)
     if tree is None:
         return "its code is not at hand"
-    if body_of(named(tree, NAME)) not in _ROTATIONS or body_of(named(tree, "rotate_half")) != _HALVES:
+    if _rotation(tree) is None:
         return f"its module has another {NAME}"
     statements = _statements(owner, tree)
     dumped = [ast.dump(x) for x in statements]
@@ -93,6 +125,10 @@ def _why_apart(cls: Any) -> str | None:
     if len(calls) != 1 or dumped[calls[0] + 1 : calls[0] + 2] != [_APPEND]:
         return "its forward does something else between rotation and cache"
     return None
+
+
+def _rotation(tree: ast.Module) -> Rotation | None:
+    return _ROTATIONS.get((body_of(named(tree, NAME)), body_of(named(tree, "rotate_half"))))
 
 
 def _statements(owner: Any, tree: ast.Module) -> list[ast.stmt]:
@@ -114,7 +150,10 @@ def defer(attention: nn.Module) -> tuple[Any, ...]:
     """Rotates a module's queries and keys in its cache, where that appends in place, their norms before it; returns the handles of
     the hooks that do so."""
     cls: Any = type(attention)
-    rotation = patches.put(_module(attention), NAME, _deferring)
+    tree = tree_of_module(owner_of_forward(cls))
+    form = None if tree is None else _rotation(tree)
+    assert form is not None  # there is no why_apart
+    rotation = patches.put(_module(attention), NAME, functools.partial(_deferring, form=form))
     if not norms_precede(cls) or not (norms := head_norms.wrap(attention)):
         return rotation, attention.register_forward_pre_hook(_mark, with_kwargs=True)
     return (
@@ -151,7 +190,7 @@ def _forget(*args: Any) -> None:
         head_norms.forget()
 
 
-def _deferring(rotate: Callable[..., Any]) -> Callable[..., Any]:
+def _deferring(rotate: Callable[..., Any], form: Rotation) -> Callable[..., Any]:
     @functools.wraps(rotate)
     def deferred(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
         marks = () if torch.compiler.is_compiling() else vars(cos).pop(_DEFERS, ())
@@ -165,7 +204,9 @@ def _deferring(rotate: Callable[..., Any]) -> Callable[..., Any]:
             return rotate(q, k, cos, sin, *args, **kwargs)
         rows = q.transpose(1, 2)
         q_out = torch.empty(rows.shape, dtype=q.dtype, device=q.device)
-        setattr(k, _PENDING, (cos, sin, rows, q_out, *weights))
+        if form.spread:
+            cos, sin = (x[..., : x.shape[-1] // 2].repeat_interleave(2, dim=-1) for x in (cos, sin))
+        setattr(k, _PENDING, (cos, sin, rows, q_out, *weights, form.interleaved))
         return q_out.transpose(1, 2), k
 
     return deferred

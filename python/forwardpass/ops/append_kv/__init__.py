@@ -31,6 +31,7 @@ def append_kv(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     norm_eps: float = 1e-6,
+    interleaved: bool = False,
 ) -> Tensor | None:
     """Writes the last S tokens of each sequence into its cache, at positions seq_len - S to seq_len - 1, in place.
 
@@ -56,6 +57,9 @@ def append_kv(
         q: [B, S, H, D] of k's dtype, last stride 1: the queries of the new tokens, to which the same is done as to k.
         q_norm, k_norm: float32 or k's dtype [D], contiguous: the weight of an RMS norm (arXiv 1910.07467) of each head of q, and of
             k, before the rotation, as Qwen3 has it: x / sqrt(mean(x^2) + norm_eps) * weight, in float32. Gemma's is 1 + weight.
+        norm_eps: is added to the mean square.
+        interleaved: rotary rotates columns 0 and 1, 2 and 3, and so on, as GPT-J, Cohere and GLM have it: column 2i becomes
+            k[2i] * cos[2i] - k[2i + 1] * sin[2i], column 2i + 1 k[2i + 1] * cos[2i + 1] + k[2i] * sin[2i + 1].
 
     Returns:
         q, normed and rotated, of its dtype, contiguous [B, S, H, D], padding too; NaN for tokens without a place. None without q.
@@ -75,7 +79,8 @@ def append_kv(
     if isinstance(q, Tensor):
         q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     OPERATION(
-        k, v, k_cache, v_cache, seq_lens, block_table, k_scale, v_scale, cos, sin, q, q_out, q_norm, k_norm, norm_eps
+        k, v, k_cache, v_cache, seq_lens, block_table, k_scale, v_scale, cos, sin, q, q_out, q_norm, k_norm, norm_eps,
+        interleaved
     )
     return q_out
 
@@ -96,6 +101,7 @@ def _check(
     q_norm: Tensor | None,
     k_norm: Tensor | None,
     norm_eps: float,
+    interleaved: bool,
 ) -> None:
     op = "append_kv"
     check_new_rows(op, "kv", k, v)
@@ -130,6 +136,10 @@ def _check(
         if cos.shape != sin.shape or cos.dtype != sin.dtype:
             raise ValueError(f"{op}: cos and sin of rotary must have one shape and dtype, and are {cos.dtype} {tuple(cos.shape)} "
                              f"and {sin.dtype} {tuple(sin.shape)}")  # fmt: skip
+    if not isinstance(interleaved, bool):
+        raise TypeError(f"{op}: interleaved must be True or False, not {interleaved!r}")
+    if interleaved and cos is None:
+        raise ValueError(f"{op}: interleaved says how rotary rotates: pass rotary, or leave interleaved out")
     _check_prepared(op, k, q, q_norm, k_norm, norm_eps)
     check_lengths(op, k_cache, seq_lens, block_table, seq_lens - k.shape[1])
 
@@ -157,10 +167,10 @@ def _fake(*args: object) -> None:
     return None
 
 
-#: The last arguments of OPERATION, q_norm, k_norm and norm_eps, where there are no norms.
+#: Of the last arguments of OPERATION q_norm, k_norm and norm_eps, where there are no norms.
 WITHOUT_NORMS = (None, None, 1e-6)
 #: And those from cos on, where k is written as it is.
-PLAIN = (None, None, None, None, *WITHOUT_NORMS)
+PLAIN = (None, None, None, None, *WITHOUT_NORMS, False)
 
 OPERATION = Operation(
     append_kv, _check, reference.append_kv, _fake, writes=("k_cache", "v_cache", "k_scale", "v_scale", "q_out")

@@ -25,7 +25,7 @@ class Case:
     cache: torch.dtype | None = None  # of the cache, None: of k
     page: int | None = 16  # None: contiguous
     scales: str = "token"  # of an 8-bit cache, one of SCALES
-    rotary: str | None = None  # or "whole", "half" of the columns; cos and sin of k's dtype, "float32"
+    rotary: str | None = None  # or "whole", "half" of the columns, "pairs"; cos and sin of k's dtype, "float32"
     q_heads: int = 0  # 0: without q
     norm: str | None = None  # of q and k, or "k" alone; weights of k's dtype, "float32"
     value_dim: int | None = None  # Dv, None: dim
@@ -71,7 +71,7 @@ class Case:
             cache.k_scale.fill_(torch.nan)
         lengths = torch.tensor(self.lengths, dtype=torch.int32)
         args = (k.to(self.dtype), v.to(self.dtype), cache.k, cache.v, lengths, cache.block_table, cache.k_scale, cache.v_scale,
-                cos, sin, q, q_out, q_norm, k_norm, 1e-6)  # fmt: skip
+                cos, sin, q, q_out, q_norm, k_norm, 1e-6, "pairs" in (self.rotary or ""))  # fmt: skip
         return tuple(a.to(device) if isinstance(a, Tensor) and device != "cpu" else a for a in args)
 
     def bytes(self) -> int:
@@ -123,6 +123,7 @@ def cases() -> Iterator[Case]:
     yield Case((9,), 2, 12, 1, torch.float16, torch.int8, rotary="half")
     yield Case((), page=None, q_heads=2)
     yield Case((9, 70), 3, 200, 1, torch.float32, rotary="half", q_heads=3, norm="qk")
+    yield Case((9, 70), 2, 72, 2, torch.float32, rotary="half pairs", q_heads=3, norm="qk")
     yield Case((4,), 1, 3, 1, torch.float16, norm="k float32")
     factors: dict[str, tuple[Any, ...]] = {
         "tokens": (1, 2, 5),
@@ -134,7 +135,7 @@ def cases() -> Iterator[Case]:
         "page": (None, 16, 64, 23, 1, 6),
         "value_dim": (None, 128, 24),
         "scales": SCALES,
-        "rotary": (None, "whole", "half", "whole float32", "half float32 one"),
+        "rotary": (None, "whole", "half", "whole float32", "half float32 one", "whole pairs", "half pairs float32"),
         "layout": LAYOUTS,
         "q_heads": (0, 2, 7),
         "norm": (None, "qk", "qk float32", "k"),

@@ -25,6 +25,7 @@ def append_kv(
     q_norm: Tensor | None,
     k_norm: Tensor | None,
     norm_eps: float,
+    interleaved: bool,
 ) -> None:
     check_memory(k_cache, v_cache, k_scale, v_scale)
     tokens = k.shape[1]
@@ -38,7 +39,7 @@ def append_kv(
 
     def prepare(x: Tensor, weight: Tensor | None) -> Tensor:
         x = x.float() if weight is None else norm(x.float(), weight.float(), norm_eps)
-        return x if cos is None or sin is None else rotate(x, cos.float(), sin.float())
+        return x if cos is None or sin is None else rotate(x, cos.float(), sin.float(), interleaved)
 
     if q is not None and q_out is not None:
         q_out.copy_(prepare(q, q_norm).masked_fill(is_lost[:, :, None, None], torch.nan))
@@ -78,11 +79,14 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * inverse * weight
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The first columns of x [B, S, heads, D], as many as cos and sin [B or 1, S, R] have, as transformers' rotate_half does."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """The first columns of x [B, S, heads, D], as many as cos and sin [B or 1, S, R] have. Column c of the first half is rotated with
+    column c of the second, as GPT-NeoX has it (transformers' rotate_half); interleaved, an even one with the next, as GPT-J has it."""
     columns = cos.shape[-1]
-    low, high = x[..., : columns // 2], x[..., columns // 2 : columns]
-    turned = torch.cat((-high, low), -1)
+    if interleaved:
+        turned = torch.stack((-x[..., 1:columns:2], x[..., :columns:2]), -1).flatten(-2)
+    else:
+        turned = torch.cat((-x[..., columns // 2 : columns], x[..., : columns // 2]), -1)
     rotated = x[..., :columns] * cos.unsqueeze(2) + turned * sin.unsqueeze(2)
     return torch.cat((rotated, x[..., columns:]), -1)
 

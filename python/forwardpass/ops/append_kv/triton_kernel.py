@@ -40,7 +40,7 @@ def store_row(
 @triton.jit
 def prepare_row(
     x, column, norm_ptr, norm_eps, cos, sin, rotated,
-    DIM: tl.constexpr, NORM: tl.constexpr, NORM_SUMS: tl.constexpr, ROTARY: tl.constexpr,
+    DIM: tl.constexpr, NORM: tl.constexpr, NORM_SUMS: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """The row [BLOCK_D] at x, normed and rotated, zeros from DIM on."""
     inverse = 1.0
@@ -55,8 +55,12 @@ def prepare_row(
     row = load_normed(x, column, column < DIM, norm_ptr, inverse, NORM)
     if ROTARY:
         turned = column < rotated
-        low = column < rotated // 2
-        partner = tl.where(low, column + rotated // 2, column - rotated // 2)
+        if INTERLEAVED:
+            low = column % 2 == 0
+            partner = column ^ 1
+        else:
+            low = column < rotated // 2
+            partner = tl.where(low, column + rotated // 2, column - rotated // 2)
         y = load_normed(x, partner, turned, norm_ptr, inverse, NORM)
         cosines = tl.load(cos + column, mask=turned, other=0.0).to(tl.float32)
         sines = tl.load(sin + column, mask=turned, other=0.0).to(tl.float32)
@@ -98,7 +102,7 @@ def append_kernel(
     cos_batch, cos_row, sin_ptr, sin_batch, sin_row, rotated, kv_heads, q, q_batch, q_row, q_head, q_out, q_heads, q_norm_ptr,
     k_norm_ptr, norm_eps, DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
     PAGED: tl.constexpr, QUANTIZED: tl.constexpr, E4M3: tl.constexpr, K_STATIC: tl.constexpr, V_STATIC: tl.constexpr,
-    ROTARY: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, NORM_SUMS: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, NORM_SUMS: tl.constexpr,
 ):  # fmt: skip
     heads = kv_heads + q_heads  # all in the grid's x: in y it has 65535 at most
     row_of_tokens, head = tl.program_id(0) // heads, tl.program_id(0) % heads
@@ -118,7 +122,8 @@ def append_kernel(
     if head >= kv_heads:
         head -= kv_heads
         q += batch.to(tl.int64) * q_batch + token.to(tl.int64) * q_row + head.to(tl.int64) * q_head
-        x = prepare_row(q, column, q_norm_ptr, norm_eps, cos_ptr, sin_ptr, rotated, DIM, Q_NORM, NORM_SUMS, ROTARY)
+        x = prepare_row(q, column, q_norm_ptr, norm_eps, cos_ptr, sin_ptr, rotated, DIM, Q_NORM, NORM_SUMS, ROTARY,
+                        INTERLEAVED)  # fmt: skip
         q_out += ((batch.to(tl.int64) * tokens + token) * q_heads + head) * DIM
         x = tl.where(is_lost, float("nan"), x)
         tl.store(q_out + column, x.to(q_out.dtype.element_ty), mask=column < DIM)
@@ -127,7 +132,8 @@ def append_kernel(
         return
     k += batch.to(tl.int64) * k_batch + token.to(tl.int64) * k_row + head.to(tl.int64) * k_head
     v += batch.to(tl.int64) * v_batch + token.to(tl.int64) * v_row + head.to(tl.int64) * v_head
-    x = prepare_row(k, column, k_norm_ptr, norm_eps, cos_ptr, sin_ptr, rotated, DIM, K_NORM, NORM_SUMS, ROTARY)
+    x = prepare_row(k, column, k_norm_ptr, norm_eps, cos_ptr, sin_ptr, rotated, DIM, K_NORM, NORM_SUMS, ROTARY,
+                    INTERLEAVED)  # fmt: skip
     store_row(x, column, k_cache, first, row, head, k_cache_first, k_cache_row, k_cache_head, k_scale_ptr, k_scale_first,
               k_scale_row, k_scale_head, DIM, QUANTIZED, E4M3, K_STATIC)  # fmt: skip
     column = tl.arange(0, BLOCK_V)
@@ -152,6 +158,7 @@ def append_kv(
     q_norm: Tensor | None,
     k_norm: Tensor | None,
     norm_eps: float,
+    interleaved: bool,
 ) -> None:
     if not k.numel():
         return
@@ -170,7 +177,7 @@ def append_kv(
             BLOCK_D=triton.next_power_of_2(dim), VALUE_DIM=v.shape[3],
             BLOCK_V=triton.next_power_of_2(v.shape[3]), PAGED=block_table is not None, QUANTIZED=k_cache.dtype in QUANTIZED,
             E4M3=k_cache.dtype == E4M3, K_STATIC=not is_per_token(k_scale), V_STATIC=not is_per_token(v_scale),
-            ROTARY=cos is not None, Q_NORM=q_norm is not None, K_NORM=k_norm is not None, NORM_SUMS=NORM_SUMS, num_warps=1,
+            ROTARY=cos is not None, INTERLEAVED=interleaved, Q_NORM=q_norm is not None, K_NORM=k_norm is not None, NORM_SUMS=NORM_SUMS, num_warps=1,
             enable_fp_fusion=False,
         )  # fmt: skip
 
