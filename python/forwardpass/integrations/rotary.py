@@ -34,7 +34,7 @@ class Rotation(NamedTuple):
     spread: bool = False  #: the first half of the columns of cos and sin counts, each for two columns of q and k
 
 
-#: The rotation of Llama, of all columns, and of Cohere, which is in float32: the operation's is, whatever is written.
+#: The rotation of all columns, Llama's and Cohere's. The operation computes both in float32.
 _WHOLE = """
 cos = cos.unsqueeze(unsqueeze_dim)
 sin = sin.unsqueeze(unsqueeze_dim)
@@ -69,9 +69,7 @@ cos = cos[..., : cos.shape[-1] // 2].repeat_interleave(2, dim=-1)
 sin = sin[..., : sin.shape[-1] // 2].repeat_interleave(2, dim=-1)
 """
 _HALVES = "x1 = x[..., : x.shape[-1] // 2]\nx2 = x[..., x.shape[-1] // 2 :]\nreturn torch.cat((-x2, x1), dim=-1)"
-_COHERE_PAIRS = (
-    "x1 = x[..., ::2]\nx2 = x[..., 1::2]\nrot_x = torch.stack([-x2, x1], dim=-1).flatten(-2)\nreturn rot_x"
-)
+_COHERE_PAIRS = "x1 = x[..., ::2]\nx2 = x[..., 1::2]\nrot_x = torch.stack([-x2, x1], dim=-1).flatten(-2)\nreturn rot_x"
 _GLM_PAIRS = "x1 = x[..., 0::2]\nx2 = x[..., 1::2]\nreturn torch.stack((-x2, x1), dim=-1).flatten(-2)"
 
 #: What the operation does, as models write it: (apply_rotary_pos_emb, rotate_half).
@@ -91,8 +89,8 @@ _APPEND = ast.dump(ast.parse(f"if cache is not None:\n    {_UPDATE}").body[0])
 
 
 def pending(key: Tensor) -> tuple[Any, ...]:
-    """(cos, sin, q, q_out, q_norm, k_norm, norm_eps, interleaved), for `append_kv`, where k [B, Hk, S, D] is yet to be rotated, else what
-    stands for nothing. The mark goes."""
+    """(cos, sin, q, q_out, q_norm, k_norm, norm_eps, interleaved), for `append_kv`, where k [B, Hk, S, D] is yet to be rotated,
+    else what stands for nothing. The mark goes."""
     return PLAIN if torch.compiler.is_compiling() else vars(key).pop(_PENDING, PLAIN)
 
 

@@ -80,8 +80,8 @@ def append_kv(
         q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     OPERATION(
         k, v, k_cache, v_cache, seq_lens, block_table, k_scale, v_scale, cos, sin, q, q_out, q_norm, k_norm, norm_eps,
-        interleaved
-    )
+        interleaved,
+    )  # fmt: skip
     return q_out
 
 

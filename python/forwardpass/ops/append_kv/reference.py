@@ -80,8 +80,10 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """The first columns of x [B, S, heads, D], as many as cos and sin [B or 1, S, R] have. Column c of the first half is rotated with
-    column c of the second, as GPT-NeoX has it (transformers' rotate_half); interleaved, an even one with the next, as GPT-J has it."""
+    """The first columns of x [B, S, heads, D], as many as cos and sin [B or 1, S, R] have.
+
+    Column c of the first half is rotated with column c of the second, as GPT-NeoX has it (transformers' rotate_half); interleaved,
+    an even column with the next, as GPT-J has it."""
     columns = cos.shape[-1]
     if interleaved:
         turned = torch.stack((-x[..., 1:columns:2], x[..., :columns:2]), -1).flatten(-2)

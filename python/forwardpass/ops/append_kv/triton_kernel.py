@@ -177,7 +177,8 @@ def append_kv(
             BLOCK_D=triton.next_power_of_2(dim), VALUE_DIM=v.shape[3],
             BLOCK_V=triton.next_power_of_2(v.shape[3]), PAGED=block_table is not None, QUANTIZED=k_cache.dtype in QUANTIZED,
             E4M3=k_cache.dtype == E4M3, K_STATIC=not is_per_token(k_scale), V_STATIC=not is_per_token(v_scale),
-            ROTARY=cos is not None, INTERLEAVED=interleaved, Q_NORM=q_norm is not None, K_NORM=k_norm is not None, NORM_SUMS=NORM_SUMS, num_warps=1,
+            ROTARY=cos is not None, INTERLEAVED=interleaved,
+            Q_NORM=q_norm is not None, K_NORM=k_norm is not None, NORM_SUMS=NORM_SUMS, num_warps=1,
             enable_fp_fusion=False,
         )  # fmt: skip
 
