@@ -103,8 +103,9 @@ struct OnlineSoftmax {
     return __any_sync(0xffffffff, grown);
   }
   // After all keys: the output accumulators have to be multiplied by `factor`; sum is the whole row's, times 2^-max.
-  // sink: one more score, in units of log2(e).
-  __device__ void finish(float sink, RowValues<kTilesM>& factor) {
+  // sink_of(i, half): one more score of a row, in units of log2(e).
+  template <class F>
+  __device__ void finish(F sink_of, RowValues<kTilesM>& factor) {
 #pragma unroll
     for (int i = 0; i < kTilesM; ++i)
 #pragma unroll
@@ -112,7 +113,7 @@ struct OnlineSoftmax {
         float total = sum[i][half];
         total += __shfl_xor_sync(0xffffffff, total, 1);
         total += __shfl_xor_sync(0xffffffff, total, 2);
-        const Denominator d(max[i][half], total, sink);
+        const Denominator d(max[i][half], total, sink_of(i, half));
         factor[i][half] = d.factor, max[i][half] = d.base, sum[i][half] = d.sum;
       }
   }

@@ -44,15 +44,18 @@ struct AttentionChoice {
 // and the key is attended to if -left <= j - (i + Sk - Sq) <= right and the mask lets it. A row without keys gives 0;
 // its lse is -inf, or the sink.
 struct AttentionParams {
-  using Choice = AttentionChoice;
   static constexpr const char* kLauncher = "forwardpass_attention";
   static constexpr const char* kSelector = "forwardpass_select_attention";
+  using Choice = AttentionChoice;
   AttentionTensor q, k, v;  // heads, kv_heads and kv_heads; query head h reads head h / (heads / kv_heads)
   void* out;                // [batch, rows, heads, value_dim] contiguous; varlen: [rows, heads, value_dim]
   float* lse;               // [batch, heads, rows], varlen: [heads, rows]; natural logarithm; or null
   Dtype dtype;              // of q, k, v and out: f16 or bf16
   int32_t batch, heads, kv_heads;
   int32_t rows, keys;  // Sq and Sk, neither is 0; varlen: of all sequences together, and keys may be 0; cache: unused
+  // GQA's packing, of a cache only: the 2^packed query heads of a kv head are rows, and heads are kv_heads. Row r is
+  // row r >> packed of the sequence, of its head's query head r & (2^packed - 1). 0: none
+  int32_t packed;
   int32_t head_dim, value_dim;
   float scale, softcap;  // softcap 0: none
   int32_t left, right;   // causal: right = 0

@@ -5,14 +5,16 @@
 
 namespace forwardpass {
 
-// Rows of q that no kernel but decode's is taken for; q of more is at multiples of 16 bytes on a GPU.
-constexpr int32_t kFewRows = 16;
+// Rows that share keys, of all heads of a kv head, that no kernel but decode's is taken for; q of more is at multiples
+// of 16 bytes on a GPU.
+constexpr int32_t kFewRows = 32;
 
 // As AttentionChoice: decode's kernel in `grid` thread blocks or, as prefill of a cache, one of attention's.
 struct AttentionDecodeChoice {
   int (*launch)(const struct AttentionDecodeParams& p, void* stream);  // returns a cudaError_t
   int64_t grid;
   int64_t workspace_bytes;
+  int32_t packed;           // of prefill, as AttentionParams has it
   AttentionChoice prefill;  // launch null: decode's
 };
 
@@ -23,9 +25,9 @@ struct AttentionDecodeChoice {
 // and the key is attended to if max(position - left, leftpad) <= j <= position. A row without keys gives 0. A row is
 // NaN if the table has no page for a key that it attends to, or if its sequence is not in_range().
 struct AttentionDecodeParams {
-  using Choice = AttentionDecodeChoice;
   static constexpr const char* kLauncher = "forwardpass_attention_decode";
   static constexpr const char* kSelector = "forwardpass_select_attention_decode";
+  using Choice = AttentionDecodeChoice;
   AttentionTensor q;  // [batch, row, head, dim]
   void* out;          // [batch, rows, heads, value_dim] contiguous
   float* lse;         // [batch, heads, rows], the natural logarithm of the denominator; or null
@@ -45,6 +47,8 @@ struct AttentionDecodeParams {
   AttentionDecodeChoice choice;
   float* workspace;  // of choice.workspace_bytes
 
+  // Rows of q that share keys.
+  int64_t sharing_rows() const { return int64_t{heads / cache.heads} * rows; }
   // Whether the cache has room for a sequence's length, and its padding is at least 0.
   HOST_DEVICE bool in_range(int64_t sequence) const {
     return cache.has_room(sequence) && (!leftpad || leftpad[sequence] >= 0);

@@ -36,10 +36,13 @@ struct KvCache {
   }
   // The first index of a token within the capacity: its sequence or its page. -1: the table names no page there.
   HOST_DEVICE int32_t first_of(int32_t sequence, int32_t token) const {
-    if (!block_table) return sequence;
-    const int32_t first = block_table[sequence * table_stride + token / page];
-    return first >= 0 && first < pages ? first : -1;
+    return block_table ? named(*entry(sequence, token)) : sequence;
   }
+  // The table's entry of a token; and the page that it names, or -1.
+  HOST_DEVICE const int32_t* entry(int32_t sequence, int32_t token) const {
+    return block_table + sequence * table_stride + token / page;
+  }
+  HOST_DEVICE int32_t named(int32_t entry) const { return entry >= 0 && entry < pages ? entry : -1; }
 };
 
 }  // namespace forwardpass

@@ -118,25 +118,31 @@ struct AttentionTile {
   __device__ int64_t v(const AttentionParams& p) const {
     return batch * p.v.batch + kv_head(p) * p.v.head + first_key * p.v.row;
   }
+  // The query head of a row.
+  __device__ int query_head(const AttentionParams& p, int r) const {
+    return (head << p.packed) + (r & ((1 << p.packed) - 1));
+  }
   // A row of out, [batch, rows, heads, value_dim].
   __device__ int64_t out(const AttentionParams& p, int r) const {
-    return ((p.cu_seqlens_q ? first_row : int64_t{batch} * rows) + r) * p.heads * p.value_dim +
-           int64_t{head} * p.value_dim;
+    const int64_t of_batch = p.cu_seqlens_q ? first_row : int64_t{batch} * (rows >> p.packed);
+    return ((of_batch + (r >> p.packed)) * (p.heads << p.packed) + query_head(p, r)) * p.value_dim;
   }
   // A row of the lse, [batch, heads, rows] or [heads, rows].
   __device__ int64_t lse(const AttentionParams& p, int r) const {
-    return p.cu_seqlens_q ? int64_t{head} * p.rows + first_row + r : (int64_t{batch} * p.heads + head) * rows + r;
+    if (p.cu_seqlens_q) return int64_t{head} * p.rows + first_row + r;
+    return (int64_t{batch} * (p.heads << p.packed) + query_head(p, r)) * (rows >> p.packed) + (r >> p.packed);
   }
   // A row's position among the keys; the last row is at the last key (bottom-right alignment).
-  __device__ int position(int r) const { return r + keys - rows; }
+  __device__ int position(const AttentionParams& p, int r) const { return (r >> p.packed) + keys - (rows >> p.packed); }
   // A row attends to the keys from first to end.
   __device__ int first(const AttentionParams& p, int r) const {
-    // Unsigned: nvcc 13.0 turns the signed position - p.left into max(position - p.left, 0), which overflows for an
+    // Unsigned: nvcc 13.0 turns the signed row_key - p.left into max(row_key - p.left, 0), which overflows for an
     // unlimited left.
-    return p.left >= position(r) ? 0 : static_cast<int>(static_cast<unsigned>(position(r)) - p.left);
+    const int row_key = position(p, r);
+    return p.left >= row_key ? 0 : static_cast<int>(static_cast<unsigned>(row_key) - p.left);
   }
   __device__ int end(const AttentionParams& p, int r) const {
-    return p.right >= rows - 1 - r ? keys : position(r) + p.right + 1;
+    return p.right >= (rows >> p.packed) - 1 - (r >> p.packed) ? keys : position(p, r) + p.right + 1;
   }
 };
 

@@ -22,8 +22,8 @@ void run(Backend backend, AttentionDecodeParams& p, const Tensor& q, const char*
                   op,
                   ": on a GPU the cache must have rows of a multiple of 16 bytes, up to 256 columns, at addresses "
                   "that are multiples of 16");
-  Tensor copy;                                       // which lives until the kernel is launched
-  const int64_t bytes = p.rows > kFewRows ? 16 : 4;  // that a kernel reads together
+  Tensor copy;                                                 // which lives until the kernel is launched
+  const int64_t bytes = p.sharing_rows() > kFewRows ? 16 : 4;  // that a kernel reads together
   if (reinterpret_cast<uintptr_t>(p.q.data) % bytes || (p.q.batch | p.q.row | p.q.head) * 2 % bytes) {
     copy = contiguous_rows(sizes_of(q), q.scalar_type(), q);
     torch::stable::copy_(copy, q);

@@ -69,6 +69,19 @@ def caches(dtype, dim, below, **every):
     )
 
 
+def packed_heads(dtype, dim, below):
+    """Few rows of a cache, all query heads of a kv head being rows of a tile: of one and of several tiles, and of parts of the keys."""
+
+    def case(lengths, rows, d=dim, **options):
+        return OfCache(lengths, rows, d, (8, 2), dtype, lse=True, **options)
+
+    return (
+        case((300, 0, 33), 9, below, page=48, sinks="float32"),
+        case((290, 140), 40, page=256, window=100, layout="together"),
+        case((1100, 40), 10, page=64, sinks="dtype"),
+    )
+
+
 def general(dtype, dim, below):
     #: a mask's values in blocks clean and not, the last of which lacks one key
     masks = ("bool bhij", "dtype bhij", "float32 bhij", "dtype hj", "bool bj")
@@ -108,8 +121,10 @@ INSTANCES = {
     "attention_mma_64": sm80(F16, 64, plain(F16, 64, 40)),
     "attention_mma_128": sm80(BF16, 128, plain(BF16, 128, 104)),
     "attention_mma_general": sm80(F16, 64, general(F16, 64, 40)),
-    "attention_wgmma_64": sm90a(F16, 64, (*plain(F16, 64, 40), *caches(F16, 64, 40))),
-    "attention_wgmma_128": sm90a(BF16, 128, (*plain(BF16, 128, 104), *caches(BF16, 128, 104))),
+    "attention_wgmma_64": sm90a(F16, 64, (*plain(F16, 64, 40), *caches(F16, 64, 40), *packed_heads(F16, 64, 40))),
+    "attention_wgmma_128": sm90a(
+        BF16, 128, (*plain(BF16, 128, 104), *caches(BF16, 128, 104), *packed_heads(BF16, 128, 104))
+    ),
     "attention_wgmma_general": sm90a(BF16, 64, (*general(BF16, 64, 40), *caches(BF16, 64, 40, alibi="batch"))),
     "attention_triton": triton(plain(F16, 64, 40)),
     "attention_triton_general": triton(general(BF16, 64, 40)),

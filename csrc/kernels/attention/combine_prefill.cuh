@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(32 * kCombineWarps)
   const int splits = p.choice.splits;
   add_parts(result, 0, splits, 1, row, column, p.value_dim,
             [&](int n) { return PartialResult(p.workspace, int64_t{block} * splits + n, kM, p.value_dim); });
-  const Denominator d(result.max, result.sum, tile.known() ? sink_of(p, tile.head) : NAN);
+  const Denominator d(result.max, result.sum, tile.known() ? sink_of(p, tile.query_head(p, tile.row + row)) : NAN);
   if (p.lse && column == 0) p.lse[tile.lse(p, tile.row + row)] = log_of_sum(d.base, d.sum);
   if (column >= p.value_dim) return;
   const float f = d.factor;

@@ -12,7 +12,7 @@ namespace forwardpass {
 struct AttentionInstance {
   Dtype dtype;              // of q, k, v and out
   int head_dim, value_dim;  // columns of q and k, and of v; value_dim is at most head_dim. Fewer are zero-filled
-  bool modified;            // with score modifiers: mask, ALiBi or softcap
+  bool modified;            // with score modifiers: mask, ALiBi or softcap. It computes what has none too
   bool paged = false;       // on mma.sync: keys are a cache's, paged or contiguous, by seq_lens; without a mask
 };
 

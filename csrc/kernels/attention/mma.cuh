@@ -122,7 +122,7 @@ int launch_mma(const AttentionParams& p, void* cuda_stream) {
 
 template <bool kPaged>
 bool reads_keys(const AttentionParams& p) {
-  return kPaged == (p.cache.seq_lens != nullptr);
+  return kPaged == (p.cache.seq_lens != nullptr) && !p.packed;
 }
 template <AttentionInstance kInstance>
 bool takes_large(const AttentionParams& p) {

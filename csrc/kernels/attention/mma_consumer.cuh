@@ -185,7 +185,8 @@ struct MmaAttentionConsumer {
       return store_values(to, warp_row, o, p.value_dim);
     }
     RowValues<Config::kTilesM> factor;
-    sums.finish(tile.known() ? sink_of(p, tile.head) : NAN, factor);
+    const float sink = tile.known() ? sink_of(p, tile.head) : NAN;
+    sums.finish([&](int, int) { return sink; }, factor);
     rescale(o, factor);
     typename Config::Epilogue{p, s, warp_row}(o, tile);
     store_lse<Output>(sums, p, tile, first_row());

@@ -69,7 +69,7 @@ class ScoreModifiers {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = min(first_row + Scores::row(i, 2 * half), t.rows - 1);
-        position_[i][half] = t.position(row);
+        position_[i][half] = t.position(p, row);
         mask_[i][half] = static_cast<const char*>(m.data) + (t.batch * m.batch + t.head * m.head + row * m.row) * size;
       }
   }

@@ -76,11 +76,18 @@ struct VarlenBoxes {
 // beyond the sequence's length. Rows that attend to a key without a page are NaN: its k is, by a box of k_nan, and its
 // v is 0, which a weight of NaN makes NaN and a weight of 0 does not.
 struct PagedBoxes {
-  __device__ static Box find(const KvCache& c, const AttentionTile& t, int key, int rows) {
+  // entry: of the key, where there is a table.
+  __device__ static Box find(const KvCache& c, const AttentionTile& t, int key, int rows, int entry) {
     rows = max(min(t.keys - key, rows), 0);
-    const int page = rows ? c.first_of(t.batch, key) : 0, row = c.block_table ? key % c.page : key;
+    const int page = !rows ? 0 : c.block_table ? c.named(entry) : t.batch, row = c.block_table ? key % c.page : key;
     return page < 0 ? Box{kEnd, 0, -1} : Box{kEnd - rows, row + rows, page};
   }
+};
+
+// Packed rows of q: a box of rows of the sequence, each of all query heads of a kv head. One dimension selects the kv
+// head and the sequence.
+struct PackedBoxes {
+  __device__ static Box find(const AttentionTile& t) { return {0, t.head, t.batch}; }
 };
 
 struct AttentionArguments {
@@ -93,10 +100,19 @@ struct AttentionArguments {
   BoxSteps q_steps, k_steps, v_steps;
 
   __device__ Box find_q(const AttentionTile& t) const {
+    if (p.packed) return PackedBoxes::find(t);
     return p.cu_seqlens_q ? VarlenBoxes::find(t.row, t.first_row, t.rows) : DenseBoxes::find(t.row, t.batch);
   }
-  __device__ Box find_keys(const AttentionTile& t, int key) const {
-    if (p.cache.seq_lens) return PagedBoxes::find(p.cache, t, key, box_rows);
+  // The third coordinate of q's box.
+  __device__ int q_head(const AttentionTile& t) const { return p.packed ? t.row >> p.packed : t.head; }
+  // Begins to load what find_keys has to be given of a key.
+  __device__ void look_up(const AttentionTile& t, int key, int& entry) const {
+    if (p.cache.block_table && key < t.keys)
+      ptx::cp_async_4(ptx::shared_address(&entry), p.cache.entry(t.batch, key), 4);
+    ptx::cp_async_commit();
+  }
+  __device__ Box find_keys(const AttentionTile& t, int key, int entry) const {
+    if (p.cache.seq_lens) return PagedBoxes::find(p.cache, t, key, box_rows, entry);
     return p.cu_seqlens_k ? VarlenBoxes::find(key, t.first_key, t.keys) : DenseBoxes::find(key, t.batch);
   }
   // m, n: rows of q in a tile, and keys of a block.
@@ -107,7 +123,9 @@ struct AttentionArguments {
       const int rows = cache ? kEnd : p.keys, pages = cache ? static_cast<int>(t.batch / t.row) : 0;
       return encode_rows(to, steps, t, {dim, rows, p.kv_heads, box_rows}, varlen || cache, pages, beyond...);
     };
-    if (auto e = encode_rows(q, q_steps, p.q, {p.head_dim, p.rows, p.heads, m}, varlen, 0)) return e;
+    if (auto e =
+            p.packed ? encode_packed(m) : encode_rows(q, q_steps, p.q, {p.head_dim, p.rows, p.heads, m}, varlen, 0))
+      return e;
     if (auto e = keys(k, k_steps, p.k, p.head_dim)) return e;
     if (auto e = keys(v, v_steps, p.v, p.value_dim)) return e;
     return cache ? keys(k_nan, k_steps, p.k, p.head_dim, CU_TENSOR_MAP_FLOAT_OOB_FILL_NAN_REQUEST_ZERO_FMA)
@@ -118,22 +136,33 @@ struct AttentionArguments {
   struct Rows {
     int dim, rows, heads, box;
   };
+  CUtensorMapDataType type() const {
+    return p.dtype == Dtype::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  }
+  cudaError_t encode_packed(int m) {
+    constexpr int64_t kSize = sizeof(uint16_t);
+    const int heads = 1 << p.packed;
+    const int64_t kv_head = heads * p.q.head;
+    q_steps = {true, static_cast<int>(p.q.batch / kv_head), 0};
+    return encode_boxes<5>(q, type(), p.q.data, {p.head_dim, heads, p.rows >> p.packed, kAnyExtent, 1},
+                           {p.q.head * kSize, p.q.row ? p.q.row * kSize : 16, kv_head * kSize, 16},
+                           {kPanel, heads, m >> p.packed, 1, 1}, CU_TENSOR_MAP_SWIZZLE_128B);
+  }
   // packed: addressed as above; pitch: from one page of it to the next, in rows.
   cudaError_t encode_rows(CUtensorMap& to, BoxSteps& steps, const AttentionTensor& t, Rows r, bool packed, int pitch,
                           CUtensorMapFloatOOBfill beyond = CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) const {
     // A dimension over which an operand is broadcast gets one element: no document promises that a tensor map may have
     // a stride of 0. The stride of a dimension with one element is any multiple of 16, such as kNoStride.
     constexpr int64_t kSize = sizeof(uint16_t), kNoStride = 16;
-    const auto type = p.dtype == Dtype::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
     const auto bytes = [&](int64_t stride) { return stride ? stride * kSize : kNoStride; };
     const int64_t row = r.rows <= 1 ? kNoStride : t.row * kSize, head = bytes(t.head);
     const int box[] = {kPanel, r.box, 1, 1, 1}, heads = t.head ? r.heads : 1;
     steps = {t.head != 0, packed ? pitch : t.batch ? 1 : 0, packed ? kEnd : 0};
     if (!packed)
-      return encode_boxes<5>(to, type, t.data, {r.dim, r.rows, heads, t.batch ? p.batch : 1, 1},
+      return encode_boxes<5>(to, type(), t.data, {r.dim, r.rows, heads, t.batch ? p.batch : 1, 1},
                              {row, head, bytes(t.batch), kNoStride}, box, CU_TENSOR_MAP_SWIZZLE_128B, beyond);
     if (r.rows > kEnd || row >= kBack) return cudaErrorInvalidValue;
-    return encode_boxes<5>(to, type, t.data, {r.dim, kEnd, heads, kAnyExtent, kAnyExtent},
+    return encode_boxes<5>(to, type(), t.data, {r.dim, kEnd, heads, kAnyExtent, kAnyExtent},
                            {row, head, row, kBack - row}, box, CU_TENSOR_MAP_SWIZZLE_128B, beyond);
   }
 };
@@ -144,6 +173,8 @@ inline bool loads_by_boxes(const AttentionParams& p) {
   const auto is_packed = [&](const AttentionTensor& t) {
     return t.row > 0 && t.batch % t.row == 0 && t.batch / t.row * c.pages + c.page < kAnyExtent;
   };
+  const int64_t kv_head = p.q.head << p.packed, last = p.q.batch / std::max<int64_t>(kv_head, 1) * p.batch + p.heads;
+  if (p.packed && last >= kAnyExtent) return false;
   return !c.seq_lens || (is_packed(p.k) && is_packed(p.v) && (!c.block_table || c.page % 16 == 0));
 }
 

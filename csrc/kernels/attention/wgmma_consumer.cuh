@@ -285,13 +285,17 @@ struct WgmmaAttentionConsumer {
   // Split-KV: where the result of a tile's part goes.
   __device__ PartialResult partial(const Tile& t) const { return {p.workspace, t.slot, Config::kM, p.value_dim}; }
   __device__ static int warp_row(const Tile& t) { return t.first_row - t.row; }
+  // Of one of this thread's rows.
+  __device__ float sink(int half) const {
+    return sink_of(p, current.query_head(p, current.first_row + Output::row(0, half * 2)));
+  }
   // After all keys of the current tile: its lse, or its part's sums. The output has then to be multiplied by `factor`.
   __device__ void finish_softmax(RowValues<1>& factor) {
     if (p.choice.splits > 1) {
       store_sums(partial(current), warp_row(current), sums);
       factor[0][0] = factor[0][1] = 1;
     } else {
-      sums.finish(sink_of(p, current.head), factor);
+      sums.finish([&](int, int half) { return sink(half); }, factor);
       store_lse<Output>(sums, p, current, current.first_row);
     }
     __syncwarp();  // lanes diverged at their rows' ends; what follows is warp-synchronous
@@ -310,9 +314,9 @@ struct WgmmaAttentionConsumer {
     if (p.choice.splits > 1) {
       store_sums(partial(current), warp_row(current), sums);
     } else {
-      const float lse = current.known() ? sink_of(p, current.head) : NAN;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) sums.max[0][half] = lse, sums.sum[0][half] = 1;
+      for (int half = 0; half < 2; ++half)
+        sums.max[0][half] = current.known() ? sink(half) : NAN, sums.sum[0][half] = 1;
       store_lse<Output>(sums, p, current, current.first_row);
     }
     __syncwarp();
