@@ -70,7 +70,7 @@ def caches(dtype, dim, below, **every):
 
 
 def packed_heads(dtype, dim, below):
-    """Few rows of a cache, all query heads of a kv head being rows of a tile: of one and of several tiles, and of parts of the keys."""
+    """Few rows of a cache, all query heads of a kv head being rows of a tile: one tile, several, and parts of the keys."""
 
     def case(lengths, rows, d=dim, **options):
         return OfCache(lengths, rows, d, (8, 2), dtype, lse=True, **options)
