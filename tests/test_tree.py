@@ -6,6 +6,7 @@ import pathlib
 import re
 
 import pytest
+from cpp_functions import functions
 
 import forwardpass as fp
 from forwardpass.dispatch import operations
@@ -228,3 +229,10 @@ def test_files_do_one_job():
                            "interpreter/tests") for p in (ROOT / d).rglob("*") if p.suffix in
                (".py", ".cpp", ".h", ".cu", ".cuh")]  # fmt: skip
     assert not [p for p in sources if len(p.read_text().splitlines()) > 600]
+
+
+def test_functions_of_the_compiled_side_are_short():
+    sources = [p for p in CSRC.rglob("*") if p.suffix in (".cpp", ".h", ".cu", ".cuh")]
+    lengths = {p: functions(p.read_text()) for p in sources}
+    assert sum(map(len, lengths.values())) > 1000  # they are found
+    assert not [(p.name, *longest[0]) for p, longest in lengths.items() if longest and longest[0][0] > 60]

@@ -84,22 +84,29 @@ struct Options {
   bool batch_invariant;
 };
 
-Tensor run(Backend backend, const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Options& o,
-           Tensor* lse) {
-  STD_TORCH_CHECK(o.cu_seqlens_q.has_value() == o.cu_seqlens_k.has_value(), op,
-                  ": cu_seqlens_q and cu_seqlens_k go together");
-  const bool varlen = o.cu_seqlens_q.has_value();
-  STD_TORCH_CHECK(!varlen || !o.mask, op, ": a mask does not go with cu_seqlens");
+// The dimension of rows; that of heads and that of columns are behind it.
+int64_t row_of(bool varlen) { return varlen ? 0 : 1; }
+
+void check_operands(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, bool varlen) {
   check_operand(q, q, varlen, op, "q");
   check_operand(k, q, varlen, op, "k");
   check_operand(v, q, varlen, op, "v");
-  const int64_t row = varlen ? 0 : 1, head = row + 1, dim = row + 2;
+  const int64_t row = row_of(varlen), head = row + 1, dim = row + 2;
   STD_TORCH_CHECK(k.size(row) == v.size(row) && k.size(head) == v.size(head) && k.size(dim) == q.size(dim), op,
                   ": k must be [..., keys, kv_heads, ", q.size(dim), "] and v [..., keys, kv_heads, value_dim]");
   STD_TORCH_CHECK(varlen || (q.size(0) == k.size(0) && q.size(0) == v.size(0)), op,
                   ": q, k and v must be of one batch size");
   STD_TORCH_CHECK(k.size(head) >= 1 && q.size(head) >= 1 && q.size(head) % k.size(head) == 0, op,
                   ": the heads of q must be a multiple of those of k");
+}
+
+AttentionParams params_of(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Options& o) {
+  STD_TORCH_CHECK(o.cu_seqlens_q.has_value() == o.cu_seqlens_k.has_value(), op,
+                  ": cu_seqlens_q and cu_seqlens_k go together");
+  const bool varlen = o.cu_seqlens_q.has_value();
+  STD_TORCH_CHECK(!varlen || !o.mask, op, ": a mask does not go with cu_seqlens");
+  check_operands(op, q, k, v, varlen);
+  const int64_t row = row_of(varlen), head = row + 1, dim = row + 2;
 
   AttentionParams p{};
   p.q = strides_of(q), p.k = strides_of(k), p.v = strides_of(v);
@@ -121,7 +128,13 @@ Tensor run(Backend backend, const char* op, const Tensor& q, const Tensor& k, co
   p.cu_seqlens_q = ints(o.cu_seqlens_q, int64_t{p.batch} + 1, q, op, "cu_seqlens_q");
   p.cu_seqlens_k = ints(o.cu_seqlens_k, int64_t{p.batch} + 1, q, op, "cu_seqlens_k");
   p.batch_invariant = o.batch_invariant;
+  return p;
+}
 
+Tensor run(Backend backend, const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Options& o,
+           Tensor* lse) {
+  AttentionParams p = params_of(op, q, k, v, o);
+  const bool varlen = o.cu_seqlens_q.has_value();
   auto sizes = sizes_of(q);
   sizes.back() = p.value_dim;
   Tensor out = contiguous_rows(sizes, q.scalar_type(), q);
