@@ -37,7 +37,7 @@ class Largest(Permute):
         return x, *others
 
 
-#: One kernel for its three launches: one and two thread blocks of choices, tokens without any place, rows of a thread, of a warp
+#: One kernel for its three launches: one thread block of choices and several, tokens without any place, rows of a thread, of a warp
 #: and of several; and of each type, rows that end within each of a thread's vectors, and those that are read twice.
 PERMUTE = (
     Permute(9, 3, 60, 33, routing="sentinels"),
@@ -45,7 +45,9 @@ PERMUTE = (
     Permute(3, 5, 300, 2100, F32, routing="sentinels"),
     Permute(12, 2, 8, 40, routing="none"),
     Permute(300, 8, 512, 16, routing="sentinels", layout="aligned"),
-    Permute(1300, 8, 60, 8, F32, layout="contiguous"),
+    # 15 thread blocks of choices, whose counts are added up eight at a time, then seven; and two rounds of each block
+    Permute(3600, 8, 60, 8, F32, layout="contiguous"),
+    Permute(2**15 + 1, 8, 60, 1, F32),
     Permute(20, 2, 8, 264, F16, layout="aligned"),
     Permute(20, 2, 8, 1035, layout="aligned"),
     Permute(60, 1, 8, 2100, F16),
