@@ -28,9 +28,8 @@ OF_KERNEL = {name: [arch for n, arch in SUBJECTS if n == name] for name, _ in SU
 #: explained: a compilation may unroll a loop otherwise, and of the copies a hash chooses. Of these the same tenth runs each time.
 UNEXPLAINED = {
     "int8_mma_128x128", "int8_wgmma_128x256", "fp8_wgmma_128x128", "fp8_wgmma_128x192", "w8a16_wgmma_128x256",
-    "gemv_w8a16", "triton_int8", "triton_int8_swapped", "triton_int8_split", "triton_sum_parts", "triton_fp8",
-    "triton_fp8_blocks", "triton_fp8_blocks_gated", "triton_w8a16", "attention_mma_general", "attention_wgmma_128",
-    "attention_triton", "attention_triton_general", "decode_i8", "grouped_w8a16_16x128", "grouped_wgmma_128x128",
+    "attention_mma_general", "attention_wgmma_128", "attention_triton", "attention_triton_general",
+    "decode_i8", "grouped_w8a16_16x128", "grouped_wgmma_128x128",
 }  # fmt: skip
 
 
