@@ -52,7 +52,7 @@ def mma(case, m, depths, many, *more, **options):
         case(m, 40, depths[0], FP16, **options),
         case(m, 136, depths[0], RESIDUAL, **options),
         case(m - 3, 120, depths[0], RESIDUAL_FP16, **options),
-        case(m, 48, depths[0], GATED_FP16, **options),
+        case(m, 112, depths[0], GATED_FP16, **options),  # more columns than a warp has
         case(m - 1, 48, depths[0], GATED_FP32, **options),
         case(m - 3, 36, 1100, PLAIN, **options),
         case(m - 3, 36, 10100, PLAIN, **options),
