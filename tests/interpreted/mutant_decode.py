@@ -27,10 +27,20 @@ def decode(dtype, **every):
     both = (
         case((0, 1, 15, 17, 300), heads=(6, 2), rows=2, sinks="float32"),
         case((130, 0, 260), dim=128, page=None, window=70, softcap=8.0, sinks="dtype", scales="head"),
-        case((130, 3), dim=48, heads=(2, 1), rows=5, window=9, softcap=3.0, scale=0.3),
+        case((130, 3), dim=48, heads=(2, 1), rows=5, window=9, softcap=3.0, scale=0.3, alibi="head", lse=True),
         case((130, 20), dim=128, heads=(16, 1), rows=3, window=75, sinks="dtype"),
         # several groups of rows, padding on the left of any kind
-        case((300, 50, 64, 17), dim=48, heads=(8, 1), rows=5, leftpad=(70, 0, 64, 3), layout="apart", scales="tensor"),
+        case(
+            (300, 50, 64, 17),
+            dim=48,
+            heads=(8, 1),
+            rows=5,
+            leftpad=(70, 0, 64, 3),
+            layout="apart",
+            scales="tensor",
+            alibi="batch",
+            lse=True,
+        ),
         case((0, 1700), dim=128, heads=(1, 1), page=None),
         # lengths out of range, one beyond the cache among them, paddings, and pages for some rows and for all
         case(
@@ -46,7 +56,7 @@ def decode(dtype, **every):
         *both,
         *(dataclasses.replace(c, batch_invariant=True) for c in both),
         # parts of more slices than there are stages, whose largest scores grow
-        case((2100, 40), heads=(2, 1), batch_invariant=True, page=64, scale=1.0),
+        case((2100, 40), heads=(2, 1), rows=3, batch_invariant=True, page=64, scale=1.0),
         case((1900,), heads=(1, 1), page=64, scale=1.0),
         case((4200, 1), heads=(40, 2), window=4150, batch_invariant=True, page=None, sinks="dtype"),
         case(LENGTHS, dim=16, heads=(2, 1), page=23, leftpad=PADDED, seq_lens=SEQ_LENS),

@@ -128,7 +128,7 @@ CUDA = {
     ),
     "int8_wgmma_128x256": Instance(
         ("sm_90a",), "Int8, WgmmaTile{m=128, n=256,",
-        (I8(200, 50 * 256, 330, PLAIN), I8(200, 50 * 256, 40, GATED), I8(100, 100 * 256, 40, PLAIN),
+        (I8(200, 50 * 256, 590, PLAIN), I8(200, 50 * 256, 40, GATED), I8(100, 100 * 256, 40, PLAIN),
          I8(200, 50 * 256, 40, HALF), I8(203, 50 * 256 - 3, 40, FP16), I8(203, 50 * 256, 40, GATED_FP16),
          I8(200, 50 * 256, 40, RESIDUAL), I8(203, 50 * 256 - 8, 40, RESIDUAL_FP16),
          I8(200, 250, 40, PLAIN, quantized=True), I8(203, 100, 40, HALF, quantized=True),
@@ -153,7 +153,7 @@ CUDA = {
     ),
     "fp8_wgmma_128x256": Instance(
         ("sm_90a",), "E4m3OptionalBlocks, WgmmaTile{m=128, n=256,",
-        (F8(200, 50 * 256, 40, PLAIN), F8(200, 50 * 256, 40, HALF), F8(203, 50 * 256 - 3, 40, FP16),
+        (F8(200, 50 * 256, 300, PLAIN), F8(200, 50 * 256, 40, HALF), F8(203, 50 * 256 - 3, 40, FP16),
          F8(200, 50 * 256, 40, RESIDUAL), F8(203, 50 * 256 - 8, 40, RESIDUAL_FP16),
          F8(200, 250, 40, PLAIN, quantized=True, rows=True),
          F8(200, 50 * 256, 40, GATED), F8(203, 50 * 256, 40, GATED_FP16), F8(200, 50 * 256, 40, GATED_FP32),
@@ -165,7 +165,7 @@ CUDA = {
     ),
     "fp8_wgmma_128x192": Instance(
         ("sm_90a",), "E4m3OptionalBlocks, WgmmaTile{m=128, n=192,",
-        (F8(200, 66 * 192, 40, PLAIN), F8(200, 66 * 192, 40, HALF), F8(203, 66 * 192 - 3, 40, FP16),
+        (F8(200, 66 * 192, 300, PLAIN), F8(200, 66 * 192, 40, HALF), F8(203, 66 * 192 - 3, 40, FP16),
          F8(200, 66 * 192, 40, RESIDUAL), F8(203, 66 * 192 - 8, 40, RESIDUAL_FP16),
          F8(200, 66 * 192, 40, GATED), F8(203, 66 * 192, 40, GATED_FP16), F8(200, 66 * 192, 40, GATED_FP32),
          F8(200, 66 * 192, 300, PLAIN, blocks=True), F8(200, 66 * 192, 40, BARE, blocks=True),
