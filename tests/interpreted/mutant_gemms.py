@@ -52,7 +52,7 @@ def mma(case, m, depths, many, *more, **options):
         case(m, 40, depths[0], FP16, **options),
         case(m, 136, depths[0], RESIDUAL, **options),
         case(m - 3, 120, depths[0], RESIDUAL_FP16, **options),
-        case(m, 112, depths[0], GATED_FP16, **options),  # more columns than a warp has
+        case(m, 48, depths[0], GATED_FP16, **options),
         case(m - 1, 48, depths[0], GATED_FP32, **options),
         case(m - 3, 36, 1100, PLAIN, **options),
         case(m - 3, 36, 10100, PLAIN, **options),
@@ -104,7 +104,9 @@ def upconverted(dtype, few, many):
 
 CUDA = {
     "int8_mma_128x128": Instance(
-        ("sm_80",), "Int8, MmaTile{m=128, n=128,", mma(I8, 128, (5, 388, 9200), (1153, 130), I8(70, 120, 388, ZERO_POINT))
+        ("sm_80",), "Int8, MmaTile{m=128, n=128,",
+        # gated columns of more than one warp, which has 64
+        mma(I8, 128, (5, 388, 9200), (1153, 130), I8(70, 120, 388, ZERO_POINT), I8(128, 112, 5, GATED_FP16)),
     ),
     "int8_mma_64x128": Instance(("sm_80",), "Int8, MmaTile{m=64, n=128,", mma(I8, 64, (388, 9200), (40, 300))),
     "int8_mma_16x128": Instance(("sm_80",), "Int8, MmaTile{m=16, n=128,", mma(I8, 16, (70, 1000, 14300), (9, 300))),
