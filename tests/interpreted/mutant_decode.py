@@ -15,7 +15,7 @@ F16, BF16, I8 = torch.float16, torch.bfloat16, torch.int8
 LENGTHS, LEFTPADS = tuple(7 * i * i % 90 for i in range(70)), tuple(5 * i % 37 for i in range(70))
 #: three of them out of range
 SEQ_LENS = (*LENGTHS[:10], -5, *LENGTHS[11:40], 10**6, *LENGTHS[41:])
-PADDED = (*LEFTPADS[:50], -1, *LEFTPADS[51:])
+PADDED = (*LEFTPADS[:37], -1, *LEFTPADS[38:50], -1, *LEFTPADS[51:])
 
 
 def decode(dtype, **every):
