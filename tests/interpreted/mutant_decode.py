@@ -80,7 +80,7 @@ COMBINE = (
 #: One kernel for all types: each of them and each kind of option.
 APPEND = (
     Append((0, 1, 15, 16, 17, 33), 2, dtype=F16, rotary="whole", q_heads=3, norm="qk float32"),
-    Append((9, 40), 3, 40, dtype=BF16, page=23, rotary="half float32 one", norm="k"),
+    Append((9, 40), 3, 40, dtype=BF16, page=23, rotary="half float32 one", norm="k", value_dim=24),
     Append((5,), dtype=torch.float32, page=None, layout="apart"),
     Append((3, 20), 5, 40, 1, BF16, I8, rotary="half"),
     Append((3, 20), 1, 40, 1, F16, E4M3, layout="together", q_heads=1, norm="qk"),
