@@ -107,6 +107,24 @@ def test_state_dict_has_the_names_of_the_layers(cls, assign):
     assert torch.equal(other(x), expected)
 
 
+def test_scales_of_gate_and_up_that_differ_are_refused():
+    """They are one product, with one scale for its input."""
+    model, layers = swapped(Gated)[1], []
+    for scale in (1.0, 2.0):
+        layers.append(
+            fp.nn.Int8Linear.from_torch(
+                nn.Linear(WIDTH, INNER), channel_scale=torch.full((WIDTH,), scale), activation="silu"
+            )
+        )
+    up = fp.nn.Int8Linear.from_torch(nn.Linear(WIDTH, INNER), channel_scale=torch.ones(WIDTH))
+    mlp = fp.nn.GatedMLP.from_layers(layers[0], up, model[1].down_proj)
+    state = mlp.state_dict() | {f"gate_proj.{n}": t for n, t in layers[1].state_dict().items()}
+    before = {n: t.clone() for n, t in mlp.state_dict().items()}
+    with pytest.raises(RuntimeError, match="channel_scale differs between a gate and an up projection"):
+        mlp.load_state_dict(state)
+    assert all(torch.equal(t, before[n]) for n, t in mlp.state_dict().items())
+
+
 @pytest.mark.parametrize("change", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copied", "pickled"])
 @torch.inference_mode()
 def test_parts_of_a_copy_are_its_own(change):
