@@ -351,8 +351,9 @@ def _of_parts(layer: QuantizedLinear, parts: Sequence[Mapping[str, Tensor]]) -> 
     for name, t in parts[0].items():
         if name not in by_output:
             if any(name in part and not torch.equal(part[name], t) for part in parts):
-                raise RuntimeError(f"load_state_dict: {name} differs between a gate and an up projection, which are one product "
-                                   "here: load it into the original model (fp.restore(model) brings it back) and swap that")  # fmt: skip
+                raise RuntimeError(f"load_state_dict: {name} differs between a gate and an up projection, which are one "
+                                   "product here: load it into the original model (fp.restore(model) brings it back) and "
+                                   "swap that")  # fmt: skip
             whole[name] = t
         elif all(name in part for part in parts):
             gate, up = (part[name] for part in parts) if len(parts) == 2 else t.chunk(2)
