@@ -40,7 +40,7 @@ class Largest(Permute):
 #: One kernel for its three launches: one thread block of choices and several, tokens without any place, rows of a thread, of a warp
 #: and of several; and of each type, rows that end within each of a thread's vectors, and those that are read twice.
 PERMUTE = (
-    Permute(9, 3, 60, 33, routing="sentinels"),
+    Permute(9, 3, 90, 33, routing="sentinels"),
     Permute(70, 2, 8, 40, F16, E4M3, torch.int32, channel_scale=True),
     Permute(3, 5, 300, 2100, F32, routing="sentinels"),
     Permute(12, 2, 8, 40, routing="none"),
