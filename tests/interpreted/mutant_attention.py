@@ -69,11 +69,11 @@ def caches(dtype, dim, below, **every):
     )
 
 
-def packed_heads(dtype, dim, below):
+def packed_heads(dtype, dim, below, **every):
     """Few rows of a cache, all query heads of a kv head being rows of a tile: one tile, several, and parts of the keys."""
 
     def case(lengths, rows, d=dim, **options):
-        return OfCache(lengths, rows, d, (8, 2), dtype, lse=True, **options)
+        return OfCache(lengths, rows, d, (8, 2), dtype, lse=True, **every, **options)
 
     return (
         case((300, 0, 33), 9, below, page=48, sinks="float32"),
@@ -125,7 +125,11 @@ INSTANCES = {
     "attention_wgmma_128": sm90a(
         BF16, 128, (*plain(BF16, 128, 104), *caches(BF16, 128, 104), *packed_heads(BF16, 128, 104))
     ),
-    "attention_wgmma_general": sm90a(BF16, 64, (*general(BF16, 64, 40), *caches(BF16, 64, 40, alibi="batch"))),
+    "attention_wgmma_general": sm90a(
+        BF16,
+        64,
+        (*general(BF16, 64, 40), *caches(BF16, 64, 40, alibi="batch"), *packed_heads(BF16, 64, 40, softcap=8.0)),
+    ),
     "attention_triton": triton(plain(F16, 64, 40)),
     "attention_triton_general": triton(general(BF16, 64, 40)),
 }

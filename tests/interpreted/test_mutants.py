@@ -26,7 +26,7 @@ OF_KERNEL = {name: [arch for n, arch in SUBJECTS if n == name] for name, _ in SU
 
 #: Kernels whose mutants have not all been run since they were last compiled, or some of whose mutants are neither detected nor
 #: explained: a compilation may unroll a loop otherwise, and of the copies a hash chooses. Of these the same tenth runs each time.
-UNEXPLAINED = {"attention_wgmma_64", "attention_wgmma_128", "attention_wgmma_general"}
+UNEXPLAINED = {"attention_wgmma_general"}
 
 
 def parts(of):
