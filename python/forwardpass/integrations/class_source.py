@@ -7,6 +7,7 @@ import functools
 import inspect
 import sys
 import textwrap
+import warnings
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -39,8 +40,12 @@ def _parsed(module: ModuleType) -> ast.Module | None:
 def is_as_written(owner: Any, name: str) -> bool:
     """Whether the function of a module or class is the one in its file. Libraries (Liger, Unsloth) and users put others in the
     place of transformers' own, of which nothing is known by what the file has."""
+    return _is_as_written(owner, name, patches.below(owner, name))
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_as_written(owner: Any, name: str, function: Any) -> bool:
     module = owner if isinstance(owner, ModuleType) else sys.modules.get(owner.__module__)
-    function: Any = patches.below(owner, name)
     while hasattr(function, "__wrapped__") and _package(function) in _DECORATING:
         function = function.__wrapped__
     if module is None or not isinstance(function, FunctionType):
@@ -79,6 +84,12 @@ def class_is_as_written(cls: Any) -> bool:
         for base in cls.__mro__
         if base.__module__.startswith("transformers.models.")
     )
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """A warning in a process, however often a model's code turns out to be another one."""
+    warnings.warn(text, stacklevel=6)
 
 
 def named(tree: ast.AST | None, name: str) -> ast.AST | None:

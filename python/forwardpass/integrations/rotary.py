@@ -11,7 +11,6 @@ from __future__ import annotations
 import ast
 import functools
 import sys
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from ..ops.append_kv import PLAIN, WITHOUT_NORMS
 from . import head_norms, patches
-from .class_source import body_of, dump, is_as_written, named, owner_of_forward, tree_of_module
+from .class_source import body_of, dump, is_as_written, named, owner_of_forward, tree_of_module, warn_once
 
 NAME = "apply_rotary_pos_emb"
 #: Attributes: of cosines, that the next rotation by them is left to the cache; of keys, what is yet to be done to them.
@@ -214,21 +213,11 @@ def why_changed(attention: nn.Module) -> str | None:
     """What of an attention's code is another one than at the swap: its steps then do as the model does, and one of them says so."""
     owner, module = owner_of_forward(type(attention)), _module(attention)
     changed = None if patches.is_there(module, NAME) else f"{module.__name__}.{NAME}"
-    if not _is_as_written(owner, vars(owner)["forward"]):
+    if not is_as_written(owner, "forward"):
         changed = f"{owner.__name__}.forward"
-    if changed is not None and changed not in _spoken_of:
-        _spoken_of.add(changed)
-        warnings.warn(f"{changed} is another function than at the swap: steps with a cache no longer rotate as they append",
-                      stacklevel=4)  # fmt: skip
+    if changed is not None:
+        warn_once(f"{changed} is another function than at the swap: steps with a cache no longer rotate as they append")
     return changed
-
-
-_spoken_of: set[str] = set()
-
-
-@functools.lru_cache(maxsize=1024)
-def _is_as_written(owner: Any, forward: Any) -> bool:
-    return is_as_written(owner, "forward")
 
 
 def _fits(q: Tensor, k: Tensor, cos: Tensor) -> bool:

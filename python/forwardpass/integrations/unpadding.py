@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -39,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .class_source import class_is_as_written
+from .class_source import class_is_as_written, warn_once
 
 #: The attribute of a model that runs a stack of its layers without padding: the implementation that its config has to name for
 #: that, None where attention pads by itself.
@@ -125,7 +124,7 @@ def _rows(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ro
     if mask.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
     if (replaced := why_replaced(vars(model).get(CLASSES, ()))) is not None:
-        _speak_of(replaced)
+        warn_once(f"the code of {replaced} is another than at the swap: batches keep their padding from here on")
         return None
     name = vars(model)[PLACE]
     if name is not None and config._attn_implementation != name:  # type: ignore[union-attr]  # set by hand since
@@ -143,13 +142,6 @@ def _rows(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ro
 def why_replaced(classes: Iterable[Any]) -> str | None:
     """The first of these classes whose code is not what transformers has in its file; None where that is so of none."""
     return next((cls.__name__ for cls in classes if not class_is_as_written(cls)), None)
-
-
-@functools.cache
-def _speak_of(name: str) -> None:
-    warnings.warn(
-        f"the code of {name} is another than at the swap: batches keep their padding from here on", stacklevel=6
-    )
 
 
 def enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

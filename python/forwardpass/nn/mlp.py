@@ -282,7 +282,8 @@ class GatedMLP(TwoProducts):
         return destination
 
     def check_state_dict(self, state_dict: Mapping[str, Any], prefix: str) -> None:
-        for name, layer in self.separate().items():
+        first, second = self.layers  # gate and up have buffers of the same names and dtypes as the two together
+        for name, layer in zip(self.members, (*(first for _ in self._indices), second)):
             layer.check_state_dict(state_dict, f"{prefix}{name}.")
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
