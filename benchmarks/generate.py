@@ -30,7 +30,7 @@ from forwardpass.cli.source import find_model
 from forwardpass.common import decoding
 from forwardpass.common.decoding import Decoding, Run
 from forwardpass.common.timing import Track, keep_freed_memory
-from forwardpass.integrations.kv_scales import KV_CACHES
+from forwardpass.integrations.transformers.kv_scales import KV_CACHES
 from forwardpass.profiling.roofline import roofline
 
 #: The least and most rounds of a cell.

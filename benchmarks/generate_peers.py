@@ -26,10 +26,10 @@ from forwardpass.cli.readout import NextTokens
 from forwardpass.cli.source import Source
 from forwardpass.common.decoding import Decoding, Generation, Run, run_of
 from forwardpass.common.modules import tensor_bytes
-from forwardpass.integrations.kv_scales import KV_CACHES
+from forwardpass.integrations.transformers.kv_scales import KV_CACHES
+from forwardpass.proofs.walker import linear_like
 from forwardpass.swap.plan import PlannedLayer
 from forwardpass.swap.precision import find_precision
-from forwardpass.swap.walker import linear_like
 
 HEAD, COMPILED = "+head", "+compiled"  #: behind a precision: the head in w8a16; steps compiled
 

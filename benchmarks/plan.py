@@ -22,16 +22,16 @@ from torch import nn
 
 import forwardpass as fp
 from benchmarks import bench
+from forwardpass.calibration.running import calibration_arguments
 from forwardpass.cli import embedding
 from forwardpass.cli.embedding import Batch
 from forwardpass.cli.readout import Embeddings
 from forwardpass.common import plots
 from forwardpass.common.timing import interleave, keep_freed_memory
 from forwardpass.planning.measure import CALIBRATED, find_candidate
-from forwardpass.swap.calibrate import calibration_arguments
+from forwardpass.proofs.walker import linear_like
 from forwardpass.swap.plan import Plan
 from forwardpass.swap.swapping import planned, swap_planned
-from forwardpass.swap.walker import linear_like
 
 BUDGETS = (0.999, 0.9995, 0.9999)
 BEST = f"int8{CALIBRATED}"  #: what greedy plans are made of

@@ -96,8 +96,8 @@ def test_assembly_is_of_shared_device_code():
 
 
 #: Of python/forwardpass: what a package may import, beside the version. Who stands later may import who stands earlier.
-LAYERS = ("common", "dispatch", "testing", "ops", "nn", "integrations", "swap", "planning", "serving", "profiling",
-          "cli")  # fmt: skip
+LAYERS = ("common", "dispatch", "testing", "ops", "nn", "integrations", "proofs", "formats", "calibration", "swap", "checkpoints",
+          "planning", "serving", "profiling", "cli")  # fmt: skip
 
 
 def imports_of_other_packages():
@@ -122,6 +122,14 @@ def test_packages_import_what_stands_before_them():
     ]
     assert not against
     assert len(found) > 100
+
+
+def test_folders_of_the_package_are_small():
+    """A newcomer has a folder's names on one screen."""
+    names = ("proofs", "formats", "calibration", "swap", "checkpoints", "integrations")
+    folders = [d for name in names for d in (PYTHON / name, *(PYTHON / name).rglob("*/")) if d.name != "__pycache__"]
+    assert len(folders) > 8
+    assert not [(str(d), n) for d in folders if (n := len([*d.glob("[!_]*.py")])) > 12]
 
 
 def test_the_public_names_are_all_there_is():

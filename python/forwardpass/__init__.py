@@ -9,6 +9,8 @@ _collects = _gc.isenabled()
 _gc.disable()
 try:
     from . import nn, ops
+    from .checkpoints import export_pretrained, load_pretrained, save_pretrained
+    from .checkpoints.auto_model import register_when_imported as _register_when_imported
     from .common.decoding import Decoding
     from .dispatch import Reason, Unsupported, explain, use_backend
     from .dispatch.calls import call_counts
@@ -16,10 +18,11 @@ try:
     from .dispatch.interpreted import interpret
     from .dispatch.interpreted import load as _load_interpreter
     from .integrations.flash_attention import register_flash_attention_impl
+    from .integrations.peft import register_when_imported as _check_adapters_when_imported
     from .integrations.sdpa import sdpa
     from .nn.layer import register_linear
     from .planning.parity import ParityReport, parity
-    from .planning.plan import plan
+    from .planning.planner import plan
     from .profiling.profile import Profile, profile
     from .serving.pipeline import ItemError, Pipeline
     from .serving.size_batch import BatchSizing, size_batch
@@ -28,16 +31,11 @@ try:
         Plan,
         Precision,
         Report,
-        export_pretrained,
-        load_pretrained,
         register_precision,
         report,
         restore,
-        save_pretrained,
         swap,
     )
-    from .swap.auto_model import register_when_imported as _register_when_imported
-    from .swap.late_adapters import register_when_imported as _check_adapters_when_imported
     from .version import __version__ as __version__
 finally:
     if _collects:
@@ -66,7 +64,7 @@ def __getattr__(name: str) -> _Any:
             raise AttributeError(str(e)) from None
         return gpuless.Finding if name == "InterpreterFinding" else gpuless.FindingWarning
     if name == "KVCache":
-        from .integrations.transformers_cache import KVCache
+        from .integrations.transformers.cache import KVCache
 
         return KVCache
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from forwardpass.swap.walker import linear_like
+from forwardpass.proofs.walker import linear_like
 
 WIDTH = 64
 

@@ -13,7 +13,7 @@ from small_models import ATTENTION, batch, build
 
 import forwardpass as fp
 from forwardpass.dispatch.calls import Calls, counted
-from forwardpass.integrations import transformers_attention as huggingface
+from forwardpass.integrations.transformers import attention as huggingface
 
 transformers = pytest.importorskip("transformers")
 

@@ -14,8 +14,9 @@ from small_models import ATTENTION, assert_same_objects, batch, build, objects
 
 import forwardpass as fp
 from forwardpass.dispatch.calls import Calls, counted
-from forwardpass.integrations import cache_readers, heads_first, key_ranges, kv_scales
-from forwardpass.integrations import transformers_attention as huggingface
+from forwardpass.integrations import heads_first
+from forwardpass.integrations.transformers import attention as huggingface
+from forwardpass.integrations.transformers import cache_readers, key_ranges, kv_scales
 
 transformers = pytest.importorskip("transformers")
 masking_utils = transformers.masking_utils
@@ -365,7 +366,7 @@ def test_a_cache_that_already_holds_something_goes_on():
 
 @torch.inference_mode()
 def test_what_can_be_done_to_a_cache():
-    from forwardpass.integrations.transformers_cache import GrowingLayer
+    from forwardpass.integrations.transformers.cache import GrowingLayer
 
     g = torch.Generator().manual_seed(0)
     k, v = torch.randn(2, 2, 3, 190, 32, generator=g)
@@ -404,7 +405,7 @@ def test_what_can_be_done_to_a_cache():
 @torch.inference_mode()
 def test_a_window_of_8_bits_in_a_static_cache(kv_cache, tolerance):
     """Beside transformers' own: prompts below and beyond the window, steps, several tokens at once; and a cache that was in use."""
-    from forwardpass.integrations import transformers_cache as ours
+    from forwardpass.integrations.transformers import cache as ours
 
     own, dtype, window = transformers.cache_utils, ours.kv_scales.KV_CACHES[kv_cache], 8
     g = torch.Generator().manual_seed(0)

@@ -5,7 +5,7 @@ import torch
 from small_models import ATTENTION, build
 
 import forwardpass as fp
-from forwardpass.integrations import transformers_attention
+from forwardpass.integrations.transformers import attention as transformers_attention
 
 transformers = pytest.importorskip("transformers")
 

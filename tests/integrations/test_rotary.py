@@ -14,9 +14,9 @@ from small_models import ATTENTION, batch, build
 import forwardpass as fp
 
 transformers = pytest.importorskip("transformers")
-head_norms = importlib.import_module("forwardpass.integrations.head_norms")
-rotary = importlib.import_module("forwardpass.integrations.rotary")
-caches = importlib.import_module("forwardpass.integrations.transformers_cache")
+head_norms = importlib.import_module("forwardpass.integrations.transformers.head_norms")
+rotary = importlib.import_module("forwardpass.integrations.transformers.rotary")
+caches = importlib.import_module("forwardpass.integrations.transformers.cache")
 
 STEPS = 6
 #: Cohere and GLM rotate neighbouring columns, GLM half of all columns.

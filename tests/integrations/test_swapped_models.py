@@ -10,7 +10,7 @@ from small_models import ATTENTION, CONFIGS, MLPS, assert_same_objects, batch, b
 
 import forwardpass as fp
 from forwardpass.dispatch.calls import Calls, counted
-from forwardpass.integrations import transformers_attention as huggingface
+from forwardpass.integrations.transformers import attention as huggingface
 
 transformers = pytest.importorskip("transformers")
 

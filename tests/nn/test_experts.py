@@ -14,7 +14,7 @@ from forwardpass.nn.experts import is_experts
 from forwardpass.nn.layer import quantize_weight
 from forwardpass.ops.common.activations import separate_gate_up
 from forwardpass.ops.fp8_gemm.reference import columns_scale
-from forwardpass.swap.fusion import activation_within
+from forwardpass.proofs.activation import activation_within
 
 moe = pytest.importorskip("transformers.integrations.moe")
 

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from forwardpass.planning import plan as planning
+from forwardpass.planning import planner as planning
 from forwardpass.planning.choose import Frontier, Option
 from forwardpass.planning.criterion import Criterion
 from forwardpass.planning.verify import Verdict

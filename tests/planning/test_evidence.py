@@ -3,7 +3,7 @@
 import pytest
 
 from forwardpass.common.printed import as_text
-from forwardpass.swap.evidence import describe
+from forwardpass.swap.plan_evidence import describe
 
 
 def minilm_like():

@@ -21,7 +21,7 @@ from forwardpass.common.plots import require
 from forwardpass.common.text import count
 from forwardpass.common.timing import Timing
 from forwardpass.planning import measure, plots
-from forwardpass.planning import plan as planning
+from forwardpass.planning import planner as planning
 from forwardpass.swap import originals
 from forwardpass.swap.plan import Plan
 

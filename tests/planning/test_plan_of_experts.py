@@ -5,8 +5,8 @@ from small_models import build, names
 
 import forwardpass as fp
 from forwardpass.planning.measure import sample_inputs
+from forwardpass.proofs.walker import experts_leaves
 from forwardpass.swap import precision
-from forwardpass.swap.walker import experts_leaves
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100,
          "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip

@@ -8,7 +8,7 @@ from small_models import assert_same_objects, batch, block, build, inputs, objec
 from torch import nn
 
 import forwardpass as fp
-from forwardpass.swap.calibrate import LEAST_ROWS
+from forwardpass.calibration.running import LEAST_ROWS
 
 
 def test_calibration_lowers_the_error():

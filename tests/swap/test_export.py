@@ -10,8 +10,8 @@ from small_models import build, outputs
 from stored_formats import layers_of, llama, mixture
 
 import forwardpass as fp
+from forwardpass.checkpoints import smoothing
 from forwardpass.cli import embedding
-from forwardpass.swap import smoothing
 
 X = {"input_ids": torch.arange(3, 35).reshape(2, 16)}
 

@@ -11,7 +11,8 @@ from torch import nn
 
 import forwardpass as fp
 from forwardpass.ops.common.activations import PLAIN, activate
-from forwardpass.swap import fusion, swapping
+from forwardpass.proofs import activation as fusion
+from forwardpass.swap import swapping
 
 
 class Nested(Mlp):

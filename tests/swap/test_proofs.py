@@ -9,7 +9,7 @@ from small_models import batch, build, outputs
 from torch import nn
 
 import forwardpass as fp
-from forwardpass.swap import proofs
+from forwardpass.proofs import run as proofs
 
 SIZE = 64
 
@@ -107,7 +107,7 @@ def test_models_of_transformers_are_run_and_proven(name, monkeypatch):
 
 
 def proofs_leaves(model):
-    from forwardpass.swap.walker import linear_like
+    from forwardpass.proofs.walker import linear_like
 
     return linear_like(model)
 

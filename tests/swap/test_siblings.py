@@ -15,8 +15,8 @@ from torch import nn
 import forwardpass as fp
 from forwardpass.nn.joined import MOST_ROWS_ON_CPU, Joined
 from forwardpass.nn.layer import QuantizedLinear
-from forwardpass.swap.siblings import siblings
-from forwardpass.swap.walker import linear_leaves
+from forwardpass.proofs.siblings import siblings
+from forwardpass.proofs.walker import linear_leaves
 
 SIZE = 64
 

@@ -4,7 +4,7 @@ tokens, silence, fewer rows than channels."""
 import pytest
 import torch
 
-from forwardpass.swap.calibration import LayerStatistics, round_weight, smoothing_scale, static_scale
+from forwardpass.calibration.formulas import LayerStatistics, round_weight, smoothing_scale, static_scale
 
 
 def correlated(rows: int, features: int, seed: int = 0) -> torch.Tensor:

@@ -17,7 +17,7 @@ import forwardpass as fp
 from forwardpass.nn.layer import quantize_weight
 from forwardpass.ops.common.activations import interleave_gate_up
 from forwardpass.ops.common.quantized_rows import E4M3
-from forwardpass.swap.walker import experts_leaves
+from forwardpass.proofs.walker import experts_leaves
 
 X = {"input_ids": torch.arange(3, 35).reshape(2, 16)}
 #: format -> the kind of experts on a CPU, and on a GPU that multiplies fp8

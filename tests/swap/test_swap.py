@@ -24,10 +24,10 @@ from torch import nn
 from torch.nn.utils import prune
 
 import forwardpass as fp
+from forwardpass.common.patterns import Pattern
 from forwardpass.nn import QuantizedLinear
 from forwardpass.nn.experts import is_experts
 from forwardpass.swap import originals
-from forwardpass.swap.patterns import Pattern
 
 #: About 1.5 times the worst of the models' relative errors, which is T5's.
 OFF = {"int8": 0.018, "fp8": 0.08, "w8a16": 0.016, "bf16": 0.006}

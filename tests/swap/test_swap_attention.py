@@ -15,7 +15,7 @@ from torch import nn
 
 import forwardpass as fp
 from forwardpass.dispatch.calls import Calls, counted
-from forwardpass.integrations import transformers_attention as huggingface
+from forwardpass.integrations.transformers import attention as huggingface
 
 
 def encoder(**options):
@@ -88,7 +88,7 @@ def tier(request, monkeypatch):
     def faster_than_torch(device, dtype, head_dim, rows):
         return request.param == "avx2" and (rows >= 4 or dtype != torch.float32)
 
-    monkeypatch.setattr(sys.modules["forwardpass.swap.attention"], "faster_than_torch", faster_than_torch)
+    monkeypatch.setattr(sys.modules["forwardpass.swap.attention.modules"], "faster_than_torch", faster_than_torch)
     return request.param
 
 

@@ -6,8 +6,8 @@ from rotation import in_turn, paired
 from small_models import build, codes, names
 
 import forwardpass as fp
+from forwardpass.proofs.walker import experts_leaves
 from forwardpass.swap import precision as precision_module
-from forwardpass.swap.walker import experts_leaves
 
 _SIZES = {"vocab_size": 100, "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
           "max_position_embeddings": 64, "intermediate_size": 96,

@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checkpoints.load import load_transformer
 from ..common.compare import relative_error
 from ..common.extras import pip_install
 from ..common.quiet import quiet_libraries
 from ..common.text import count
-from ..swap import checkpoint, model_config
+from ..integrations.transformers import model_config
 from .source import Source, is_in_reach
 from .source import find_model as find_model
 
@@ -45,7 +46,7 @@ def load(source: Source, device: torch.device | str = "cpu", auto: str = "AutoMo
             model: Any = None
             config: Any
             if source.swapped or source.stored:
-                model = checkpoint.load_transformer(source.path, device=device)
+                model = load_transformer(source.path, device=device)
                 model = getattr(model, "base_model", model) if auto == "AutoModel" else model
                 config = model.config
             else:

@@ -18,7 +18,7 @@ from ..common.decoding import logits_by_steps
 from ..common.text import count
 from ..integrations import sentence_transformers as sentences
 from ..planning.agreement import next_tokens
-from ..swap.kv_cache import kv_cache_of
+from ..swap.attention.kv_cache import kv_cache_of
 from . import embedding
 from .embedding import Batch
 from .source import Source

@@ -10,10 +10,10 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
+from ..checkpoints import stored as stored_checkpoint
+from ..checkpoints.folder import RECORD
+from ..checkpoints.load import description
 from ..integrations import sentence_transformers as sentences
-from ..swap import checkpoint
-from ..swap.folder import RECORD
-from ..swap.stored import checkpoint as stored_checkpoint
 
 #: Seconds to wait for the hub.
 TIMEOUT_S = 2.0
@@ -78,7 +78,7 @@ class Source:
         """What sentence-transformers has around the model in that folder, if anything. ValueError in one sentence."""
         if self.gguf:
             return None
-        return checkpoint.description(self.path) if self.swapped else sentences.read(pathlib.Path(self.path))
+        return description(self.path) if self.swapped else sentences.read(pathlib.Path(self.path))
 
     @property
     def config(self) -> dict[str, Any]:

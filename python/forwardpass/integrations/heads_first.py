@@ -12,7 +12,7 @@ from ..dispatch import Operation, Reason, asked_for_by_name, interpreter
 from ..ops.attention import ATTENTION, ATTENTION_WITH_LSE
 from ..ops.attention_decode import OPERATION as ATTENTION_DECODE
 from ..ops.common.quantized_rows import FLOATS
-from .kv_scales import scale_of
+from .transformers.kv_scales import scale_of
 
 
 def arguments(

@@ -24,7 +24,7 @@ class Joined:
     That reads the input, and quantises it, once; and where rows are few, a call's fixed time is much of it. The layers stay:
     their names, their hooks, and their buffers, which are views. The first computes, the others take their columns of the result
     if what they are called with is the same tensor, in the forward of the module that holds them, whose code was read (see
-    `swap.siblings`): between the first call and the last nothing writes to that tensor. Called in another way each layer
+    `proofs.siblings`): between the first call and the last nothing writes to that tensor. Called in another way each layer
     computes alone. So it does where something has written to that tensor, which torch counts outside of inference mode, and where
     the views are no longer what it holds: moved, cast, copied, or of a scale written into. Those are joined again, where they still
     agree, by the next call that is not compiled.

@@ -402,3 +402,10 @@ def _settled(layer: L) -> L:
     layer._apply(lambda t: t)  # rows of 16 bytes
     layer.settle()
     return layer
+
+
+def quantised_layers(model: nn.Module) -> dict[str, QuantizedModule]:
+    """The quantised layers of forwardpass.nn in a model, its quantised experts, and its MLPs that are one module, by name."""
+    modules = {fqn: m for fqn, m in model.named_modules() if isinstance(m, QuantizedModule)}
+    within = {id(layer) for m in modules.values() if isinstance(m, TwoProducts) for layer in m.children()}
+    return {fqn: m for fqn, m in modules.items() if id(m) not in within}

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..common.timing import Timing
-from ..integrations.kv_scales import KV_CACHES
+from ..integrations.transformers.kv_scales import KV_CACHES
 from ..swap.plan import Plan
 from .criterion import PERPLEXITY, Criterion
 from .verify import Verifier

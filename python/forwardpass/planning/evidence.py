@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..common.timing import Timing
-from ..swap.evidence import NO_GAIN
+from ..swap.plan_evidence import NO_GAIN
 from .choose import Frontier
 from .measure import Candidate, Layer
 

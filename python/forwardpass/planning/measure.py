@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calibration.running import LEAST_ROWS, calibration_arguments
 from ..common.batches import Fingerprint, Forward, Output, evaluating, main_output, padding_mask, run
 from ..common.decoding import Decoding, Generation, clock_of, logits_by_steps
 from ..common.files import read_json, write_json
@@ -24,13 +25,12 @@ from ..common.modules import hooked, tensor_bytes
 from ..common.timing import Timing, Track, beyond_caches, interleave
 from ..dispatch import Reason, only_reference_on
 from ..nn.layer import QuantizedLinear
-from ..swap.calibrate import LEAST_ROWS, calibration_arguments
-from ..swap.kv_cache import kv_cache_of
+from ..proofs.walker import Leaf
+from ..swap.attention.kv_cache import kv_cache_of
 from ..swap.plan import Plan
 from ..swap.precision import LayerPrecision, find_precision
 from ..swap.rules import Context, why_skip
 from ..swap.swapping import build, planned, swap_planned
-from ..swap.walker import Leaf
 from .criterion import Criterion
 from .parity import LayerParity
 

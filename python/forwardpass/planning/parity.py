@@ -18,6 +18,7 @@ from ..common.modules import hooked, plain_module
 from ..common.printed import Block, Printed, Table
 from ..common.text import count
 from ..nn import QuantizedModule
+from ..nn.mlp import quantised_layers
 from ..swap import originals
 from ..version import __version__
 from .agreement import TASKS, task_of
@@ -206,7 +207,7 @@ def parity(
         True
     """
     model = plain_module("parity", model)
-    layers = originals.quantised_layers(model)
+    layers = quantised_layers(model)
     if not layers:
         raise ValueError(
             "parity compares a swapped model with its original, and this one is not swapped: call fp.swap first"
@@ -256,7 +257,7 @@ def _originals(model: nn.Module, layers: Mapping[str, nn.Module], reference: nn.
     """The original of every swapped layer."""
     if reference is not None:
         reference = plain_module("parity", reference)
-        if originals.quantised_layers(reference):
+        if quantised_layers(reference):
             raise ValueError("the reference is itself swapped: pass the original model")
         names = dict(reference.named_modules())
         if missing := [fqn for fqn in layers if fqn not in names]:

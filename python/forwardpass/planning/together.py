@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.timing import Track, interleave
-from ..swap.mlps import Block
+from ..proofs.mlp import Block
 from .choose import Option
 from .measure import ROUNDS, WARMUP, Layer, Measurer, annotated, form_of, sample_inputs, twins
 

@@ -9,12 +9,14 @@ from typing import Any
 from torch import nn
 
 from ..common.batches import check_several
-from .auto_model import METHOD
-from .patterns import patterns
+from ..common.patterns import patterns
 from .plan import Plan
 from .precision import STORED, ByHand, Presets, find_precision
 from .report import Report
 from .swapping import check_options, swap
+
+#: `quant_method` of models that forwardpass swaps as they load, and of folders that it wrote.
+METHOD = "forwardpass"
 
 
 class Config:

@@ -9,17 +9,19 @@ from torch import nn
 
 from ..common.text import count
 from ..dispatch import Reason, Unsupported
+from ..formats.loaded import is_stored
 from ..nn.layer import is_conv1d
+from ..nn.mlp import quantised_layers
+from ..proofs import run
+from ..proofs.walker import Leaf
 from . import originals
-from .attention import NOT_PLANNED, AttentionDecision, decide_attention
-from .kv_cache import CacheDecision, decide_kv_cache
+from .attention.kv_cache import CacheDecision, decide_kv_cache
+from .attention.modules import NOT_PLANNED, AttentionDecision, decide_attention
+from .attention.unpadding import UnpaddingDecision, decide_unpadding
 from .plan import UNPAD, Plan
 from .precision import STORED, LayerPrecision, Presets, find_precision
 from .report import Skipped
 from .rules import KINDS, Context, fused_experts, offloaded, why_skip
-from .stored.loaded import is_stored
-from .unpadding import UnpaddingDecision, decide_unpadding
-from .walker import Leaf
 
 _NO_PRECISION = Reason("no_precision", "no precision was given, so layers stay as they are", 'pass one, e.g. "int8"')
 
@@ -131,7 +133,7 @@ def _by_hand(leaf: Leaf, presets: Presets, calibrated: bool) -> LayerPrecision |
 
 def refuse_swapped(model: nn.Module, remaining: str = "") -> None:
     """RuntimeError where a model is swapped already; remaining: what there is to say of what is not."""
-    if swapped := [*originals.quantised_layers(model), *originals.swapped_attention(model)]:
+    if swapped := [*quantised_layers(model), *originals.swapped_attention(model)]:
         fix = "call fp.restore(model) first" if originals.find(model) else "start from the original model"
         text = f"the model already holds {len(swapped)} swapped layers ({next(iter(swapped))}, …)"
         raise RuntimeError(f"{text}{remaining}: {fix}")
@@ -157,3 +159,21 @@ def refuse_skips(skipped: tuple[Skipped, ...]) -> None:
         fqn, reason = next(iter(reasons.items()))
         more = f" (and {count(len(reasons) - 1, 'other layer')})" if len(reasons) > 1 else ""
         raise Unsupported(f"swap(strict=True) would skip {fqn}{more}: {reason}; or name it under exclude", reasons)
+
+
+def proven(decision: Decision) -> tuple[Decision, dict[str, Reason]]:
+    """(the decision without what a run disproves, those products and MLPs that are not made, by their first layers' names)"""
+    if any(map(is_stored, decision.model.modules())):  # which a run would change
+        return decision, {}
+    leaves = [leaf for leaf, _ in decision.swapped]
+    reasons = run.disproved(decision.model, [*run.rewritings(leaves)])
+    if not reasons:
+        return decision, {}
+
+    def without(leaf: Leaf) -> Leaf:
+        reason = reasons.get(leaf.fqn)
+        if reason is None or leaf.is_experts:
+            return leaf
+        return replace(leaf, activation=None, block=reason if leaf.block is not None else None)
+
+    return replace(decision, swapped=tuple((without(leaf), p) for leaf, p in decision.swapped)), reasons

@@ -16,8 +16,8 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
+from ..common.patterns import Pattern
 from ..dispatch import Reason
-from .patterns import Pattern
 from .report import Skipped
 
 _DENSE = "keras.src.layers.core.dense.Dense"

@@ -7,7 +7,6 @@ hold the replacements alone. The table holds models weakly: a model that is drop
 from __future__ import annotations
 
 import functools
-import threading
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,23 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from ..common.batches import device_of
+from ..common.exchange import Replaced, exchange, put_in_place
 from ..common.modules import accelerate_hooks, plain_module
-from ..integrations.transformers_attention import PLACE
+from ..integrations.tensor_parallel import refuse_divided
+from ..integrations.transformers.attention import PLACE
 from ..nn import MultiheadAttention, QuantizedModule
-from ..nn.mlp import TwoProducts
+from ..nn.mlp import TwoProducts, quantised_layers
 from ..ops.common.quantized_rows import FLOATS
 from . import methods
-from .tensor_parallel import refuse_divided
-from .walker import Leaf
-
-
-@dataclass(frozen=True)
-class Replaced:
-    """One layer: the module that was there, and the one that is there now."""
-
-    fqn: str
-    original: nn.Module
-    replacement: nn.Module
 
 
 class Change(Protocol):
@@ -87,7 +77,6 @@ class Originals:
         methods.put(model)  # what an earlier swap replaced is still there
 
 
-_exchanging = threading.Lock()  #: two threads that swap one model: the second finds it changed
 _swapped: dict[int, tuple[weakref.ref[nn.Module], Originals]] = {}
 
 
@@ -115,34 +104,6 @@ def living() -> Iterator[Originals]:
     """Every swap that is not undone, of every model that is still there."""
     for _, newest in [*_swapped.values()]:
         yield from newest.all()
-
-
-def exchange(model: nn.Module, layers: Iterable[tuple[str, nn.Module, nn.Module]]) -> None:
-    """Puts `new` in the place of `old` for every (fqn, old, new); all of them, or none and an exception."""
-    edges = []
-    with _exchanging:
-        for fqn, old, new in layers:
-            path, _, name = fqn.rpartition(".")
-            try:
-                parent = model.get_submodule(path)
-            except AttributeError:
-                parent = None
-            if parent is None or parent._modules.get(name) is not old:
-                raise RuntimeError(f"{fqn} is no longer the {type(old).__name__} that was there when the model was "
-                                   f"looked at: undo what replaced it, and call again")  # fmt: skip
-            edges.append((parent, name, old, new))
-        try:
-            for parent, name, _, new in edges:
-                parent._modules[name] = new
-        except BaseException:  # an interrupt is all that can come here
-            for parent, name, old, _ in edges:
-                parent._modules[name] = old
-            raise
-
-
-def put_in_place(model: nn.Module, replaced: Iterable[Replaced]) -> None:
-    """Replacements into the places of their originals, all or none."""
-    exchange(model, [(x.fqn, x.original, x.replacement) for x in replaced])
 
 
 class Moved:
@@ -174,15 +135,6 @@ class Moved:
         for tensor, data in self._before:
             tensor.data = data
         self._before.clear()
-
-
-def identities(layers: Iterable[tuple[Leaf, QuantizedModule]]) -> tuple[Replaced, ...]:
-    """For the activations that the replacements of these layers compute themselves."""
-    return tuple(
-        Replaced(leaf.activation.fqn, leaf.activation.module, nn.Identity().train(leaf.activation.module.training))
-        for leaf, new in layers
-        if leaf.activation is not None and new.activation is not None
-    )
 
 
 def restore(model: nn.Module) -> None:
@@ -265,13 +217,6 @@ def _cast_since(layer: Replaced) -> torch.dtype | None:
     now = {m.anchor.dtype for m in modules if "anchor" in m._parameters}
     before = {p.dtype for p in layer.original.parameters()}
     return now.pop() if len(now) == len(before) == 1 and now != before and before <= {*FLOATS} else None
-
-
-def quantised_layers(model: nn.Module) -> dict[str, QuantizedModule]:
-    """The quantised layers of forwardpass.nn in a model, its quantised experts, and its MLPs that are one module, by name."""
-    modules = {fqn: m for fqn, m in model.named_modules() if isinstance(m, QuantizedModule)}
-    within = {id(layer) for m in modules.values() if isinstance(m, TwoProducts) for layer in m.children()}
-    return {fqn: m for fqn, m in modules.items() if id(m) not in within}
 
 
 def separate_layers(model: nn.Module) -> tuple[dict[str, QuantizedModule], dict[int, nn.Module]]:

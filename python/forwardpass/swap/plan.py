@@ -12,11 +12,11 @@ from typing import Any
 from ..common.files import read_json, write_json
 from ..common.printed import Block, Printed, Table
 from ..common.text import count, together
-from ..integrations.kv_scales import KV_CACHES
+from ..integrations.transformers.kv_scales import KV_CACHES
 from ..nn import MultiheadAttention
-from .evidence import check, describe
+from ..proofs.walker import Leaf
+from .plan_evidence import check, describe
 from .precision import find_precision
-from .walker import Leaf
 
 SCHEMA = "forwardpass.plan/2"
 #: How much of an encoder runs without padding: all but attention, or attention too.

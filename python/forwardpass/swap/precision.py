@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
+from ..common.patterns import Pattern, patterns
+from ..formats.loaded import TakenOver
 from ..nn import Bf16Linear, Experts, Fp8Linear, Int8Linear, QuantizedLinear, QuantizedModule, W8A16Linear
 from ..nn.experts import experts_operation
-from .patterns import Pattern, patterns
-from .stored.loaded import TakenOver
 
 
 @dataclass(frozen=True)

@@ -28,16 +28,16 @@ from ..common.modules import (
     is_compressed,
     moves_nothing_but_inputs,
 )
+from ..common.patterns import Pattern
 from ..dispatch import Reason, gpu_takes, operations
+from ..integrations.tensor_parallel import sharding_of, whole
 from ..nn import Experts, Int8Linear, MultiheadAttention
 from ..nn.experts import experts_operation, is_experts
 from ..nn.layer import is_linear
 from ..ops.common.quantized_rows import FLOATS
-from .adapters import BASE, reads_base
-from .patterns import Pattern
+from ..proofs.adapters import BASE, reads_base
+from ..proofs.walker import Leaf
 from .precision import STORED, Precision, Presets
-from .tensor_parallel import sharding_of, whole
-from .walker import Leaf
 
 
 class LeastSize(NamedTuple):

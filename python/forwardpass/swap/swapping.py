@@ -14,28 +14,28 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..common.batches import Fingerprint, check_several, device_of
 from ..common.modules import plain_module, tensor_bytes
+from ..common.patterns import patterns
 from ..dispatch import Reason, only_reference_on
+from ..formats.loaded import Decompression, is_stored, note_on, refuse_inference_mode
+from ..integrations.tensor_parallel import refuse_divided, sharding_of, whole
 from ..nn import Experts, QuantizedModule
 from ..nn.experts import experts_sizes
+from ..nn.mlp import quantised_layers
 from ..ops.common.quantized_rows import FLOATS
+from ..proofs.siblings import JoinedSwap
+from ..proofs.walker import Leaf, experts_leaves, linear_leaves, linear_like
 from ..version import __version__
 from . import originals
-from .attention import AttentionSwap, check_choice
-from .decision import Decision, decide, refuse_model, refuse_skips, refuse_swapped
+from .attention.kv_cache import CacheSwap, check_kv_cache
+from .attention.modules import AttentionSwap, check_choice
+from .attention.projections import Projections
+from .attention.unpadding import UnpaddingSwap, check_unpad
+from .decision import Decision, decide, proven, refuse_model, refuse_skips, refuse_swapped
 from .keras_layers import KerasLinears
-from .kv_cache import CacheSwap, check_kv_cache
-from .patterns import patterns
 from .plan import Plan, PlannedLayer, layers_of
 from .precision import STORED, ByHand, LayerPrecision, Precision, Presets
-from .projections import Projections
-from .proofs import proven
 from .report import OtherLayers, Report, Skipped, Swapped, WeightBytes
 from .rules import Context, ties
-from .siblings import JoinedSwap
-from .stored.loaded import Decompression, is_stored, note_on, refuse_inference_mode
-from .tensor_parallel import refuse_divided, sharding_of, whole
-from .unpadding import UnpaddingSwap, check_unpad
-from .walker import Leaf, experts_leaves, linear_leaves, linear_like
 
 #: Of a model's bytes, what the layers of a class have at least for the report to speak of them.
 WEIGHS = 0.01
@@ -138,7 +138,7 @@ def swap(
         context = Context(model, patterns("include", include), patterns("exclude", exclude), presets)
         leaves = linear_like(model)
         refuse_model(model, leaves)
-        again = bool(originals.quantised_layers(model) or originals.swapped_attention(model))
+        again = bool(quantised_layers(model) or originals.swapped_attention(model))
         if originals.swapped_attention(model):
             if attention is True or kv_cache is not None:
                 refuse_swapped(model, ", with their attention, and attention=True and kv_cache= belong to that call")
@@ -161,7 +161,7 @@ def swap(
         arguments: dict[str, dict[str, Any]] = {}
         fingerprint = Fingerprint()
         if calibrate is not None and not dry_run:
-            from .calibrate import calibration_arguments
+            from ..calibration.running import calibration_arguments
 
             arguments, calibration_notes = calibration_arguments(
                 model, decision.calibrated, fingerprint.reading(calibrate), forward

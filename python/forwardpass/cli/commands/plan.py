@@ -13,9 +13,9 @@ import forwardpass as fp
 from ...common.plots import require as require_plot
 from ...common.text import count
 from ...common.timing import keep_freed_memory
-from ...integrations.kv_scales import KV_CACHES
+from ...integrations.transformers.kv_scales import KV_CACHES
 from ...planning.measure import CALIBRATED
-from ...planning.plan import CANDIDATES, TARGETS
+from ...planning.planner import CANDIDATES, TARGETS
 from ...planning.plots import plan as plot_plan
 from .. import embedding
 from ..console import say, tracking

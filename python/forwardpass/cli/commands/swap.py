@@ -13,13 +13,13 @@ from rich.console import Console
 
 import forwardpass as fp
 
+from ...checkpoints.folder import check_folder
+from ...checkpoints.save import write
 from ...common import environment
+from ...common.patterns import patterns
 from ...common.text import together
 from ...integrations import sentence_transformers as sentences
-from ...integrations.kv_scales import KV_CACHES
-from ...swap import checkpoint
-from ...swap.folder import check_folder
-from ...swap.patterns import patterns
+from ...integrations.transformers.kv_scales import KV_CACHES
 from ...swap.precision import STORED
 from .. import comparison, embedding
 from ..console import print_swap, tracking
@@ -140,7 +140,7 @@ def swap(
         with refusing(ValueError, OSError):
             around = subject.source.around()
             named = swapped if around is None else sentences.bare(around, swapped)
-            checkpoint.write(named, around, save, overwrite, processor=subject.tokenizer.save_pretrained)
+            write(named, around, save, overwrite, processor=subject.tokenizer.save_pretrained)
     if not (reported["swapped"] or reported["attention"]):  # what two timings of one model differ by is no speed-up
         compared |= {"speedup": None, "reasons": {**compared["reasons"], "speedup": "nothing was changed"}}
     if decoder:

@@ -1,0 +1,85 @@
+"""Runs calibration batches through a model and turns what its layers are fed into the arguments of `from_torch`.
+
+The maths is in `calibration`; here are the hooks, the masks and the memory. Every chosen layer has its own
+statistics, on the host: 4 K^2 bytes each for K inputs, all at the same time (BERT-large 1.1 GB, a Llama of 8 billion
+about 40 GB: swap such a model in parts, with include). Layers that share an input (q, k, v) each gather their own:
+which layers do is not known before they are called, and inference tensors carry no version that would tell whether an
+input was changed in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..common.batches import Forward, evaluating, padding_mask, run, several
+from ..common.modules import hooked
+from ..nn.layer import linear_weight
+from ..proofs.walker import Leaf
+from .formulas import LayerStatistics, round_weight, smoothing_scale
+
+#: Rows that a layer must have seen: fewer mislead. all-MiniLM-L6-v2 in int8, the relative error of token embeddings on 48 texts,
+#: the lowest and highest of three starts in other texts: not calibrated .049; on 1 token 1.27, 4 tokens .099 to .122, 8 tokens
+#: .054 to .106, 16 tokens .047 to .050, 32 tokens .041 to .045, 64 tokens .039.
+LEAST_ROWS = 32
+
+
+def calibration_arguments(
+    model: nn.Module, leaves: list[Leaf], batches: Iterable[Any], forward: Forward | None
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """For every leaf of which enough was seen, arguments of `Int8Linear.from_torch`; and notes on the others.
+
+    Raises ValueError where there is no batch. The model is left as it was, after an error too: its hooks are removed
+    and every module's training flag put back.
+    """
+    statistics = observe(model, leaves, batches, forward)
+    arguments: dict[str, dict[str, Any]] = {}
+    unseen, few, broken = [], [], []
+    for leaf in leaves:
+        layer_statistics = statistics.pop(leaf.fqn)  # gone as soon as it is used
+        if layer_statistics.rows == 0:
+            unseen.append(leaf.fqn)
+        elif layer_statistics.rows < LEAST_ROWS:
+            few.append(leaf.fqn)
+        elif not (layer_statistics.absmax.isfinite().all() and layer_statistics.second_moment.isfinite().all()):
+            broken.append(leaf.fqn)
+        else:
+            arguments[leaf.fqn] = _arguments(leaf.module, layer_statistics)
+    return arguments, [
+        f"calibration {problem} {len(names)} of {len(leaves)} layers ({names[0]}, …), which are rounded to nearest "
+        f"without it"
+        for problem, names in (
+            ("never reached", unseen),
+            (f"saw fewer than {LEAST_ROWS} rows (give it more batches) at the input of", few),
+            ("met NaN or infinity at the input of", broken),
+        )
+        if names
+    ]
+
+
+def observe(
+    model: nn.Module, leaves: list[Leaf], batches: Iterable[Any], forward: Forward | None
+) -> dict[str, LayerStatistics]:
+    """What each leaf is fed, padding left out."""
+    statistics = {leaf.fqn: LayerStatistics(leaf.in_features) for leaf in leaves}
+    batch: Any = None
+
+    def watch(leaf: Leaf, module: nn.Module, x: Tensor) -> None:
+        # the products where the activations are, the sums on the host
+        on_device = LayerStatistics(leaf.in_features, x.device)
+        statistics[leaf.fqn].merge(on_device.update(x, padding_mask(batch, x.shape[:-1], leaf.fqn)))
+
+    with hooked(((leaf, leaf.module) for leaf in leaves), before=watch), evaluating(model):
+        for batch in several("calibrate", batches):
+            run(model, batch, forward)
+    return statistics
+
+
+def _arguments(layer: nn.Module, statistics: LayerStatistics) -> dict[str, Any]:
+    weight = linear_weight(layer).float()
+    channel_scale = smoothing_scale(statistics, weight)
+    smoothed, channel_scale = statistics.scaled(channel_scale), channel_scale.to(weight.device)
+    weight = weight / channel_scale
+    return {"channel_scale": channel_scale, "quantized": round_weight(weight, smoothed.second_moment)}

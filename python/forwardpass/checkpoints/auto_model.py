@@ -1,0 +1,257 @@
+"""`AutoModel.from_pretrained` on a folder of `save_pretrained`, once forwardpass is imported: a quantizer of transformers.
+
+config.json has the record of forwardpass.json as its `quantization_config`. Without forwardpass transformers finds no file of
+weights in such a folder, and says so. With it the quantizer names the file, puts empty layers into the model, which transformers
+fills, and then does what else the record says.
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..common.exchange import put_in_place
+from ..common.imports import when_imported
+from ..common.tensor_files import TensorFiles
+from ..integrations.tensor_parallel import take_over
+from ..nn import QuantizedLinear, QuantizedModule
+from ..proofs.siblings import JoinedSwap
+from ..proofs.walker import experts_leaves, linear_like
+from ..swap import methods
+from ..swap.attention.projections import Projections
+from ..swap.config import METHOD, Config
+from .load import decide_changes, empty_layers, put_changes
+from .record import EARLIER, checked, renamed, weights_of
+
+_QUANTIZERS = "transformers.quantizers.auto"
+_ENTRIES = ("schema", "forwardpass", "weights", "layers", "attention", "unpad", "kv_cache", "aliases")
+_NO_MODEL = {"class": "", "attention": None, "config": None, "generation_config": None}
+_FIX = "load it with fp.load_pretrained, or save it again"
+_NOT_FLOATS = "of a model that another library has quantised, load it with fp.load_pretrained"
+
+
+def entry(record: Mapping[str, Any]) -> dict[str, Any]:
+    """`quantization_config` of config.json."""
+    return {"quant_method": METHOD, **{name: record[name] for name in _ENTRIES}}
+
+
+def register_when_imported() -> None:
+    """Registers the quantizer as soon as transformers' quantizers are imported, or now."""
+    when_imported(_QUANTIZERS, _register)
+
+
+@functools.cache
+def reading_quantizer() -> Any:
+    """The base of quantizers that read a model for inference."""
+    from transformers.quantizers.base import HfQuantizer
+
+    class ReadingQuantizer(HfQuantizer):
+        def is_serializable(self) -> bool:
+            return False
+
+        @property
+        def is_trainable(self) -> bool:
+            return False
+
+    return ReadingQuantizer
+
+
+def _register() -> None:
+    from transformers.quantizers import auto
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    if METHOD in auto.AUTO_QUANTIZER_MAPPING:
+        return
+
+    class ForwardpassConfig(QuantizationConfigMixin):
+        def __init__(self, **entries: Any) -> None:
+            self.quant_method: Any = METHOD  # no QuantizationMethod, but what is registered
+            self.entries = {name: value for name, value in entries.items() if name != "quant_method"}
+
+        @classmethod
+        def from_dict(cls, config_dict: Any, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+            return (cls(**config_dict), kwargs) if return_unused_kwargs else cls(**config_dict)
+
+        def to_dict(self) -> dict[str, Any]:
+            return {"quant_method": METHOD, **self.entries}
+
+    class ForwardpassQuantizer(reading_quantizer()):  # type: ignore[misc]
+        """Reads a folder of ours (pre_quantized), or swaps a model of floats after it is loaded."""
+
+        def update_attn_implementation(self, config: Any) -> Any:
+            self.config, self.config_class = config, type(config)
+            if not self.pre_quantized:
+                if not isinstance(self.quantization_config, Config):
+                    raise ValueError('quantization_config of a model of floats is an fp.Config, e.g. fp.Config("int8")')
+                return config
+            self.record = checked({**self.quantization_config.entries, "model": _NO_MODEL}, "config.json")
+            config.transformers_weights, *others = weights_of(self.record)
+            if others:  # transformers asks the config's class for them; it has them for as long as files are looked for
+                extra = (*getattr(type(config), "extra_files", ()), *others)
+                config.__class__ = type(type(config).__name__, (type(config),), {"extra_files": extra})
+            return config
+
+        def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+            """transformers has found the files by now."""
+            self.config.__class__ = self.config_class
+            return dtype
+
+        def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
+            if self.pre_quantized:
+                self.filled = _Filled(model, self.record, _shapes(checkpoint_files or (), self.record))
+            else:
+                _check_files(checkpoint_files or ())
+
+        def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
+            self.remove_quantization_config(model)
+            if "disk" in getattr(model, "hf_device_map", {}).values():
+                raise ValueError("this device_map leaves weights on a disk, and swapped layers hold theirs: load the model where "
+                                 "it fits, by another device_map or max_memory")  # fmt: skip
+            if self.pre_quantized:
+                self.filled.finish()
+            else:
+                _check_loaded(model)
+                self.quantization_config.swap(model)
+            return model
+
+    auto.register_quantization_config(METHOD)(ForwardpassConfig)
+    auto.register_quantizer(METHOD)(ForwardpassQuantizer)
+
+
+def _check_files(paths: Iterable[str]) -> None:
+    """ValueError where weights have 8 bits, which transformers would make floats of without their scales."""
+    with TensorFiles([pathlib.Path(path) for path in paths if path.endswith(".safetensors")], _NOT_FLOATS) as tensors:
+        for name, dtype in tensors.dtypes().items():
+            if dtype.startswith("F8") or (dtype in ("I8", "U8") and name.endswith("weight")):
+                raise ValueError(
+                    f"{name[:80]} is {dtype} in the files, and fp.Config swaps models of floats: {_NOT_FLOATS}"
+                )
+
+
+def _check_loaded(model: Any) -> None:
+    """ValueError where the values that were loaded are not all there, or not on one device."""
+
+    if any("_hf_hook" in vars(m) for m in model.modules()):
+        raise ValueError("fp.Config swaps a model on one device, and this device_map spreads it over several: load it on one, "
+                         'device_map="cpu" or "cuda", save it with fp.save_pretrained, and load that folder so')  # fmt: skip
+    whole = _is_as_saved(model)
+    for leaf in (*linear_like(model), *experts_leaves(model)):
+        if whole and not all(map(_is_loaded, leaf.module._parameters.values())):
+            raise ValueError(f"the weight of {leaf.fqn} is not in the files, and would be quantised as it happens to be "
+                             f"initialised: {_NOT_FLOATS}")  # fmt: skip
+
+
+def _is_loaded(tensor: Tensor | None) -> bool:
+    """Whether transformers has read it, and not initialised it."""
+    return tensor is None or getattr(tensor, "_is_hf_initialized", False)
+
+
+def _is_as_saved(model: Any) -> bool:
+    """Whether it is of the class that was saved: another one has parts that no file has."""
+    return type(model).__name__ in (model.config.architectures or ())
+
+
+def _shapes(paths: Iterable[str], record: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shapes of all tensors, by their names, in the files that transformers found. FileNotFoundError or ValueError where these
+    are not the files of the record.
+    """
+
+    files = [*map(pathlib.Path, paths)]
+    if missing := sorted({*weights_of(record)} - {path.name for path in files}):
+        raise FileNotFoundError(f"there is no {missing[0]} in the folder, or this version of transformers reads models of one "
+                                f"file: {_FIX}")  # fmt: skip
+    with TensorFiles(files, _FIX) as tensors:
+        return tensors.shapes()
+
+
+class _Filled:
+    """A model with empty layers, while transformers reads their values."""
+
+    def __init__(self, model: Any, record: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.model = model
+        record, shapes = _below(model, record, shapes)
+        shapes = {renamed(record, name): shape for name, shape in shapes.items()}
+        projections = Projections(model, on_meta=True)
+        projections.put()
+        leaves, layers = empty_layers(model, record, shapes, lambda t: torch.device("meta"), self._fail)
+        self.changes = decide_changes(model, leaves, record, self._fail)
+        projections.narrow(leaf.module for leaf in (*leaves, *self.changes[0].swapped))
+        for module in projections.places():  # else transformers initialises in_proj_weight, which is not there
+            vars(module)["_is_hf_initialized"] = True
+        self.layers = {leaf.fqn: (leaf, layers[id(leaf.module)]) for leaf in leaves}
+        for leaf, layer in self.layers.values():
+            vars(layer)["anchor"] = layer._parameters.pop("anchor")  # which no file has
+            leaf.parent._modules[leaf.name] = _Earlier(layer) if record["schema"] == EARLIER else layer
+        for name in shapes:
+            fqn, _, tensor = name.rpartition(".")
+            if fqn in self.layers and tensor not in self.layers[fqn][1].state_dict():
+                raise self._fail(f"{name[:80]!r} has no place in the layer that is recorded")
+
+    def _fail(self, text: str) -> ValueError:
+        return ValueError(f"config.json does not fit this {type(self.model).__name__}: {text}; {_FIX}")
+
+    def finish(self) -> None:
+        for fqn, (leaf, layer) in self.layers.items():
+            if isinstance(there := leaf.parent._modules[leaf.name], _Earlier):
+                there.fill(layer)
+                leaf.parent._modules[leaf.name] = layer
+            for name, t in layer.named_buffers():
+                if not _is_loaded(t):
+                    raise self._fail(f"{fqn}.{name} is missing from the file")
+            layer._parameters["anchor"] = vars(layer).pop("anchor")
+            layer._apply(lambda t: t)  # rows of 16 bytes
+            if isinstance(layer, QuantizedLinear):
+                layer.settle()
+        anchors = {id(layer.anchor) for _, layer in self.layers.values()}
+        if _is_as_saved(self.model):
+            for name, t in self.model.named_parameters():
+                if not _is_loaded(t) and id(t) not in anchors:
+                    raise self._fail(f"{name} is missing from the file")
+        if eight_bits := [name for name, p in self.model.named_parameters() if p.itemsize == 1]:
+            raise self._fail(f"{eight_bits[0]} has 8 bits in the file, and no layer of it is recorded")
+        take_over({fqn: layer for fqn, (_, layer) in self.layers.items()})
+        layers, self.layers = self.layers, {}
+        joined = JoinedSwap(layers)
+        in_place = [x for part in joined.build() for x in part if not _is_there(self.model, x.fqn, x.replacement)]
+        put_in_place(self.model, in_place)
+        put_changes(self.model, self.changes)
+        joined.put()
+        methods.put(self.model)
+
+
+class _Earlier(nn.Module):
+    """In the place of an empty layer, the tensors that an earlier version wrote of it, by their names then."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self._buffers = {"weight" if name == "qweight" else name: t for name, t in layer._buffers.items()}
+
+    def fill(self, layer: nn.Module) -> None:
+        layer._buffers.update({"qweight" if name == "weight" else name: t for name, t in self._buffers.items()})
+
+
+def _is_there(model: nn.Module, fqn: str, module: nn.Module) -> bool:
+    return isinstance(module, QuantizedModule) and model.get_submodule(fqn) is module
+
+
+def _below(
+    model: Any, record: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[Mapping[str, Any], Mapping[str, tuple[int, ...]]]:
+    """A record and shapes of a model with a head, as the model below it has them."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    names = [layer["fqn"] for layer in record["layers"]]
+    if prefix == "." or hasattr(model, prefix[:-1]) or not any(name.startswith(prefix) for name in names):
+        return record, shapes
+    layers = [
+        {**layer, "fqn": layer["fqn"].removeprefix(prefix)}
+        for layer in record["layers"]
+        if layer["fqn"].startswith(prefix)
+    ]
+    attention = [name.removeprefix(prefix) for name in record["attention"] if name.startswith(prefix)]
+    shapes = {name.removeprefix(prefix): shape for name, shape in shapes.items()}
+    return {**record, "layers": layers, "attention": attention}, shapes

@@ -1,0 +1,150 @@
+"""`forwardpass.json`, checked entry by entry when it is read, and the names of a model's tensors."""
+
+from __future__ import annotations
+
+import pathlib
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..common.files import read_json
+from ..integrations import sentence_transformers as sentences
+from ..integrations.transformers.kv_scales import KV_CACHES
+from ..swap.plan import UNPAD
+from ..swap.precision import modules
+from .folder import (
+    RECORD,
+    WEIGHTS,
+)
+
+SCHEMA = "forwardpass.checkpoint/3"
+#: Its files have integers under the name `weight`.
+EARLIER = "forwardpass.checkpoint/2"
+FIX = "save it again with fp.save_pretrained(model, folder)"
+_RECORD = {
+    "schema": str,
+    "forwardpass": str,
+    "model": dict,
+    "weights": str | list,  # of several files, their names
+    "layers": list,
+    "attention": list,
+    "unpad": str | None,
+    "kv_cache": str | None,
+    "aliases": dict,
+    "around": dict | None,
+}
+_MODEL = {"class": str, "attention": str | None, "config": dict | None, "generation_config": dict | None}
+_LAYER = {"fqn": str, "module": str, "precision": str | None, "version": int | None, "config": dict}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a parameter or buffer is held."""
+
+    module: nn.Module
+    name: str
+    tensor: Tensor
+
+    @property
+    def is_parameter(self) -> bool:
+        return self.name in self.module._parameters
+
+    @property
+    def holder(self) -> dict[str, Any]:
+        return self.module._parameters if self.is_parameter else self.module._buffers
+
+
+def slots(model: nn.Module, instead: Mapping[int, nn.Module], prefix: str = "") -> Iterator[tuple[str, Slot]]:
+    """Every parameter and buffer under every name; buffers that state_dict leaves out (rotary frequencies) too, as a
+    model built without values cannot compute them. `instead`: modules that stand for others, by id.
+    """
+    module = instead.get(id(model), model)
+    for tensors in (module._parameters, module._buffers):
+        for name, tensor in tensors.items():
+            if tensor is not None and tensor is not getattr(module, "anchor", None):
+                yield prefix + name, Slot(module, name, tensor)
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from slots(child, instead, f"{prefix}{name}.")
+
+
+def read_record(folder: pathlib.Path) -> dict[str, Any]:
+    """forwardpass.json, every entry of the type that `save_pretrained` writes."""
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"there is no folder {folder}: give load_pretrained a folder that fp.save_pretrained wrote"
+        )
+    return checked(read_json(folder / RECORD, "checkpoint of forwardpass", FIX), folder / RECORD)
+
+
+def checked(content: Mapping[str, Any], path: str | pathlib.Path) -> dict[str, Any]:
+    """A record with every entry of the type that `save_pretrained` writes. Raises ValueError, which names its place."""
+    record = {"unpad": None, "kv_cache": None, "around": None, **content}  # older ones do not say
+    if record.get("schema") not in (SCHEMA, EARLIER):
+        raise ValueError(
+            f"{path} has the schema {str(record.get('schema'))[:60]!r}, and this version reads {SCHEMA!r}: {FIX}"
+        )
+
+    def require(holds: bool, problem: str) -> None:
+        if not holds:
+            raise ValueError(f"{path} is damaged ({problem}): {FIX}")
+
+    require(_has(record, _RECORD) and _has(record["model"], _MODEL), "its entries are not those of a checkpoint")
+    weights = weights_of(record)
+    require(
+        all(isinstance(name, str) and WEIGHTS.fullmatch(name) for name in weights)
+        and len({*weights}) == len(weights) > 0,
+        "the name of its weights",
+    )
+    require(record["unpad"] in (None, *UNPAD), "what it says of padding")
+    require(record["kv_cache"] in (None, *KV_CACHES), "what it says of caches")
+    if record["around"] is not None:
+        try:
+            sentences.check(record["around"])
+        except (ValueError, TypeError, AttributeError) as e:
+            require(False, str(e))
+    names = (*record["aliases"].values(), *record["attention"])
+    require(all(isinstance(name, str) for name in names), "an alias or attention is no name")
+    fqns = set()
+    for i, layer in enumerate(record["layers"]):
+        require(isinstance(layer, dict) and _has(layer, _LAYER), f"layer {i}")
+        require(layer["module"] in modules(), f"layer {i} is of an unknown module")
+        require(layer["fqn"] not in fqns, f"layer {i} is there twice")
+        fqns.add(layer["fqn"])
+    return record if record["schema"] == SCHEMA else _as_now(record)
+
+
+def _as_now(record: dict[str, Any]) -> dict[str, Any]:
+    """An earlier record, which does not say of layers without a bias what dtype they stand for."""
+    of_model = record["model"]["config"] or {}
+    dtype = of_model.get("dtype") or of_model.get("torch_dtype")
+    for layer in record["layers"]:
+        if dtype is not None and layer["config"].get("bias") is False:
+            layer["config"]["dtype"] = dtype
+    aliases = {renamed(record, name): renamed(record, stored) for name, stored in record["aliases"].items()}
+    return {**record, "aliases": aliases}
+
+
+def renamed(record: Mapping[str, Any], name: str) -> str:
+    """The name that a tensor of a record's files has now."""
+    fqn, _, tensor = name.rpartition(".")
+    is_earlier = record["schema"] == EARLIER and tensor == "weight"
+    return f"{fqn}.qweight" if is_earlier and any(layer["fqn"] == fqn for layer in record["layers"]) else name
+
+
+def weights_of(record: Mapping[str, Any]) -> list[str]:
+    """The names of a record's files of weights."""
+    weights = record["weights"]
+    return weights if isinstance(weights, list) else [weights]
+
+
+def is_of(value: Any, kind: Any) -> bool:
+    """Whether a value of JSON is of a type, or of one of a union: exactly, as True is no size."""
+    return type(value) in (typing.get_args(kind) or (kind,))
+
+
+def _has(entries: Mapping[str, Any], kinds: Mapping[str, Any]) -> bool:
+    return set(entries) == set(kinds) and all(is_of(entries[name], kind) for name, kind in kinds.items())

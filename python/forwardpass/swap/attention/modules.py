@@ -1,0 +1,288 @@
+"""Which attention modules of a model are swapped, and how: torch's are told to be fused, those of transformers are named anew.
+
+Attention has no weights of its own in 8 bits: what changes is the code that computes softmax(q k) v. In the place of a module of
+torch stands one of ours by then (`projections`); a module of transformers stays, and its config names `huggingface`'s
+implementation.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...dispatch import Reason, gpu_takes
+from ...integrations.transformers import attention as huggingface
+from ...integrations.transformers.attention import NAMES, PLACE, Place
+from ...nn import MultiheadAttention
+from ...ops.attention import ATTENTION, faster_than_torch
+from ...ops.common.quantized_rows import FLOATS
+from ...proofs.walker import Leaf, leaves
+from .. import rules
+from ..originals import is_swapped_attention, living
+from ..report import Skipped, SwappedAttention
+from .projections import why_not_replaced
+
+NOT_PLANNED = Reason("not_planned", "the plan leaves it as it is", "plan again to change that")
+#: What `attention=` of a swap takes.
+CHOICES = ("auto", True, False)
+
+
+def check_choice(attention: str | bool, planned: bool) -> None:
+    if attention in ("int8", "fp8"):
+        raise ValueError(f"attention={attention!r} is not written yet: use True for 16-bit attention")
+    if attention not in CHOICES or (isinstance(attention, int) and not isinstance(attention, bool)):
+        raise ValueError(f"attention is one of {', '.join(map(repr, CHOICES))}, not {attention!r}")
+    if planned and attention != "auto":
+        raise ValueError(f"attention={attention!r} does not go with plan=, which names what is swapped: drop it")
+
+
+def attention_like(model: nn.Module) -> list[Leaf]:
+    """Modules that compute attention: torch's, those that transformers dispatches, and others that are called Attention and
+    have no attention below. Not what is swapped already."""
+    has_attention_below: set[int] = set()
+    looks_like_attention = leaves(model, _by_its_looks)
+    for leaf in looks_like_attention:
+        has_attention_below.update(id(ancestor) for _, ancestor in leaf.ancestors)
+    return [
+        leaf
+        for leaf in looks_like_attention
+        if (_swappable(leaf.module) or id(leaf.module) not in has_attention_below)
+        and not is_swapped_attention(leaf.module)
+    ]
+
+
+def _swappable(module: nn.Module) -> bool:
+    return isinstance(module, nn.MultiheadAttention) or huggingface.dispatches(module)
+
+
+def _by_its_looks(module: nn.Module) -> bool:
+    return _swappable(module) or type(module).__name__.endswith(("Attention", "Attention2d"))
+
+
+@dataclass(frozen=True)
+class AttentionDecision:
+    """What becomes of each attention of a model."""
+
+    leaves: tuple[Leaf, ...]  #: every module that computes attention
+    swapped: tuple[Leaf, ...]
+    skipped: tuple[Skipped, ...]  #: the others, each with its reason
+
+
+def decide_attention(
+    context: rules.Context, attention: str | bool, planned: Collection[str] | None = None
+) -> AttentionDecision:
+    """`attention` is that of `fp.swap`; `planned`: the names in a plan, which decides itself."""
+    leaves, swapped, skipped = attention_like(context.model), [], []
+    units = holders_of_configs(context.model)
+    for leaf in leaves:
+        if planned is not None and leaf.fqn not in planned:
+            reason: Reason | None = NOT_PLANNED
+        else:
+            reason = _why_skip(leaf, context, attention if planned is None else True, units)
+        if reason is None:
+            swapped.append(leaf)
+            continue
+        if planned is not None and leaf.fqn in planned and rules.KINDS.get(reason.code) != "user":
+            name = type(context.model).__name__
+            raise ValueError(f"the plan does not fit this {name}: it names attention {leaf.fqn}, and {reason}")
+        skipped.append(Skipped(leaf.fqn, reason))
+    missing = set(planned or ()) - {leaf.fqn for leaf in leaves}
+    if missing:
+        raise ValueError(f"the plan is for another model than this {type(context.model).__name__}: it has no attention "
+                         f"{min(missing)[:80]}; plan this model instead")  # fmt: skip
+    return AttentionDecision(tuple(leaves), tuple(swapped), tuple(skipped))
+
+
+def _why_skip(
+    leaf: Leaf, context: rules.Context, attention: str | bool, units: dict[int, list[nn.Module]]
+) -> Reason | None:
+    module = leaf.module
+    for name_rule in (rules.excluded, rules.not_included):
+        if finding := name_rule(leaf, context, None):
+            return Reason(name_rule.__name__, *finding)
+    if attention is False:
+        return Reason("attention_off", "attention=False leaves all attention as it is", "drop it")
+    named = any(p.spells_out(leaf.fqn) for p in context.include)
+    no_kernel = _why_no_kernel(module, context.model) if attention == "auto" and not named else None
+    if not _swappable(module):
+        reason = _why_its_own(module)
+        if no_kernel is not None and no_kernel.code == "attention_on_cpu":
+            return Reason(no_kernel.code, no_kernel.text, reason.fix)  # attention=True would not swap it
+        return no_kernel or reason
+    if no_kernel is not None:
+        return no_kernel
+    if isinstance(module, nn.MultiheadAttention):
+        return None if isinstance(module, MultiheadAttention) else why_not_replaced(leaf, context)
+    return why_not_named(module, units[id(module.config)])
+
+
+def _why_its_own(module: nn.Module) -> Reason:
+    """Why attention that neither torch nor transformers dispatches stays."""
+    classes: list[Any] = [huggingface.class_of(module), type(getattr(module, "processor", None))]  # diffusers' have one
+    if any(call in huggingface.source_of(cls) for call in _CALLS_SDPA for cls in classes):
+        return Reason("calls_sdpa", "it calls torch's scaled_dot_product_attention itself",
+                      "run the model within `with fp.sdpa():`")  # fmt: skip
+    return Reason("own_attention", f"{type(module).__name__} computes attention in its own code", "leave it")
+
+
+#: Torch's function, and that of diffusers which calls it where no other backend is set.
+_CALLS_SDPA = ("scaled_dot_product_attention", "dispatch_attention_fn")
+
+#: Texts of fewer tokens do not take the time of a model's run.
+ENCODER_ROWS = 4
+
+#: What modules call it. Where none is there, a head dim without a kernel shows in the first call.
+_HEAD_DIM = ("head_dim", "attention_head_size", "key_value_proj_dim")
+
+
+def _why_no_kernel(module: nn.Module, model: nn.Module) -> Reason | None:
+    """Why torch's own attention is left where it is, unless it is asked for."""
+    device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+    # Layers of 8 bits have no dtype that queries are of: other weights of the model have.
+    parameters = itertools.chain(module.parameters(), model.parameters())
+    dtype = next((p.dtype for p in parameters if p.dtype in FLOATS), torch.get_default_dtype())
+    dim = next((d for name in _HEAD_DIM if isinstance(d := getattr(module, name, None), int)), None)
+    if not gpu_takes(device):
+        # A decoder's steps have one row.
+        rows = 1 if getattr(module, "is_causal", True) else ENCODER_ROWS
+        if dim and huggingface.dispatches(module) and faster_than_torch(device, dtype, dim, rows):
+            return None
+        return Reason("attention_on_cpu", "on a CPU torch's attention stays where ours is not measured to be faster",
+                      "pass attention=True to swap it all the same")  # fmt: skip
+    q = torch.empty((0, 0, 0, dim) if dim else 0, dtype=dtype, device="meta")
+    known = (q,) if q.dim() == 1 else (q, q, q)
+    reasons = [ATTENTION.why_not_on(backend, device, *known) for backend in ("cuda", "triton")]
+    return None if None in reasons else reasons[0]
+
+
+def holders_of_configs(model: nn.Module) -> dict[int, list[nn.Module]]:
+    """The modules that hold each config, by its id."""
+    units: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation"):
+            units.setdefault(id(config), []).append(module)
+    return units
+
+
+def why_not_named(module: nn.Module, unit: list[nn.Module]) -> Reason | None:
+    """Why the config of an attention module cannot name our implementation; unit: the modules that hold it."""
+    if reason := huggingface.register():
+        return reason
+    config: Any = module.config
+    if _is_named(config):
+        return Reason("shared_config", "another model that is swapped holds the same config object",
+                      "give each its own, copy.deepcopy(config)")  # fmt: skip
+    if getattr(config, "output_attentions", False):
+        return Reason("output_attentions", "its config asks every call for attention weights, which fused attention does not have",
+                      "set config.output_attentions = False, and pass output_attentions=True to the calls that need "
+                      "them")  # fmt: skip
+    name = huggingface.replaced_by(config._attn_implementation)
+    for other in unit:
+        if line := huggingface.asks_for_a_name(type(other).__module__):
+            return Reason("asks_for_a_name", f"the code of {type(other).__name__} asks for an implementation by name ({line})",
+                          "leave it")  # fmt: skip
+    if name not in ("sdpa", "eager") and huggingface.eager_function(module) is None:
+        return Reason("no_eager", f"it runs {name} and has nothing to go back to for calls that fused attention does not take",
+                      'load the model with attn_implementation="sdpa"')  # fmt: skip
+    return None
+
+
+@dataclass(frozen=True)
+class _Attribute:
+    """A value that a swap set, and what was there before."""
+
+    owner: Any
+    name: str
+    before: Any
+    after: Any
+
+
+_ABSENT = object()
+#: The attribute of a config that holds the name; its property would name all configs within as well.
+_INTERNAL = "_attn_implementation_internal"
+
+
+class AttentionSwap:
+    """What swapping attention changes in a model, where ours stand in the places of torch's modules."""
+
+    def __init__(self, model: nn.Module, decision: AttentionDecision, named: Iterable[nn.Module] = ()):
+        """Builds; changes nothing. named: attention that is not swapped, and whose config names us all the same."""
+        leaves, swapped = decision.leaves, decision.swapped
+        fused = [x.module for x in swapped if isinstance(x.module, MultiheadAttention)]
+        self.attributes = [
+            *_names(model, leaves, swapped, named),
+            *(_Attribute(m, "fused", False, True) for m in fused),
+        ]
+        self.report = [_entry(x.fqn, x.module) for x in swapped]
+
+    def put(self) -> None:
+        for a in self.attributes:
+            vars(a.owner)[a.name] = a.after
+
+    def undo(self) -> None:
+        for a in self.attributes:
+            if a.before is _ABSENT:
+                vars(a.owner).pop(a.name, None)
+            else:
+                vars(a.owner)[a.name] = a.before
+
+
+def _is_named(config: Any) -> bool:
+    """Whether a swap that is not undone has named this config. Copies of it, and of its model, have the name as well."""
+    changes = (change for swap in living() for change in swap.changes)
+    return any(a.owner is config for change in changes if isinstance(change, AttentionSwap) for a in change.attributes)
+
+
+def _entry(fqn: str, module: nn.Module) -> SwappedAttention:
+    if isinstance(module, nn.MultiheadAttention):
+        return SwappedAttention(fqn, type(module).__name__, "torch")
+    config: Any = module.config
+    return SwappedAttention(fqn, type(module).__name__, huggingface.replaced_by(config._attn_implementation))
+
+
+def _names(
+    model: nn.Module, leaves: Iterable[Leaf], swapped: Iterable[Leaf], named: Iterable[nn.Module]
+) -> Iterable[_Attribute]:
+    """The configs' names, and a Place in every module that asks them."""
+    ids = {id(x.module) for x in swapped}
+    dispatching = [x.module for x in leaves if huggingface.dispatches(x.module)]
+    configs: dict[int, Any] = {}
+    holders = holders_of_configs(model)
+    for config, group in _groups(dispatching, ids | {id(m) for m in named}):
+        before = config._attn_implementation
+        configs[id(config)] = (config, before, huggingface.name_of(group, holders[id(config)], before))
+        for module in group:
+            place = Place(id(module) in ids, huggingface.replaced_by(before), huggingface.eager_function(module))
+            yield _Attribute(module, PLACE, vars(module).get(PLACE, _ABSENT), place)
+    if not configs:
+        return
+    # A config above, whose attention is all in parts that are named: what model.config says is then true as well.
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        below = [m for m in module.modules() if huggingface.dispatches(m)] if hasattr(config, "sub_configs") else []
+        if below and id(config) not in configs and all(id(m.config) in configs for m in below):
+            before = config._attn_implementation  # type: ignore[union-attr]
+            configs[id(config)] = (config, before, huggingface.name_in_place_of(before))
+    for config, before, after in configs.values():
+        yield _Attribute(config, _INTERNAL, before, after)
+
+
+def _groups(dispatching: list[nn.Module], named: set[int]) -> list[tuple[Any, list[nn.Module]]]:
+    """Each config that is to name us, and all modules that ask it."""
+    groups: dict[int, tuple[Any, list[nn.Module]]] = {}
+    for module in dispatching:
+        groups.setdefault(id(module.config), (module.config, []))[1].append(module)
+    return [(config, group) for config, group in groups.values() if any(id(m) in named for m in group)]
+
+
+def implementation_before(model: nn.Module) -> str | None:
+    """What the config of a Hugging Face model names where it is not swapped."""
+    name = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    places = [vars(m)[PLACE] for m in model.modules() if PLACE in vars(m)] if name in NAMES else []
+    return places[0].before if places else name and huggingface.replaced_by(name)
