@@ -191,7 +191,7 @@ def limits_of_first_arguments(op, args):
             reason = op.why_not_on(backend, torch.device("cpu"), *meta[:n])
             assert reason in (None, whole), (op.name, backend, n)  # what is not known yet is no reason
             reason = op.why_not_on(backend, torch.device("cuda", 0), *meta[:n])
-            assert reason is None or isinstance(reason, fp.Reason), (op.name, backend, n)
+            assert reason is None or isinstance(reason, fp.types.Reason), (op.name, backend, n)
 
 
 def test_a_first_call_that_a_capture_forbids_says_what_to_do(monkeypatch):

@@ -107,7 +107,7 @@ def near(a, b, error=0.03):
 def test_swapped_and_restored(make, precision):
     model, x = make()
     before, was, variables = predict(model, x), state(model), [v.numpy().copy() for v in model.variables]
-    assert type(fp.swap(model, precision, dry_run=True)) is fp.Report and state(model) == was
+    assert type(fp.swap(model, precision, dry_run=True)) is fp.types.Report and state(model) == was
     with torch.no_grad():
         report = fp.swap(model, precision)
         assert {layer.fqn.rpartition("#")[0] or layer.fqn for layer in report.swapped} == MODELS[make]

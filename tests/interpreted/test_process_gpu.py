@@ -51,7 +51,7 @@ def test_an_operation_runs_after_a_finding():
     with fp.interpret("sm_90a", seed=1), fp.use_backend("cuda"):
         if reason := dispatch.interpreter().why_not("cuda"):
             pytest.skip(str(reason))
-        with pytest.raises(fp.InterpreterFinding, match="race"):  # the new keys lie where they are written
+        with pytest.raises(fp.types.InterpreterFinding, match="race"):  # the new keys lie where they are written
             fp.ops.append_kv(
                 keys[:, 8:12], values[:, 8:12].clone(), keys, values, torch.tensor([11], dtype=torch.int32)
             )

@@ -110,12 +110,12 @@ def test_an_error_is_reported_on_its_item(stage):
     got = list(pipeline(range(5), return_errors=True))
     error = got[2]
     assert [g for g in got if g is not error] == [0.0, 2.0, 6.0, 8.0]
-    assert isinstance(error, fp.ItemError)
+    assert isinstance(error, fp.types.ItemError)
     assert (error.index, error.stage, type(error.__cause__)) == (2, stage, cause)
     assert f"item 2 failed in {stage}: {cause.__name__}" in str(error)
 
     seen = []
-    with pytest.raises(fp.ItemError, match=f"item 2 failed in {stage}"):
+    with pytest.raises(fp.types.ItemError, match=f"item 2 failed in {stage}"):
         seen.extend(pipeline(range(5)))
     assert seen == [0.0, 2.0]
     assert not ours()
@@ -234,7 +234,7 @@ def test_an_item_does_not_fail_the_others_of_its_batch():
         futures = [pipeline.submit(i) for i in (1, -1, 3)]
         held.go.set()
     assert (first.result(), futures[0].result(), futures[2].result()) == (0.0, 2.0, 6.0)
-    with pytest.raises(fp.ItemError, match="item 2 failed in forward: ArithmeticError: negative"):
+    with pytest.raises(fp.types.ItemError, match="item 2 failed in forward: ArithmeticError: negative"):
         futures[1].result()
 
 
@@ -245,7 +245,7 @@ def test_samples_of_other_shapes_want_a_collate():
         assert held.begun.wait(TIMEOUT)
         futures = [pipeline.submit(n) for n in (2, 3)]
         held.go.set()
-    with pytest.raises(fp.ItemError, match="pass collate="):
+    with pytest.raises(fp.types.ItemError, match="pass collate="):
         futures[0].result()
 
     def pad(samples):
@@ -266,7 +266,7 @@ def test_dtypes_are_not_mixed_in_silence(wrapped):
         futures = [pipeline.submit(x) for x in numbers]
         held.go.set()
     with pytest.raises(
-        fp.ItemError, match=r"tensors of torch.int64 and torch.float32: pass collate= that makes them one dtype"
+        fp.types.ItemError, match=r"tensors of torch.int64 and torch.float32: pass collate= that makes them one dtype"
     ):
         futures[0].result()
 
@@ -290,7 +290,7 @@ def test_a_name_that_another_sample_lacks_is_not_left_out():
 def test_a_result_without_a_row_for_each_item_is_refused():
     with fp.Pipeline(Double(), number, output=torch.sum, max_batch=2) as pipeline:
         future = pipeline.submit(1)
-    with pytest.raises(fp.ItemError, match="has no row for each of 1 items: pass output="):
+    with pytest.raises(fp.types.ItemError, match="has no row for each of 1 items: pass output="):
         future.result()
 
 

@@ -40,7 +40,7 @@ def test_an_error_of_an_item_comes_before_that_of_the_source():
         yield from (0, 1, 2)
         raise OSError("torn")
 
-    with pytest.raises(fp.ItemError, match="item 2 failed in preprocess"):
+    with pytest.raises(fp.types.ItemError, match="item 2 failed in preprocess"):
         list(fp.Pipeline(Double(), *fails_at("preprocess"))(items()))
     seen = []
     with pytest.raises(OSError, match="torn"):
@@ -184,7 +184,7 @@ def test_a_callback_that_raises_fails_nothing(monkeypatch):
             f.add_done_callback(callback)
         held.go.set()
         assert [f.result(TIMEOUT) for f in futures if f is not futures[2]] == [0.0, 2.0, 6.0, 8.0, 10.0]
-        with pytest.raises(fp.ItemError, match="full"):
+        with pytest.raises(fp.types.ItemError, match="full"):
             futures[2].result(TIMEOUT)
     assert reported == [SystemExit] * 6
 

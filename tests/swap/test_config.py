@@ -1,6 +1,7 @@
 """quantization_config=fp.Config(…): what from_pretrained gives is what fp.swap makes of the same floats."""
 
 import copy
+import dataclasses
 import json
 import pickle
 import subprocess
@@ -164,12 +165,9 @@ def test_several_devices_are_refused(floats, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({}, ValueError, "Config takes either precision= or plan=, and neither was"),
         ({"precision": "int4"}, ValueError, "there is no precision 'int4'"),
         ({"precision": {"mlp": "int4"}}, ValueError, "there is no precision 'int4'"),
         ({"precision": 8}, TypeError, "precision is a name"),
-        ({"precision": "stored"}, ValueError, "is for what another library has stored"),
-        ({"precision": {"mlp": "stored"}}, ValueError, "is for what another library has stored"),
         ({"precision": "int8", "plan": "plan.json"}, ValueError, "both were"),
         ({"plan": "nowhere.json"}, FileNotFoundError, r"nowhere\.json"),
         ({"precision": "int8", "keep": True}, ValueError, "keep is one of"),
@@ -181,7 +179,6 @@ def test_several_devices_are_refused(floats, tmp_path, monkeypatch):
         ({"precision": "int8", "exclude": "re:("}, ValueError, "is not a regular expression"),
         ({"precision": "int8", "calibrate": 3}, TypeError, "calibrate is an iterable of batches"),
         ({"precision": "int8", "calibrate": X}, TypeError, "not a dict: pass .batch. for one"),
-        ({"precision": "w8a16", "calibrate": [X]}, ValueError, "w8a16 takes no calibration"),
         ({"precision": "int8", "forward": 3}, TypeError, "forward is a function"),
         ({"precision": "int8", "dry_run": True}, TypeError, "dry_run"),
     ],
@@ -189,6 +186,37 @@ def test_several_devices_are_refused(floats, tmp_path, monkeypatch):
 def test_wrong_arguments_are_refused_when_it_is_made(options, error, words):
     with pytest.raises(error, match=words):
         fp.Config(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "either precision= or plan= says what is swapped, and neither was"),
+        ({"precision": "stored"}, "is for what another library has stored"),
+        ({"precision": {"mlp": "stored"}}, "is for what another library has stored"),
+        ({"precision": "w8a16", "calibrate": [X]}, "w8a16 takes no calibration"),
+    ],
+)
+def test_what_is_nothing_for_a_model_of_floats_is_refused_before_it_is_loaded(floats, options, words, monkeypatch):
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "__init__", None)
+    with pytest.raises(ValueError, match=words):
+        load(floats, **options)
+
+
+def test_a_config_does_not_change_and_is_carried_by_a_swap(floats):
+    """Its fields are those of fp.swap; fields that are given beside it stand in the place of its own."""
+    config = fp.Config("int8", include="**", exclude="o_proj", attention=False)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.exclude = ()
+    by_config, by_fields, without = (transformers.LlamaForCausalLM.from_pretrained(floats) for _ in range(3))
+    first = fp.swap(by_config, config)
+    second = fp.swap(by_fields, "int8", include="**", exclude="o_proj", attention=False)
+    assert first.plan == second.plan and torch.equal(outputs(by_config, X), outputs(by_fields, X))
+    assert len(fp.swap(without, config, exclude=()).swapped) == len(first.swapped) + 2
+    with pytest.raises(TypeError, match="a swap has no option 'keep_originals': it has attention, calibrate"):
+        fp.swap(without, "int8", keep_originals=True)
+    with pytest.raises(ValueError, match="plan takes no precision="):
+        fp.plan(without, [X], config, min_cosine=0.9)
 
 
 def test_folders_that_are_quantised_already(floats, tmp_path):
@@ -238,7 +266,7 @@ def test_printed():
     of_model = llama().config
     of_model.quantization_config = config
     printed = json.loads(of_model.to_json_string())["quantization_config"]
-    assert printed["quant_method"] == "forwardpass" and printed["keep"] is False and "w8a16" in printed["precision"]
+    assert printed["quant_method"] == "forwardpass" and printed["keep"] == "auto" and "w8a16" in printed["precision"]
 
 
 def test_it_needs_no_transformers():

@@ -551,7 +551,7 @@ assert torch.equal(outputs(model, x), swapped)
 
 
 def test_a_device_without_kernels_is_said(monkeypatch):
-    reason = fp.Reason("device", "no kernel", "")
+    reason = fp.types.Reason("device", "no kernel", "")
     monkeypatch.setattr(
         fp.dispatch.operations["int8_linear"], "why_not_on", lambda b, *_: None if b == "reference" else reason
     )

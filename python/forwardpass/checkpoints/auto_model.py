@@ -25,6 +25,8 @@ from ..proofs.walker import experts_leaves, linear_like
 from ..swap import methods
 from ..swap.attention.projections import Projections
 from ..swap.config import METHOD, Config
+from ..swap.precision import STORED, find_precision
+from ..swap.swapping import swap
 from .load import decide_changes, empty_layers, put_changes
 from .record import EARLIER, checked, renamed, weights_of
 
@@ -88,6 +90,7 @@ def _register() -> None:
             if not self.pre_quantized:
                 if not isinstance(self.quantization_config, Config):
                     raise ValueError('quantization_config of a model of floats is an fp.Config, e.g. fp.Config("int8")')
+                _check(self.quantization_config)
                 return config
             self.record = checked({**self.quantization_config.entries, "model": _NO_MODEL}, "config.json")
             config.transformers_weights, *others = weights_of(self.record)
@@ -116,11 +119,36 @@ def _register() -> None:
                 self.filled.finish()
             else:
                 _check_loaded(model)
-                self.quantization_config.swap(model)
+                _swap_loaded(model, self.quantization_config)
             return model
 
     auto.register_quantization_config(METHOD)(ForwardpassConfig)
     auto.register_quantizer(METHOD)(ForwardpassQuantizer)
+
+
+def _check(config: Config) -> None:
+    """ValueError, before anything is loaded, where this is nothing for a model of floats."""
+    config.check_complete()
+    precision = config.precision
+    names = (
+        [precision] if isinstance(precision, str) else [*precision.values()] if isinstance(precision, Mapping) else []
+    )
+    if STORED.name in names:
+        raise ValueError(f"the precision {STORED.name!r} is for what another library has stored: load without this, and call "
+                         "fp.swap(model)")  # fmt: skip
+    if config.calibrate is not None and names and not any(find_precision(name).takes_calibration for name in names):
+        raise ValueError(f'{", ".join(names)} takes no calibration: drop calibrate=, or use precision="int8"')
+
+
+def _swap_loaded(model: nn.Module, config: Config) -> None:
+    """`fp.swap` of what was loaded. Where the originals go, so does the mapped file that they are in."""
+    loaded = {t.untyped_storage()._cdata: t.untyped_storage() for t in model.parameters() if t.device.type == "cpu"}
+    keep = False if config.keep == "auto" else config.keep
+    swap(model, config, keep=keep)
+    if keep is False:
+        for t in (*model.parameters(), *model.buffers()):
+            if t.untyped_storage()._cdata in loaded:  # each tensor of a mapped file keeps all of it
+                t.data = t.data.clone()
 
 
 def _check_files(paths: Iterable[str]) -> None:

@@ -42,6 +42,8 @@ class _Finder:
             def run_and_act(module: Any) -> None:
                 run(module)
                 if (action := self.actions.pop(name, None)) is not None:
+                    if not self.actions and self in sys.meta_path:
+                        sys.meta_path.remove(self)
                     try:
                         action()
                     except Exception as e:  # somebody imports, and what we do besides may not stop that

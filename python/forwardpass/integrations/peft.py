@@ -6,12 +6,15 @@ module), and their adapters would be left out without a word.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from ..common.imports import when_imported
 from ..nn.mlp import TwoProducts, quantised_layers
+from . import patches
 
 #: The name under which an adapter holds the layer below it.
 BASE = "base_layer"
@@ -25,8 +28,11 @@ def register_when_imported() -> None:
 def _register() -> None:
     from peft.tuners.tuners_utils import BaseTuner
 
-    inject = BaseTuner.inject_adapter
+    patches.put(BaseTuner, "inject_adapter", _checking)
 
+
+def _checking(inject: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(inject)
     def check_and_inject(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         names = [
             name for name in _swapped(model) if _is_target(self, model, adapter_name, kwargs.get("state_dict"), name)
@@ -37,7 +43,7 @@ def _register() -> None:
                              "model as it was (fp.restore(model), or the original model), and swap it then")  # fmt: skip
         inject(self, model, adapter_name, *args, **kwargs)
 
-    BaseTuner.inject_adapter = check_and_inject  # type: ignore[method-assign, unused-ignore]
+    return check_and_inject
 
 
 def _swapped(model: nn.Module) -> list[str]:

@@ -8,15 +8,14 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..common import environment
-from ..common.batches import Fingerprint, Forward, Output, device_of, evaluating, several
+from ..common.batches import Fingerprint, Output, device_of, evaluating, several
 from ..common.decoding import Decoding
 from ..common.modules import plain_module, tensor_bytes
-from ..common.patterns import patterns
 from ..common.text import megabytes
 from ..common.timing import Timing, Track, interleave, untracked
 from ..dispatch import Reason
@@ -24,9 +23,10 @@ from ..integrations.tensor_parallel import refuse_divided
 from ..proofs.walker import experts_leaves, linear_like
 from ..swap import keras_layers, originals
 from ..swap.attention.kv_cache import decide_kv_cache
-from ..swap.attention.modules import check_choice, decide_attention
+from ..swap.attention.modules import decide_attention
 from ..swap.attention.projections import Projections
-from ..swap.attention.unpadding import check_unpad, decide_unpadding
+from ..swap.attention.unpadding import decide_unpadding
+from ..swap.config import Config, Options
 from ..swap.decision import refuse_model, refuse_swapped
 from ..swap.plan import Plan
 from ..swap.precision import LayerPrecision
@@ -55,6 +55,9 @@ from .measure import (
 from .together import Saved, options_of, pairs_of, time_pairs, units_of
 from .verify import Verdict, Verifier
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 CANDIDATES = ("fp8", "int8", f"int8{CALIBRATED}", "w8a16", "bf16")
 TARGETS = ("latency", "memory")
 #: Whole plans that are run before the best of those that held the budget is taken; and changes of one layer that are tried on it.
@@ -71,6 +74,7 @@ _NEVER_CALLED = Reason("never_called", "no batch of `shapes` reaches it", "")
 def plan(
     model: nn.Module,
     batches: Iterable[Any],
+    config: Config | None = None,
     *,
     candidates: Iterable[str] | None = None,
     max_error: float | None = None,
@@ -80,16 +84,10 @@ def plan(
     max_perplexity_increase: float | None = None,
     target: str = "latency",
     shapes: Iterable[Any] | None = None,
-    calibrate: Iterable[Any] | None = None,
-    attention: str | bool = "auto",
-    unpad: bool = True,
-    kv_cache: str | Iterable[str] | None = None,
-    include: str | Iterable[str] = (),
-    exclude: str | Iterable[str] = (),
-    forward: Forward | None = None,
     output: Output | None = None,
     resume: str | os.PathLike[str] | None = None,
     progress: Track = untracked,
+    **options: Unpack[Options],
 ) -> Plan:
     """Measures what every candidate precision costs and brings on every layer, and plans the fastest model within a budget.
 
@@ -115,15 +113,16 @@ def plan(
         shapes: batches of the shapes to time on, and of decoders also `fp.Decoding`s: prompts of a length, then steps of some
             tokens, each timed apart, steps with weights from memory. A candidate that makes steps slower is refused, whatever it
             makes of prompts. None: the first of `batches`, of a decoder one prompt and its steps.
-        calibrate: batches for the calibrated candidate, as in `fp.swap`. Replaying the plan takes the same again.
-        attention, unpad, include, exclude: as in `fp.swap`. Layers are timed on the rows that `shapes` have, padding included, and
-            whole plans as they run. Layers too small for a swap to touch by default are measured here.
-        kv_cache: what a decoder's cache of keys and values may become, of "auto", "int8" and "fp8" (see `fp.swap`): each is tried
-            with the chosen layers, by the perplexity of steps that read it. The one whose steps are fastest is planned; None: it
-            stays.
-        forward, output: forward(model, batch) and output(result), where the defaults do not fit.
+        kv_cache: what a decoder's cache of keys and values may become, one or several of "auto", "int8" and "fp8" (see
+            `fp.Config`): each is tried with the chosen layers, by the perplexity of steps that read it. The one whose steps are
+            fastest is planned; None: it stays.
+        output: output(result), where the default does not fit.
         resume: a file that measurements are written to as they are made, and read from where it exists: after an interrupt, or
             for another budget.
+        config, options: a `fp.Config`, or its fields attention, unpad, include, exclude, calibrate and forward: calibrate has the
+            batches for the calibrated candidate, and replaying the plan takes the same again. Layers are timed on the rows that
+            `shapes` have, padding included, and whole plans as they run. Layers too small for a swap to touch by default are
+            measured here.
         progress: progress(what, steps) is called as each step begins, and what it returns after each part of it.
 
     Returns:
@@ -146,8 +145,9 @@ def plan(
     if target not in TARGETS:
         raise ValueError(f"target is one of {', '.join(TARGETS)}, not {target!r}")
     model = plain_module("plan", model)
-    check_choice(attention, False)
-    check_unpad(unpad)
+    kv_cache = options.pop("kv_cache", config.kv_cache if config else None)
+    config = _config_of(config, **options)
+    attention, calibrate, forward = config.attention, config.calibrate, config.forward
     if keras_layers.roots(model):
         raise ValueError(
             "plan measures no layers of keras: choose a precision for them, as fp.swap(model, precision) takes it"
@@ -164,14 +164,14 @@ def plan(
         calibration = [] if calibrate is None else list(several("calibrate", calibrate))
         tried = _candidates(candidates, calibrate is not None)
         caches = kv_cache_candidates(kv_cache, criterion, any(isinstance(x, Decoding) for x in timed))
-        context = Context(model, patterns("include", include), patterns("exclude", exclude))
+        context = Context(model, config.included, config.excluded)
         attending = decide_attention(context, attention)
         cached: tuple[str, ...] = ()
         if caches:
             everywhere = decide_attention(Context(model, context.include, context.exclude), True)
             decide_kv_cache(model, everywhere, caches[0])  # refuses
             cached = tuple(leaf.fqn for leaf in everywhere.swapped)
-        unpads = decide_unpadding(context, leaves, attending, unpad).planned
+        unpads = decide_unpadding(context, leaves, attending, config.unpad).planned
 
         device = environment.device(device_of(model))
         identity_of_run = identity(model, leaves, tried, criterion, context, device, samples, timed, calibration)
@@ -214,7 +214,7 @@ def plan(
         indices, worst = verifier.binding()
         surroundings = planned(model, [], [leaf.fqn for leaf in attending.swapped], None, unpads)
         measurer.output_errors(layers, [samples[i] for i in indices], worst, surroundings, progress)
-        options = {
+        layer_options = {
             layer.leaf.fqn: [
                 (None, Option(_cost(layer, target), 0.0)),
                 *(
@@ -226,7 +226,7 @@ def plan(
             for layer in layers
         }
         together = [
-            options_of(unit, options, {n: workload.sum_of(p) for n, p in saved.items()}) for unit, saved in units
+            options_of(unit, layer_options, {n: workload.sum_of(p) for n, p in saved.items()}) for unit, saved in units
         ]
         front = Frontier([[option for _, option in by_names] for by_names in together])
 
@@ -273,6 +273,15 @@ def plan(
             "measured": ["layers", "pairs", "attempts", "latency_ms", "phases_ms", "seconds"],
         },
     )
+
+
+def _config_of(config: Config | None, **options: Unpack[Options]) -> Config:
+    """ValueError where it says what a plan is there to find."""
+    config = Config.of(Config() if config is None else config, **options)
+    for name in ("precision", "plan", "strict", "keep"):
+        if getattr(config, name) != getattr(Config(), name):
+            raise ValueError(f"plan takes no {name}=: it belongs to the fp.swap that carries the plan out")
+    return config
 
 
 def _candidates(names: Iterable[str] | None, calibrates: bool) -> dict[str, LayerPrecision]:

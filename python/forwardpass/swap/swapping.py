@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from ..common.batches import Fingerprint, check_several, device_of
+from ..common.batches import Fingerprint, device_of
 from ..common.modules import plain_module, tensor_bytes
-from ..common.patterns import patterns
 from ..dispatch import Reason, only_reference_on
 from ..formats.loaded import Decompression, is_stored, note_on, refuse_inference_mode
 from ..integrations.tensor_parallel import refuse_divided, sharding_of, whole
@@ -26,38 +26,33 @@ from ..proofs.siblings import JoinedSwap
 from ..proofs.walker import Leaf, experts_leaves, linear_leaves, linear_like
 from ..version import __version__
 from . import originals
-from .attention.kv_cache import CacheSwap, check_kv_cache
-from .attention.modules import AttentionSwap, check_choice
+from .attention.kv_cache import CacheSwap
+from .attention.modules import AttentionSwap
 from .attention.projections import Projections
-from .attention.unpadding import UnpaddingSwap, check_unpad
+from .attention.unpadding import UnpaddingSwap
+from .config import Config, Options
 from .decision import Decision, decide, proven, refuse_model, refuse_skips, refuse_swapped
 from .keras_layers import KerasLinears
 from .plan import Plan, PlannedLayer, layers_of
-from .precision import STORED, ByHand, LayerPrecision, Precision, Presets
+from .precision import STORED, ByHand, LayerPrecision, Precision
 from .report import OtherLayers, Report, Skipped, Swapped, WeightBytes
 from .rules import Context, ties
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 #: Of a model's bytes, what the layers of a class have at least for the report to speak of them.
 WEIGHS = 0.01
-KEEP = ("auto", "device", "cpu", False)
 _NONE: Mapping[str, Reason] = {}
 
 
 def swap(
     model: nn.Module,
-    precision: ByHand | None = None,
+    precision: Config | ByHand | None = None,
     plan: Plan | Mapping[str, Any] | str | os.PathLike[str] | None = None,
     *,
-    attention: str | bool = "auto",
-    unpad: bool = True,
-    kv_cache: str | None = None,
-    include: str | Iterable[str] = (),
-    exclude: str | Iterable[str] = (),
-    strict: bool = False,
     dry_run: bool = False,
-    calibrate: Iterable[Any] | None = None,
-    keep: str | bool = "auto",
-    forward: Callable[[nn.Module, Any], Any] | None = None,
+    **options: Unpack[Options],
 ) -> Report:
     """Replaces the Linear-like layers and the attention of `model` in place by faster ones, and reports on all of them.
 
@@ -68,40 +63,11 @@ def swap(
     together. Each layer is gathered, quantised as in one process, and divided again; what crosses processes is what it was.
 
     Args:
-        precision: a preset, "int8", "fp8", "w8a16" or "bf16" (none, and attention=True: attention alone is swapped); or
-            "stored", for a model that another library has loaded in 8 bits (transformers' FP8Linear and
-            CompressedTensorsFP8Linear, bitsandbytes' Linear8bitLt): these layers' bytes are taken over, which they are in
-            other presets too. Such a model needs neither precision nor plan. By hand: a dict of patterns, as include has
-            them, and presets, of which the first that matches a layer decides, {"*.mlp": "int8", "o_proj": "bf16"}; or a
-            function of a layer's name and module that returns a preset, or None for one that stays.
-        plan: a Plan, its JSON as a dict, or the path of its file; refused where it does not fit the model. One that was
-            calibrated takes the same batches again as calibrate=.
-        attention: "auto": swapped where a GPU has a kernel for it, and on a CPU where ours is faster than torch's: with AVX2, in
-            models of transformers with head dims that are multiples of 16, in float32 up to 128 and in encoders alone, in
-            16 bits up to 256 and on a CPU without AMX. True: wherever it can be. False: left alone. In the place of
-            `nn.MultiheadAttention` stands `fp.nn.MultiheadAttention`, whose projections are layers like others, in_proj and
-            out_proj; models of transformers run theirs through the AttentionInterface, where their configs name it. Attention
-            that is called by name elsewhere takes `with fp.sdpa():`. A plan decides itself.
-        unpad: text encoders of transformers (BERT, RoBERTa, XLM-R, DistilBERT, ELECTRA, MPNet, ModernBERT, DeBERTa) run batches of
-            texts that differ in length without the rows of padding, at which last_hidden_state is then zero; at tokens it is
-            what it is with them, but for the order of sums. Compiled, exported and captured models, and calls that ask for
-            hidden states or attention weights, stay padded. False: always padded.
-        kv_cache: what a decoder's caches of keys and values become as they come to its forward: "auto", of the model's dtype, in
-            place of transformers' dynamic ones, which copy themselves for every token; "int8" or "fp8" (e4m3), static ones too,
-            with a scale for each token and head. Attention is then swapped wherever it can be. None: as a plan says, or they stay.
-        include, exclude: patterns of names, of layers and attention: globs over whole components ("layer.1" is not
-            "layer.11"; "**" crosses dots) or "re:…". A name spelled out under include ("lm_head") overrides that
-            layer's default skips.
-        strict: raise `fp.Unsupported` where a layer is skipped for a reason of its own: not one that include, exclude
-            or the defaults (lm_head, MoE routers, too small) give.
+        precision: a preset, "int8", "fp8", "w8a16" or "bf16", or one by hand, as `fp.Config` has it; or a Config.
+        plan: a Plan, its JSON as a dict, or the path of its file; refused where it does not fit the model.
         dry_run: report what would be done, change nothing. Batches are not read.
-        calibrate: batches (see `forwardpass.common.batches`) to calibrate on, "int8" only: a few dozen samples of real input.
-            They run through the model in eval mode; one K x K float32 matrix is held for each layer of K inputs. None:
-            uncalibrated, weights are rounded to nearest and outliers not smoothed, which loses more (all-MiniLM-L6-v2: a
-            lowest cosine of .9984 to .9988, calibrated .9994). The command line calibrates int8 by default.
-        keep: where the originals stay: "device", "cpu", "auto" (cpu where the layer is on a GPU), or False: freed
-            once all is in place, and `fp.restore` cannot bring them back. Layers of keras hold theirs, on the device.
-        forward: forward(model, batch) for batches that are no mapping, tuple, list or tensor.
+        options: the other fields of `fp.Config`: attention, unpad, kv_cache, include, exclude, strict, calibrate, keep, forward.
+            Where precision is a Config, they stand in the place of its own.
 
     Returns:
         the report; `with fp.swap(…) as report:` restores the model at the end of the block.
@@ -125,54 +91,65 @@ def swap(
         >>> fp.restore(model)
     """
     model = plain_module("swap", model)
-    if precision is None and plan is None and any(map(is_stored, model.modules())):
-        precision = STORED.name
-    check_options("swap", precision, plan, attention=attention, unpad=unpad, kv_cache=kv_cache, keep=keep)
-    if calibrate is not None:
-        check_several("calibrate", calibrate)
-    presets = None if precision is None else Presets(precision)
-    _refuse_divided(model, calibrate is not None, keep)
+    config = Config.of(precision, plan, **options)
+    if config.precision is None and config.plan is None and any(map(is_stored, model.modules())):
+        config = dataclasses.replace(config, precision=STORED.name)
+    config.check_complete()
+    _refuse_divided(model, config.calibrate is not None, config.keep)
     refuse_inference_mode(model)
     with KerasLinears(model) as keras, Projections(model) as projections:
-        keep = keras.where_kept(keep)
-        context = Context(model, patterns("include", include), patterns("exclude", exclude), presets)
+        keep = keras.where_kept(config.keep)
+        context = Context(model, config.included, config.excluded, config.presets)
         leaves = linear_like(model)
         refuse_model(model, leaves)
         again = bool(quantised_layers(model) or originals.swapped_attention(model))
+        attention, unpad = config.attention, config.unpad
         if originals.swapped_attention(model):
-            if attention is True or kv_cache is not None:
+            if attention is True or config.kv_cache is not None:
                 refuse_swapped(model, ", with their attention, and attention=True and kv_cache= belong to that call")
             attention, unpad = False, False
         leaves += experts_leaves(model)
-        loaded = Plan.load(plan) if plan is not None else None
-        calibrated = calibrate is not None
+        calibrated = config.calibrate is not None
         decision = decide(
-            context, leaves, presets, loaded, attention=attention, unpad=unpad, kv_cache=kv_cache, calibrated=calibrated
+            context,
+            leaves,
+            context.by_hand,
+            config.stored_plan,
+            attention=attention,
+            unpad=unpad,
+            kv_cache=config.kv_cache,
+            calibrated=calibrated,
         )
         if again and not (decision.swapped or decision.attention.swapped):
             refuse_swapped(model, ", and nothing else that would be swapped")
         others = (*keras.skipped(context.exclude), *projections.skipped(context))
         decision = replace(decision, skipped=(*decision.skipped, *others))
         decision, apart = proven(decision)
-        if strict:
+        if config.strict:
             refuse_skips(decision.skipped)
         notes = _warnings(decision, model.training and not keras.is_all)
-
-        arguments: dict[str, dict[str, Any]] = {}
-        fingerprint = Fingerprint()
-        if calibrate is not None and not dry_run:
-            from ..calibration.running import calibration_arguments
-
-            arguments, calibration_notes = calibration_arguments(
-                model, decision.calibrated, fingerprint.reading(calibrate), forward
-            )
+        arguments: Mapping[str, dict[str, Any]] = {}
+        calibration = None
+        if calibrated and not dry_run:
+            arguments, calibration, calibration_notes = _calibrate(decision, config)
             notes += calibration_notes
-            if loaded and loaded.calibration not in (None, fingerprint.value):
-                raise ValueError("the plan was calibrated on other batches than calibrate= gives, and would give other results: "
-                                 "pass the same ones, or plan again")  # fmt: skip
             decision = decision.calibrated_as(arguments)
-        calibration = fingerprint.value if arguments else None
         return _carry_out(decision, notes, arguments, calibration, keep, dry_run, projections, keras, apart)
+
+
+def _calibrate(decision: Decision, config: Config) -> tuple[Mapping[str, dict[str, Any]], str | None, list[str]]:
+    """(for each layer that its batches reach the arguments of `from_torch`, the batches' fingerprint, notes)"""
+    from ..calibration.running import calibration_arguments
+
+    assert config.calibrate is not None
+    fingerprint, plan = Fingerprint(), config.stored_plan
+    arguments, notes = calibration_arguments(
+        decision.model, decision.calibrated, fingerprint.reading(config.calibrate), config.forward
+    )
+    if plan is not None and plan.calibration not in (None, fingerprint.value):
+        raise ValueError("the plan was calibrated on other batches than calibrate= gives, and would give other results: "
+                         "pass the same ones, or plan again")  # fmt: skip
+    return arguments, fingerprint.value if arguments else None, notes
 
 
 def _refuse_divided(model: nn.Module, calibrates: bool, keep: str | bool) -> None:
@@ -185,29 +162,6 @@ def _refuse_divided(model: nn.Module, calibrates: bool, keep: str | bool) -> Non
         )
     if keep == "cpu":
         refuse_divided('keep="cpu"', model, 'pass keep="device", or keep=False')
-
-
-def check_options(
-    caller: str,
-    precision: ByHand | None,
-    plan: object,
-    *,
-    attention: str | bool,
-    unpad: bool,
-    kv_cache: str | None,
-    keep: str | bool,
-) -> None:
-    """ValueError or TypeError where these are not options of `swap`, or do not go together, whatever the model is."""
-    if keep not in KEEP or keep is True:
-        raise ValueError(f"keep is one of {', '.join(map(repr, KEEP))}, not {keep!r}")
-    check_choice(attention, plan is not None)
-    check_unpad(unpad)
-    check_kv_cache(kv_cache, attention)
-    if (precision is None) == (plan is None) and not (plan is None and (attention is True or kv_cache is not None)):
-        clause = "neither was" if plan is None else "both were"
-        raise ValueError(
-            f'{caller} takes either precision= or plan=, and {clause} given: pass one, e.g. precision="int8"'
-        )
 
 
 def swap_planned(

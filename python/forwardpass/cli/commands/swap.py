@@ -48,7 +48,7 @@ from ..stored import as_reported
 from ..subject import load
 
 
-def refuse_unmatched(include: list[str], report: fp.Report) -> None:
+def refuse_unmatched(include: list[str], report: fp.types.Report) -> None:
     """Refuses an --include that names no layer, before anything is run."""
     entries: list[Any] = [*report.swapped, *report.attention, *report.skipped]
     names = [x.fqn for x in entries]

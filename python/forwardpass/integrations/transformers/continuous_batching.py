@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
+
+from .. import patches
 
 _PACKAGE = "transformers.generation.continuous_batching"
 
@@ -24,15 +26,13 @@ def admit(names: Collection[str]) -> None:
             importlib.import_module(f"{_PACKAGE}.{name}") for name in ("continuous_api", "initialization", "cache")
         ]
         for module in modules:
-            _admit_as_flash(module, names)
-        _open_pages(modules[1], names)
-    except (ImportError, AttributeError):
+            patches.put(module, "is_flash_attention_requested", functools.partial(_as_flash, names))
+        patches.put(modules[1], "ensure_decode_fast_path_is_available", functools.partial(_in_pages, modules[1], names))
+    except (ImportError, AttributeError, KeyError):
         return
 
 
-def _admit_as_flash(module: Any, names: Collection[str]) -> None:
-    is_flash = module.is_flash_attention_requested
-
+def _as_flash(names: Collection[str], is_flash: Callable[..., bool]) -> Callable[..., bool]:
     @functools.wraps(is_flash)
     def check(config: Any = None, requested_attention_implementation: str | None = None, version: Any = None) -> bool:
         name = requested_attention_implementation if config is None else config._attn_implementation
@@ -40,12 +40,11 @@ def _admit_as_flash(module: Any, names: Collection[str]) -> None:
             return version is None  # it is no version of flash-attention
         return bool(is_flash(config, requested_attention_implementation, version))
 
-    module.is_flash_attention_requested = check
+    return check
 
 
-def _open_pages(module: Any, names: Collection[str]) -> None:
-    before, allocators = module.ensure_decode_fast_path_is_available, module.ATTN_TYPE_TO_ALLOCATOR
-    kinds_of = module.group_layers_by_attn_type
+def _in_pages(module: Any, names: Collection[str], before: Callable[..., None]) -> Callable[..., None]:
+    allocators, kinds_of = module.ATTN_TYPE_TO_ALLOCATOR, module.group_layers_by_attn_type
 
     @functools.wraps(before)
     def check(config: Any, cb_config: Any, user_requested: bool) -> None:
@@ -53,4 +52,4 @@ def _open_pages(module: Any, names: Collection[str]) -> None:
         if not (in_pages and config._attn_implementation in names):
             before(config, cb_config, user_requested)
 
-    module.ensure_decode_fast_path_is_available = check
+    return check
