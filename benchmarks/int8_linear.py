@@ -11,16 +11,16 @@ from forwardpass.ops.int8_linear import OPERATION
 
 
 def baseline(
-    x: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | None, activation: str | None, out_dtype: torch.dtype,
-    symmetric: bool, channel_scale: Tensor | None, w_sum: Tensor | None, residual: Tensor | None = None,
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str | None, out_dtype: torch.dtype,
+    symmetric: bool, channel_scale: Tensor | None, weight_sum: Tensor | None, residual: Tensor | None = None,
     **options: Any,
 ) -> Tensor:  # fmt: skip
     v = x.float() if channel_scale is None else x.float() * channel_scale
     q, scale, zero_point = eager.quantize_rows(v, torch.int8, symmetric)
     epilogue = {"bias": bias, "activation": activation, "out_dtype": out_dtype, "residual": residual}
     if not symmetric:
-        epilogue |= {"a_zero_point": zero_point, "b_sum": w_sum}
-    return int8_gemm(q, weight, scale, w_scale, **epilogue)
+        epilogue |= {"a_zero_point": zero_point, "b_sum": weight_sum}
+    return int8_gemm(q, weight, scale, weight_scale, **epilogue)
 
 
 BASELINES = {OPERATION: baseline}

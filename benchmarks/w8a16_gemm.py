@@ -8,10 +8,19 @@ from forwardpass.ops.w8a16_gemm import OPERATION
 
 
 def baseline(
-    x: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    scale = w_scale.repeat_interleave(128, -1)[:, : w.shape[1]] if w_scale.dim() == 2 else w_scale.reshape(-1, 1)
-    weight = (w.to(scale.dtype) * scale).to(x.dtype)
+    scale = (
+        weight_scale.repeat_interleave(128, -1)[:, : weight.shape[1]]
+        if weight_scale.dim() == 2
+        else weight_scale.reshape(-1, 1)
+    )
+    weight = (weight.to(scale.dtype) * scale).to(x.dtype)
     bias = bias if bias is None else bias.to(x.dtype)
     y = eager.activate(F.linear(x, weight, bias), activation, "interleaved8")
     return y if residual is None else y + residual

@@ -9,14 +9,14 @@ from forwardpass.ops.w8a16_grouped_gemm import OPERATION
 
 
 def baseline(
-    x: Tensor, w: Tensor, w_scale: Tensor, offs: Tensor, bias: Tensor | None, activation: str | None
+    x: Tensor, weight: Tensor, weight_scale: Tensor, offs: Tensor, bias: Tensor | None, activation: str | None
 ) -> Tensor:
     """Rows that are sorted by expert, each of which has one."""
     parts, begin = [], 0
     for e, end in enumerate(offs.tolist()):
         if begin < end:
-            weight = (w[e].to(w_scale.dtype) * w_scale[e][:, None]).to(x.dtype)
-            y = F.linear(x[begin:end], weight, bias if bias is None else bias[e].to(x.dtype))
+            of_e = (weight[e].to(weight_scale.dtype) * weight_scale[e][:, None]).to(x.dtype)
+            y = F.linear(x[begin:end], of_e, bias if bias is None else bias[e].to(x.dtype))
             parts.append(eager.activate(y, activation, "interleaved8"))
         begin = end
     return torch.cat(parts)

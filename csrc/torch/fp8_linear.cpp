@@ -5,7 +5,7 @@
 
 namespace forwardpass {
 
-Tensor fp8_linear(Backend backend, const Tensor& x, const Tensor& weight, const Tensor& w_scale,
+Tensor fp8_linear(Backend backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
                   const OptionalTensor& bias, const std::optional<std::string>& activation, ScalarType out_dtype,
                   const OptionalTensor& scale, const OptionalTensor& channel_scale, const OptionalTensor& residual) {
   const char* op = "fp8_linear";
@@ -16,21 +16,21 @@ Tensor fp8_linear(Backend backend, const Tensor& x, const Tensor& weight, const 
   p.kind = GemmKind::fp8;
   p.b = b_operand(weight, Dtype::e4m3, q.x.columns, x, op, "weight");
   // blocks of the weight go with groups of 128 of x, a vector with whole rows
-  const bool blocks = w_scale.dim() >= 2;
+  const bool blocks = weight_scale.dim() >= 2;
   QuantizeOptions x_options{.dtype = ScalarType::Float8_e4m3fn, .scale = scale, .channel_scale = channel_scale};
   EpilogueOptions out_options{
       .bias = bias, .activation = activation_of(activation, op), .out_dtype = out_dtype, .residual = residual};
   if (blocks) {
     x_options.group_size = kScaleBlock;
   } else {
-    out_options.b_scale = w_scale;
+    out_options.b_scale = weight_scale;
   }
   q.out = quantized_options(q.x.columns, x_options, x, op);
   auto sizes = sizes_of(x);
   sizes.back() = p.b.rows;
   Tensor out;
   std::tie(out, p.epilogue) = epilogue(sizes, q.x.rows, out_options, x, op);
-  if (blocks) b_block_scales(w_scale, p.b.rows, p.b.columns, is_gated(p.epilogue.activation), x, op, p.blocks);
+  if (blocks) b_block_scales(weight_scale, p.b.rows, p.b.columns, is_gated(p.epilogue.activation), x, op, p.blocks);
   quantize_and_multiply(backend, q, p, x);
   return out;
 }

@@ -6,10 +6,10 @@
 
 namespace forwardpass {
 
-Tensor int8_linear(Backend backend, const Tensor& x, const Tensor& weight, const Tensor& w_scale,
+Tensor int8_linear(Backend backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
                    const OptionalTensor& bias, const std::optional<std::string>& activation, ScalarType out_dtype,
                    const OptionalTensor& scale, const OptionalTensor& zero_point, bool symmetric,
-                   const OptionalTensor& channel_scale, const OptionalTensor& w_sum, const OptionalTensor& packed,
+                   const OptionalTensor& channel_scale, const OptionalTensor& weight_sum, const OptionalTensor& packed,
                    const OptionalTensor& residual) {
   const char* op = "int8_linear";
   QuantizeParams q{};
@@ -18,7 +18,7 @@ Tensor int8_linear(Backend backend, const Tensor& x, const Tensor& weight, const
   p.kind = GemmKind::int8;
   p.b = b_operand(weight, Dtype::i8, q.x.columns, x, op, "weight");
   STD_TORCH_CHECK(is_float(q.x.dtype), op, ": x must be float32, float16 or bfloat16");
-  STD_TORCH_CHECK(w_sum.has_value() == !symmetric, op, ": w_sum goes with symmetric=False, and only with it");
+  STD_TORCH_CHECK(weight_sum.has_value() == !symmetric, op, ": weight_sum goes with symmetric=False, and only with it");
   check_int8_depth(p.b.columns, !symmetric, op);
 
   const QuantizeOptions x_options{.dtype = ScalarType::Char,
@@ -26,7 +26,7 @@ Tensor int8_linear(Backend backend, const Tensor& x, const Tensor& weight, const
                                   .zero_point = zero_point,
                                   .symmetric = symmetric,
                                   .channel_scale = channel_scale};
-  const EpilogueOptions out_options{.b_scale = w_scale,
+  const EpilogueOptions out_options{.b_scale = weight_scale,
                                     .bias = bias,
                                     .activation = activation_of(activation, op),
                                     .out_dtype = out_dtype,
@@ -35,7 +35,7 @@ Tensor int8_linear(Backend backend, const Tensor& x, const Tensor& weight, const
   sizes.back() = p.b.rows;
   Tensor out;
   std::tie(out, p.epilogue) = epilogue(sizes, q.x.rows, out_options, x, op);
-  p.epilogue.b_sum = ints(w_sum, p.b.rows, x, op, "w_sum");
+  p.epilogue.b_sum = ints(weight_sum, p.b.rows, x, op, "weight_sum");
   q.out = quantized_options(q.x.columns, x_options, x, op);
   if (backend != Backend::cpu) {  // what passes between the two kernels is in one workspace
     quantize_and_multiply(backend, q, p, x);

@@ -73,16 +73,16 @@ constexpr std::tuple kOps{
         "int8_grouped_gemm(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor offs, Tensor? bias, "
         "str? activation, ScalarType out_dtype, Tensor? out_scale, Tensor? a_zero_point, Tensor? b_sum) -> Tensor"},
 
-    Op<int8_linear>{
-        "int8_linear(Tensor x, Tensor weight, Tensor w_scale, Tensor? bias, str? activation, ScalarType out_dtype, "
-        "Tensor? scale, Tensor? zero_point, bool symmetric, Tensor? channel_scale, Tensor? w_sum, Tensor? packed, "
-        "Tensor? residual=None) -> Tensor"},
+    Op<int8_linear>{"int8_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, str? activation, "
+                    "ScalarType out_dtype, Tensor? scale, Tensor? zero_point, bool symmetric, Tensor? channel_scale, "
+                    "Tensor? weight_sum, Tensor? packed, Tensor? residual=None) -> Tensor"},
 
-    Op<w8a16_gemm>{"w8a16_gemm(Tensor x, Tensor w, Tensor w_scale, Tensor? bias, str? activation, "
+    Op<w8a16_gemm>{"w8a16_gemm(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, str? activation, "
                    "Tensor? residual=None) -> Tensor"},
 
     Op<w8a16_grouped_gemm>{
-        "w8a16_grouped_gemm(Tensor x, Tensor w, Tensor w_scale, Tensor offs, Tensor? bias, str? activation) -> Tensor"},
+        "w8a16_grouped_gemm(Tensor x, Tensor weight, Tensor weight_scale, Tensor offs, Tensor? bias, "
+        "str? activation) -> Tensor"},
 
     Op<permute_quantize>{"permute_quantize(Tensor x, Tensor index, int num_experts, ScalarType dtype, int? group_size, "
                          "Tensor? channel_scale) -> (Tensor q, Tensor scale, Tensor offs, Tensor position)"},
@@ -126,7 +126,7 @@ constexpr std::tuple kOps{
         "int? group_size) -> (Tensor q, Tensor scale)"},
 
     GpuOp<fp8_linear>{
-        "fp8_linear(Tensor x, Tensor weight, Tensor w_scale, Tensor? bias, str? activation, ScalarType out_dtype, "
+        "fp8_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, str? activation, ScalarType out_dtype, "
         "Tensor? scale, Tensor? channel_scale, Tensor? residual=None) -> Tensor"},
 };
 

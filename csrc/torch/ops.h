@@ -44,10 +44,10 @@ Tensor int8_grouped_gemm(Backend backend, const Tensor& a, const Tensor& b, cons
                          const OptionalTensor& out_scale, const OptionalTensor& a_zero_point,
                          const OptionalTensor& b_sum);
 
-Tensor int8_linear(Backend backend, const Tensor& x, const Tensor& weight, const Tensor& w_scale,
+Tensor int8_linear(Backend backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
                    const OptionalTensor& bias, const std::optional<std::string>& activation, ScalarType out_dtype,
                    const OptionalTensor& scale, const OptionalTensor& zero_point, bool symmetric,
-                   const OptionalTensor& channel_scale, const OptionalTensor& w_sum, const OptionalTensor& packed,
+                   const OptionalTensor& channel_scale, const OptionalTensor& weight_sum, const OptionalTensor& packed,
                    const OptionalTensor& residual);
 
 // weight as the int8 GEMM of this CPU reads it, int8; empty where it reads it as it is.
@@ -70,15 +70,16 @@ std::tuple<Tensor, Tensor> fp8_gemm_quantize(Backend backend, const Tensor& a, c
                                              const std::optional<std::string>& activation,
                                              std::optional<int64_t> group_size);
 
-Tensor fp8_linear(Backend backend, const Tensor& x, const Tensor& weight, const Tensor& w_scale,
+Tensor fp8_linear(Backend backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
                   const OptionalTensor& bias, const std::optional<std::string>& activation, ScalarType out_dtype,
                   const OptionalTensor& scale, const OptionalTensor& channel_scale, const OptionalTensor& residual);
 
-Tensor w8a16_gemm(Backend backend, const Tensor& x, const Tensor& w, const Tensor& w_scale, const OptionalTensor& bias,
-                  const std::optional<std::string>& activation, const OptionalTensor& residual);
+Tensor w8a16_gemm(Backend backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
+                  const OptionalTensor& bias, const std::optional<std::string>& activation,
+                  const OptionalTensor& residual);
 
-Tensor w8a16_grouped_gemm(Backend backend, const Tensor& x, const Tensor& w, const Tensor& w_scale, const Tensor& offs,
-                          const OptionalTensor& bias, const std::optional<std::string>& activation);
+Tensor w8a16_grouped_gemm(Backend backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
+                          const Tensor& offs, const OptionalTensor& bias, const std::optional<std::string>& activation);
 
 Quantized norm_quantize(Backend backend, const Tensor& x, const OptionalTensor& weight, double eps, ScalarType dtype,
                         const std::string& kind, const OptionalTensor& bias, bool symmetric,

@@ -6,23 +6,24 @@
 
 namespace forwardpass {
 
-Tensor w8a16_gemm(Backend backend, const Tensor& x, const Tensor& w, const Tensor& w_scale, const OptionalTensor& bias,
-                  const std::optional<std::string>& activation, const OptionalTensor& residual) {
+Tensor w8a16_gemm(Backend backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
+                  const OptionalTensor& bias, const std::optional<std::string>& activation,
+                  const OptionalTensor& residual) {
   const char* op = "w8a16_gemm";
   GemmParams p{};
   p.kind = GemmKind::w8a16;
   p.a = matrix(x, op, "x");
   STD_TORCH_CHECK(is_float(p.a.dtype), op, ": x must be float16, bfloat16 or float32");
   STD_TORCH_CHECK(backend == Backend::cpu || p.a.dtype != Dtype::f32, op, ": on a GPU x must be float16 or bfloat16");
-  const Dtype w_dtype = dtype_of(w.scalar_type(), op, "w");
-  STD_TORCH_CHECK(w_dtype == Dtype::i8 || w_dtype == Dtype::e4m3, op, ": w must be int8 or float8_e4m3fn");
-  p.b = b_operand(w, w_dtype, p.a.columns, x, op, "w");
+  const Dtype w_dtype = dtype_of(weight.scalar_type(), op, "weight");
+  STD_TORCH_CHECK(w_dtype == Dtype::i8 || w_dtype == Dtype::e4m3, op, ": weight must be int8 or float8_e4m3fn");
+  p.b = b_operand(weight, w_dtype, p.a.columns, x, op, "weight");
   EpilogueOptions out_options{
       .bias = bias, .activation = activation_of(activation, op), .out_dtype = x.scalar_type(), .residual = residual};
-  if (w_scale.dim() == 2) {
-    p.blocks.b = floats(w_scale, p.b.rows * ceil_div(p.b.columns, kScaleBlock), x, op, "w_scale");
+  if (weight_scale.dim() == 2) {
+    p.blocks.b = floats(weight_scale, p.b.rows * ceil_div(p.b.columns, kScaleBlock), x, op, "weight_scale");
   } else {
-    out_options.b_scale = w_scale;
+    out_options.b_scale = weight_scale;
   }
   auto sizes = sizes_of(x);
   sizes.back() = p.b.rows;

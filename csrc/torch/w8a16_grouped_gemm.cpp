@@ -6,28 +6,30 @@
 
 namespace forwardpass {
 
-Tensor w8a16_grouped_gemm(Backend backend, const Tensor& x, const Tensor& w, const Tensor& w_scale, const Tensor& offs,
-                          const OptionalTensor& bias, const std::optional<std::string>& activation) {
+Tensor w8a16_grouped_gemm(Backend backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
+                          const Tensor& offs, const OptionalTensor& bias,
+                          const std::optional<std::string>& activation) {
   const char* op = "w8a16_grouped_gemm";
   GemmParams p{};
   p.kind = GemmKind::w8a16;
   p.a = matrix(x, op, "x");
   STD_TORCH_CHECK(is_float(p.a.dtype), op, ": x must be float16, bfloat16 or float32");
   STD_TORCH_CHECK(backend == Backend::cpu || p.a.dtype != Dtype::f32, op, ": on a GPU x must be float16 or bfloat16");
-  const Dtype w_dtype = dtype_of(w.scalar_type(), op, "w");
-  STD_TORCH_CHECK(w_dtype == Dtype::i8 || w_dtype == Dtype::e4m3, op, ": w must be int8 or float8_e4m3fn");
-  p.b = expert_weight(w, w_dtype, p.a, x, op, "w");
-  p.groups = groups(x, w, offs, op);
+  const Dtype w_dtype = dtype_of(weight.scalar_type(), op, "weight");
+  STD_TORCH_CHECK(w_dtype == Dtype::i8 || w_dtype == Dtype::e4m3, op, ": weight must be int8 or float8_e4m3fn");
+  p.b = expert_weight(weight, w_dtype, p.a, x, op, "weight");
+  p.groups = groups(x, weight, offs, op);
   auto sizes = sizes_of(x);
-  sizes.back() = w.size(1);
+  sizes.back() = weight.size(1);
   Tensor out;
   std::tie(out, p.epilogue) =
       epilogue(sizes, p.a.rows, {.activation = activation_of(activation, op), .out_dtype = x.scalar_type()}, x, op);
-  const bool in_groups = w_scale.dim() == 3;
-  take_experts(p.epilogue, p.b.rows, in_groups ? OptionalTensorRef{} : OptionalTensorRef{w_scale}, bias, {}, x, op);
+  const bool in_groups = weight_scale.dim() == 3;
+  take_experts(p.epilogue, p.b.rows, in_groups ? OptionalTensorRef{} : OptionalTensorRef{weight_scale}, bias, {}, x,
+               op);
   if (in_groups) {
-    STD_TORCH_CHECK(backend == Backend::cpu, op, ": w_scale of groups of columns is for the CPU and Triton");
-    p.blocks.b = floats(w_scale, p.b.rows * ceil_div(p.b.columns, kScaleBlock), x, op, "w_scale");
+    STD_TORCH_CHECK(backend == Backend::cpu, op, ": weight_scale of groups of columns is for the CPU and Triton");
+    p.blocks.b = floats(weight_scale, p.b.rows * ceil_div(p.b.columns, kScaleBlock), x, op, "weight_scale");
   }
   if (backend != Backend::cpu) {
     run_gemm(backend, p, x);

@@ -66,7 +66,7 @@ def test_an_export_to_onnx_says_what_to_do(monkeypatch):
         (
             (),
             {},
-            r"explain\('int8_linear', x, weight, w_scale, …\), and was called with others: missing a required argument: 'x'",
+            r"explain\('int8_linear', x, weight, weight_scale, …\), and was called with others: missing a required argument: 'x'",
         ),
         ((X,), {}, "missing a required argument: 'weight'"),
         ((X, X, X), {"sale": 1}, "got an unexpected keyword argument 'sale'"),
@@ -84,7 +84,7 @@ def test_explain_runs_nothing_and_checks_everything():
     assert table["cuda"].code == "device"
     assert "int8_linear(x=float32[3, 40]" in str(table)
     assert "-> cpu" in str(table)
-    with pytest.raises(ValueError, match="w_sum"):
+    with pytest.raises(ValueError, match="weight_sum"):
         fp.explain("int8_linear", X, torch.zeros(8, 40, dtype=torch.int8), torch.ones(8), symmetric=False)
     assert chosen() == "cpu"  # after an error too
 

@@ -49,7 +49,7 @@ def exact_products(a, b):
         return
     static = {"scale": one, "zero_point": torch.zeros(1, dtype=torch.int32), "symmetric": False}
     for packed in (None, fp.ops.pack_int8_weight(b)):
-        got = fp.ops.int8_linear(a.float(), b, one, **static, w_sum=b.sum(1, dtype=torch.int32), packed=packed)
+        got = fp.ops.int8_linear(a.float(), b, one, **static, weight_sum=b.sum(1, dtype=torch.int32), packed=packed)
         assert torch.equal(got, exact), (a.shape, b.shape, packed is None)
 
 

@@ -125,7 +125,7 @@ def no_expert(op: str) -> Callable[[int], tuple[Any, ...]]:
 
     def make(experts: int) -> tuple[Any, ...]:
         args = grouped(op, (3,))
-        of_each = {"b", "w", "b_scale", "w_scale", "offs", "bias", "b_sum"}
+        of_each = {"b", "weight", "b_scale", "weight_scale", "offs", "bias", "b_sum"}
         few = {n: a[:experts] for n, a in zip(operations[op].parameters, args) if n in of_each and a is not None}
         return replaced(op, args, **few)
 

@@ -66,11 +66,11 @@ def test_a_bias_of_each_type(shape, dtype):
     """Added to what is the same without it."""
     m, n, k = shape
     case = w8a16_gemm.Case((m,), n, k, torch.float16, torch.int8, "column")
-    x, w, w_scale, bias, activation, _ = case.arguments()
+    x, w, weight_scale, bias, activation, _ = case.arguments()
     bias = bias.to(dtype)
     with fp.interpret("sm_90a"), fp.use_backend("cuda"):
-        got = fp.ops.w8a16_gemm(x, w, w_scale, bias=bias, activation=activation)
-    w8a16_gemm.assert_matches(got, (x, w, w_scale, bias.float(), activation))
+        got = fp.ops.w8a16_gemm(x, w, weight_scale, bias=bias, activation=activation)
+    w8a16_gemm.assert_matches(got, (x, w, weight_scale, bias.float(), activation))
 
 
 @pytest.mark.parametrize("case", in_parts(FP8, 4))

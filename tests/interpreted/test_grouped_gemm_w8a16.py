@@ -87,12 +87,12 @@ def test_bits_are_those_of_w8a16_gemm(x_dtype, w_dtype, seed):
     dense = dispatch.operations["w8a16_gemm"]
     for counts, k in (((5, 0, 16, 17, 130, 1000), 300), ((1, 4, 0, 2), 128)):
         case = cases.Case(counts, 130, k, x_dtype, w_dtype)
-        x, w, w_scale, _, bias, _ = args = case.arguments(seed=seed)
+        x, w, weight_scale, _, bias, _ = args = case.arguments(seed=seed)
         got, _ = interpreted(args, "sm_80", seed)
         begin = 0
         for e, count in enumerate(counts):
             rows = slice(begin, begin := begin + count)
-            of_e = x[rows], w[e].contiguous(), w_scale[e], bias[e], None
+            of_e = x[rows], w[e].contiguous(), weight_scale[e], bias[e], None
             assert_equal(got[rows], interpreted(of_e, "sm_80", seed, dense)[0], f"expert {e}")
 
 
@@ -101,7 +101,7 @@ def test_what_no_expert_has_is_not_used(arch, seed):
     """Weights of experts without rows, rows beyond the last expert's, and those that a tile reads of the next one."""
     for room in (None, 20):
         case = cases.Case((0, 2, 0, 18, 0), 33, 70, F16, E4M3, room=room, beyond=30)
-        x, w, w_scale, offs, bias, activation = args = case.arguments(seed=seed)
+        x, w, weight_scale, offs, bias, activation = args = case.arguments(seed=seed)
         expected, _ = interpreted(args, arch, seed)
         w, x = w.clone(), x.clone()
         for e in (0, 2, 4):
@@ -110,7 +110,7 @@ def test_what_no_expert_has_is_not_used(arch, seed):
             x[20:] = float("nan")
         else:
             x[torch.arange(room) >= torch.tensor(case.counts)[:, None]] = float("nan")
-        assert_equal(interpreted((x, w, w_scale, offs, bias, activation), arch, seed)[0], expected)
+        assert_equal(interpreted((x, w, weight_scale, offs, bias, activation), arch, seed)[0], expected)
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])

@@ -96,11 +96,16 @@ def test_linear_is_quantize_then_gemm():
     x, w = torch.randn(5, 300), torch.randn(16, 300)
     wq, ws, _ = fp.ops.quantize(w, E4M3)
     blocks, smooth, static = torch.rand(1, 3) / 50, torch.rand(300) + 0.5, ONE / 100
-    for w_scale, options in ((ws, {}), (ONE / 50, {"channel_scale": smooth}), (ws, {"scale": static}), (blocks, {})):
-        q, s, _ = fp.ops.quantize(x, E4M3, group_size=128 if w_scale.dim() == 2 else None, **options)
-        two = fp.ops.fp8_gemm(q, wq, s, w_scale, out_dtype=torch.float32)
-        assert torch.equal(fp.ops.fp8_linear(x, wq, w_scale, **options), two)
-        assert (two - x @ w.t()).norm() < 0.9 * two.norm() or w_scale is not ws
+    for weight_scale, options in (
+        (ws, {}),
+        (ONE / 50, {"channel_scale": smooth}),
+        (ws, {"scale": static}),
+        (blocks, {}),
+    ):
+        q, s, _ = fp.ops.quantize(x, E4M3, group_size=128 if weight_scale.dim() == 2 else None, **options)
+        two = fp.ops.fp8_gemm(q, wq, s, weight_scale, out_dtype=torch.float32)
+        assert torch.equal(fp.ops.fp8_linear(x, wq, weight_scale, **options), two)
+        assert (two - x @ w.t()).norm() < 0.9 * two.norm() or weight_scale is not ws
 
 
 def test_quantize_is_gemm_then_quantize():

@@ -109,10 +109,10 @@ def test_a_row_of_nan_and_of_zeros_have_scales():
 def test_linear_is_quantize_then_gemm():
     x, w = torch.randn(5, 70), torch.randn(9, 70)
     wq, ws, _ = fp.ops.quantize(w, torch.int8)
-    w_sum = wq.sum(1, dtype=torch.int32)
+    weight_sum = wq.sum(1, dtype=torch.int32)
     q, s, z = fp.ops.quantize(x, torch.int8, symmetric=False)
-    two = fp.ops.int8_gemm(q, wq, s, ws, out_dtype=torch.float32, a_zero_point=z, b_sum=w_sum)
-    assert torch.equal(fp.ops.int8_linear(x, wq, ws, symmetric=False, w_sum=w_sum), two)
+    two = fp.ops.int8_gemm(q, wq, s, ws, out_dtype=torch.float32, a_zero_point=z, b_sum=weight_sum)
+    assert torch.equal(fp.ops.int8_linear(x, wq, ws, symmetric=False, weight_sum=weight_sum), two)
 
 
 def test_bits_do_not_depend_on_the_batch():
@@ -146,7 +146,7 @@ def test_nan_stays():
     wq, ws, _ = fp.ops.quantize(torch.randn(9, 64), torch.int8)
     for symmetric in (True, False):
         y = fp.ops.int8_linear(
-            x, wq, ws, symmetric=symmetric, w_sum=None if symmetric else wq.sum(1, dtype=torch.int32)
+            x, wq, ws, symmetric=symmetric, weight_sum=None if symmetric else wq.sum(1, dtype=torch.int32)
         )
         assert y.isnan().all(1).tolist() == [False, True, False]
 
@@ -228,8 +228,8 @@ SUM, ZERO = torch.ones(16, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
     [
         (lambda: fp.ops.int8_linear(X, W.float(), ONE), TypeError, "weight must be an int8 tensor"),
         (lambda: fp.ops.int8_linear(X[:, :31], W, ONE), ValueError, r"must be \[N, 31\]"),
-        (lambda: fp.ops.int8_linear(X, W, ONE, symmetric=False), ValueError, "w_sum"),
-        (lambda: fp.ops.int8_linear(X, W, ONE, w_sum=SUM), ValueError, "w_sum"),
+        (lambda: fp.ops.int8_linear(X, W, ONE, symmetric=False), ValueError, "weight_sum"),
+        (lambda: fp.ops.int8_linear(X, W, ONE, weight_sum=SUM), ValueError, "weight_sum"),
         (lambda: fp.ops.int8_linear(X, W, ONE, bias=torch.ones(3)), ValueError, "16 elements"),
         (lambda: fp.ops.int8_linear(X, W, ONE, activation="swish"), ValueError, "silu"),
         (lambda: fp.ops.int8_linear(X, W[:10], ONE, activation="silu_mul"), ValueError, "multiple of 16"),

@@ -45,7 +45,7 @@ def test_groups_of_columns_are_not_for_cuda():
 def test_bits_of_few_rows_are_those_of_w8a16_gemm(w_dtype, room):
     """With any number of threads."""
     case = cases.Case((0, 1, 3, 16, 0, 4, 2), 272, 515, torch.float16, w_dtype, room=room, groups=room is None)
-    x, w, w_scale, _, bias, _ = args = case.arguments()
+    x, w, weight_scale, _, bias, _ = args = case.arguments()
     threads = torch.get_num_threads()
     try:
         for n in (1, 3):
@@ -55,7 +55,7 @@ def test_bits_of_few_rows_are_those_of_w8a16_gemm(w_dtype, room):
             for e, count in enumerate(case.counts):
                 begin = begin if room is None else e * room
                 own_rows = slice(begin, begin + count)
-                expected = fp.ops.w8a16_gemm(x.flatten(0, -2)[own_rows], w[e], w_scale[e], bias=bias[e])
+                expected = fp.ops.w8a16_gemm(x.flatten(0, -2)[own_rows], w[e], weight_scale[e], bias=bias[e])
                 assert_equal(rows[own_rows], expected, f"expert {e}")
                 begin += count
     finally:
@@ -65,12 +65,12 @@ def test_bits_of_few_rows_are_those_of_w8a16_gemm(w_dtype, room):
 def test_weights_of_experts_without_rows_are_not_read():
     """Nor those beyond: what is read of a NaN shows in a product with 0."""
     case = cases.Case((0, 2, 0, 60, 0), 33, 70, torch.float32, E4M3, bias=False)
-    x, w, w_scale, offs, bias, activation = args = case.arguments()
+    x, w, weight_scale, offs, bias, activation = args = case.arguments()
     expected = OPERATION(*args)
     w = w.clone()
     for e in (0, 2, 4):
         w[e].view(torch.uint8).fill_(0x7F)
-    assert_equal(OPERATION(x, w, w_scale, offs, bias, activation), expected)
+    assert_equal(OPERATION(x, w, weight_scale, offs, bias, activation), expected)
 
 
 @pytest.mark.parametrize(
@@ -84,8 +84,8 @@ X, W, SCALE = torch.ones(4, 32), torch.ones(3, 16, 32, dtype=torch.int8), torch.
 OFFS = torch.tensor([1, 1, 4], dtype=torch.int32)
 
 
-def call(x=X, w=W, w_scale=SCALE, offs=OFFS, **options):
-    return fp.ops.w8a16_grouped_gemm(x, w, w_scale, offs, **options)
+def call(x=X, weight=W, weight_scale=SCALE, offs=OFFS, **options):
+    return fp.ops.w8a16_grouped_gemm(x, weight, weight_scale, offs, **options)
 
 
 def ints(*values):
@@ -95,17 +95,17 @@ def ints(*values):
 REFUSALS = [
     (lambda: call(X.double()), TypeError, "float32, float16 or bfloat16"),
     (lambda: call(X[0]), ValueError, r"x must be \[S, K\] or \[E, max_m, K\]"),
-    (lambda: call(w=W.float()), TypeError, "int8 or float8_e4m3fn tensor, not torch.float32"),
-    (lambda: call(w=W[0]), ValueError, r"w must be \[E, N, 32\]"),
-    (lambda: call(torch.ones(2, 5, 32), offs=ints(1, 1)), ValueError, r"w must be \[2, N, 32\]"),
-    (lambda: call(w_scale=torch.ones(16)), ValueError, r"w_scale must be contiguous \[3, 16\]"),
-    (lambda: call(w_scale=SCALE.half()), TypeError, "w_scale must be a tensor of torch.float32"),
-    (lambda: call(w_scale=torch.ones(3, 16, 2)), ValueError, r"w_scale must be contiguous \[3, 16, 1\]"),
-    (lambda: call(w_scale=0.1), TypeError, "w_scale must be a float32 tensor, not float"),
+    (lambda: call(weight=W.float()), TypeError, "int8 or float8_e4m3fn tensor, not torch.float32"),
+    (lambda: call(weight=W[0]), ValueError, r"weight must be \[E, N, 32\]"),
+    (lambda: call(torch.ones(2, 5, 32), offs=ints(1, 1)), ValueError, r"weight must be \[2, N, 32\]"),
+    (lambda: call(weight_scale=torch.ones(16)), ValueError, r"weight_scale must be contiguous \[3, 16\]"),
+    (lambda: call(weight_scale=SCALE.half()), TypeError, "weight_scale must be a tensor of torch.float32"),
+    (lambda: call(weight_scale=torch.ones(3, 16, 2)), ValueError, r"weight_scale must be contiguous \[3, 16, 1\]"),
+    (lambda: call(weight_scale=0.1), TypeError, "weight_scale must be a float32 tensor, not float"),
     (lambda: call(bias=torch.ones(16)), ValueError, r"bias must be contiguous \[3, 16\]"),
     (lambda: call(offs=OFFS.long()), TypeError, "offs must be a tensor of torch.int32"),
     (lambda: call(activation="swish"), ValueError, "silu"),
-    (lambda: call(w=W[:, :10].contiguous(), w_scale=torch.ones(3, 10), activation="silu_mul"), ValueError, "multiple of 16"),
+    (lambda: call(weight=W[:, :10].contiguous(), weight_scale=torch.ones(3, 10), activation="silu_mul"), ValueError, "multiple of 16"),
 ]  # fmt: skip
 
 

@@ -69,8 +69,8 @@ struct GemvBlock {
 template <Dtype X>
 struct GemvOperands {
   static constexpr int kXSize = GemvConfig<X>::kXSize;
-  const uint8_t *w[2], *x;               // x: null if the lane has no row of it
-  const float *w_scale[2], *x_scale[2];  // of the first block of K; null: 1
+  const uint8_t *w[2], *x;                    // x: null if the lane has no row of it
+  const float *weight_scale[2], *x_scale[2];  // of the first block of K; null: 1
   int64_t x_scale_stride, columns;
   uint64_t policy;
 
@@ -85,7 +85,7 @@ struct GemvOperands {
       int64_t n = min(row + g + i * 8, p.b.rows - 1);
       ptx::compute_here(n);  // else the loop computes the addresses again: 374 instead of 333 instructions (fp8)
       w[i] = static_cast<const uint8_t*>(p.b.data) + n * p.b.stride + t * 16;
-      w_scale[i] = p.blocks.b ? p.blocks.b + scale_offset(p, n) : nullptr;
+      weight_scale[i] = p.blocks.b ? p.blocks.b + scale_offset(p, n) : nullptr;
       x_scale[i] = p.blocks.a && 2 * t + i < p.a.rows ? p.blocks.a + 2 * t + i : nullptr;
     }
   }
@@ -128,7 +128,7 @@ struct GemvOperands {
     if constexpr (X != Dtype::i8) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float scale_w = w_scale[i] ? w_scale[i][block] : 1.0f;
+        const float scale_w = weight_scale[i] ? weight_scale[i][block] : 1.0f;
 #pragma unroll
         for (int j = 0; j < 2; ++j)
           d.scale[i][j] = x_scale[j] ? __fmul_rn(x_scale[j][block * x_scale_stride], scale_w) : scale_w;

@@ -75,7 +75,7 @@ def fake_gemm(
 
 
 def fake_linear(
-    x: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | None, activation: str | None, out_dtype: torch.dtype,
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str | None, out_dtype: torch.dtype,
     *options: object,
 ) -> Tensor:  # fmt: skip
     """The same for x [..., K], which is quantised on the way, and weight [N, K]."""

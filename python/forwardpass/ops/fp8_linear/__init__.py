@@ -15,7 +15,7 @@ from . import reference
 def fp8_linear(
     x: Tensor,
     weight: Tensor,
-    w_scale: Tensor,
+    weight_scale: Tensor,
     *,
     bias: Tensor | None = None,
     activation: str | None = None,
@@ -29,9 +29,9 @@ def fp8_linear(
     Args:
         x: float32, float16 or bfloat16 [..., K], last stride 1, any row stride.
         weight: float8_e4m3fn [N, K].
-        w_scale: float32 [1] or [N], and x is quantised per row; or of 128 x 128 blocks as fp8_gemm's b_scale, and x is
+        weight_scale: float32 [1] or [N], and x is quantised per row; or of 128 x 128 blocks as fp8_gemm's b_scale, and x is
             quantised in groups of 128 columns.
-        bias, activation: as in `dequant_activation`; gated activations want the rows of weight, bias and a w_scale [N]
+        bias, activation: as in `dequant_activation`; gated activations want the rows of weight, bias and a weight_scale [N]
             interleaved by `interleave_gate_up`.
         out_dtype: float32, float16 or bfloat16; None: that of x.
         scale: float32, one element: static quantisation of x, not with block scales.
@@ -47,14 +47,14 @@ def fp8_linear(
         Unsupported: a backend asked for by name cannot run these arguments; GPUs below sm_89 multiply no FP8.
     """
     dtype = x.dtype if out_dtype is None else out_dtype
-    args = (x, weight, w_scale, bias, activation, dtype, scale, channel_scale)
+    args = (x, weight, weight_scale, bias, activation, dtype, scale, channel_scale)
     return OPERATION(*args) if residual is None else OPERATION(*args, residual)
 
 
 def _check(
     x: Tensor,
     weight: Tensor,
-    w_scale: Tensor,
+    weight_scale: Tensor,
     bias: Tensor | None,
     activation: str | None,
     out_dtype: torch.dtype,
@@ -64,9 +64,9 @@ def _check(
 ) -> None:
     op = "fp8_linear"
     check_float_rows(op, "x", x)
-    blocks = check_fp8_weight(op, "weight", weight, "w_scale", w_scale, activation, "x", x)
+    blocks = check_fp8_weight(op, "weight", weight, "weight_scale", weight_scale, activation, "x", x)
     if blocks and scale is not None:
-        raise ValueError(f"{op}: a static scale goes with w_scale [1] or [N], and w_scale is of blocks, {tuple(w_scale.shape)}: "
+        raise ValueError(f"{op}: a static scale goes with weight_scale [1] or [N], and weight_scale is of blocks, {tuple(weight_scale.shape)}: "
                          "drop scale")  # fmt: skip
     check_quantized(op, x, x.shape[-1], E4M3, scale, None, None, True, channel_scale)
     if out_dtype not in FLOATS:
@@ -75,7 +75,7 @@ def _check(
         )
     unit = x.new_empty(1, dtype=torch.float32)
     lead, n = tuple(x.shape[:-1]), weight.shape[0]
-    check_epilogue(op, x, lead, n, unit, unit if blocks else w_scale, bias, activation, out_dtype, None, None, None,
+    check_epilogue(op, x, lead, n, unit, unit if blocks else weight_scale, bias, activation, out_dtype, None, None, None,
                    residual=residual)  # fmt: skip
 
 

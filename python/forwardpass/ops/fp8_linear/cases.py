@@ -53,7 +53,7 @@ class Case:
         gated, groups = is_gated(self.activation), -(-self.k // BLOCK)
         matrix = (-(-(self.n // 2 if gated else self.n) // BLOCK), groups)
         shape = {"tensor": (1,), "row": (self.n,), "block": (2, *matrix) if gated else matrix}[self.scales]
-        w_scale = ((torch.rand(shape, generator=g) + 0.5) / 3000).to(device)
+        weight_scale = ((torch.rand(shape, generator=g) + 0.5) / 3000).to(device)
         bias = torch.randn(self.n, generator=g).to(device) if self.bias else None
         outputs = self.n // 2 if gated else self.n
         scale = torch.full((1,), 0.04, device=device) if self.static else None
@@ -62,7 +62,7 @@ class Case:
         return (
             x,
             laid_out(weight, self.layout, device),
-            w_scale,
+            weight_scale,
             bias,
             self.activation,
             self.out_dtype,
@@ -81,11 +81,13 @@ class Case:
 
 def assert_matches(actual: Tensor, args: tuple[Any, ...], truncating: bool = False) -> None:
     """actual is what a backend may return for args: that of fp8_gemm for the very x that the reference quantises to."""
-    x, weight, w_scale, bias, activation, out_dtype, scale, channel_scale, *added = (
+    x, weight, weight_scale, bias, activation, out_dtype, scale, channel_scale, *added = (
         a.cpu() if isinstance(a, Tensor) else a for a in args
     )
-    a, a_scale = reference.quantized_input(x, w_scale, scale, channel_scale)
-    gemm.assert_matches(actual, (a, weight, a_scale, w_scale, bias, activation, out_dtype, None, *added), truncating)
+    a, a_scale = reference.quantized_input(x, weight_scale, scale, channel_scale)
+    gemm.assert_matches(
+        actual, (a, weight, a_scale, weight_scale, bias, activation, out_dtype, None, *added), truncating
+    )
 
 
 def cases(few_kernels: bool = False) -> Iterator[Case]:

@@ -14,21 +14,21 @@ from ..quantize.reference import quantize
 
 def quantized_input(
     x: Tensor,
-    w_scale: Tensor,
+    weight_scale: Tensor,
     scale: Tensor | None,
     channel_scale: Tensor | None,
     quantize: Callable[..., tuple[Tensor, Tensor, Tensor]] = quantize,
 ) -> tuple[Tensor, Tensor]:
     """(a, a_scale) of the product, by this or by a backend's `quantize`: groups of 128 for a weight scaled by blocks, else
     rows, or the static scale."""
-    q, s, _ = quantize(x, E4M3, scale, None, BLOCK if w_scale.dim() >= 2 else None, True, channel_scale)
+    q, s, _ = quantize(x, E4M3, scale, None, BLOCK if weight_scale.dim() >= 2 else None, True, channel_scale)
     return q, s if scale is None else scale
 
 
 def fp8_linear(
     x: Tensor,
     weight: Tensor,
-    w_scale: Tensor,
+    weight_scale: Tensor,
     bias: Tensor | None,
     activation: str | None,
     out_dtype: torch.dtype,
@@ -36,5 +36,5 @@ def fp8_linear(
     channel_scale: Tensor | None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    a, a_scale = quantized_input(x, w_scale, scale, channel_scale)
-    return fp8_gemm(a, weight, a_scale, w_scale, bias, activation, out_dtype, None, residual)
+    a, a_scale = quantized_input(x, weight_scale, scale, channel_scale)
+    return fp8_gemm(a, weight, a_scale, weight_scale, bias, activation, out_dtype, None, residual)

@@ -13,7 +13,7 @@ from .reference import quantized_input
 def fp8_linear(
     x: Tensor,
     weight: Tensor,
-    w_scale: Tensor,
+    weight_scale: Tensor,
     bias: Tensor | None,
     activation: str | None,
     out_dtype: torch.dtype,
@@ -21,8 +21,8 @@ def fp8_linear(
     channel_scale: Tensor | None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    a, a_scale = quantized_input(x, w_scale, scale, channel_scale, quantize)
-    return fp8_gemm(a, weight, a_scale, w_scale, bias, activation, out_dtype, None, residual)
+    a, a_scale = quantized_input(x, weight_scale, scale, channel_scale, quantize)
+    return fp8_gemm(a, weight, a_scale, weight_scale, bias, activation, out_dtype, None, residual)
 
 
 torch.library.impl("forwardpass::fp8_linear_triton", ("cuda", "cpu"))(fp8_linear)

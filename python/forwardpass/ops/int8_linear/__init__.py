@@ -15,7 +15,7 @@ from . import reference
 def int8_linear(
     x: Tensor,
     weight: Tensor,
-    w_scale: Tensor,
+    weight_scale: Tensor,
     *,
     bias: Tensor | None = None,
     activation: str | None = None,
@@ -24,7 +24,7 @@ def int8_linear(
     zero_point: Tensor | None = None,
     symmetric: bool = True,
     channel_scale: Tensor | None = None,
-    w_sum: Tensor | None = None,
+    weight_sum: Tensor | None = None,
     packed: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
@@ -32,12 +32,12 @@ def int8_linear(
 
     Args:
         x: float32, float16 or bfloat16 [..., K], last stride 1, any row stride.
-        weight: int8 [N, K]; w_scale: float32, one element or [N].
-        bias, activation: as in `dequant_activation`; gated activations want the rows of weight, w_scale, bias and w_sum
+        weight: int8 [N, K]; weight_scale: float32, one element or [N].
+        bias, activation: as in `dequant_activation`; gated activations want the rows of weight, weight_scale, bias and weight_sum
             interleaved by `interleave_gate_up`.
         out_dtype: float32, float16 or bfloat16; None: that of x.
         scale, zero_point, symmetric, channel_scale: how x is quantised, as in `quantize`; dynamic per row without `scale`.
-        w_sum: int32 [N], weight.sum(1); required with symmetric=False (a layer keeps it; computing it would read the weight twice).
+        weight_sum: int32 [N], weight.sum(1); required with symmetric=False (a layer keeps it; computing it would read the weight twice).
         packed: `pack_int8_weight(weight)`, which the cpu backend then does not pack anew on each call; results are the same
             with it and without, also where the weight has changed since. Other backends read weight.
         residual: as in `dequant_activation`: [..., N] (gated: N / 2) of out_dtype.
@@ -50,7 +50,20 @@ def int8_linear(
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
     """
     dtype = x.dtype if out_dtype is None else out_dtype
-    args = (x, weight, w_scale, bias, activation, dtype, scale, zero_point, symmetric, channel_scale, w_sum, packed)
+    args = (
+        x,
+        weight,
+        weight_scale,
+        bias,
+        activation,
+        dtype,
+        scale,
+        zero_point,
+        symmetric,
+        channel_scale,
+        weight_sum,
+        packed,
+    )
     return OPERATION(*args) if residual is None else OPERATION(*args, residual)
 
 
@@ -79,7 +92,7 @@ def pack_int8_weight(weight: Tensor) -> Tensor:
 def _check(
     x: Tensor,
     weight: Tensor,
-    w_scale: Tensor,
+    weight_scale: Tensor,
     bias: Tensor | None,
     activation: str | None,
     out_dtype: torch.dtype,
@@ -87,7 +100,7 @@ def _check(
     zero_point: Tensor | None,
     symmetric: bool,
     channel_scale: Tensor | None,
-    w_sum: Tensor | None,
+    weight_sum: Tensor | None,
     packed: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> None:
@@ -95,8 +108,10 @@ def _check(
     check_float_rows(op, "x", x)
     check_int8_weight(op, "weight", weight, "x", x, not symmetric)
     check_quantized(op, x, x.shape[-1], torch.int8, scale, zero_point, None, symmetric, channel_scale)
-    if (w_sum is not None) == symmetric:
-        raise ValueError(f"{op}: w_sum, weight.sum(1, dtype=torch.int32), goes with symmetric=False, and only with it")
+    if (weight_sum is not None) == symmetric:
+        raise ValueError(
+            f"{op}: weight_sum, weight.sum(1, dtype=torch.int32), goes with symmetric=False, and only with it"
+        )
     if out_dtype not in FLOATS:
         raise TypeError(
             f"{op}: out_dtype must be float32, float16 or bfloat16, not {out_dtype}: for 8 bits use int8_gemm"
@@ -105,11 +120,17 @@ def _check(
         isinstance(packed, Tensor) and packed.dtype == torch.int8 and packed.device == x.device
     ):
         raise ValueError(f"{op}: packed must be what pack_int8_weight returned for this weight")
-    if not isinstance(w_scale, Tensor):
-        raise TypeError(f"{op}: w_scale must be a float32 tensor, not {type(w_scale).__name__}")
-    lead, n, unit = tuple(x.shape[:-1]), weight.shape[0], w_scale.new_empty(1, dtype=torch.float32, device=x.device)
+    if not isinstance(weight_scale, Tensor):
+        raise TypeError(f"{op}: weight_scale must be a float32 tensor, not {type(weight_scale).__name__}")
+    lead, n, unit = (
+        tuple(x.shape[:-1]),
+        weight.shape[0],
+        weight_scale.new_empty(1, dtype=torch.float32, device=x.device),
+    )
     shift = None if symmetric else unit.int()
-    check_epilogue(op, x, lead, n, unit, w_scale, bias, activation, out_dtype, None, shift, w_sum, residual=residual)
+    check_epilogue(
+        op, x, lead, n, unit, weight_scale, bias, activation, out_dtype, None, shift, weight_sum, residual=residual
+    )
 
 
 def _notes(x: Tensor, weight: Tensor, *options: object) -> list[str]:

@@ -49,21 +49,21 @@ class Case:
         """In the schema's order."""
         g = torch.Generator().manual_seed(seed)
         weight = torch.randint(-127, 128, (self.n, self.k), generator=g, dtype=torch.int8)
-        w_scale = (torch.rand(self.n, generator=g) + 0.5) / 2000
+        weight_scale = (torch.rand(self.n, generator=g) + 0.5) / 2000
         bias = torch.randn(self.n, generator=g).to(device) if self.bias else None
         scale = torch.full((1,), 0.04, device=device) if self.static else None
         zero_point = (
             torch.full((1,), -11, dtype=torch.int32, device=device) if self.static and not self.symmetric else None
         )
         channel = (torch.rand(self.k, generator=g) + 0.25).to(device) if self.channel_scale else None
-        w_sum = None if self.symmetric else weight.sum(1, dtype=torch.int32).to(device)
+        weight_sum = None if self.symmetric else weight.sum(1, dtype=torch.int32).to(device)
         x = awkward((*self.lead, self.k), self.x_dtype, seed, device)
         weight = laid_out(weight, self.layout, device)
         packed = pack_int8_weight(weight) if self.packed and device == "cpu" else None
         outputs = self.n // 2 if is_gated(self.activation) else self.n
         added = residual((*self.lead, outputs), self.out_dtype, self.residual, device, seed)
-        return (x, weight, w_scale.to(device), bias, self.activation, self.out_dtype, scale, zero_point, self.symmetric, channel,
-                w_sum, packed, added)  # fmt: skip
+        return (x, weight, weight_scale.to(device), bias, self.activation, self.out_dtype, scale, zero_point, self.symmetric, channel,
+                weight_sum, packed, added)  # fmt: skip
 
     def bytes(self) -> int:
         m = math.prod(self.lead)

@@ -27,7 +27,7 @@ def quantized_input(
 def int8_linear(
     x: Tensor,
     weight: Tensor,
-    w_scale: Tensor,
+    weight_scale: Tensor,
     bias: Tensor | None,
     activation: str | None,
     out_dtype: torch.dtype,
@@ -35,9 +35,11 @@ def int8_linear(
     zero_point: Tensor | None,
     symmetric: bool,
     channel_scale: Tensor | None,
-    w_sum: Tensor | None,
+    weight_sum: Tensor | None,
     packed: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
     a, a_scale, a_zero_point = quantized_input(x, scale, zero_point, symmetric, channel_scale)
-    return int8_gemm(a, weight, a_scale, w_scale, bias, activation, out_dtype, None, a_zero_point, w_sum, residual)
+    return int8_gemm(
+        a, weight, a_scale, weight_scale, bias, activation, out_dtype, None, a_zero_point, weight_sum, residual
+    )

@@ -13,7 +13,7 @@ from .reference import quantized_input
 def int8_linear(
     x: Tensor,
     weight: Tensor,
-    w_scale: Tensor,
+    weight_scale: Tensor,
     bias: Tensor | None,
     activation: str | None,
     out_dtype: torch.dtype,
@@ -21,12 +21,14 @@ def int8_linear(
     zero_point: Tensor | None,
     symmetric: bool,
     channel_scale: Tensor | None,
-    w_sum: Tensor | None,
+    weight_sum: Tensor | None,
     packed: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
     a, a_scale, a_zero_point = quantized_input(x, scale, zero_point, symmetric, channel_scale, quantize)
-    return int8_gemm(a, weight, a_scale, w_scale, bias, activation, out_dtype, None, a_zero_point, w_sum, residual)
+    return int8_gemm(
+        a, weight, a_scale, weight_scale, bias, activation, out_dtype, None, a_zero_point, weight_sum, residual
+    )
 
 
 torch.library.impl("forwardpass::int8_linear_triton", ("cuda", "cpu"))(int8_linear)

@@ -13,19 +13,19 @@ from . import reference
 
 def w8a16_gemm(
     x: Tensor,
-    w: Tensor,
-    w_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
     *,
     bias: Tensor | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """`activation(x @ (w * w_scale).T + bias) + residual`: weights are read as 8 bits and upconverted in registers.
+    """`activation(x @ (weight * weight_scale).T + bias) + residual`: weights are read as 8 bits and upconverted in registers.
 
     Args:
         x: float16, bfloat16 (or, on the CPU, float32) [..., K], last stride 1, any row stride.
-        w: int8 or float8_e4m3fn [N, K].
-        w_scale: float32, one element, [N], or contiguous [N, ceil(K / 128)] for blocks of 128 columns.
+        weight: int8 or float8_e4m3fn [N, K].
+        weight_scale: float32, one element, [N], or contiguous [N, ceil(K / 128)] for blocks of 128 columns.
         bias: float32, float16 or bfloat16 [N]; activation, residual: as in `dequant_activation`, of x's dtype.
 
     Returns:
@@ -35,42 +35,51 @@ def w8a16_gemm(
         TypeError: an argument is of another type or dtype than above.
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
     """
-    args = (x, w, w_scale, bias, activation)
+    args = (x, weight, weight_scale, bias, activation)
     return OPERATION(*args) if residual is None else OPERATION(*args, residual)
 
 
 def _check(
     x: Tensor,
-    w: Tensor,
-    w_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
     bias: Tensor | None,
     activation: str | None,
     residual: Tensor | None = None,
 ) -> None:
     op = "w8a16_gemm"
     check_float_rows(op, "x", x)
-    if not isinstance(w, Tensor) or w.dtype not in (torch.int8, E4M3):
-        raise TypeError(f"{op}: w must be an int8 or float8_e4m3fn tensor, not {getattr(w, 'dtype', type(w).__name__)}")
-    check_weight(op, "w", w, "x", x)
-    if not isinstance(w_scale, Tensor):
-        raise TypeError(f"{op}: w_scale must be a float32 tensor, not {type(w_scale).__name__}")
-    n, groups = w.shape[0], -(-w.shape[1] // 128)
+    if not isinstance(weight, Tensor) or weight.dtype not in (torch.int8, E4M3):
+        raise TypeError(
+            f"{op}: weight must be an int8 or float8_e4m3fn tensor, not {getattr(weight, 'dtype', type(weight).__name__)}"
+        )
+    check_weight(op, "weight", weight, "x", x)
+    if not isinstance(weight_scale, Tensor):
+        raise TypeError(f"{op}: weight_scale must be a float32 tensor, not {type(weight_scale).__name__}")
+    n, groups = weight.shape[0], -(-weight.shape[1] // 128)
     unit = x.new_empty(1, dtype=torch.float32)
-    blocks = w_scale.dim() == 2
+    blocks = weight_scale.dim() == 2
     if blocks:
-        if tuple(w_scale.shape) != (n, groups):
-            raise ValueError(f"{op}: w_scale of blocks must be [{n}, {groups}], and has shape {tuple(w_scale.shape)}")
-        check_vector(op, "w_scale", w_scale, n * groups, torch.float32, x)
+        if tuple(weight_scale.shape) != (n, groups):
+            raise ValueError(
+                f"{op}: weight_scale of blocks must be [{n}, {groups}], and has shape {tuple(weight_scale.shape)}"
+            )
+        check_vector(op, "weight_scale", weight_scale, n * groups, torch.float32, x)
     check_epilogue(
-        op, x, tuple(x.shape[:-1]), n, unit, unit if blocks else w_scale, bias, activation, x.dtype, None, None, None,
+        op, x, tuple(x.shape[:-1]), n, unit, unit if blocks else weight_scale, bias, activation, x.dtype, None, None, None,
         residual=residual,
     )  # fmt: skip
 
 
 def _fake(
-    x: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    return fake_output(x, (*x.shape[:-1], w.shape[0]), activation, x.dtype)
+    return fake_output(x, (*x.shape[:-1], weight.shape[0]), activation, x.dtype)
 
 
 def why_not_gpu(x: Tensor, *options: object) -> Reason | None:
@@ -81,8 +90,8 @@ def why_not_gpu(x: Tensor, *options: object) -> Reason | None:
     )
 
 
-def _notes(x: Tensor, w: Tensor, *options: object) -> list[str]:
-    return copy_notes(x=x, w=w)
+def _notes(x: Tensor, weight: Tensor, *options: object) -> list[str]:
+    return copy_notes(x=x, weight=weight)
 
 
 OPERATION = Operation(

@@ -47,17 +47,17 @@ class Case:
     def arguments(self, device: str = "cpu", seed: int = 0) -> tuple[Any, ...]:
         """In the schema's order."""
         g = torch.Generator().manual_seed(seed)
-        w = torch.randint(-127, 128, (self.n, self.k), generator=g, dtype=torch.int8)
+        weight = torch.randint(-127, 128, (self.n, self.k), generator=g, dtype=torch.int8)
         if self.w_dtype == E4M3:
-            w = (w.float() * 3).to(E4M3)
+            weight = (weight.float() * 3).to(E4M3)
         shape = {"tensor": (1,), "column": (self.n,), "block": (self.n, -(-self.k // 128))}[self.scales]
-        w_scale = ((torch.rand(shape, generator=g) + 0.5) / 2000).to(device)
+        weight_scale = ((torch.rand(shape, generator=g) + 0.5) / 2000).to(device)
         bias = torch.randn(self.n, generator=g).to(device) if self.bias else None
         outputs = self.n // 2 if is_gated(self.activation) else self.n
         return (
             awkward((*self.lead, self.k), self.x_dtype, seed, device),
-            laid_out(w, self.layout, device),
-            w_scale,
+            laid_out(weight, self.layout, device),
+            weight_scale,
             bias,
             self.activation,
             residual((*self.lead, outputs), self.x_dtype, self.residual, device, seed),
@@ -76,12 +76,14 @@ def assert_matches(actual: Tensor, args: tuple[Any, ...]) -> None:
     """actual is what a backend may return for args: an fp32 sum of K products in any order is within K 2^-24 of the sum of their
     magnitudes, and 3 more roundings follow, 4 with a residual."""
     activation, added = args[4], args[5] if len(args) > 5 else None
-    x, w, w_scale, bias = (a.cpu() if isinstance(a, Tensor) else a for a in args[:4])
+    x, weight, weight_scale, bias = (a.cpu() if isinstance(a, Tensor) else a for a in args[:4])
     if actual.dtype != x.dtype or not actual.is_contiguous():
         raise AssertionError(f"{actual.dtype} {actual.stride()}, expected {x.dtype} and contiguous")
-    y = reference.w8a16_gemm(x.double(), w, w_scale, bias, None)
-    exact = reference.w8a16_gemm(x.double(), w, w_scale, bias, activation)
-    size = x.double().abs() @ reference.dequantize_weight(w, w_scale).abs().t() + (0 if bias is None else bias.abs())
+    y = reference.w8a16_gemm(x.double(), weight, weight_scale, bias, None)
+    exact = reference.w8a16_gemm(x.double(), weight, weight_scale, bias, activation)
+    size = x.double().abs() @ reference.dequantize_weight(weight, weight_scale).abs().t() + (
+        0 if bias is None else bias.abs()
+    )
     error = size * (x.shape[-1] + 4) * 2.0**-24
     gate, up = separate_gate_up(y, -1) if is_gated(activation) else (y, None)
     errors = separate_gate_up(error, -1) if is_gated(activation) else (error, 0.0)

@@ -7,17 +7,22 @@ from torch import Tensor
 from ..common.activations import activate, is_gated, separate_gate_up
 
 
-def dequantize_weight(w: Tensor, w_scale: Tensor) -> Tensor:
-    """w [N, K] times its scales [1], [N] or [N, ceil(K / 128)], in fp64."""
-    if w_scale.dim() == 2:
-        return w.double() * w_scale.double().repeat_interleave(128, 1)[:, : w.shape[1]]
-    return w.double() * w_scale.double().reshape(-1, 1)
+def dequantize_weight(weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """weight [N, K] times its scales [1], [N] or [N, ceil(K / 128)], in fp64."""
+    if weight_scale.dim() == 2:
+        return weight.double() * weight_scale.double().repeat_interleave(128, 1)[:, : weight.shape[1]]
+    return weight.double() * weight_scale.double().reshape(-1, 1)
 
 
 def w8a16_gemm(
-    x: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    y = x.double() @ dequantize_weight(w, w_scale).t()
+    y = x.double() @ dequantize_weight(weight, weight_scale).t()
     if bias is not None:
         y = y + bias.double()
     if is_gated(activation):

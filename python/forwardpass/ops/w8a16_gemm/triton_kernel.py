@@ -10,10 +10,15 @@ from ..common.triton_gemm import gemm
 
 
 def w8a16_gemm(
-    x: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    out = fake_output(x, (*x.shape[:-1], w.shape[0]), activation, x.dtype)
-    return gemm(x, w, None, w_scale, bias, activation, out, residual=residual)
+    out = fake_output(x, (*x.shape[:-1], weight.shape[0]), activation, x.dtype)
+    return gemm(x, weight, None, weight_scale, bias, activation, out, residual=residual)
 
 
 torch.library.impl("forwardpass::w8a16_gemm_triton", ("cuda", "cpu"))(w8a16_gemm)

@@ -16,14 +16,14 @@ from . import reference
 
 def w8a16_grouped_gemm(
     x: Tensor,
-    w: Tensor,
-    w_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
     offs: Tensor,
     *,
     bias: Tensor | None = None,
     activation: str | None = None,
 ) -> Tensor:
-    """`activation(x @ (w[e] * w_scale[e]).T + bias[e])`, e the expert that a row of x is of.
+    """`activation(x @ (weight[e] * weight_scale[e]).T + bias[e])`, e the expert that a row of x is of.
 
     Weights of experts that have rows are read once, as 8 bits, and where they are. Rows come in one of two layouts::
 
@@ -32,11 +32,11 @@ def w8a16_grouped_gemm(
 
     Args:
         x: float16, bfloat16 (or, on the CPU, float32), see above, last stride 1, any row stride.
-        w: int8 or float8_e4m3fn [E, N, K], E <= 512: of each expert nn.Linear's weight.
-        w_scale: float32 [E, N]; on a CPU and in Triton also [E, N, ceil(K / 128)], for groups of 128 columns.
+        weight: int8 or float8_e4m3fn [E, N, K], E <= 512: of each expert nn.Linear's weight.
+        weight_scale: float32 [E, N]; on a CPU and in Triton also [E, N, ceil(K / 128)], for groups of 128 columns.
         offs: int32 [E], on x's device, see above. Experts may have no rows, and any number needs no alignment.
         bias: float32, float16 or bfloat16 [E, N].
-        activation: as in `dequant_activation`; gated ones want the rows of each w, w_scale and bias interleaved by
+        activation: as in `dequant_activation`; gated ones want the rows of each weight, weight_scale and bias interleaved by
             `interleave_gate_up`.
 
     Returns:
@@ -50,40 +50,48 @@ def w8a16_grouped_gemm(
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
         Unsupported: a backend asked for by name cannot run these arguments.
     """
-    return OPERATION(x, w, w_scale, offs, bias, activation)
+    return OPERATION(x, weight, weight_scale, offs, bias, activation)
 
 
-def _check(x: Tensor, w: Tensor, w_scale: Tensor, offs: Tensor, bias: Tensor | None, activation: str | None) -> None:
+def _check(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, offs: Tensor, bias: Tensor | None, activation: str | None
+) -> None:
     op = "w8a16_grouped_gemm"
     check_float_rows(op, "x", x)
-    if not isinstance(w, Tensor) or w.dtype not in (torch.int8, E4M3):
-        raise TypeError(f"{op}: w must be an int8 or float8_e4m3fn tensor, not {getattr(w, 'dtype', type(w).__name__)}")
-    check_expert_weight(op, "w", w, "x", x)
-    experts, n, k = w.shape
+    if not isinstance(weight, Tensor) or weight.dtype not in (torch.int8, E4M3):
+        raise TypeError(
+            f"{op}: weight must be an int8 or float8_e4m3fn tensor, not {getattr(weight, 'dtype', type(weight).__name__)}"
+        )
+    check_expert_weight(op, "weight", weight, "x", x)
+    experts, n, k = weight.shape
     check_epilogue(op, x, tuple(x.shape[:-1]), n, None, None, None, activation, x.dtype, None, None, None,
                    optional=("a_scale", "b_scale"))  # fmt: skip
-    if not isinstance(w_scale, Tensor):
-        raise TypeError(f"{op}: w_scale must be a float32 tensor, not {type(w_scale).__name__}")
-    shape = (experts, n, -(-k // BLOCK)) if w_scale.dim() == 3 else (experts, n)
-    check_of_experts(op, "w_scale", w_scale, shape, (torch.float32,), x)
+    if not isinstance(weight_scale, Tensor):
+        raise TypeError(f"{op}: weight_scale must be a float32 tensor, not {type(weight_scale).__name__}")
+    shape = (experts, n, -(-k // BLOCK)) if weight_scale.dim() == 3 else (experts, n)
+    check_of_experts(op, "weight_scale", weight_scale, shape, (torch.float32,), x)
     check_of_experts(op, "bias", bias, (experts, n), FLOATS, x)
     check_ends(op, offs, experts, "x", x)
 
 
-def _fake(x: Tensor, w: Tensor, w_scale: Tensor, offs: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    return fake_output(x, (*x.shape[:-1], w.shape[1]), activation, x.dtype)
+def _fake(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, offs: Tensor, bias: Tensor | None, activation: str | None
+) -> Tensor:
+    return fake_output(x, (*x.shape[:-1], weight.shape[1]), activation, x.dtype)
 
 
-def _why_not_cuda(x: Tensor, w: Tensor | None, w_scale: Tensor | None, *options: object) -> Reason | None:
-    if w_scale is not None and w_scale.dim() == 3:
+def _why_not_cuda(x: Tensor, weight: Tensor | None, weight_scale: Tensor | None, *options: object) -> Reason | None:
+    if weight_scale is not None and weight_scale.dim() == 3:
         return Reason(
-            "scales", "this kernel has a scale for each row, and w_scale has them for groups of columns", "use Triton's"
+            "scales",
+            "this kernel has a scale for each row, and weight_scale has them for groups of columns",
+            "use Triton's",
         )
     return why_not_gpu(x)
 
 
-def _notes(x: Tensor, w: Tensor, *options: object) -> list[str]:
-    return copy_notes(x=x, w=w)
+def _notes(x: Tensor, weight: Tensor, *options: object) -> list[str]:
+    return copy_notes(x=x, weight=weight)
 
 
 OPERATION = Operation(

@@ -36,14 +36,14 @@ class Case:
         g = torch.Generator().manual_seed(seed)
         experts = len(self.counts)
         lead = (sum(self.counts) + self.beyond,) if self.room is None else (experts, self.room)
-        w = torch.randint(-127, 128, (experts, self.n, self.k), generator=g, dtype=torch.int8)
+        weight = torch.randint(-127, 128, (experts, self.n, self.k), generator=g, dtype=torch.int8)
         if self.w_dtype == E4M3:
-            w = (w.float() * 3).to(E4M3)
+            weight = (weight.float() * 3).to(E4M3)
         counts = torch.tensor(self.counts, dtype=torch.int32)
         of_row = (-(-self.k // BLOCK),) if self.groups else ()
         return (
             awkward((*lead, self.k), self.x_dtype, seed, device),
-            laid_out(w, self.layout, device),
+            laid_out(weight, self.layout, device),
             ((torch.rand(experts, self.n, *of_row, generator=g) + 0.5) / 2000).to(device),
             (counts.cumsum(0).int() if self.room is None else counts).to(device),
             torch.randn(experts, self.n, generator=g).to(device) if self.bias else None,
@@ -62,7 +62,7 @@ class Case:
 def assert_matches(actual: Tensor, args: tuple[Any, ...]) -> None:
     """actual is what a backend may return for args: for each expert's rows what w8a16_gemm may, zeros for those of none, and NaN
     for those of which that is unknown."""
-    x, w, w_scale, offs, bias, activation = (a.cpu() if isinstance(a, Tensor) else a for a in args)
+    x, weight, weight_scale, offs, bias, activation = (a.cpu() if isinstance(a, Tensor) else a for a in args)
     if actual.shape[:-1] != x.shape[:-1] or actual.dtype != x.dtype or not actual.is_contiguous():
         raise AssertionError(f"{actual.dtype} {tuple(actual.shape)} {actual.stride()}")
     rows, results = x.flatten(0, -2), actual.cpu().flatten(0, -2)
@@ -70,7 +70,7 @@ def assert_matches(actual: Tensor, args: tuple[Any, ...]) -> None:
     for e, (begin, end) in enumerate(ranges):
         of_none[begin:end] = False
         if begin < end:
-            of_e = rows[begin:end], w[e], w_scale[e], None if bias is None else bias[e], activation
+            of_e = rows[begin:end], weight[e], weight_scale[e], None if bias is None else bias[e], activation
             w8a16_gemm.assert_matches(results[begin:end], of_e)
     expected = torch.zeros_like(results)
     fill_unknown(expected, unknown)

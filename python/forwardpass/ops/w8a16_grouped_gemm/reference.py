@@ -9,9 +9,9 @@ from ..w8a16_gemm.reference import w8a16_gemm
 
 
 def w8a16_grouped_gemm(
-    x: Tensor, w: Tensor, w_scale: Tensor, offs: Tensor, bias: Tensor | None, activation: str | None
+    x: Tensor, weight: Tensor, weight_scale: Tensor, offs: Tensor, bias: Tensor | None, activation: str | None
 ) -> Tensor:
     def product(e: int, rows: slice, of_e: Tensor) -> Tensor:
-        return w8a16_gemm(of_e, w[e], w_scale[e], of_expert(bias, e), activation)
+        return w8a16_gemm(of_e, weight[e], weight_scale[e], of_expert(bias, e), activation)
 
-    return by_expert(x, offs, activation, x.dtype, w.shape[1], product)
+    return by_expert(x, offs, activation, x.dtype, weight.shape[1], product)

@@ -10,10 +10,10 @@ from . import OPERATION
 
 
 def w8a16_grouped_gemm(
-    x: Tensor, w: Tensor, w_scale: Tensor, offs: Tensor, bias: Tensor | None, activation: str | None
+    x: Tensor, weight: Tensor, weight_scale: Tensor, offs: Tensor, bias: Tensor | None, activation: str | None
 ) -> Tensor:
-    out = OPERATION.fake(x, w, w_scale, offs, bias, activation)
-    return gemm(x, w, None, w_scale, bias, activation, out, ends=offs)
+    out = OPERATION.fake(x, weight, weight_scale, offs, bias, activation)
+    return gemm(x, weight, None, weight_scale, bias, activation, out, ends=offs)
 
 
 torch.library.impl("forwardpass::w8a16_grouped_gemm_triton", ("cuda", "cpu"))(w8a16_grouped_gemm)
