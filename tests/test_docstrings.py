@@ -1,6 +1,9 @@
-"""The examples in docstrings run as they stand, and every public function that changes or reads a model has one."""
+"""The examples in docstrings run as they stand. Every public function that changes or reads a model has one, and so has every
+operation and module."""
 
 import doctest
+import inspect
+import re
 
 import pytest
 import torch
@@ -63,7 +66,38 @@ def test_examples(name, tmp_path, monkeypatch):
         "batches": batches,
         "x": batches[0],
     }
-    (example,) = doctest.DocTestFinder(recurse=False).find(getattr(fp, name), name, globs=names)
+    run_example(getattr(fp, name), names)
+
+
+@pytest.mark.parametrize(
+    "public", [f"ops.{name}" for name in fp.ops.__all__] + [f"nn.{name}" for name in fp.nn.__all__]
+)
+def test_examples_of_operations_and_modules(public):
+    module, name = public.split(".")
+    torch.manual_seed(0)
+    try:
+        run_example(getattr(getattr(fp, module), name), {"fp": fp, "torch": torch})
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", fp.ops.__all__)
+def test_contracts_of_operations(name):
+    """Each has a contract, which names every argument, or the operation that has the same ones."""
+    operation = getattr(fp.ops, name)
+    contract = inspect.getdoc(operation)
+    assert all(f"\n{part}:" in contract for part in ("Args", "Returns", "Raises", "Example")), name
+    given = re.search(r"^Args:\n(.*?)^\S", contract, re.M | re.S)[1]
+    same = re.search(r"as in (\w+), and so is everything", given)
+    if same:
+        given += inspect.getdoc(getattr(fp.ops, same[1]))
+    named = ",".join(re.findall(r"^ {4}([\w, ]+):", given, re.M)) + given  # or on the line of another
+    assert [n for n in inspect.signature(operation).parameters if not re.search(rf"\b{n}\b", named)] == []
+
+
+def run_example(documented, names):
+    (example,) = doctest.DocTestFinder(recurse=False).find(documented, documented.__name__, globs=names)
     assert example.examples
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     said = []

@@ -105,7 +105,8 @@ REFUSALS = [
     (lambda: call(bias=torch.ones(16)), ValueError, r"bias must be contiguous \[3, 16\]"),
     (lambda: call(offs=OFFS.long()), TypeError, "offs must be a tensor of torch.int32"),
     (lambda: call(activation="swish"), ValueError, "silu"),
-    (lambda: call(weight=W[:, :10].contiguous(), weight_scale=torch.ones(3, 10), activation="silu_mul"), ValueError, "multiple of 16"),
+    (lambda: call(weight=W[:, :10].contiguous(), weight_scale=SCALE[:, :10].contiguous(), activation="silu_mul"),
+     ValueError, "multiple of 16"),
 ]  # fmt: skip
 
 

@@ -30,6 +30,12 @@ class Bf16Linear(QuantizedLinear):
         activation: "relu", "gelu", "gelu_tanh" or "silu", applied to y in fp32; None: none, as in nn.Linear.
 
     Shapes: input [..., in_features], output [..., out_features]. Buffers: qweight bfloat16 [N, K], bias [N] or None.
+
+    Example:
+        >>> linear, x = torch.nn.Linear(256, 512), torch.randn(4, 256)
+        >>> layer = fp.nn.Bf16Linear.from_torch(linear)
+        >>> layer(x).dtype, layer.qweight.dtype
+        (torch.float32, torch.bfloat16)
     """
 
     weight_dtype: ClassVar[torch.dtype] = torch.bfloat16

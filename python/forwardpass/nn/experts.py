@@ -59,6 +59,14 @@ class Experts(QuantizedModule):
     up_weight [E, U, H], up_scale fp32 [E, U], up_bias [E, U] or None, with U = 2 I if gated, by `interleave_gate_up` where an
     activation is given; down_weight [E, H, I], down_scale [E, H], down_bias [E, H] or None. With "fp8_block" scales are as
     `fp.ops.fp8_grouped_gemm` has those of blocks.
+
+    Example:
+        >>> from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig, Qwen3MoeExperts
+        >>> module = Qwen3MoeExperts(Qwen3MoeConfig(hidden_size=64, moe_intermediate_size=32, num_experts=4))
+        >>> experts = fp.nn.Experts.from_torch(module, kind="int8", activation="silu_mul")
+        >>> index, weights = torch.tensor([[0, 2], [1, 3], [3, 0]]), torch.rand(3, 2)  # 2 experts of each of 3 tokens
+        >>> experts(torch.randn(3, 64), index, weights).shape
+        torch.Size([3, 64])
     """
 
     kinds: ClassVar[tuple[str, ...]] = tuple(_KINDS)

@@ -42,6 +42,12 @@ class Fp8Linear(QuantizedLinear):
     channel_scale fp32 [K] or None, input_scale fp32 [1] (static) or None.
 
     Inference only: raises under grad when the input requires it.
+
+    Example:
+        >>> linear, x = torch.nn.Linear(256, 512), torch.randn(4, 256)
+        >>> layer = fp.nn.Fp8Linear.from_torch(linear, scales="block")
+        >>> layer(x).shape, layer.weight_scale.shape
+        (torch.Size([4, 512]), torch.Size([4, 2]))
     """
 
     operation: ClassVar[str] = "fp8_linear"

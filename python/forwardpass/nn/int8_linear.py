@@ -41,6 +41,13 @@ class Int8Linear(QuantizedLinear):
     anew: `layer.qweight = layer.qweight.clone()` ends that. It is no buffer, and not in the state_dict.
 
     Inference only: raises under grad when the input requires it.
+
+    Example:
+        >>> linear, x = torch.nn.Linear(256, 512), torch.randn(4, 256)
+        >>> layer = fp.nn.Int8Linear.from_torch(linear)
+        >>> y = layer(x)
+        >>> y.shape, bool((y - linear(x)).norm() < 0.02 * y.norm())
+        (torch.Size([4, 512]), True)
     """
 
     operation: ClassVar[str] = "int8_linear"

@@ -111,6 +111,11 @@ class QuantizedModule(nn.Module):
 
     Rows of 8-bit weights are padded to 16 bytes in memory, for the kernels; `state_dict` has the plain shape. Weights keep
     their dtype and scales stay fp32 when the model is cast: `half()` and `to(torch.bfloat16)` change biases alone.
+
+    Example:
+        >>> layer = fp.nn.Int8Linear.from_torch(torch.nn.Linear(256, 512)).to(torch.bfloat16)
+        >>> layer.qweight.dtype, layer.weight_scale.dtype, layer.bias.dtype
+        (torch.int8, torch.float32, torch.bfloat16)
     """
 
     activation: str | None  #: that it applies besides
@@ -242,6 +247,13 @@ class QuantizedLinear(QuantizedModule):
     that was replaced. It cannot be written.
 
     With a gated activation ("silu_mul") rows are those of a gate and an up projection by `interleave_gate_up`, and outputs N / 2.
+
+    Example:
+        >>> layer = fp.nn.Int8Linear.from_torch(linear := torch.nn.Linear(256, 512))
+        >>> isinstance(layer, fp.nn.QuantizedLinear), layer.weight.shape, layer.weight.dtype
+        (True, torch.Size([512, 256]), torch.float32)
+        >>> torch.allclose(layer.weight.clone(), linear.weight, atol=float(layer.weight_scale.max()))
+        True
     """
 
     #: of the weight, where the constructor does not say another

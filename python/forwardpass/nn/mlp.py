@@ -108,6 +108,12 @@ class MLP(TwoProducts):
     Made by `from_layers`. Inference only.
 
     Shapes: input [..., K], output [..., N]. Modules: the two layers, by the names that they were given, up and down.
+
+    Example:
+        >>> up = fp.nn.Int8Linear.from_torch(torch.nn.Linear(64, 256), activation="gelu")
+        >>> down = fp.nn.Int8Linear.from_torch(torch.nn.Linear(256, 64))
+        >>> fp.nn.MLP.from_layers(up, down)(torch.randn(4, 64)).shape
+        torch.Size([4, 64])
     """
 
     @classmethod
@@ -151,6 +157,13 @@ class GatedMLP(TwoProducts):
     Shapes: input [..., K], output [..., N]. Modules: gate_up, a layer of the same class with activation "silu_mul" or its like,
     qweight [2 I, K] by `interleave_gate_up`; the second layer, [N, I], by its name; and, not called, gate and up by their names and
     the activation. `state_dict` has the names of the separate layers.
+
+    Example:
+        >>> gate = fp.nn.Int8Linear.from_torch(torch.nn.Linear(64, 256), activation="silu")
+        >>> up = fp.nn.Int8Linear.from_torch(torch.nn.Linear(64, 256))
+        >>> down = fp.nn.Int8Linear.from_torch(torch.nn.Linear(256, 64))
+        >>> fp.nn.GatedMLP.from_layers(gate, up, down)(torch.randn(4, 64)).shape
+        torch.Size([4, 64])
     """
 
     def __init__(

@@ -41,6 +41,14 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     Raises:
         ValueError: embed_dim is not a multiple of num_heads, or an option is one that fused attention has not.
+
+    Example:
+        >>> attention = torch.nn.MultiheadAttention(64, 4, batch_first=True).eval()
+        >>> fused, x = fp.nn.MultiheadAttention.from_torch(attention), torch.randn(2, 16, 64)
+        >>> with torch.inference_mode():
+        ...     y, _ = fused(x, x, x, need_weights=False)
+        >>> y.shape
+        torch.Size([2, 16, 64])
     """
 
     def __init__(

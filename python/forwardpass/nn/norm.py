@@ -30,6 +30,15 @@ class QuantizingNorm(nn.Module):
         kind, eps, offset: what the norm computes, in the words of `norm_quantize`; offset: what is added to its weight.
 
     Shapes: input [..., K]; output [..., K], or a `Quantized` of that.
+
+    Example:
+        >>> block, norm = torch.nn.Module(), torch.nn.LayerNorm(64)
+        >>> up = fp.nn.Int8Linear.from_torch(torch.nn.Linear(64, 256), activation="gelu")
+        >>> block.mlp = fp.nn.MLP.from_layers(up, fp.nn.Int8Linear.from_torch(torch.nn.Linear(256, 64)))
+        >>> block.norm = fp.nn.QuantizingNorm(norm, block, "mlp", "layer", norm.eps, 0.0)
+        >>> with torch.inference_mode():
+        ...     block.mlp(block.norm(torch.randn(4, 64))).shape
+        torch.Size([4, 64])
     """
 
     def __init__(self, norm: nn.Module, holder: nn.Module, name: str, kind: str, eps: float, offset: float) -> None:

@@ -26,9 +26,17 @@ class ColwiseParallel(parallel.ColwiseParallel):
             layers, each of which takes a style of its own.
 
     Example:
-        >>> model = fp.load_pretrained(folder)
-        >>> plan = {"up": fp.nn.ColwiseParallel(), "down": fp.nn.RowwiseParallel()}
-        >>> parallelize_module(model, init_device_mesh("cuda", (2,)), plan)
+        >>> from torch.distributed.device_mesh import init_device_mesh
+        >>> from torch.distributed.tensor.parallel import parallelize_module
+        >>> store = torch.distributed.HashStore()  # of one process; torchrun makes it of several
+        >>> torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        >>> mesh = init_device_mesh("cpu", (1,))
+        >>> up = fp.nn.Int8Linear.from_torch(torch.nn.Linear(64, 256), activation="gelu")
+        >>> model = torch.nn.Sequential(up, fp.nn.Int8Linear.from_torch(torch.nn.Linear(256, 64)))
+        >>> styles = {"0": fp.nn.ColwiseParallel(), "1": fp.nn.RowwiseParallel()}
+        >>> parallelize_module(model, mesh, styles)(torch.randn(4, 64)).shape
+        torch.Size([4, 64])
+        >>> torch.distributed.destroy_process_group()
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -45,7 +53,16 @@ class RowwiseParallel(parallel.RowwiseParallel):
             layers, each of which takes a style of its own.
 
     Example:
-        >>> parallelize_module(model, mesh, {"down": fp.nn.RowwiseParallel()})
+        >>> from torch.distributed.device_mesh import init_device_mesh
+        >>> from torch.distributed.tensor.parallel import parallelize_module
+        >>> store = torch.distributed.HashStore()  # of one process; torchrun makes it of several
+        >>> torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        >>> mesh = init_device_mesh("cpu", (1,))
+        >>> layer = fp.nn.Int8Linear.from_torch(torch.nn.Linear(256, 64))
+        >>> layer = parallelize_module(layer, mesh, fp.nn.RowwiseParallel())  # of 256 inputs each process takes a part
+        >>> layer(torch.randn(4, layer.in_features)).shape
+        torch.Size([4, 64])
+        >>> torch.distributed.destroy_process_group()
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:

@@ -29,6 +29,12 @@ class W8A16Linear(QuantizedLinear):
         scales: "row", one an output channel, or "group", one for 128 columns of it.
 
     Buffers: qweight [N, K], weight_scale fp32 [N] or [N, ceil(K / 128)], bias [N] or None.
+
+    Example:
+        >>> linear, x = torch.nn.Linear(256, 512), torch.randn(4, 256)
+        >>> layer = fp.nn.W8A16Linear.from_torch(linear, scales="group")
+        >>> layer(x).shape, layer.qweight.dtype, layer.weight_scale.shape
+        (torch.Size([4, 512]), torch.int8, torch.Size([512, 2]))
     """
 
     operation: ClassVar[str] = "w8a16_gemm"

@@ -42,6 +42,12 @@ def activation_quantize(
         TypeError: an argument is of another type or dtype than above.
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
         Unsupported: a backend asked for by name cannot run these arguments.
+
+    Example:
+        >>> x = torch.randn(4, 512)  # 256 columns of gate, 256 of up
+        >>> q, scale, _ = fp.ops.activation_quantize(x, "silu_mul", torch.int8)
+        >>> q.shape, scale.shape
+        (torch.Size([4, 256]), torch.Size([4]))
     """
     return OPERATION(x, activation, dtype, group_size, layout, symmetric, channel_scale)
 

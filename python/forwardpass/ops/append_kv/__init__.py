@@ -70,6 +70,14 @@ def append_kv(
             in the environment also for lengths and pages that are out of range: the host looks, outside of graphs. Nothing is then
             written.
         Unsupported: a backend asked for by name cannot run these arguments.
+
+    Example:
+        >>> k, v = torch.randn(2, 1, 4, 64), torch.randn(2, 1, 4, 64)  # a new token of each of 2 sequences
+        >>> k_cache, v_cache = torch.zeros(2, 128, 4, 64), torch.zeros(2, 128, 4, 64)
+        >>> seq_lens = torch.tensor([7, 3], dtype=torch.int32)  # the new tokens included
+        >>> fp.ops.append_kv(k, v, k_cache, v_cache, seq_lens)
+        >>> torch.equal(k_cache[0, 6], k[0, 0]), torch.equal(v_cache[1, 2], v[1, 0])
+        (True, True)
     """
     cos, sin, q_out = None, None, None
     if rotary is not None:

@@ -87,6 +87,12 @@ def attention(
             FORWARDPASS_DEBUG=1 also: cu_seqlens give NaN.
         Unsupported: a backend asked for by name cannot run these arguments. Kernels for GPUs take float16 and bfloat16, with
             D = Dv a multiple of 8 from 32 to 256, or D = 192 and Dv = 128.
+
+    Example:
+        >>> q = torch.randn(2, 16, 8, 64)
+        >>> k, v = torch.randn(2, 20, 2, 64), torch.randn(2, 20, 2, 64)  # a head of them serves 4 of q
+        >>> fp.ops.attention(q, k, v, causal=True).shape
+        torch.Size([2, 16, 8, 64])
     """
     left, right = split_window("attention", window)
     return ATTENTION(
@@ -123,6 +129,12 @@ def attention_with_lse(
         TypeError: an argument is of another type or dtype than above.
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
         Unsupported: a backend asked for by name cannot run these arguments.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 2, 16, 8, 64)
+        >>> o, lse = fp.ops.attention_with_lse(q, k, v)
+        >>> o.shape, lse.shape
+        (torch.Size([2, 16, 8, 64]), torch.Size([2, 8, 16]))
     """
     left, right = split_window("attention_with_lse", window)
     return ATTENTION_WITH_LSE(

@@ -35,7 +35,7 @@ UNLIMITED = 2**31 - 1
 
 
 @dataclass(frozen=True)
-class Plan:
+class AttentionTiling:
     """How a head is cut up. `parts`: the widths of the tiles that q's and k's columns are, `value_parts` v's."""
 
     block_m: int
@@ -47,7 +47,7 @@ class Plan:
 
 
 @functools.cache
-def plan(dims: tuple[int, int], general: bool, arch: int) -> Plan:
+def tiling_of(dims: tuple[int, int], general: bool, arch: int) -> AttentionTiling:
     """A function of the bucket, the kind of scores and the architecture: a row's bits depend on neither batch nor lengths.
 
     Each is the largest of those tried that does not spill (static, ptxas of Triton 3.6; later ones spill up to 384 bytes where
@@ -67,7 +67,7 @@ def plan(dims: tuple[int, int], general: bool, arch: int) -> Plan:
         # a mask's values and where they are take twice the registers of scores
         block_n = 32 if dims == (192, 128) else block_n // 2
     # Triton has warps side by side, which share a row's softmax, where a tile of accumulators is wider than high.
-    return Plan(block_m, block_n, warps, widths(dims[0], 256), widths(dims[1], min(block_m, 128)))
+    return AttentionTiling(block_m, block_n, warps, widths(dims[0], 256), widths(dims[1], min(block_m, 128)))
 
 
 def widths(columns: int, limit: int) -> tuple[int, ...]:
@@ -398,13 +398,16 @@ def run(
     kinds = {torch.bool: 1, torch.float32: 2, q.dtype: 3}  # of load_logits
     with torch.cuda.device_of(q):
         arch = driver.active.get_current_target().arch
-        p = plan(dims, general, arch)
+        tiling = tiling_of(dims, general, arch)
         q, k, v = (aligned(x) for x in (q, k, v))
         k_descriptors, v_descriptors = None, None
         if arch >= 90:
-            k_descriptors, v_descriptors = descriptors(k, p.block_n, p.parts), descriptors(v, p.block_n, p.value_parts)
-        tiles = triton.cdiv(rows, p.block_m)
-        programs = rows // p.block_m + batch + 1 if packed else tiles * batch
+            k_descriptors, v_descriptors = (
+                descriptors(k, tiling.block_n, tiling.parts),
+                descriptors(v, tiling.block_n, tiling.value_parts),
+            )
+        tiles = triton.cdiv(rows, tiling.block_m)
+        programs = rows // tiling.block_m + batch + 1 if packed else tiles * batch
         attention_kernel[(programs * heads,)](
             q, k, v, k_descriptors, v_descriptors, *strides(q), *strides(k), *strides(v), out,
             floats if lse is None else lse, lse is not None, batch, heads, heads // kv_heads, rows, keys, tiles, dim // 8,
@@ -415,9 +418,9 @@ def run(
             *((0,) * 4 if mask is None else mask.stride()), floats if alibi_slopes is None else alibi_slopes,
             alibi_slopes is not None, heads if alibi_slopes is not None and alibi_slopes.dim() == 2 else 0,
             bits if sinks is None else sinks.view(torch.uint8), 0 if sinks is None else kinds[sinks.dtype], packed,
-            ints if cu_seqlens_q is None else cu_seqlens_q, ints if cu_seqlens_k is None else cu_seqlens_k, M=p.block_m,
-            N=p.block_n, PARTS=p.parts, VALUE_PARTS=p.value_parts,
-            GENERAL=general, num_warps=p.warps, num_stages=p.stages,
+            ints if cu_seqlens_q is None else cu_seqlens_q, ints if cu_seqlens_k is None else cu_seqlens_k, M=tiling.block_m,
+            N=tiling.block_n, PARTS=tiling.parts, VALUE_PARTS=tiling.value_parts,
+            GENERAL=general, num_warps=tiling.warps, num_stages=tiling.stages,
         )  # fmt: skip
 
 

@@ -73,6 +73,13 @@ def attention_decode(
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above. With FORWARDPASS_DEBUG=1
             in the environment also for lengths, paddings and pages that are out of range: the host looks, outside of graphs.
         Unsupported: a backend asked for by name cannot run these arguments.
+
+    Example:
+        >>> q = torch.randn(2, 1, 8, 64)  # a new token of each of 2 sequences
+        >>> k_cache, v_cache = torch.randn(2, 2, 128, 4, 64)  # which append_kv has written
+        >>> seq_lens = torch.tensor([7, 3], dtype=torch.int32)
+        >>> fp.ops.attention_decode(q, k_cache, v_cache, seq_lens).shape
+        torch.Size([2, 1, 8, 64])
     """
     left, right = split_window("attention_decode", window)
     return OPERATION(
@@ -112,6 +119,12 @@ def attention_decode_with_lse(
         TypeError: an argument is of another type or dtype than above.
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
         Unsupported: a backend asked for by name cannot run these arguments.
+
+    Example:
+        >>> q, (k_cache, v_cache) = torch.randn(2, 1, 8, 64), torch.randn(2, 2, 128, 4, 64)
+        >>> o, lse = fp.ops.attention_decode_with_lse(q, k_cache, v_cache, torch.tensor([7, 3], dtype=torch.int32))
+        >>> o.shape, lse.shape
+        (torch.Size([2, 1, 8, 64]), torch.Size([2, 8, 1]))
     """
     left, right = split_window("attention_decode_with_lse", window)
     return WITH_LSE(

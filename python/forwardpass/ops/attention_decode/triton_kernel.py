@@ -35,7 +35,7 @@ LEAST_KEYS = 256
 
 
 @dataclass(frozen=True)
-class Plan:
+class DecodeTiling:
     """`block_m` rows and `block_n` keys a tile, `tiles` of the rows of a head of the cache; `splits` ranges of keys, and the
     `most` that a sequence of any length has."""
 
@@ -48,7 +48,9 @@ class Plan:
     stages: int = 3
 
 
-def plan(batch: int, heads: int, rows: int, keys: int, dim: int, batch_invariant: bool, machine: Machine) -> Plan:
+def tiling_of(
+    batch: int, heads: int, rows: int, keys: int, dim: int, batch_invariant: bool, machine: Machine
+) -> DecodeTiling:
     """A function of the shape and the machine: heads and rows of the cache's heads, keys that a sequence can have.
 
     unmeasured: two programs a multiprocessor, so that one computes where the other ends. Batch invariant: those of one sequence.
@@ -64,7 +66,7 @@ def plan(batch: int, heads: int, rows: int, keys: int, dim: int, batch_invariant
     else:
         splits = most = max(splits, 1)
     # K and V of 32 keys of 128 16-bit columns, three stages: 48 KB, of which two blocks fit a card with 99 KB
-    return Plan(block_m, 64 if dim <= 64 else 32, tiles, splits, most)
+    return DecodeTiling(block_m, 64 if dim <= 64 else 32, tiles, splits, most)
 
 
 @triton.jit
@@ -289,13 +291,13 @@ def run(
     group = heads // kv_heads
     with torch.cuda.device_of(q):
         machine = machine_of(driver.active.get_current_device())
-        p = plan(batch, kv_heads, group * rows, min(room, left + rows), dim, batch_invariant, machine)
+        tiling = tiling_of(batch, kv_heads, group * rows, min(room, left + rows), dim, batch_invariant, machine)
         floats, bits = seq_lens.view(torch.float32), seq_lens.view(torch.uint8)  # for what is not there
         partial, partial_lse = floats, floats
         results = batch * heads * rows
-        if p.splits > 1:
-            partial = torch.empty(p.splits, results, value_dim, dtype=torch.float32, device=q.device)
-            partial_lse = torch.empty(p.splits, results, dtype=torch.float32, device=q.device)
+        if tiling.splits > 1:
+            partial = torch.empty(tiling.splits, results, value_dim, dtype=torch.float32, device=q.device)
+            partial_lse = torch.empty(tiling.splits, results, dtype=torch.float32, device=q.device)
         sums = (floats if lse is None else lse, lse is not None)
         caches = [x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x for x in (k_cache, v_cache)]
         sink = (
@@ -303,22 +305,22 @@ def run(
             0 if sinks is None else 2 if sinks.dtype == torch.float32 else 3,
         )
         columns, value_columns = (triton.next_power_of_2(max(n, 16)) for n in (dim, value_dim))
-        decode_kernel[(kv_heads * p.tiles * batch, p.splits)](
+        decode_kernel[(kv_heads * tiling.tiles * batch, tiling.splits)](
             q, *q.stride()[:3], caches[0], *k_cache.stride()[:3], caches[1], *v_cache.stride()[:3],
             *scales(k_scale, floats), *scales(v_scale, floats), seq_lens, seq_lens if block_table is None else block_table,
             0 if block_table is None else block_table.stride(0), k_cache.shape[1], k_cache.shape[0], room, out, *sums,
-            partial, partial_lse, heads, kv_heads, group, rows, p.tiles, dim**-0.5 if scale is None else scale, softcap, left,
+            partial, partial_lse, heads, kv_heads, group, rows, tiling.tiles, dim**-0.5 if scale is None else scale, softcap, left,
             *sink, seq_lens if leftpad is None else leftpad, leftpad is not None,
             floats if alibi_slopes is None else alibi_slopes, alibi_slopes is not None,
             heads if alibi_slopes is not None and alibi_slopes.dim() == 2 else 0, CHUNK if batch_invariant else 0,
-            p.most, p.splits,
-            M=p.block_m, N=p.block_n, DIM=dim, BLOCK_D=columns, VALUE_DIM=value_dim, BLOCK_V=value_columns,
-            PAGED=block_table is not None, QUANTIZED=quantized, num_warps=p.warps, num_stages=p.stages,
+            tiling.most, tiling.splits,
+            M=tiling.block_m, N=tiling.block_n, DIM=dim, BLOCK_D=columns, VALUE_DIM=value_dim, BLOCK_V=value_columns,
+            PAGED=block_table is not None, QUANTIZED=quantized, num_warps=tiling.warps, num_stages=tiling.stages,
         )  # fmt: skip
-        if p.splits > 1:
+        if tiling.splits > 1:
             merge_kernel[(results,)](
-                partial, partial_lse, out, *sums, results, heads, rows, p.splits, *sink, VALUE_DIM=value_dim, BLOCK_V=value_columns,
-                SPLITS=triton.next_power_of_2(p.most), num_warps=1,
+                partial, partial_lse, out, *sums, results, heads, rows, tiling.splits, *sink, VALUE_DIM=value_dim,
+                BLOCK_V=value_columns, SPLITS=triton.next_power_of_2(tiling.most), num_warps=1,
             )  # fmt: skip
 
 

@@ -71,10 +71,20 @@ def interleave_gate_up(gate: Tensor, up: Tensor, dim: int = 0) -> Tensor:
     an element of gate then holds the same element of up.
 
     Args:
-        gate, up: same shape and dtype, `dim` of a multiple of 8.
+        gate, up: of one shape, device and dtype, which may be any; `dim` is a multiple of 8.
+        dim: of rows, in a weight [N, K], a bias [N] or scales [N].
 
     Returns:
         A new tensor, twice as long along `dim`. `separate_gate_up` is the inverse.
+
+    Raises:
+        TypeError: gate or up is no tensor.
+        ValueError: they differ in shape, dtype or device, or dim is none of theirs or no multiple of 8.
+
+    Example:
+        >>> gate, up = torch.zeros(16, 64), torch.ones(16, 64)
+        >>> fp.ops.interleave_gate_up(gate, up)[::4, 0].tolist()
+        [0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0]
     """
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(f"interleave_gate_up: gate and up must have one shape and dtype, not {tuple(gate.shape)} "
@@ -88,7 +98,26 @@ def interleave_gate_up(gate: Tensor, up: Tensor, dim: int = 0) -> Tensor:
 
 
 def separate_gate_up(x: Tensor, dim: int = 0, layout: str = "interleaved8") -> tuple[Tensor, Tensor]:
-    """(gate, up) from x, twice as long along `dim`: "interleaved8" (a multiple of 16) or "halves" (views)."""
+    """The gate and the up projection that one tensor holds: the inverse of `interleave_gate_up`.
+
+    Args:
+        x: of any dtype, with at least one dimension; `dim` is twice as long as in the results.
+        layout: along dim: "interleaved8", 8 slices of gate, 8 of up, and so on, dim a multiple of 16; "halves", all of gate, then
+            all of up, dim even.
+
+    Returns:
+        (gate, up): new tensors, or, of halves, views of x.
+
+    Raises:
+        TypeError: x is no tensor.
+        ValueError: its shape does not fit dim and layout, or there is no such layout.
+
+    Example:
+        >>> gate, up = torch.randn(16, 64), torch.randn(16, 64)
+        >>> both = fp.ops.separate_gate_up(fp.ops.interleave_gate_up(gate, up))
+        >>> torch.equal(both[0], gate), torch.equal(both[1], up)
+        (True, True)
+    """
     multiples = {"interleaved8": 16, "halves": 2}
     if layout not in multiples:
         raise ValueError(f"separate_gate_up: layout must be one of {', '.join(LAYOUTS)}, not {layout!r}")

@@ -45,7 +45,7 @@ def machine_of(device: Any) -> Machine:
 
 
 @dataclass(frozen=True)
-class Plan:
+class GemmTiling:
     """How a product is cut up. `swap`: b is the first operand of the matrix instructions."""
 
     block_m: int
@@ -58,7 +58,7 @@ class Plan:
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(
+def tiling_of(
     m: int,
     n: int,
     k: int,
@@ -68,7 +68,7 @@ def plan(
     gated: bool,
     machine: Machine,
     grouped: bool = False,
-) -> Plan:
+) -> GemmTiling:
     """A function of the shape and the machine alone. `scaled`: by blocks; `quantized`: a tile has 128 outputs, a group;
     `grouped`: m is the mean of the experts' rows.
 
@@ -99,7 +99,7 @@ def plan(
         # idle multiprocessors take parts of K, each at least 4 trips, as filling the pipeline takes about as many
         parts = max(1, min(machine.multiprocessors // tiles, blocks // 4))
         parts = triton.cdiv(blocks, triton.cdiv(blocks, parts))  # none is empty
-    return Plan(block_m, block_n, block_k, warps, stages, swap, parts)
+    return GemmTiling(block_m, block_n, block_k, warps, stages, swap, parts)
 
 
 def _tiles(m: int, n: int, block_m: int, block_n: int) -> int:
@@ -385,40 +385,40 @@ def gemm(
         machine = machine_of(driver.active.get_current_device())
         a, b = aligned(a), aligned(b)
         (m, k), n = a.shape, b.shape[0] // max(experts, 1)
-        p = plan(triton.cdiv(m, max(experts, 1)), n, k, a.element_size(), scaled, group_scale is not None, gated, machine,
+        tiling = tiling_of(triton.cdiv(m, max(experts, 1)), n, k, a.element_size(), scaled, group_scale is not None, gated, machine,
                  experts > 0)  # fmt: skip
-        tile_rows = triton.cdiv(m, p.block_m)
+        tile_rows = triton.cdiv(m, tiling.block_m)
         if experts:  # at most, as tiles are of one expert's rows each
             out.zero_()
-            tile_rows = experts * triton.cdiv(room, p.block_m) if room else min(m, m // p.block_m + experts)
-        width, split = triton.cdiv(n, 16), p.parts > 1
+            tile_rows = experts * triton.cdiv(room, tiling.block_m) if room else min(m, m // tiling.block_m + experts)
+        width, split = triton.cdiv(n, 16), tiling.parts > 1
         parts = out.view(torch.uint8)
         if split:
             sums = torch.float32 if promoted else torch.int32
-            parts = torch.empty((p.parts, m, 16 * width), dtype=sums, device=a.device)
+            parts = torch.empty((tiling.parts, m, 16 * width), dtype=sums, device=a.device)
         tma, on_bits = machine.arch >= 90, wide and machine.arch < (89 if b.dtype is E4M3 else 90)
         operands: list[Any] = [a, b.view(torch.uint8) if on_bits and b.dtype is E4M3 else b]
         if tma:
             operands = [
-                TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, p.block_k])
-                for t, rows in zip(operands, (p.block_m, p.block_n))
+                TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, tiling.block_k])
+                for t, rows in zip(operands, (tiling.block_m, tiling.block_n))
             ]
-        gemm_kernel[(tile_rows * triton.cdiv(n, p.block_n), p.parts)](
+        gemm_kernel[(tile_rows * triton.cdiv(n, tiling.block_n), tiling.parts)](
             arguments["zero_ptr"] if ends is None else ends, tile_rows, experts, room, *operands,
             a.stride(0) * a.element_size() // 16, b.stride(0) // 16, m, n, k,
-            triton.cdiv(triton.cdiv(k, p.block_k), p.parts), width, parts,
+            triton.cdiv(triton.cdiv(k, tiling.block_k), tiling.parts), width, parts,
             a_scale.stride(-1) if scaled and a_scale is not None else 0, **arguments,
             SCALES="vectors" if not scaled else "groups" if wide else "blocks",
-            GATED=gated and (not split or (scaled and not wide)), SPLIT=split, SWAP=p.swap, TMA=tma, UPCONVERT=wide,
+            GATED=gated and (not split or (scaled and not wide)), SPLIT=split, SWAP=tiling.swap, TMA=tma, UPCONVERT=wide,
             ON_BITS=on_bits, PROMOTED=promoted and not wide, GROUPED=group_scale is not None,
-            BLOCK_M=p.block_m, BLOCK_N=p.block_n, BLOCK_K=p.block_k, STAGES=p.stages,
-            EXPERTS=max(32, triton.next_power_of_2(experts)) if experts else 0, num_warps=p.warps, enable_fp_fusion=False,
+            BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k, STAGES=tiling.stages,
+            EXPERTS=max(32, triton.next_power_of_2(experts)) if experts else 0, num_warps=tiling.warps, enable_fp_fusion=False,
         )  # fmt: skip
         if split:
             block = 256  # 4 accumulators, 16 bytes, for each thread of 2 warps
             blocks = triton.cdiv(out.shape[-1], block)
             sum_parts_kernel[(m * blocks,)](
-                parts, width, p.parts, m * width, m, blocks, **arguments, GATED=gated, BLOCK=block, num_warps=2,
+                parts, width, tiling.parts, m * width, m, blocks, **arguments, GATED=gated, BLOCK=block, num_warps=2,
                 enable_fp_fusion=False,
             )  # fmt: skip
     return out

@@ -58,6 +58,13 @@ def fp8_gemm(
         TypeError: an argument is of another type or dtype than above.
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
         Unsupported: a backend asked for by name cannot run these arguments; GPUs below sm_89 multiply no FP8.
+
+    Example:
+        >>> x, weight = torch.randn(4, 256), torch.randn(128, 256)
+        >>> (a, a_scale, _), (b, b_scale, _) = (fp.ops.quantize(t, torch.float8_e4m3fn) for t in (x, weight))
+        >>> y = fp.ops.fp8_gemm(a, b, a_scale, b_scale, out_dtype=torch.float32)
+        >>> y.shape, bool((y - x @ weight.T).norm() < 0.1 * y.norm())
+        (torch.Size([4, 128]), True)
     """
     args = (a, b, a_scale, b_scale, bias, activation, out_dtype, out_scale)
     return FP8_GEMM(*args) if residual is None else FP8_GEMM(*args, residual)
@@ -89,6 +96,13 @@ def fp8_gemm_quantize(
         TypeError: an argument is of another type or dtype than above.
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
         Unsupported: a backend asked for by name cannot run these arguments; GPUs below sm_89 multiply no FP8.
+
+    Example:
+        >>> a, a_scale, _ = fp.ops.quantize(torch.randn(4, 256), torch.float8_e4m3fn)
+        >>> b, b_scale, _ = fp.ops.quantize(torch.randn(384, 256), torch.float8_e4m3fn)
+        >>> q, scale = fp.ops.fp8_gemm_quantize(a, b, a_scale, b_scale)
+        >>> q.shape, q.dtype, scale.shape
+        (torch.Size([4, 384]), torch.float8_e4m3fn, torch.Size([4, 3]))
     """
     return FP8_GEMM_QUANTIZE(a, b, a_scale, b_scale, bias, activation, group_size)
 

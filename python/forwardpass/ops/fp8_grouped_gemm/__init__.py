@@ -63,6 +63,13 @@ def fp8_grouped_gemm(
         TypeError: an argument is of another type or dtype than above.
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
         Unsupported: a backend asked for by name cannot run these arguments; GPUs below sm_89 multiply no FP8.
+
+    Example:
+        >>> x, experts = torch.randn(5, 64), torch.tensor([[0, 2], [1, 2], [2, 0], [0, 1], [2, 1]])  # 2 of 3 a token
+        >>> a, a_scale, offs, position = fp.ops.permute_quantize(x, experts, 3, torch.float8_e4m3fn)
+        >>> b, b_scale, _ = fp.ops.quantize(torch.randn(3, 128, 64), torch.float8_e4m3fn)
+        >>> fp.ops.fp8_grouped_gemm(a, b, a_scale, b_scale, offs, out_dtype=torch.float32).shape
+        torch.Size([10, 128])
     """
     return OPERATION(a, b, a_scale, b_scale, offs, bias, activation, out_dtype, out_scale)
 

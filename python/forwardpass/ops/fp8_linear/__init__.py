@@ -45,6 +45,13 @@ def fp8_linear(
         TypeError: an argument is of another type or dtype than above.
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
         Unsupported: a backend asked for by name cannot run these arguments; GPUs below sm_89 multiply no FP8.
+
+    Example:
+        >>> x, weight = torch.randn(4, 256), torch.randn(128, 256)
+        >>> q, weight_scale, _ = fp.ops.quantize(weight, torch.float8_e4m3fn)
+        >>> y = fp.ops.fp8_linear(x, q, weight_scale)
+        >>> y.shape, bool((y - x @ weight.T).norm() < 0.1 * y.norm())
+        (torch.Size([4, 128]), True)
     """
     dtype = x.dtype if out_dtype is None else out_dtype
     args = (x, weight, weight_scale, bias, activation, dtype, scale, channel_scale)
@@ -66,8 +73,8 @@ def _check(
     check_float_rows(op, "x", x)
     blocks = check_fp8_weight(op, "weight", weight, "weight_scale", weight_scale, activation, "x", x)
     if blocks and scale is not None:
-        raise ValueError(f"{op}: a static scale goes with weight_scale [1] or [N], and weight_scale is of blocks, {tuple(weight_scale.shape)}: "
-                         "drop scale")  # fmt: skip
+        raise ValueError(f"{op}: a static scale goes with weight_scale [1] or [N], and weight_scale is of blocks, "
+                         f"{tuple(weight_scale.shape)}: drop scale")  # fmt: skip
     check_quantized(op, x, x.shape[-1], E4M3, scale, None, None, True, channel_scale)
     if out_dtype not in FLOATS:
         raise TypeError(

@@ -46,6 +46,13 @@ def int8_gemm(
     Raises:
         TypeError: an argument is of another type or dtype than above.
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
+
+    Example:
+        >>> x, weight = torch.randn(4, 256), torch.randn(128, 256)
+        >>> (a, a_scale, _), (b, b_scale, _) = (fp.ops.quantize(t, torch.int8) for t in (x, weight))
+        >>> y = fp.ops.int8_gemm(a, b, a_scale, b_scale, out_dtype=torch.float32)
+        >>> y.shape, bool((y - x @ weight.T).norm() < 0.02 * y.norm())
+        (torch.Size([4, 128]), True)
     """
     if a_zero_point is not None and b_sum is None:
         b_sum = b.sum(1, dtype=torch.int32)
@@ -79,6 +86,13 @@ def int8_gemm_quantize(
     Raises:
         TypeError: an argument is of another type or dtype than above.
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
+
+    Example:
+        >>> a, a_scale, _ = fp.ops.quantize(torch.randn(4, 256), torch.int8)
+        >>> b, b_scale, _ = fp.ops.quantize(torch.randn(128, 256), torch.int8)
+        >>> q, scale = fp.ops.int8_gemm_quantize(a, b, a_scale, b_scale, activation="relu")
+        >>> q.shape, q.dtype, scale.shape
+        (torch.Size([4, 128]), torch.int8, torch.Size([4]))
     """
     if a_zero_point is not None and b_sum is None:
         b_sum = b.sum(1, dtype=torch.int32)

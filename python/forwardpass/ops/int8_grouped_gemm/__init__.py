@@ -58,6 +58,13 @@ def int8_grouped_gemm(
     Raises:
         TypeError: an argument is of another type or dtype than above.
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
+
+    Example:
+        >>> x, experts = torch.randn(5, 64), torch.tensor([[0, 2], [1, 2], [2, 0], [0, 1], [2, 1]])  # 2 of 3 a token
+        >>> a, a_scale, offs, position = fp.ops.permute_quantize(x, experts, 3, torch.int8)
+        >>> b, b_scale, _ = fp.ops.quantize(torch.randn(3, 128, 64), torch.int8)
+        >>> fp.ops.int8_grouped_gemm(a, b, a_scale, b_scale, offs, out_dtype=torch.float32).shape
+        torch.Size([10, 128])
     """
     if a_zero_point is not None and b_sum is None:
         b_sum = b.sum(2, dtype=torch.int32)

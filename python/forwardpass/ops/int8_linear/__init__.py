@@ -48,6 +48,13 @@ def int8_linear(
     Raises:
         TypeError: an argument is of another type or dtype than above.
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
+
+    Example:
+        >>> x, weight = torch.randn(4, 256), torch.randn(128, 256)
+        >>> q, weight_scale, _ = fp.ops.quantize(weight, torch.int8)
+        >>> y = fp.ops.int8_linear(x, q, weight_scale)
+        >>> y.shape, bool((y - x @ weight.T).norm() < 0.02 * y.norm())
+        (torch.Size([4, 128]), True)
     """
     dtype = x.dtype if out_dtype is None else out_dtype
     args = (
@@ -82,6 +89,13 @@ def pack_int8_weight(weight: Tensor) -> Tensor:
     Raises:
         TypeError: weight is no int8 tensor.
         ValueError: its shape, layout or device is not as above.
+
+    Example:
+        >>> x, (weight, weight_scale, _) = torch.randn(4, 256), fp.ops.quantize(torch.randn(128, 256), torch.int8)
+        >>> packed = fp.ops.pack_int8_weight(weight)  # once, for all calls
+        >>> y = fp.ops.int8_linear(x, weight, weight_scale, packed=packed)
+        >>> torch.equal(y, fp.ops.int8_linear(x, weight, weight_scale))
+        True
     """
     check_int8_weight("pack_int8_weight", "weight", weight, "weight", weight, False)
     if weight.device.type != "cpu":

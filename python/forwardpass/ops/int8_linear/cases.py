@@ -62,8 +62,8 @@ class Case:
         packed = pack_int8_weight(weight) if self.packed and device == "cpu" else None
         outputs = self.n // 2 if is_gated(self.activation) else self.n
         added = residual((*self.lead, outputs), self.out_dtype, self.residual, device, seed)
-        return (x, weight, weight_scale.to(device), bias, self.activation, self.out_dtype, scale, zero_point, self.symmetric, channel,
-                weight_sum, packed, added)  # fmt: skip
+        return (x, weight, weight_scale.to(device), bias, self.activation, self.out_dtype, scale, zero_point, self.symmetric,
+                channel, weight_sum, packed, added)  # fmt: skip
 
     def bytes(self) -> int:
         m = math.prod(self.lead)

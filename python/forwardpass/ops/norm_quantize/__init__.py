@@ -50,6 +50,13 @@ def norm_quantize(
         TypeError: an argument is of another type or dtype than above.
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
         Unsupported: a backend asked for by name cannot run these arguments.
+
+    Example:
+        >>> x, weight = torch.randn(4, 256), torch.rand(256)
+        >>> q, scale, _ = fp.ops.norm_quantize(x, weight, 1e-6, torch.int8)
+        >>> normed = torch.nn.functional.rms_norm(x, (256,), weight, 1e-6)
+        >>> torch.allclose(q * scale[:, None], normed, atol=float(scale.max()))
+        True
     """
     return NORM_QUANTIZE(x, weight, eps, dtype, kind, bias, symmetric, channel_scale)
 
@@ -81,6 +88,12 @@ def add_norm_quantize(
         TypeError: an argument is of another type or dtype than above.
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
         Unsupported: a backend asked for by name cannot run these arguments.
+
+    Example:
+        >>> x, residual, weight = torch.randn(4, 256), torch.randn(4, 256), torch.rand(256)
+        >>> q, scale, _, total = fp.ops.add_norm_quantize(x, residual, weight, 1e-6, torch.int8)
+        >>> q.shape, scale.shape, torch.equal(total, x + residual)
+        (torch.Size([4, 256]), torch.Size([4]), True)
     """
     return ADD_NORM_QUANTIZE(x, residual, weight, eps, dtype, kind, bias, symmetric, channel_scale)
 

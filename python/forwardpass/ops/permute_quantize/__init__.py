@@ -43,6 +43,12 @@ def permute_quantize(
         TypeError: an argument is of another type or dtype than above.
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
         Unsupported: a backend asked for by name cannot run these arguments.
+
+    Example:
+        >>> x, index = torch.randn(3, 64), torch.tensor([[0, 2], [1, 2], [2, 0]])  # 2 experts of 4 a token
+        >>> q, scale, offs, position = fp.ops.permute_quantize(x, index, 4, torch.int8)
+        >>> q.shape, offs.tolist(), position.tolist()
+        (torch.Size([6, 64]), [2, 3, 6, 6], [[0, 3], [2, 4], [5, 1]])
     """
     return OPERATION(x, index, num_experts, dtype, group_size, channel_scale)
 

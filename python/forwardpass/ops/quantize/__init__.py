@@ -39,6 +39,14 @@ def quantize(
         TypeError: an argument is of another type or dtype than above.
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
         Unsupported: a backend asked for by name cannot run these arguments.
+
+    Example:
+        >>> x = torch.randn(4, 256)
+        >>> q, scale, _ = fp.ops.quantize(x, torch.int8)
+        >>> q.shape, q.dtype, scale.shape
+        (torch.Size([4, 256]), torch.int8, torch.Size([4]))
+        >>> torch.allclose(q * scale[:, None], x, atol=float(scale.max()))
+        True
     """
     q, s, z = OPERATION(x, dtype, scale, zero_point, group_size, symmetric, channel_scale)
     return q, s if scale is None else scale, z if zero_point is None else zero_point

@@ -26,6 +26,13 @@ def unpermute(y: Tensor, position: Tensor, weights: Tensor) -> Tensor:
         TypeError: an argument is of another type or dtype than above.
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
         Unsupported: a backend asked for by name cannot run these arguments.
+
+    Example:
+        >>> y = torch.randn(6, 64)  # rows of experts, as permute_quantize puts them
+        >>> position = torch.tensor([[0, 3], [2, 4], [5, 1]], dtype=torch.int32)
+        >>> weights = torch.tensor([[0.5, 0.5], [0.9, 0.1], [0.7, 0.3]])
+        >>> torch.allclose(fp.ops.unpermute(y, position, weights)[1], 0.9 * y[2] + 0.1 * y[4])
+        True
     """
     return OPERATION(y, position, weights)
 

@@ -34,6 +34,13 @@ def w8a16_gemm(
     Raises:
         TypeError: an argument is of another type or dtype than above.
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
+
+    Example:
+        >>> x, weight = torch.randn(4, 256), torch.randn(128, 256)
+        >>> q, weight_scale, _ = fp.ops.quantize(weight, torch.int8)
+        >>> y = fp.ops.w8a16_gemm(x, q, weight_scale)
+        >>> y.shape, bool((y - x @ weight.T).norm() < 0.02 * y.norm())
+        (torch.Size([4, 128]), True)
     """
     args = (x, weight, weight_scale, bias, activation)
     return OPERATION(*args) if residual is None else OPERATION(*args, residual)

@@ -49,6 +49,13 @@ def w8a16_grouped_gemm(
         TypeError: an argument is of another type or dtype than above.
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
         Unsupported: a backend asked for by name cannot run these arguments.
+
+    Example:
+        >>> x = torch.randn(10, 64)  # sorted by expert: 3 rows of the first one, none of the second, 7 of the third
+        >>> offs = torch.tensor([3, 3, 10], dtype=torch.int32)
+        >>> weight, weight_scale, _ = fp.ops.quantize(torch.randn(3, 128, 64), torch.int8)
+        >>> fp.ops.w8a16_grouped_gemm(x, weight, weight_scale, offs).shape
+        torch.Size([10, 128])
     """
     return OPERATION(x, weight, weight_scale, offs, bias, activation)
 
