@@ -33,7 +33,9 @@ template <class Params>
 void set_alibi(Params& p, OptionalTensorRef slopes, int64_t batch, const Tensor& q, const char* op) {
   if (!slopes) return;
   const bool per_batch = slopes->dim() == 2;
-  p.alibi_slopes = floats(slopes, (per_batch ? batch : 1) * p.heads, q, op, "alibi_slopes");
+  if (per_batch) check_sizes(*slopes, {batch, p.heads}, op, "alibi_slopes");
+  p.alibi_slopes = per_batch ? elements<float>(slopes, batch * p.heads, ScalarType::Float, q, op, "alibi_slopes")
+                             : floats(slopes, p.heads, q, op, "alibi_slopes");
   p.alibi_batch_stride = per_batch ? p.heads : 0;
 }
 

@@ -8,7 +8,9 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cmath>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -104,6 +106,11 @@ inline Matrix matrix(const Tensor& x, const char* op, const char* name) {
   return m;
 }
 
+inline std::vector<int64_t> sizes_of(const Tensor& x) {
+  auto s = x.sizes();
+  return std::vector<int64_t>(s.begin(), s.end());
+}
+
 // 0 for a dimension with one element, so that alignment checks need not look at it.
 inline int64_t stride_of(const Tensor& x, int64_t d) { return x.size(d) == 1 ? 0 : x.stride(d); }
 
@@ -131,9 +138,10 @@ inline Matrix b_operand(const Tensor& t, Dtype type, int64_t columns, const Tens
   return m;
 }
 
-// An optional contiguous vector of `size` elements on x's device.
+// An optional contiguous tensor of `size` elements, whatever its shape, on x's device.
 template <class T>
-const T* vector(OptionalTensorRef v, int64_t size, ScalarType type, const Tensor& x, const char* op, const char* name) {
+const T* elements(OptionalTensorRef v, int64_t size, ScalarType type, const Tensor& x, const char* op,
+                  const char* name) {
   if (!v) return nullptr;
   STD_TORCH_CHECK(v->scalar_type() == type, op, ": wrong dtype of ", name);
   STD_TORCH_CHECK(v->numel() == size && v->is_contiguous(), op, ": ", name, " must be contiguous with ", size,
@@ -142,11 +150,25 @@ const T* vector(OptionalTensorRef v, int64_t size, ScalarType type, const Tensor
   return static_cast<const T*>(v->const_data_ptr());
 }
 
+// The same of one dimension, or of one element: torch would broadcast [N, 1] otherwise than a kernel reads it.
+template <class T>
+const T* vector(OptionalTensorRef v, int64_t size, ScalarType type, const Tensor& x, const char* op, const char* name) {
+  STD_TORCH_CHECK(!v || size == 1 || v->dim() == 1, op, ": ", name, " must have one dimension");
+  return elements<T>(v, size, type, x, op, name);
+}
+
 inline const float* floats(OptionalTensorRef v, int64_t size, const Tensor& x, const char* op, const char* name) {
   return vector<float>(v, size, ScalarType::Float, x, op, name);
 }
 inline const int32_t* ints(OptionalTensorRef v, int64_t size, const Tensor& x, const char* op, const char* name) {
   return vector<int32_t>(v, size, ScalarType::Int, x, op, name);
+}
+
+// Throws unless t is of these sizes: as many elements in another shape would be read as others.
+inline void check_sizes(const Tensor& t, std::initializer_list<int64_t> sizes, const char* op, const char* name) {
+  const auto s = t.sizes();
+  STD_TORCH_CHECK(std::equal(s.begin(), s.end(), sizes.begin(), sizes.end()), op, ": ", name,
+                  " must have another shape");
 }
 
 inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType type,
@@ -184,11 +206,6 @@ inline Tensor contiguous_rows(const std::vector<int64_t>& sizes, ScalarType type
 inline Tensor padded_rows(const std::vector<int64_t>& sizes, ScalarType type, int64_t element_size,
                           const Tensor& like) {
   return empty_rows(sizes, round_up(sizes.back(), 16 / element_size), type, like);
-}
-
-inline std::vector<int64_t> sizes_of(const Tensor& x) {
-  auto s = x.sizes();
-  return std::vector<int64_t>(s.begin(), s.end());
 }
 
 // The one way to a kernel: `cpu`, a function of csrc/cpu, or the launcher that Params names, in a kernel library. An op

@@ -16,12 +16,18 @@ struct EpilogueOptions {
   OptionalTensorRef residual = {};
 };
 
-// A vector with one element for all rows or columns, or with one for each of n.
+// One element for all rows, or one for each of n, in the shape of the rows or flat.
 template <class T>
-const T* one_or_each(OptionalTensorRef v, int64_t n, ScalarType type, const Tensor& x, bool& is_vector, const char* op,
-                     const char* name) {
+const T* one_or_each_row(OptionalTensorRef v, int64_t n, ScalarType type, const Tensor& x, bool& is_vector,
+                         const char* op, const char* name) {
   is_vector = v && v->numel() != 1;
-  return vector<T>(v, is_vector ? n : 1, type, x, op, name);
+  return elements<T>(v, is_vector ? n : 1, type, x, op, name);
+}
+// The same of columns, in one dimension.
+inline const float* one_or_each_column(OptionalTensorRef v, int64_t n, const Tensor& x, bool& is_vector, const char* op,
+                                       const char* name) {
+  is_vector = v && v->numel() != 1;
+  return floats(v, is_vector ? n : 1, x, op, name);
 }
 
 // Checks the options; allocates no output. sizes: [lead..., columns] of the accumulators on entry, of the output on
@@ -31,11 +37,11 @@ inline Epilogue epilogue_options(std::vector<int64_t>& sizes, int64_t rows, cons
   Epilogue e{};
   const int64_t columns = sizes.back();
   e.activation = o.activation;
-  e.a_scale = one_or_each<float>(o.a_scale, rows, ScalarType::Float, x, e.a_scale_per_row, op, "a_scale");
-  e.b_scale = one_or_each<float>(o.b_scale, columns, ScalarType::Float, x, e.b_scale_per_column, op, "b_scale");
+  e.a_scale = one_or_each_row<float>(o.a_scale, rows, ScalarType::Float, x, e.a_scale_per_row, op, "a_scale");
+  e.b_scale = one_or_each_column(o.b_scale, columns, x, e.b_scale_per_column, op, "b_scale");
   STD_TORCH_CHECK(o.a_zero_point.has_value() == o.b_sum.has_value(), op, ": a_zero_point and b_sum go together");
   e.zero_point =
-      one_or_each<int32_t>(o.a_zero_point, rows, ScalarType::Int, x, e.zero_point_per_row, op, "a_zero_point");
+      one_or_each_row<int32_t>(o.a_zero_point, rows, ScalarType::Int, x, e.zero_point_per_row, op, "a_zero_point");
   e.b_sum = ints(o.b_sum, columns, x, op, "b_sum");
   if (o.bias) {
     e.bias_dtype = dtype_of(o.bias->scalar_type(), op, "bias");
@@ -50,8 +56,7 @@ inline Epilogue epilogue_options(std::vector<int64_t>& sizes, int64_t rows, cons
   e.out_dtype = dtype_of(o.out_dtype, op, "out");
   STD_TORCH_CHECK(o.out_scale.has_value() == !is_float(e.out_dtype) && e.out_dtype != Dtype::i32, op,
                   ": out_dtype must be a float type, or int8 or float8_e4m3fn with an out_scale");
-  e.out_scale =
-      one_or_each<float>(o.out_scale, sizes.back(), ScalarType::Float, x, e.out_scale_per_column, op, "out_scale");
+  e.out_scale = one_or_each_column(o.out_scale, sizes.back(), x, e.out_scale_per_column, op, "out_scale");
   if (o.residual) {
     STD_TORCH_CHECK(is_float(e.out_dtype) && o.residual->scalar_type() == o.out_dtype &&
                         sizes_of(*o.residual) == sizes && same_device(*o.residual, x),

@@ -28,16 +28,21 @@ inline Groups groups(const Tensor& a, const Tensor& b, const Tensor& ends, const
   return {ints(ends, b.size(0), a, op, "offs"), static_cast<int32_t>(b.size(0)), sorted, sorted ? 0 : a.size(1)};
 }
 
-// What each expert has for itself, [E, N], `rows` elements.
-inline void take_experts(Epilogue& e, int64_t rows, OptionalTensorRef b_scale, const OptionalTensor& bias,
+// What each expert has for itself, [E, N], of b [E, N, K].
+inline void take_experts(Epilogue& e, const Tensor& b, OptionalTensorRef b_scale, const OptionalTensor& bias,
                          const OptionalTensor& b_sum, const Tensor& a, const char* op) {
-  e.b_scale = floats(b_scale, rows, a, op, "b_scale");
+  const int64_t rows = b.size(0) * b.size(1);
+  const auto check = [&](OptionalTensorRef t, const char* name) {
+    if (t) check_sizes(*t, {b.size(0), b.size(1)}, op, name);
+  };
+  check(b_scale, "b_scale"), check(bias, "bias"), check(b_sum, "b_sum");
+  e.b_scale = elements<float>(b_scale, rows, ScalarType::Float, a, op, "b_scale");
   e.b_scale_per_column = b_scale.has_value();
-  e.b_sum = ints(b_sum, rows, a, op, "b_sum");
+  e.b_sum = elements<int32_t>(b_sum, rows, ScalarType::Int, a, op, "b_sum");
   if (!bias) return;
   e.bias_dtype = dtype_of(bias->scalar_type(), op, "bias");
   STD_TORCH_CHECK(is_float(e.bias_dtype), op, ": bias must be float32, float16 or bfloat16");
-  e.bias = vector<void>(bias, rows, bias->scalar_type(), a, op, "bias");
+  e.bias = elements<void>(bias, rows, bias->scalar_type(), a, op, "bias");
 }
 
 }  // namespace forwardpass

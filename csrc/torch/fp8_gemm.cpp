@@ -13,7 +13,8 @@ void b_block_scales(const Tensor& b_scale, int64_t n, int64_t k, bool gated, con
   STD_TORCH_CHECK(
       dim == (gated ? 3 : 2) + (experts ? 1 : 0) && b_scale.size(dim - 2) == rows && b_scale.size(dim - 1) == columns,
       op, ": block scales of b must be [", experts ? "E, " : "", gated ? "2, " : "", rows, ", ", columns, "]");
-  blocks.b = floats(b_scale, std::max<int64_t>(experts, 1) * matrices * rows * columns, like, op, "b_scale");
+  blocks.b = elements<float>(b_scale, std::max<int64_t>(experts, 1) * matrices * rows * columns, ScalarType::Float,
+                             like, op, "b_scale");
   blocks.up_offset = gated ? rows * columns : 0;
 }
 

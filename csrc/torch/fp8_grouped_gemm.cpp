@@ -22,7 +22,7 @@ Tensor fp8_grouped_gemm(Backend backend, const Tensor& a, const Tensor& b, const
   Tensor out;
   std::tie(out, p.epilogue) = epilogue(sizes, p.a.rows, options, a, op);
   Epilogue& e = p.epilogue;
-  take_experts(e, p.b.rows, blocks ? OptionalTensorRef{} : OptionalTensorRef{b_scale}, bias, {}, a, op);
+  take_experts(e, b, blocks ? OptionalTensorRef{} : OptionalTensorRef{b_scale}, bias, {}, a, op);
   if (blocks) {
     b_block_scales(b_scale, b.size(1), p.b.columns, is_gated(e.activation), a, op, p.blocks, b.size(0));
     a_block_scales(a_scale, p.a, a, op, p.blocks);

@@ -27,8 +27,8 @@ Tensor int8_grouped_gemm(Backend backend, const Tensor& a, const Tensor& b, cons
   Epilogue& e = p.epilogue;
   STD_TORCH_CHECK(a_zero_point.has_value() == b_sum.has_value(), op, ": a_zero_point and b_sum go together");
   e.zero_point =
-      one_or_each<int32_t>(a_zero_point, p.a.rows, ScalarType::Int, a, e.zero_point_per_row, op, "a_zero_point");
-  take_experts(e, p.b.rows, b_scale, bias, b_sum, a, op);
+      one_or_each_row<int32_t>(a_zero_point, p.a.rows, ScalarType::Int, a, e.zero_point_per_row, op, "a_zero_point");
+  take_experts(e, b, b_scale, bias, b_sum, a, op);
   if (backend != Backend::cpu) {
     run_gemm(backend, p, a);
     return out;

@@ -16,7 +16,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> permute_quantize(Backend backend, con
   STD_TORCH_CHECK(x.dim() == 2 && is_float(p.x.dtype), op, ": x must be float32, float16 or bfloat16 [T, K]");
   STD_TORCH_CHECK(index.dim() == 2 && index.size(0) == p.x.rows, op, ": index must be [", p.x.rows, ", k]");
   p.wide_index = index.scalar_type() == ScalarType::Long;
-  p.index = vector<void>(index, index.numel(), p.wide_index ? ScalarType::Long : ScalarType::Int, x, op, "index");
+  p.index = elements<void>(index, index.numel(), p.wide_index ? ScalarType::Long : ScalarType::Int, x, op, "index");
   STD_TORCH_CHECK(num_experts >= 1 && num_experts <= kCountedExperts, op, ": num_experts must be 1 to ",
                   kCountedExperts);
   p.experts = static_cast<int32_t>(num_experts);

@@ -13,11 +13,11 @@ Tensor unpermute(Backend backend, const Tensor& y, const Tensor& position, const
                   ": position and weights must be of one shape [T, k]");
   p.tokens = position.size(0);
   p.choices = size32(position.size(1), op, "choices of a token");
-  p.position = ints(position, position.numel(), y, op, "position");
+  p.position = elements<int32_t>(position, position.numel(), ScalarType::Int, y, op, "position");
   p.weights_dtype = dtype_of(weights.scalar_type(), op, "weights");
   STD_TORCH_CHECK(p.weights_dtype == Dtype::f32 || p.weights_dtype == p.y.dtype, op,
                   ": weights must be float32 or of y's dtype");
-  p.weights = vector<void>(weights, position.numel(), weights.scalar_type(), y, op, "weights");
+  p.weights = elements<void>(weights, position.numel(), weights.scalar_type(), y, op, "weights");
   Tensor out = contiguous_rows({p.tokens, p.y.columns}, y.scalar_type(), y);
   p.out = out.mutable_data_ptr();
   if (backend != Backend::cpu) p.device = device_of(backend, y);

@@ -21,7 +21,9 @@ Tensor w8a16_gemm(Backend backend, const Tensor& x, const Tensor& weight, const 
   EpilogueOptions out_options{
       .bias = bias, .activation = activation_of(activation, op), .out_dtype = x.scalar_type(), .residual = residual};
   if (weight_scale.dim() == 2) {
-    p.blocks.b = floats(weight_scale, p.b.rows * ceil_div(p.b.columns, kScaleBlock), x, op, "weight_scale");
+    const int64_t groups = ceil_div(p.b.columns, kScaleBlock);
+    check_sizes(weight_scale, {p.b.rows, groups}, op, "weight_scale");
+    p.blocks.b = elements<float>(weight_scale, p.b.rows * groups, ScalarType::Float, x, op, "weight_scale");
   } else {
     out_options.b_scale = weight_scale;
   }

@@ -25,11 +25,12 @@ Tensor w8a16_grouped_gemm(Backend backend, const Tensor& x, const Tensor& weight
   std::tie(out, p.epilogue) =
       epilogue(sizes, p.a.rows, {.activation = activation_of(activation, op), .out_dtype = x.scalar_type()}, x, op);
   const bool in_groups = weight_scale.dim() == 3;
-  take_experts(p.epilogue, p.b.rows, in_groups ? OptionalTensorRef{} : OptionalTensorRef{weight_scale}, bias, {}, x,
-               op);
+  take_experts(p.epilogue, weight, in_groups ? OptionalTensorRef{} : OptionalTensorRef{weight_scale}, bias, {}, x, op);
   if (in_groups) {
     STD_TORCH_CHECK(backend == Backend::cpu, op, ": weight_scale of groups of columns is for the CPU and Triton");
-    p.blocks.b = floats(weight_scale, p.b.rows * ceil_div(p.b.columns, kScaleBlock), x, op, "weight_scale");
+    const int64_t groups = ceil_div(p.b.columns, kScaleBlock);
+    check_sizes(weight_scale, {weight.size(0), weight.size(1), groups}, op, "weight_scale");
+    p.blocks.b = elements<float>(weight_scale, p.b.rows * groups, ScalarType::Float, x, op, "weight_scale");
   }
   if (backend != Backend::cpu) {
     run_gemm(backend, p, x);

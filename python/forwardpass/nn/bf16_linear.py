@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..dispatch import Reason
 from ..ops import dequant_activation
+from ..ops.common.quantized_rows import FLOATS
 from .layer import QuantizedLinear, as_dtype, linear_weight
 
 
@@ -81,6 +82,9 @@ class Bf16Linear(QuantizedLinear):
         return layer.train(module.training)
 
     def product(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        if x.dtype not in FLOATS:  # the product would round it, and say nothing
+            raise TypeError(f"Bf16Linear: x must be float32, float16 or bfloat16, not {x.dtype}: convert it with "
+                            ".to(torch.float32)")  # fmt: skip
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError("Bf16Linear has no backward, and its input requires grad: call it under "
                                "torch.inference_mode(), or detach its input")  # fmt: skip

@@ -49,9 +49,9 @@ class Experts(QuantizedModule):
             in e4m3, for GPUs from sm_89 on, where a CPU runs the reference, for trials of its accuracy; "fp8_block": in e4m3
             with scales of 128 x 128 weights and of 128 columns of a row (DeepSeek-V3's); "w8a16": int8 weights alone;
             "w8a16_fp8": e4m3 ones; with "_group" behind, for which CUDA has no kernel, with scales of 128 columns of a row.
-        gated: whether there is a gate beside the up projection; then I % 8 == 0.
-        activation: of the up projection, "silu_mul", "gelu_mul" or "gelu_tanh_mul" if gated, else as in `Int8Linear`; None: the
-            module that was replaced applies its own, in its own code.
+        gated: whether there is a gate beside the up projection.
+        activation: of the up projection, "silu_mul", "gelu_mul" or "gelu_tanh_mul" if gated, and then I is a multiple of 8; else as
+            in `Int8Linear`. None: the module that was replaced applies its own, in its own code.
         bias: of both projections.
         dtype: of the biases; outputs have the dtype of the input.
 
@@ -59,6 +59,10 @@ class Experts(QuantizedModule):
     up_weight [E, U, H], up_scale fp32 [E, U], up_bias [E, U] or None, with U = 2 I if gated, by `interleave_gate_up` where an
     activation is given; down_weight [E, H, I], down_scale [E, H], down_bias [E, H] or None. With "fp8_block" scales are as
     `fp.ops.fp8_grouped_gemm` has those of blocks.
+
+    Raises:
+        ValueError: there is no such kind or activation, or a size does not fit them. Of a call: as `fp.ops.permute_quantize` and
+            `fp.ops.unpermute` raise.
 
     Example:
         >>> from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig, Qwen3MoeExperts
@@ -95,6 +99,11 @@ class Experts(QuantizedModule):
         if kind not in self.kinds:
             raise ValueError(f"Experts: kind must be one of {', '.join(self.kinds)}, not {kind!r}")
         check_activation("Experts", activation, (None, *(GATED if gated else PLAIN)))
+        if is_gated(activation) and intermediate_features % 8:
+            raise ValueError(f"Experts: with {activation} intermediate_features must be a multiple of 8, and is "
+                             f"{intermediate_features}: leave the activation out")  # fmt: skip
+        if not 1 <= num_experts <= MOST_EXPERTS:
+            raise ValueError(f"Experts: num_experts must be from 1 to {MOST_EXPERTS}, and is {num_experts}")
         self.num_experts, self.hidden_features, self.intermediate_features = (
             num_experts,
             hidden_features,
@@ -225,6 +234,7 @@ class Experts(QuantizedModule):
         x = rows(hidden_states.flatten(0, -2))
         index, weights = (t.flatten(0, -2).contiguous() for t in (top_k_index, top_k_weights))
         if dtype is None:
+            _check_choices(index, x)
             token, offs, position = rows_of_choices(index, self.num_experts)
             a, scale = x[token], None
         else:
@@ -274,6 +284,16 @@ class Experts(QuantizedModule):
         return (f"num_experts={self.num_experts}, hidden_features={self.hidden_features}, "
                 f"intermediate_features={self.intermediate_features}, kind={self.kind}, gated={self.gated}, "
                 f"activation={self.activation or 'its own'}, bias={self.up_bias is not None}")  # fmt: skip
+
+
+def _check_choices(index: Tensor, x: Tensor) -> None:
+    """What permute_quantize checks for the other kinds."""
+    if index.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"Experts: top_k_index must be int32 or int64, not {index.dtype}: convert it with .long()")
+    if index.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"Experts: top_k_index must have a row for each of {x.shape[0]} tokens, and has {index.shape[0]}"
+        )
 
 
 def experts_operation(kind: str) -> str:

@@ -100,6 +100,7 @@ class Fp8Linear(QuantizedLinear):
             activation: what the layer applies to its output, see above.
 
         Raises:
+            TypeError: channel_scale or input_scale is no tensor.
             ValueError: the module or an argument does not fit, and how.
         """
         cls._refuse(module)

@@ -20,9 +20,11 @@ from .layer import Quantized, QuantizedLinear, as_dtype, linear_weight, quantize
 class Int8Linear(QuantizedLinear):
     """`y = x W^T + b` with W in int8, scaled per channel, and x quantised to int8 on the way in.
 
-    Activations are quantised per token as they come (dynamic), or by one scale per tensor (static); asymmetric by default, which
-    costs one multiplication an output and keeps about half of the error of one-sided activations (after GELU or ReLU). With
-    `channel_scale` x is multiplied by it first and the weight has been divided by it (SmoothQuant, arXiv 2211.10438).
+    Activations are quantised per token as they come (dynamic), or by one scale per tensor (static). They are asymmetric by default:
+    that costs one multiplication per output, and one-sided activations (after GELU or ReLU) have about half of the error. It needs
+    the row sums of the weight, which the layer keeps in `weight_sum`. `fp.ops.int8_linear` keeps nothing, and is symmetric by
+    default. With `channel_scale` x is multiplied by it first, and the weight has been divided by it (SmoothQuant, arXiv
+    2211.10438).
 
     Made by `from_torch`; the constructor makes an empty layer of the same form, for `load_state_dict`.
 
@@ -105,21 +107,30 @@ class Int8Linear(QuantizedLinear):
             activation: what the layer applies to its output, see above.
 
         Raises:
+            TypeError: an argument is of another type or dtype than above.
             ValueError: the module or an argument does not fit, and how.
         """
         cls._refuse(module)
         weight = linear_weight(module)
         n, k = weight.shape
         own_bias = module.bias if bias is None else bias
-        cls._check_sizes(channel_scale=(channel_scale, k), input_scale=(input_scale, 1), bias=(bias, n))
+        cls._check_sizes(channel_scale=(channel_scale, k), input_scale=(input_scale, 1), bias=(bias, n),
+                         input_zero_point=(input_zero_point, 1))  # fmt: skip
+        if not isinstance(symmetric, bool):
+            raise TypeError(f"Int8Linear.from_torch: symmetric must be True or False, not {symmetric!r}")
+        if input_zero_point is not None and input_zero_point.is_floating_point():
+            raise TypeError(
+                f"Int8Linear.from_torch: input_zero_point must be int32, not {input_zero_point.dtype}: round it"
+            )
         if (input_zero_point is not None) != (input_scale is not None and not symmetric):
             raise ValueError(
                 "Int8Linear.from_torch: input_zero_point goes with input_scale and symmetric=False, and only with them"
             )
         if quantized is None:
             quantized = quantize_weight(weight.float() if channel_scale is None else weight.float() / channel_scale)
-        elif quantized[0].shape != weight.shape or quantized[0].dtype != torch.int8 or quantized[1].shape != (n,):
-            raise ValueError(f"Int8Linear.from_torch: quantized must be int8 [{n}, {k}] and float32 [{n}]")
+        elif [(t.dtype, tuple(t.shape)) for t in quantized] != [(torch.int8, (n, k)), (torch.float32, (n,))]:
+            given = " and ".join(f"{t.dtype} {list(t.shape)}" for t in quantized[:2])
+            raise ValueError(f"Int8Linear.from_torch: quantized must be int8 [{n}, {k}] and float32 [{n}], not {given}")
         layer = cls(k, n, own_bias is not None, dtype=weight.dtype, symmetric=symmetric, static=input_scale is not None,
                     channel_scale=channel_scale is not None, activation=activation, device="meta")  # fmt: skip
         assert own_bias is None or isinstance(own_bias, Tensor)

@@ -340,8 +340,10 @@ class QuantizedLinear(QuantizedModule):
     def _check_sizes(cls, **sizes: tuple[Tensor | None, int]) -> None:
         """Optional vectors by name, each with the size that it must have."""
         for name, (v, size) in sizes.items():
-            if v is not None and v.numel() != size:
-                raise ValueError(f"{cls.__name__}.from_torch: {name} must have {size} elements, and has {v.numel()}")
+            if v is not None and not isinstance(v, Tensor):
+                raise TypeError(f"{cls.__name__}.from_torch: {name} must be a tensor [{size}], not {type(v).__name__}")
+            if v is not None and (v.numel() != size or (v.dim() > 1 and size > 1)):
+                raise ValueError(f"{cls.__name__}.from_torch: {name} must be [{size}], and has shape {tuple(v.shape)}")
 
     def _fill(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         """Takes over an 8-bit weight [N, K], its scales and a copy of the bias."""

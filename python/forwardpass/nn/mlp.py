@@ -137,8 +137,10 @@ class MLP(TwoProducts):
             activation: the name under which code finds an activation: an nn.Identity, as up computes it.
 
         Raises:
+            TypeError: one of them is no quantised layer.
             ValueError: they do not fit, and how.
         """
+        _check_layers("MLP", up=up, down=down)
         if up.activation not in PLAIN:
             raise ValueError(f"MLP.from_layers: up computes one of {', '.join(PLAIN)}, and not {up.activation}")
         _check_fit("MLP", "up", up.out_features, down)
@@ -205,8 +207,10 @@ class GatedMLP(TwoProducts):
         """None where `from_layers` takes these two, else the reason."""
         if reason := _why_no_gate(gate.activation):
             return reason
-        if up.activation is not None or gate.out_features != up.out_features:
-            return "gate and up have other sizes, or up has an activation"
+        if up.activation is not None:
+            return f"up must have no activation, and computes {up.activation}"
+        if gate.out_features != up.out_features or gate.out_features % 8:
+            return f"gate and up must have the same multiple of 8 of outputs, not {gate.out_features} and {up.out_features}"
         return why_apart((gate, up), but_activation=True, but_buffers=_of_blocks(gate))
 
     @classmethod
@@ -244,8 +248,10 @@ class GatedMLP(TwoProducts):
             activation: the module of gate's activation, with its name, for code that asks for it.
 
         Raises:
+            TypeError: one of them is no quantised layer.
             ValueError: they do not fit, and how.
         """
+        _check_layers("GatedMLP", gate=gate, up=up, down=down)
         if reason := cls.why_not(gate, up):
             raise ValueError(f"GatedMLP.from_layers: {reason}")
         _check_fit("GatedMLP", "gate", gate.out_features, down)
@@ -269,8 +275,10 @@ class GatedMLP(TwoProducts):
         module: as `activation` of `from_layers`.
 
         Raises:
+            TypeError: one of them is no quantised layer.
             ValueError: they do not fit, and how.
         """
+        _check_layers("GatedMLP", gate_up=gate_up, down=down)
         if reason := cls.why_no_halves(gate_up, activation):
             raise ValueError(f"GatedMLP.from_halves: {reason}")
         _check_fit("GatedMLP", "gate_up", gate_up.out_features // 2, down)
@@ -311,6 +319,13 @@ class GatedMLP(TwoProducts):
             whole = _of_parts(first, [first._as_now(part, "") for part in parts])
             state_dict.update({f"{prefix}{self._first}.{key}": t for key, t in whole.items()})
         super()._load_from_state_dict(state_dict, prefix, *others)
+
+
+def _check_layers(cls: str, **layers: nn.Module) -> None:
+    for name, layer in layers.items():
+        if not isinstance(layer, QuantizedLinear):
+            raise TypeError(f"{cls}: {name} must be a quantised layer, such as fp.nn.Int8Linear.from_torch makes, not a "
+                            f"{type(layer).__name__}")  # fmt: skip
 
 
 def _check_fit(cls: str, name: str, outputs: int, down: QuantizedLinear) -> None:

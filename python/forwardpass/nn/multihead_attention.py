@@ -67,6 +67,9 @@ class MultiheadAttention(nn.MultiheadAttention):
     ) -> None:
         if reason := _extra_keys(add_bias_kv, add_zero_attn):
             raise ValueError(f"MultiheadAttention: {reason}")
+        if embed_dim % num_heads:
+            raise ValueError(f"MultiheadAttention: embed_dim must be a multiple of num_heads, and they are {embed_dim} and "
+                             f"{num_heads}")  # fmt: skip
         super().__init__(
             embed_dim,
             num_heads,

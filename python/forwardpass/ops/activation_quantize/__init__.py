@@ -42,6 +42,7 @@ def activation_quantize(
         TypeError: an argument is of another type or dtype than above.
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
         Unsupported: a backend asked for by name cannot run these arguments.
+        RuntimeError: an input requires grad, in grad mode: operations have no backward.
 
     Example:
         >>> x = torch.randn(4, 512)  # 256 columns of gate, 256 of up

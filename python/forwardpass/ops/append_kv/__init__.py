@@ -70,6 +70,7 @@ def append_kv(
             in the environment also for lengths and pages that are out of range: the host looks, outside of graphs. Nothing is then
             written.
         Unsupported: a backend asked for by name cannot run these arguments.
+        RuntimeError: an input requires grad, in grad mode: operations have no backward.
 
     Example:
         >>> k, v = torch.randn(2, 1, 4, 64), torch.randn(2, 1, 4, 64)  # a new token of each of 2 sequences
@@ -167,7 +168,7 @@ def _check_prepared(
     for name, weight in (("q_norm", q_norm), ("k_norm", k_norm)):
         if weight is not None:
             check_vector(op, name, weight, k.shape[3], (torch.float32, k.dtype), k)
-    if not isinstance(norm_eps, int | float) or not 0 <= norm_eps < math.inf:
+    if isinstance(norm_eps, bool) or not isinstance(norm_eps, int | float) or not 0 <= norm_eps < math.inf:
         raise ValueError(f"{op}: norm_eps must be a number of at least 0, not {norm_eps!r}")
 
 

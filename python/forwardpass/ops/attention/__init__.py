@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...common.environment import cpu_tier
 from ...dispatch import DEBUG, Operation, Reason
-from ..common.quantized_rows import FLOATS, check_vector
+from ..common.quantized_rows import FLOATS, check_elements, check_vector
 from ..common.values import may_look
 from . import reference
 
@@ -87,6 +87,7 @@ def attention(
             FORWARDPASS_DEBUG=1 also: cu_seqlens give NaN.
         Unsupported: a backend asked for by name cannot run these arguments. Kernels for GPUs take float16 and bfloat16, with
             D = Dv a multiple of 8 from 32 to 256, or D = 192 and Dv = 128.
+        RuntimeError: an input requires grad, in grad mode: operations have no backward.
 
     Example:
         >>> q = torch.randn(2, 16, 8, 64)
@@ -129,6 +130,7 @@ def attention_with_lse(
         TypeError: an argument is of another type or dtype than above.
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
         Unsupported: a backend asked for by name cannot run these arguments.
+        RuntimeError: an input requires grad, in grad mode: operations have no backward.
 
     Example:
         >>> q, k, v = torch.randn(3, 2, 16, 8, 64)
@@ -260,7 +262,7 @@ def check_window(op: str, left: int | None, right: int | None) -> None:
 
 def check_alibi_slopes(op: str, slopes: Tensor | None, batch: int, heads: int, q: Tensor) -> None:
     per_batch = isinstance(slopes, Tensor) and slopes.dim() == 2
-    check_vector(op, "alibi_slopes", slopes, batch * heads if per_batch else heads, torch.float32, q)
+    check_elements(op, "alibi_slopes", slopes, batch * heads if per_batch else heads, torch.float32, q)
     if slopes is not None and tuple(slopes.shape) not in ((heads,), (batch, heads)):
         raise ValueError(
             f"{op}: alibi_slopes must be [{heads}] or [{batch}, {heads}], and has shape {tuple(slopes.shape)}"

@@ -73,6 +73,7 @@ def attention_decode(
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above. With FORWARDPASS_DEBUG=1
             in the environment also for lengths, paddings and pages that are out of range: the host looks, outside of graphs.
         Unsupported: a backend asked for by name cannot run these arguments.
+        RuntimeError: an input requires grad, in grad mode: operations have no backward.
 
     Example:
         >>> q = torch.randn(2, 1, 8, 64)  # a new token of each of 2 sequences
@@ -119,6 +120,7 @@ def attention_decode_with_lse(
         TypeError: an argument is of another type or dtype than above.
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
         Unsupported: a backend asked for by name cannot run these arguments.
+        RuntimeError: an input requires grad, in grad mode: operations have no backward.
 
     Example:
         >>> q, (k_cache, v_cache) = torch.randn(2, 1, 8, 64), torch.randn(2, 2, 128, 4, 64)

@@ -86,13 +86,13 @@ def interleave_gate_up(gate: Tensor, up: Tensor, dim: int = 0) -> Tensor:
         >>> fp.ops.interleave_gate_up(gate, up)[::4, 0].tolist()
         [0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0]
     """
-    if gate.shape != up.shape or gate.dtype != up.dtype:
-        raise ValueError(f"interleave_gate_up: gate and up must have one shape and dtype, not {tuple(gate.shape)} "
-                         f"{gate.dtype} and {tuple(up.shape)} {up.dtype}")  # fmt: skip
-    if gate.dim() == 0 or gate.shape[dim] % 8:
-        raise ValueError(f"interleave_gate_up: dimension {dim} must be a multiple of 8, and gate has shape "
-                         f"{tuple(gate.shape)}: pad both")  # fmt: skip
-    dim %= gate.dim()
+    op = "interleave_gate_up"
+    dim = _checked_dim(op, "gate", gate, dim, 8, "pad both")
+    if not isinstance(up, Tensor):
+        raise TypeError(f"{op}: up must be a tensor, not {type(up).__name__}")
+    if (gate.shape, gate.dtype, gate.device) != (up.shape, up.dtype, up.device):
+        raise ValueError(f"{op}: gate and up must have one shape, dtype and device, not {tuple(gate.shape)} {gate.dtype} on "
+                         f"{gate.device} and {tuple(up.shape)} {up.dtype} on {up.device}")  # fmt: skip
     blocks = [t.unflatten(dim, (t.shape[dim] // 8, 8)) for t in (gate, up)]
     return torch.stack(blocks, dim + 1).flatten(dim, dim + 2)
 
@@ -119,14 +119,26 @@ def separate_gate_up(x: Tensor, dim: int = 0, layout: str = "interleaved8") -> t
         (True, True)
     """
     multiples = {"interleaved8": 16, "halves": 2}
-    if layout not in multiples:
+    if layout not in LAYOUTS:
         raise ValueError(f"separate_gate_up: layout must be one of {', '.join(LAYOUTS)}, not {layout!r}")
-    if x.dim() == 0 or x.shape[dim] % multiples[layout]:
-        raise ValueError(f"separate_gate_up: dimension {dim} must be a multiple of {multiples[layout]} in {layout!r}, and "
-                         f"x has shape {tuple(x.shape)}")  # fmt: skip
+    dim = _checked_dim("separate_gate_up", "x", x, dim, multiples[layout], f"{layout!r} has gate and up in it")
     if layout == "halves":
         gate, up = x.chunk(2, dim)
         return gate, up
-    dim %= x.dim()
     gate, up = x.unflatten(dim, (x.shape[dim] // 16, 2, 8)).unbind(dim + 1)
     return gate.flatten(dim, dim + 1), up.flatten(dim, dim + 1)
+
+
+def _checked_dim(op: str, name: str, x: Tensor, dim: int, multiple: int, hint: str) -> int:
+    """dim, from 0 on, of a tensor which is a multiple long there."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, not {type(x).__name__}")
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"{op}: dim must be an integer, not {dim!r}")
+    if not -x.dim() <= dim < x.dim():
+        raise ValueError(f"{op}: dim must be one of the {x.dim()} dimensions of {name}, and is {dim}: {name} has shape "
+                         f"{tuple(x.shape)}")  # fmt: skip
+    if x.shape[dim] % multiple:
+        raise ValueError(f"{op}: dimension {dim} must be a multiple of {multiple}, and {name} has shape {tuple(x.shape)}: "
+                         f"{hint}")  # fmt: skip
+    return dim % x.dim()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .activations import activate, check_activation, is_gated, separate_gate_up
-from .quantized_rows import E4M3, FLOATS, check_rows, check_vector, empty_q, pad_rows
+from .quantized_rows import E4M3, FLOATS, check_elements, check_rows, check_vector, empty_q, pad_rows
 
 
 def apply_epilogue(
@@ -97,26 +99,30 @@ def check_epilogue(
     b_sum: Tensor | None,
     optional: tuple[str, ...] = (),
     residual: Tensor | None = None,
+    operand: str = "b",
 ) -> None:
-    """The epilogue's arguments for accumulators [*lead, columns] on x's device; optional: scales that may be None."""
+    """The epilogue's arguments for accumulators [*lead, columns] on x's device; optional: scales that may be None; operand: the
+    name that the call has for b, and for its scales and sums."""
     rows = 1
     for n in lead:
         rows = rows * n
 
-    def one_or_each(name: str, v: Tensor | None, n: int, dtype: torch.dtype) -> None:
+    def one_or_each(
+        name: str, v: Tensor | None, n: int, dtype: torch.dtype, check: Callable[..., None] = check_vector
+    ) -> None:
         if v is not None:
             many = isinstance(v, Tensor) and v.numel() != 1
-            check_vector(op, name, v, n if many else 1, dtype, x)
+            check(op, name, v, n if many else 1, dtype, x)
 
     check_activation(op, activation)
     if is_gated(activation) and columns % 16:
-        raise ValueError(f"{op}: {activation} needs N to be a multiple of 16, rows of b interleaved by fp.ops.interleave_gate_up, "
-                         f"and N is {columns}")  # fmt: skip
-    for name, v in (("a_scale", a_scale), ("b_scale", b_scale)):
+        raise ValueError(f"{op}: {activation} needs N to be a multiple of 16, rows of {operand} interleaved by "
+                         f"fp.ops.interleave_gate_up, and N is {columns}")  # fmt: skip
+    for name, shown, v in (("a_scale", "a_scale", a_scale), ("b_scale", f"{operand}_scale", b_scale)):
         if not isinstance(v, Tensor) and not (v is None and name in optional):
-            raise TypeError(f"{op}: {name} must be a float32 tensor, not {type(v).__name__}")
-    one_or_each("a_scale", a_scale, rows, torch.float32)
-    one_or_each("b_scale", b_scale, columns, torch.float32)
+            raise TypeError(f"{op}: {shown} must be a float32 tensor, not {type(v).__name__}")
+    one_or_each("a_scale", a_scale, rows, torch.float32, check_elements)
+    one_or_each(f"{operand}_scale", b_scale, columns, torch.float32)
     if bias is not None:
         if not isinstance(bias, Tensor) or bias.dtype not in FLOATS:
             raise TypeError(
@@ -129,10 +135,10 @@ def check_epilogue(
         raise ValueError(f"{op}: out_scale goes with out_dtype int8 or float8_e4m3fn, and only with them")
     outputs = columns // 2 if is_gated(activation) else columns
     one_or_each("out_scale", out_scale, outputs, torch.float32)
-    one_or_each("a_zero_point", a_zero_point, rows, torch.int32)
-    check_vector(op, "b_sum", b_sum, columns, torch.int32, x)
+    one_or_each("a_zero_point", a_zero_point, rows, torch.int32, check_elements)
+    check_vector(op, f"{operand}_sum", b_sum, columns, torch.int32, x)
     if b_sum is not None and a_zero_point is None:
-        raise ValueError(f"{op}: b_sum is used with a_zero_point only: pass both or neither")
+        raise ValueError(f"{op}: {operand}_sum is used with a_zero_point only: pass both or neither")
     if residual is not None:
         check_residual(op, residual, (*lead, outputs), out_dtype, x)
 

@@ -163,6 +163,8 @@ def check_experts_epilogue(
 def check_ends(op: str, ends: Tensor, experts: int, x_name: str, x: Tensor) -> None:
     """offs or, where x has three dimensions, counts; what they say under FORWARDPASS_DEBUG alone."""
     name = "offs" if x.dim() == 2 else "offs, the counts of the experts,"
+    if ends is None:
+        raise TypeError(f"{op}: {name} must be a tensor of torch.int32, not None")
     check_of_experts(op, name, ends, (experts,), (torch.int32,), x)
     if not DEBUG or not may_look(op, ends):
         return

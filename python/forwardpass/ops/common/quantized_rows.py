@@ -194,7 +194,17 @@ def copy_notes(**operands: Tensor) -> list[str]:
 def check_vector(
     op: str, name: str, v: Tensor | None, size: int, dtype: torch.dtype | tuple[torch.dtype, ...], x: Tensor
 ) -> None:
-    """An optional contiguous vector of `size` elements on x's device, of one of the dtypes."""
+    """An optional contiguous vector of `size` elements on x's device, of one of the dtypes. Of one dimension, or of one element:
+    torch would broadcast [N, 1] otherwise than a kernel reads it."""
+    check_elements(op, name, v, size, dtype, x)
+    if v is not None and v.dim() > 1 and size != 1:
+        raise ValueError(f"{op}: {name} must have one dimension, [{size}], and has shape {tuple(v.shape)}: flatten it")
+
+
+def check_elements(
+    op: str, name: str, v: Tensor | None, size: int, dtype: torch.dtype | tuple[torch.dtype, ...], x: Tensor
+) -> None:
+    """The same in whatever shape."""
     if v is None:
         return
     dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
@@ -221,9 +231,11 @@ def check_quantized(
     """The quantisation options that every such op takes."""
     if dtype not in (torch.int8, E4M3):
         raise TypeError(f"{op}: dtype must be torch.int8 or torch.float8_e4m3fn, not {dtype}")
+    if not isinstance(symmetric, bool):
+        raise TypeError(f"{op}: symmetric must be True or False, not {symmetric!r}")
     if dtype is E4M3 and not symmetric:
         raise ValueError(f"{op}: float8_e4m3fn is symmetric: pass symmetric=True, or dtype=torch.int8")
-    if group_size is not None and (not isinstance(group_size, int) or group_size < 1):
+    if group_size is not None and (isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1):
         raise ValueError(f"{op}: group_size must be a positive integer or None, not {group_size!r}")
     if scale is not None and group_size is not None:
         raise ValueError(f"{op}: a static scale is one for the whole tensor: drop group_size or scale")

@@ -46,6 +46,8 @@ def dequant_activation(
     Raises:
         TypeError: an argument is of another type or dtype than above.
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
+        Unsupported: a backend asked for by name cannot run these arguments.
+        RuntimeError: an input requires grad, in grad mode: operations have no backward.
 
     Example:
         >>> acc = torch.randint(-9999, 9999, (4, 256), dtype=torch.int32)

@@ -8,7 +8,15 @@ from torch import Tensor
 from ...dispatch import Operation, Reason
 from ..common.activations import is_gated
 from ..common.epilogue import check_epilogue, check_row_scales, fake_gemm
-from ..common.quantized_rows import E4M3, check_8bit, check_rows, check_vector, check_weight, copy_notes, fake_quantized
+from ..common.quantized_rows import (
+    E4M3,
+    check_8bit,
+    check_elements,
+    check_rows,
+    check_weight,
+    copy_notes,
+    fake_quantized,
+)
 from . import reference
 from .reference import BLOCK
 
@@ -58,6 +66,7 @@ def fp8_gemm(
         TypeError: an argument is of another type or dtype than above.
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
         Unsupported: a backend asked for by name cannot run these arguments; GPUs below sm_89 multiply no FP8.
+        RuntimeError: an input requires grad, in grad mode: operations have no backward.
 
     Example:
         >>> x, weight = torch.randn(4, 256), torch.randn(128, 256)
@@ -96,6 +105,7 @@ def fp8_gemm_quantize(
         TypeError: an argument is of another type or dtype than above.
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
         Unsupported: a backend asked for by name cannot run these arguments; GPUs below sm_89 multiply no FP8.
+        RuntimeError: an input requires grad, in grad mode: operations have no backward.
 
     Example:
         >>> a, a_scale, _ = fp.ops.quantize(torch.randn(4, 256), torch.float8_e4m3fn)
@@ -123,7 +133,7 @@ def check_fp8_weight(op: str, name: str, b: Tensor, scale_name: str, b_scale: Te
     if tuple(b_scale.shape) != shape:
         raise ValueError(f"{op}: {scale_name} of {BLOCK} x {BLOCK} blocks must be {list(shape)} for {name} {(n, k)} with "
                          f"activation {activation}, and has shape {tuple(b_scale.shape)}: a scale per row is [{n}]")  # fmt: skip
-    check_vector(op, scale_name, b_scale, b_scale.numel(), torch.float32, x)
+    check_elements(op, scale_name, b_scale, b_scale.numel(), torch.float32, x)
     return True
 
 

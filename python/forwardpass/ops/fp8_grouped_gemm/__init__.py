@@ -63,6 +63,7 @@ def fp8_grouped_gemm(
         TypeError: an argument is of another type or dtype than above.
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
         Unsupported: a backend asked for by name cannot run these arguments; GPUs below sm_89 multiply no FP8.
+        RuntimeError: an input requires grad, in grad mode: operations have no backward.
 
     Example:
         >>> x, experts = torch.randn(5, 64), torch.tensor([[0, 2], [1, 2], [2, 0], [0, 1], [2, 1]])  # 2 of 3 a token

@@ -45,6 +45,7 @@ def fp8_linear(
         TypeError: an argument is of another type or dtype than above.
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
         Unsupported: a backend asked for by name cannot run these arguments; GPUs below sm_89 multiply no FP8.
+        RuntimeError: an input requires grad, in grad mode: operations have no backward.
 
     Example:
         >>> x, weight = torch.randn(4, 256), torch.randn(128, 256)
@@ -83,7 +84,7 @@ def _check(
     unit = x.new_empty(1, dtype=torch.float32)
     lead, n = tuple(x.shape[:-1]), weight.shape[0]
     check_epilogue(op, x, lead, n, unit, unit if blocks else weight_scale, bias, activation, out_dtype, None, None, None,
-                   residual=residual)  # fmt: skip
+                   residual=residual, operand="weight")  # fmt: skip
 
 
 def _notes(x: Tensor, weight: Tensor, *options: object) -> list[str]:

@@ -46,6 +46,8 @@ def int8_gemm(
     Raises:
         TypeError: an argument is of another type or dtype than above.
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
+        Unsupported: a backend asked for by name cannot run these arguments.
+        RuntimeError: an input requires grad, in grad mode: operations have no backward.
 
     Example:
         >>> x, weight = torch.randn(4, 256), torch.randn(128, 256)
@@ -86,6 +88,8 @@ def int8_gemm_quantize(
     Raises:
         TypeError: an argument is of another type or dtype than above.
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
+        Unsupported: a backend asked for by name cannot run these arguments.
+        RuntimeError: an input requires grad, in grad mode: operations have no backward.
 
     Example:
         >>> a, a_scale, _ = fp.ops.quantize(torch.randn(4, 256), torch.int8)

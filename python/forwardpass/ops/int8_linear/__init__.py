@@ -36,8 +36,11 @@ def int8_linear(
         bias, activation: as in `dequant_activation`; gated activations want the rows of weight, weight_scale, bias and weight_sum
             interleaved by `interleave_gate_up`.
         out_dtype: float32, float16 or bfloat16; None: that of x.
-        scale, zero_point, symmetric, channel_scale: how x is quantised, as in `quantize`; dynamic per row without `scale`.
-        weight_sum: int32 [N], weight.sum(1); required with symmetric=False (a layer keeps it; computing it would read the weight twice).
+        scale, zero_point, channel_scale: how x is quantised, as in `quantize`; dynamic per row without `scale`.
+        symmetric: True: x is quantised without a zero point. False has about half of the error after GELU or ReLU, and needs
+            weight_sum. A layer keeps that: `fp.nn.Int8Linear` is asymmetric by default. A bare call would have to read the weight
+            once more for it, so here the default is symmetric.
+        weight_sum: int32 [N], weight.sum(1, dtype=torch.int32); with symmetric=False, and only with it.
         packed: `pack_int8_weight(weight)`, which the cpu backend then does not pack anew on each call; results are the same
             with it and without, also where the weight has changed since. Other backends read weight.
         residual: as in `dequant_activation`: [..., N] (gated: N / 2) of out_dtype.
@@ -48,6 +51,8 @@ def int8_linear(
     Raises:
         TypeError: an argument is of another type or dtype than above.
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
+        Unsupported: a backend asked for by name cannot run these arguments.
+        RuntimeError: an input requires grad, in grad mode: operations have no backward.
 
     Example:
         >>> x, weight = torch.randn(4, 256), torch.randn(128, 256)
@@ -130,10 +135,13 @@ def _check(
         raise TypeError(
             f"{op}: out_dtype must be float32, float16 or bfloat16, not {out_dtype}: for 8 bits use int8_gemm"
         )
-    if packed is not None and not (
-        isinstance(packed, Tensor) and packed.dtype == torch.int8 and packed.device == x.device
-    ):
-        raise ValueError(f"{op}: packed must be what pack_int8_weight returned for this weight")
+    if packed is not None and not (isinstance(packed, Tensor) and packed.dtype == torch.int8):
+        raise TypeError(f"{op}: packed must be an int8 tensor, not {getattr(packed, 'dtype', type(packed).__name__)}: pass what "
+                        "pack_int8_weight returned for this weight")  # fmt: skip
+    if packed is not None and packed.device != x.device:
+        raise ValueError(
+            f"{op}: packed is on {packed.device} and x on {x.device}: leave it out, other backends read weight"
+        )
     if not isinstance(weight_scale, Tensor):
         raise TypeError(f"{op}: weight_scale must be a float32 tensor, not {type(weight_scale).__name__}")
     lead, n, unit = (
@@ -142,9 +150,8 @@ def _check(
         weight_scale.new_empty(1, dtype=torch.float32, device=x.device),
     )
     shift = None if symmetric else unit.int()
-    check_epilogue(
-        op, x, lead, n, unit, weight_scale, bias, activation, out_dtype, None, shift, weight_sum, residual=residual
-    )
+    check_epilogue(op, x, lead, n, unit, weight_scale, bias, activation, out_dtype, None, shift, weight_sum,
+                   residual=residual, operand="weight")  # fmt: skip
 
 
 def _notes(x: Tensor, weight: Tensor, *options: object) -> list[str]:

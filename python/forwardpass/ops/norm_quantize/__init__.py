@@ -50,6 +50,7 @@ def norm_quantize(
         TypeError: an argument is of another type or dtype than above.
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
         Unsupported: a backend asked for by name cannot run these arguments.
+        RuntimeError: an input requires grad, in grad mode: operations have no backward.
 
     Example:
         >>> x, weight = torch.randn(4, 256), torch.rand(256)
@@ -88,6 +89,7 @@ def add_norm_quantize(
         TypeError: an argument is of another type or dtype than above.
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
         Unsupported: a backend asked for by name cannot run these arguments.
+        RuntimeError: an input requires grad, in grad mode: operations have no backward.
 
     Example:
         >>> x, residual, weight = torch.randn(4, 256), torch.randn(4, 256), torch.rand(256)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...dispatch import Operation
 from ..common.experts import MOST_EXPERTS
-from ..common.quantized_rows import check_float_rows, check_quantized, check_vector, fake_quantized
+from ..common.quantized_rows import check_elements, check_float_rows, check_quantized, fake_quantized
 from . import reference
 
 
@@ -43,6 +43,7 @@ def permute_quantize(
         TypeError: an argument is of another type or dtype than above.
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
         Unsupported: a backend asked for by name cannot run these arguments.
+        RuntimeError: an input requires grad, in grad mode: operations have no backward.
 
     Example:
         >>> x, index = torch.randn(3, 64), torch.tensor([[0, 2], [1, 2], [2, 0]])  # 2 experts of 4 a token
@@ -66,10 +67,10 @@ def _check(
         raise ValueError(
             f"{op}: index must be [{x.shape[0]}, k] for x {tuple(x.shape)}, and has shape {tuple(index.shape)}"
         )
-    check_vector(op, "index", index, index.numel(), (torch.int32, torch.int64), x)
+    check_elements(op, "index", index, index.numel(), (torch.int32, torch.int64), x)
     if index.numel() > 2**30:
         raise ValueError(f"{op}: index must have at most 2^30 elements, and has {index.numel()}")
-    if not isinstance(num_experts, int) or not 1 <= num_experts <= MOST_EXPERTS:
+    if isinstance(num_experts, bool) or not isinstance(num_experts, int) or not 1 <= num_experts <= MOST_EXPERTS:
         raise ValueError(f"{op}: num_experts must be an integer from 1 to {MOST_EXPERTS}, not {num_experts!r}")
     check_quantized(op, x, x.shape[1], dtype, None, None, group_size, True, channel_scale)
 

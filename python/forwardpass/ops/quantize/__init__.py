@@ -39,6 +39,7 @@ def quantize(
         TypeError: an argument is of another type or dtype than above.
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
         Unsupported: a backend asked for by name cannot run these arguments.
+        RuntimeError: an input requires grad, in grad mode: operations have no backward.
 
     Example:
         >>> x = torch.randn(4, 256)

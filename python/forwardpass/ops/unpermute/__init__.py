@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...dispatch import Operation
-from ..common.quantized_rows import check_float_rows, check_vector
+from ..common.quantized_rows import check_elements, check_float_rows
 from . import reference
 
 
@@ -26,6 +26,7 @@ def unpermute(y: Tensor, position: Tensor, weights: Tensor) -> Tensor:
         TypeError: an argument is of another type or dtype than above.
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
         Unsupported: a backend asked for by name cannot run these arguments.
+        RuntimeError: an input requires grad, in grad mode: operations have no backward.
 
     Example:
         >>> y = torch.randn(6, 64)  # rows of experts, as permute_quantize puts them
@@ -48,8 +49,8 @@ def _check(y: Tensor, position: Tensor, weights: Tensor) -> None:
     if position.dim() != 2 or weights.shape != position.shape:
         raise ValueError(f"{op}: position and weights must be of one shape [T, k], and have shapes {tuple(position.shape)} and "
                          f"{tuple(weights.shape)}")  # fmt: skip
-    check_vector(op, "position", position, position.numel(), torch.int32, y)
-    check_vector(op, "weights", weights, position.numel(), (torch.float32, y.dtype), y)
+    check_elements(op, "position", position, position.numel(), torch.int32, y)
+    check_elements(op, "weights", weights, position.numel(), (torch.float32, y.dtype), y)
 
 
 def _fake(y: Tensor, position: Tensor, weights: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...dispatch import Operation, Reason
 from ..common.epilogue import check_epilogue, fake_output
-from ..common.quantized_rows import E4M3, check_float_rows, check_vector, check_weight, copy_notes
+from ..common.quantized_rows import E4M3, check_elements, check_float_rows, check_weight, copy_notes
 from . import reference
 
 
@@ -34,6 +34,8 @@ def w8a16_gemm(
     Raises:
         TypeError: an argument is of another type or dtype than above.
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
+        Unsupported: a backend asked for by name cannot run these arguments.
+        RuntimeError: an input requires grad, in grad mode: operations have no backward.
 
     Example:
         >>> x, weight = torch.randn(4, 256), torch.randn(128, 256)
@@ -71,10 +73,10 @@ def _check(
             raise ValueError(
                 f"{op}: weight_scale of blocks must be [{n}, {groups}], and has shape {tuple(weight_scale.shape)}"
             )
-        check_vector(op, "weight_scale", weight_scale, n * groups, torch.float32, x)
+        check_elements(op, "weight_scale", weight_scale, n * groups, torch.float32, x)
     check_epilogue(
         op, x, tuple(x.shape[:-1]), n, unit, unit if blocks else weight_scale, bias, activation, x.dtype, None, None, None,
-        residual=residual,
+        residual=residual, operand="weight",
     )  # fmt: skip
 
 

@@ -49,6 +49,7 @@ def w8a16_grouped_gemm(
         TypeError: an argument is of another type or dtype than above.
         ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
         Unsupported: a backend asked for by name cannot run these arguments.
+        RuntimeError: an input requires grad, in grad mode: operations have no backward.
 
     Example:
         >>> x = torch.randn(10, 64)  # sorted by expert: 3 rows of the first one, none of the second, 7 of the third
@@ -72,7 +73,7 @@ def _check(
     check_expert_weight(op, "weight", weight, "x", x)
     experts, n, k = weight.shape
     check_epilogue(op, x, tuple(x.shape[:-1]), n, None, None, None, activation, x.dtype, None, None, None,
-                   optional=("a_scale", "b_scale"))  # fmt: skip
+                   optional=("a_scale", "b_scale"), operand="weight")  # fmt: skip
     if not isinstance(weight_scale, Tensor):
         raise TypeError(f"{op}: weight_scale must be a float32 tensor, not {type(weight_scale).__name__}")
     shape = (experts, n, -(-k // BLOCK)) if weight_scale.dim() == 3 else (experts, n)
