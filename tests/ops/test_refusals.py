@@ -74,8 +74,8 @@ CALLS = {
     "w8a16_gemm": {"x": X, "weight": B, "weight_scale": B_SCALE, **BIAS, "residual": Y},
     "w8a16_grouped_gemm": {"x": X, "weight": EXPERTS, "weight_scale": EXPERTS_SCALE, **OF_EXPERTS},
 }  # fmt: skip
-#: Scales of a row of the input, whose shape may be that of the rows, or flat; one element for all; a tensor of any dtype.
-FLAT, ANY = ("a_scale", "a_zero_point"), ("separate_gate_up", "interleave_gate_up")
+#: One element for each row of the input, whose shape may be that of the rows, or flat.
+FLAT = ("a_scale", "a_zero_point")
 
 
 def shapes(t):
@@ -108,8 +108,8 @@ def others(op, name, value, required):
 
 def is_right(op, name, other):
     """Of what `others` makes, that which is another right value."""
-    if op in ANY:
-        return isinstance(other, torch.Tensor) and (op == "separate_gate_up" or not isinstance(other, torch.Tensor))
+    if op == "separate_gate_up":  # of any dtype, on any device
+        return isinstance(other, torch.Tensor)
     if not isinstance(other, torch.Tensor) or other.is_meta or other.is_complex() or other.dtype == torch.int16:
         return False
     if name in FLAT:
@@ -118,6 +118,7 @@ def is_right(op, name, other):
         ("unpermute", "y"): other.dim() > 1,
         ("pack_int8_weight", "weight"): other.dim() == 2,
         ("w8a16_gemm", "weight_scale"): tuple(other.shape) == (48, 1),  # a group of columns
+        ("int8_linear", "packed"): other.dtype == INT8,  # of no form to rely on; not read where weight is
     }
     return free.get((op, name), False) or (name in ("scale", "zero_point") and other.numel() == 1)
 

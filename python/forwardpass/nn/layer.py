@@ -343,7 +343,8 @@ class QuantizedLinear(QuantizedModule):
             if v is not None and not isinstance(v, Tensor):
                 raise TypeError(f"{cls.__name__}.from_torch: {name} must be a tensor [{size}], not {type(v).__name__}")
             if v is not None and (v.numel() != size or (v.dim() > 1 and size > 1)):
-                raise ValueError(f"{cls.__name__}.from_torch: {name} must be [{size}], and has shape {tuple(v.shape)}")
+                raise ValueError(f"{cls.__name__}.from_torch: {name} must have {size} elements in one dimension, and has shape "
+                                 f"{tuple(v.shape)}")  # fmt: skip
 
     def _fill(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         """Takes over an 8-bit weight [N, K], its scales and a copy of the bias."""
