@@ -32,6 +32,10 @@ class Bf16Linear(QuantizedLinear):
 
     Shapes: input [..., in_features], output [..., out_features]. Buffers: qweight bfloat16 [N, K], bias [N] or None.
 
+    Raises:
+        ValueError: there is no such activation.
+        TypeError: of a call: the input is not float32, float16 or bfloat16.
+
     Example:
         >>> linear, x = torch.nn.Linear(256, 512), torch.randn(4, 256)
         >>> layer = fp.nn.Bf16Linear.from_torch(linear)

@@ -43,6 +43,10 @@ class Fp8Linear(QuantizedLinear):
 
     Inference only: raises under grad when the input requires it.
 
+    Raises:
+        ValueError: there is no such activation, or no such scales, or static comes with "block". Calls raise what
+            `fp.ops.fp8_linear` raises.
+
     Example:
         >>> linear, x = torch.nn.Linear(256, 512), torch.randn(4, 256)
         >>> layer = fp.nn.Fp8Linear.from_torch(linear, scales="block")

@@ -44,6 +44,9 @@ class Int8Linear(QuantizedLinear):
 
     Inference only: raises under grad when the input requires it.
 
+    Raises:
+        ValueError: there is no such activation. Calls raise what `fp.ops.int8_linear` raises.
+
     Example:
         >>> linear, x = torch.nn.Linear(256, 512), torch.randn(4, 256)
         >>> layer = fp.nn.Int8Linear.from_torch(linear)

@@ -28,7 +28,11 @@ class W8A16Linear(QuantizedLinear):
         activation: "relu", "gelu", "gelu_tanh" or "silu", applied to y in the layer's epilogue; None: none, as in nn.Linear.
         scales: "row", one an output channel, or "group", one for 128 columns of it.
 
-    Buffers: qweight [N, K], weight_scale fp32 [N] or [N, ceil(K / 128)], bias [N] or None.
+    Shapes: input [..., in_features], output [..., out_features]. Buffers: qweight [N, K], weight_scale fp32 [N] or
+    [N, ceil(K / 128)], bias [N] or None.
+
+    Raises:
+        ValueError: there is no such activation, weight dtype or scales. Calls raise what `fp.ops.w8a16_gemm` raises.
 
     Example:
         >>> linear, x = torch.nn.Linear(256, 512), torch.randn(4, 256)

@@ -26,7 +26,10 @@ def w8a16_gemm(
         x: float16, bfloat16 (or, on the CPU, float32) [..., K], last stride 1, any row stride.
         weight: int8 or float8_e4m3fn [N, K].
         weight_scale: float32, one element, [N], or contiguous [N, ceil(K / 128)] for blocks of 128 columns.
-        bias: float32, float16 or bfloat16 [N]; activation, residual: as in `dequant_activation`, of x's dtype.
+        bias: float32, float16 or bfloat16 [N].
+        activation: as in `dequant_activation`; gated ones want the rows of weight, weight_scale and bias interleaved by
+            `interleave_gate_up`.
+        residual: as in `dequant_activation`: [..., N] (gated: N / 2) of x's dtype.
 
     Returns:
         [..., N] (gated: N / 2) of x's dtype, contiguous.
