@@ -1,6 +1,7 @@
 #pragma once
 // The second line of argument checks. fp.ops checks the same before the first call with arguments of some types, and
-// after an error from here, for a full sentence (the op's __init__.py); callers of torch.ops come here at once. Also the allocation of outputs, and the one way to launch.
+// after an error from here, for a full sentence (the op's __init__.py); callers of torch.ops come here at once. Also
+// the allocation of outputs, and the one way to launch.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
