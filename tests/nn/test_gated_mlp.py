@@ -105,11 +105,11 @@ def test_compiled_and_exported():
     [
         (lambda: layers(activation="relu"), "not relu"),
         (lambda: layers(activation=None), "not None"),
-        (lambda: layers(i=44), "16 bytes"),
+        (lambda: layers(i=44), "multiple of 8 of outputs, not 44"),
         (lambda: layers(Fp8Linear, scales="tensor"), "not by output"),
         (lambda: (layers()[0], layers(W8A16Linear)[1], layers()[2]), "several kinds"),
         (lambda: (layers()[0], layers(bias=False)[1], layers()[2]), "differ"),
-        (lambda: (layers()[0], layers()[0], layers()[2]), "up has an activation"),
+        (lambda: (layers()[0], layers()[0], layers()[2]), "up must have no activation"),
         (lambda: (*layers()[:2], layers(i=48)[2]), "48 inputs"),
         (lambda: (smoothed(2.0, activation="silu"), smoothed(1.0), layers()[2]), "channel_scale differs"),
     ],
