@@ -92,8 +92,8 @@ def test_contracts_of_operations(name):
     same = re.search(r"as in (\w+), and so is everything", given)
     if same:
         given += inspect.getdoc(getattr(fp.ops, same[1]))
-    named = ",".join(re.findall(r"^ {4}([\w, ]+):", given, re.M)) + given  # or on the line of another
-    assert [n for n in inspect.signature(operation).parameters if not re.search(rf"\b{n}\b", named)] == []
+    named = ", ".join(re.findall(r"(?:^ {4}|; )([\w, ]+):", given, re.M)).split(", ")
+    assert inspect.signature(operation).parameters.keys() <= set(named)
 
 
 def run_example(documented, names):

@@ -101,7 +101,8 @@ def separate_gate_up(x: Tensor, dim: int = 0, layout: str = "interleaved8") -> t
     """The gate and the up projection that one tensor holds: the inverse of `interleave_gate_up`.
 
     Args:
-        x: of any dtype, with at least one dimension; `dim` is twice as long as in the results.
+        x: of any dtype.
+        dim: of gate and up, twice as long in x as in the results.
         layout: along dim: "interleaved8", 8 slices of gate, 8 of up, and so on, dim a multiple of 16; "halves", all of gate, then
             all of up, dim even.
 
