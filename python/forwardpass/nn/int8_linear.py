@@ -133,7 +133,9 @@ class Int8Linear(QuantizedLinear):
             quantized = quantize_weight(weight.float() if channel_scale is None else weight.float() / channel_scale)
         elif [(t.dtype, tuple(t.shape)) for t in quantized] != [(torch.int8, (n, k)), (torch.float32, (n,))]:
             formats = " and ".join(f"{t.dtype} {list(t.shape)}" for t in quantized[:2])
-            raise ValueError(f"Int8Linear.from_torch: quantized must be int8 [{n}, {k}] and float32 [{n}], not {formats}")
+            raise ValueError(
+                f"Int8Linear.from_torch: quantized must be int8 [{n}, {k}] and float32 [{n}], not {formats}"
+            )
         layer = cls(k, n, own_bias is not None, dtype=weight.dtype, symmetric=symmetric, static=input_scale is not None,
                     channel_scale=channel_scale is not None, activation=activation, device="meta")  # fmt: skip
         assert own_bias is None or isinstance(own_bias, Tensor)
