@@ -115,7 +115,7 @@ def need(module: str, package: str) -> Any:
 
 def swapped(subject: Subject, **choices: Any) -> nn.Module:
     model = copy.deepcopy(subject.model)
-    fp.swap(model, keep=False, **choices)
+    fp.swap(model, keep=False, unpad=True, **choices)  # embeddings leave padding out
     return model
 
 

@@ -43,7 +43,7 @@ def main() -> None:
     timed = batches[:: -(-len(batches) // args.batches)]
     padded, unpadded = copy.deepcopy(model), copy.deepcopy(model)
     fp.swap(padded, precision=args.precision, unpad=False, keep=False)
-    report = fp.swap(unpadded, precision=args.precision, keep=False)
+    report = fp.swap(unpadded, precision=args.precision, unpad=True, keep=False)
     if not report.unpadding.encoders:
         p.error(f"{args.model} is not unpadded: {report.unpadding.reason}")
     models = {"fp32, padded": model, f"{args.precision}, padded": padded, f"{args.precision}, unpadded": unpadded}

@@ -62,6 +62,7 @@ def test_every_step_is_attention_decode(name, cache, steps):
     layers = model.config.num_hidden_layers
     expected = model.generate(**padded(name), **OPTIONS, cache_implementation=cache)
     fp.swap(model, attention=True)
+    steps.clear()  # those of the swap's own runs
     with counted(Calls()) as calls:
         got = model.generate(**padded(name), **OPTIONS, cache_implementation=cache)
     assert not calls.fallbacks
@@ -83,6 +84,7 @@ def test_several_rows_see_each_what_is_before_them(rows, steps):
     model = decoder("llama")
     swapped = copy.deepcopy(model)
     fp.swap(swapped, attention=True)
+    steps.clear()  # those of the swap's own runs
     ids = batch("llama")["input_ids"]
     more = ids.repeat(1, 2)[:, :rows]
     both = []
@@ -99,6 +101,7 @@ def test_padding_behind_tokens_is_a_mask(steps):
     model = decoder("llama")
     swapped = copy.deepcopy(model)
     fp.swap(swapped, attention=True)
+    steps.clear()  # those of the swap's own runs
     inputs = batch("llama")
     mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
     both = []
@@ -117,6 +120,7 @@ def test_an_attention_mask_that_is_shorter_than_the_cache(tokens, cache, steps):
     model = decoder("llama")
     swapped = copy.deepcopy(model)
     fp.swap(swapped, attention=True)
+    steps.clear()  # those of the swap's own runs
     ids = batch("llama")["input_ids"]  # [2, 10]
     mask = torch.ones(2, tokens, dtype=torch.long)
     mask[1, :2] = 0

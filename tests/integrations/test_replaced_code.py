@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 import torch
-from small_models import ATTENTION, batch, build, outputs
+from small_models import ATTENTION, assert_same_objects, batch, build, objects, outputs
 
 import forwardpass as fp
 
@@ -66,12 +66,74 @@ def test_steps_do_what_the_code_does_now(what, when, monkeypatch):
     torch.testing.assert_close(logits_of_steps(model), expected, rtol=1e-4, atol=1e-4)
 
 
-@torch.inference_mode()
-def test_restoring_the_last_model_takes_our_functions_out(monkeypatch):
+def without_patches(monkeypatch):
+    """Models of other tests may be about."""
     module, patches = modeling("qwen3"), importlib.import_module("forwardpass.integrations.patches")
     for owner, name in ((module, "apply_rotary_pos_emb"), (module.Qwen3RMSNorm, "forward")):
-        monkeypatch.setattr(owner, name, patches.below(owner, name))  # models of other tests may be about
+        monkeypatch.setattr(owner, name, patches.below(owner, name))
     monkeypatch.setattr(patches, "_patches", {})
+
+
+def interleaved(monkeypatch):
+    rotary = importlib.import_module("forwardpass.integrations.transformers.rotary")
+    monkeypatch.setattr(rotary, "_rotation", lambda tree: rotary.Rotation(True))
+
+
+def larger_epsilon(monkeypatch):
+    norms = importlib.import_module("forwardpass.integrations.transformers.head_norms")
+    weights = norms.weights
+    monkeypatch.setattr(norms, "weights", lambda *args: (*weights(*args)[:2], 0.1))
+
+
+def nothing_to_run(monkeypatch):
+    monkeypatch.setattr(importlib.import_module("forwardpass.proofs.inputs"), "made_up", lambda model: [])
+
+
+@pytest.mark.parametrize(
+    ("mistake", "code"),
+    [(interleaved, "disproved"), (larger_epsilon, "disproved"), (nothing_to_run, "unproven")],
+)
+@torch.inference_mode()
+def test_steps_that_were_misread(mistake, code, monkeypatch):
+    """Was believed: logits of steps were off by .3 to 1.2."""
+    model, plain = build("qwen3", ATTENTION), build("qwen3", ATTENTION)
+    plain.load_state_dict(model.state_dict())
+    expected = logits_of_steps(plain)
+    without_patches(monkeypatch)
+    mistake(monkeypatch)
+    report = fp.swap(model, attention=True, kv_cache="auto")
+    assert {s.fqn: s.reason.code for s in report.apart} == {f"model.layers.{i}.self_attn": code for i in range(2)}
+    assert code in str(report)
+    torch.testing.assert_close(logits_of_steps(model), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_a_cache_that_gives_something_else_is_refused(monkeypatch):
+    cache = importlib.import_module("forwardpass.integrations.transformers.cache")
+    between = cache._Stored.between
+    monkeypatch.setattr(cache._Stored, "between", lambda *args: [2 * x for x in between(*args)])
+    model = build("qwen3", ATTENTION)
+    before = objects(model)
+    with pytest.raises(ValueError, match="kv_cache='int8' does not go with this Qwen3ForCausalLM, as run so, .*: drop it"):
+        fp.swap(model, "w8a16", include="**", attention=True, kv_cache="int8")
+    assert_same_objects(model, before)
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_what_is_as_it_reads_is_made(name):
+    """At prefill and at a step, with padding on the left, in floats."""
+    kv_cache = None if name in ("bert", "vit") else "auto"
+    model = build(name, ATTENTION)
+    report = fp.swap(model, "w8a16", include="**", attention=True, kv_cache=kv_cache)
+    assert not {"disproved", "unproven"} & {s.reason.code for s in (*report.apart, *report.skipped)}
+    assert report.attention and report.kv_cache == kv_cache
+
+
+@torch.inference_mode()
+def test_restoring_the_last_model_takes_our_functions_out(monkeypatch):
+    module = modeling("qwen3")
+    without_patches(monkeypatch)
     before = module.apply_rotary_pos_emb, module.Qwen3RMSNorm.forward
     first, second = build("qwen3", ATTENTION), build("qwen3", ATTENTION)
     for model in (first, second):
@@ -102,7 +164,7 @@ def test_encoders_without_padding(cls, when, monkeypatch):
     tokens = x["attention_mask"].bool()
     if when == "before":
         monkeypatch.setattr(owner, "forward", over_rows)
-    report = fp.swap(model, "w8a16", include="**", attention=True)
+    report = fp.swap(model, "w8a16", include="**", attention=True, unpad=True)
     assert bool(report.unpadding.encoders) is (when == "after")
     if when == "after":
         monkeypatch.setattr(owner, "forward", over_rows)

@@ -129,6 +129,7 @@ def test_norms_that_something_else_looks_at_are_the_models(appended):
     model.model.layers[1].self_attn.k_norm.half()
     expected = generate(model)
     fp.swap(model, kv_cache="auto")
+    appended.clear()  # those of the swap's own runs
     seen = []
     attention = model.model.layers[0].self_attn
     attention.q_norm.register_forward_hook(lambda module, args, output: seen.append(output))
@@ -169,6 +170,7 @@ def test_steps_rotate_as_they_append(name, kv_cache, appended):
     model = with_other_norms(decoder(name))
     expected = generate(model)
     fp.swap(model, kv_cache=kv_cache)
+    appended.clear()  # those of the swap's own runs
     got = generate(model)
     layers = model.config.num_hidden_layers
     calls = appended()
@@ -208,6 +210,7 @@ def test_other_caches_and_models_are_rotated_by_the_model(appended):
     model, other = decoder(), decoder()
     expected = generate(other)
     fp.swap(model, kv_cache="auto")
+    appended.clear()  # those of the swap's own runs
     assert torch.equal(generate(other), expected)  # of the same Python module, not swapped
     assert not appended()
     with torch.inference_mode():

@@ -216,7 +216,9 @@ def test_layers_that_no_batch_reaches():
     assert report.layers[-1].total.samples == 0
     assert report.to_json()["layers"][-1]["cosine_min"] is None
     assert ["unused", "int8", "-", "-", "-", "-", "-"] in [line.split() for line in str(report).splitlines()]
-    assert "-: no batch reached it" in str(report)
+    assert report.unreached == report.to_json()["unreached"] == ["unused"]
+    assert report.worst_first()[0].fqn == "unused"
+    assert str(report).splitlines()[1] == "not compared: no batch reached 1 of 3 swapped layers (unused)"
 
 
 def test_the_report_in_words_and_in_json():

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from small_models import assert_same_objects, batch, block, build, inputs, objects, outputs
+from small_models import assert_same_objects, batch, block, build, codes, inputs, names, objects, outputs
 from torch import nn
 
 import forwardpass as fp
@@ -72,10 +72,25 @@ def test_calibration_says_what_it_could_not_calibrate(bad):
     model.unused = nn.Linear(64, 64)
     with pytest.warns(UserWarning, match="NaN or infinity") as found:
         report = fp.swap(model, "int8", calibrate=[x])
-    assert any("never reached 1 of 3 layers (unused" in w for w in report.warnings)
-    assert len(found) == 2
+    assert len(found) == len(report.warnings) == 1
+    assert codes(report)["unused"] == "not_reached" and type(model.unused) is nn.Linear
     assert model.first.channel_scale is None
     assert all(t.isfinite().all() for t in model.state_dict().values())
+
+
+def test_what_no_batch_reaches_stays_in_floats():
+    """It was rounded to nearest, with a warning."""
+    model, x = block(), inputs()
+    model.unused = nn.Linear(64, 64)
+    before = objects(model)
+    with pytest.raises(fp.Unsupported, match="strict=True.* would skip unused.* no batch of calibrate= reaches it"):
+        fp.swap(model, "int8", calibrate=[x], strict=True)
+    assert_same_objects(model, before)
+    report = fp.swap(model, "int8", calibrate=[x])
+    assert names(report) == ["first", "second"] and "not_reached" in str(report)
+    assert [layer.fqn for layer in report.plan.layers] == ["first", "second"]
+    fp.swap(model, "int8")
+    assert type(model.unused) is not nn.Linear
 
 
 def correlated(rows, seed):
@@ -115,10 +130,10 @@ def test_a_plan_says_which_layers_are_calibrated():
         model.late(batch[:3])
 
     batches = [x]
-    with pytest.warns(UserWarning, match="never reached|fewer than"):
+    with pytest.warns(UserWarning, match="fewer than"):
         plan = fp.swap(model, "int8", calibrate=batches, forward=forward).plan
     assert {layer.fqn: layer.calibrated for layer in plan.layers} == {
-        "first": True, "second": True, "unused": False, "late": False,
+        "first": True, "second": True, "late": False,
     }  # fmt: skip
     y = outputs(model, x)
     fp.restore(model)

@@ -173,7 +173,7 @@ def test_several_devices_are_refused(floats, tmp_path, monkeypatch):
         ({"precision": "int8", "keep": True}, ValueError, "keep is one of"),
         ({"precision": "int8", "attention": "int8"}, ValueError, "attention='int8'"),
         ({"precision": "int8", "kv_cache": "int4"}, ValueError, "kv_cache is None or one of"),
-        ({"precision": "int8", "unpad": 1}, TypeError, "unpad is True or False"),
+        ({"precision": "int8", "unpad": 1}, TypeError, 'unpad is "auto", True or False'),
         ({"precision": "int8", "strict": "yes"}, TypeError, "strict is True or False"),
         ({"precision": "int8", "include": 3}, TypeError, "int"),
         ({"precision": "int8", "exclude": "re:("}, ValueError, "is not a regular expression"),

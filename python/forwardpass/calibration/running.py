@@ -28,8 +28,9 @@ LEAST_ROWS = 32
 
 def calibration_arguments(
     model: nn.Module, leaves: list[Leaf], batches: Iterable[Any], forward: Forward | None
-) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """For every leaf of which enough was seen, arguments of `Int8Linear.from_torch`; and notes on the others.
+) -> tuple[dict[str, dict[str, Any]], list[str], list[str]]:
+    """For every leaf of which enough was seen, arguments of `Int8Linear.from_torch`; the names of those that no batch reached; and
+    notes on the others.
 
     Raises ValueError where there is no batch. The model is left as it was, after an error too: its hooks are removed
     and every module's training flag put back.
@@ -47,11 +48,10 @@ def calibration_arguments(
             broken.append(leaf.fqn)
         else:
             arguments[leaf.fqn] = _arguments(leaf.module, layer_statistics)
-    return arguments, [
+    return arguments, unseen, [
         f"calibration {problem} {len(names)} of {len(leaves)} layers ({names[0]}, …), which are rounded to nearest "
         f"without it"
         for problem, names in (
-            ("never reached", unseen),
             (f"saw fewer than {LEAST_ROWS} rows (give it more batches) at the input of", few),
             ("met NaN or infinity at the input of", broken),
         )

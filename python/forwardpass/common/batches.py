@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -48,6 +49,13 @@ def several(argument: str, batches: Iterable[Any]) -> Iterator[Any]:
             )
 
     return each()
+
+
+def first_of(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
+    """(the first batch, all of them, which are read once); None of an empty iterable."""
+    remaining = iter(batches)
+    first = [*itertools.islice(remaining, 1)]
+    return (first[0] if first else None), itertools.chain(first, remaining)
 
 
 def run(model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:

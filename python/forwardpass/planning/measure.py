@@ -31,6 +31,7 @@ from ..swap.plan import Plan
 from ..swap.precision import LayerPrecision, find_precision
 from ..swap.rules import Context, why_skip
 from ..swap.swapping import build, planned, swap_planned
+from ..swap.verdicts import Verdicts
 from .criterion import Criterion
 from .parity import LayerParity
 
@@ -103,6 +104,7 @@ class Subject:
     criterion: Criterion
     forward: Forward | None
     output: Output | None
+    verdicts: Verdicts = field(default_factory=Verdicts)  #: of a run of what swaps rewrite
 
     def outputs(self, batches: Iterable[Any]) -> Iterator[Tensor]:
         """What is compared, batch by batch."""
@@ -134,7 +136,7 @@ class Subject:
 
     def swapped(self, plan: Plan, arguments: Arguments, keep: str = "auto") -> AbstractContextManager[object]:
         """Within it the model runs a plan."""
-        return swap_planned(self.model, plan, arguments, keep)
+        return swap_planned(self.model, plan, arguments, keep, self.verdicts)
 
 
 def _unpadded(batch: Any) -> Tensor:

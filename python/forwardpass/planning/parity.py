@@ -110,6 +110,11 @@ class ParityReport(Printed):
     task: str | None = None  #: a name of agreement.TASKS
     agreement: dict[str, float | int] = field(default_factory=dict)  #: what the error means for the task
 
+    @property
+    def unreached(self) -> list[str]:
+        """Swapped layers that no batch reached, whose error nobody knows."""
+        return [x.fqn for x in self.layers if not x.total.samples]
+
     def to_json(self) -> dict[str, Any]:
         return {
             "schema": SCHEMA,
@@ -120,6 +125,7 @@ class ParityReport(Printed):
             "compiled": self.compiled and self.compiled.to_json(),
             "task": self.task,
             "agreement": {k: v if math.isfinite(v) else None for k, v in self.agreement.items()},
+            "unreached": self.unreached,
             "measured": ["samples", "cosine_min", "norm_error", "relative_error", "max_abs_error", "compiled", "agreement",
                          "layers"],
             "layers": [
@@ -130,18 +136,21 @@ class ParityReport(Printed):
         }  # fmt: skip
 
     def worst_first(self) -> list[LayerParity]:
-        """The layers by their `Comparison.worst`, the largest first, NaN before all; those that no batch reached at the end."""
+        """The layers by their `Comparison.worst`, the largest first; before all those that no batch reached, and NaN."""
 
-        def key(layer: LayerParity) -> float:
-            return (
-                1.0 if not layer.total.samples else -math.inf if math.isnan(layer.total.worst) else -layer.total.worst
-            )
+        def key(layer: LayerParity) -> tuple[bool, float]:
+            worst = layer.total.worst
+            return bool(layer.total.samples), -math.inf if math.isnan(worst) else -worst
 
         return sorted(self.layers, key=key)
 
     def _blocks(self) -> Iterator[Block]:
         over = f"{count(self.output.samples, 'sample')} in {count(self.batches, 'batch')}"
         yield f"output over {over}: {_sentence(self.output)}"
+        if unreached := self.unreached:
+            more = ", …" if len(unreached) > 3 else ""
+            yield (f"not compared: no batch reached {len(unreached)} of {count(len(self.layers), 'swapped layer')} "
+                   f"({', '.join(unreached[:3])}{more})")  # fmt: skip
         if self.compiled is not None:
             yield f"under torch.compile: {_sentence(self.compiled)}"
         if self.task is not None:
@@ -156,8 +165,6 @@ class ParityReport(Printed):
         yield from ("", Table(rows, right=range(2, 7)), "")
         yield "worst first: by the relative error of a batch, or by that of a row, sqrt(1 - cosine²), where it is larger"
         yield "quantisation, kernel: the relative error that rounding alone brings, and the kernel's own"
-        if any(not x.total.samples for x in self.layers):
-            yield "-: no batch reached it"
 
     def save_plot(self, path: str | os.PathLike[str]) -> None:
         """Error by depth, and a map of blocks by layers of a block, as an image; needs matplotlib (extra `cli`)."""

@@ -15,7 +15,7 @@ from torch import nn
 from ..common import environment
 from ..common.batches import Fingerprint, Output, device_of, evaluating, several
 from ..common.decoding import Decoding
-from ..common.modules import plain_module, tensor_bytes
+from ..common.modules import hooked, plain_module, tensor_bytes
 from ..common.text import megabytes
 from ..common.timing import Timing, Track, interleave, untracked
 from ..dispatch import Reason
@@ -27,11 +27,12 @@ from ..swap.attention.modules import decide_attention
 from ..swap.attention.projections import Projections
 from ..swap.attention.unpadding import decide_unpadding
 from ..swap.config import Config, Options
-from ..swap.decision import refuse_model, refuse_swapped
+from ..swap.decision import Decision, refuse_model, refuse_swapped
 from ..swap.plan import Plan
 from ..swap.precision import LayerPrecision
 from ..swap.rules import Context
 from ..swap.swapping import planned
+from ..swap.verdicts import prove
 from . import evidence
 from .caches import kv_cache_candidates, with_cache
 from .choose import Choice, Frontier, Option
@@ -68,6 +69,7 @@ DECODING_ROUNDS = 5
 BEYOND = 1.25
 #: The search ends where the next plan to be tried could save no more than this share of the layers' cost.
 WORTH = 0.002
+_NOT_REACHED = Reason("not_reached", "no batch of `batches` reaches it, so that nothing would hold it to the budget", "")
 _NEVER_CALLED = Reason("never_called", "no batch of `shapes` reaches it", "")
 
 
@@ -166,25 +168,33 @@ def plan(
         caches = kv_cache_candidates(kv_cache, criterion, any(isinstance(x, Decoding) for x in timed))
         context = Context(model, config.included, config.excluded)
         attending = decide_attention(context, attention)
-        cached: tuple[str, ...] = ()
+        everywhere, caching = attending, decide_kv_cache(model, attending, None)
         if caches:
             everywhere = decide_attention(Context(model, context.include, context.exclude), True)
-            decide_kv_cache(model, everywhere, caches[0])  # refuses
-            cached = tuple(leaf.fqn for leaf in everywhere.swapped)
-        unpads = decide_unpadding(context, leaves, attending, config.unpad).planned
+            caching = decide_kv_cache(model, everywhere, caches[0])  # refuses
+        cached = tuple(leaf.fqn for leaf in everywhere.swapped) if caches else ()
+        precisions = tuple((leaf, next(iter(tried.values()))) for leaf in leaves)
+        unpadding = decide_unpadding(context, leaves, attending, config.unpad)
+        decision = Decision(context, tuple(leaves), precisions, everywhere, unpadding, caching, (), ())
+        verdicts = prove(decision, config.unpad, samples[0], forward)
+        decision = verdicts.applied(decision)
+        leaves, unpads = [leaf for leaf, _ in decision.swapped], decision.unpadding.planned
+        attending = attending if verdicts.attention is None else decision.attention
 
         device = environment.device(device_of(model))
         identity_of_run = identity(model, leaves, tried, criterion, context, device, samples, timed, calibration)
         measurements = Measurements(resume, identity_of_run)
 
-        subject = Subject(model, criterion, forward, output)
+        subject = Subject(model, criterion, forward, output, verdicts)
         workload = Workload(subject, timed)
-        references = subject.reference(samples, progress)
+        reached: set[str] = set()
+        with hooked(((leaf.fqn, leaf.module) for leaf in leaves), before=lambda fqn, *_: reached.add(fqn)):
+            references = subject.reference(samples, progress)
         calls = workload.calls(leaves)
+        never = {x.fqn: _NOT_REACHED if x.fqn not in reached else None if calls[x.fqn] else _NEVER_CALLED for x in leaves}
         layers = [
             Layer(leaf, calls[leaf.fqn], tensor_bytes([leaf.module]), {
-                name: Candidate(eligible(leaf, context, p) if calls[leaf.fqn] else _NEVER_CALLED)
-                for name, p in tried.items()
+                name: Candidate(never[leaf.fqn] or eligible(leaf, context, p)) for name, p in tried.items()
             })
             for leaf in leaves
         ]  # fmt: skip

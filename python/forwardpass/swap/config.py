@@ -30,7 +30,7 @@ class Options(TypedDict, total=False):
     """The fields of `Config` that are passed by name, as `fp.swap` and `fp.plan` take them without one."""
 
     attention: str | bool
-    unpad: bool
+    unpad: str | bool
     kv_cache: str | Iterable[str] | None  #: of `fp.plan` alone, several
     include: str | Iterable[str]
     exclude: str | Iterable[str]
@@ -62,10 +62,11 @@ class Config:
             `nn.MultiheadAttention` stands `fp.nn.MultiheadAttention`, whose projections are layers like others, in_proj and
             out_proj; models of transformers run theirs through the AttentionInterface, where their configs name it. Attention
             that is called by name elsewhere takes `with fp.sdpa():`. A plan decides itself.
-        unpad: text encoders of transformers (BERT, RoBERTa, XLM-R, DistilBERT, ELECTRA, MPNet, ModernBERT, DeBERTa) run batches of
-            texts that differ in length without the rows of padding, at which last_hidden_state is then zero; at tokens it is
-            what it is with them, but for the order of sums. Compiled, exported and captured models, and calls that ask for
-            hidden states or attention weights, stay padded. False: always padded.
+        unpad: "auto": text encoders of transformers run without the rows of padding where the model's result does not show it
+            (heads that pool or pick a token, SentenceTransformer); a model that returns last_hidden_state stays padded. True: it
+            runs without them too, and last_hidden_state is zero at padding; at tokens it is what it is with padding, but for the
+            order of sums. Either is proven by a run. Compiled, exported and captured models, and calls that ask for hidden
+            states or attention weights, stay padded. False: always padded. With plan=, "auto" is what the plan says.
         kv_cache: what a decoder's caches of keys and values become as they come to its forward: "auto", of the model's dtype, in
             place of transformers' dynamic ones, which copy themselves for every token; "int8" or "fp8" (e4m3), static ones too,
             with a scale for each token and head. Attention is then swapped wherever it can be. None: as a plan says, or they stay.
@@ -75,7 +76,8 @@ class Config:
         strict: raise `fp.Unsupported` where a layer is skipped for a reason of its own: not one that include, exclude
             or the defaults (lm_head, MoE routers, too small) give.
         calibrate: batches (see `forwardpass.common.batches`) to calibrate on, "int8" only: a few dozen samples of real input.
-            They run through the model in eval mode; one K x K float32 matrix is held for each layer of K inputs. None:
+            They run through the model in eval mode; one K x K float32 matrix is held for each layer of K inputs. A layer that no
+            batch reaches stays as it is. What is read from the model's code is run on the first of them. None:
             uncalibrated, weights are rounded to nearest and outliers not smoothed, which loses more (all-MiniLM-L6-v2: a
             lowest cosine of .9984 to .9988, calibrated .9994). The command line calibrates int8 by default.
         keep: where the originals stay: "device", "cpu", "auto" (cpu where the layer is on a GPU), or False: freed
@@ -97,7 +99,7 @@ class Config:
     plan: Plan | Mapping[str, Any] | str | os.PathLike[str] | None = None
     _: KW_ONLY
     attention: str | bool = "auto"
-    unpad: bool = True
+    unpad: str | bool = "auto"
     kv_cache: str | None = None
     include: str | Iterable[str] = ()
     exclude: str | Iterable[str] = ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Collection, Container
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -12,7 +12,6 @@ from ..dispatch import Reason, Unsupported
 from ..formats.loaded import is_stored
 from ..nn.layer import is_conv1d
 from ..nn.mlp import quantised_layers
-from ..proofs import run
 from ..proofs.walker import Leaf
 from . import originals
 from .attention.kv_cache import CacheDecision, decide_kv_cache
@@ -52,6 +51,11 @@ class Decision:
         swapped = tuple((leaf, replace(p, calibrated=p.calibrated and leaf.fqn in fqns)) for leaf, p in self.swapped)
         return replace(self, swapped=swapped)
 
+    def without(self, fqns: Collection[str], reason: Reason) -> Decision:
+        """The same where these layers stay as they are."""
+        swapped = tuple((leaf, p) for leaf, p in self.swapped if leaf.fqn not in fqns)
+        return replace(self, swapped=swapped, skipped=(*self.skipped, *(Skipped(fqn, reason) for fqn in fqns)))
+
 
 def decide(
     context: Context,
@@ -60,7 +64,7 @@ def decide(
     plan: Plan | None = None,
     *,
     attention: str | bool = "auto",
-    unpad: bool = True,
+    unpad: str | bool = True,
     kv_cache: str | None = None,
     calibrated: bool = False,
 ) -> Decision:
@@ -159,21 +163,3 @@ def refuse_skips(skipped: tuple[Skipped, ...]) -> None:
         fqn, reason = next(iter(reasons.items()))
         more = f" (and {count(len(reasons) - 1, 'other layer')})" if len(reasons) > 1 else ""
         raise Unsupported(f"swap(strict=True) would skip {fqn}{more}: {reason}; or name it under exclude", reasons)
-
-
-def proven(decision: Decision) -> tuple[Decision, dict[str, Reason]]:
-    """(the decision without what a run disproves, those products and MLPs that are not made, by their first layers' names)"""
-    if any(map(is_stored, decision.model.modules())):  # which a run would change
-        return decision, {}
-    leaves = [leaf for leaf, _ in decision.swapped]
-    reasons = run.disproved(decision.model, [*run.rewritings(leaves)])
-    if not reasons:
-        return decision, {}
-
-    def without(leaf: Leaf) -> Leaf:
-        reason = reasons.get(leaf.fqn)
-        if reason is None or leaf.is_experts:
-            return leaf
-        return replace(leaf, activation=None, block=reason if leaf.block is not None else None)
-
-    return replace(decision, swapped=tuple((without(leaf), p) for leaf, p in decision.swapped)), reasons

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from ..common.batches import Fingerprint, device_of
+from ..common.batches import Fingerprint, device_of, first_of
 from ..common.modules import plain_module, tensor_bytes
 from ..dispatch import Reason, only_reference_on
 from ..formats.loaded import Decompression, is_stored, note_on, refuse_inference_mode
@@ -31,19 +31,25 @@ from .attention.modules import AttentionSwap
 from .attention.projections import Projections
 from .attention.unpadding import UnpaddingSwap
 from .config import Config, Options
-from .decision import Decision, decide, proven, refuse_model, refuse_skips, refuse_swapped
+from .decision import Decision, decide, refuse_model, refuse_skips, refuse_swapped
 from .keras_layers import KerasLinears
 from .plan import Plan, PlannedLayer, layers_of
 from .precision import STORED, ByHand, LayerPrecision, Precision
 from .report import OtherLayers, Report, Skipped, Swapped, WeightBytes
 from .rules import Context, ties
+from .verdicts import Verdicts, prove
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 #: Of a model's bytes, what the layers of a class have at least for the report to speak of them.
 WEIGHS = 0.01
-_NONE: Mapping[str, Reason] = {}
+_NONE = Verdicts()
+_NOT_REACHED = Reason(
+    "not_reached",
+    "no batch of calibrate= reaches it, and it cannot be told what 8 bits would do to it",
+    "add a batch that does, or swap it in a second call without calibrate=",
+)
 
 
 def swap(
@@ -124,32 +130,38 @@ def swap(
             refuse_swapped(model, ", and nothing else that would be swapped")
         others = (*keras.skipped(context.exclude), *projections.skipped(context))
         decision = replace(decision, skipped=(*decision.skipped, *others))
-        decision, apart = proven(decision)
+        batch, batches = first_of(config.calibrate or ()) if not dry_run else (None, ())
+        verdicts = prove(decision, unpad if config.plan is None else bool(unpad), batch, config.forward)
+        decision = verdicts.applied(decision)
         if config.strict:
             refuse_skips(decision.skipped)
         notes = _warnings(decision, model.training and not keras.is_all)
         arguments: Mapping[str, dict[str, Any]] = {}
         calibration = None
         if calibrated and not dry_run:
-            arguments, calibration, calibration_notes = _calibrate(decision, config)
+            decision, arguments, calibration, calibration_notes = _calibrate(decision, config, batches)
             notes += calibration_notes
-            decision = decision.calibrated_as(arguments)
-        return _carry_out(decision, notes, arguments, calibration, keep, dry_run, projections, keras, apart)
+            if config.strict:
+                refuse_skips(decision.skipped)
+        return _carry_out(decision, notes, arguments, calibration, keep, dry_run, projections, keras, verdicts)
 
 
-def _calibrate(decision: Decision, config: Config) -> tuple[Mapping[str, dict[str, Any]], str | None, list[str]]:
-    """(for each layer that its batches reach the arguments of `from_torch`, the batches' fingerprint, notes)"""
+def _calibrate(
+    decision: Decision, config: Config, batches: Iterable[Any]
+) -> tuple[Decision, Mapping[str, dict[str, Any]], str | None, list[str]]:
+    """(the decision without layers that no batch reaches, for each other layer the arguments of `from_torch`, the batches'
+    fingerprint, notes)"""
     from ..calibration.running import calibration_arguments
 
-    assert config.calibrate is not None
     fingerprint, plan = Fingerprint(), config.stored_plan
-    arguments, notes = calibration_arguments(
-        decision.model, decision.calibrated, fingerprint.reading(config.calibrate), config.forward
+    arguments, unreached, notes = calibration_arguments(
+        decision.model, decision.calibrated, fingerprint.reading(batches), config.forward
     )
     if plan is not None and plan.calibration not in (None, fingerprint.value):
         raise ValueError("the plan was calibrated on other batches than calibrate= gives, and would give other results: "
                          "pass the same ones, or plan again")  # fmt: skip
-    return arguments, fingerprint.value if arguments else None, notes
+    decision = decision.calibrated_as(arguments).without(unreached, _NOT_REACHED)
+    return decision, arguments, fingerprint.value if arguments else None, notes
 
 
 def _refuse_divided(model: nn.Module, calibrates: bool, keep: str | bool) -> None:
@@ -165,16 +177,20 @@ def _refuse_divided(model: nn.Module, calibrates: bool, keep: str | bool) -> Non
 
 
 def swap_planned(
-    model: nn.Module, plan: Plan, arguments: Mapping[str, Mapping[str, Any]], keep: str | bool = "auto"
+    model: nn.Module,
+    plan: Plan,
+    arguments: Mapping[str, Mapping[str, Any]],
+    keep: str | bool = "auto",
+    verdicts: Verdicts = _NONE,
 ) -> Report:
-    """`swap(model, plan=plan)` where the calibration is done: `arguments` has, for each calibrated layer, those of its
-    module's `from_torch`. Without the warnings.
+    """`swap(model, plan=plan)` where the calibration is done and the model was run: `arguments` has, for each calibrated layer,
+    those of its module's `from_torch`. Without the warnings.
     """
     with Projections(model) as projections:
         layers = [*linear_like(model), *experts_leaves(model)]
-        decision = decide(Context(model), layers, None, plan, calibrated=plan.calibrated)
+        decision = verdicts.applied(decide(Context(model), layers, None, plan, calibrated=plan.calibrated))
         arguments = {leaf.fqn: arguments.get(leaf.fqn, {}) for leaf in decision.calibrated}
-        return _carry_out(decision, [], arguments, plan.calibration, keep, False, projections)
+        return _carry_out(decision, [], arguments, plan.calibration, keep, False, projections, verdicts=verdicts)
 
 
 def _carry_out(
@@ -186,7 +202,7 @@ def _carry_out(
     dry_run: bool,
     projections: Projections,
     keras: KerasLinears | None = None,
-    apart: Mapping[str, Reason] = _NONE,
+    verdicts: Verdicts = _NONE,
 ) -> Report:
     """Builds the replacements, gives the warnings, and puts the replacements in place."""
     model, swapped = decision.model, decision.swapped
@@ -194,7 +210,7 @@ def _carry_out(
         replacements = [_empty(leaf, p) for leaf, p in swapped]
     else:
         replacements = [build(leaf, p.precision, arguments.get(leaf.fqn, {})) for leaf, p in swapped]
-    joined = JoinedSwap({leaf.fqn: (leaf, new) for (leaf, _), new in zip(swapped, replacements)}, apart)
+    joined = JoinedSwap({leaf.fqn: (leaf, new) for (leaf, _), new in zip(swapped, replacements)}, verdicts.apart)
     change = AttentionSwap(model, decision.attention, decision.unpadding.named)
     in_report = {
         *(s.fqn for s in decision.skipped),

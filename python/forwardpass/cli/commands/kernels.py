@@ -51,7 +51,7 @@ def kernels(
         subject = load(model, where, None, None, False, console)
         with tracking() as track:
             track("swapping", None)
-            report = fp.swap(subject.model, precision=precision)
+            report = fp.swap(subject.model, precision=precision, unpad=True)
             if not report.swapped:
                 raise ValueError(
                     "no layer of this model is swapped here, so there is no kernel to run: forwardpass swap says why"

@@ -94,6 +94,7 @@ def plan(
                 max_perplexity_increase=increase,
                 target=target,
                 shapes=[timed],
+                unpad=True,  # the readout leaves padding out
                 kv_cache=[name.strip() for name in kv_cache.split(",")] if kv_cache is not None else None,
                 calibrate=subject.calibration,
                 forward=subject.readout.forward,

@@ -77,7 +77,7 @@ def size_batch(
         warnings.simplefilter("ignore", UserWarning)
         if precision is not None:
             track(subject.swapping(), None)
-            fp.swap(subject.model, precision, calibrate=subject.calibration)
+            fp.swap(subject.model, precision, unpad=True, calibrate=subject.calibration)
         sizing = fp.size_batch(
             subject.model, make_batch, forward=subject.readout.outputs, latency_slo_ms=slo_ms, percentile=percentile,
             arrival_rate=rate, arrivals=arrivals,

@@ -122,7 +122,8 @@ def swap(
         else:
             original, swapped = subject.model, copy.deepcopy(subject.model)  # both at once: their timing takes turns
             options: dict[str, Any] = {"precision": precision, "plan": planned, "calibrate": subject.calibration,
-                                       "include": include or (), "kv_cache": kv_cache}  # fmt: skip
+                                       "include": include or (), "kv_cache": kv_cache,
+                                       "unpad": True}  # fmt: skip  # a readout leaves padding out
             with refusing(ValueError, TypeError, OSError, fp.Unsupported), warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # the report has them too
                 if include:

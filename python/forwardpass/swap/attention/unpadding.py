@@ -1,10 +1,11 @@
-"""Which encoders of a model run without their padding once they are swapped, and what that changes in the model.
+"""Which encoders of a model may run without their padding once they are swapped, and what that changes in the model.
 
 What runs then, and when a call stays padded all the same, is in `integrations.unpadding`.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,25 +22,8 @@ from ..plan import UNPAD
 from ..report import Unpadded, Unpadding
 from .modules import NOT_PLANNED, AttentionDecision, holders_of_configs, why_not_named
 
-#: Classes of layers whose code was read: besides attention they compute row by row, whatever their number, and the code around
-#: them computes nothing in between. Tests compare each.
-LAYERS = frozenset(
-    f"transformers.models.{name}"
-    for name in (
-        "bert.modeling_bert.BertLayer",
-        "camembert.modeling_camembert.CamembertLayer",
-        "deberta.modeling_deberta.DebertaLayer",
-        "deberta_v2.modeling_deberta_v2.DebertaV2Layer",
-        "distilbert.modeling_distilbert.TransformerBlock",
-        "electra.modeling_electra.ElectraLayer",
-        "modernbert.modeling_modernbert.ModernBertEncoderLayer",
-        "mpnet.modeling_mpnet.MPNetLayer",
-        "roberta.modeling_roberta.RobertaLayer",
-        "xlm_roberta.modeling_xlm_roberta.XLMRobertaLayer",
-    )
-)
 _OFF = Reason("unpad_off", "unpad=False keeps it", "drop it")
-_NO_ENCODER = Reason("no_encoder", "there is no text encoder whose layers are known to compute row by row", "leave it")
+_NO_ENCODER = Reason("no_encoder", "there is no text encoder of transformers", "leave it")
 _NOT_PLANNED = Reason("not_planned", "the plan keeps it", "plan again to change that")
 
 
@@ -70,16 +54,16 @@ class UnpaddingDecision:
         return Unpadding(tuple(Unpadded(x.fqn, len(x.layers), kind(x)) for x in self.stacks), self.reason)
 
 
-def check_unpad(unpad: bool) -> None:
-    if not isinstance(unpad, bool):
-        raise TypeError(f"unpad is True or False, not {unpad!r}")
+def check_unpad(unpad: str | bool) -> None:
+    if unpad not in ("auto", True, False) or isinstance(unpad, int) and not isinstance(unpad, bool):
+        raise TypeError(f'unpad is "auto", True or False, not {unpad!r}')
 
 
 def decide_unpadding(
     context: rules.Context,
     swapped: list[Leaf],
     attention: AttentionDecision,
-    unpad: bool,
+    unpad: str | bool,
     planned: str | None = UNPAD[1],
 ) -> UnpaddingDecision:
     """`unpad` is that of `fp.swap`; planned: that of a plan or a checkpoint. swapped: layers."""
@@ -87,7 +71,7 @@ def decide_unpadding(
         return UnpaddingDecision((), _NOT_PLANNED if unpad else _OFF)
     changed = {id(leaf.module) for leaf in (*swapped, *attention.swapped)}
     stacks, reasons = [], []
-    for fqn, model, layers in _stacks(context.model):
+    for fqn, model, layers in _stacks(context.model, attention):
         stack = _stack(fqn, model, layers, attention, planned)
         reason = _why_not(stack, changed)
         if reason is None:
@@ -97,20 +81,30 @@ def decide_unpadding(
     return UnpaddingDecision(tuple(stacks), next(iter(reasons), None if stacks else _NO_ENCODER))
 
 
-def _stacks(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.ModuleList]]:
-    """Each list of layers of those classes, its name, and the model of transformers that holds it."""
+def _stacks(
+    model: nn.Module, attention: AttentionDecision
+) -> Iterator[tuple[str, nn.Module, nn.ModuleList]]:
+    """Each list of layers of one class with one attention each that sees both sides, its name, and the model of transformers that
+    holds it and takes a mask. Whether they compute row by row besides, and the code around them nothing in between, a run says."""
+    attending = {id(leaf.module) for leaf in attention.leaves}
     for fqn, layers in model.named_modules():
-        if not isinstance(layers, nn.ModuleList) or not len(layers) or not all(map(_is_known, layers)):
+        if not isinstance(layers, nn.ModuleList) or len({type(layer) for layer in layers}) != 1:
             continue
         names = fqn.split(".")
         above = (model.get_submodule(".".join(names[:i])) for i in reversed(range(len(names))))
         holder = next((m for m in above if is_pretrained(m)), None)
-        if holder is not None:
+        if (
+            holder is not None
+            and "attention_mask" in inspect.signature(type(holder).forward).parameters
+            and all(_is_of_encoder(layer, attending, holder) for layer in layers)
+        ):
             yield fqn, holder, layers
 
 
-def _is_known(layer: nn.Module) -> bool:
-    return f"{type(layer).__module__}.{type(layer).__qualname__}" in LAYERS
+def _is_of_encoder(layer: nn.Module, attending: set[int], holder: nn.Module) -> bool:
+    within = [m for m in layer.modules() if id(m) in attending]
+    is_decoder = getattr(holder.config, "is_decoder", False)  # which has a reason of its own
+    return len(within) == 1 and within[0] is not layer and (is_decoder or getattr(within[0], "is_causal", False) is not True)
 
 
 def is_pretrained(module: nn.Module) -> bool:

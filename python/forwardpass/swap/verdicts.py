@@ -1,0 +1,226 @@
+"""What running the model says of a decision, before anything is built: what of it is not made, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..common.batches import Forward
+from ..common.modules import hooked, is_compressed
+from ..dispatch import Reason
+from ..formats.loaded import is_stored
+from ..integrations.sentence_transformers import class_of
+from ..integrations.tensor_parallel import sharding_of
+from ..integrations.transformers.unpadding import current
+from ..ops.common.quantized_rows import FLOATS
+from ..proofs import inputs, run
+from ..proofs.walker import Leaf
+from .attention.kv_cache import CacheSwap
+from .attention.modules import AttentionDecision, AttentionSwap
+from .attention.unpadding import UnpaddingDecision, UnpaddingSwap
+from .decision import Decision
+from .report import Skipped
+
+_RETURNED = Reason(
+    "returned",
+    "the model returns what it computes at padding, which would be another thing without it",
+    "pass unpad=True if whatever reads its result leaves padding out",
+)
+_UNSEEN = Reason(
+    "unproven",
+    "no input could be made up with which it runs without padding",
+    "call fp.swap with calibrate= and a batch of your own that is padded",
+)
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """What is not made, and why."""
+
+    layers: Mapping[str, Reason] = field(default_factory=dict)  #: by the first layers of products and MLPs
+    attention: Reason | None = None
+    unpadding: Reason | None = None
+    rotation: Mapping[str, Reason] = field(default_factory=dict)  #: by the attention whose cache does not rotate
+
+    @property
+    def apart(self) -> dict[str, Reason]:
+        return {**self.layers, **self.rotation}
+
+    def applied(self, decision: Decision) -> Decision:
+        """The decision without it."""
+
+        def without(leaf: Leaf) -> Leaf:
+            reason = self.layers.get(leaf.fqn)
+            if reason is None or leaf.is_experts:
+                return leaf
+            return replace(leaf, activation=None, block=reason if leaf.block is not None else None)
+
+        attention, cache = decision.attention, decision.kv_cache
+        if self.attention is not None:
+            skipped = (Skipped(leaf.fqn, self.attention) for leaf in attention.swapped)
+            attention = AttentionDecision(attention.leaves, (), (*attention.skipped, *skipped))
+        if self.rotation:
+            names = {m: fqn for fqn, m in decision.model.named_modules()}
+            cache = replace(cache, rotating=tuple(m for m in cache.rotating if names[m] not in self.rotation))
+        return replace(
+            decision,
+            swapped=tuple((without(leaf), p) for leaf, p in decision.swapped),
+            attention=attention,
+            unpadding=decision.unpadding if self.unpadding is None else UnpaddingDecision((), self.unpadding),
+            kv_cache=cache,
+        )
+
+
+@dataclass(frozen=True)
+class _Change:
+    """What is put into a model besides layers."""
+
+    parts: Sequence[AttentionSwap | UnpaddingSwap | CacheSwap]
+    fqn: str = ""
+    key: tuple[Any, ...] = ()
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for part in self.parts:
+                stack.callback(part.undo)
+                part.put()
+            yield
+
+
+def _attention(decision: Decision) -> _Change:
+    return _Change([AttentionSwap(decision.model, decision.attention)])
+
+
+@dataclass(frozen=True)
+class _Unpadded(_Change):
+    """And which stacks were seen to run without padding, by their first layers."""
+
+    decision: UnpaddingDecision = UnpaddingDecision((), None)
+    seen: set[nn.Module] = field(default_factory=set)
+
+    @staticmethod
+    def of(decision: Decision) -> _Unpadded:
+        named = AttentionSwap(decision.model, decision.attention, decision.unpadding.named)
+        return _Unpadded([named, UnpaddingSwap(decision.unpadding)], decision=decision.unpadding)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        def note(layer: nn.Module, *_: Any) -> None:
+            if (rows := current()) is not None and rows.are_out:
+                self.seen.add(layer)
+
+        with super().in_place(), hooked(((x.layers[0], x.layers[0]) for x in self.decision.stacks), before=note):
+            yield
+
+    def verdict(self, error: run.Error, prover: run.Prover, unpad: str | bool) -> Reason | None:
+        """Where tokens are what they were. A call of sentence-transformers gives its users no padding."""
+        if not all(x.layers[0] in self.seen for x in self.decision.stacks):
+            return _UNSEEN
+        returned = error.everywhere > prover.tolerance and class_of(prover.model) is None
+        return _RETURNED if unpad == "auto" and returned else None
+
+
+def _cached(decision: Decision, rotating: Iterable[nn.Module]) -> _Change:
+    """In the model's own floats, whatever the cache is to hold."""
+    cache = replace(decision.kv_cache, kv_cache="auto", rotating=tuple(rotating))
+    return _Change([AttentionSwap(decision.model, decision.attention), CacheSwap(cache)])
+
+
+def prove(decision: Decision, unpad: str | bool, batch: Any = None, forward: Forward | None = None) -> Verdicts:
+    """Runs the model as it is and as it is to be: on a user's batch, and on what is made up. unpad: of `fp.swap`.
+
+    Raises:
+        ValueError: with kv_cache= the model computes something else.
+    """
+    stacks, cache = decision.unpadding.stacks, decision.kv_cache
+    rewritings = [*run.rewritings([leaf for leaf, _ in decision.swapped])]
+    unpadded = _Unpadded.of(decision)
+    changes: list[_Change] = [
+        *([unpadded] if stacks else [_attention(decision)] if decision.attention.swapped else []),
+        *([_cached(decision, cache.rotating)] if cache.kv_cache is not None else []),
+    ]
+    if not rewritings and not changes:
+        return Verdicts()
+    stand_ins, runs_whole = _stand_ins(decision)
+    given = inputs.of_batch(batch, forward) if batch is not None else ()
+    sources = (given, inputs.made_up(decision.model)) if runs_whole else ()
+    prover = run.Prover(decision.model, *sources, stand_ins=stand_ins)
+    if prover.runs:
+        try:
+            error = prover.error([*changes, *rewritings])
+        except Exception:  # whatever its code raises so
+            error = None
+        if error is not None and error.tokens <= prover.tolerance:
+            return Verdicts(unpadding=unpadded.verdict(error, prover, unpad) if stacks else None)
+        if not prover.is_steady():
+            prover = prover.of(decision.model)
+    layers = run.disproved(prover, rewritings)
+    if not prover.runs:
+        names = {m: fqn for fqn, m in decision.model.named_modules()}
+        rotation = {names[m]: run.UNPROVEN for m in cache.rotating}
+        return Verdicts(layers, None, _UNSEEN if stacks else None, rotation)
+    return _separately(decision, unpad, prover, layers)
+
+
+def _separately(
+    decision: Decision, unpad: str | bool, prover: run.Prover, layers: Mapping[str, Reason]
+) -> Verdicts:
+    """One change after another, where all of them together are none."""
+    attention = prover.why_not([_attention(decision)]) if decision.attention.swapped else None
+    unpadding, cache = None, decision.kv_cache
+    if decision.unpadding.stacks:
+        unpadded = _Unpadded.of(decision)
+        unpadding = attention or prover.why_not([unpadded])
+        if unpadding is None:
+            unpadding = unpadded.verdict(prover.error([unpadded]), prover, unpad)
+    rotation: dict[str, Reason] = {}
+    if cache.kv_cache is not None:
+        if reason := attention or prover.why_not([_cached(decision, ())]):
+            raise ValueError(
+                f"kv_cache={cache.kv_cache!r} does not go with this {type(decision.model).__name__}, as {reason.text}: drop it"
+            )
+        names = {m: fqn for fqn, m in decision.model.named_modules()}
+        for cls in dict.fromkeys(map(type, cache.rotating)):
+            alike = [m for m in cache.rotating if type(m) is cls]
+            if reason := prover.why_not([_cached(decision, alike)]):
+                rotation |= {names[m]: reason for m in alike}
+    return Verdicts(layers, attention, unpadding, rotation)
+
+
+def _stand_ins(decision: Decision) -> tuple[list[tuple[nn.Module, str, nn.Module]], bool]:
+    """(floats in the place of layers that a run would change, or that are one of several processes together; whether the model then
+    runs). The same ones in all places that are alike."""
+    model, made = decision.model, {}
+    dtype = next((p.dtype for p in model.parameters() if p.dtype in FLOATS), torch.get_default_dtype())
+    stand_ins: list[tuple[nn.Module, str, nn.Module]] = []
+    for leaf in decision.layers:
+        if _stays(leaf.module) and not leaf.is_experts:
+            device = next((t.device for t in (*leaf.module.parameters(), *leaf.module.buffers())), None)
+            sizes = leaf.in_features, leaf.out_features, leaf.has_bias
+            key = type(leaf.parent), leaf.name, sizes, device
+            if key not in made:
+                made[key] = _floats(*sizes, device, dtype, len(made))
+            stand_ins.append((leaf.parent, leaf.name, made[key]))
+    replaced = {id(leaf.module) for leaf in decision.layers if not leaf.is_experts}
+    return stand_ins, not any(_stays(m) and id(m) not in replaced for m in model.modules())
+
+
+def _floats(
+    in_features: int, out_features: int, bias: bool, device: torch.device | None, dtype: torch.dtype, seed: int
+) -> nn.Linear:
+    layer = nn.Linear(in_features, out_features, bias, device="meta").to_empty(device=device or "cpu").to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * in_features**-0.5)
+    return layer
+
+
+def _stays(module: nn.Module) -> bool:
+    return is_stored(module) or is_compressed(module) or sharding_of(module) is not None
