@@ -114,7 +114,9 @@ def test_a_cache_that_gives_something_else_is_refused(monkeypatch):
     monkeypatch.setattr(cache._Stored, "between", lambda *args: [2 * x for x in between(*args)])
     model = build("qwen3", ATTENTION)
     before = objects(model)
-    with pytest.raises(ValueError, match="kv_cache='int8' does not go with this Qwen3ForCausalLM, as run so, .*: drop it"):
+    with pytest.raises(
+        ValueError, match=r"kv_cache='int8' does not go with this Qwen3ForCausalLM, as run so, .*: drop it"
+    ):
         fp.swap(model, "w8a16", include="**", attention=True, kv_cache="int8")
     assert_same_objects(model, before)
     assert not any(m._forward_pre_hooks for m in model.modules())

@@ -500,7 +500,9 @@ def test_an_encoder_that_is_not_what_it_looks_like(where):
             for layer in self.layer:
                 hidden_states = layer(hidden_states, attention_mask)
                 hidden_states = hidden_states - hidden_states.mean(1, keepdim=True)
-            return transformers.modeling_outputs.BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states)
+            return transformers.modeling_outputs.BaseModelOutputWithPastAndCrossAttentions(
+                last_hidden_state=hidden_states
+            )
 
     for layer in model.encoder.layer if where == "layer" else ():
         layer.__class__ = OverRows

@@ -83,7 +83,7 @@ def test_what_no_batch_reaches_stays_in_floats():
     model, x = block(), inputs()
     model.unused = nn.Linear(64, 64)
     before = objects(model)
-    with pytest.raises(fp.Unsupported, match="strict=True.* would skip unused.* no batch of calibrate= reaches it"):
+    with pytest.raises(fp.Unsupported, match=r"strict=True.* would skip unused.* no batch of calibrate= reaches it"):
         fp.swap(model, "int8", calibrate=[x], strict=True)
     assert_same_objects(model, before)
     report = fp.swap(model, "int8", calibrate=[x])

@@ -48,15 +48,19 @@ def calibration_arguments(
             broken.append(leaf.fqn)
         else:
             arguments[leaf.fqn] = _arguments(leaf.module, layer_statistics)
-    return arguments, unseen, [
-        f"calibration {problem} {len(names)} of {len(leaves)} layers ({names[0]}, …), which are rounded to nearest "
-        f"without it"
-        for problem, names in (
-            (f"saw fewer than {LEAST_ROWS} rows (give it more batches) at the input of", few),
-            ("met NaN or infinity at the input of", broken),
-        )
-        if names
-    ]
+    return (
+        arguments,
+        unseen,
+        [
+            f"calibration {problem} {len(names)} of {len(leaves)} layers ({names[0]}, …), which are rounded to nearest "
+            f"without it"
+            for problem, names in (
+                (f"saw fewer than {LEAST_ROWS} rows (give it more batches) at the input of", few),
+                ("met NaN or infinity at the input of", broken),
+            )
+            if names
+        ],
+    )
 
 
 def observe(

@@ -69,7 +69,9 @@ DECODING_ROUNDS = 5
 BEYOND = 1.25
 #: The search ends where the next plan to be tried could save no more than this share of the layers' cost.
 WORTH = 0.002
-_NOT_REACHED = Reason("not_reached", "no batch of `batches` reaches it, so that nothing would hold it to the budget", "")
+_NOT_REACHED = Reason(
+    "not_reached", "no batch of `batches` reaches it, so that nothing would hold it to the budget", ""
+)
 _NEVER_CALLED = Reason("never_called", "no batch of `shapes` reaches it", "")
 
 
@@ -105,6 +107,7 @@ def plan(
             end all of the plan's: the originals and their 8- or 16-bit replacements are the most there is at any time.
         batches: real input to hold the budget on (see `forwardpass.common.batches`), other than calibrate's. Their outputs are
             kept on the host. Errors of single layers are measured on some of them, of 32 samples or a batch the worst quarter.
+            A layer that none of them reaches stays as it is: nothing would hold it to the budget.
         candidates: of "fp8", "int8", "int8+calibrated", "w8a16", "bf16"; None: all, the calibrated one with calibrate= alone.
         max_error: the most relative L2 error of the output, worst of the batches; or
         min_cosine: the least cosine of an output sample with the model's own; or
@@ -191,7 +194,9 @@ def plan(
         with hooked(((leaf.fqn, leaf.module) for leaf in leaves), before=lambda fqn, *_: reached.add(fqn)):
             references = subject.reference(samples, progress)
         calls = workload.calls(leaves)
-        never = {x.fqn: _NOT_REACHED if x.fqn not in reached else None if calls[x.fqn] else _NEVER_CALLED for x in leaves}
+        never = {
+            x.fqn: _NEVER_CALLED if not calls[x.fqn] else _NOT_REACHED if x.fqn not in reached else None for x in leaves
+        }
         layers = [
             Layer(leaf, calls[leaf.fqn], tensor_bytes([leaf.module]), {
                 name: Candidate(never[leaf.fqn] or eligible(leaf, context, p)) for name, p in tried.items()

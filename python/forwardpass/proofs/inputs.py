@@ -118,7 +118,7 @@ def made_up(model: Any) -> Iterator[list[Call]]:
 
 
 def _of_transformers(model: Any) -> Iterator[list[Call]]:
-    config, main = model.config, getattr(model, "main_input_name", None)
+    main = getattr(model, "main_input_name", None)
     texts = _texts(model) if "input_ids" in _parameters(model) else []
     if main == "input_ids" and texts:
         yield texts
@@ -176,9 +176,9 @@ def _media(model: Any) -> Iterator[tuple[str, Tensor]]:
     config, parameters = model.config, _parameters(model)
     for part in (config, getattr(config, "vision_config", None)):
         side = getattr(part, "image_size", None)
-        height, width = side if isinstance(side, list | tuple) and len(side) == 2 else (side, side)
-        if "pixel_values" in parameters and isinstance(height, int) and max(height, width) <= LARGEST:
-            yield "pixel_values", _noise(model, 1, getattr(part, "num_channels", 3), height, width)
+        sides = [*side] if isinstance(side, list | tuple) else [side, side]
+        if "pixel_values" in parameters and all(isinstance(n, int) and n <= LARGEST for n in sides):
+            yield "pixel_values", _noise(model, 1, getattr(part, "num_channels", 3), *sides)
     bins, frames = getattr(config, "num_mel_bins", None), 2 * getattr(config, "max_source_positions", 0)
     if "input_features" in parameters and isinstance(bins, int) and frames <= FRAMES:
         yield "input_features", _noise(model, 1, bins, frames) if frames else _noise(model, 1, FRAMES, bins)
@@ -198,7 +198,9 @@ def _noise(model: nn.Module, *shape: int) -> Tensor:
 
 def _of_shapes(model: nn.Module) -> Iterator[list[Call]]:
     """By the first of the layers that state what they take."""
-    first = next((m for m in model.modules() if isinstance(m, nn.Embedding | nn.Linear | _ConvNd) or is_conv1d(m)), None)
+    first = next(
+        (m for m in model.modules() if isinstance(m, nn.Embedding | nn.Linear | _ConvNd) or is_conv1d(m)), None
+    )
     if first is not None:
         for inputs in _inputs_of(model, first):
             yield [Call(arguments(model, x)) for x in inputs]

@@ -8,6 +8,7 @@ runs on. A model that runs on none of these is not believed: of its modules thos
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -44,13 +45,6 @@ UNPROVEN = Reason(
 class Candidate(Protocol):
     """What may be done to a model."""
 
-    @property
-    def fqn(self) -> str: ...
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """What is alike in others of its kind."""
-
     def in_place(self) -> AbstractContextManager[None]:
         """The model is so within it."""
 
@@ -76,6 +70,7 @@ class Rewriting:
 def _put(stack: ExitStack, holder: nn.Module, name: str, module: nn.Module) -> None:
     stack.callback(holder._modules.__setitem__, name, holder._modules[name])
     holder._modules[name] = module.eval()
+
 
 class _WithActivation(nn.Module):
     """A layer and the activation behind it."""
@@ -228,12 +223,7 @@ class Prover:
         self._runs: list[tuple[Call, list[Output]]] = []
         with self._running():
             for source in sources:
-                for calls in source:
-                    outputs = [(call, _tried(model, call)) for call in calls]
-                    taken = [(call, x) for call, x in outputs if x is not None]
-                    self._runs += taken
-                    if taken:
-                        break
+                self._runs += _taken(model, source)
 
     @property
     def runs(self) -> bool:
@@ -286,11 +276,21 @@ class Prover:
             yield
 
 
+def _taken(model: nn.Module, source: Iterable[list[Call]]) -> list[tuple[Call, list[Output]]]:
+    """Of the first calls that go together and of which a model takes any, those that it takes, and what it gives."""
+    with contextlib.suppress(Exception):  # of a config or a batch of a kind that nobody knows
+        for calls in source:
+            outputs = ((call, _tried(model, call)) for call in calls)
+            if taken := [(call, x) for call, x in outputs if x is not None]:
+                return taken
+    return []
+
+
 def _tried(model: nn.Module, call: Call) -> list[Output] | None:
-    """None where its code raises, or nothing that it gives is finite."""
+    """None where its code raises, whatever that is, or nothing that it gives is finite."""
     try:
         outputs = _outputs(model, call)
-    except Exception:  # whatever a stranger's code raises for what is made up
+    except Exception:
         return None
     return outputs if any(x.rows.isfinite().any() for x in outputs) else None
 
@@ -318,7 +318,7 @@ def _off(y: Tensor, expected: Tensor) -> float:
 
 @contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """What a model keeps of a call (counters, caches of cosines, hooks that are made when they are first needed) is gone after it."""
+    """What a model keeps of a call is gone after it: counters, caches of cosines, hooks that are made when they are needed."""
     before = [(vars(m), {name: (x, _kept(x)) for name, x in vars(m).items()}) for m in model.modules()]
     buffers = [(b, b.clone()) for b in model.buffers() if b.numel() <= _KEPT]
     try:

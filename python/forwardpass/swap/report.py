@@ -135,7 +135,9 @@ class Report(Printed):
     swapped: list[Swapped]
     joined: list[tuple[str, ...]]  #: swapped layers that are called with one input, and are one product
     mlps: list[tuple[str, ...]]  #: swapped layers that are one `fp.nn.MLP` or `fp.nn.GatedMLP`
-    apart: list[Skipped]  #: first layers of MLPs that stay layers of their own, each with its reason
+    apart: list[
+        Skipped
+    ]  #: what is not rewritten: first layers of MLPs and products, and attention, each with its reason
     norms: list[str]  #: norms before MLPs that quantise for them on a GPU
     attention: list[SwappedAttention]
     skipped: list[Skipped]
@@ -228,7 +230,7 @@ class Report(Printed):
                     Table([(title, "with"), *((name, ", ".join(map(_last, x[0][1:]))) for name, x in runs)]),
                 )
         if self.apart:
-            yield from ("", _reasons("layers of MLPs that stay apart", self.apart))
+            yield from ("", _reasons("layers that stay apart", self.apart))
         if self.norms and self.device != "cpu":  # where they do what they did
             names = [name for name, _ in together(self.norms, lambda fqn: fqn)]
             yield from ("", Table([("norms that quantise for an MLP",), *((name,) for name in names)]))

@@ -81,8 +81,6 @@ class _Change:
     """What is put into a model besides layers."""
 
     parts: Sequence[AttentionSwap | UnpaddingSwap | CacheSwap]
-    fqn: str = ""
-    key: tuple[Any, ...] = ()
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -101,7 +99,7 @@ def _attention(decision: Decision) -> _Change:
 class _Unpadded(_Change):
     """And which stacks were seen to run without padding, by their first layers."""
 
-    decision: UnpaddingDecision = UnpaddingDecision((), None)
+    decision: UnpaddingDecision
     seen: set[nn.Module] = field(default_factory=set)
 
     @staticmethod
@@ -163,14 +161,12 @@ def prove(decision: Decision, unpad: str | bool, batch: Any = None, forward: For
     layers = run.disproved(prover, rewritings)
     if not prover.runs:
         names = {m: fqn for fqn, m in decision.model.named_modules()}
-        rotation = {names[m]: run.UNPROVEN for m in cache.rotating}
+        rotation = {names[m]: _of_rotation(run.UNPROVEN) for m in cache.rotating}
         return Verdicts(layers, None, _UNSEEN if stacks else None, rotation)
     return _separately(decision, unpad, prover, layers)
 
 
-def _separately(
-    decision: Decision, unpad: str | bool, prover: run.Prover, layers: Mapping[str, Reason]
-) -> Verdicts:
+def _separately(decision: Decision, unpad: str | bool, prover: run.Prover, layers: Mapping[str, Reason]) -> Verdicts:
     """One change after another, where all of them together are none."""
     attention = prover.why_not([_attention(decision)]) if decision.attention.swapped else None
     unpadding, cache = None, decision.kv_cache
@@ -189,14 +185,19 @@ def _separately(
         for cls in dict.fromkeys(map(type, cache.rotating)):
             alike = [m for m in cache.rotating if type(m) is cls]
             if reason := prover.why_not([_cached(decision, alike)]):
-                rotation |= {names[m]: reason for m in alike}
+                rotation |= {names[m]: _of_rotation(reason) for m in alike}
     return Verdicts(layers, attention, unpadding, rotation)
+
+
+def _of_rotation(reason: Reason) -> Reason:
+    return replace(reason, text=f"its cache does not rotate what it appends: {reason.text}")
 
 
 def _stand_ins(decision: Decision) -> tuple[list[tuple[nn.Module, str, nn.Module]], bool]:
     """(floats in the place of layers that a run would change, or that are one of several processes together; whether the model then
     runs). The same ones in all places that are alike."""
-    model, made = decision.model, {}
+    model = decision.model
+    made: dict[tuple[Any, ...], nn.Module] = {}
     dtype = next((p.dtype for p in model.parameters() if p.dtype in FLOATS), torch.get_default_dtype())
     stand_ins: list[tuple[nn.Module, str, nn.Module]] = []
     for leaf in decision.layers:

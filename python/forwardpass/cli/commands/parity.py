@@ -57,7 +57,9 @@ def parity(
         subject = load(model, where, text, calibrate, calibrates, console)
         with tracking() as track:
             track(subject.swapping(), None)
-            report = fp.swap(subject.model, precision=precision, plan=planned, unpad=True, calibrate=subject.calibration)
+            report = fp.swap(
+                subject.model, precision=precision, plan=planned, unpad=True, calibrate=subject.calibration
+            )
             if not report.swapped:
                 reasons = [why for why, _ in by_reason((s.fqn, s.reason.code, s.reason.text) for s in report.skipped)]
                 raise ValueError(

@@ -55,7 +55,7 @@ class UnpaddingDecision:
 
 
 def check_unpad(unpad: str | bool) -> None:
-    if unpad not in ("auto", True, False) or isinstance(unpad, int) and not isinstance(unpad, bool):
+    if unpad not in ("auto", True, False) or (isinstance(unpad, int) and not isinstance(unpad, bool)):
         raise TypeError(f'unpad is "auto", True or False, not {unpad!r}')
 
 
@@ -81,9 +81,7 @@ def decide_unpadding(
     return UnpaddingDecision(tuple(stacks), next(iter(reasons), None if stacks else _NO_ENCODER))
 
 
-def _stacks(
-    model: nn.Module, attention: AttentionDecision
-) -> Iterator[tuple[str, nn.Module, nn.ModuleList]]:
+def _stacks(model: nn.Module, attention: AttentionDecision) -> Iterator[tuple[str, nn.Module, nn.ModuleList]]:
     """Each list of layers of one class with one attention each that sees both sides, its name, and the model of transformers that
     holds it and takes a mask. Whether they compute row by row besides, and the code around them nothing in between, a run says."""
     attending = {id(leaf.module) for leaf in attention.leaves}
@@ -104,7 +102,11 @@ def _stacks(
 def _is_of_encoder(layer: nn.Module, attending: set[int], holder: nn.Module) -> bool:
     within = [m for m in layer.modules() if id(m) in attending]
     is_decoder = getattr(holder.config, "is_decoder", False)  # which has a reason of its own
-    return len(within) == 1 and within[0] is not layer and (is_decoder or getattr(within[0], "is_causal", False) is not True)
+    return (
+        len(within) == 1
+        and within[0] is not layer
+        and (is_decoder or getattr(within[0], "is_causal", False) is not True)
+    )
 
 
 def is_pretrained(module: nn.Module) -> bool:
