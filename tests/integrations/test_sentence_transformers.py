@@ -62,7 +62,13 @@ def test_a_sentence_transformer(tmp_path):
     assert (
         model[0].model.encoder.layer[0].intermediate.dense.activation == "gelu"
     )  # as in a model of transformers by itself
+    lengths = [len(model.tokenizer(text)["input_ids"]) for text in TEXTS]
+    rows = []
+    dense = model[0].model.encoder.layer[1].output.dense
+    handle = dense.register_forward_pre_hook(lambda m, args: rows.append(args[0].shape[:-1].numel()))
     got = torch.from_numpy(model.encode(TEXTS))
+    handle.remove()
+    assert rows == [sum(lengths)] < [max(lengths) * len(TEXTS)]  # its model's forward is called past all hooks
     assert 0.995 < torch.cosine_similarity(got, torch.from_numpy(expected)).min() < 1 - 1e-7
     # in batches of one there is no padding
     assert torch.allclose(got, torch.from_numpy(model.encode(TEXTS, batch_size=1)), atol=1e-3)

@@ -218,7 +218,7 @@ def test_layers_that_no_batch_reaches():
     assert ["unused", "int8", "-", "-", "-", "-", "-"] in [line.split() for line in str(report).splitlines()]
     assert report.unreached == report.to_json()["unreached"] == ["unused"]
     assert report.worst_first()[0].fqn == "unused"
-    assert str(report).splitlines()[1] == "not compared: no batch reached 1 of 3 swapped layers (unused)"
+    assert "not compared: no batch reached 1 of 3 swapped layers (unused)" in " ".join(str(report).split())
 
 
 def test_the_report_in_words_and_in_json():

@@ -1,5 +1,6 @@
 """What is read from code is run before it is believed: code that does more than was read keeps its layers as they are."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ from small_models import ATTENTION, CONFIGS, MLPS, batch, build, outputs
 from torch import nn
 
 import forwardpass as fp
-from forwardpass.proofs import inputs, run
+from forwardpass.proofs import inputs, norms, rewritings, run
 
 SIZE = 64
 
@@ -95,7 +96,7 @@ def test_models_of_transformers_are_run_and_proven(name, monkeypatch):
     errors, error = [], run.Prover.error
     monkeypatch.setattr(run.Prover, "error", lambda *args: errors.append(error(*args)) or errors[-1])
     model = build(name, {**CONFIGS, **ATTENTION, **MLPS})
-    report = fp.swap(model, "int8", include="**", exclude="lm_head")
+    report = fp.swap(model, "int8", include="**", exclude="lm_head", unpad=False)
     assert not {"disproved", "unproven"} & {s.reason.code for s in report.apart}
     assert len(errors) == 1 and errors[0].tokens < 1e-5
     assert torch.isfinite(outputs(model, batch(name))).all()
@@ -103,7 +104,7 @@ def test_models_of_transformers_are_run_and_proven(name, monkeypatch):
 
 def test_a_mistake_in_a_rewriting_is_found(monkeypatch):
     """Were an MLP another formula than was read."""
-    monkeypatch.setattr(run._OneUnit, "forward", lambda self, x: 2 * self._block.module(x))
+    monkeypatch.setattr(rewritings._OneUnit, "forward", lambda self, x: 2 * self._block.module(x))
     model = build("llama")
     with torch.inference_mode():
         before = outputs(model, batch("llama"))
@@ -111,6 +112,19 @@ def test_a_mistake_in_a_rewriting_is_found(monkeypatch):
         assert report.mlps == [] and len(report.joined) == 2  # q, k, v stay one product
         assert {s.reason.code for s in report.apart} == {"disproved"} and len(report.apart) == 2
         assert (outputs(model, batch("llama")) - before).norm() < 0.05 * before.norm()
+
+
+def test_a_mistake_about_a_norm_is_found(monkeypatch):
+    """Were another formula read, or did something else read what it gives, only a GPU would show it."""
+    read = norms.norm_formula
+    monkeypatch.setattr(norms, "norm_formula", lambda m: (f := read(m)) and dataclasses.replace(f, offset=1.0))
+    report = fp.swap(build("llama"), "int8", include="**", exclude="lm_head")
+    assert report.norms == [] and len(report.mlps) == 2
+    assert {s.fqn: s.reason.code for s in report.apart} == {
+        f"model.layers.{i}.post_attention_layernorm": "disproved" for i in range(2)
+    }
+    monkeypatch.undo()
+    assert len(fp.swap(build("llama"), "int8", include="**", exclude="lm_head", dry_run=True).norms) == 2
 
 
 class Conditional(Siblings):

@@ -229,6 +229,13 @@ def transformer_of(model: nn.Module) -> nn.Module:
     return cast(nn.Module, next(model.children()).model)
 
 
+def caller_of(model: nn.Module, transformer: nn.Module) -> nn.Module | None:
+    """The module that calls a model of transformers by its forward, past the hooks on it."""
+    package = "sentence_transformers."
+    modules = (m for m in model.modules() if type(m).__module__.startswith(package) and hasattr(m, "modality_config"))
+    return next((m for m in modules if getattr(m, "model", None) is transformer), None)
+
+
 def save_processor(model: nn.Module, folder: pathlib.Path) -> None:
     """Its tokenizer, as transformers writes it."""
     first: Any = next(model.children())

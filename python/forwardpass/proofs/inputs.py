@@ -176,7 +176,7 @@ def _media(model: Any) -> Iterator[tuple[str, Tensor]]:
     config, parameters = model.config, _parameters(model)
     for part in (config, getattr(config, "vision_config", None)):
         side = getattr(part, "image_size", None)
-        sides = [*side] if isinstance(side, list | tuple) else [side, side]
+        sides: list[Any] = [*side] if isinstance(side, list | tuple) else [side, side]
         if "pixel_values" in parameters and all(isinstance(n, int) and n <= LARGEST for n in sides):
             yield "pixel_values", _noise(model, 1, getattr(part, "num_channels", 3), *sides)
     bins, frames = getattr(config, "num_mel_bins", None), 2 * getattr(config, "max_source_positions", 0)

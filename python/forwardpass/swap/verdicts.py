@@ -19,6 +19,8 @@ from ..integrations.tensor_parallel import sharding_of
 from ..integrations.transformers.unpadding import current
 from ..ops.common.quantized_rows import FLOATS
 from ..proofs import inputs, run
+from ..proofs.mlp import Block
+from ..proofs.rewritings import rewritings
 from ..proofs.walker import Leaf
 from .attention.kv_cache import CacheSwap
 from .attention.modules import AttentionDecision, AttentionSwap
@@ -42,7 +44,7 @@ _UNSEEN = Reason(
 class Verdicts:
     """What is not made, and why."""
 
-    layers: Mapping[str, Reason] = field(default_factory=dict)  #: by the first layers of products and MLPs
+    layers: Mapping[str, Reason] = field(default_factory=dict)  #: by the first layers of products and MLPs, and norms
     attention: Reason | None = None
     unpadding: Reason | None = None
     rotation: Mapping[str, Reason] = field(default_factory=dict)  #: by the attention whose cache does not rotate
@@ -55,10 +57,12 @@ class Verdicts:
         """The decision without it."""
 
         def without(leaf: Leaf) -> Leaf:
-            reason = self.layers.get(leaf.fqn)
+            reason, block = self.layers.get(leaf.fqn), leaf.block
+            if isinstance(block, Block) and block.norm is not None and block.norm.fqn in self.layers:
+                leaf = replace(leaf, block=replace(block, norm=None))
             if reason is None or leaf.is_experts:
                 return leaf
-            return replace(leaf, activation=None, block=reason if leaf.block is not None else None)
+            return replace(leaf, activation=None, block=reason if block is not None else None)
 
         attention, cache = decision.attention, decision.kv_cache
         if self.attention is not None:
@@ -137,13 +141,13 @@ def prove(decision: Decision, unpad: str | bool, batch: Any = None, forward: For
         ValueError: with kv_cache= the model computes something else.
     """
     stacks, cache = decision.unpadding.stacks, decision.kv_cache
-    rewritings = [*run.rewritings([leaf for leaf, _ in decision.swapped])]
+    rewritten = [*rewritings([leaf for leaf, _ in decision.swapped])]
     unpadded = _Unpadded.of(decision)
     changes: list[_Change] = [
         *([unpadded] if stacks else [_attention(decision)] if decision.attention.swapped else []),
         *([_cached(decision, cache.rotating)] if cache.kv_cache is not None else []),
     ]
-    if not rewritings and not changes:
+    if not rewritten and not changes:
         return Verdicts()
     stand_ins, runs_whole = _stand_ins(decision)
     given = inputs.of_batch(batch, forward) if batch is not None else ()
@@ -151,14 +155,14 @@ def prove(decision: Decision, unpad: str | bool, batch: Any = None, forward: For
     prover = run.Prover(decision.model, *sources, stand_ins=stand_ins)
     if prover.runs:
         try:
-            error = prover.error([*changes, *rewritings])
+            error = prover.error([*changes, *rewritten])
         except Exception:  # whatever its code raises so
             error = None
         if error is not None and error.tokens <= prover.tolerance:
             return Verdicts(unpadding=unpadded.verdict(error, prover, unpad) if stacks else None)
         if not prover.is_steady():
             prover = prover.of(decision.model)
-    layers = run.disproved(prover, rewritings)
+    layers = run.disproved(prover, rewritten)
     if not prover.runs:
         names = {m: fqn for fqn, m in decision.model.named_modules()}
         rotation = {names[m]: _of_rotation(run.UNPROVEN) for m in cache.rotating}

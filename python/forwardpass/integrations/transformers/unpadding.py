@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -154,6 +154,19 @@ def enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
     _call.set(_Call(model, _rows(model, args, kwargs), outer))
 
 
+def enter_around(caller: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before the forward of a module of sentence-transformers, which calls its model's forward past all hooks."""
+    features = next(iter((*args, *kwargs.values())), None)
+    if isinstance(features, Mapping) and "hidden_states" not in str(
+        caller.modality_config
+    ):  # which it asks the model for
+        enter(caller.model, (), {**features, **kwargs})
+
+
+def leave_around(caller: Any, args: tuple[Any, ...], output: Any) -> None:
+    leave(caller.model, args, output)
+
+
 def leave(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """After it, whatever it raised."""
     if torch.compiler.is_compiling():
@@ -232,6 +245,7 @@ class Stack:
     model: nn.Module  #: takes the attention_mask
     layers: tuple[nn.Module, ...]
     attention: tuple[nn.Module, ...]  #: of each layer
+    caller: nn.Module | None  #: of sentence-transformers, which calls the model's forward by itself
     by_interface: bool  #: whether attention comes to `transformers.attention`
 
     @property
@@ -241,8 +255,12 @@ class Stack:
 
     def hooks(self) -> Iterator[Any]:
         """Registers them; their handles."""
-        yield self.model.register_forward_pre_hook(enter, with_kwargs=True)
-        yield self.model.register_forward_hook(leave, always_call=True)
+        if self.caller is None:
+            yield self.model.register_forward_pre_hook(enter, with_kwargs=True)
+            yield self.model.register_forward_hook(leave, always_call=True)
+        else:
+            yield self.caller.register_forward_pre_hook(enter_around, with_kwargs=True)
+            yield self.caller.register_forward_hook(leave_around, always_call=True)
         yield self.layers[0].register_forward_pre_hook(gather, with_kwargs=True)
         for layer in self.layers if self.by_interface else ():  # else attention gets padded rows, and all positions
             if "position_embeddings" in _parameters(type(layer).forward):

@@ -14,6 +14,7 @@ from torch import nn
 
 from ...common.batches import device_of
 from ...dispatch import Reason, gpu_takes
+from ...integrations.sentence_transformers import caller_of
 from ...integrations.transformers.attention import dispatches
 from ...integrations.transformers.unpadding import CLASSES, PLACE, Stack, why_replaced
 from ...proofs.walker import Leaf
@@ -72,7 +73,7 @@ def decide_unpadding(
     changed = {id(leaf.module) for leaf in (*swapped, *attention.swapped)}
     stacks, reasons = [], []
     for fqn, model, layers in _stacks(context.model, attention):
-        stack = _stack(fqn, model, layers, attention, planned)
+        stack = _stack(fqn, model, layers, attention, planned, caller_of(context.model, model))
         reason = _why_not(stack, changed)
         if reason is None:
             stacks.append(stack)
@@ -113,7 +114,14 @@ def is_pretrained(module: nn.Module) -> bool:
     return any(cls.__name__ == "PreTrainedModel" for cls in type(module).__mro__)
 
 
-def _stack(fqn: str, model: nn.Module, layers: nn.ModuleList, attention: AttentionDecision, planned: str) -> Stack:
+def _stack(
+    fqn: str,
+    model: nn.Module,
+    layers: nn.ModuleList,
+    attention: AttentionDecision,
+    planned: str,
+    caller: nn.Module | None,
+) -> Stack:
     below = {id(m) for layer in layers for m in layer.modules()}
     modules = tuple(leaf.module for leaf in attention.leaves if id(leaf.module) in below)
     reasons = {s.fqn: s.reason for s in attention.skipped}
@@ -130,7 +138,7 @@ def _stack(fqn: str, model: nn.Module, layers: nn.ModuleList, attention: Attenti
         return not is_kept and why_not_named(leaf.module, holders) is None
 
     by_interface = all(comes_to_us(leaf) for leaf in attention.leaves if id(leaf.module) in below)
-    return Stack(fqn, model, tuple(layers), modules, by_interface)
+    return Stack(fqn, model, tuple(layers), modules, caller, by_interface)
 
 
 def _why_not(stack: Stack, changed: set[int]) -> Reason | None:
