@@ -127,9 +127,9 @@ def _of_transformers(model: Any) -> Iterator[list[Call]]:
         if name == main:
             batch = {name: x, **decoded}
             yield [Call(batch, step=batch if decoded else None)]
-    for name, x in _media(model):  # CLIP takes both
-        if texts and name != main:
-            yield [Call({**call.batch, name: x}) for call in texts]
+    for name, x in _media(model):  # CLIP and BLIP take both
+        if texts:
+            yield [Call({**call.batch, name: x.expand(len(call.batch["input_ids"]), *x.shape[1:])}) for call in texts]
 
 
 def _texts(model: Any) -> list[Call]:
@@ -177,8 +177,11 @@ def _media(model: Any) -> Iterator[tuple[str, Tensor]]:
     for part in (config, getattr(config, "vision_config", None)):
         side = getattr(part, "image_size", None)
         sides: list[Any] = [*side] if isinstance(side, list | tuple) else [side, side]
-        if "pixel_values" in parameters and all(isinstance(n, int) and n <= LARGEST for n in sides):
-            yield "pixel_values", _noise(model, 1, getattr(part, "num_channels", 3), *sides)
+        if "pixel_values" not in parameters or part is None:
+            continue
+        for height, width in [sides] if side is not None else zip(SIDES, SIDES):
+            if isinstance(height, int) and max(height, width) <= LARGEST:
+                yield "pixel_values", _noise(model, 1, getattr(part, "num_channels", 3), height, width)
     bins, frames = getattr(config, "num_mel_bins", None), 2 * getattr(config, "max_source_positions", 0)
     if "input_features" in parameters and isinstance(bins, int) and frames <= FRAMES:
         yield "input_features", _noise(model, 1, bins, frames) if frames else _noise(model, 1, FRAMES, bins)

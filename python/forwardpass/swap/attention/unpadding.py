@@ -84,7 +84,7 @@ def decide_unpadding(
 
 def _stacks(model: nn.Module, attention: AttentionDecision) -> Iterator[tuple[str, nn.Module, nn.ModuleList]]:
     """Each list of layers of one class with one attention each that sees both sides, its name, and the model of transformers that
-    holds it and takes a mask. Whether they compute row by row besides, and the code around them nothing in between, a run says."""
+    holds it and takes tokens and a mask. Whether they compute row by row besides, and the code around them nothing in between, a run says."""
     attending = {id(leaf.module) for leaf in attention.leaves}
     for fqn, layers in model.named_modules():
         if not isinstance(layers, nn.ModuleList) or len({type(layer) for layer in layers}) != 1:
@@ -94,7 +94,7 @@ def _stacks(model: nn.Module, attention: AttentionDecision) -> Iterator[tuple[st
         holder = next((m for m in above if is_pretrained(m)), None)
         if (
             holder is not None
-            and "attention_mask" in inspect.signature(type(holder).forward).parameters
+            and {"input_ids", "attention_mask"} <= inspect.signature(type(holder).forward).parameters.keys()
             and all(_is_of_encoder(layer, attending, holder) for layer in layers)
         ):
             yield fqn, holder, layers
