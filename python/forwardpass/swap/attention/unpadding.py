@@ -84,7 +84,8 @@ def decide_unpadding(
 
 def _stacks(model: nn.Module, attention: AttentionDecision) -> Iterator[tuple[str, nn.Module, nn.ModuleList]]:
     """Each list of layers of one class with one attention each that sees both sides, its name, and the model of transformers that
-    holds it and takes tokens and a mask. Whether they compute row by row besides, and the code around them nothing in between, a run says."""
+    holds it and takes tokens and a mask. A run says whether they compute row by row besides, and the code around them nothing in
+    between."""
     attending = {id(leaf.module) for leaf in attention.leaves}
     for fqn, layers in model.named_modules():
         if not isinstance(layers, nn.ModuleList) or len({type(layer) for layer in layers}) != 1:
