@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..common.batches import device_of, evaluating
 from ..common.compare import relative_error
 from ..dispatch import Reason
+from ..dispatch.choice import choosing, interpreter
 from ..nn import QuantizedModule
 from .inputs import Call, Output, features_in
 from .rewritings import Rewriting, put
@@ -32,6 +33,8 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 _ROUNDING = 2e-2
 #: Elements of a buffer that is put back where a model writes into it as it runs.
 _KEPT = 1 << 20
+#: Interpreted kernels take a thousand times as long, and which kernels there are is no question of what code does.
+_ON_CPU: dict[str, Any] = {"backend": "auto", "interpreter": None, "arch": None}
 UNPROVEN = Reason(
     "unproven",
     "no input could be made up to run it so, and its code alone is not believed",
@@ -122,7 +125,9 @@ class Prover:
         devices = (
             range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
         )  # manual_seed is for all of them
-        with evaluating(self.model), torch.random.fork_rng(devices), ExitStack() as stack:
+        interpreting = interpreter()
+        on_cpu = _ON_CPU if interpreting is not None and interpreting.memory == "cpu" else {}
+        with choosing(on_cpu), evaluating(self.model), torch.random.fork_rng(devices), ExitStack() as stack:
             for holder, name, module in self._stand_ins:
                 put(stack, holder, name, module)
             yield
