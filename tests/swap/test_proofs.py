@@ -127,6 +127,18 @@ def test_a_mistake_about_a_norm_is_found(monkeypatch):
     assert len(fp.swap(build("llama"), "int8", include="**", exclude="lm_head", dry_run=True).norms) == 2
 
 
+def test_what_only_together_gives_something_else(monkeypatch):
+    """Then none of it is made."""
+    error = run.Prover.error
+    kinds = lambda candidates: {x.key[0] for x in candidates if isinstance(x, rewritings.Rewriting)}  # noqa: E731
+    monkeypatch.setattr(run.Prover, "error", lambda prover, candidates=():
+                        run.Error(1.0, 1.0) if len(kinds(candidates)) > 1 else error(prover, candidates))  # fmt: skip
+    model = build("llama")
+    report = fp.swap(model, "int8", include="**", exclude="lm_head")
+    assert not report.mlps and not report.joined and not report.norms
+    assert {s.reason.code for s in report.apart} == {"disproved"}
+
+
 class Conditional(Siblings):
     """Between its layers it changes their input, as `changes` of the input says."""
 

@@ -130,7 +130,7 @@ def swap(
             refuse_swapped(model, ", and nothing else that would be swapped")
         others = (*keras.skipped(context.exclude), *projections.skipped(context))
         decision = replace(decision, skipped=(*decision.skipped, *others))
-        batch, batches = first_of(config.calibrate or ()) if not dry_run else (None, ())
+        batch, batches = first_of(() if config.calibrate is None or dry_run else config.calibrate)
         verdicts = prove(decision, unpad if config.plan is None else bool(unpad), batch, config.forward)
         decision = verdicts.applied(decision)
         if config.strict:

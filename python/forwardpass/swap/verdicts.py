@@ -20,7 +20,7 @@ from ..integrations.transformers.unpadding import current
 from ..ops.common.quantized_rows import FLOATS
 from ..proofs import inputs, run
 from ..proofs.mlp import Block
-from ..proofs.rewritings import rewritings
+from ..proofs.rewritings import Rewriting, rewritings
 from ..proofs.walker import Leaf
 from .attention.kv_cache import CacheSwap
 from .attention.modules import AttentionDecision, AttentionSwap
@@ -140,14 +140,11 @@ def prove(decision: Decision, unpad: str | bool, batch: Any = None, forward: For
     Raises:
         ValueError: with kv_cache= the model computes something else.
     """
-    stacks, cache = decision.unpadding.stacks, decision.kv_cache
-    rewritten = [*rewritings([leaf for leaf, _ in decision.swapped])]
-    unpadded = _Unpadded.of(decision)
-    changes: list[_Change] = [
-        *([unpadded] if stacks else [_attention(decision)] if decision.attention.swapped else []),
-        *([_cached(decision, cache.rotating)] if cache.kv_cache is not None else []),
-    ]
-    if not rewritten and not changes:
+    stacks = decision.unpadding.stacks
+    unpadded, candidates = _Unpadded.of(decision), _candidates(decision)
+    if stacks:
+        candidates.append(unpadded)
+    if not candidates:
         return Verdicts()
     stand_ins, runs_whole = _stand_ins(decision)
     given = inputs.of_batch(batch, forward) if batch is not None else ()
@@ -155,19 +152,44 @@ def prove(decision: Decision, unpad: str | bool, batch: Any = None, forward: For
     prover = run.Prover(decision.model, *sources, stand_ins=stand_ins)
     if prover.runs:
         try:
-            error = prover.error([*changes, *rewritten])
+            error = prover.error(candidates)
         except Exception:  # whatever its code raises so
             error = None
         if error is not None and error.tokens <= prover.tolerance:
             return Verdicts(unpadding=unpadded.verdict(error, prover, unpad) if stacks else None)
         if not prover.is_steady():
             prover = prover.of(decision.model)
-    layers = run.disproved(prover, rewritten)
+    layers = run.disproved(prover, _rewritten(decision))
     if not prover.runs:
-        names = {m: fqn for fqn, m in decision.model.named_modules()}
-        rotation = {names[m]: _of_rotation(run.UNPROVEN) for m in cache.rotating}
-        return Verdicts(layers, None, _UNSEEN if stacks else None, rotation)
-    return _separately(decision, unpad, prover, layers)
+        return Verdicts(layers, None, _UNSEEN if stacks else None, _rotation(decision, run.UNPROVEN))
+    verdicts = _separately(decision, unpad, prover, layers)
+    remaining = verdicts.applied(decision)
+    candidates = [*_candidates(remaining), *([_Unpadded.of(remaining)] if remaining.unpadding.stacks else [])]
+    if candidates and (reason := prover.why_not(candidates)):  # of which each by itself gives what the model gives
+        nothing = {x.fqn: reason for x in _rewritten(decision)}
+        return Verdicts(nothing, verdicts.attention, reason if stacks else None, _rotation(decision, reason))
+    return verdicts
+
+
+def _rewritten(decision: Decision) -> Iterator[Rewriting]:
+    return rewritings([leaf for leaf, _ in decision.swapped])
+
+
+def _candidates(decision: Decision) -> list[run.Candidate]:
+    """All that is done at once, but for padding."""
+    cache = decision.kv_cache
+    return [
+        *([_attention(decision)] if decision.attention.swapped else []),
+        *([_cached(decision, cache.rotating)] if cache.kv_cache is not None else []),
+        *_rewritten(decision),
+    ]
+
+
+def _rotation(decision: Decision, reason: Reason, cls: type[nn.Module] = nn.Module) -> dict[str, Reason]:
+    """Of attention of this class whose cache would rotate what it appends."""
+    names = {m: fqn for fqn, m in decision.model.named_modules()}
+    reason = replace(reason, text=f"its cache does not rotate what it appends: {reason.text}")
+    return {names[m]: reason for m in decision.kv_cache.rotating if isinstance(m, cls)}
 
 
 def _separately(decision: Decision, unpad: str | bool, prover: run.Prover, layers: Mapping[str, Reason]) -> Verdicts:
@@ -185,16 +207,10 @@ def _separately(decision: Decision, unpad: str | bool, prover: run.Prover, layer
             raise ValueError(
                 f"kv_cache={cache.kv_cache!r} does not go with this {type(decision.model).__name__}, as {reason.text}: drop it"
             )
-        names = {m: fqn for fqn, m in decision.model.named_modules()}
         for cls in dict.fromkeys(map(type, cache.rotating)):
-            alike = [m for m in cache.rotating if type(m) is cls]
-            if reason := prover.why_not([_cached(decision, alike)]):
-                rotation |= {names[m]: _of_rotation(reason) for m in alike}
+            if reason := prover.why_not([_cached(decision, (m for m in cache.rotating if isinstance(m, cls)))]):
+                rotation |= _rotation(decision, reason, cls)
     return Verdicts(layers, attention, unpadding, rotation)
-
-
-def _of_rotation(reason: Reason) -> Reason:
-    return replace(reason, text=f"its cache does not rotate what it appends: {reason.text}")
 
 
 def _stand_ins(decision: Decision) -> tuple[list[tuple[nn.Module, str, nn.Module]], bool]:
