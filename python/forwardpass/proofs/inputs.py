@@ -86,7 +86,7 @@ def _entry(result: Any, name: str) -> Any:
 
 
 def _parameters(model: Any) -> Mapping[str, inspect.Parameter]:
-    """Of a model's forward; of peft's, which hands on whatever it is given, of the model below."""
+    """A model's forward has them; peft's hands on whatever it is given, so that those of the model below count."""
     parameters = inspect.signature(model.forward).parameters
     hands_on = all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters.values())
     return _parameters(model.get_base_model()) if hands_on and hasattr(model, "get_base_model") else parameters
@@ -156,7 +156,7 @@ def _with_step(model: Any, batch: dict[str, Tensor]) -> Call:
 
 
 def _ids(model: Any, rows: int, tokens: int) -> Tensor:
-    """Of tokens behind the first three, which stand for padding and the ends of texts."""
+    """Tokens behind the first three, which stand for padding and the ends of texts."""
     config: Any = getattr(model, "config", None)
     stated = getattr(config.get_text_config(), "vocab_size", None) if hasattr(config, "get_text_config") else None
     size = stated or next((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), 2)
@@ -236,7 +236,7 @@ def features_in(model: nn.Module, features: int) -> Iterable[list[Tensor]]:
 
 
 def _sides(model: Any) -> list[int]:
-    """Of pictures, where a model of timm or torchvision states it that one first."""
+    """Sides of pictures, first the one that a model of timm or torchvision states."""
     stated = (getattr(model, name, None) for name in ("pretrained_cfg", "default_cfg"))
     sizes = [x["input_size"][-1] for x in stated if isinstance(x, Mapping) and x.get("input_size")]
     sizes += [n for n in (getattr(model, "image_size", None),) if isinstance(n, int)]

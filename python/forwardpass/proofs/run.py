@@ -88,7 +88,7 @@ class Prover:
         return max(*(_TOLERANCE.get(dtype, 0.0) for dtype in dtypes), _TOLERANCE[torch.float32], _ROUNDING * rounds)
 
     def error(self, candidates: Sequence[Candidate] = ()) -> Error:
-        """Of the model with these in place. What its code raises is raised."""
+        """The model's with these in place. What its code raises is raised."""
         with self._running(), ExitStack() as stack:
             for candidate in candidates:
                 stack.enter_context(candidate.in_place())
@@ -134,12 +134,12 @@ class Prover:
 
 
 def _taken(model: nn.Module, source: Iterable[list[Call]]) -> list[tuple[Call, list[Output]]]:
-    """Of the first calls that go together and of which a model takes any, those that it takes, and what it gives."""
+    """The first calls that go together and of which a model takes any: those that it takes, and what it gives."""
     with contextlib.suppress(Exception):  # of a config or a batch of a kind that nobody knows
         for calls in source:
             outputs = ((call, _tried(model, call)) for call in calls)
-            if taken := [(call, x) for call, x in outputs if x is not None]:
-                return taken
+            if runs := [(call, x) for call, x in outputs if x is not None]:
+                return runs
     return []
 
 

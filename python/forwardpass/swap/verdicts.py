@@ -147,8 +147,8 @@ def prove(decision: Decision, unpad: str | bool, batch: Any = None, forward: For
     if not candidates:
         return Verdicts()
     stand_ins, runs_whole = _stand_ins(decision)
-    given = inputs.of_batch(batch, forward) if batch is not None else ()
-    sources = (given, inputs.made_up(decision.model)) if runs_whole else ()
+    users = inputs.of_batch(batch, forward) if batch is not None else ()
+    sources = (users, inputs.made_up(decision.model)) if runs_whole else ()
     prover = run.Prover(decision.model, *sources, stand_ins=stand_ins)
     if prover.runs:
         try:
@@ -186,7 +186,7 @@ def _candidates(decision: Decision) -> list[run.Candidate]:
 
 
 def _rotation(decision: Decision, reason: Reason, cls: type[nn.Module] = nn.Module) -> dict[str, Reason]:
-    """Of attention of this class whose cache would rotate what it appends."""
+    """By the names of attention of this class whose cache would rotate what it appends."""
     names = {m: fqn for fqn, m in decision.model.named_modules()}
     reason = replace(reason, text=f"its cache does not rotate what it appends: {reason.text}")
     return {names[m]: reason for m in decision.kv_cache.rotating if isinstance(m, cls)}
@@ -217,7 +217,7 @@ def _stand_ins(decision: Decision) -> tuple[list[tuple[nn.Module, str, nn.Module
     """(floats in the place of layers that a run would change, or that are one of several processes together; whether the model then
     runs). The same ones in all places that are alike."""
     model = decision.model
-    made: dict[tuple[Any, ...], nn.Module] = {}
+    kinds: dict[tuple[Any, ...], nn.Module] = {}
     dtype = next((p.dtype for p in model.parameters() if p.dtype in FLOATS), torch.get_default_dtype())
     stand_ins: list[tuple[nn.Module, str, nn.Module]] = []
     for leaf in decision.layers:
@@ -225,9 +225,9 @@ def _stand_ins(decision: Decision) -> tuple[list[tuple[nn.Module, str, nn.Module
             device = next((t.device for t in (*leaf.module.parameters(), *leaf.module.buffers())), None)
             sizes = leaf.in_features, leaf.out_features, leaf.has_bias
             key = type(leaf.parent), leaf.name, sizes, device
-            if key not in made:
-                made[key] = _floats(*sizes, device, dtype, len(made))
-            stand_ins.append((leaf.parent, leaf.name, made[key]))
+            if key not in kinds:
+                kinds[key] = _floats(*sizes, device, dtype, len(kinds))
+            stand_ins.append((leaf.parent, leaf.name, kinds[key]))
     replaced = {id(leaf.module) for leaf in decision.layers if not leaf.is_experts}
     return stand_ins, not any(_stays(m) and id(m) not in replaced for m in model.modules())
 
