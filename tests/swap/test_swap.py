@@ -446,8 +446,9 @@ def test_a_model_that_changes_meanwhile_is_not_touched():
     model = block()
 
     def forward(model, batch):
+        result = model(batch)
         model.second = nn.Linear(128, 64)
-        return model(batch)
+        return result
 
     with pytest.raises(RuntimeError, match="second is no longer the Linear"):
         fp.swap(model, "int8", calibrate=[torch.randn(2, 64)], forward=forward)

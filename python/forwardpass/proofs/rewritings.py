@@ -127,10 +127,9 @@ class _Handing(nn.Module):
             y = F.layer_norm(y, y.shape[-1:], eps=eps)
         else:
             y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
-        dtype = x.dtype
+        dtype = norm(x).dtype  # T5's own is that of its weight
         for name, p in norm._parameters.items():
             if p is not None:
-                dtype = torch.promote_types(dtype, p.dtype)
                 y = y * (p.float() + formula.offset) if name == "weight" else y + p.float()
         self.result = torch.full_like(y, torch.nan, dtype=dtype), y.to(dtype)
         return self.result[0]
