@@ -1,6 +1,6 @@
 """A checkpoint of floats with a billion parameters, loaded into 8 bits in each way: the most memory, and the time.
 
-    python -m benchmarks.load_memory [--precision int8] [--layers 22] [--dtype bfloat16] [--ways swap,config,folder,save] [--json FILE]
+    python -m benchmarks.load_memory [--precision int8] [--layers 22] [--dtype bfloat16] [--ways swap,config] [--json FILE]
 
 The checkpoint is a Llama of TinyLlama's sizes with random weights, in bfloat16, written to a temporary folder and removed at the
 end. Each way has a process of its own:

@@ -7,6 +7,7 @@ fills, and then does what else the record says.
 
 from __future__ import annotations
 
+import copy
 import functools
 import pathlib
 from collections.abc import Iterable, Mapping
@@ -21,12 +22,20 @@ from ..common.tensor_files import TensorFiles
 from ..integrations.tensor_parallel import take_over
 from ..nn import QuantizedLinear, QuantizedModule
 from ..proofs.siblings import JoinedSwap
-from ..proofs.walker import experts_leaves, linear_like
 from ..swap import methods
 from ..swap.attention.projections import Projections
 from ..swap.config import METHOD, Config
-from ..swap.precision import STORED, find_precision
-from ..swap.swapping import swap
+from ..swap.while_loading import WhileLoading
+from .floats import (
+    check_config,
+    check_files,
+    check_loaded,
+    is_as_saved,
+    is_loaded,
+    put_operation,
+    swap_loaded,
+    while_loading,
+)
 from .load import decide_changes, empty_layers, put_changes
 from .record import EARLIER, checked, renamed, weights_of
 
@@ -34,7 +43,6 @@ _QUANTIZERS = "transformers.quantizers.auto"
 _ENTRIES = ("schema", "forwardpass", "weights", "layers", "attention", "unpad", "kv_cache", "aliases")
 _NO_MODEL = {"class": "", "attention": None, "config": None, "generation_config": None}
 _FIX = "load it with fp.load_pretrained, or save it again"
-_NOT_FLOATS = "of a model that another library has quantised, load it with fp.load_pretrained"
 
 
 def entry(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,32 +91,49 @@ def _register() -> None:
             return {"quant_method": METHOD, **self.entries}
 
     class ForwardpassQuantizer(reading_quantizer()):  # type: ignore[misc]
-        """Reads a folder of ours (pre_quantized), or swaps a model of floats after it is loaded."""
+        """Reads a folder of ours (pre_quantized), or swaps a model of floats: its layers while it is loaded, or all of it then."""
+
+        loading: WhileLoading | None = None
+        dtype: Any = None  #: that floats are loaded in
 
         def update_attn_implementation(self, config: Any) -> Any:
-            self.config, self.config_class = config, type(config)
             if not self.pre_quantized:
                 if not isinstance(self.quantization_config, Config):
                     raise ValueError('quantization_config of a model of floats is an fp.Config, e.g. fp.Config("int8")')
-                _check(self.quantization_config)
+                check_config(self.quantization_config)
                 return config
             self.record = checked({**self.quantization_config.entries, "model": _NO_MODEL}, "config.json")
-            config.transformers_weights, *others = weights_of(self.record)
-            if others:  # transformers asks the config's class for them; it has them for as long as files are looked for
+            # A copy, as somebody may hold the config and go on with it where the load fails.
+            self.config, self.config_class = copy.copy(config), type(config)
+            self.config.transformers_weights, *others = weights_of(self.record)
+            # transformers asks the config's class for more files than one. The copy is of another one until they are found.
+            if others:
                 extra = (*getattr(type(config), "extra_files", ()), *others)
-                config.__class__ = type(type(config).__name__, (type(config),), {"extra_files": extra})
-            return config
+                self.config.__class__ = type(type(config).__name__, (type(config),), {"extra_files": extra})
+            return self.config
 
         def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
             """transformers has found the files by now."""
-            self.config.__class__ = self.config_class
+            self.dtype = dtype
+            if self.pre_quantized:
+                self.config.__class__ = self.config_class
             return dtype
+
+        def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+            return self.loading is not None and self.loading.takes(param_name)
+
+        def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+            return 1 if self.param_needs_quantization(model, param_name) else param.element_size()
+
+        def get_quantize_ops(self) -> Any:
+            return put_operation()(self.loading)
 
         def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
             if self.pre_quantized:
                 self.filled = _Filled(model, self.record, _shapes(checkpoint_files or (), self.record))
             else:
-                _check_files(checkpoint_files or ())
+                check_files(checkpoint_files or ())
+                self.loading = while_loading(model, self.quantization_config, self.dtype)
 
         def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
             self.remove_quantization_config(model)
@@ -118,70 +143,14 @@ def _register() -> None:
             if self.pre_quantized:
                 self.filled.finish()
             else:
-                _check_loaded(model)
-                _swap_loaded(model, self.quantization_config)
+                check_loaded(model)
+                swap_loaded(model, self.quantization_config)
+                if self.loading is not None:
+                    self.loading.check_taken()
             return model
 
     auto.register_quantization_config(METHOD)(ForwardpassConfig)
     auto.register_quantizer(METHOD)(ForwardpassQuantizer)
-
-
-def _check(config: Config) -> None:
-    """ValueError, before anything is loaded, where this is nothing for a model of floats."""
-    config.check_complete()
-    precision = config.precision
-    names = (
-        [precision] if isinstance(precision, str) else [*precision.values()] if isinstance(precision, Mapping) else []
-    )
-    if STORED.name in names:
-        raise ValueError(f"the precision {STORED.name!r} is for what another library has stored: load without this, and call "
-                         "fp.swap(model)")  # fmt: skip
-    if config.calibrate is not None and names and not any(find_precision(name).takes_calibration for name in names):
-        raise ValueError(f'{", ".join(names)} takes no calibration: drop calibrate=, or use precision="int8"')
-
-
-def _swap_loaded(model: nn.Module, config: Config) -> None:
-    """`fp.swap` of what was loaded. Where the originals go, so does the mapped file that they are in."""
-    loaded = {t.untyped_storage()._cdata: t.untyped_storage() for t in model.parameters() if t.device.type == "cpu"}
-    keep = False if config.keep == "auto" else config.keep
-    swap(model, config, keep=keep)
-    if keep is False:
-        for t in (*model.parameters(), *model.buffers()):
-            if t.untyped_storage()._cdata in loaded:  # each tensor of a mapped file keeps all of it
-                t.data = t.data.clone()
-
-
-def _check_files(paths: Iterable[str]) -> None:
-    """ValueError where weights have 8 bits, which transformers would make floats of without their scales."""
-    with TensorFiles([pathlib.Path(path) for path in paths if path.endswith(".safetensors")], _NOT_FLOATS) as tensors:
-        for name, dtype in tensors.dtypes().items():
-            if dtype.startswith("F8") or (dtype in ("I8", "U8") and name.endswith("weight")):
-                raise ValueError(
-                    f"{name[:80]} is {dtype} in the files, and fp.Config swaps models of floats: {_NOT_FLOATS}"
-                )
-
-
-def _check_loaded(model: Any) -> None:
-    """ValueError where the values that were loaded are not all there, or not on one device."""
-
-    if any("_hf_hook" in vars(m) for m in model.modules()):
-        raise ValueError("fp.Config swaps a model on one device, and this device_map spreads it over several: load it on one, "
-                         'device_map="cpu" or "cuda", save it with fp.save_pretrained, and load that folder so')  # fmt: skip
-    whole = _is_as_saved(model)
-    for leaf in (*linear_like(model), *experts_leaves(model)):
-        if whole and not all(map(_is_loaded, leaf.module._parameters.values())):
-            raise ValueError(f"the weight of {leaf.fqn} is not in the files, and would be quantised as it happens to be "
-                             f"initialised: {_NOT_FLOATS}")  # fmt: skip
-
-
-def _is_loaded(tensor: Tensor | None) -> bool:
-    """Whether transformers has read it, and not initialised it."""
-    return tensor is None or getattr(tensor, "_is_hf_initialized", False)
-
-
-def _is_as_saved(model: Any) -> bool:
-    """Whether it is of the class that was saved: another one has parts that no file has."""
-    return type(model).__name__ in (model.config.architectures or ())
 
 
 def _shapes(paths: Iterable[str], record: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -229,16 +198,16 @@ class _Filled:
                 there.fill(layer)
                 leaf.parent._modules[leaf.name] = layer
             for name, t in layer.named_buffers():
-                if not _is_loaded(t):
+                if not is_loaded(t):
                     raise self._fail(f"{fqn}.{name} is missing from the file")
             layer._parameters["anchor"] = vars(layer).pop("anchor")
             layer._apply(lambda t: t)  # rows of 16 bytes
             if isinstance(layer, QuantizedLinear):
                 layer.settle()
         anchors = {id(layer.anchor) for _, layer in self.layers.values()}
-        if _is_as_saved(self.model):
+        if is_as_saved(self.model):
             for name, t in self.model.named_parameters():
-                if not _is_loaded(t) and id(t) not in anchors:
+                if not is_loaded(t) and id(t) not in anchors:
                     raise self._fail(f"{name} is missing from the file")
         if eight_bits := [name for name, p in self.model.named_parameters() if p.itemsize == 1]:
             raise self._fail(f"{eight_bits[0]} has 8 bits in the file, and no layer of it is recorded")

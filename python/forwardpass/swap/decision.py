@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container
+from collections.abc import Collection, Container, Mapping
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -18,7 +18,7 @@ from .attention.kv_cache import CacheDecision, decide_kv_cache
 from .attention.modules import NOT_PLANNED, AttentionDecision, decide_attention
 from .attention.unpadding import UnpaddingDecision, decide_unpadding
 from .plan import UNPAD, Plan
-from .precision import STORED, LayerPrecision, Presets, find_precision
+from .precision import STORED, Early, LayerPrecision, Presets
 from .report import Skipped
 from .rules import KINDS, Context, fused_experts, offloaded, why_skip
 
@@ -101,30 +101,42 @@ def _decide_layers(
             if plan.calibrated:
                 raise ValueError("the plan was made with calibration: pass calibrate=batches, or load a checkpoint")
             raise ValueError("the plan was made without calibration: drop calibrate=, or plan again")
-        precisions = {
-            layer.fqn: LayerPrecision(find_precision(layer.precision, layer.version), layer.calibrated)
-            for layer in plan.layers
-        }
-    elif presets is not None:
-        precisions = {leaf.fqn: p for leaf in leaves if (p := _by_hand(leaf, presets, calibrated)) is not None}
-        if calibrated and precisions and not any(p.precision.takes_calibration for p in precisions.values()):
-            names = ", ".join(dict.fromkeys(p.precision.name for p in precisions.values()))
-            raise ValueError(f'{names} takes no calibration: drop calibrate=, or use precision="int8"')
-    elif calibrated:
+    elif calibrated and presets is None:
         raise ValueError('attention takes no calibration: drop calibrate=, or use precision="int8"')
-    else:
-        precisions = {}
+    planned = None if plan is None else plan.precisions()
+    precisions = {leaf.fqn: p for leaf in leaves if (p := precision_of(leaf, presets, planned, calibrated)) is not None}
+    if (
+        plan is None
+        and calibrated
+        and precisions
+        and not any(p.precision.takes_calibration for p in precisions.values())
+    ):
+        names = ", ".join(dict.fromkeys(p.precision.name for p in precisions.values()))
+        raise ValueError(f'{names} takes no calibration: drop calibrate=, or use precision="int8"')
     swapped, skipped = [], []
     for leaf in leaves:
         if leaf.fqn not in precisions:
             skipped.append(Skipped(leaf.fqn, NOT_PLANNED if plan is not None else _NO_PRECISION))
-        elif reason := why_skip(leaf, context, precisions[leaf.fqn].precision, defaults=plan is None):
+        elif Early.of(leaf.module) is None and (
+            reason := why_skip(leaf, context, precisions[leaf.fqn].precision, defaults=plan is None)
+        ):
             if plan is not None and KINDS.get(reason.code) != "user":
                 raise ValueError(f"the plan does not fit this {name}: it names {leaf.fqn}, and {reason}")
             skipped.append(Skipped(leaf.fqn, reason))
         else:
             swapped.append((leaf, precisions[leaf.fqn]))
     return swapped, skipped
+
+
+def precision_of(
+    leaf: Leaf, presets: Presets | None, planned: Mapping[str, LayerPrecision] | None, calibrated: bool
+) -> LayerPrecision | None:
+    """What a layer becomes by the presets, or by a plan's precisions, unless a rule is against it; None: it stays."""
+    if early := Early.of(leaf.module):
+        return early.precision
+    if planned is not None:
+        return planned.get(leaf.fqn)
+    return None if presets is None else _by_hand(leaf, presets, calibrated)
 
 
 def _by_hand(leaf: Leaf, presets: Presets, calibrated: bool) -> LayerPrecision | None:

@@ -16,7 +16,7 @@ from ..integrations.transformers.kv_scales import KV_CACHES
 from ..nn import MultiheadAttention
 from ..proofs.walker import Leaf
 from .plan_evidence import check, describe
-from .precision import find_precision
+from .precision import LayerPrecision, find_precision
 
 SCHEMA = "forwardpass.plan/2"
 #: How much of an encoder runs without padding: all but attention, or attention too.
@@ -66,6 +66,10 @@ class Plan(Printed):
     @property
     def calibrated(self) -> bool:
         return any(layer.calibrated for layer in self.layers)
+
+    def precisions(self) -> dict[str, LayerPrecision]:
+        """That of each layer, by its name."""
+        return {x.fqn: LayerPrecision(find_precision(x.precision, x.version), x.calibrated) for x in self.layers}
 
     def _blocks(self) -> Iterator[Block]:
         """The table that `fp.plan` chose from, or the layers alone."""

@@ -38,6 +38,25 @@ class LayerPrecision:
     calibrated: bool = False
 
 
+#: Where a layer holds what it became while its model was loaded.
+EARLY = "_quantised_early"
+
+
+@dataclass
+class Early:
+    """What a layer became while its model was loaded (see `while_loading`): it is only to be put in its place."""
+
+    precision: LayerPrecision
+    module: QuantizedModule
+    float_bytes: int  #: that the layer had
+    is_taken: bool = False  #: whether a swap has taken it
+
+    @staticmethod
+    def of(layer: nn.Module) -> Early | None:
+        early: Early | None = vars(layer).get(EARLY)
+        return early
+
+
 #: The newest version of a name comes last.
 PRECISIONS = [
     # W8A8, activations asymmetric and dynamic per token, weights symmetric per channel; with calibration batches also
@@ -93,7 +112,9 @@ def register_precision(precision: Precision) -> None:
     """Makes a precision of your own known to `fp.swap(model, precision.name)`, `fp.plan(candidates=)`, plans and checkpoints.
 
     Its module derives from `fp.nn.QuantizedLinear`, and has `from_torch(linear, *, activation=None, **options)`, which takes
-    the activation behind the layer where there is one. A process that reads a plan or a checkpoint with it registers it first.
+    the activation behind the layer where there is one. What a call applies is what the attribute `activation` names then: where a
+    run disproves that the activation is the layer's alone, fp.swap sets it to None. A process that reads a plan or a checkpoint
+    with it registers it first.
 
     Raises:
         TypeError: the module does not derive from `fp.nn.QuantizedLinear`.

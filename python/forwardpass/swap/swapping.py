@@ -34,7 +34,7 @@ from .config import Config, Options
 from .decision import Decision, decide, refuse_model, refuse_skips, refuse_swapped
 from .keras_layers import KerasLinears
 from .plan import Plan, PlannedLayer, layers_of
-from .precision import STORED, ByHand, LayerPrecision, Precision
+from .precision import EARLY, STORED, ByHand, Early, LayerPrecision, Precision
 from .report import OtherLayers, Report, Skipped, Swapped, WeightBytes
 from .rules import Context, ties
 from .verdicts import Verdicts, prove
@@ -311,6 +311,19 @@ def build(leaf: Leaf, precision: Precision, arguments: Mapping[str, Any]) -> Qua
     """The replacement of one layer, with what users set on the original: attributes, the training flag, its
     precision.
     """
+    if early := Early.of(leaf.module):
+        new, early.is_taken = early.module, True
+        new.activation = new.activation if leaf.is_experts else leaf.formula  # None where a run disproved it
+    else:
+        new = quantised(leaf, precision, arguments)
+    new.adopt(leaf.module)
+    vars(new).pop(EARLY, None)
+    vars(new).update(precision=precision.name, precision_version=precision.version)
+    return new.train(leaf.module.training)
+
+
+def quantised(leaf: Leaf, precision: Precision, arguments: Mapping[str, Any]) -> QuantizedModule:
+    """The values of one layer in the module of a precision."""
     module: Any = Experts if leaf.is_experts and precision is not STORED else precision.module
     sharding = sharding_of(leaf.module)
     try:
@@ -322,9 +335,7 @@ def build(leaf: Leaf, precision: Precision, arguments: Mapping[str, Any]) -> Qua
         if hasattr(e, "add_note"):
             e.add_note(f"while swapping {leaf.fqn}; the model is as it was")
         raise
-    new.adopt(leaf.module)
-    vars(new).update(precision=precision.name, precision_version=precision.version)
-    return new.train(leaf.module.training)
+    return new
 
 
 def _options(leaf: Leaf, precision: Precision) -> dict[str, Any]:
@@ -392,15 +403,23 @@ def _weight_bytes(
     model: nn.Module, swapped: list[Leaf], replacements: list[QuantizedModule], keep: str | bool, joining: int
 ) -> WeightBytes:
     replaced = {id(leaf.module) for leaf in swapped}
-    before, new = tensor_bytes(model.modules()), tensor_bytes(replacements)
+    now, new = tensor_bytes(model.modules()), tensor_bytes(replacements)
+    most = max([joining, *(early.float_bytes for leaf in swapped if (early := Early.of(leaf.module)))])
     devices = {_originals_device(leaf.module, keep) for leaf in swapped} - {None}
     remaining = [m for m in model.modules() if id(m) not in replaced]
     after = tensor_bytes(remaining) + new
     original_bytes = (
         tensor_bytes([*remaining, *(x.module for x in swapped)]) - tensor_bytes(remaining) if devices else 0
     )
-    return WeightBytes(before, after, original_bytes, ", ".join(sorted(map(str, devices))) or None,
-                       before + new + joining)  # fmt: skip
+    return WeightBytes(_float_bytes(model.modules()), after, original_bytes, ", ".join(sorted(map(str, devices))) or None,
+                       now + new + most)  # fmt: skip
+
+
+def _float_bytes(modules: Iterable[nn.Module]) -> int:
+    """`tensor_bytes`, with what layers had that were quantised while they were loaded."""
+    modules = [*modules]
+    early = [(m, x.float_bytes) for m in modules if (x := Early.of(m))]
+    return tensor_bytes(modules) + sum(size for _, size in early) - tensor_bytes(m for m, _ in early)
 
 
 #: What takes time whatever it weighs: (class, code, why it stays, what to do).
@@ -419,7 +438,7 @@ def _other_layers(model: nn.Module, reported: set[str]) -> list[OtherLayers]:
         names = {fqn, *(f"{fqn}.{name}" if fqn else name for name in module._parameters)}
         if any(p is not None for p in module._parameters.values()) and names.isdisjoint(reported):
             classes.setdefault(type(module), []).append((fqn, module))
-    least, groups = WEIGHS * tensor_bytes(model.modules()), []
+    least, groups = WEIGHS * _float_bytes(model.modules()), []
     for cls, members in classes.items():
         size = tensor_bytes(module for _, module in members)
         reason = next((why for kind, *why in _COMPUTING if issubclass(cls, kind)), None)
@@ -432,7 +451,7 @@ def _other_layers(model: nn.Module, reported: set[str]) -> list[OtherLayers]:
 def _swapped(leaf: Leaf, precision: Precision, new: QuantizedModule, context: Context) -> Swapped:
     tied_to = next((other.name for _, other in ties(leaf, context)), None)
     return Swapped(leaf.fqn, precision.name, precision.version, leaf.in_features, leaf.out_features,
-                   tensor_bytes([leaf.module]), tensor_bytes([new]), new.activation, tied_to)  # fmt: skip
+                   _float_bytes([leaf.module]), tensor_bytes([new]), new.activation, tied_to)  # fmt: skip
 
 
 def planned(
