@@ -7,7 +7,6 @@ and 80 without them (two cores of an EPYC, Zen 4).
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import multiprocessing
 import sys
 from multiprocessing.connection import Connection
@@ -20,6 +19,7 @@ from benchmarks import generate_peers
 from benchmarks.generate_peers import Candidate, Failed, Subject
 from benchmarks.peers import Missing
 from forwardpass.common.decoding import Decoding, Run
+from forwardpass.common.memory import give_back_freed
 from forwardpass.common.timing import keep_freed_memory
 
 #: Prompts of more tokens together leave gigabytes to an allocator that keeps what is freed: all candidates' do not fit into 24 GiB.
@@ -66,7 +66,6 @@ def _serve(connection: Connection, name: str, subject: Subject, threads: int) ->
         except Exception as e:
             return connection.send(e if isinstance(e, Missing) else Failed(generate_peers.failure(e)))
         connection.send((candidate.weight_bytes, candidate.cache_itemsize))
-        give_back = getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)
         run: Run | None = None
         with contextlib.suppress(EOFError):
             while True:
@@ -83,5 +82,5 @@ def _serve(connection: Connection, name: str, subject: Subject, threads: int) ->
                 except Exception as e:
                     answer = Failed(generate_peers.failure(e))
                 if request != "run" or sum(map(len, arguments[0])) > MOST_KEPT:
-                    give_back(0)
+                    give_back_freed()
                 connection.send(answer)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..common.exchange import Replaced
+from ..common.memory import give_back_freed
 from ..common.modules import is_watched, tensor_bytes
 from ..dispatch import Reason
 from ..integrations.tensor_parallel import sharding_of
@@ -359,4 +360,5 @@ class MLPs:
         for block, layers in blocks:
             replaced.append(Replaced(block.fqn, block.module, block.build(layers)))
             layers.clear()
+            give_back_freed()  # else a swap of a 1.1B model holds 0.5 GB more in the end
         return tuple(replaced), norms

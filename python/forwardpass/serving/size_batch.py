@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import gc
 import itertools
@@ -24,6 +23,7 @@ from torch import nn
 from ..common import environment
 from ..common.batches import Forward, device_of, evaluating, main_output, run
 from ..common.files import write_json
+from ..common.memory import give_back_freed
 from ..common.modules import plain_module
 from ..common.printed import Block, Printed, Table
 from ..common.text import count
@@ -503,8 +503,7 @@ def peak_memory(device: torch.device) -> Iterator[Callable[[], int | None]]:
         peaks.append(torch.cuda.max_memory_allocated(device) - before)
         return
     gc.collect()
-    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-        trim(0)  # what was freed but kept would be used again unseen
+    give_back_freed()  # what is kept would be used again unseen
     before_kb = _status("VmRSS") if _reset_peak() else None
     yield lambda: peaks[0]
     after_kb = _status("VmHWM")

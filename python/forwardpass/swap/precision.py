@@ -47,14 +47,20 @@ class Early:
     """What a layer became while its model was loaded (see `while_loading`): it is only to be put in its place."""
 
     precision: LayerPrecision
-    module: QuantizedModule
+    module: (
+        QuantizedModule | None
+    )  #: None once a swap has taken it, which frees it where it becomes part of another one
     float_bytes: int  #: that the layer had
-    is_taken: bool = False  #: whether a swap has taken it
 
     @staticmethod
     def of(layer: nn.Module) -> Early | None:
         early: Early | None = vars(layer).get(EARLY)
         return early
+
+    def take(self) -> QuantizedModule:
+        module, self.module = self.module, None
+        assert module is not None
+        return module
 
 
 #: The newest version of a name comes last.

@@ -312,7 +312,7 @@ def build(leaf: Leaf, precision: Precision, arguments: Mapping[str, Any]) -> Qua
     precision.
     """
     if early := Early.of(leaf.module):
-        new, early.is_taken = early.module, True
+        new = early.take()
         new.activation = new.activation if leaf.is_experts else leaf.formula  # None where a run disproved it
     else:
         new = quantised(leaf, precision, arguments)

@@ -58,7 +58,7 @@ class WhileLoading:
 
     def check_taken(self) -> None:
         """RuntimeError where the swap of the model found a layer no more, whose floats are gone."""
-        if lost := [fqn for fqn, early in self._early.items() if not early.is_taken]:
+        if lost := [fqn for fqn, early in self._early.items() if early.module is not None]:
             raise RuntimeError(f"{lost[0]} was quantised while the model was loaded, and is not where it was: load the model "
                                "without quantization_config=, and call fp.swap")  # fmt: skip
 
