@@ -313,9 +313,9 @@ def test_what_would_not_come_back_is_refused_when_it_is_saved(tmp_path):
         ),
         (("modules", 2, "config", "activation_function"), "os.system", "the activation os.system is none of torch.nn"),
         (("modules", 2, "config", "activation_function"), "torch.nn.Module", "none of torch.nn"),
-        (("modules", 2, "config", "in_features"), True, "in_features='True', which is not of its type"),
+        (("modules", 2, "config", "in_features"), True, "its Dense.in_features is 'True', no int"),
         (("settings", "prompts"), {"a": 1}, "a prompt is no text"),
-        (("settings",), None, "no settings"),
+        (("settings",), None, "settings is 'None', no object"),
     ],
 )
 def test_records_that_are_refused(tmp_path, path, value, words):

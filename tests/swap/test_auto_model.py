@@ -117,7 +117,7 @@ def test_the_dtype_is_the_models_and_not_what_its_config_said(tmp_path):
         (lambda q: q["layers"][0]["config"].update(symmetric=True), "weight_sum' has no place in the layer"),
         (lambda q: q.update(weights="../../etc/passwd"), "the name of its weights"),
         (lambda q: q.update(schema="forwardpass.checkpoint/99"), "has the schema"),
-        (lambda q: q["layers"][0].update(precision=3), "layer 0"),
+        (lambda q: q["layers"][0].update(precision=3), r"layers\.0\.precision is '3', no str or null"),
     ],
 )
 def test_a_record_that_is_not_what_we_write(change, words, tmp_path):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.exchange import put_in_place
+from ..common.forms import AtMost, misfit
 from ..common.modules import plain_module
 from ..common.tensor_files import TensorFiles
 from ..formats import comfyui
@@ -34,7 +35,7 @@ from .folder import (
     RECORD,
     local_folder,
 )
-from .record import FIX, SCHEMA, is_of, read_record, renamed, slots, weights_of
+from .record import FIX, SCHEMA, read_record, renamed, slots, weights_of
 
 Fail = Callable[[str], ValueError]
 Changes = tuple[AttentionDecision, UnpaddingDecision, CacheDecision]
@@ -291,8 +292,8 @@ def _empty_layer(layer: Mapping[str, Any], device: torch.device, fail: Callable[
     module, config = modules()[layer["module"]], layer["config"]
     kinds = typing.get_type_hints(module.__init__)
     try:
-        if wrong := [name for name, x in config.items() if name in kinds and not is_of(x, kinds[name])]:
-            raise TypeError(f"{wrong[0]}={repr(config[wrong[0]])[:40]} is not of its type")
+        if problem := misfit({name: x for name, x in config.items() if name in kinds}, AtMost(kinds)):
+            raise TypeError(problem)
         new = module(**config, device=device)
     except (TypeError, ValueError, AttributeError, RuntimeError) as e:
         raise fail(f"the configuration of {layer['fqn']} is not one of {layer['module']} ({e})") from None

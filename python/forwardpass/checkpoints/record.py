@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..common.files import read_json
+from ..common.forms import OneOf, misfit
 from ..integrations import sentence_transformers as sentences
 from ..integrations.transformers.kv_scales import KV_CACHES
 from ..swap.plan import UNPAD
@@ -24,20 +24,19 @@ SCHEMA = "forwardpass.checkpoint/3"
 #: Its files have integers under the name `weight`.
 EARLIER = "forwardpass.checkpoint/2"
 FIX = "save it again with fp.save_pretrained(model, folder)"
-_RECORD = {
+_LAYER = {"fqn": str, "module": str, "precision": str | None, "version": int | None, "config": dict}
+_FORM = {
     "schema": str,
     "forwardpass": str,
-    "model": dict,
-    "weights": str | list,  # of several files, their names
-    "layers": list,
-    "attention": list,
-    "unpad": str | None,
-    "kv_cache": str | None,
-    "aliases": dict,
+    "model": {"class": str, "attention": str | None, "config": dict | None, "generation_config": dict | None},
+    "weights": (str, [str]),  # of several files, their names
+    "layers": [_LAYER],
+    "attention": [str],
+    "unpad": OneOf(None, *UNPAD),
+    "kv_cache": OneOf(None, *KV_CACHES),
+    "aliases": {"*": str},
     "around": dict | None,
 }
-_MODEL = {"class": str, "attention": str | None, "config": dict | None, "generation_config": dict | None}
-_LAYER = {"fqn": str, "module": str, "precision": str | None, "version": int | None, "config": dict}
 
 
 @dataclass(frozen=True)
@@ -92,27 +91,20 @@ def checked(content: Mapping[str, Any], path: str | pathlib.Path) -> dict[str, A
         if not holds:
             raise ValueError(f"{path} is damaged ({problem}): {FIX}")
 
-    require(_has(record, _RECORD) and _has(record["model"], _MODEL), "its entries are not those of a checkpoint")
+    problem = misfit(record, _FORM)
+    require(problem is None, str(problem))
     weights = weights_of(record)
-    require(
-        all(isinstance(name, str) and WEIGHTS.fullmatch(name) for name in weights)
-        and len({*weights}) == len(weights) > 0,
-        "the name of its weights",
-    )
-    require(record["unpad"] in (None, *UNPAD), "what it says of padding")
-    require(record["kv_cache"] in (None, *KV_CACHES), "what it says of caches")
+    named = all(WEIGHTS.fullmatch(name) for name in weights) and len({*weights}) == len(weights) > 0
+    require(named, "the name of its weights")
     if record["around"] is not None:
         try:
             sentences.check(record["around"])
         except (ValueError, TypeError, AttributeError) as e:
             require(False, str(e))
-    names = (*record["aliases"].values(), *record["attention"])
-    require(all(isinstance(name, str) for name in names), "an alias or attention is no name")
     fqns = set()
     for i, layer in enumerate(record["layers"]):
-        require(isinstance(layer, dict) and _has(layer, _LAYER), f"layer {i}")
-        require(layer["module"] in modules(), f"layer {i} is of an unknown module")
-        require(layer["fqn"] not in fqns, f"layer {i} is there twice")
+        require(layer["module"] in modules(), f"layers.{i} is of an unknown module")
+        require(layer["fqn"] not in fqns, f"layers.{i} is there twice")
         fqns.add(layer["fqn"])
     return record if record["schema"] == SCHEMA else _as_now(record)
 
@@ -139,12 +131,3 @@ def weights_of(record: Mapping[str, Any]) -> list[str]:
     """The names of a record's files of weights."""
     weights = record["weights"]
     return weights if isinstance(weights, list) else [weights]
-
-
-def is_of(value: Any, kind: Any) -> bool:
-    """Whether a value of JSON is of a type, or of one of a union: exactly, as True is no size."""
-    return type(value) in (typing.get_args(kind) or (kind,))
-
-
-def _has(entries: Mapping[str, Any], kinds: Mapping[str, Any]) -> bool:
-    return set(entries) == set(kinds) and all(is_of(entries[name], kind) for name, kind in kinds.items())

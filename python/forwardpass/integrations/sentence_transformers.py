@@ -12,7 +12,6 @@ import importlib.util
 import json
 import pathlib
 import sys
-import typing
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, NoReturn, cast
@@ -21,6 +20,7 @@ import torch
 from torch import nn
 
 from ..common.files import MAX_JSON_BYTES
+from ..common.forms import AtMost, misfit
 
 CLASSES = ("SentenceTransformer", "CrossEncoder")
 MODULES, SETTINGS = "modules.json", "config_sentence_transformers.json"
@@ -38,6 +38,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "CrossEncoder": {"activation_fn": str, "keep_in_fp32_modules": list | None},
 }
 _PROMPTS: dict[str, Any] = {"prompts": dict, "default_prompt_name": str | None}
+_DESCRIPTION = {"class": str, "modules": [{"name": str, "module": str, "config": dict}], "settings": dict}
 #: Of a module that takes texts alone, whichever of these the library says of it.
 _MODALITIES = ("text", "message")
 _TASKS = {"SentenceTransformer": "feature-extraction", "CrossEncoder": "sequence-classification"}
@@ -110,25 +111,23 @@ def _current(module: str, config: dict[str, Any]) -> dict[str, Any]:
 
 def check(description: Mapping[str, Any]) -> None:
     """ValueError, in part of a sentence, where it is none, or names what is not in the lists above."""
-    kind = description.get("class")
+    _require(misfit(description, _DESCRIPTION))
+    kind, modules, settings = description["class"], description["modules"], description["settings"]
     if kind not in CLASSES:
-        raise ValueError(f"it is a {str(kind)[:60]}, and what is known is {' and '.join(CLASSES)}")
-    modules, settings = description.get("modules"), description.get("settings")
-    if not isinstance(modules, list) or not modules or not isinstance(settings, dict):
-        raise ValueError("it has no modules or no settings")
+        raise ValueError(f"it is a {kind[:60]}, and what is known is {' and '.join(CLASSES)}")
+    if not modules:
+        raise ValueError("it has no modules")
     for i, x in enumerate(modules):
-        if not isinstance(x, dict) or set(x) != {"name", "module", "config"} or not isinstance(x["config"], dict):
-            raise ValueError(f"module {i} is no name, module and configuration")
         if x["module"] not in _CONFIGS or (x["module"] == "Transformer") != (i == 0):
-            raise ValueError(f"it has a module {str(x['module'])[:60]} in place {i}, and what is known is a Transformer, then any "
+            raise ValueError(f"it has a module {x['module'][:60]} in place {i}, and what is known is a Transformer, then any "
                              f"of {', '.join(list(_CONFIGS)[1:])}")  # fmt: skip
-        _check_types(f"its {x['module']}", x["config"], _CONFIGS[x["module"]])
+        _require(misfit(x["config"], AtMost(_CONFIGS[x["module"]]), f"its {x['module']}"))
         if "activation_function" in x["config"]:
             _activation(x["config"]["activation_function"])
     names = [x["name"] for x in modules]
-    if not all(isinstance(name, str) and name and "." not in name for name in names) or len({*names}) < len(names):
+    if not all(name and "." not in name for name in names) or len({*names}) < len(names):
         raise ValueError("a module has no name of its own")
-    _check_types("it", settings, {**_PROMPTS, **_SETTINGS[kind]})
+    _require(misfit(settings, AtMost({**_PROMPTS, **_SETTINGS[kind]}), "its settings"))
     if not all(isinstance(x, str) for prompt in settings.get("prompts", {}).items() for x in prompt):
         raise ValueError("a prompt is no text")
     if "activation_fn" in settings:
@@ -141,12 +140,9 @@ def check(description: Mapping[str, Any]) -> None:
             raise ValueError(f"it takes {str(modality)[:60]} by another way than the model's forward on texts")
 
 
-def _check_types(owner: str, content: Mapping[str, Any], types: Mapping[str, Any]) -> None:
-    for name, x in content.items():
-        if name not in types:
-            raise ValueError(f"{owner} has {str(name)[:60]}, which is not known here")
-        if type(x) not in (typing.get_args(types[name]) or (types[name],)):  # exactly: True is no size
-            raise ValueError(f"{owner} has {name}={str(x)[:60]!r}, which is not of its type")
+def _require(problem: str | None) -> None:
+    if problem is not None:
+        raise ValueError(problem)
 
 
 def _activation(name: str) -> nn.Module:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import typing
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..common.files import read_json, write_json
+from ..common.forms import OneOf, misfit
 from ..common.printed import Block, Printed, Table
 from ..common.text import count, together
 from ..integrations.transformers.kv_scales import KV_CACHES
@@ -39,6 +41,19 @@ class PlannedLayer:
     precision: str
     version: int
     calibrated: bool
+
+
+_FORM = {
+    "model": str,
+    "linear_layers": str,
+    "layers": [typing.get_type_hints(PlannedLayer)],
+    "attention": [str],
+    "calibration": str | None,
+    "forwardpass": str,
+    "unpad": OneOf(None, *UNPAD),
+    "kv_cache": OneOf(None, *KV_CACHES),
+    "evidence": dict | None,
+}
 
 
 @dataclass(frozen=True, repr=False)
@@ -102,50 +117,26 @@ class Plan(Printed):
         def fail(text: str) -> ValueError:
             return ValueError(f"{source} is not a plan ({text}): {_FIX}")
 
-        def fields(cls: type, entries: Any, where: str, **special: Any) -> dict[str, Any]:
-            if not isinstance(entries, Mapping):
-                raise fail(f"{where} is not an object")
-            expected = {
-                n: special.get(n) or {"str": str, "int": int, "bool": bool}[t] for n, t in cls.__annotations__.items()
-            }
-            if set(entries) != set(expected):
-                raise fail(f"{where} has the entries {_few(entries)}, not {_few(expected)}")
-            for name, kind in expected.items():
-                if type(entries[name]) is not kind:  # exact: True is not a size
-                    raise fail(f"{name} of {where} is {str(entries[name])[:40]!r}, not of type {kind.__name__}")
-            return dict(entries)
-
         if not isinstance(content, Mapping) or "schema" not in content:
             raise fail("it has no schema")
         if content["schema"] != SCHEMA:
             raise ValueError(f"{source} has the schema {str(content['schema'])[:60]!r}, and this version reads "
                              f"{SCHEMA!r}: make the plan again, or install the version that wrote it")  # fmt: skip
-        entries = dict.fromkeys(_OPTIONAL) | {k: v for k, v in content.items() if k != "schema"}
-        optional = {
-            k: dict if k == "evidence" else str for k in ("calibration", *_OPTIONAL) if entries.get(k) is not None
-        }
-        absent = dict.fromkeys({"calibration", *_OPTIONAL} - set(optional), type(None))
-        plan = fields(Plan, entries, "the plan", layers=list, attention=list, **optional, **absent)
-        if not all(isinstance(name, str) for name in plan["attention"]):
-            raise fail("a name in attention is no string")
-        if plan["unpad"] not in (None, *UNPAD):
-            raise fail(f"unpad is {plan['unpad'][:40]!r}, and not one of {', '.join(UNPAD)}")
-        if plan["kv_cache"] not in (None, *KV_CACHES):
-            raise fail(f"kv_cache is {plan['kv_cache'][:40]!r}, and not one of {', '.join(KV_CACHES)}")
+        entries: dict[str, Any] = dict.fromkeys(_OPTIONAL) | {k: v for k, v in content.items() if k != "schema"}
+        if problem := misfit(entries, _FORM):
+            raise fail(problem)
         if entries["evidence"] is not None:
             try:
                 check(entries["evidence"])
             except ValueError as e:
                 raise fail(f"its evidence: {e}") from None
-        layers = []
-        for i, row in enumerate(plan["layers"]):
-            layer = PlannedLayer(**fields(PlannedLayer, row, f"layer {i}"))
+        layers = tuple(PlannedLayer(**row) for row in entries["layers"])
+        for i, layer in enumerate(layers):
             if layer.calibrated and not find_precision(layer.precision, layer.version).takes_calibration:
-                raise fail(f"layer {i} is calibrated, and {layer.precision} takes no calibration")
-            layers.append(layer)
+                raise fail(f"layers.{i} is calibrated, and {layer.precision} takes no calibration")
         if len({layer.fqn for layer in layers}) != len(layers):
             raise fail("it names a layer twice")
-        return Plan(**{**plan, "layers": tuple(layers), "attention": tuple(plan["attention"])})
+        return Plan(**{**entries, "layers": layers, "attention": tuple(entries["attention"])})
 
     @staticmethod
     def load(source: Plan | Mapping[str, Any] | str | os.PathLike[str]) -> Plan:
@@ -185,8 +176,3 @@ def layers_of(leaves: Iterable[Leaf]) -> str:
     modules = (leaf for leaf in leaves if not isinstance(leaf.parent, MultiheadAttention) or leaf.name != "in_proj")
     shapes = sorted((leaf.fqn, leaf.in_features, leaf.out_features, leaf.has_bias) for leaf in modules)
     return f"{len(shapes)} Linear layers, sha256:{hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]}"
-
-
-def _few(names: Any) -> str:
-    names = sorted(map(str, names))
-    return ", ".join(n[:40] for n in names[:8]) + (", …" if len(names) > 8 else "")

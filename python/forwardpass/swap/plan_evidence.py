@@ -5,38 +5,40 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ..common.forms import AtLeast, misfit
 from ..common.printed import Block, Table
 from ..common.text import count, span, together
 
 #: how the reason of a layer begins for which no candidate is faster
 NO_GAIN = "left alone: no candidate is faster"
 
-#: What tables and plots read of it: objects with these entries and perhaps others, lists and mappings (key "*") of one kind,
-#: a tuple for one of several.
+#: What tables and plots read of it.
 _NUMBER = (int, float)
-_MS = (None, {"low": _NUMBER})
-_FORM: Any = {
+_MS = (None, AtLeast({"low": _NUMBER}))
+_FORM: Any = AtLeast({
     "candidates": [str],
     "target": str,
     "result": str,
     "seconds": _NUMBER,
-    "layers": [{
-        "fqn": str, "choice": (None, str), "reason": str, "before": {"ms": _MS, "bytes": int},
-        "candidates": {"*": {
-            "refused": (None, {"code": str, "text": str}), "ms": _MS, "bytes": int, "error": (None, *_NUMBER),
-            "output": (None, {"mean": _NUMBER}),
-        }},
-    }],
-    "blocks": {"*": {"before": _NUMBER, "after": _NUMBER, "error": _NUMBER, "candidates": {"*": (None, *_NUMBER)}}},
-    "predicted": {"before": _NUMBER, "after": _NUMBER, "gap": _NUMBER, "error": _NUMBER},
-    "attempts": [{"cost": _NUMBER, "predicted": _NUMBER, "holds": bool}],
+    "layers": [AtLeast({
+        "fqn": str, "choice": (None, str), "reason": str, "before": AtLeast({"ms": _MS, "bytes": int}),
+        "candidates": {"*": AtLeast({
+            "refused": (None, AtLeast({"code": str, "text": str})), "ms": _MS, "bytes": int, "error": (None, *_NUMBER),
+            "output": (None, AtLeast({"mean": _NUMBER})),
+        })},
+    })],
+    "blocks": {"*": AtLeast(
+        {"before": _NUMBER, "after": _NUMBER, "error": _NUMBER, "candidates": {"*": (None, *_NUMBER)}}
+    )},
+    "predicted": AtLeast({"before": _NUMBER, "after": _NUMBER, "gap": _NUMBER, "error": _NUMBER}),
+    "attempts": [AtLeast({"cost": _NUMBER, "predicted": _NUMBER, "holds": bool})],
     "frontier": [[_NUMBER]],
-}  # fmt: skip
+})  # fmt: skip
 
 
 def check(evidence: Any) -> None:
     """ValueError, in part of a sentence, where it is nothing that `describe` and the plot of a plan can show."""
-    if problem := _misfit(evidence, _FORM, ""):
+    if problem := misfit(evidence, _FORM):
         raise ValueError(problem)
     if any(len(point) != 2 for point in evidence["frontier"]):
         raise ValueError("a point of the frontier is no pair of cost and error")
@@ -46,26 +48,6 @@ def check(evidence: Any) -> None:
         for key, x in rows.items() if entry == "blocks" else enumerate(rows):
             if set(x["candidates"]) != names:
                 raise ValueError(f"{entry}.{str(key)[:40]} has other candidates than {', '.join(sorted(names))[:80]}")
-
-
-def _misfit(value: Any, form: Any, where: str) -> str | None:
-    if isinstance(form, tuple):
-        problems = [_misfit(value, one, where) for one in form]
-        return None if None in problems else problems[-1]
-    if form is None or isinstance(form, type):
-        kind = type(None) if form is None else form
-        return None if type(value) is kind else f"{where[1:]} is {str(value)[:40]!r}, no {kind.__name__}"
-    if type(value) is not type(form):
-        return f"{where[1:] or 'it'} is no {'list' if isinstance(form, list) else 'object'}"
-    if isinstance(form, list):
-        parts = [(f"{where}.{i}", x, form[0]) for i, x in enumerate(value)]
-    elif "*" in form:
-        parts = [(f"{where}.{key[:40]}", x, form["*"]) for key, x in value.items()]
-    else:
-        if missing := form.keys() - value.keys():
-            return f"{where[1:] or 'it'} has no {min(missing)}"
-        parts = [(f"{where}.{key}", value[key], one) for key, one in form.items()]
-    return next((problem for part in parts if (problem := _misfit(part[1], part[2], part[0]))), None)
 
 
 def describe(evidence: Mapping[str, Any]) -> Iterator[Block]:
