@@ -1,6 +1,7 @@
 """The model card beside a checkpoint: what it says is what was measured, its code runs, and nobody else's is lost."""
 
 import copy
+import importlib.util
 import re
 
 import huggingface_hub
@@ -58,6 +59,25 @@ def test_a_model_of_transformers(tmp_path, monkeypatch):
     assert "`model.layers.{0-1}.self_attn.q_proj`" in text and "`lm_head`" in text and "no precision was given" in text
     assert "Nothing is calibrated" in text and f"forwardpass {fp.__version__}, torch {torch.__version__}" in text
     assert str(tmp_path) not in text
+
+
+def test_metadata_are_written_by_huggingface_hub(tmp_path, monkeypatch):
+    """Whatever a precision or a model is called; without that library there are none, and the text is the same."""
+    model, _ = swapped(source="someone/yes")
+    for layer in model.modules():
+        if "precision" in vars(layer):
+            vars(layer)["precision"] = 'a: "b" #c'
+    fp.save_pretrained(model, tmp_path / "with")
+    text, data = card(tmp_path / "with")
+    assert data["tags"] == ["forwardpass", "a:"] and data["base_model"] == "someone/yes"
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "huggingface_hub" else find(name, *a)
+    )
+    fp.save_pretrained(model, tmp_path / "without")
+    without = (tmp_path / "without" / "README.md").read_text()
+    assert not without.startswith("---") and text.endswith(without)
+    fp.save_pretrained(model, tmp_path / "without")  # which is still known as written here
 
 
 def test_what_is_not_known_is_not_said(tmp_path):

@@ -5,7 +5,7 @@ It has what the model and the report of its swap say, and no figure besides.
 
 from __future__ import annotations
 
-import json
+import importlib.util
 import pathlib
 import sys
 from collections.abc import Iterator, Mapping
@@ -55,12 +55,12 @@ def compose(
     prefix, report = _report(model)
     precisions = [*dict.fromkeys(_precision(layer) for layer in layers.values())]
     names = [*dict.fromkeys(name.partition(" ")[0] for name in precisions)]
-    lines = ["---", *([f"library_name: {library}"] if library else [])]
-    if base := next((x for x in sorted(model_config.sources(model)) if is_hub_id(x)), None):
-        lines += [f"base_model: {base}", "base_model_relation: quantized"]
-    lines += ["tags:", *(f"- {json.dumps(tag)}" for tag in ("forwardpass", *tags, *names)), "---", "", _OURS, ""]
+    base = next((x for x in sorted(model_config.sources(model)) if is_hub_id(x)), None)
     title = type(model).__name__ + (f" of {base}" if base else "")
-    lines += [
+    lines = [
+        "",
+        _OURS,
+        "",
         f"# {title} in {', '.join(names)}",
         "",
         loading,
@@ -84,7 +84,19 @@ def compose(
         lines += ["", "## What was left as it is", ""]
         skipped = [(f"{prefix}{s.fqn}", s.reason.code, str(s.reason)) for s in report.skipped]
         lines += [f"- {', '.join(f'`{name}`' for name in group)}: {reason}" for reason, group in by_reason(skipped)]
-    return "\n".join([*lines, "", _versions(), ""])
+    return _with_metadata("\n".join([*lines, "", _versions(), ""]), library, base, ["forwardpass", *tags, *names])
+
+
+def _with_metadata(text: str, library: str | None, base: str | None, tags: list[str]) -> str:
+    """The text below what the hub reads of it, which huggingface_hub writes. Where that is missing, so is the hub: the text alone."""
+    if importlib.util.find_spec("huggingface_hub") is None:
+        return text.lstrip()
+    from huggingface_hub import ModelCard, ModelCardData
+
+    data = ModelCardData(library_name=library, base_model=base, tags=tags)
+    if base is not None:
+        data["base_model_relation"] = "quantized"
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{text}"))
 
 
 def _report(model: nn.Module) -> tuple[str, Report | None]:

@@ -23,7 +23,7 @@ from ..common.exchange import put_in_place
 from ..common.files import read_json
 from ..common.quiet import quiet_libraries
 from ..common.tensor_files import TensorFiles
-from ..formats import FORMATS, NOTES, Format, Header, Refused
+from ..formats import FORMATS, NOTES, Format, Header, Refused, compressed_tensors
 from ..formats.experts import put_tensors, read_experts, stacked, stored_experts, with_scales
 from ..formats.layer import StoredLinear
 from ..formats.recipe import header_of
@@ -157,6 +157,11 @@ def find(folder: str | os.PathLike[str]) -> StoredCheckpoint | None:
         raise ValueError(
             f"{folder} is quantised by {str(method)[:40]!r}, and these can be read: {', '.join(FORMATS)}; {_FIX}"
         )
+    if method == "compressed-tensors":
+        try:
+            quantization = compressed_tensors.read_config(quantization)
+        except Refused as e:
+            raise ValueError(f"{folder}: {e}; {_FIX}") from None
     headers, metadata = _headers(folder)
     return StoredCheckpoint(folder, config, {**quantization, "header": metadata}, headers)
 

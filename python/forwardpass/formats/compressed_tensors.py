@@ -6,6 +6,8 @@ how inputs are; `ignore` has the targets that no group is for. A weight is `q * 
 
 from __future__ import annotations
 
+import copy
+import importlib.util
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -28,6 +30,22 @@ from .recipe import (
 )
 
 _PACKED = 4  #: of 8 bits in an int32, the first in the lowest byte, each with 128 added
+
+
+def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`quantization_config` as compressed-tensors reads it, where that is installed: a group that is named after one of its presets
+    gets what the preset says. As it is elsewhere. Raises Refused, in part of a sentence, where the library refuses it."""
+    if importlib.util.find_spec("compressed_tensors") is None:
+        return dict(config)
+    from compressed_tensors.quantization import QuantizationConfig
+
+    try:
+        read = QuantizationConfig.model_validate(copy.deepcopy(dict(config)))
+        groups = {name: group.model_dump() for name, group in read.config_groups.items()}
+    except Exception as e:  # pydantic's, and kinds of its own
+        why = " ".join(str(e).split())[:200]
+        raise Refused(f"compressed-tensors does not read its quantization_config ({type(e).__name__}: {why})") from None
+    return {**config, "config_groups": groups}
 
 
 def layer_recipe(tensors: Mapping[str, Header], config: Mapping[str, Any], name: str) -> Recipe | None:
