@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from forwardpass.nn.layer import quantize_weight
 from forwardpass.ops.common.quantized_rows import E4M3
+from forwardpass.ops.fp8_gemm import BLOCK
 from forwardpass.swap import originals
 
 SIZES = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -60,7 +61,8 @@ def _ct(kind, strategy, dynamic=True, symmetric=True):
         "strategy": "token" if dynamic else "tensor",
         "symmetric": symmetric,
     }
-    return _compressed({"num_bits": 8, "type": kind, "strategy": strategy, "symmetric": True}, inputs)
+    blocks = {"block_structure": [BLOCK, BLOCK]} if strategy == "block" else {}
+    return _compressed({"num_bits": 8, "type": kind, "strategy": strategy, "symmetric": True, **blocks}, inputs)
 
 
 def _packed(q):

@@ -10,7 +10,7 @@ from small_models import build, outputs
 from stored_formats import layers_of, llama, mixture
 
 import forwardpass as fp
-from forwardpass.checkpoints import smoothing
+from forwardpass.checkpoints import export, smoothing
 from forwardpass.cli import embedding
 
 X = {"input_ids": torch.arange(3, 35).reshape(2, 16)}
@@ -131,6 +131,23 @@ def test_a_calibrated_model(heads, dtype, tmp_path):
     pytest.importorskip("compressed_tensors")
     reference = outputs(transformers.AutoModelForCausalLM.from_pretrained(tmp_path), X).float()
     assert (reference - outputs(again, X).float()).norm() < 0.05 * exact.norm()  # its weights are in the dtype
+
+
+def test_what_is_written_is_a_config_of_compressed_tensors(tmp_path, monkeypatch):
+    """Its own class is asked before anything is written."""
+    pytest.importorskip("compressed_tensors")
+    model = llama()
+    fp.swap(model, "int8", include="**")
+    scheme = export._scheme
+
+    def static_by_token(fqn, layer):
+        of_layer = scheme(fqn, layer)
+        return {**of_layer, "input_activations": {**of_layer["input_activations"], "dynamic": False}}
+
+    monkeypatch.setattr(export, "_scheme", static_by_token)
+    with pytest.raises(fp.Unsupported, match="compressed-tensors does not read its quantization_config"):
+        fp.export_pretrained(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 @torch.inference_mode()

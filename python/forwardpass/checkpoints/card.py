@@ -88,7 +88,7 @@ def compose(
 
 
 def _with_metadata(text: str, library: str | None, base: str | None, tags: list[str]) -> str:
-    """The text below what the hub reads of it, which huggingface_hub writes. Where that is missing, so is the hub: the text alone."""
+    """The text below what the hub reads of it, which huggingface_hub writes. Without that there is no hub, and the text alone."""
     if importlib.util.find_spec("huggingface_hub") is None:
         return text.lstrip()
     from huggingface_hub import ModelCard, ModelCardData

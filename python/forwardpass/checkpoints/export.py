@@ -16,6 +16,7 @@ from ..common.files import flush, json_text, room_beside
 from ..common.modules import head_of, plain_module
 from ..common.tensor_files import safetensors_module, shard_bytes, split
 from ..dispatch import Unsupported
+from ..formats import Refused, compressed_tensors
 from ..integrations.transformers import model_config
 from ..nn import Bf16Linear, Fp8Linear, GatedMLP, Int8Linear, MultiheadAttention, QuantizedModule, W8A16Linear
 from ..ops.common.quantized_rows import E4M3
@@ -88,6 +89,10 @@ def export_pretrained(
     tensors = {names[name]: t for name, t in tensors.items()}
     layer_names = {name.rpartition(".")[0]: in_file.rpartition(".")[0] for name, in_file in names.items()}
     config["quantization_config"] = _quantization_config(built, schemes, layer_names)
+    try:
+        compressed_tensors.read_config(config["quantization_config"])
+    except Refused as e:
+        raise Unsupported(f"this swap has no form that others read: {e}; use fp.save_pretrained", {}) from None
     readback.check(built, config, tensors, schemes)
     with saving(folder, sources, overwrite, replaces=False) as folder:
         _put(folder, tensors, max_shard_size, config, generation)
