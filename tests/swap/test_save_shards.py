@@ -3,6 +3,7 @@
 import json
 import pathlib
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from stored_formats import llama
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import forwardpass as fp
+from forwardpass.checkpoints import save
 
 X = {"input_ids": torch.arange(3, 35).reshape(2, 16)}
 
@@ -115,6 +117,22 @@ def test_sizes_that_are_none(tmp_path, save, size):
     with pytest.raises(ValueError, match='max_shard_size is a number of bytes, 1 or more, or a text such as "5GB"'):
         save(model, tmp_path / "none", max_shard_size=size)
     assert not (tmp_path / "none").exists()
+
+
+def test_one_file_at_a_time_is_gathered(tmp_path, monkeypatch):
+    """Copies of what lies on a GPU, in padded rows or in a product of several layers: those of one file, not of the model."""
+    model, original, calls = llama(hidden_size=200, num_attention_heads=5, num_key_value_heads=5), save._gathered, []
+
+    def gathered(tensors):
+        assert not any(ref() is not None for refs in calls for ref in refs)
+        result = original(tensors)
+        calls.append([weakref.ref(t) for name, t in result.items() if t is not tensors[name]])
+        return result
+
+    fp.swap(model, "int8", include="**")
+    monkeypatch.setattr(save, "_gathered", gathered)
+    fp.save_pretrained(model, tmp_path, max_shard_size="100KB")
+    assert len(calls) > 4 and sum(map(len, calls)) > 10
 
 
 # ---- damaged and hostile

@@ -42,9 +42,13 @@ def swap_loaded(model: nn.Module, config: Config) -> None:
     loaded = {t.untyped_storage()._cdata: t.untyped_storage() for t in model.parameters() if t.device.type == "cpu"}
     swap(model, config, keep=_keep(config))
     if _keep(config) is False:
+        by_storage: dict[int, list[Tensor]] = {}
         for t in (*model.parameters(), *model.buffers()):
-            if t.untyped_storage()._cdata in loaded:  # each tensor of a mapped file keeps all of it
-                t.data = t.data.clone()
+            by_storage.setdefault(t.untyped_storage()._cdata, []).append(t)
+        for storage, tensors in by_storage.items():
+            if loaded.pop(storage, None) is not None:  # each tensor of a mapped file keeps all of it
+                for t in tensors:
+                    t.data = t.data.clone()
 
 
 def _keep(config: Config) -> str | bool:

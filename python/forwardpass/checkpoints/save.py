@@ -101,7 +101,6 @@ def write(
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     stored: dict[Any, str] = {}
-    storages: set[int] = set()
     for fqn, module in model.named_modules():
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise ValueError(f"{fqn} ({type(module).__name__}) has extra state that is no tensor, which safetensors "
@@ -116,9 +115,7 @@ def write(
             aliases[name] = stored[key]
             continue
         stored[key] = name
-        alone = t.untyped_storage().nbytes() == t.nbytes and t.untyped_storage()._cdata not in storages
-        storages.add(t.untyped_storage()._cdata)
-        tensors[name] = t.cpu().contiguous() if alone else t.cpu().clone(memory_format=torch.contiguous_format)
+        tensors[name] = t
 
     transformer = model if around is None else sentences.transformer_of(model)
     config, generation = model_config.configs(transformer)
@@ -160,8 +157,23 @@ def write(
 def _put_shards(folder: pathlib.Path, tensors: dict[str, Tensor], max_shard_size: int | str) -> str | list[str]:
     """The name of the file of weights, or of the files."""
     save_file = functools.partial(safetensors_module().torch.save_file, metadata={"format": "pt"})
-    names = [put_weights(folder, functools.partial(save_file, shard)) for shard in split(tensors, max_shard_size)]
+    names = [
+        put_weights(folder, lambda path, shard=shard: save_file(_gathered(shard), path))  # type: ignore[misc]
+        for shard in split(tensors, max_shard_size)
+    ]
     return names[0] if len(names) == 1 else names
+
+
+def _gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of one file as safetensors takes them: on the CPU, contiguous, each in a storage of its own."""
+    gathered: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, t in tensors.items():
+        storage = t.untyped_storage()
+        alone = storage.nbytes() == t.nbytes and storage._cdata not in storages
+        storages.add(storage._cdata)
+        gathered[name] = t.cpu().contiguous() if alone else t.cpu().clone(memory_format=torch.contiguous_format)
+    return gathered
 
 
 def _card(
