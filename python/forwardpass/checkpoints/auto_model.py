@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib.util
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -68,11 +69,15 @@ def reading_quantizer() -> Any:
         def is_trainable(self) -> bool:
             return False
 
+        def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+            return model  # which transformers 4 wants from everybody
+
     return ReadingQuantizer
 
 
 def _register() -> None:
     from transformers.quantizers import auto
+    from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
     if METHOD in auto.AUTO_QUANTIZER_MAPPING:
@@ -96,11 +101,21 @@ def _register() -> None:
         loading: WhileLoading | None = None
         dtype: Any = None  #: that floats are loaded in
 
-        def update_attn_implementation(self, config: Any) -> Any:
+        def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+            """Asked before anything is loaded."""
+            if self.pre_quantized and not hasattr(HfQuantizer, "update_attn_implementation"):
+                raise ValueError("this version of transformers has no place for the names of a swapped model's files: "
+                                 "load it with fp.load_pretrained")  # fmt: skip
             if not self.pre_quantized:
                 if not isinstance(self.quantization_config, Config):
                     raise ValueError('quantization_config of a model of floats is an fp.Config, e.g. fp.Config("int8")')
+                if importlib.util.find_spec("transformers.core_model_loading") is None:
+                    raise ValueError("quantization_config=fp.Config(…) needs transformers 5: load the model without it, and call "
+                                     "fp.swap(model, config)")  # fmt: skip
                 check_config(self.quantization_config)
+
+        def update_attn_implementation(self, config: Any) -> Any:
+            if not self.pre_quantized:
                 return config
             self.record = checked({**self.quantization_config.entries, "model": _NO_MODEL}, "config.json")
             # A copy, as somebody may hold the config and go on with it where the load fails.

@@ -5,7 +5,6 @@ the model is swapped then.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -58,9 +57,7 @@ def _keep(config: Config) -> str | bool:
 
 def while_loading(model: Any, config: Config, dtype: torch.dtype) -> WhileLoading | None:
     """What quantises its layers while they are read. None where their floats are needed afterwards, for calibration or as
-    originals, and before transformers 5, which has no way to do it."""
-    if importlib.util.find_spec("transformers.core_model_loading") is None:
-        return None
+    originals."""
     if config.calibrate is not None or _keep(config) is not False:
         return None
     return WhileLoading(model, config, dtype, _tied(model))
@@ -125,6 +122,12 @@ def check_loaded(model: Any) -> None:
         if whole and not all(map(is_loaded, leaf.module._parameters.values())):
             raise ValueError(f"the weight of {leaf.fqn} is not in the files, and would be quantised as it happens to be "
                              f"initialised: {_NOT_FLOATS}")  # fmt: skip
+        if not leaf.is_experts and leaf.weight.shape != (
+            leaf.out_features,
+            leaf.in_features,
+        ):  # unseen by transformers 5.0
+            raise ValueError(f"the weight of {leaf.fqn} is {list(leaf.weight.shape)} in the files, and "
+                             f"[{leaf.out_features}, {leaf.in_features}] in this model: load the model that was saved")  # fmt: skip
 
 
 def is_loaded(tensor: Tensor | None) -> bool:
