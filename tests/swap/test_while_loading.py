@@ -110,9 +110,8 @@ def test_experts(name, tmp_path, monkeypatch):
     with watched(monkeypatch) as seen:
         _, loaded, _ = both(tmp_path, include="**")
     experts = [m for m in seen[0][1] if type(m).__name__.endswith("Experts")]
-    assert experts and tensor_bytes(experts) < 200_000 < sum(
-        x.bytes_before for x in fp.report(loaded).swapped if "expert" in x.fqn
-    )
+    floats = sum(x.bytes_before for x in fp.report(loaded).swapped if "expert" in x.fqn)
+    assert experts and tensor_bytes(experts) < floats / 3  # one of 4, for all modules
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, "auto"])
@@ -214,12 +213,10 @@ def test_a_rewriting_that_a_run_disproves(tmp_path, monkeypatch):
     """Layers are quantised by then, with the activations that were read: they compute none."""
     build("gpt2").save_pretrained(tmp_path)
 
-    def nothing_proven(decision):
-        return replace(
-            decision, swapped=tuple((replace(x, activation=None, block=None), p) for x, p in decision.swapped)
-        ), {}
-
-    monkeypatch.setattr(swapping, "proven", nothing_proven)
+    build_ = swapping.build
+    monkeypatch.setattr(
+        swapping, "build", lambda leaf, *rest: build_(replace(leaf, activation=None, block=None), *rest)
+    )
     model, loaded, _ = both(tmp_path, transformers.GPT2LMHeadModel, include="**", exclude="lm_head")
     mlp = loaded.transformer.h[0].mlp
     assert mlp.c_fc.activation is None and type(mlp.act) is not nn.Identity

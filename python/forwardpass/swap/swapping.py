@@ -449,7 +449,8 @@ def _other_layers(model: nn.Module, reported: set[str]) -> list[OtherLayers]:
 
 
 def _swapped(leaf: Leaf, precision: Precision, new: QuantizedModule, context: Context) -> Swapped:
-    tied_to = next((other.name for _, other in ties(leaf, context)), None)
+    tied = () if Early.of(leaf.module) else ties(leaf, context)  # the memory of what was quantised early says nothing
+    tied_to = next((other.name for _, other in tied), None)
     return Swapped(leaf.fqn, precision.name, precision.version, leaf.in_features, leaf.out_features,
                    _float_bytes([leaf.module]), tensor_bytes([new]), new.activation, tied_to)  # fmt: skip
 

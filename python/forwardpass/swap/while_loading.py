@@ -2,13 +2,15 @@
 memory as floats.
 
 Until the model as a whole is swapped such a layer stays in its place, with its biases and a weight of made-up values in a few
-kilobytes. Whatever looks at the model meanwhile finds the modules, shapes, dtypes and devices that it knows, and can run it, as the
-proofs of rewritings do: they are about code, not about values.
+kilobytes. That of a module of experts is in the memory of one expert, for all modules of that shape. Whatever looks at the model
+meanwhile finds the modules, shapes, dtypes and devices that it knows. And it can run the model, as the proofs of rewritings do: they
+are about code, not about values.
 """
 
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +42,7 @@ class WhileLoading:
         self._leaves: dict[str, Leaf] = {}  #: by the names of parameters
         self._awaited: dict[int, set[str]] = {}  #: names of the parameters that a module waits for
         self._early: dict[str, Early] = {}
+        self._one_expert: dict[tuple[Any, ...], Tensor] = {}  #: made-up weights by shape, dtype and device
         for leaf in (*linear_like(model), *experts_leaves(model)):
             names = {f"{leaf.fqn}.{name}": p for name, p in leaf.module._parameters.items() if p is not None}
             if tied.isdisjoint(names) and all(p.dtype == dtype and _is_plain(p) for p in names.values()):
@@ -93,22 +96,27 @@ class WhileLoading:
 
     def _in_place_of(self, p: nn.Parameter) -> nn.Parameter:
         """A parameter of the same shape, dtype, device and attributes, without the memory."""
-        # By number, as layers differ: a proof would not see else that two change places.
-        made = p.detach().clone() if p.dim() < 2 else _made_up(p, len(self._early))
-        new = nn.Parameter(made, p.requires_grad)
+        new = nn.Parameter(p.detach().clone() if p.dim() < 2 else self._made_up(p), p.requires_grad)
         vars(new).update(vars(p))
         return new
+
+    def _made_up(self, p: Tensor) -> Tensor:
+        """Random values as large as those of a layer that was just initialised, others for each layer: a proof would not see else
+        that two change places. Rows of a matrix are parts of one short vector, of which each begins one element after the one
+        before. Those of experts are apart, as the products of torch and transformers want it, and alike in all experts.
+        """
+        *experts, n, k = p.shape
+        generator = torch.Generator().manual_seed(len(self._early))
+        if not experts:
+            vector = torch.empty(n + k).normal_(std=k**-0.5, generator=generator).to(p.device, p.dtype)
+            return vector.as_strided(p.shape, (1, 1))
+        key = n, k, p.dtype, p.device
+        if key not in self._one_expert:
+            matrix = torch.empty(n, k, dtype=p.dtype).normal_(std=k**-0.5, generator=generator)
+            self._one_expert[key] = matrix.to(p.device)
+        return self._one_expert[key].expand(p.shape)
 
 
 def _is_plain(p: Tensor | None) -> bool:
     """Whether it is a whole tensor, and no part of one that is divided between processes."""
     return type(p) is nn.Parameter and type(p.data) is Tensor
-
-
-def _made_up(p: Tensor, seed: int) -> Tensor:
-    """Random values as large as those of a layer that was just initialised: its rows are parts of one short vector, of which each
-    begins one element after the one before."""
-    *_, n, k = p.shape
-    generator = torch.Generator().manual_seed(seed)
-    vector = torch.empty(n + k).normal_(std=k**-0.5, generator=generator).to(p.device, p.dtype)
-    return vector.as_strided(p.shape, (0,) * (p.dim() - 2) + (1, 1))
