@@ -45,8 +45,8 @@ class Config:
     """What a swap does to a model. `fp.swap` takes one, or its fields as arguments, and `fp.plan` those that it has a use for.
 
     As `quantization_config=` of transformers' `from_pretrained` it makes of a model of floats one that fp.swap has swapped: its
-    report is `fp.report(model)`, and it is saved as one. Each layer is quantised as it is read: one at a time is in memory as floats,
-    unless calibrate= or keep= needs them all. A model over several devices, or with weights on a disk, is refused there.
+    report is `fp.report(model)`, and it is saved as one. Each layer is quantised as it is read, so that floats are never all in
+    memory, unless calibrate= or keep= needs them. A model over several devices, or with weights on a disk, is refused there.
 
     Args:
         precision: a preset, "int8", "fp8", "w8a16" or "bf16" (none, and attention=True: attention alone is swapped); or

@@ -3,8 +3,8 @@ memory as floats.
 
 Until the model as a whole is swapped such a layer stays in its place, with its biases and a weight of made-up values in a few
 kilobytes. That of a module of experts is in the memory of one expert, for all modules of that shape. Whatever looks at the model
-meanwhile finds the modules, shapes, dtypes and devices that it knows. And it can run the model, as the proofs of rewritings do: they
-are about code, not about values.
+meanwhile finds the modules, shapes, dtypes and devices that it knows. It can run the model, too, as the proofs of rewritings do:
+they are about code, not about values.
 """
 
 from __future__ import annotations
