@@ -102,8 +102,8 @@ class WhileLoading:
 
     def _made_up(self, p: Tensor) -> Tensor:
         """Random values as large as those of a layer that was just initialised, others for each layer: a proof would not see else
-        that two change places. Rows of a matrix are parts of one short vector, of which each begins one element after the one
-        before. Those of experts are apart, as the products of torch and transformers want it, and alike in all experts.
+        that two of them are exchanged. Rows of a matrix are parts of one short vector, of which each begins one element after the
+        one before. Those of experts are apart, as the products of torch and transformers want it, and alike in all experts.
         """
         *experts, n, k = p.shape
         generator = torch.Generator().manual_seed(len(self._early))
