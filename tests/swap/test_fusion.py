@@ -222,7 +222,7 @@ def test_a_swap_takes_it_over_and_gives_it_back(precision, monkeypatch):
         assert [s.activation for s in report.swapped] == [None] * len(report.swapped)
     with fp.swap(model, precision) as report:
         assert [s.activation for s in report.swapped] == ["gelu", None, None]
-        assert type(model.act) is nn.Identity and not model.act.training
+        assert isinstance(model.act, nn.Identity) and not model.act.training
         together = outputs(model, x)
         assert ((together - apart).abs() <= bound).all()
         found = fp.parity(model, [x])
@@ -259,14 +259,14 @@ def test_a_checkpoint_whose_activation_is_not_there_is_refused(tmp_path):
     assert_same_objects(other, before)
     loaded = fp.load_pretrained(tmp_path, model=Mlp(nn.GELU()).eval())
     x = torch.randn(3, WIDTH)
-    assert type(loaded.act) is nn.Identity and torch.equal(outputs(loaded, x), outputs(model, x))
+    assert isinstance(loaded.act, nn.Identity) and torch.equal(outputs(loaded, x), outputs(model, x))
 
 
 def test_an_activation_that_was_replaced_since_is_left():
     model = Mlp().eval()
     fp.swap(model, "int8")
     model.act = nn.Dropout()
-    with pytest.raises(RuntimeError, match="act is no longer the Identity"):
+    with pytest.raises(RuntimeError, match="act is no longer the InEpilogue"):
         fp.restore(model)
     assert type(model.fc1) is fp.nn.Int8Linear
 
@@ -276,3 +276,44 @@ def test_compiles_whole():
     fp.swap(model, "int8")
     with torch.inference_mode():
         assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+
+
+class Sequence(nn.Sequential):
+    """As torchvision's MLP is written."""
+
+    _version = 2
+
+    def __init__(self, width=WIDTH):
+        super().__init__(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def _load_from_state_dict(self, *args):
+        super()._load_from_state_dict(*args)
+
+
+class Halfway(Sequence):
+    def half(self, x):
+        return self[0](x)
+
+
+class Doubled(Sequence):
+    def forward(self, x):
+        return 2 * self[2](self[0](x))
+
+
+@pytest.mark.parametrize(("cls", "fused"), [(Sequence, True), (Halfway, False), (Doubled, False)])
+def test_a_class_that_derives_from_sequential(cls, fused):
+    """The MLPs of torchvision's transformers, whose activation stayed apart."""
+
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mlp = cls()
+
+        def forward(self, x):
+            return x + self.mlp(x)
+
+    model, x = Holder().eval(), torch.randn(3, WIDTH)
+    before = outputs(model, x)
+    report = fp.swap(model, "w8a16", include="**")
+    assert [s.activation for s in report.swapped] == (["gelu", None] if fused else [None, None])
+    assert (outputs(model, x) - before).norm() < 0.02 * before.norm()

@@ -31,7 +31,7 @@ class Layers(nn.Module):
 class Straight(Layers):
     def forward(self, x):
         q = self.a(x).view(*x.shape[:-1], -1, 16)
-        k, v = self.b(x).tanh(), self.c(x).view(x.size(0), -1)
+        k, v = self.b(x).tanh(), self.c(x).reshape(x.size(0), -1)
         return q, k, v
 
 
@@ -177,7 +177,7 @@ def test_columns_may_be_changed_in_place():
     x = torch.randn(3, SIZE)
     layers = model[0]
     layers(x)
-    layers.a.joined.begin()
+    layers.a.joined.begin(layers)
     q, k = layers.a(x), layers.b(x).clone()  # with gradients enabled
     q *= 2
     assert torch.equal(layers.b(x), k) and torch.equal(layers.c(x), layers.c.product(x))

@@ -65,6 +65,27 @@ def is_watched(m: nn.Module) -> bool:
     return has_hooks(m) or "forward" in vars(m)
 
 
+def is_watched_by_others(m: nn.Module) -> bool:
+    """Whether something is around its forward that is neither ours (parity and profile look at layers) nor accelerate's."""
+    attributes = m.__dict__  # asked before each call of a layer
+    if "forward" in attributes and forward_replaced(m):
+        return True
+    if not (
+        attributes["_forward_hooks"]
+        or attributes["_forward_pre_hooks"]
+        or attributes["_backward_hooks"]
+        or attributes["_backward_pre_hooks"]
+    ):
+        return False
+    tables = m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks
+    return not all(_is_ours(hook) for table in tables for hook in table.values())
+
+
+def _is_ours(hook: Any) -> bool:
+    function = getattr(hook, "func", hook)  # of a functools.partial
+    return str(getattr(function, "__module__", "")).partition(".")[0] == __name__.partition(".")[0]
+
+
 def is_compressed(m: nn.Module) -> bool:
     """Whether compressed-tensors holds its weight as a file does, until the model's first call. Its forward is that library's."""
     return getattr(vars(m).get("quantization_status"), "value", None) == "compressed"

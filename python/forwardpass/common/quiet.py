@@ -1,9 +1,11 @@
-"""Other libraries' log, kept away from who uses this one."""
+"""What is said, and how often: other libraries' log, warnings that come once."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+import warnings
 from collections.abc import Iterator
 
 #: torchao and torch's pytree log four lines as transformers imports torchao, and transformers a table of the weights that a file
@@ -22,3 +24,9 @@ def quiet_libraries() -> Iterator[None]:
     finally:
         for logger, level in levels:
             logger.setLevel(level)
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """A warning in a process, however often a model's code turns out to be another one."""
+    warnings.warn(text, stacklevel=6)

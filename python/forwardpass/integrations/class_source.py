@@ -7,10 +7,10 @@ import functools
 import inspect
 import sys
 import textwrap
-import warnings
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
+from ..common.quiet import warn_once as warn_once
 from ..common.syntax import tree_of
 from . import patches
 
@@ -84,12 +84,6 @@ def class_is_as_written(cls: Any) -> bool:
         for base in cls.__mro__
         if base.__module__.startswith("transformers.models.")
     )
-
-
-@functools.cache
-def warn_once(text: str) -> None:
-    """A warning in a process, however often a model's code turns out to be another one."""
-    warnings.warn(text, stacklevel=6)
 
 
 def named(tree: ast.AST | None, name: str) -> ast.AST | None:

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..common.modules import is_watched_by_others
+from .guard import CodeGuard, is_as_proven
+
 if TYPE_CHECKING:
     from .layer import QuantizedLinear
 
@@ -30,8 +33,10 @@ class Joined:
     agree, by the next call that is not compiled.
     """
 
-    def __init__(self, members: Sequence[QuantizedLinear]) -> None:
+    def __init__(self, members: Sequence[QuantizedLinear], holder: type[nn.Module] | None = None) -> None:
+        """holder: the class whose code calls them."""
         self.members = tuple(members)
+        self._guard = None if holder is None else CodeGuard(holder)
         self._begun = False
         #: the input, how often it had been written to, and each layer's columns
         self._result: tuple[Tensor, int, list[Tensor]] | None = None
@@ -75,9 +80,17 @@ class Joined:
                     return False
         return True
 
-    def begin(self, *_: Any) -> None:
-        """A hook before the forward of the module that calls the layers: the next calls are those that were read."""
-        self._begun, self._result = True, None
+    def begin(self, holder: nn.Module | None = None, *_: Any) -> None:
+        """A hook before the forward of the module that calls the layers: the next calls are those that were read, where its code is
+        what it was, and no hook on a layer may write into their input."""
+        self._begun, self._result = holder is None or self._is_as_proven(holder), None
+
+    def _is_as_proven(self, holder: nn.Module) -> bool:
+        if torch.compiler.is_compiling():
+            return True
+        if self._guard is None:  # of a copy
+            self._guard = CodeGuard(type(holder))
+        return is_as_proven(self._guard, holder) and not any(map(is_watched_by_others, self.members))
 
     def __call__(self, member: QuantizedLinear, x: Tensor) -> Tensor:
         if member is self.members[0]:

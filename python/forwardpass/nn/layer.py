@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..common.modules import HOOK, OLD_FORWARD, hook_alike
+from ..common.quiet import warn_once
 from ..dispatch import Reason, operations
 from ..ops import quantize
 from ..ops.common.activations import GATED, PLAIN, activate, check_activation, is_gated, separate_gate_up
@@ -17,6 +19,7 @@ from ..ops.common.quantized_rows import E4M3, FLOATS, LEAST_RANGE, empty_q, pad_
 from ..ops.fp8_gemm import BLOCK
 from ..ops.w8a16_gemm.reference import dequantize_weight
 from .dequantized_weight import DequantizedWeight
+from .guard import InEpilogue
 from .joined import Joined
 
 if TYPE_CHECKING:
@@ -48,6 +51,11 @@ _LINEAR = {
 }
 
 
+#: Those, before users added theirs.
+_OF_LIBRARIES = frozenset(_LINEAR)
+_FORWARD = nn.Linear.forward
+
+
 def register_linear(cls: type[nn.Linear]) -> None:
     """Tells `fp.swap` that a subclass of nn.Linear computes x W^T + b and nothing else, so that its layers may be swapped.
 
@@ -68,7 +76,16 @@ def register_linear(cls: type[nn.Linear]) -> None:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether it computes x W^T + b and nothing else: of nn.Linear, of Conv1D, or of a class that is registered."""
-    return _qualified(type(module)) in _LINEAR
+    return _qualified(type(module)) in _LINEAR and not has_other_forward(type(module))
+
+
+def has_other_forward(cls: type) -> bool:
+    """Whether the forward of a library's Linear is not in that library's file: somebody has put another function there."""
+    if _qualified(cls) not in _OF_LIBRARIES:
+        return False
+    owner = next(base for base in cls.__mro__ if "forward" in vars(base))
+    code = getattr(vars(owner)["forward"], "__code__", None)
+    return code is None or code.co_filename != getattr(sys.modules.get(owner.__module__), "__file__", None)
 
 
 def linear_weight(module: nn.Module) -> Tensor:
@@ -269,6 +286,8 @@ class QuantizedLinear(QuantizedModule):
     weight_scale: Tensor  #: None where qweight is bfloat16
     bias: Tensor | None
     joined: Joined | None = None  #: with layers that are called with the same input
+    #: what stands in the place of the activation that it computes; in a tuple, which holds no children
+    applied: tuple[InEpilogue] | None = None
     sharding: Sharding | None = None  #: where it is one process's part of a layer
     is_transposed: bool = False  #: whether the weight that it stands for is [K, N], as in transformers' Conv1D
     _weight: DequantizedWeight | None = None
@@ -367,8 +386,13 @@ class QuantizedLinear(QuantizedModule):
         self.settle()  # here, as a graph that is compiled before the first call would not
         return self
 
-    def forward(self, x: Tensor | Quantized, then: QuantizedLinear | None = None) -> Tensor | Quantized:
-        """then: a layer for which `quantizes_for` holds, and which is called with the result and nothing else."""
+    def forward(self, input: Tensor | Quantized, then: QuantizedLinear | None = None) -> Tensor | Quantized:
+        """input: by nn.Linear's name for it. then: a layer for which `quantizes_for` holds, and which is called with the result and
+        nothing else."""
+        x = input
+        if nn.Linear.forward is not _FORWARD:
+            warn_once("nn.Linear.forward is another function than when forwardpass was imported: the layers that were swapped "
+                      "before it was put there do not call it")  # fmt: skip
         device = self._buffers["qweight"].device.type  # type: ignore[union-attr]
         if device != "meta" and torch.is_autocast_enabled(device):
             x = _as_autocast(x)
@@ -377,8 +401,17 @@ class QuantizedLinear(QuantizedModule):
         sharding = self.sharding
         if sharding is not None:
             x = sharding.input(x)
-        y = self.product(x) if isinstance(x, Quantized) or self.joined is None else self.joined(self, x)
+        if self.applied is not None and self.applied[0].is_apart:
+            y = self._without_activation().product(x)
+        else:
+            y = self.product(x) if isinstance(x, Quantized) or self.joined is None else self.joined(self, x)
         return y if sharding is None else sharding.output(y)
+
+    def _without_activation(self: L) -> L:
+        """The same layer, its buffers and what it keeps beside them, which applies no activation."""
+        alike = object.__new__(type(self))
+        vars(alike).update(vars(self), activation=None)
+        return alike
 
     def product(self, x: Tensor | Quantized) -> Tensor:
         """x W^T + b and the activation, of this layer alone."""
@@ -426,9 +459,10 @@ class QuantizedLinear(QuantizedModule):
         if type(weight) is not DequantizedWeight or (weight.dtype, weight.device, weight.numel()) != (
             dtype, q.device, q.numel(),
         ):  # fmt: skip
-            like = torch.empty(q.shape, dtype=dtype, device="meta")
-            read = self._read_weight(self._buffers, self.is_transposed)
-            self._weight = weight = DequantizedWeight(read, like.t() if self.is_transposed else like, q.device)
+            like = torch.empty(q.shape[::-1] if self.is_transposed else q.shape, dtype=dtype, device="meta")
+            self._weight = weight = DequantizedWeight(
+                self._read_weight(self._buffers, self.is_transposed), like, q.device
+            )
         return weight
 
     @weight.setter
@@ -448,7 +482,7 @@ class QuantizedLinear(QuantizedModule):
         def read() -> Tensor:
             weight, smoothing = cls.dequantized(buffers), buffers.get("channel_scale")  # type: ignore[arg-type]
             weight = weight if smoothing is None else weight * smoothing
-            return weight.t() if transposed else weight
+            return weight.t().contiguous() if transposed else weight
 
         return read
 

@@ -9,10 +9,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..common.modules import is_watched
+from ..common.modules import HOOK, OLD_FORWARD, is_watched_by_others
 from ..dispatch import gpu_takes, use_backend
 from ..ops.common.activations import GATED, PLAIN, interleave_gate_up, separate_gate_up
 from ..ops.fp8_gemm import BLOCK
+from .dequantized_weight import DequantizedWeight
+from .guard import CodeGuard, InEpilogue, is_as_proven
 from .joined import why_apart
 from .layer import Quantized, QuantizedLinear, QuantizedModule
 
@@ -39,6 +41,8 @@ class TwoProducts(QuantizedModule):
         uncalled: the other members, by name.
     """
 
+    _written: tuple[nn.Module, CodeGuard] | None = None
+
     def __init__(
         self,
         layers: Mapping[str, QuantizedLinear],
@@ -53,10 +57,29 @@ class TwoProducts(QuantizedModule):
         self._first, self._second = layers
         self._between, self._behind = tuple(between), tuple(behind)
 
+    def stands_for(self, module: nn.Module) -> None:
+        """Keeps the class of the module that was replaced, and its attributes, for where its code is another one some day: that
+        then runs, on this unit's members."""
+        written = object.__new__(type(module))
+        attributes = {name: x for name, x in vars(module).items() if name not in ("forward", HOOK, OLD_FORWARD)}
+        vars(written).update(attributes, _modules=self._modules)
+        self._written = written, CodeGuard(type(module))
+
     @property
     def is_apart(self) -> bool:
-        """Whether members are called one by one."""
-        return False
+        """Whether members are called one by one: something is around one of them, or in its place, or the code that the unit stands
+        for is another one."""
+        if self._written is None or torch.compiler.is_compiling():
+            return False
+        return not is_as_proven(self._written[1], self)
+
+    def _one_by_one(self, x: Tensor) -> Tensor:
+        """By the code of the module that it stands for, as that is now."""
+        assert self._written is not None
+        written = self._written[0]
+        vars(written)["training"] = self.training
+        y: Tensor = written(x)
+        return y
 
     @property
     def layers(self) -> tuple[QuantizedLinear, QuantizedLinear]:
@@ -75,8 +98,12 @@ class TwoProducts(QuantizedModule):
             return False
         return not any(self._modules[name].training for name in self._between)  # type: ignore[union-attr]
 
-    def forward(self, x: Tensor | Quantized) -> Tensor:
-        """x: of a `QuantizingNorm` before it, quantised."""
+    def forward(self, x: Tensor | Quantized | None = None, **named: Tensor) -> Tensor:
+        """x: of a `QuantizingNorm` before it, quantised. named: x, by the name that the module's own forward has for it."""
+        if x is None:
+            (x,) = named.values()
+        if not isinstance(x, Quantized) and self.is_apart:
+            return self._one_by_one(x)
         first, second = self.layers
         return self._finished(first(x, second) if self._hands_over(x) else first(x))
 
@@ -116,6 +143,8 @@ class MLP(TwoProducts):
         torch.Size([4, 64])
     """
 
+    _in_epilogue: tuple[InEpilogue, ...] = ()  #: what stands in the place of the activation, if any
+
     @classmethod
     def from_layers(
         cls,
@@ -125,7 +154,7 @@ class MLP(TwoProducts):
         names: tuple[str, str] = ("up", "down"),
         between: Mapping[str, nn.Module] = _NONE,
         behind: Mapping[str, nn.Module] = _NONE,
-        activation: str | None = None,
+        activation: tuple[str, nn.Module] | None = None,
     ) -> MLP:
         """The two as they are.
 
@@ -134,7 +163,8 @@ class MLP(TwoProducts):
             down: any quantised layer of as many inputs as up has outputs.
             names: of the two as attributes.
             between, behind: modules that are called on the activated up and on the result, by name: nn.Dropout.
-            activation: the name under which code finds an activation: an nn.Identity, as up computes it.
+            activation: the module of up's activation, with its name, for code that asks for it: an `InEpilogue` stands there, an
+                nn.Identity that applies it where up is called apart.
 
         Raises:
             TypeError: one of them is no quantised layer.
@@ -144,7 +174,21 @@ class MLP(TwoProducts):
         if up.activation not in PLAIN:
             raise ValueError(f"MLP.from_layers: up computes one of {', '.join(PLAIN)}, and not {up.activation}")
         _check_fit("MLP", "up", up.out_features, down)
-        return cls(dict(zip(names, (up, down))), between, behind, {activation: nn.Identity()} if activation else _NONE)
+        if activation is None:
+            return cls(dict(zip(names, (up, down))), between, behind)
+        name, module = activation
+        instead = InEpilogue(module, up, (names[0], name))
+        mlp = cls(dict(zip(names, (up, down))), between, behind, {name: instead})
+        mlp._in_epilogue = (instead,)
+        return mlp
+
+    @property
+    def is_apart(self) -> bool:
+        if not self._in_epilogue or torch.compiler.is_compiling():
+            return False
+        instead = self._in_epilogue[0]
+        instead.is_apart = instead.is_between(self._modules) or super().is_apart
+        return instead.is_apart
 
     def separate(self) -> dict[str, QuantizedLinear]:
         return dict(zip((self._first, self._second), self.layers))
@@ -186,18 +230,23 @@ class GatedMLP(TwoProducts):
         #: names of the layers in the module that it stands for: three, or two where gate and up were one
         self.members = members
         self._applied = activation[0] if activation else None
+        self._uncalled = tuple(uncalled.items())
+        self._of_activation = CodeGuard(type(activation[1])) if activation else None
 
     @property
     def is_apart(self) -> bool:
         """Whether something is around one of its members, which are then called one by one."""
-        if self._applied is None:
+        if self._applied is None or torch.compiler.is_compiling():
             return False
-        modules = self._modules
-        return any(is_watched(modules[name]) for name in (*self.members[:-1], self._applied))  # type: ignore[arg-type]
+        modules, guard = self._modules, self._of_activation
+        for name, module in self._uncalled:
+            if modules.get(name) is not module or is_watched_by_others(module):
+                return True
+        return super().is_apart or (guard is not None and not is_as_proven(guard, modules[self._applied]))  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor | Quantized) -> Tensor:
-        if not self.is_apart or isinstance(x, Quantized):
-            return super().forward(x)
+    def _one_by_one(self, x: Tensor) -> Tensor:
+        if self._written is not None:
+            return super()._one_by_one(x)
         parts = [self._modules[name](x) for name in self.members[:-1]]  # type: ignore[misc]
         gate, up = parts if len(parts) == 2 else parts[0].chunk(2, -1)
         return self._finished(self._modules[self._applied](gate) * up)  # type: ignore[index, misc]
@@ -416,10 +465,15 @@ class PartOfProduct(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        return self.layer().bias
+        """Computed where it is read, as the weight is: what would write into it is refused."""
+        product = self._product[0]
+        if product.bias is None:
+            return None
+        like = torch.empty(self.out_features, dtype=product.bias.dtype, device="meta")
+        return DequantizedWeight(lambda: _part(product, self._index, None).bias, like, product.bias.device)  # type: ignore[arg-type, return-value]
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.layer()(x)
+    def forward(self, input: Tensor) -> Tensor:
+        y: Tensor = self.layer()(input)
         return y
 
     def extra_repr(self) -> str:

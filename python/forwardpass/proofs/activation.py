@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..common.modules import is_watched
+from ..integrations.class_source import is_as_written, owner_of_forward
 from ..nn.experts import experts_sizes
 from ..ops.common.activations import GATED
-from .code import CONTAINERS, Function, Reach, is_attribute_of, self_of
+from .code import CONTAINERS, SETUP, Function, Reach, is_attribute_of, self_of
 
 if TYPE_CHECKING:
     from .walker import Leaf
@@ -40,13 +41,17 @@ class Activation:
 
 
 def formula_of(module: nn.Module) -> str | None:
-    """The activation that a module is, where an epilogue has it."""
+    """The activation that a module is, where an epilogue has it, and where nobody has put another function into its class."""
     cls = type(module)
     if cls is nn.GELU:
-        return "gelu" if module.approximate == "none" else "gelu_tanh"
-    if cls in (nn.ReLU, nn.SiLU):
-        return cls.__name__.lower()
-    return _TRANSFORMERS.get(cls.__name__) if cls.__module__ == "transformers.activations" else None
+        formula = "gelu" if module.approximate == "none" else "gelu_tanh"
+    elif cls in (nn.ReLU, nn.SiLU):
+        formula = cls.__name__.lower()
+    elif cls.__module__ == "transformers.activations" and cls.__name__ in _TRANSFORMERS:
+        formula = _TRANSFORMERS[cls.__name__]
+    else:
+        return None
+    return formula if is_as_written(owner_of_forward(cls), "forward") else None
 
 
 def activation_within(experts: nn.Module) -> str | None:
@@ -70,7 +75,7 @@ def activation_behind(leaf: Leaf, reach: Reach) -> Activation | None:
     beside = {name: f for name, m in parent._modules.items() if m is not None and (f := _fusible(m))}
     if not beside:  # in most modules: their code is not read, which takes milliseconds
         return None
-    in_sequence = type(parent) is nn.Sequential
+    in_sequence = is_sequence(type(parent))
     if in_sequence:
         behind = dict(itertools.pairwise(parent._modules)).get(leaf.name)
     else:
@@ -188,15 +193,31 @@ def _outlives_return(function: ast.FunctionDef, variable: str) -> bool:
 # ---- an nn.Sequential, and the code of the module that holds it
 
 
+#: Methods that a class which derives from nn.Sequential may have, and be one all the same: none that calls what it holds.
+_BESIDE = (*SETUP, "_load_from_state_dict", "_save_to_state_dict", "extra_repr", "__repr__")
+
+
+def is_sequence(cls: type[nn.Module]) -> bool:
+    """Whether modules of a class are nn.Sequentials, or of a class that adds no way to call what they hold (torchvision's MLP)."""
+    if not issubclass(cls, nn.Sequential) or cls.forward is not nn.Sequential.forward:
+        return False
+    added = cls.__mro__[: cls.__mro__.index(nn.Sequential)]
+    return all(name in _BESIDE or not callable(x) for base in added for name, x in vars(base).items())
+
+
+def _is_container(module: nn.Module) -> bool:
+    return type(module) in CONTAINERS or is_sequence(type(module))
+
+
 def _called_as_a_whole(leaf: Leaf, reach: Reach) -> bool:
     """Whether the Sequential that holds a layer is, by the code that holds it and by what holds that: other Sequentials, lists."""
     chain = list(leaf.ancestors)
     containers: list[tuple[str, nn.Module]] = []
-    while chain and type(chain[-1][1]) in CONTAINERS:
+    while chain and _is_container(chain[-1][1]):
         containers.insert(0, chain.pop())
     if not all(reach.has_one_place(m) and not is_watched(m) for _, m in containers):
         return False
-    kinds = [type(m) for _, m in containers]
+    kinds = [nn.Sequential if isinstance(m, nn.Sequential) else type(m) for _, m in containers]
     if not chain:  # the user calls it
         return set(kinds) == {nn.Sequential} and reach.only_named_by(reach.model, ())
     holder, name = chain[-1][1], containers[0][0]

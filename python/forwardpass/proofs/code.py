@@ -42,6 +42,9 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 #: What is told nothing but the type or an attribute of its argument.
 _ASK = ("super", "isinstance", "type", "hasattr", "getattr")
 
+#: Attributes by which our own modules know what is around them.
+_OF_OURS = ("applied", "_of", "_written", "_uncalled", "_in_epilogue")
+
 Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
 
@@ -108,7 +111,11 @@ class Reach:
         todo: list[tuple[Any, type | None]] = []
         for m in self.model.modules():
             # torchao has each layer print itself in another way, and the forward that transformers divides refers to its module
-            apart = ("_modules", "extra_repr", *(("forward",) if sharding_of(m) else ()))
+            apart = ["_modules", "extra_repr"]
+            if sharding_of(m):
+                apart.append("forward")
+            if type(m).__module__.startswith("forwardpass."):
+                apart += _OF_OURS
             todo += ((value, None) for name, value in vars(m).items() if name not in apart)
             todo.append((type(m), None))
         visited: set[tuple[int, type | None]] = set()
@@ -240,7 +247,7 @@ def self_of(node: Function) -> str | None:
     arguments = [*node.args.posonlyargs, *node.args.args]
     name = arguments[0].arg if arguments else None
     bound = (x for x in ast.walk(node) if isinstance(x, ast.Name) and not isinstance(x.ctx, ast.Load))
-    again = (x for x in ast.walk(node) if isinstance(x, ast.arg) and x is not arguments[0])
+    again = (x for x in ast.walk(node) if isinstance(x, ast.arg) and x is not next(iter(arguments), None))
     return None if any(x.id == name for x in bound) or any(x.arg == name for x in again) else name
 
 

@@ -22,7 +22,7 @@ from ..integrations.tensor_parallel import sharding_of
 from ..nn import MLP, GatedMLP, QuantizedLinear, QuantizedModule
 from ..nn.layer import is_conv1d
 from ..nn.mlp import TwoProducts
-from .activation import Activation, called, formula_of
+from .activation import Activation, called, formula_of, is_sequence
 from .code import Function, Reach, is_attribute_of, self_of
 from .norms import NormBefore, norm_before
 
@@ -92,7 +92,7 @@ class Block:
         options: dict[str, Any] = {"names": f.layers, "between": between, "behind": behind}
         act: Any = f.activation, modules[f.activation]
         if not f.gated:
-            new: TwoProducts = MLP.from_layers(*layers, activation=f.activation, **options)
+            new: TwoProducts = MLP.from_layers(*layers, activation=act, **options)
         elif len(layers) == 2:
             new = GatedMLP.from_halves(layers[0], layers[1], self.activation, module=act, **options)
         else:
@@ -101,6 +101,7 @@ class Block:
         if new.layers[0] is not layers[0]:
             new.layers[0].adopt(layers[0])
         new.adopt(self.module)
+        new.stands_for(self.module)
         vars(new).update((name, x) for name, x in vars(layers[0]).items() if name.startswith("precision"))
         return new
 
@@ -121,7 +122,7 @@ def block_of(leaf: Leaf, activation: Activation | None, reach: Reach) -> Block |
             return None
         if holder is reach.model:
             return Reason("in_model", "it is of the model itself, which is not replaced", _ALONE)
-        if type(holder) is nn.Sequential:
+        if is_sequence(type(holder)):
             return Reason("sequential", "an nn.Sequential stays one, as layers of it are asked for by number", _ALONE)
         if sum(map(_is_linear_like, holder._modules.values())) == 1:
             return Reason(

@@ -11,10 +11,10 @@ from __future__ import annotations
 import ast
 import weakref
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import groupby
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -23,6 +23,7 @@ from ..common.exchange import Replaced
 from ..common.modules import tensor_bytes
 from ..dispatch import Reason
 from ..nn import QuantizedModule
+from ..nn.guard import InEpilogue
 from ..nn.joined import Joined, why_apart
 from .code import CONTAINERS, definition, functions_in, is_attribute_of, self_of
 from .mlp import MLPs
@@ -48,7 +49,7 @@ def siblings(leaves: Iterable[L]) -> list[tuple[L, ...]]:
     for members in holders.values():
         holder = next(iter(members.values())).parent
         if len(members) > 1 and not isinstance(holder, CONTAINERS) and "forward" not in vars(holder):
-            for run in runs_of(type(holder)):  # type: ignore[arg-type]  # classes of modules have a hash
+            for run in runs_of(type(holder)):
                 groups += [tuple(members[name] for name in part) for part in _parts(run, members)]
     return groups
 
@@ -59,11 +60,16 @@ def _parts(run: Iterable[str], members: Container[str]) -> list[tuple[str, ...]]
     return [part for part in parts if len(part) > 1]
 
 
-@lru_cache(maxsize=1024)
 def runs_of(cls: type[nn.Module]) -> tuple[tuple[str, ...], ...]:
     """The names of the members that a class's forward calls with one variable, one after another, each once."""
     base = next(base for base in cls.__mro__ if "forward" in vars(base))
-    written = [definition(f.__code__) for f in functions_in(vars(base)["forward"], base) if f.__name__ == "forward"]
+    return _runs_of(base, vars(base)["forward"])
+
+
+@lru_cache(maxsize=1024)
+def _runs_of(base: type[nn.Module], function: Any) -> tuple[tuple[str, ...], ...]:
+    """By the function, as somebody may put another into the class."""
+    written = [definition(f.__code__) for f in functions_in(function, base) if f.__name__ == "forward"]
     if len(written) != 1 or not isinstance(forward := written[0], ast.FunctionDef):
         return ()
     mentions = Counter(node.attr for node in ast.walk(forward) if isinstance(node, ast.Attribute))
@@ -148,7 +154,8 @@ class JoinedSwap:
             for run in siblings(leaf for leaf, _ in self._alone.values())
             if run[0].fqn not in apart and why_apart(members := [self._alone[leaf.fqn][1] for leaf in run]) is None
         ]
-        self._joined: list[tuple[weakref.ref[nn.Module], Joined]] = []
+        #: hooks before the forwards of modules that call such layers
+        self._begun: list[tuple[weakref.ref[nn.Module], Callable[..., None]]] = []
         self._handles: list[RemovableHandle] = []
 
     @property
@@ -165,25 +172,36 @@ class JoinedSwap:
         """(layers and MLPs, activations that they compute and norms before them): what is to be put in place."""
         alone = [*self._alone.values()]
         # It stands in the table of originals, and may neither keep these nor the model.
-        self._joined = [(weakref.ref(run[0].parent), Joined(members)) for run, members in self._runs]  # type: ignore[arg-type]
+        for run, members in self._runs:
+            holder = run[0].parent
+            joined = Joined(members, type(holder))  # type: ignore[arg-type]
+            self._begun.append((weakref.ref(holder), joined.begin))
         self._runs, self._alone = [], {}
         layers = (Replaced(leaf.fqn, leaf.module, new) for leaf, new in alone)
         mlps, norms = self._mlps.build()
-        return (*layers, *mlps), (*_identities(alone), *norms)
+        return (*layers, *mlps), (*self._in_epilogues(alone), *norms)
+
+    def _in_epilogues(self, layers: Iterable[tuple[Leaf, QuantizedModule]]) -> list[Replaced]:
+        """For the activations that the replacements of these layers compute themselves."""
+        replaced = []
+        for leaf, new in layers:
+            if leaf.activation is None or new.activation is None:
+                continue
+            chain, path = [m for _, m in leaf.ancestors], [name for name, _ in leaf.ancestors]
+            while len(chain) > 1 and type(chain[-1]) in CONTAINERS:
+                chain.pop()
+            holder, name = chain[-1], leaf.activation.fqn.rpartition(".")[2]
+            instead = InEpilogue(
+                leaf.activation.module, new, (leaf.name, name), type(holder), tuple(path[len(chain) :])
+            )
+            replaced.append(Replaced(leaf.activation.fqn, leaf.activation.module, instead))
+            self._begun.append((weakref.ref(holder), instead.begin))
+        return replaced
 
     def put(self) -> None:
-        holders = ((holder(), joined) for holder, joined in self._joined)
-        self._handles = [h.register_forward_pre_hook(joined.begin) for h, joined in holders if h is not None]
+        holders = ((holder(), begin) for holder, begin in self._begun)
+        self._handles = [h.register_forward_pre_hook(begin) for h, begin in holders if h is not None]
 
     def undo(self) -> None:
         while self._handles:
             self._handles.pop().remove()
-
-
-def _identities(layers: Iterable[tuple[Leaf, QuantizedModule]]) -> tuple[Replaced, ...]:
-    """For the activations that the replacements of these layers compute themselves."""
-    return tuple(
-        Replaced(leaf.activation.fqn, leaf.activation.module, nn.Identity().train(leaf.activation.module.training))
-        for leaf, new in layers
-        if leaf.activation is not None and new.activation is not None
-    )

@@ -33,9 +33,10 @@ from ..dispatch import Reason, gpu_takes, operations
 from ..integrations.tensor_parallel import sharding_of, whole
 from ..nn import Experts, Int8Linear, MultiheadAttention
 from ..nn.experts import experts_operation, is_experts
-from ..nn.layer import is_linear
+from ..nn.layer import has_other_forward, is_linear
 from ..ops.common.quantized_rows import FLOATS
 from ..proofs.adapters import BASE, reads_base
+from ..proofs.parameters import values_read
 from ..proofs.walker import Leaf
 from .precision import STORED, Precision, Presets
 
@@ -227,6 +228,9 @@ def parametrized(leaf: Leaf, context: Context, precision: Precision) -> Finding 
 
 def subclass(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
     cls = type(leaf.module)
+    if has_other_forward(cls):
+        return (f"the forward of {cls.__name__} is another function than in its library's file, and may compute something else",
+                "undo what replaced it, or swap before it is replaced")  # fmt: skip
     if not is_linear(leaf.module):
         return (f"{cls.__module__}.{cls.__qualname__} derives from Linear and may compute something else",
                 "replace it by a plain nn.Linear if it does not")  # fmt: skip
@@ -318,6 +322,15 @@ def weight_read(leaf: Leaf, context: Context, precision: Precision) -> Finding |
     return f"the forward of {type(parent).__name__} reads its weight or bias itself", fix
 
 
+def parameters_read(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
+    names = (*(name for name, _ in leaf.ancestors[1:]), leaf.name)
+    for i, (_, module) in enumerate(leaf.ancestors):
+        if any(read.includes(names[i:]) for read in values_read(type(module))):
+            return (f"the forward of {type(module).__name__} reads the values of parameters(), which has none of a quantised layer",
+                    "have it read the layer's weight")  # fmt: skip
+    return None
+
+
 @lru_cache(maxsize=256)
 def _forward_source(forward: Callable[..., Any]) -> str:
     try:
@@ -361,12 +374,12 @@ _OF_SPEED = (too_small, no_int8_instructions)
 _FIRST = (uninitialized, dotted)
 _DEFAULT = (lm_head, moe_router, too_small, no_int8_instructions)
 #: Of what a Linear has alone, or of what it is called by.
-_OF_LINEARS = (lm_head, moe_router, parametrized, subclass, weight_read)
+_OF_LINEARS = (lm_head, moe_router, parametrized, subclass, weight_read, parameters_read)
 #: Of what is quantised here: a layer that holds 8 bits already is taken over as it is.
 _OF_FLOATS = (*_DEFAULT, subclass, tensor_class, dtype, not_finite)
 #: The last one reads the weight.
 _MODEL = (shared, adapter, parametrized, subclass, tensor_class, offloaded, meta, hooks, tied,
-          weight_read, dtype, not_finite)  # fmt: skip
+          weight_read, parameters_read, dtype, not_finite)  # fmt: skip
 _KINDS = (("user", _USER), ("model", _FIRST), ("default", _DEFAULT), ("model", _MODEL))
 RULES = tuple(Rule(kind, ask) for kind, rules in _KINDS for ask in rules)
 KINDS = {rule.code: rule.kind for rule in RULES} | {

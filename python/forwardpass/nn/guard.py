@@ -1,0 +1,124 @@
+"""Guards of what a swap rewrites: whether the code that was proven is still the code that would run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..common.modules import forward_replaced, is_watched_by_others
+from ..common.quiet import warn_once
+
+
+class CodeGuard:
+    """Functions of a class as they were: the forward, and the methods that it names, and those that they name.
+
+    Libraries (Liger, Unsloth) and users put others in their places, in a class or, by another `__code__`, in the function.
+    """
+
+    def __init__(self, cls: type[nn.Module]) -> None:
+        self.cls = cls
+        self._functions = tuple((name, f, f.__code__) for name, f in _closure(cls))
+        self._call = cls.__call__
+
+    def replaced(self) -> str | None:
+        """The name of the first that is another one now; None where none is."""
+        cls = self.cls
+        if cls.__call__ is not self._call:
+            return f"{cls.__name__}.__call__"
+        for name, function, code in self._functions:
+            if getattr(cls, name, None) is not function or function.__code__ is not code:
+                return f"{cls.__name__}.{name}"
+        return None
+
+    def __reduce__(self) -> Any:
+        """Code is not pickled: a copy is guarded from when it is made."""
+        return CodeGuard, (self.cls,)
+
+
+def _closure(cls: type[nn.Module]) -> Iterator[tuple[str, FunctionType]]:
+    todo, visited = ["forward"], set()
+    while todo:
+        name = todo.pop()
+        function = getattr(cls, name, None)
+        if name in visited or not isinstance(function, FunctionType):
+            continue
+        visited.add(name)
+        yield name, function
+        todo += (n for n in _names(function.__code__) if not hasattr(nn.Module, n))
+
+
+def _names(code: CodeType) -> list[str]:
+    return [*code.co_names, *(n for c in code.co_consts if isinstance(c, CodeType) for n in _names(c))]
+
+
+def is_as_proven(guard: CodeGuard, module: nn.Module) -> bool:
+    """Whether a module of a guarded class still runs that code; says once, of each class, that it does not. Not asked while a model
+    is compiled."""
+    replaced = guard.replaced()
+    if replaced is None and "forward" in module.__dict__ and forward_replaced(module):
+        replaced = f"the forward of a {type(module).__name__}"
+    if replaced is None:
+        return True
+    warn_once(f"{replaced} is another function than at the swap: its layers are called one by one from here on")
+    return False
+
+
+class InEpilogue(nn.Identity):
+    """In the place of an activation that the layer before it computes in its epilogue.
+
+    Where something has come between the two since (a hook on one of them, another module in its place, another forward of the
+    module that calls them), the layer leaves the activation out and this one applies it.
+
+    Args:
+        activation: the module that it stands for.
+        layer: the one that computes it.
+        names: of the layer and of this one in the module that holds both.
+        holder: the class of the module whose code calls them, which is guarded; None: an MLP that is one unit asks itself.
+        path: from that module to the one that holds both, which may be an nn.Sequential in it.
+    """
+
+    def __init__(
+        self,
+        activation: nn.Module,
+        layer: nn.Module,
+        names: tuple[str, str],
+        holder: type[nn.Module] | None = None,
+        path: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__()
+        self.training = activation.training
+        self.is_apart = False
+        self._of = (activation, layer)  # in a tuple, which holds no children
+        self._guards = (CodeGuard(type(activation)), None if holder is None else CodeGuard(holder))
+        self._names, self._path = names, path
+        layer.applied = (self,)  # type: ignore[assignment]
+
+    def is_between(self, modules: Mapping[str, nn.Module | None]) -> bool:
+        """Whether something is between the two, but for their holder's code. modules: those of what holds them."""
+        (activation, layer), (name, own_name) = self._of, self._names
+        if modules.get(own_name) is not self:
+            return True
+        if (other := modules.get(name)) is not layer:  # unless it is a layer of ours that computes the same
+            return getattr(other, "activation", None) != layer.activation
+        if is_watched_by_others(layer) or is_watched_by_others(self):
+            return True
+        return not is_as_proven(self._guards[0], activation)
+
+    def begin(self, holder: nn.Module, *_: Any) -> None:
+        """A hook before the forward of the module that calls the two."""
+        if torch.compiler.is_compiling():
+            return
+        guard, modules = self._guards[1], holder._modules
+        for name in self._path:
+            modules = getattr(modules.get(name), "_modules", {})
+        self.is_apart = self.is_between(modules) or (guard is not None and not is_as_proven(guard, holder))
+
+    def forward(self, input: Any) -> Any:
+        return self._of[0](input) if self.is_apart else input
+
+    def extra_repr(self) -> str:
+        return f"{type(self._of[0]).__name__}, by the layer before it"
