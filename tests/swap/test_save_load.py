@@ -465,3 +465,33 @@ def test_no_name_of_code_is_stored_and_no_attention_is_fetched(tmp_path, monkeyp
     with pytest.warns(UserWarning, match="saved with attention 'flash_attention_2'.*and runs 'sdpa'"):
         loaded = fp.load_pretrained(tmp_path)
     assert loaded.config._attn_implementation == "sdpa"
+
+
+class WithAlias(nn.Module):
+    """A buffer that is an attribute by another name too: transformers 4's rotary embeddings have one."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(64, 64)
+        self.register_buffer("table", torch.arange(64.0))
+        self.original_table = self.table
+
+    def forward(self, x):
+        return self.fc(x) * self.original_table
+
+
+def test_an_attribute_that_is_a_buffer_is_filled_with_it(tmp_path):
+    """Refused, as if no file had it: no model with rotary embeddings of transformers 4.50 could be loaded."""
+    model = WithAlias().eval()
+    fp.swap(model, "w8a16")
+    fp.save_pretrained(model, tmp_path)
+    with torch.device("meta"):
+        empty = WithAlias().eval()
+    loaded = fp.load_pretrained(tmp_path, model=empty)
+    x = torch.randn(3, 64)
+    assert loaded.original_table is loaded.table and torch.equal(outputs(loaded, x), outputs(model, x))
+    with torch.device("meta"):
+        empty = WithAlias().eval()
+        empty.other = torch.ones(3)
+    with pytest.raises(ValueError, match="other is a plain attribute on the meta device"):
+        fp.load_pretrained(tmp_path, model=empty)

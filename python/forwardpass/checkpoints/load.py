@@ -186,11 +186,7 @@ def _fill_layers(
     for name, slot in named_slots.items():
         if (shape := shapes[aliases.get(name, name)]) != tuple(slot.tensor.shape):
             raise fail(f"{name} has the shape {shape} in the file and {tuple(slot.tensor.shape)} in the model")
-    for fqn, module in model.named_modules():
-        for name, value in vars(module).items():
-            if isinstance(value, Tensor) and value.is_meta:
-                raise fail(f"{fqn}.{name} is a plain attribute on the meta device, which no checkpoint fills")
-
+    buffers = _same_as_buffers(model, fail)
     values: dict[tuple[str, bool], Tensor] = {}  # what is tied is one object
     assignments: list[tuple[dict[str, Any], str, Tensor]] = []
     for name, slot in named_slots.items():
@@ -213,9 +209,26 @@ def _fill_layers(
     put_in_place(model, in_place)
     for holder, name, value in assignments:
         holder[name] = value
+    for module, name, buffer in buffers:
+        setattr(module, name, module._buffers[buffer])
     put_changes(model, changes)
     joined.put()
     methods.put(model)
+
+
+def _same_as_buffers(model: nn.Module, fail: Fail) -> list[tuple[nn.Module, str, str]]:
+    """(module, attribute, buffer) of plain attributes on the meta device that are a buffer of their module by another name, as
+    transformers 4's rotary embeddings have `original_inv_freq`. Others no checkpoint fills."""
+    same = []
+    for fqn, module in model.named_modules():
+        for name, value in vars(module).items():
+            if not (isinstance(value, Tensor) and value.is_meta):
+                continue
+            buffer = next((other for other, t in module._buffers.items() if t is value), None)
+            if buffer is None:
+                raise fail(f"{fqn}.{name} is a plain attribute on the meta device, which no checkpoint fills")
+            same.append((module, name, buffer))
+    return same
 
 
 def empty_layers(
