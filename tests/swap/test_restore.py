@@ -255,3 +255,15 @@ def test_a_model_moved_to_meta_restores_to_where_the_originals_are():
         getattr(model, name).to("meta")
     fp.restore(model)
     assert_same_objects(model, before)
+
+
+def test_what_another_model_shares_stays_where_it_is():
+    """It was moved with the originals, to the CPU, under the other model."""
+    layer, other = nn.Linear(8, 8), nn.Linear(8, 8)
+    assert originals.held_elsewhere([layer]) == []
+    other.weight = layer.weight
+    held = originals.held_elsewhere([layer])
+    assert len(held) == 1 and held[0] is layer.weight
+    originals.Moved([nn.ParameterList([layer.weight])], torch.device("meta"), but=held)
+    optimizer = torch.optim.SGD([layer.bias], 0.1)
+    assert len(originals.held_elsewhere([layer])) == 2 and optimizer.param_groups

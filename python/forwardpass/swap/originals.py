@@ -7,6 +7,7 @@ hold the replacements alone. The table holds models weakly: a model that is drop
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -135,6 +136,22 @@ class Moved:
         for tensor, data in self._before:
             tensor.data = data
         self._before.clear()
+
+
+def _references(tensors: Sequence[Tensor], i: int) -> int:
+    return sys.getrefcount(tensors[i])
+
+
+_module = nn.Linear(1, 1, device="meta")
+#: Of a parameter to which its module alone refers.
+_ALONE = _references([*_module.parameters()], 0)
+
+
+def held_elsewhere(modules: Iterable[nn.Module]) -> list[Tensor]:
+    """Their parameters and buffers to which something else refers: another model that shares them, an optimizer. Where these went,
+    it would have to go too."""
+    tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+    return [tensors[i] for i in range(len(tensors)) if _references(tensors, i) > _ALONE]
 
 
 def restore(model: nn.Module) -> None:

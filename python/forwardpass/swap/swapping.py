@@ -378,11 +378,10 @@ def _install(model: nn.Module, changed: originals.Originals, keep: str | bool) -
     swapped = changed if keep else originals.Originals((), False, changed.changes, earlier=changed.earlier)
     try:
         originals.remember(model, swapped)
-        originals.Moved(
-            [x.original for x in changed.layers if _originals_device(x.original, keep) == "cpu"],
-            torch.device("cpu"),
-            but=(*model.parameters(), *model.buffers()),  # a tied head's weight is the embedding's
-        )
+        moved = [x.original for x in changed.layers if _originals_device(x.original, keep) == "cpu"]
+        # a tied head's weight is the embedding's
+        stay = (*model.parameters(), *model.buffers(), *originals.held_elsewhere(moved))
+        originals.Moved(moved, torch.device("cpu"), but=stay)
     except BaseException:
         changed.undo(model)
         if changed.earlier is None:
