@@ -301,3 +301,27 @@ def test_what_is_drawn_at_random_is_drawn_alike():
 
     report, _, _ = swapped(Draws)
     assert report.joined == [("block.a", "block.b")] and not report.apart
+
+
+class AsksForStrides(Siblings):
+    """What nn.Linear gives is contiguous; columns of a product are not."""
+
+    def forward(self, x):
+        y = self.a(x)
+        z = self.b(x)
+        y = torch.as_strided(y, y.shape, torch.empty(y.shape).stride(), y.storage_offset())
+        return y * z
+
+
+class ViewsAsOneRow(Siblings):
+    def forward(self, x):
+        y = self.a(x)
+        z = self.b(x)
+        return y.view(-1).view(x.shape) * z
+
+
+@pytest.mark.parametrize("block", [AsksForStrides, ViewsAsOneRow])
+def test_code_that_wants_an_output_in_one_piece(block):
+    """Off by .1, or a RuntimeError of the model: the proof ran on outputs in one piece."""
+    report, before, after = swapped(block)
+    assert not report.joined and (after - before).norm() < 0.02 * before.norm()

@@ -85,15 +85,16 @@ class _OneUnit(nn.Module):
 
 
 class _Product:
-    """Layers of one input: the first call computes for all."""
+    """Layers of one input: the first call computes for all, and gives columns of one tensor: code may ask for their strides."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self.layers = tuple(layers)
-        self.result: tuple[Any, list[Any]] | None = None
+        self.result: tuple[Any, Sequence[Any]] | None = None
 
     def __call__(self, i: int, x: Any) -> Any:
         if i == 0:
-            self.result = x, [layer(x) for layer in self.layers]
+            parts = [layer(x) for layer in self.layers]
+            self.result = x, torch.cat(parts, -1).split([part.shape[-1] for part in parts], -1)
         if self.result is None or self.result[0] is not x:
             return self.layers[i](x)
         return self.result[1][i]
