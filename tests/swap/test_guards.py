@@ -12,6 +12,7 @@ from torch import nn
 
 import forwardpass as fp
 from forwardpass.common import quiet
+from forwardpass.integrations.transformers.norm_formulas import norm_formula
 from forwardpass.nn import layer as layers
 
 WIDTH, INNER = 64, 96
@@ -351,3 +352,10 @@ def test_compiled(cls):
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), model(x))
         torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
+
+
+def test_a_norm_of_torch_that_is_patched_is_not_taken_for_what_its_name_says(monkeypatch):
+    norm = nn.LayerNorm(WIDTH)
+    assert norm_formula(norm).kind == "layer"
+    monkeypatch.setattr(nn.LayerNorm, "forward", lambda self, x: 2 * x)
+    assert norm_formula(norm) is None

@@ -15,7 +15,7 @@ def run(first, count):
     wrong = [f"{v.text}\n{case.text()}" for case, v in verdicts if v.outcome == "wrong"]
     assert not wrong, f"{len(wrong)} are wrong in silence. The first:\n{wrong[0]}"
     counts = {outcome: sum(v.outcome == outcome for _, v in verdicts) for outcome in ("right", "raised", "no module")}
-    assert counts["raised"] < 0.05 * count and counts["no module"] < 0.05 * count
+    assert counts["raised"] < 0.1 * count and counts["no module"] < 0.1 * count
     assert counts["right"] > 0.5 * count and sum(v.rewritings > 0 for _, v in verdicts) > 0.3 * count
 
 

@@ -78,7 +78,8 @@ def _written_formula(owner: Any, forward: Any, _norm: Any) -> NormFormula | None
 def norm_formula(norm: nn.Module) -> NormFormula | None:
     """That of a module of either kind, where it is along the last dimension alone and epsilon is a number; else None."""
     cls = type(norm)
-    formula = _CLASSES.get(f"{cls.__module__}.{cls.__qualname__}") or written_formula(norm)
+    named = _CLASSES.get(f"{cls.__module__}.{cls.__qualname__}")
+    formula = named if named and is_as_written(owner_of_forward(cls), "forward") else written_formula(norm)
     if formula is None or not isinstance(getattr(norm, formula.eps, None), float):
         return None
     return formula if len(getattr(norm, "normalized_shape", (0,))) == 1 else None
