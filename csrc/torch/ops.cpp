@@ -99,6 +99,16 @@ constexpr std::tuple kOps{
         "int? window_right, float softcap, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks, Tensor? cu_seqlens_q, "
         "Tensor? cu_seqlens_k, bool batch_invariant) -> (Tensor o, Tensor lse)"},
 
+    Op<attention_8bit<false>>{
+        "attention_8bit(Tensor q, Tensor k, Tensor v, bool rotates, float? scale, bool causal, int? window_left, "
+        "int? window_right, float softcap, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks, Tensor? cu_seqlens_q, "
+        "Tensor? cu_seqlens_k, bool batch_invariant) -> Tensor"},
+
+    Op<attention_8bit<true>>{
+        "attention_8bit_with_lse(Tensor q, Tensor k, Tensor v, bool rotates, float? scale, bool causal, "
+        "int? window_left, int? window_right, float softcap, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks, "
+        "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, bool batch_invariant) -> (Tensor o, Tensor lse)"},
+
     Op<attention_decode<false>>{
         "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seq_lens, Tensor? block_table, "
         "Tensor? k_scale, Tensor? v_scale, float? scale, int? window_left, int? window_right, float softcap, "

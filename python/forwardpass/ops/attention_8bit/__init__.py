@@ -121,7 +121,7 @@ def _fake_with_lse(q: Tensor, k: Tensor, v: Tensor, *options: object) -> tuple[T
 
 
 def _operation(function: Callable[..., Any], run: Callable[..., Any], fake: Callable[..., Any]) -> Operation:
-    return Operation(function, functools.partial(_check, function.__name__), run, fake, backends=())
+    return Operation(function, functools.partial(_check, function.__name__), run, fake, backends=("cpu",))
 
 
 ATTENTION_8BIT = _operation(attention_8bit, reference.attention_8bit, _fake)
