@@ -1,7 +1,5 @@
 #include "params/attention.h"
 
-#include <array>
-
 #include "cpu/attention.h"
 #include "cpu/attention_rows.h"
 #include "torch/attention.h"
@@ -10,16 +8,6 @@
 
 namespace forwardpass {
 namespace {
-
-// Whether base and strides are as the kernels need them.
-bool is_aligned(const AttentionTensor& t, Dtype dtype) {
-  return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && (t.batch | t.row | t.head) * size_of(dtype) % 16 == 0;
-}
-
-bool has_kernel(int32_t head_dim, int32_t value_dim) {
-  if (head_dim == value_dim) return head_dim % 8 == 0 && head_dim >= 32 && head_dim <= 256;
-  return head_dim == 192 && value_dim == 128;
-}
 
 Tensor run(Backend backend, const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
            const AttentionOptions& o, Tensor* lse) {
@@ -31,20 +19,7 @@ Tensor run(Backend backend, const char* op, const Tensor& q, const Tensor& k, co
     return out;
   }
   if (fill_without_kernel(p, o.sinks, out, lse)) return out;
-  STD_TORCH_CHECK(p.dtype != Dtype::f32, op, ": on a GPU q must be float16 or bfloat16");
-  STD_TORCH_CHECK(has_kernel(p.head_dim, p.value_dim), op,
-                  ": on a GPU head dims are a multiple of 8 from 32 to 256, or ", "192 with 128 of v, not ", p.head_dim,
-                  " with ", p.value_dim);
-  std::array<OptionalTensor, 3> copies;  // which live until the kernel is launched
-  AttentionTensor* operands[] = {&p.q, &p.k, &p.v};
-  const Tensor* tensors[] = {&q, &k, &v};
-  for (int i = 0; i < 3; ++i) {
-    if (is_aligned(*operands[i], p.dtype)) continue;
-    copies[i] = contiguous_rows(sizes_of(*tensors[i]), q.scalar_type(), q);
-    torch::stable::copy_(*copies[i], *tensors[i]);
-    *operands[i] = strides_of(*copies[i]);
-  }
-  if (p.keys == 0) p.k = p.v = p.q;  // what cu_seqlens say is still looked at; of keys nothing is read
+  const OperandCopies copies = operands_of_gpu(op, p, q, k, v);
   launch_chosen(backend, p, q);
   return out;
 }

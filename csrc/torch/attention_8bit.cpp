@@ -1,5 +1,6 @@
-#include "cpu/attention_8bit.h"
+#include "params/attention_8bit.h"
 
+#include "cpu/attention_8bit.h"
 #include "torch/attention.h"
 #include "torch/attention_params.h"
 
@@ -8,7 +9,7 @@ namespace {
 
 Tensor run_8bit(Backend backend, const char* op, const Tensor& q, const Tensor& k, const Tensor& v, bool rotates,
                 const AttentionOptions& o, Tensor* lse) {
-  AttentionParams p = attention_params(op, q, k, v, o);
+  Attention8bitParams p{attention_params(op, q, k, v, o), rotates};
   Tensor out = attention_outputs(p, q, lse);
   if (out.numel() == 0) return out;
   if (backend == Backend::cpu) {
@@ -16,7 +17,9 @@ Tensor run_8bit(Backend backend, const char* op, const Tensor& q, const Tensor& 
     return out;
   }
   if (fill_without_kernel(p, o.sinks, out, lse)) return out;
-  STD_TORCH_CHECK(false, op, ": there is no kernel for GPUs");
+  const OperandCopies copies = operands_of_gpu(op, p, q, k, v);
+  launch_chosen(backend, p, q);
+  return out;
 }
 
 }  // namespace

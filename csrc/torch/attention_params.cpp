@@ -71,6 +71,16 @@ void check_operands(const char* op, const Tensor& q, const Tensor& k, const Tens
                   ": the heads of q must be a multiple of those of k");
 }
 
+// Whether base and strides are as the kernels need them.
+bool is_aligned(const AttentionTensor& t, Dtype dtype) {
+  return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && (t.batch | t.row | t.head) * size_of(dtype) % 16 == 0;
+}
+
+bool has_kernel(int32_t head_dim, int32_t value_dim) {
+  if (head_dim == value_dim) return head_dim % 8 == 0 && head_dim >= 32 && head_dim <= 256;
+  return head_dim == 192 && value_dim == 128;
+}
+
 }  // namespace
 
 AttentionTensor strides_of(const Tensor& x) {
@@ -134,6 +144,24 @@ bool fill_without_kernel(const AttentionParams& p, OptionalTensorRef sinks, Tens
   if (p.keys > 0 || p.cu_seqlens_q) return false;
   fill_without_keys(out, lse, sinks);
   return true;
+}
+
+OperandCopies operands_of_gpu(const char* op, AttentionParams& p, const Tensor& q, const Tensor& k, const Tensor& v) {
+  STD_TORCH_CHECK(p.dtype != Dtype::f32, op, ": on a GPU q must be float16 or bfloat16");
+  STD_TORCH_CHECK(has_kernel(p.head_dim, p.value_dim), op,
+                  ": on a GPU head dims are a multiple of 8 from 32 to 256, or ", "192 with 128 of v, not ", p.head_dim,
+                  " with ", p.value_dim);
+  OperandCopies copies;
+  AttentionTensor* operands[] = {&p.q, &p.k, &p.v};
+  const Tensor* tensors[] = {&q, &k, &v};
+  for (int i = 0; i < 3; ++i) {
+    if (is_aligned(*operands[i], p.dtype)) continue;
+    copies[i] = contiguous_rows(sizes_of(*tensors[i]), q.scalar_type(), q);
+    torch::stable::copy_(*copies[i], *tensors[i]);
+    *operands[i] = strides_of(*copies[i]);
+  }
+  if (p.keys == 0) p.k = p.v = p.q;  // what cu_seqlens say is still looked at; of keys nothing is read
+  return copies;
 }
 
 }  // namespace forwardpass

@@ -1,5 +1,7 @@
 #pragma once
 // What attention and attention_8bit share: their arguments, checked, and their outputs.
+#include <array>
+
 #include "params/attention.h"
 #include "torch/ops.h"
 
@@ -27,5 +29,10 @@ Tensor attention_outputs(AttentionParams& p, const Tensor& q, Tensor* lse);
 // Writes the result of no sequences, and of rows without keys, which no kernel for GPUs takes; whether it is one of
 // them.
 bool fill_without_kernel(const AttentionParams& p, OptionalTensorRef sinks, Tensor& out, Tensor* lse);
+
+// Of q, k and v whose base or strides are not as the kernels for GPUs need them. They live until these are launched.
+using OperandCopies = std::array<OptionalTensor, 3>;
+// Makes p's operands such that those kernels take them; throws where none does.
+OperandCopies operands_of_gpu(const char* op, AttentionParams& p, const Tensor& q, const Tensor& k, const Tensor& v);
 
 }  // namespace forwardpass

@@ -159,8 +159,9 @@ struct Int8AttentionConsumer {
   }
   __device__ void begin() {
     constexpr int kRow = Config::kHeadDim / 2;
-    CopyQ<Config> copy_q({.data = a.x.q, .row = kRow}, tile.lse(p, tile.row) * kRow);
-    copy_q.template copy<false>(s.q8, CopyQ<Config>::Share::kStep * Config::kHeadDim, tile.rows - tile.row, kRow);
+    using Copy = RowCopy<Config::kM, kRow, Config::kThreads>;
+    Copy copy_q({.data = a.x.q, .row = kRow}, tile.lse(p, tile.row) * kRow);
+    copy_q.template copy<false>(s.q8, Copy::Share::kStep * Config::kHeadDim, tile.rows - tile.row, kRow);
     source.copy(s.stages[(blocks.end - 1) % 2]);
     each_row([&](int i, int half) {
       const float of_q = of_row(a.x.q_scale, i, half);

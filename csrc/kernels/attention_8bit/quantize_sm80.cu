@@ -76,8 +76,8 @@ __device__ inline float over_row(float v, int threads, F f) {
   return v;
 }
 
-// Quantises a row of which this thread has eight columns; returns its scale.
-__device__ inline float quantize_row(float (&x)[kVec], int8_t* to, int threads, int rotation) {
+// Quantises a row of which this thread has eight columns, to `q`; returns its scale.
+__device__ inline float quantize_row(float (&x)[kVec], uint2& q, int threads, int rotation) {
   rotate(x, rotation);
   float largest = 0;
 #pragma unroll
@@ -86,7 +86,7 @@ __device__ inline float quantize_row(float (&x)[kVec], int8_t* to, int threads, 
   uint32_t words[2] = {};
 #pragma unroll
   for (int i = 0; i < kVec; ++i) words[i / 4] |= to_int8(x[i], s.inverse) << i % 4 * 8;
-  *reinterpret_cast<uint2*>(to) = {words[0], words[1]};
+  q = {words[0], words[1]};
   return s.scale;
 }
 
@@ -166,7 +166,10 @@ __device__ inline void quantize_q(const QuantizeArguments& a, unsigned block, in
     for (int i = 0; i < kVec; ++i) shift = fmaf(x[i], centre[i], shift);
     shift = over_row(shift, across, [](float a, float b) { return a + b; });
     const int64_t to = tile.lse(p, row);
-    const float scale = quantize_row(x, a.to.q + to * a.to.head_dim + column, across, a.rotation);
+    uint2 q;
+    const float scale = quantize_row(x, q, across, a.rotation);
+    if (tile.row + r >= tile.rows) continue;
+    *reinterpret_cast<uint2*>(a.to.q + to * a.to.head_dim + column) = q;
     if (column == 0) a.to.q_scale[to] = scale, a.to.shift[to] = shift;
   }
 }
@@ -216,7 +219,9 @@ __device__ inline void quantize_k(const QuantizeArguments& a, const KeysOf& keys
       for (int i = 0; i < kVec; ++i) x[i] = __fsub_rn(x[i], a.to.centre[of_centre + i]);
     }
     const int64_t to = block * kInt8Keys + r;
-    const float scale = quantize_row(x, a.to.k + to * a.to.head_dim + column, across, a.rotation);
+    uint2 q;
+    const float scale = quantize_row(x, q, across, a.rotation);
+    *reinterpret_cast<uint2*>(a.to.k + to * a.to.head_dim + column) = q;
     if (column == 0) a.to.k_scale[to] = without_two_bits(__fmul_rn(scale, 1.f / a.rotation));
   }
 }

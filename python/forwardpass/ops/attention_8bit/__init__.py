@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ...dispatch import Operation
-from ..attention import Window, check, fake, fake_with_lse, split_window
+from ...dispatch import Operation, Reason
+from ..attention import Window, check, fake, fake_with_lse, split_window, why_not_gpu
 from . import reference
 
 DTYPES = ("int8",)
@@ -120,8 +120,15 @@ def _fake_with_lse(q: Tensor, k: Tensor, v: Tensor, *options: object) -> tuple[T
     return fake_with_lse(q, k, v)
 
 
+def _why_not_gpu(q: Tensor, k: Tensor, v: Tensor, rotates: bool, *options: Any) -> Reason | None:
+    return why_not_gpu(q, k, v, *options)
+
+
 def _operation(function: Callable[..., Any], run: Callable[..., Any], fake: Callable[..., Any]) -> Operation:
-    return Operation(function, functools.partial(_check, function.__name__), run, fake, backends=("cpu",))
+    limits = {"cuda": _why_not_gpu}
+    return Operation(
+        function, functools.partial(_check, function.__name__), run, fake, why_not=limits, backends=("cuda", "cpu")
+    )
 
 
 ATTENTION_8BIT = _operation(attention_8bit, reference.attention_8bit, _fake)
