@@ -42,6 +42,8 @@ struct Int8AttentionConfig {
       };
       uint16_t q[kM * kHeadDim];  // in the end the rows of out
     };
+    alignas(16) int32_t magic[4];
+    int64_t first_block;
     AttentionTile tile;
     KeyBlocks blocks;
   };

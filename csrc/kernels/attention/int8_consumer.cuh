@@ -1,16 +1,13 @@
 #pragma once
 // What a warp of attention_8bit does: the copies that it shares with the others, the products of its own rows in int8,
-// their softmax and output. Sums of products are exact. An accumulator begins with the bits of kMagic, so that as a
-// float it is kMagic plus the sum: no conversion, which would go through the pipe of the exponentials.
+// their softmax and output. Sums of products are exact. An accumulator begins with the bits of kInt8Magic, so that as a
+// float it is kInt8Magic plus the sum: no conversion, which would go through the pipe of the exponentials.
 #include "device/mma_u8.cuh"
 #include "device/softmax.cuh"
 #include "kernels/attention/int8_operands.h"
 #include "kernels/attention/mma_consumer.cuh"
 
 namespace forwardpass {
-
-constexpr float kMagic = 0x1.8p23f;
-constexpr int32_t kMagicBits = 0x4b400000;
 
 struct Int8AttentionArguments {
   AttentionParams p;
@@ -23,7 +20,7 @@ struct Int8AttentionArguments {
 // of. Values of a block are multiplied by `weight` before they are added up.
 template <int kTilesM>
 struct BlockSoftmax : OnlineSoftmax<kTilesM> {
-  // Turns scores s, times `scale` of their row in units of log2(e), into kMagic plus 0 to 255. True: what has been
+  // Turns scores s, times `scale` of their row in units of log2(e), into kInt8Magic plus 0 to 255. True: what has been
   // added up before has first to be multiplied by `factor`; it is 1 for all rows of the warp otherwise.
   template <int kTilesN>
   __device__ bool update(Fragments<float, kTilesM, kTilesN>& s, const RowValues<kTilesM>& scale,
@@ -54,7 +51,7 @@ struct BlockSoftmax : OnlineSoftmax<kTilesM> {
           for (int e = half * 2; e < half * 2 + 2; ++e) {
             const float p = ptx::ex2(fmaf(s[i][j][e], scale[i][half], -unit));
             add = j == 0 && e == half * 2 ? p : add + p;
-            s[i][j][e] = fmaf(p, 255, kMagic);
+            s[i][j][e] = fmaf(p, 255, kInt8Magic);
           }
         this->sum[i][half] = fmaf(this->sum[i][half], factor[i][half], add * weight[i][half]);
       }
@@ -62,35 +59,29 @@ struct BlockSoftmax : OnlineSoftmax<kTilesM> {
   }
 };
 
-// Keys, values and scales of a block of keys after the other, from the last to the first. All blocks are whole, as the
-// quantising pass has filled the last one of a sequence.
+// Copies keys, values and scales of blocks of keys. All are whole, as the quantising pass has filled the last one of a
+// sequence.
 template <class Config>
-class Int8Source {
- public:
-  // first: the block that comes first, which is the last.
-  __device__ Int8Source(const Int8AttentionArguments& a, const AttentionTile& tile, int first)
-      : x_(a.x),
-        block_(static_cast<int>(tile.kv_head(a.p) * a.x.blocks +
-                                Int8Operands::first_block(a.p, tile.batch, tile.first_key)) +
-               first) {}
-  // Begins to copy a block's, of which the next call copies the one before.
-  __device__ void copy(typename Config::Stage& to) {
-    CopyK k({.data = x_.k, .row = Config::kHeadDim / 2}, int64_t{block_} * (Config::kN * Config::kHeadDim / 2));
-    CopyV v({.data = x_.v, .row = kInt8Keys / 2}, int64_t{block_} * (Config::kValueDim * kInt8Keys / 2));
+struct Int8Source {
+  // Of a tile, the first block of its sequence and kv head.
+  __device__ static int64_t first(const Int8AttentionArguments& a, const AttentionTile& tile) {
+    return tile.kv_head(a.p) * a.x.blocks + Int8Operands::first_block(a.p, tile.batch, tile.first_key);
+  }
+  // block: of all heads'. All addresses follow from it, as pointers that are kept take registers.
+  __device__ static void copy(typename Config::Stage& to, const Int8Operands& x, int64_t block) {
+    CopyK k({.data = x.k, .row = Config::kHeadDim / 2}, block * (Config::kN * Config::kHeadDim / 2));
+    CopyV v({.data = x.v, .row = kInt8Keys / 2}, block * (Config::kValueDim * kInt8Keys / 2));
     if (threadIdx.x < Config::kN / 4)
       ptx::cp_async_16(ptx::shared_address(to.k_scale + threadIdx.x * 4),
-                       x_.k_scale + int64_t{block_} * Config::kN + threadIdx.x * 4);
+                       x.k_scale + block * Config::kN + threadIdx.x * 4);
     k.template copy<true>(to.k, kStepK, Config::kN, Config::kHeadDim / 2);
     v.template copy<true>(to.v, kStepV, Config::kValueDim, kInt8Keys / 2);
-    --block_;
   }
 
  private:
   using CopyK = RowCopy<Config::kN, Config::kHeadDim / 2, Config::kThreads>;
   using CopyV = RowCopy<Config::kValueDim, kInt8Keys / 2, Config::kThreads>;
   static constexpr int64_t kStepK = CopyK::Share::kStep * Config::kHeadDim, kStepV = CopyV::Share::kStep * kInt8Keys;
-  const Int8Operands& x_;
-  int block_;  // of all heads' blocks; addresses follow from it, as pointers would take registers
 };
 
 // A Config with out's dtype, which is a branch of the launch: the products are the same.
@@ -118,7 +109,6 @@ struct Int8AttentionConsumer {
   const int warp_row;  // this warp's first row in the tile
   BlockSoftmax<kTilesM>& sums;
   Output& o;
-  typename Config::Source source;
   Row scale, shift;      // of a row's scores before modifiers, of these the shift; without, the scale of the softmax
   bool vectors = false;  // the mask's rows are read 16 bytes at a time
 
@@ -132,8 +122,7 @@ struct Int8AttentionConsumer {
         blocks(blocks),
         warp_row(threadIdx.x / 32 * Config::kWarpM),
         sums(sums),
-        o(o),
-        source(a, tile, blocks.end - 1) {}
+        o(o) {}
 
   __device__ void operator()() {
     o.clear();
@@ -162,7 +151,10 @@ struct Int8AttentionConsumer {
     using Copy = RowCopy<Config::kM, kRow, Config::kThreads>;
     Copy copy_q({.data = a.x.q, .row = kRow}, tile.lse(p, tile.row) * kRow);
     copy_q.template copy<false>(s.q8, Copy::Share::kStep * Config::kHeadDim, tile.rows - tile.row, kRow);
-    source.copy(s.stages[(blocks.end - 1) % 2]);
+    if (threadIdx.x < 4) s.magic[threadIdx.x] = kInt8MagicBits;
+    if (threadIdx.x == 0) s.first_block = Config::Source::first(a, tile);
+    __syncthreads();
+    copy(blocks.end - 1);
     each_row([&](int i, int half) {
       const float of_q = of_row(a.x.q_scale, i, half);
       if (kModified) {
@@ -174,30 +166,20 @@ struct Int8AttentionConsumer {
       }
     });
   }
+  __device__ void copy(int block) { Config::Source::copy(s.stages[block % 2], a.x, s.first_block + block); }
+  // From the last block to the first. A branch around RowBounds: a loop of its own for blocks without a mask is a second
+  // copy of everything, and its counter spills.
   __device__ void all_blocks() {
-    int block = blocks.end - 1;
-    if constexpr (kModified) {
-      vectors = Modifiers::in_vectors(p, tile);
-      const int unmasked_begin = blocks.unmasked_begin, unmasked_end = blocks.unmasked_end;
+    if (kModified) vectors = Modifiers::in_vectors(p, tile);
 #pragma unroll 1
-      for (; block >= blocks.begin; --block) next_block(block, block >= unmasked_end || block < unmasked_begin);
-    } else {
-#pragma unroll 1
-      for (int phase = 0; phase < 2; ++phase) {
-        const int stop = phase == 0 ? blocks.unmasked_end : blocks.begin;
-#pragma unroll 1
-        for (; block >= stop; --block) next_block(block, true);
-        if (phase == 1) break;
-#pragma unroll 1
-        for (; block >= blocks.unmasked_begin; --block) next_block(block, false);
-      }
-    }
+    for (int block = blocks.end - 1; block >= blocks.begin; --block)
+      next_block(block, block >= blocks.unmasked_end || block < blocks.unmasked_begin);
   }
   __device__ void next_block(int block, bool masked) {
     auto& stage = s.stages[block % 2];
     ptx::cp_async_wait<0>();
     __syncthreads();  // the block has arrived for all warps, and all have read the one before
-    if (block > blocks.begin) source.copy(s.stages[(block - 1) % 2]);
+    if (block > blocks.begin) copy(block - 1);
     const int key = block * Config::kN + accumulator_column(0);
     MaskWords mask;
     if (kModified) Modifiers{p, tile, first_row(), vectors}.load(mask, key);
@@ -215,14 +197,23 @@ struct Int8AttentionConsumer {
     pack_bytes(packed, scores);
     pv(packed, stage, weight);
   }
-  // What a step of a product adds to.
-  __device__ static const int32_t (&first_or(int step, const int32_t (&sums)[4]))[4] {
-    static constexpr int32_t kBegin[4] = {kMagicBits, kMagicBits, kMagicBits, kMagicBits};
-    return step == 0 ? kBegin : sums;
-  }
+  // What accumulators begin with. From shared memory, as of constants there are four MOVs for each mma; and anew for
+  // each product, as registers that keep it would spill.
+  struct Begin {
+    int32_t bits[4];
+    __device__ explicit Begin(const int32_t (&magic)[4]) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) bits[e] = magic[e];
+    }
+    // What a step of a product adds to.
+    __device__ const int32_t (&or_sums(int step, const int32_t (&sums)[4]) const)[4] {
+      return step == 0 ? bits : sums;
+    }
+  };
   // scores = q k^T, times the scales of the keys.
   __device__ void qk(Scores& scores, const typename Config::Stage& stage) const {
     using P = Panels<Config::kHeadDim / 2>;
+    const Begin begin(s.magic);
     Fragments<int32_t, kTilesM, Scores::kTilesN> sums;
 #pragma unroll
     for (int step = 0; step < Config::kHeadDim / 32; ++step) {
@@ -238,18 +229,18 @@ struct Int8AttentionConsumer {
         for (int next = 0; next < 2; ++next)
 #pragma unroll
           for (int i = 0; i < kTilesM; ++i)
-            ptx::mma_m16n8k32(sums[i][j + next], q[i], k + next * 2, first_or(step, sums[i][j + next]));
+            ptx::mma_m16n8k32(sums[i][j + next], q[i], k + next * 2, begin.or_sums(step, sums[i][j + next]));
       }
     }
 #pragma unroll
     for (int j = 0; j < Scores::kTilesN; ++j) {
       const auto k = *reinterpret_cast<const float2*>(stage.k_scale + j * 8 + accumulator_column(0));
-      const float magic[2] = {-kMagic * k.x, -kMagic * k.y};  // exact, as the scales have 22 bits
+      const float offset[2] = {-kInt8Magic * k.x, -kInt8Magic * k.y};  // exact, as the scales have 22 bits
 #pragma unroll
       for (int i = 0; i < kTilesM; ++i)
 #pragma unroll
         for (int e = 0; e < 4; ++e)
-          scores[i][j][e] = fmaf(__int_as_float(sums[i][j][e]), e % 2 ? k.y : k.x, magic[e % 2]);
+          scores[i][j][e] = fmaf(__int_as_float(sums[i][j][e]), e % 2 ? k.y : k.x, offset[e % 2]);
     }
   }
   // Four tiles of p, a byte each, are the first operand of an mma.
@@ -271,6 +262,7 @@ struct Int8AttentionConsumer {
   __device__ void pv(const uint32_t (&packed)[Config::kN / 32][kTilesM][4], const typename Config::Stage& stage,
                      const Row& weight) {
     using P = Panels<kInt8Keys / 2>;
+    const Begin begin(s.magic);
 #pragma unroll
     for (int j = 0; j < Output::kTilesN; j += 2) {
       Fragments<int32_t, kTilesM, 2> sums;
@@ -282,11 +274,11 @@ struct Int8AttentionConsumer {
         for (int next = 0; next < 2; ++next)
 #pragma unroll
           for (int i = 0; i < kTilesM; ++i)
-            ptx::mma_m16n8k32_u8(sums[i][next], packed[step][i], v + next * 2, first_or(step, sums[i][next]));
+            ptx::mma_m16n8k32_u8(sums[i][next], packed[step][i], v + next * 2, begin.or_sums(step, sums[i][next]));
       }
       sums.for_each([&](int32_t sum, int i, int next, int e) {
         float& to = o[i][j + next][e];
-        to = fmaf(__int_as_float(sum) - kMagic, weight[i][e / 2], to);
+        to = fmaf(__int_as_float(sum) - kInt8Magic, weight[i][e / 2], to);
       });
     }
   }

@@ -11,6 +11,10 @@ namespace forwardpass {
 // Keys of a block, which share the unit of their probabilities. Each sequence begins with a block of its own.
 constexpr int kInt8Keys = 64;
 
+// Accumulators of int8 products begin with its bits: as a float each is then this plus the sum, below 2^22.
+constexpr float kInt8Magic = 0x1.8p23f;
+constexpr int32_t kInt8MagicBits = 0x4b400000;
+
 struct Int8Operands {
   int32_t head_dim, value_dim;  // columns that there is room for: the kernel's, beyond the call's they are 0
   int64_t blocks;               // of keys of a kv head, of all sequences; of packed ones as many as there may be
@@ -18,7 +22,7 @@ struct Int8Operands {
   int8_t* q;                    // [row, head_dim]; rows are in the order of the lse
   float *q_scale, *shift;       // of each row; shift: q times k's centre, what all scores of the row have lost
   int8_t* k;                    // [kv head, block, key, head_dim]; keys beyond the sequence's are 0
-  float* k_scale;               // of each key: 22 bits of it, so that 1.5 * 2^23 times it is exact
+  float* k_scale;               // of each key: 22 bits of it, so that kInt8Magic times it is exact
   int8_t* v;                    // [kv head, block, value_dim, key]; keys in the order of `int8_key`
   float* v_scale;               // [sequence, kv head, value_dim]
   float* centre;                // of k: [sequence, kv head, head_dim]
