@@ -42,10 +42,10 @@ struct Int8AttentionConfig {
       };
       uint16_t q[kM * kHeadDim];  // in the end the rows of out
     };
-    alignas(16) int32_t magic[4];
-    int64_t first_block;
     AttentionTile tile;
     KeyBlocks blocks;
+    alignas(16) int32_t magic[4];
+    int64_t first_block;
   };
   static_assert(kValueDim <= kHeadDim && kN == kInt8Keys);
   static constexpr int kLeastSharedKib = (kBlocksPerSm * (sizeof(SharedStorage) + 1024) + 1023) / 1024;
