@@ -115,14 +115,7 @@ struct Int8AttentionConsumer {
   __device__ Int8AttentionConsumer(const Int8AttentionArguments& a, typename Config::SharedStorage& s,
                                    const AttentionTile& tile, const KeyBlocks& blocks, BlockSoftmax<kTilesM>& sums,
                                    Output& o)
-      : a(a),
-        p(a.p),
-        s(s),
-        tile(tile),
-        blocks(blocks),
-        warp_row(threadIdx.x / 32 * Config::kWarpM),
-        sums(sums),
-        o(o) {}
+      : a(a), p(a.p), s(s), tile(tile), blocks(blocks), warp_row(threadIdx.x / 32 * Config::kWarpM), sums(sums), o(o) {}
 
   __device__ void operator()() {
     o.clear();
@@ -167,8 +160,8 @@ struct Int8AttentionConsumer {
     });
   }
   __device__ void copy(int block) { Config::Source::copy(s.stages[block % 2], a.x, s.first_block + block); }
-  // From the last block to the first. A branch around RowBounds: a loop of its own for blocks without a mask is a second
-  // copy of everything, and its counter spills.
+  // From the last block to the first. A branch around RowBounds: a loop of its own for blocks without a mask is a
+  // second copy of everything, and its counter spills.
   __device__ void all_blocks() {
     if (kModified) vectors = Modifiers::in_vectors(p, tile);
 #pragma unroll 1
@@ -206,9 +199,7 @@ struct Int8AttentionConsumer {
       for (int e = 0; e < 4; ++e) bits[e] = magic[e];
     }
     // What a step of a product adds to.
-    __device__ const int32_t (&or_sums(int step, const int32_t (&sums)[4]) const)[4] {
-      return step == 0 ? bits : sums;
-    }
+    __device__ const int32_t (&or_sums(int step, const int32_t (&sums)[4]) const)[4] { return step == 0 ? bits : sums; }
   };
   // scores = q k^T, times the scales of the keys.
   __device__ void qk(Scores& scores, const typename Config::Stage& stage) const {
@@ -258,29 +249,37 @@ struct Int8AttentionConsumer {
           packed[step][i][r] = __byte_perm(pair(j), pair(j + 1), 0x5410);
         }
   }
-  // o += p v, times the block's weights; sixteen columns at a time, as the sums take registers.
+  // o += p v, times the block's weights. Of more than 128 columns those that there are: the branches also keep ptxas
+  // from loading more of v at a time than the registers hold.
   __device__ void pv(const uint32_t (&packed)[Config::kN / 32][kTilesM][4], const typename Config::Stage& stage,
+                     const Row& weight) {
+    constexpr int kPanel = Config::kValueDim > 128 ? 64 : Config::kValueDim;
+#pragma unroll
+    for (int column = 0; column < Config::kValueDim; column += kPanel)
+      if (column == 0 || column < p.value_dim)
+#pragma unroll
+        for (int j = column / 8; j < (column + kPanel) / 8; j += 2) pv(j, packed, stage, weight);
+  }
+  // Sixteen columns, as their sums take registers.
+  __device__ void pv(int j, const uint32_t (&packed)[Config::kN / 32][kTilesM][4], const typename Config::Stage& stage,
                      const Row& weight) {
     using P = Panels<kInt8Keys / 2>;
     const Begin begin(s.magic);
+    Fragments<int32_t, kTilesM, 2> sums;
 #pragma unroll
-    for (int j = 0; j < Output::kTilesN; j += 2) {
-      Fragments<int32_t, kTilesM, 2> sums;
+    for (int step = 0; step < Config::kN / 32; ++step) {
+      uint32_t v[4];
+      ptx::ldmatrix_x4(v, P::template matrices<Config::kValueDim, false>(stage.v, j * 8, step * 16));
 #pragma unroll
-      for (int step = 0; step < Config::kN / 32; ++step) {
-        uint32_t v[4];
-        ptx::ldmatrix_x4(v, P::template matrices<Config::kValueDim, false>(stage.v, j * 8, step * 16));
+      for (int next = 0; next < 2; ++next)
 #pragma unroll
-        for (int next = 0; next < 2; ++next)
-#pragma unroll
-          for (int i = 0; i < kTilesM; ++i)
-            ptx::mma_m16n8k32_u8(sums[i][next], packed[step][i], v + next * 2, begin.or_sums(step, sums[i][next]));
-      }
-      sums.for_each([&](int32_t sum, int i, int next, int e) {
-        float& to = o[i][j + next][e];
-        to = fmaf(__int_as_float(sum) - kInt8Magic, weight[i][e / 2], to);
-      });
+        for (int i = 0; i < kTilesM; ++i)
+          ptx::mma_m16n8k32_u8(sums[i][next], packed[step][i], v + next * 2, begin.or_sums(step, sums[i][next]));
     }
+    sums.for_each([&](int32_t sum, int i, int next, int e) {
+      float& to = o[i][j + next][e];
+      to = fmaf(__int_as_float(sum) - kInt8Magic, weight[i][e / 2], to);
+    });
   }
   // After all keys: the rows of out and their lse.
   __device__ void finish() {

@@ -8,7 +8,7 @@ template <int kDim>
 constexpr AttentionKernel modified =
     int8_attention<AttentionInstance{.dtype = Dtype::i8, .head_dim = kDim, .value_dim = kDim, .modified = true}>;
 
-const AttentionKernel kernels[] = {modified<64>, modified<128>};
+const AttentionKernel kernels[] = {modified<64>, modified<128>, modified<256>};
 const Attention8bitKernels registered(kernels);
 
 }  // namespace
