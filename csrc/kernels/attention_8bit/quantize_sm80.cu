@@ -42,7 +42,7 @@ struct Int8Scale {
   float inverse, scale;
   __device__ explicit Int8Scale(float largest) {
     if (largest == INFINITY) largest = NAN;
-    inverse = largest == 0 ? 0 : __fdiv_rn(127, largest);
+    inverse = largest < kLeastRange ? 0 : __fdiv_rn(127, largest);
     scale = __fdiv_rn(largest, 127);
   }
 };
