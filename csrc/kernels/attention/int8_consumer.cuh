@@ -249,11 +249,11 @@ struct Int8AttentionConsumer {
           packed[step][i][r] = __byte_perm(pair(j), pair(j + 1), 0x5410);
         }
   }
-  // o += p v, times the block's weights. Of more than 128 columns those that there are: the branches also keep ptxas
+  // o += p v, times the block's weights, of the columns that there are: the branches also keep ptxas
   // from loading more of v at a time than the registers hold.
   __device__ void pv(const uint32_t (&packed)[Config::kN / 32][kTilesM][4], const typename Config::Stage& stage,
                      const Row& weight) {
-    constexpr int kPanel = Config::kValueDim > 128 ? 64 : Config::kValueDim;
+    constexpr int kPanel = 64;
 #pragma unroll
     for (int column = 0; column < Config::kValueDim; column += kPanel)
       if (column == 0 || column < p.value_dim)
