@@ -57,7 +57,7 @@ struct Int8Operands {
   }
 
  private:
-  static constexpr int kChunkKeys = 512, kMostChunks = 16;
+  static constexpr int kChunkKeys = 128, kMostChunks = 16;
 };
 
 // Byte i of word w of a block's 64 bytes of v is of this key. The accumulators of q k^T, packed, are then the first

@@ -90,45 +90,77 @@ __device__ inline float quantize_row(float (&x)[kVec], uint2& q, int threads, in
   return s.scale;
 }
 
-// The mean of a sequence's samples, which are added in order: a column a thread.
+// The sum of a column's samples, in their order: evenly spaced keys or, of few, all. key_of(i): of sample i. Eight
+// loads at a time without a branch between them, as one that waits for the one before takes half a microsecond.
+template <class T, class F>
+__device__ inline float sum_of_samples(const T* column, int64_t row, int samples, F key_of) {
+  float total = 0;
+#pragma unroll 1
+  for (int first = 0; first < samples; first += kVec) {
+    float x[kVec];
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) x[i] = to_float(column[key_of(min(first + i, samples - 1)) * row]);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) total = first + i < samples ? __fadd_rn(total, x[i]) : total;
+  }
+  return total;
+}
+template <class T>
+__device__ inline float sum_of_samples(const T* column, int64_t row, int keys) {
+  if (keys <= kSamples) return sum_of_samples(column, row, keys, [](int i) { return int64_t{i}; });
+  return sum_of_samples(column, row, kSamples, [&](int i) { return int64_t{i} * (keys - 1) / (kSamples - 1); });
+}
+// The mean of a sequence's samples: a column a thread.
 __device__ inline void write_centre(const QuantizeArguments& a, const Sequence& sequence, int b, int head) {
   const AttentionParams& p = a.p;
-  const int samples = min(sequence.keys, kSamples);
-  for (int column = threadIdx.x; column < a.to.head_dim; column += kThreads) {
-    const int64_t first = b * p.k.batch + head * p.k.head + sequence.first * p.k.row + column;
-    float total = 0;
-    if (column < p.head_dim)
-      for (int i = 0; i < samples; ++i) {
-        const int64_t key = int64_t{i} * (sequence.keys - 1) / max(samples - 1, 1);
-        total = __fadd_rn(total, load_float(p.k.data, p.dtype, first + key * p.k.row));
-      }
-    a.to.centre[(int64_t{b} * p.kv_heads + head) * a.to.head_dim + column] =
-        samples ? __fmul_rn(total, static_cast<float>(1.0 / samples)) : 0;
-  }
+  const int samples = min(sequence.keys, kSamples), column = threadIdx.x;
+  if (column >= a.to.head_dim) return;
+  const int64_t first = b * p.k.batch + head * p.k.head + sequence.first * p.k.row + column;
+  float total = 0;
+  if (column < p.head_dim)
+    total = p.dtype == Dtype::f16
+                ? sum_of_samples(static_cast<const __half*>(p.k.data) + first, p.k.row, sequence.keys)
+                : sum_of_samples(static_cast<const __nv_bfloat16*>(p.k.data) + first, p.k.row, sequence.keys);
+  a.to.centre[(int64_t{b} * p.kv_heads + head) * a.to.head_dim + column] =
+      samples ? __fmul_rn(total, static_cast<float>(1.0 / samples)) : 0;
 }
 
+// The largest absolute values of eight columns of v, of every `step`th key from `key` on; eight keys at a time, of
+// which those behind the last one are the last one again.
+template <class T>
+__device__ inline void find_largest(float (&largest)[kVec], const T* column, int64_t row, int key, int end, int step) {
+#pragma unroll 1
+  for (; key < end; key += kVec * step) {
+    Vec<T> x[kVec];
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) x[i] = load_vec(column + min(key + i * step, end - 1) * row, kVec, true);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i)
+#pragma unroll
+      for (int c = 0; c < kVec; ++c) largest[c] = ptx::max_nan(largest[c], fabsf(to_float(x[i].e[c])));
+  }
+}
 // The largest absolute value of each channel of v, in a chunk of a sequence's keys.
 __device__ inline void write_largest(const QuantizeArguments& a, const Sequence& sequence, int b, int head, int chunk) {
-  __shared__ float shared[kThreads][kVec + 1];
+  __shared__ float shared[kVec][kThreads + 4];  // so that a warp reads different banks
   const AttentionParams& p = a.p;
   const int across = a.to.value_dim / kVec, column = threadIdx.x % across * kVec, step = kThreads / across;
   const int64_t first = b * p.v.batch + head * p.v.head + sequence.first * p.v.row + column;
-  const int end = static_cast<int>(int64_t{sequence.keys} * (chunk + 1) / a.to.chunks);
+  const auto edge = [&](int n) { return static_cast<int>(int64_t{sequence.keys} * n / a.to.chunks); };
+  const int key = edge(chunk) + static_cast<int>(threadIdx.x) / across;
   float largest[kVec] = {};
-  if (column < p.value_dim)
-    for (int key = static_cast<int>(int64_t{sequence.keys} * chunk / a.to.chunks) + threadIdx.x / across; key < end;
-         key += step) {
-      float x[kVec];
-      load8(x, p.v.data, first + key * p.v.row, p.dtype);
+  if (column < p.value_dim) {
+    if (p.dtype == Dtype::f16)
+      find_largest(largest, static_cast<const __half*>(p.v.data) + first, p.v.row, key, edge(chunk + 1), step);
+    else
+      find_largest(largest, static_cast<const __nv_bfloat16*>(p.v.data) + first, p.v.row, key, edge(chunk + 1), step);
+  }
 #pragma unroll
-      for (int i = 0; i < kVec; ++i) largest[i] = ptx::max_nan(largest[i], fabsf(x[i]));
-    }
-#pragma unroll
-  for (int i = 0; i < kVec; ++i) shared[threadIdx.x][i] = largest[i];
+  for (int i = 0; i < kVec; ++i) shared[i][threadIdx.x] = largest[i];
   __syncthreads();
   if (static_cast<int>(threadIdx.x) >= a.to.value_dim) return;
   float all = 0;
-  for (int i = 0; i < step; ++i) all = ptx::max_nan(all, shared[i * across + threadIdx.x / kVec][threadIdx.x % kVec]);
+  for (int i = 0; i < step; ++i) all = ptx::max_nan(all, shared[threadIdx.x % kVec][i * across + threadIdx.x / kVec]);
   a.to.largest[((int64_t{b} * p.kv_heads + head) * a.to.chunks + chunk) * a.to.value_dim + threadIdx.x] = all;
 }
 
