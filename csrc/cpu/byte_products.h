@@ -98,27 +98,21 @@ INLINE void with_byte_products(F f) {
 template <class A, int kRows, int kVectors, class Begin, class Finish>
 INLINE void multiply_tile(const uint8_t* a, int64_t a_stride, const int8_t* panel, int64_t panel_row, int64_t depth,
                           Begin begin, Finish finish) {
+  constexpr int64_t kBytes = sizeof(typename A::Sums);
   typename A::Sums sums[kRows][kVectors];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) sums[r][j] = begin(j);
+  const auto for_each_sum = [&](auto f) __attribute__((always_inline)) {
+    unrolled<kRows>(UNROLLED_BODY(r) { unrolled<kVectors>(UNROLLED_BODY(j) { f(r, j); }); });
+  };
+  for_each_sum([&](auto r, auto j) __attribute__((always_inline)) { sums[r][j] = begin(j); });
   for (int64_t d = 0; d < depth; d += 4, panel += panel_row) {
     typename A::Signed columns[kVectors];
-#pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j)
-      columns[j] = A::signed_bytes(panel + j * static_cast<int64_t>(sizeof(typename A::Sums)));
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
+    unrolled<kVectors>(UNROLLED_BODY(j) { columns[j] = A::signed_bytes(panel + j * kBytes); });
+    unrolled<kRows>(UNROLLED_BODY(r) {
       const typename A::Unsigned row = A::unsigned_bytes(a + r * a_stride + d);
-#pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) A::add(sums[r][j], row, columns[j]);
-    }
+      unrolled<kVectors>(UNROLLED_BODY(j) { A::add(sums[r][j], row, columns[j]); });
+    });
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) finish(r, j, sums[r][j]);
+  for_each_sum([&](auto r, auto j) __attribute__((always_inline)) { finish(r, j, sums[r][j]); });
 }
 
 // As multiply_tile, of the first `vectors` of the panel and of `rows` rows, at most A::kRows.
