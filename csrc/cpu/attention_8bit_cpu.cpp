@@ -182,7 +182,7 @@ INLINE void probabilities(Tile& t, int r) {
   for (int c = 0; c < t.keys; c += kLanes<V>) {
     const V p = exp2_negative(load<V, Dtype::f32>(t.scores, c) - unit);
     sums += p;
-    store_bits(narrow<Bytes<V>>(bits<Ints<V>>(p * 255 + 0x1.8p23f)), t.probabilities[r] + c, kLanes<V>);
+    store_low_bytes<V>(bits<Ints<V>>(p * 255 + 0x1.8p23f), t.probabilities[r] + c);
   }
   store<Dtype::f32>(sums, t.sums[r], 0);
 }

@@ -63,6 +63,19 @@ class Operands8bit {
   CacheLines k_, k_scale_, corrections_, v_, v_range_, centre_;
 };
 
+// The lowest byte of each lane. Written as assembly: here g++ 12 made of narrow() a fifth of the op's time, lane by
+// lane.
+template <class V>
+INLINE void store_low_bytes(Ints<V> v, void* to) {
+#if defined(__x86_64__)
+  if constexpr (kLanes<V> == 16) {
+    asm("vpmovdb %1, %0" : "=m"(*static_cast<char (*)[16]>(to)) : "v"(v));
+    return;
+  }
+#endif
+  store_bits(narrow<Chars<V>>(v), static_cast<int8_t*>(to), kLanes<V>);
+}
+
 // The integer whose magnitude as a float is the largest, of vectors of lanes; NaN where one is NaN or infinite.
 template <class V>
 INLINE float range_of(Uints<V> highs) {
@@ -115,7 +128,7 @@ INLINE float quantize_row(const Operands8bit& o, const void* row, const float* c
     highs = max(highs, bits<Uints<V>>(load<V, Dtype::f32>(x, c)) & 0x7fffffff);
   const float range = range_of<V>(highs), inverse = inverse_of(range);
   for (int64_t c = 0; c < columns; c += kLanes<V>)
-    store_bits(narrow<Chars<V>>(to_int(load<V, Dtype::f32>(x, c) * inverse, -127, 127)), integers + c, kLanes<V>);
+    store_low_bytes<V>(to_int(load<V, Dtype::f32>(x, c) * inverse, -127, 127), integers + c);
   return range / 127;
 }
 
