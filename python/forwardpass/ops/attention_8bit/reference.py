@@ -15,6 +15,9 @@ BLOCK = 64
 #: Keys, evenly spaced over a sequence, whose mean is subtracted from each.
 SAMPLES = 64
 
+#: Of a smaller largest value the integers are 0, as the reciprocal of the scale would overflow.
+LEAST = 2.0**-100
+
 
 @dataclass(frozen=True)
 class Operands:
@@ -36,7 +39,7 @@ def to_int8(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """(whole numbers from -127 to 127, the largest of which `dim` has, the scale), NaN where there is a NaN or infinity."""
     largest = x.abs().amax(dim, keepdim=True) if x.shape[dim] else torch.zeros_like(x.sum(dim, keepdim=True))
     largest = torch.where(largest.isinf(), torch.nan, largest)
-    inverse = torch.where(largest > 0, 127 / largest, torch.where(largest.isnan(), largest, 0))
+    inverse = torch.where(largest < LEAST, 0, 127 / largest)
     return (x * inverse).round(), largest / 127
 
 
