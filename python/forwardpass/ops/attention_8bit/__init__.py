@@ -41,7 +41,7 @@ def attention_8bit(
     k loses the mean of 64 of its keys, which softmax does not see. The columns of q and k are rotated by a Hadamard matrix, which
     spreads outliers of a channel. q then has a scale a row, k one a key, v one a channel, and probabilities are whole 255ths of the
     largest of 64 keys. Their sum, by which a row is divided, is of float32 before rounding. Against float64, random normal q, k and
-    v: an error of 1.4 % of the output's norm (`python -m benchmarks.attention_8bit` has other data, and other arithmetics).
+    v: an error of 1.4 % of the output's norm (`python -m benchmarks.attention_8bit_error` has other data, and other arithmetics).
 
     Args:
         q, k, v: as `attention` takes them.

@@ -15,6 +15,9 @@ BLOCK = 64
 #: Keys, evenly spaced over a sequence, whose mean is subtracted from each.
 SAMPLES = 64
 
+#: Of a smaller largest value the integers are 0, as the reciprocal of the scale would overflow.
+LEAST = 2.0**-100
+
 
 @dataclass(frozen=True)
 class Operands:
@@ -36,9 +39,8 @@ def to_int8(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """(whole numbers from -127 to 127, the largest of which `dim` has, the scale), NaN where there is a NaN or infinity."""
     largest = x.abs().amax(dim, keepdim=True) if x.shape[dim] else torch.zeros_like(x.sum(dim, keepdim=True))
     largest = torch.where(largest.isinf(), torch.nan, largest)
-    # 127 / largest would be torch's 127 times the reciprocal, which is rounded twice: one step off where a value is half of one.
-    inverse = torch.full_like(largest, 127) / largest
-    inverse = torch.where(largest > 0, inverse, torch.where(largest.isnan(), largest, 0))
+    # torch's 127 / largest would be 127 times the reciprocal, rounded twice: one step off where a value is half of one.
+    inverse = torch.where(largest < LEAST, 0, torch.full_like(largest, 127) / largest)
     return (x * inverse).round(), largest / 127
 
 
