@@ -1,9 +1,9 @@
 // attention_8bit's operands in int8, as the kernels of a library write them: its entry points, called with a workspace
 // that the caller has, and where in that workspace they are. Contiguous q [batch, rows, heads, head_dim], k and v; or
 // packed sequences, which begin where cu_seqlens say, batch of them.
-#include <dlfcn.h>
-
 #include "kernels/attention/int8_operands.h"
+
+#include <dlfcn.h>
 
 using namespace forwardpass;
 
@@ -14,14 +14,14 @@ struct Case {
   int64_t batch, rows, keys, heads, kv_heads, head_dim, value_dim, is_bf16, rotates;
 };
 
-// places: of q, q_scale, shift, k, k_scale, v, v_scale in the workspace; room: the columns of q and k, and of v; blocks.
-// Without a workspace: only how large it has to be.
+// places: of q, q_scale, shift, k, k_scale, v, v_scale in the workspace; room: the columns of q and k, and of v;
+// blocks. Without a workspace: only how large it has to be.
 extern "C" int64_t quantized(const char* library, void* stream, const Case& c, int64_t (&places)[10]) {
   void* const opened = dlopen(library, RTLD_NOW);
-  const auto select = reinterpret_cast<decltype(&forwardpass_select_attention_8bit)>(
-      dlsym(opened, Attention8bitParams::kSelector));
-  const auto launch = reinterpret_cast<decltype(&forwardpass_attention_8bit)>(
-      dlsym(opened, Attention8bitParams::kLauncher));
+  const auto select =
+      reinterpret_cast<decltype(&forwardpass_select_attention_8bit)>(dlsym(opened, Attention8bitParams::kSelector));
+  const auto launch =
+      reinterpret_cast<decltype(&forwardpass_attention_8bit)>(dlsym(opened, Attention8bitParams::kLauncher));
   if (!select || !launch) return -1;
   Attention8bitParams p{};
   const bool varlen = c.cu_seqlens_q;

@@ -239,3 +239,27 @@ def test_a_peak_and_a_long_tail():
     cases.assert_matches((o, lse), args)
     exact = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2).double() for x in (q, k, v)))
     assert (o.double() - exact.transpose(1, 2)).norm() < 0.02 * exact.norm()
+
+
+def test_rows_that_are_far_apart():
+    """Strides beyond 32 bits: 8 GiB of keys, of which a few rows are ever touched."""
+    memory = torch.UntypedStorage(8 * 2**30 + 2**16)
+    far = torch.empty(0, dtype=torch.float16).set_(memory, 0, (1, 65, 1, 64), (0, 2**26, 0, 1))
+    g = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 65, 64, generator=g).half().reshape(3, 1, 65, 1, 64)
+    far.copy_(k)
+    expected = with_lse("sm_80", q, k, v)[0][0]
+    for operands in ((far, k, v), (q, far, v), (q, k, far)):
+        near = [far if x is far else y for x, y in zip(operands, (q, k, v))]
+        far.copy_((q, k, v)[[x is far for x in operands].index(True)])
+        assert_equal(with_lse("sm_80", *near)[0][0], expected)
+
+
+@pytest.mark.parametrize(("dims", "causal"), paired([(64, 64), (128, 128), (256, 256)], [True, False]))
+def test_wavefronts(dims, causal):
+    """Shared memory is read and written without bank conflicts."""
+    args = cases.Case((256, 512), dims, batch=1, heads=(2, 1), causal=causal, awkward=False).arguments()
+    with fp.interpret("sm_80", counters=True) as device, fp.use_backend("cuda"):
+        dispatch.operations["attention_8bit"](*args)
+    ratios = {k.kernel: k.counts.conflict_ratio for k in device.kernels()}
+    assert len(ratios) == 3 and set(ratios.values()) <= {None, 1.0}

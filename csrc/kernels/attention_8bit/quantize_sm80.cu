@@ -223,9 +223,9 @@ struct KeysOf {
         n = sequence == middle ? n - half : half;
       }
     }
-    const Sequence of(p, sequence);
-    first_of_sequence = of.first, keys = of.keys;
-    first = static_cast<int>(block - Int8Operands::first_block(p, sequence, of.first)) * kInt8Keys;
+    const Sequence range(p, sequence);
+    first_of_sequence = range.first, keys = range.keys;
+    first = static_cast<int>(block - Int8Operands::first_block(p, sequence, range.first)) * kInt8Keys;
     return first < keys;
   }
 };
