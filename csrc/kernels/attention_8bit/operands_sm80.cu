@@ -5,10 +5,9 @@
 #include "schedule/attention_tile.cuh"
 
 namespace forwardpass {
-namespace {
 
-constexpr int kThreads = 256, kRows = 64;  // rows of q that a block has
-constexpr int kSamples = 64;               // keys whose mean is subtracted
+constexpr int kThreads = 256, kRows = kInt8Keys;  // rows of q or k that a block has
+constexpr int kSamples = 64;                      // keys whose mean is subtracted
 
 struct QuantizeArguments {
   AttentionParams p;
@@ -28,12 +27,16 @@ struct Sequence {
         keys(p.cu_seqlens_k ? p.cu_seqlens_k[b + 1] - p.cu_seqlens_k[b] : p.keys) {}
 };
 
-// Eight elements of f16 or bf16 at a multiple of 16 bytes.
-__device__ inline void load8(float (&x)[kVec], const void* p, int64_t offset, Dtype dtype) {
+// Eight elements of f16 or bf16 at a multiple of 16 bytes, and what they are: apart, so that loads do not wait for one
+// another at the branch.
+__device__ inline uint4 load16(const void* p, int64_t offset) {
+  return *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(p) + offset);
+}
+__device__ inline void widen(float (&x)[kVec], const uint4& raw, Dtype dtype) {
   if (dtype == Dtype::f16)
-    load_floats(x, static_cast<const __half*>(p) + offset, kVec, true);
+    load_floats(x, reinterpret_cast<const __half*>(&raw), kVec, true);
   else
-    load_floats(x, static_cast<const __nv_bfloat16*>(p) + offset, kVec, true);
+    load_floats(x, reinterpret_cast<const __nv_bfloat16*>(&raw), kVec, true);
 }
 
 // What int8 has of values whose largest is this: by what they are multiplied, and the scale. NaN and infinities make
@@ -178,32 +181,47 @@ __global__ void __launch_bounds__(kThreads) attention_statistics_kernel(const __
     write_largest(a, sequence, b, head, part);
 }
 
+// f(r, raw): of rows r that this thread has of a block's, eight columns each, as load(r) loads them: one row ahead.
+template <class Load, class F>
+__device__ inline void each_row(int across, Load load, F f) {
+  const int step = kThreads / across;
+  int r = static_cast<int>(threadIdx.x) / across;
+  uint4 next = load(r);
+#pragma unroll 1
+  for (; r < kRows; r += step) {
+    const uint4 raw = next;
+    if (r + step < kRows) next = load(r + step);
+    f(r, raw);
+  }
+}
+
 // kRows rows of q.
 __device__ inline void quantize_q(const QuantizeArguments& a, unsigned block, int known) {
   const AttentionParams& p = a.p;
   AttentionTile tile;
   if (!tile.find(p, kRows, a.tiles, block, known) || !tile.known()) return;
   const int across = a.to.head_dim / kVec, column = static_cast<int>(threadIdx.x) % across * kVec;
+  const int64_t from = tile.q(p) + column;
+  // All lanes take part in shuffles: a row beyond the last one is the last one again.
+  const auto row_of = [&](int r) { return min(tile.row + r, tile.rows - 1); };
   float centre[kVec];
-  const int64_t of_centre = (int64_t{tile.batch} * p.kv_heads + tile.kv_head(p)) * a.to.head_dim + column;
+  load_floats(centre, a.to.centre + (int64_t{tile.batch} * p.kv_heads + tile.kv_head(p)) * a.to.head_dim + column, kVec,
+              true);
+  each_row(
+      across, [&](int r) { return column < p.head_dim ? load16(p.q.data, from + row_of(r) * p.q.row) : uint4{}; },
+      [&](int r, const uint4& raw) {
+        float x[kVec], shift = 0;
+        widen(x, raw, p.dtype);
 #pragma unroll
-  for (int i = 0; i < kVec; ++i) centre[i] = a.to.centre[of_centre + i];
-#pragma unroll 1
-  for (int r = threadIdx.x / across; r < kRows; r += kThreads / across) {
-    // All lanes take part in shuffles: a row beyond the last one is the last one again.
-    const int row = min(tile.row + r, tile.rows - 1);
-    float x[kVec] = {}, shift = 0;
-    if (column < p.head_dim) load8(x, p.q.data, tile.q(p) + row * p.q.row + column, p.dtype);
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) shift = fmaf(x[i], centre[i], shift);
-    shift = over_row(shift, across, [](float a, float b) { return a + b; });
-    const int64_t to = tile.lse(p, row);
-    uint2 q;
-    const float scale = quantize_row(x, q, across, a.rotation);
-    if (tile.row + r >= tile.rows) continue;
-    *reinterpret_cast<uint2*>(a.to.q + to * a.to.head_dim + column) = q;
-    if (column == 0) a.to.q_scale[to] = scale, a.to.shift[to] = shift;
-  }
+        for (int i = 0; i < kVec; ++i) shift = fmaf(x[i], centre[i], shift);
+        shift = over_row(shift, across, [](float a, float b) { return a + b; });
+        uint2 q;
+        const float scale = quantize_row(x, q, across, a.rotation);
+        if (tile.row + r >= tile.rows) return;
+        const int64_t to = tile.lse(p, tile.row + r);
+        *reinterpret_cast<uint2*>(a.to.q + to * a.to.head_dim + column) = q;
+        if (column == 0) a.to.q_scale[to] = scale, a.to.shift[to] = shift;
+      });
 }
 
 // Which keys a block of keys has.
@@ -240,24 +258,36 @@ __device__ inline void quantize_k(const QuantizeArguments& a, const KeysOf& keys
   const AttentionParams& p = a.p;
   const int across = a.to.head_dim / kVec, column = static_cast<int>(threadIdx.x) % across * kVec;
   const int64_t from = keys.sequence * p.k.batch + head * p.k.head + keys.first_of_sequence * p.k.row + column;
-  const int64_t of_centre = (int64_t{keys.sequence} * p.kv_heads + head) * a.to.head_dim + column;
-#pragma unroll 1
-  for (int r = threadIdx.x / across; r < kInt8Keys; r += kThreads / across) {
-    float x[kVec] = {};
-    const int key = keys.first + r;
-    if (key < keys.keys && column < p.head_dim) {
-      load8(x, p.k.data, from + key * p.k.row, p.dtype);
+  const auto inside = [&](int r) { return keys.first + r < keys.keys && column < p.head_dim; };
+  float centre[kVec];
+  load_floats(centre, a.to.centre + (int64_t{keys.sequence} * p.kv_heads + head) * a.to.head_dim + column, kVec, true);
+  each_row(
+      across, [&](int r) { return inside(r) ? load16(p.k.data, from + (keys.first + r) * p.k.row) : uint4{}; },
+      [&](int r, const uint4& raw) {
+        float x[kVec];
+        widen(x, raw, p.dtype);
 #pragma unroll
-      for (int i = 0; i < kVec; ++i) x[i] = __fsub_rn(x[i], a.to.centre[of_centre + i]);
-    }
-    const int64_t to = block * kInt8Keys + r;
-    uint2 q;
-    const float scale = quantize_row(x, q, across, a.rotation);
-    *reinterpret_cast<uint2*>(a.to.k + to * a.to.head_dim + column) = q;
-    if (column == 0) a.to.k_scale[to] = without_two_bits(__fmul_rn(scale, 1.f / a.rotation));
-  }
+        for (int i = 0; i < kVec; ++i) x[i] = inside(r) ? __fsub_rn(x[i], centre[i]) : 0;
+        const int64_t to = block * kInt8Keys + r;
+        uint2 q;
+        const float scale = quantize_row(x, q, across, a.rotation);
+        *reinterpret_cast<uint2*>(a.to.k + to * a.to.head_dim + column) = q;
+        if (column == 0) a.to.k_scale[to] = without_two_bits(__fmul_rn(scale, 1.f / a.rotation));
+      });
 }
-
+// The largest absolute values of eight channels of v: of all chunks, one or more of which each thread of 16 loads.
+__device__ inline void load_largest(float (&largest)[kVec], const QuantizeArguments& a, int64_t sequence, int column) {
+  constexpr int kSharing = 16;
+  for (float& v : largest) v = 0;
+  for (int chunk = static_cast<int>(threadIdx.x) % kSharing; chunk < a.to.chunks; chunk += kSharing) {
+    float x[kVec];
+    load_floats(x, a.to.largest + (sequence * a.to.chunks + chunk) * a.to.value_dim + column, kVec, true);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) largest[i] = ptx::max_nan(largest[i], x[i]);
+  }
+#pragma unroll
+  for (float& v : largest) v = over_row(v, kSharing, ptx::max_nan);
+}
 // A thread has four keys of eight channels, those that are a word of each channel: a warp writes 64 bytes of two
 // channels at a time, and reads 32 bytes of each of its keys.
 __device__ inline void quantize_v(const QuantizeArguments& a, const KeysOf& keys, int head, int64_t block) {
@@ -267,32 +297,41 @@ __device__ inline void quantize_v(const QuantizeArguments& a, const KeysOf& keys
   const int64_t from = keys.sequence * p.v.batch + head * p.v.head + keys.first_of_sequence * p.v.row;
   const int64_t sequence = int64_t{keys.sequence} * p.kv_heads + head;
 #pragma unroll 1
-  for (int column = threadIdx.x / kWords * kVec; column < a.to.value_dim; column += kThreads / kWords * kVec) {
-    float largest[kVec] = {};
-    for (int chunk = 0; chunk < a.to.chunks; ++chunk) {
-      const float* const of_chunk = a.to.largest + (sequence * a.to.chunks + chunk) * a.to.value_dim + column;
+  for (int begin = 0; begin < a.to.value_dim; begin += kThreads / kWords * kVec) {  // all threads: shuffles
+    const int column = begin + static_cast<int>(threadIdx.x) / kWords * kVec;
+    const bool inside = column < p.value_dim, stored = column < a.to.value_dim;
+    uint4 raw[4] = {};
 #pragma unroll
-      for (int i = 0; i < kVec; ++i) largest[i] = ptx::max_nan(largest[i], of_chunk[i]);
+    for (int i = 0; i < 4; ++i) {
+      const int key = keys.first + int8_key(word, i);
+      if (inside && key < keys.keys) raw[i] = load16(p.v.data, from + key * p.v.row + column);
+    }
+    float largest[kVec];
+    load_largest(largest, a, sequence, stored ? column : 0);
+    float inverse[kVec];
+#pragma unroll
+    for (int c = 0; c < kVec; ++c) {
+      const Int8Scale s(largest[c]);
+      inverse[c] = s.inverse;
+      if (stored && keys.first == 0 && word == 0) a.to.v_scale[sequence * a.to.value_dim + column + c] = s.scale;
     }
     uint32_t words[kVec] = {};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int key = keys.first + int8_key(word, i);
-      float x[kVec] = {};
-      if (key < keys.keys && column < p.value_dim) load8(x, p.v.data, from + key * p.v.row + column, p.dtype);
+      float x[kVec];
+      widen(x, raw[i], p.dtype);
 #pragma unroll
-      for (int c = 0; c < kVec; ++c) words[c] |= to_int8(x[c], Int8Scale(largest[c]).inverse) << i * 8;
+      for (int c = 0; c < kVec; ++c) words[c] |= to_int8(x[c], inverse[c]) << i * 8;
     }
+    if (!stored) continue;
 #pragma unroll
-    for (int c = 0; c < kVec; ++c) {
+    for (int c = 0; c < kVec; ++c)
       *reinterpret_cast<uint32_t*>(a.to.v + (block * a.to.value_dim + column + c) * kInt8Keys + word * 4) = words[c];
-      if (keys.first == 0 && word == 0)
-        a.to.v_scale[sequence * a.to.value_dim + column + c] = Int8Scale(largest[c]).scale;
-    }
   }
 }
 
-__global__ void __launch_bounds__(kThreads) attention_int8_kernel(const __grid_constant__ QuantizeArguments a) {
+// Three blocks on a multiprocessor: left to itself ptxas takes 64 registers for 9.0, and spills.
+__global__ void __launch_bounds__(kThreads, 3) attention_int8_kernel(const __grid_constant__ QuantizeArguments a) {
   const int known = known_sequences(a.p);
   int64_t block = blockIdx.x;
   if (block < a.q_blocks) return quantize_q(a, blockIdx.x, known);
@@ -307,8 +346,6 @@ __global__ void __launch_bounds__(kThreads) attention_int8_kernel(const __grid_c
   else
     quantize_k(a, keys, head, block);
 }
-
-}  // namespace
 
 int quantize_attention(const Attention8bitParams& p, const Int8Operands& to, void* cuda_stream) {
   const auto stream = static_cast<cudaStream_t>(cuda_stream);
