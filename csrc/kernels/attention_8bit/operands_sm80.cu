@@ -168,7 +168,7 @@ __device__ inline void write_largest(const QuantizeArguments& a, const Sequence&
 }
 
 // Of each sequence and kv head, a block for each chunk of v and one for k's centre.
-__global__ void __launch_bounds__(kThreads) attention_statistics_kernel(const __grid_constant__ QuantizeArguments a) {
+__global__ void __launch_bounds__(kThreads) qkv_statistics_kernel(const __grid_constant__ QuantizeArguments a) {
   const int each = a.to.chunks + 1, part = static_cast<int>(blockIdx.x % each);
   const int head = static_cast<int>(blockIdx.x / each % a.p.kv_heads),
             b = static_cast<int>(blockIdx.x / each / a.p.kv_heads);
@@ -331,7 +331,7 @@ __device__ inline void quantize_v(const QuantizeArguments& a, const KeysOf& keys
 }
 
 // Three blocks on a multiprocessor: left to itself ptxas takes 64 registers for 9.0, and spills.
-__global__ void __launch_bounds__(kThreads, 3) attention_int8_kernel(const __grid_constant__ QuantizeArguments a) {
+__global__ void __launch_bounds__(kThreads, 3) qkv_to_int8_kernel(const __grid_constant__ QuantizeArguments a) {
   const int known = known_sequences(a.p);
   int64_t block = blockIdx.x;
   if (block < a.q_blocks) return quantize_q(a, blockIdx.x, known);
@@ -358,9 +358,9 @@ int quantize_attention(const Attention8bitParams& p, const Int8Operands& to, voi
                                     .key_blocks = to.blocks * p.kv_heads};
   const int64_t grid = arguments.q_blocks + 2 * arguments.key_blocks;
   if (grid > INT32_MAX || statistics > INT32_MAX) return cudaErrorInvalidConfiguration;
-  attention_statistics_kernel<<<static_cast<unsigned>(statistics), kThreads, 0, stream>>>(arguments);
+  qkv_statistics_kernel<<<static_cast<unsigned>(statistics), kThreads, 0, stream>>>(arguments);
   if (auto e = cudaGetLastError()) return e;
-  attention_int8_kernel<<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(arguments);
+  qkv_to_int8_kernel<<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(arguments);
   return cudaGetLastError();
 }
 
