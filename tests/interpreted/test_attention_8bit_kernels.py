@@ -4,6 +4,7 @@ import ctypes
 import pathlib
 import subprocess
 
+import mutant_attention
 import pytest
 import torch
 from every_backend import on_each
@@ -20,6 +21,12 @@ pytestmark = [pytest.mark.interpreted, pytest.mark.usefixtures("poisoned")]
 
 CASES = [c for c in cases.cases() if c.dtype != torch.float32 and bucket(*c.dims)]
 REFUSED = [c for c in cases.cases() if c not in CASES]
+#: those that take every path of attention's kernels: tiles at edges, maxima that grow, cu_seqlens that are wrong
+PATHS = [
+    cases.of_attention(case, n % 2 == 0)
+    for kernel in ((torch.float16, 64, 40), (torch.bfloat16, 128, 72), (torch.float16, 256, 192))
+    for n, case in enumerate((*mutant_attention.plain(*kernel), *mutant_attention.general(*kernel)))
+]
 
 
 def run(arch, op, args, seed=0, **options):
@@ -39,7 +46,7 @@ def with_lse(arch, q, k, v, rotates=True, **options):
 
 
 @pytest.mark.parametrize(
-    ("case", "arch"), on_each(("sm_80", "sm_90a", "sm_89", "sm_120"), CASES, 4, slow=("sm_89", "sm_120"))
+    ("case", "arch"), on_each(("sm_80", "sm_90a", "sm_89", "sm_120"), CASES + PATHS, 4, slow=("sm_89", "sm_120"))
 )
 def test_kernel(case, arch, seed):
     args = case.arguments(seed=seed)

@@ -293,7 +293,10 @@ struct Int8AttentionConsumer {
         if (sums.sum[i][half] != 0) sums.max[i][half] += of_row(a.x.shift, i, half) * unit;
       });
     store_lse<Output>(sums, p, tile, first_row());
-    if (tile.known()) scale_values(factor);
+    if (tile.known())
+      scale_values(factor);
+    else
+      rescale(o, factor);  // to NaN
     __syncthreads();  // all have read keys and values, where the rows of out go
     if (p.dtype == Dtype::f16)
       MmaAttentionEpilogue<WithOutput<Config, Dtype::f16>>{p, s, warp_row}(o, tile);
