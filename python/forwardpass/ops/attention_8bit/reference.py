@@ -39,7 +39,9 @@ def to_int8(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """(whole numbers from -127 to 127, the largest of which `dim` has, the scale), NaN where there is a NaN or infinity."""
     largest = x.abs().amax(dim, keepdim=True) if x.shape[dim] else torch.zeros_like(x.sum(dim, keepdim=True))
     largest = torch.where(largest.isinf(), torch.nan, largest)
-    inverse = torch.where(largest < LEAST, 0, 127 / largest)
+    # 127 / largest would be torch's 127 times the reciprocal, which is rounded twice: one step off where a value is half of one.
+    inverse = torch.full_like(largest, 127) / largest
+    inverse = torch.where(largest < LEAST, 0, inverse)
     return (x * inverse).round(), largest / 127
 
 
