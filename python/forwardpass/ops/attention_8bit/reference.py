@@ -124,7 +124,7 @@ def attend(
 
 
 def _softmax(s: Tensor, v: Tensor, v_scale: Tensor, shift: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Of each block of keys the probabilities are whole 255ths of the largest; the denominator is the sum of them as they were."""
+    """The probabilities of a block of keys are whole 255ths of its largest; the denominator is the sum of them as they were."""
     sink = s.new_full((*s.shape[:-1], 1), -torch.inf) if sinks is None else sinks.float().reshape(-1, 1, 1) - shift
     maximum = torch.cat([s, sink], -1).amax(-1, keepdim=True)
     finite = torch.where(maximum == -torch.inf, 0, maximum)  # of a row without keys
