@@ -450,7 +450,15 @@ def gated(op: str, **options: Any) -> Callable[[int], tuple[Any, ...]]:
     return make
 
 
-LIMITS = [*product_limits(), *expert_limits(), *row_limits(), *attention_limits(), *attention_8bit_limits(), *decode_limits(), *append_limits()]
+LIMITS = [
+    *product_limits(),
+    *expert_limits(),
+    *row_limits(),
+    *attention_limits(),
+    *attention_8bit_limits(),
+    *decode_limits(),
+    *append_limits(),
+]
 
 
 def table() -> str:
