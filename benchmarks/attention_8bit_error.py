@@ -141,7 +141,7 @@ def mean(k: Tensor) -> Tensor:
 
 
 def kitchens_anchor(k: Tensor) -> Tensor:
-    """The one of nine keys nearest to the others, if that takes energy away and the largest value grows by an eighth at most."""
+    """The one of nine keys that is nearest to the others, if that takes energy away and the largest value grows by an eighth."""
     samples = k[torch.arange(9) * (len(k) - 1) // 8]
     best = samples[(9 * samples - samples.sum(0)).square().sum(1).argmin()].unsqueeze(0)
     rest = samples - best

@@ -245,9 +245,7 @@ INLINE void begin(const Head& h, const Rows& rows) {
     V shift{};
     for_each_vector<V>(
         0, p.head_dim, VECTOR_BODY(&) { shift += load<V, D>(q, c, n) * load<V, Dtype::f32>(h.keys.centre, c, n); });
-    uint8_t* to = rows.q + i * rows.q_stride;
-    const float scale = quantize_row<V, D>(h.operands, q, nullptr, rows.row, reinterpret_cast<int8_t*>(to));
-    for (int64_t c = 0; c < rows.q_stride; ++c) to[c] ^= 128;
+    const float scale = quantize_row<V, D, 128>(h.operands, q, nullptr, rows.row, rows.q + i * rows.q_stride);
     rows.factors[i] = scale * p.scale * (h.modifies ? 1 : kLog2e);
     rows.shifts[i] = sum(shift) * p.scale;
     const float sink = p.sinks ? h.sink - h.shift(rows.shifts[i]) : -INFINITY;

@@ -61,7 +61,7 @@ INLINE void pack_k(const Operands8bit& o, const Sequence& s, int64_t head, int64
   for (int64_t i = 0; i < kBlockKeys; ++i) {
     const int64_t key = block * kBlockKeys + i;
     if (key < s.keys) {
-      to.k_scale[key] = quantize_row<V, D>(o, row_of(p, p.k, s, head, key), to.centre, x, integers) * unrotate;
+      to.k_scale[key] = quantize_row<V, D, 0>(o, row_of(p, p.k, s, head, key), to.centre, x, integers) * unrotate;
     } else {
       to.k_scale[key] = 0;
       std::fill_n(integers, o.columns(), int8_t{0});

@@ -96,14 +96,16 @@ INLINE V butterfly(V x) {
 // vector.
 template <class V>
 INLINE void rotate(float* x, int64_t columns, int64_t n) {
-  const auto all = [&]<int kStep>(std::integral_constant<int, kStep>) __attribute__((always_inline)) {
-    if constexpr (kStep < kLanes<V>)
-      if (kStep < n)
-        for (int64_t c = 0; c < columns; c += kLanes<V>)
-          store<Dtype::f32>(butterfly<kStep>(load<V, Dtype::f32>(x, c)), x, c);
-  };
-  all(std::integral_constant<int, 1>{}), all(std::integral_constant<int, 2>{});
-  all(std::integral_constant<int, 4>{}), all(std::integral_constant<int, 8>{});
+  if (n > 1)  // of the first steps each in a pass of its own took twice as long
+    for (int64_t c = 0; c < columns; c += kLanes<V>) {
+      V v = butterfly<1>(load<V, Dtype::f32>(x, c));
+      if (n > 2) v = butterfly<2>(v);
+      if constexpr (kLanes<V> > 4)
+        if (n > 4) v = butterfly<4>(v);
+      if constexpr (kLanes<V> > 8)
+        if (n > 8) v = butterfly<8>(v);
+      store<Dtype::f32>(v, x, c);
+    }
   for (int64_t step = kLanes<V>; step < n; step *= 2)
     for (int64_t begin = 0; begin < columns; begin += 2 * step)
       for (int64_t c = begin; c < begin + step; c += kLanes<V>) {
@@ -112,9 +114,10 @@ INLINE void rotate(float* x, int64_t columns, int64_t n) {
       }
 }
 
-// Integers of a row of q or k, minus its centre where there is one; the scale. `x` is room for the row as floats.
-template <class V, Dtype D>
-INLINE float quantize_row(const Operands8bit& o, const void* row, const float* centre, float* x, int8_t* integers) {
+// Integers of a row of q or k, minus its centre where there is one, plus an offset; the scale. `x` is room for the row
+// as floats.
+template <class V, Dtype D, int kOffset>
+INLINE float quantize_row(const Operands8bit& o, const void* row, const float* centre, float* x, void* integers) {
   const int64_t columns = o.params().head_dim;
   for_each_vector<V>(
       0, columns, VECTOR_BODY(&) {
@@ -128,7 +131,8 @@ INLINE float quantize_row(const Operands8bit& o, const void* row, const float* c
     highs = max(highs, bits<Uints<V>>(load<V, Dtype::f32>(x, c)) & 0x7fffffff);
   const float range = range_of<V>(highs), inverse = inverse_of(range);
   for (int64_t c = 0; c < columns; c += kLanes<V>)
-    store_low_bytes<V>(to_int(load<V, Dtype::f32>(x, c) * inverse, -127, 127), integers + c);
+    store_low_bytes<V>(to_int(load<V, Dtype::f32>(x, c) * inverse, -127, 127) + kOffset,
+                       static_cast<char*>(integers) + c);
   return range / 127;
 }
 

@@ -7,9 +7,13 @@
 namespace forwardpass {
 namespace {
 
+constexpr int32_t kMostColumns = 1 << 17;  // whose products an int32 sums
+
 Tensor run_8bit(Backend backend, const char* op, const Tensor& q, const Tensor& k, const Tensor& v, bool rotates,
                 const AttentionOptions& o, Tensor* lse) {
   Attention8bitParams p{attention_params(op, q, k, v, o), rotates};
+  STD_TORCH_CHECK(p.head_dim <= kMostColumns, op, ": q and k must have at most ", kMostColumns, " columns, not ",
+                  p.head_dim);
   Tensor out = attention_outputs(p, q, lse);
   if (out.numel() == 0) return out;
   if (backend == Backend::cpu) {

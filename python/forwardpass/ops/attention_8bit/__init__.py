@@ -16,6 +16,8 @@ from ..attention import Window, check, fake, fake_with_lse, split_window, why_no
 from . import reference
 
 DTYPES = ("int8",)
+#: of q and k: 127^2 * 2^17 < 2^31
+MAX_COLUMNS = 2**17
 
 
 def attention_8bit(
@@ -54,7 +56,7 @@ def attention_8bit(
         keys' mean or a channel's scale; it does not reach another sequence.
 
     Raises:
-        TypeError, ValueError, Unsupported: as attention.
+        TypeError, ValueError, Unsupported: as attention; ValueError also where q and k have more than 2^17 columns.
     """
     left, right = split_window("attention_8bit", window)
     _check_dtype("attention_8bit", dtype, rotate)
@@ -110,6 +112,10 @@ def _check_dtype(op: str, dtype: object, rotate: object) -> None:
 
 def _check(op: str, q: Tensor, k: Tensor, v: Tensor, rotates: bool, *options: Any) -> None:
     check(op, q, k, v, *options)
+    if q.shape[-1] > MAX_COLUMNS:
+        raise ValueError(
+            f"{op}: q and k must have at most {MAX_COLUMNS} columns, whose products an int32 sums, and have {q.shape[-1]}"
+        )
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *options: object) -> Tensor:

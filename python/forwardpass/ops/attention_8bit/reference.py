@@ -39,8 +39,9 @@ def to_int8(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """(whole numbers from -127 to 127, the largest of which `dim` has, the scale), NaN where there is a NaN or infinity."""
     largest = x.abs().amax(dim, keepdim=True) if x.shape[dim] else torch.zeros_like(x.sum(dim, keepdim=True))
     largest = torch.where(largest.isinf(), torch.nan, largest)
-    # torch's 127 / largest would be 127 times the reciprocal, rounded twice: one step off where a value is half of one.
-    inverse = torch.where(largest < LEAST, 0, torch.full_like(largest, 127) / largest)
+    # 127 / largest would be torch's 127 times the reciprocal, which is rounded twice: one step off where a value is half of one.
+    inverse = torch.full_like(largest, 127) / largest
+    inverse = torch.where(largest < LEAST, 0, inverse)
     return (x * inverse).round(), largest / 127
 
 
@@ -123,7 +124,7 @@ def attend(
 
 
 def _softmax(s: Tensor, v: Tensor, v_scale: Tensor, shift: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Probabilities are whole 255ths of the largest of their block of keys; the denominator is the sum of them as they were."""
+    """The probabilities of a block of keys are whole 255ths of its largest; the denominator is the sum of them as they were."""
     sink = s.new_full((*s.shape[:-1], 1), -torch.inf) if sinks is None else sinks.float().reshape(-1, 1, 1) - shift
     maximum = torch.cat([s, sink], -1).amax(-1, keepdim=True)
     finite = torch.where(maximum == -torch.inf, 0, maximum)  # of a row without keys
