@@ -297,7 +297,7 @@ struct Int8AttentionConsumer {
       scale_values(factor);
     else
       rescale(o, factor);  // to NaN
-    __syncthreads();  // all have read keys and values, where the rows of out go
+    __syncthreads();       // all have read keys and values, where the rows of out go
     if (p.dtype == Dtype::f16)
       MmaAttentionEpilogue<WithOutput<Config, Dtype::f16>>{p, s, warp_row}(o, tile);
     else
