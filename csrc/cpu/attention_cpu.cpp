@@ -1,8 +1,6 @@
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include "cpu/attention.h"
 #include "cpu/attention_rows.h"
+#include "cpu/sequences.h"
 #include "torch/torch_ops.h"
 
 namespace forwardpass {
@@ -11,12 +9,6 @@ namespace {
 // Torch's fused attention takes an additive mask and no other option. The mask is written for some rows at a time, so
 // that it has at most this many elements.
 constexpr int64_t kMaskElements = int64_t{1} << 22;
-
-float float_at(const void* data, int64_t i, Dtype dtype) {
-  if (dtype == Dtype::f32) return static_cast<const float*>(data)[i];
-  if (dtype == Dtype::f16) return static_cast<const torch::headeronly::Half*>(data)[i];
-  return static_cast<const torch::headeronly::BFloat16*>(data)[i];
-}
 
 // A batch whose sequences have the same numbers of rows and keys; varlen: one sequence.
 struct Part {
@@ -231,25 +223,6 @@ class PartAttention {
   Tensor& out_;
 };
 
-// How many sequences there are, from the first one on, before cu_seqlens, of an operand of `total` rows, fall or lead
-// beyond it. Of two numbers that fall either may be wrong: neither sequence that ends there is known.
-int64_t known_sequences(const int32_t* cu_seqlens, int64_t batch, int32_t total) {
-  if (cu_seqlens[0] != 0) return 0;
-  for (int64_t b = 0; b < batch; ++b) {
-    if (cu_seqlens[b + 1] < cu_seqlens[b]) return std::max<int64_t>(b - 1, 0);
-    if (cu_seqlens[b + 1] > total) return b;
-  }
-  return batch;
-}
-
-// Of rows whose sequence is not known, from `first` on.
-void fill_unknown(const AttentionParams& p, Tensor& out, int64_t first) {
-  const int64_t row = int64_t{p.heads} * p.value_dim, count = p.rows - first;
-  Tensor unknown = reshaped(out, {count, row}, {row, 1}, first * row);
-  torch::stable::fill_(unknown, NAN);
-  for (int64_t h = 0; p.lse && h < p.heads; ++h) std::fill_n(p.lse + h * p.rows + first, count, NAN);
-}
-
 }  // namespace
 
 void attention_cpu(const AttentionParams& p, const Tensor& q, const Tensor& k, const Tensor& v, Tensor& out) {
@@ -261,13 +234,12 @@ void attention_cpu(const AttentionParams& p, const Tensor& q, const Tensor& k, c
     for (int64_t b = 0; b < p.batch; b += step) PartAttention(p, {b, step, 0, p.rows, 0, p.keys}, q, k, v, out).run();
     return;
   }
-  const int64_t known =
-      std::min(known_sequences(p.cu_seqlens_q, p.batch, p.rows), known_sequences(p.cu_seqlens_k, p.batch, p.keys));
+  const int64_t known = known_sequences(p);
   for (int64_t b = 0; b < known; ++b) {
     const int64_t row = p.cu_seqlens_q[b], key = p.cu_seqlens_k[b];
     PartAttention(p, {b, 1, row, p.cu_seqlens_q[b + 1] - row, key, p.cu_seqlens_k[b + 1] - key}, q, k, v, out).run();
   }
-  fill_unknown(p, out, known > 0 ? p.cu_seqlens_q[known] : 0);
+  fill_unknown(p, known);
 }
 
 }  // namespace forwardpass

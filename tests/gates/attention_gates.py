@@ -2,8 +2,8 @@
 
 A score is what one row and one key make. Instructions a score: those of a trip of the main loop, which is the unmasked one,
 divided by the scores that a thread of it has a part in: rows times keys of a block, divided by the threads that multiply. The
-trip is the shortest: no row's maximum grows, so that the output is not rescaled. FlashAttention-3, which rescales in every
-trip, issues about 7 for fp16 at head dim 128.
+trip is the shortest that multiplies all: no row's maximum grows, so that the output is not rescaled. FlashAttention-3, which
+rescales in every trip, issues about 7 for fp16 at head dim 128.
 """
 
 import dataclasses

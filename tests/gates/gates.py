@@ -45,6 +45,7 @@ TENSOR_CORE = [
     (r"gemm_wgmma_kernel<WgmmaConfig<Upconverted", r"", ["HGMMA"]),
     (r"gemv_kernel<i8>", r"", ["IMMA"]),
     (r"gemv_kernel", r"", ["HMMA"]),
+    (r"attention_mma_kernel<Int8AttentionConfig", r"", ["IMMA"]),
     (r"attention_8bit", r"", ["IG?MMA", "[QH]G?MMA"]),
     (r"attention", r"", ["HG?MMA"]),
 ]

@@ -7,7 +7,6 @@ slow path of a wait stands behind the kernel and branches back into the middle o
 import collections
 import dataclasses
 import functools
-import heapq
 import re
 
 INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
@@ -219,25 +218,34 @@ class Function:
         return Loop(frozenset(blocks), instructions, len(body) - len(instructions), (head, tail))
 
     def shortest_trip(self, loop: Loop) -> list[Instruction]:
-        """Of the ways around, the one with the fewest instructions, NOPs apart (Dijkstra): what may be skipped is."""
+        """Of the ways around with the most tensor-core instructions the one with the fewest instructions, NOPs apart: what else may
+        be skipped is."""
         head, tail = loop.edge
-        before: dict[int, int | None] = {}
-        todo: list[tuple[int, int, int | None]] = [(0, head, None)]
-        while tail not in before:
-            issued, block, previous = heapq.heappop(todo)
-            if block in before:
-                continue
-            before[block] = previous
-            issued += sum(not i.is_nop for i in self.body(block))
-            for b in self.successors[block]:
-                if b in loop.blocks and b not in before:
-                    heapq.heappush(todo, (issued, b, block))
-        way: list[int] = []
-        block = tail
-        while block is not None:
-            way.append(block)
-            block = before[block]
-        return [i for b in reversed(way) for i in self.body(b) if not i.is_nop]
+        ways: dict[
+            int, tuple[int, int, int | None] | None
+        ] = {}  # to the tail: MMAs left out, instructions, the next block
+
+        def way(block: int) -> tuple[int, int, int | None] | None:
+            if block not in ways:
+                ways[block] = None  # of an inner loop's back edge
+                issued = [i for i in self.body(block) if not i.is_nop]
+                on = [
+                    (*found[:2], b)
+                    for b in self.successors[block]
+                    if b in loop.blocks and b != head and (found := way(b))
+                ]
+                missing, more, following = (0, 0, None) if block == tail else min(on, default=(0, -1, None))
+                if more >= 0:
+                    mma = sum(bool(MMA.match(i.opcode)) for i in issued)
+                    ways[block] = missing - mma, more + len(issued), following
+            return ways[block]
+
+        trip: list[Instruction] = []
+        block: int | None = head
+        while block is not None and (found := way(block)):
+            trip += [i for i in self.body(block) if not i.is_nop]
+            block = found[2]
+        return trip
 
     def registers_behind_release(self) -> list[tuple[int, int]]:
         """Of each setmaxnreg.dec the registers that it leaves a thread, and how many are used from there on."""

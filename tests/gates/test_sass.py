@@ -56,6 +56,16 @@ def test_the_shortest_trip_skips_what_may_be_skipped():
     assert [i.name for i in shortest] == ["HGMMA", "BRA", "BRA", "FADD", "BRA"]
 
 
+def test_the_shortest_trip_multiplies_all():
+    mma = "HGMMA.64x8x16.F32 R24, gdesc[UR8], R24"
+    f = function(
+        ".L_main:", mma, "@P0 BRA `(.L_narrow)", "FADD R5, R5, R5", mma,
+        ".L_narrow:", "@P2 BRA `(.L_end)", "FMUL R1, R1, R2",
+        ".L_end:", "FADD R1, R1, R3", "@P1 BRA `(.L_main)", "EXIT",
+    )  # fmt: skip
+    assert [i.name for i in f.shortest_trip(f.main_loop)] == ["HGMMA", "BRA", "FADD", "HGMMA", "BRA", "FADD", "BRA"]
+
+
 def test_registers_behind_a_release():
     f = function(
         "IMAD R200, R1, R2, R3", "@P0 BRA `(.L_consumer)", "USETMAXREG.DEALLOC.CTAPOOL 0x18", "LDG.E.128 R16, [R22.64]",

@@ -16,6 +16,7 @@ import forwardpass as fp
 from forwardpass.common import environment
 from forwardpass.dispatch import operations
 from forwardpass.ops.attention import cases as attention_cases
+from forwardpass.ops.attention_8bit import cases as attention_8bit_cases
 from forwardpass.ops.attention_decode import cases as decode_cases
 from forwardpass.ops.common.quantized_rows import E4M3
 from forwardpass.ops.int8_gemm import cases as int8_gemm_cases
@@ -117,8 +118,24 @@ def attention_decode(parts):
                 decode_cases.assert_matches(operations["attention_decode"](*args), args)
 
 
+def attention_8bit(parts):
+    """Each tier has products of bytes of its own."""
+    for case in some_of(attention_8bit_cases.cases(), 2 * parts):
+        args = case.arguments()
+        with poisoned_outputs(), fp.use_backend("cpu"):
+            attention_8bit_cases.assert_matches(operations[case.op](*args), args)
+    n = 64
+    q, k = torch.full((1, 3, 1, 256), -127.0), torch.full((1, n, 1, 256), 127.0)
+    k[:, : n // 2] = -127  # whose mean is 0
+    mask = torch.eye(n, dtype=torch.bool).reshape(n, 1, 1, n)
+    q, k = (x.expand(n, -1, -1, -1) for x in (q, k))
+    _, lse = fp.ops.attention_8bit_with_lse(q, k, k, rotate=False, scale=1.0, mask=mask)
+    sign = torch.where(torch.arange(n) < n // 2, 1.0, -1.0).reshape(n, 1, 1)
+    torch.testing.assert_close(lse, sign.expand(n, 1, 3) * 127.0**2 * 256, rtol=1e-6, atol=0)
+
+
 GEMMS = (int8_gemm, w8a16_gemm, w8a16_grouped_gemm)
-ATTENTION = (attention, attention_decode)
+ATTENTION = (attention, attention_8bit, attention_decode)
 
 
 def main(parts, *names):

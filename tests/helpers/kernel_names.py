@@ -32,7 +32,8 @@ def _dtypes() -> list[str]:
 
 def readable(demangled: str) -> str:
     """`quantize_kernel<bf16>` for `void forwardpass::quantize_kernel<(forwardpass::Dtype)2>(…)`."""
-    name = re.sub(r"\([^()]*\)$|^void |forwardpass::", "", demangled)
+    # parameters may be of types of the template's arguments, which have parentheses of their own
+    name = re.sub(r"(?<=>)\((?!.*>\().*\)$|\([^()]*\)$|^void |forwardpass::", "", demangled)
     name = re.sub(r"\(Dtype\)(\d)", lambda m: _dtypes()[int(m[1])], name)
 
     def with_names(m: re.Match) -> str:

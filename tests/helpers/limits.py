@@ -17,6 +17,7 @@ import torch
 from matching import cases_of
 
 from forwardpass.dispatch import BACKENDS, operations
+from forwardpass.ops.attention_8bit import MAX_COLUMNS
 from forwardpass.ops.common.experts import MOST_EXPERTS, MOST_ROWS
 from forwardpass.ops.dequant_activation.cases import EpilogueCase
 from forwardpass.ops.int8_gemm import MAX_K, MAX_K_ZERO_POINT
@@ -170,8 +171,10 @@ def expert_limits() -> Iterator[Limit]:
 # ---- attention
 
 
-def attention_dims(make_dims: Callable[[int], tuple[int, int]]) -> Callable[[int], tuple[Any, ...]]:
-    return lambda d: case("attention", sizes=(5, 70), dims=make_dims(d), batch=1)
+def attention_dims(
+    make_dims: Callable[[int], tuple[int, int]], op: str = "attention", sizes: tuple[int, int] = (5, 70)
+) -> Callable[[int], tuple[Any, ...]]:
+    return lambda d: case(op, sizes=sizes, dims=make_dims(d), batch=1)
 
 
 def meta_rows(rows: int) -> tuple[Any, ...]:
@@ -181,35 +184,35 @@ def meta_rows(rows: int) -> tuple[Any, ...]:
     return replaced("attention", args, **{n: torch.empty(shape, dtype=torch.float16, device="meta") for n in "qkv"})
 
 
-def attention_heads(heads: int) -> tuple[Any, ...]:
-    args = case("attention", sizes=(5, 70), batch=1, heads=(4, 2))
-    return replaced("attention", args, q=args[0][:, :, :heads])
+def attention_heads(op: str) -> Callable[[int], tuple[Any, ...]]:
+    args = case(op, sizes=(5, 70), batch=1, heads=(4, 2))
+    return lambda heads: replaced(op, args, q=args[0][:, :, :heads])
 
 
-def boundary(name: str, at: int) -> Callable[[int], tuple[Any, ...]]:
+def boundary(op: str, name: str, at: int) -> Callable[[int], tuple[Any, ...]]:
     """Of three packed sequences of 5 rows and 70 keys each."""
-    args = case("attention", sizes=(5, 70), batch=3, packed=True, awkward=False)
-    cu_seqlens = args[operations["attention"].parameters.index(name)]
+    args = case(op, sizes=(5, 70), batch=3, packed=True, awkward=False)
+    cu_seqlens = args[operations[op].parameters.index(name)]
 
     def make(value: int) -> tuple[Any, ...]:
         changed = cu_seqlens.clone()
         changed[at] = value
-        return replaced("attention", args, **{name: changed})
+        return replaced(op, args, **{name: changed})
 
     return make
 
 
-def boundary_limits() -> Iterator[Limit]:
+def boundary_limits(op: str) -> Iterator[Limit]:
     """A number that falls, or the one before it, is wrong: of three sequences none is known. Otherwise the first two are."""
     every, of_last = torch.ones(15, 1, dtype=torch.bool), (torch.arange(15) >= 10)[:, None]
     for name, one, rows in (("cu_seqlens_q", 5, "rows"), ("cu_seqlens_k", 70, "keys")):
-        yield Limit("attention", f"{name}, at most the {rows}", 3 * one, 3 * one + 1, boundary(name, 3), ON_DEVICE,
+        yield Limit(op, f"{name}, at most the {rows}", 3 * one, 3 * one + 1, boundary(op, name, 3), ON_DEVICE,
                     nan_rows=of_last)  # fmt: skip
         yield Limit(
-            "attention", f"{name}, at least the one before", one, one - 1, boundary(name, 2), ON_DEVICE, nan_rows=every
+            op, f"{name}, at least the one before", one, one - 1, boundary(op, name, 2), ON_DEVICE, nan_rows=every
         )
-        yield Limit("attention", f"{name}, where it begins", 0, 1, boundary(name, 0), ON_DEVICE, nan_rows=every)
-    yield Limit("attention", "cu_seqlens_q, at least the rows in the end", 15, 12, boundary("cu_seqlens_q", 3), ON_DEVICE,
+        yield Limit(op, f"{name}, where it begins", 0, 1, boundary(op, name, 0), ON_DEVICE, nan_rows=every)
+    yield Limit(op, "cu_seqlens_q, at least the rows in the end", 15, 12, boundary(op, "cu_seqlens_q", 3), ON_DEVICE,
                 nan_rows=(torch.arange(15) >= 12)[:, None])  # fmt: skip
 
 
@@ -220,12 +223,22 @@ def attention_limits() -> Iterator[Limit]:
     yield Limit("attention", "head dim, a multiple of 8", 40, 36, attention_dims(lambda d: (d, d)), gpu)
     yield Limit("attention", "head dim of v beside 192", 128, 120, attention_dims(lambda d: (192, d)),
                 refused_by("cpu", *GPU), refuses_last=("cpu",))  # fmt: skip
-    yield Limit("attention", "heads of q, a multiple of those of k", 4, 3, attention_heads)
+    yield Limit("attention", "heads of q, a multiple of those of k", 4, 3, attention_heads("attention"))
     yield Limit("attention", "rows or keys, at most", 2**30, 2**30 + 1, meta_rows, tried=False)
-    yield from boundary_limits()
+    yield from boundary_limits("attention")
     yield Limit("attention", "batch times heads, more than a grid has in y", 2**16, None,
                 lambda n: case("attention", sizes=(1, 1), dims=(32, 32), batch=n // 16, heads=(16, 16), awkward=False),
                 slow=True)  # fmt: skip
+
+
+def attention_8bit_limits() -> Iterator[Limit]:
+    op = "attention_8bit"
+    columns = attention_dims(lambda d: (d, 32), op, (1, 3))
+    yield Limit(op, "head dim of q and k", MAX_COLUMNS, MAX_COLUMNS + 1, columns, refuses_last=("cuda",))
+    for limited, last, beyond in (("at least", 32, 24), ("at most", 256, 264), ("a multiple of 8", 40, 36)):
+        yield Limit(op, f"head dim, {limited}", last, beyond, attention_dims(lambda d: (d, d), op), refused_by("cuda"))
+    yield Limit(op, "heads of q, a multiple of those of k", 4, 3, attention_heads(op))
+    yield from boundary_limits(op)
 
 
 # ---- the cache of keys and values
@@ -439,7 +452,15 @@ def gated(op: str, **options: Any) -> Callable[[int], tuple[Any, ...]]:
     return make
 
 
-LIMITS = [*product_limits(), *expert_limits(), *row_limits(), *attention_limits(), *decode_limits(), *append_limits()]
+LIMITS = [
+    *product_limits(),
+    *expert_limits(),
+    *row_limits(),
+    *attention_limits(),
+    *attention_8bit_limits(),
+    *decode_limits(),
+    *append_limits(),
+]
 
 
 def table() -> str:

@@ -101,6 +101,7 @@ def test_the_page_has_the_table():
 def test_every_operation_with_a_limit_is_there():
     assert {limit.op for limit in LIMITS} >= operations.keys() - {
         "attention_with_lse",
+        "attention_8bit_with_lse",
         "attention_decode_with_lse",
         "w8a16_gemm",
         "fp8_linear",

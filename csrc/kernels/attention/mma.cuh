@@ -42,9 +42,11 @@ struct MmaAttentionConfig {
                        kBlocksPerSm = kTile.blocks_per_sm;
   static constexpr int kWarpM = kM / kWarps, kTilesM = kWarpM / 16;
 
+  using Arguments = MmaAttentionArguments;
   using Schedule = MmaAttentionSchedule<MmaAttentionConfig>;
   using Source = std::conditional_t<kPaged, PagedSource<MmaAttentionConfig>, DenseSource<MmaAttentionConfig>>;
   using Scores = Fragments<float, kTilesM, kN / 8>;
+  using Softmax = OnlineSoftmax<kTilesM>;
   using Output = Fragments<float, kTilesM, kValueDim / 8>;
   using Consumer = MmaAttentionConsumer<MmaAttentionConfig>;
   using Epilogue = MmaAttentionEpilogue<MmaAttentionConfig>;
@@ -65,7 +67,7 @@ struct MmaAttentionConfig {
 // A block computes one tile, or of one a part of the keys: f().
 template <class Config>
 struct MmaAttentionSchedule {
-  const MmaAttentionArguments& a;
+  const typename Config::Arguments& a;
   typename Config::SharedStorage& s;
 
   template <class F>
@@ -92,12 +94,12 @@ constexpr int kSharedKib = 164;
 
 template <class Config, class = SharedBytesOf<Config>>
 __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
-    attention_mma_kernel(const __grid_constant__ MmaAttentionArguments a) {
+    attention_mma_kernel(const __grid_constant__ typename Config::Arguments a) {
   if constexpr (Config::kLeastSharedKib > kSharedKib) return;  // never launched there: no code for it is in the library
   extern __shared__ __align__(128) uint8_t memory[];
   auto& s = *reinterpret_cast<typename Config::SharedStorage*>(memory);
   typename Config::Schedule{a, s}.for_each([&](const AttentionTile& tile, const KeyBlocks& blocks) {
-    OnlineSoftmax<Config::kTilesM> sums;
+    typename Config::Softmax sums;
     typename Config::Output o;
     typename Config::Consumer(a, s, tile, blocks, sums, o)();
   });

@@ -9,9 +9,10 @@ namespace {
 
 int64_t ceiling(int64_t n, int64_t divisor) { return (n + divisor - 1) / divisor; }
 
-bool takes(const AttentionKernel& k, const AttentionParams& p) {
+// elements: the kernel's dtype.
+bool takes(const AttentionKernel& k, const AttentionParams& p, Dtype elements) {
   const bool modified = p.softcap > 0 || p.alibi_slopes || p.mask.kind != AttentionMaskKind::none;
-  return runs_on(k.arch, p.device) && k.instance.dtype == p.dtype && k.instance.modified >= modified && k.reads(p) &&
+  return runs_on(k.arch, p.device) && k.instance.dtype == elements && k.instance.modified >= modified && k.reads(p) &&
          k.instance.head_dim >= p.head_dim && k.instance.value_dim >= p.value_dim;
 }
 bool better(const AttentionKernel& a, const AttentionKernel& b) {
@@ -38,12 +39,20 @@ bool takes_less(const AttentionKernel& kernel, const AttentionParams& prefill, c
 }
 
 // The kernel for a call, of those that were built; null: none takes it.
-const AttentionKernel* kernel_for(const AttentionParams& p) {
+template <class Kernels = AttentionKernels>
+const AttentionKernel* kernel_for(const AttentionParams& p, Dtype elements) {
   const AttentionKernel* best = nullptr;
-  AttentionKernels::for_each([&](const AttentionKernel& k) {
-    if (takes(k, p) && (!best || better(k, *best))) best = &k;
+  Kernels::for_each([&](const AttentionKernel& k) {
+    if (takes(k, p, elements) && (!best || better(k, *best))) best = &k;
   });
   return best;
+}
+template <class Kernels = AttentionKernels>
+int select(const AttentionParams& p, Dtype elements, AttentionChoice& choice) {
+  const AttentionKernel* kernel = kernel_for<Kernels>(p, elements);
+  if (!kernel) return cudaErrorNoKernelImageForDevice;
+  choice = kernel->choose(p);
+  return cudaSuccess;
 }
 
 // How many query heads of a kv head prefill packs as rows, as AttentionParams::packed has it: all, where they are a
@@ -86,8 +95,8 @@ bool choose_prefill(const AttentionDecodeParams& p, AttentionDecodeChoice& choic
   if (p.sharing_rows() <= kFewRows || size_of(p.cache.dtype) == 1 || p.leftpad) return false;
   int32_t packed = packed_heads(p);
   AttentionParams prefill = prefill_of(p, packed);
-  const AttentionKernel* kernel = kernel_for(prefill);
-  if (!kernel && packed) prefill = prefill_of(p, packed = 0), kernel = kernel_for(prefill);
+  const AttentionKernel* kernel = kernel_for(prefill, p.dtype);
+  if (!kernel && packed) prefill = prefill_of(p, packed = 0), kernel = kernel_for(prefill, p.dtype);
   if (!kernel || !takes_less(*kernel, prefill, p)) return false;
   choice = {};
   choice.launch = launch_prefill, choice.packed = packed, choice.prefill = kernel->choose(prefill);
@@ -100,9 +109,10 @@ bool choose_prefill(const AttentionDecodeParams& p, AttentionDecodeChoice& choic
 using namespace forwardpass;
 
 int forwardpass_select_attention(const AttentionParams* p, AttentionChoice* choice) {
-  const AttentionKernel* kernel = kernel_for(*p);
-  if (!kernel) return cudaErrorNoKernelImageForDevice;
-  *choice = kernel->choose(*p);
-  return cudaSuccess;
+  return select(*p, p->dtype, *choice);
 }
 int forwardpass_attention(const AttentionParams* p, void* stream) { return p->choice.launch(*p, stream); }
+int forwardpass_select_attention_8bit(const Attention8bitParams* p, AttentionChoice* choice) {
+  return select<Attention8bitKernels>(*p, Dtype::i8, *choice);
+}
+int forwardpass_attention_8bit(const Attention8bitParams* p, void* stream) { return p->choice.launch(*p, stream); }

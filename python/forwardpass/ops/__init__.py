@@ -3,6 +3,7 @@
 from .activation_quantize import activation_quantize
 from .append_kv import append_kv
 from .attention import attention, attention_with_lse
+from .attention_8bit import attention_8bit, attention_8bit_with_lse
 from .attention_decode import attention_decode, attention_decode_with_lse
 from .common.activations import interleave_gate_up, separate_gate_up
 from .dequant_activation import dequant_activation
@@ -24,6 +25,8 @@ __all__ = [
     "add_norm_quantize",
     "append_kv",
     "attention",
+    "attention_8bit",
+    "attention_8bit_with_lse",
     "attention_decode",
     "attention_decode_with_lse",
     "attention_with_lse",

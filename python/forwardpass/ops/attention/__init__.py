@@ -275,7 +275,7 @@ def check_number(op: str, name: str, value: object) -> float:
     return value
 
 
-def _check(
+def check(
     op: str,
     q: Tensor,
     k: Tensor,
@@ -313,13 +313,13 @@ def _check(
     check_vector(op, "sinks", sinks, heads, (torch.float32, q.dtype), q)
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, *options: object) -> Tensor:
+def fake(q: Tensor, k: Tensor, v: Tensor, *options: object) -> Tensor:
     return q.new_empty(*q.shape[:-1], v.shape[-1])
 
 
-def _fake_with_lse(q: Tensor, k: Tensor, v: Tensor, *options: object) -> tuple[Tensor, Tensor]:
+def fake_with_lse(q: Tensor, k: Tensor, v: Tensor, *options: object) -> tuple[Tensor, Tensor]:
     shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
-    return _fake(q, k, v), q.new_empty(shape, dtype=torch.float32)
+    return fake(q, k, v), q.new_empty(shape, dtype=torch.float32)
 
 
 def bucket(head_dim: int, value_dim: int) -> tuple[int, int] | None:
@@ -356,7 +356,7 @@ def faster_than_torch(device: torch.device, dtype: torch.dtype, head_dim: int, r
     return torch.ops.forwardpass._cpu_has_attention(dtype, head_dim, rows)
 
 
-def _why_not_gpu(q: Tensor, k: Tensor | None, v: Tensor | None, *options: Any) -> Reason | None:
+def why_not_gpu(q: Tensor, k: Tensor | None, v: Tensor | None, *options: Any) -> Reason | None:
     if q.dtype == torch.float32:
         return Reason(
             "dtype", "tensor cores multiply 16-bit operands, and q is float32", "convert q, k and v to bfloat16"
@@ -406,10 +406,9 @@ def _notes(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> list[str]:
 
 
 def _operation(function: Callable[..., Any], run: Callable[..., Any], fake: Callable[..., Any]) -> Operation:
-    check = functools.partial(_check, function.__name__)
-    limits = {"cuda": _why_not_gpu, "triton": _why_not_gpu, "cpu": _why_not_cpu}
-    return Operation(function, check, run, fake, why_not=limits, notes=_notes)
+    limits = {"cuda": why_not_gpu, "triton": why_not_gpu, "cpu": _why_not_cpu}
+    return Operation(function, functools.partial(check, function.__name__), run, fake, why_not=limits, notes=_notes)
 
 
-ATTENTION = _operation(attention, reference.attention, _fake)
-ATTENTION_WITH_LSE = _operation(attention_with_lse, reference.attention_with_lse, _fake_with_lse)
+ATTENTION = _operation(attention, reference.attention, fake)
+ATTENTION_WITH_LSE = _operation(attention_with_lse, reference.attention_with_lse, fake_with_lse)

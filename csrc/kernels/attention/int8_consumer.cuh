@@ -1,0 +1,324 @@
+#pragma once
+// What a warp of attention_8bit does: the copies that it shares with the others, the products of its own rows in int8,
+// their softmax and output. Sums of products are exact. An accumulator begins with the bits of kInt8Magic, so that as a
+// float it is kInt8Magic plus the sum: no conversion, which would go through the pipe of the exponentials.
+#include "device/mma_u8.cuh"
+#include "device/softmax.cuh"
+#include "kernels/attention/int8_operands.h"
+#include "kernels/attention/mma_consumer.cuh"
+
+namespace forwardpass {
+
+struct Int8AttentionArguments {
+  AttentionParams p;
+  unsigned tiles;  // of a head
+  Int8Operands x;
+  float scale;  // of the softmax, in units of log2(e)
+};
+
+// Online softmax whose probabilities are relative to the largest of their block of keys, which they are whole 255ths
+// of. Values of a block are multiplied by `weight` before they are added up.
+template <int kTilesM>
+struct BlockSoftmax : OnlineSoftmax<kTilesM> {
+  // Turns scores s, times `scale` of their row in units of log2(e), into kInt8Magic plus 0 to 255. True: what has been
+  // added up before has first to be multiplied by `factor`; it is 1 for all rows of the warp otherwise.
+  template <int kTilesN>
+  __device__ bool update(Fragments<float, kTilesM, kTilesN>& s, const RowValues<kTilesM>& scale,
+                         RowValues<kTilesM>& factor, RowValues<kTilesM>& weight) {
+    bool grown = false;
+#pragma unroll
+    for (int i = 0; i < kTilesM; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float largest = fmaxf(s[i][0][half * 2], s[i][0][half * 2 + 1]);
+#pragma unroll
+        for (int j = 1; j < kTilesN; ++j) largest = fmaxf(largest, fmaxf(s[i][j][half * 2], s[i][j][half * 2 + 1]));
+        largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 1));
+        // Rounded up: no score times the scale is more, so that no probability is more than 255 of 255.
+        largest = __fmul_ru(fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 2)), scale[i][half]);
+        const float before = this->max[i][half];
+        const bool grows = largest > before + kMostGrowth;
+        const float now = grows ? largest : before, base = now == -INFINITY ? 0 : now;
+        grown |= grows;
+        this->max[i][half] = now;
+        factor[i][half] = ptx::ex2(before - base);
+        weight[i][half] = ptx::ex2(largest - base);
+        const float unit = largest == -INFINITY ? 0 : largest;
+        float add = 0;
+#pragma unroll
+        for (int j = 0; j < kTilesN; ++j)
+#pragma unroll
+          for (int e = half * 2; e < half * 2 + 2; ++e) {
+            const float p = ptx::ex2(fmaf(s[i][j][e], scale[i][half], -unit));
+            add = j == 0 && e == half * 2 ? p : add + p;
+            s[i][j][e] = fmaf(p, 255, kInt8Magic);
+          }
+        this->sum[i][half] = fmaf(this->sum[i][half], factor[i][half], add * weight[i][half]);
+      }
+    return __any_sync(0xffffffff, grown);
+  }
+};
+
+// Copies keys, values and scales of blocks of keys. All are whole, as the quantising pass has filled the last one of a
+// sequence.
+template <class Config>
+struct Int8Source {
+  // Of a tile, the first block of its sequence and kv head.
+  __device__ static int64_t first(const Int8AttentionArguments& a, const AttentionTile& tile) {
+    return tile.kv_head(a.p) * a.x.blocks + Int8Operands::first_block(a.p, tile.batch, tile.first_key);
+  }
+  // block: of all heads'. All addresses follow from it, as pointers that are kept take registers.
+  __device__ static void copy(typename Config::Stage& to, const Int8Operands& x, int64_t block) {
+    CopyK k({.data = x.k, .row = Config::kHeadDim / 2}, block * (Config::kN * Config::kHeadDim / 2));
+    CopyV v({.data = x.v, .row = kInt8Keys / 2}, block * (Config::kValueDim * kInt8Keys / 2));
+    if (threadIdx.x < Config::kN / 4)
+      ptx::cp_async_16(ptx::shared_address(to.k_scale + threadIdx.x * 4),
+                       x.k_scale + block * Config::kN + threadIdx.x * 4);
+    k.template copy<true>(to.k, kStepK, Config::kN, Config::kHeadDim / 2);
+    v.template copy<true>(to.v, kStepV, Config::kValueDim, kInt8Keys / 2);
+  }
+
+ private:
+  using CopyK = RowCopy<Config::kN, Config::kHeadDim / 2, Config::kThreads>;
+  using CopyV = RowCopy<Config::kValueDim, kInt8Keys / 2, Config::kThreads>;
+  static constexpr int64_t kStepK = CopyK::Share::kStep * Config::kHeadDim, kStepV = CopyV::Share::kStep * kInt8Keys;
+};
+
+// A Config with out's dtype, which is a branch of the launch: the products are the same.
+template <class Config, Dtype D>
+struct WithOutput : Config {
+  static constexpr Dtype kDtype = D;
+};
+
+// A tile. Two buffers of keys and values: while a block of keys is computed, the next one arrives.
+template <class Config>
+struct Int8AttentionConsumer {
+  static constexpr bool kModified = Config::kModified;
+  static constexpr int kTilesM = Config::kTilesM;
+  using Scores = typename Config::Scores;
+  using Output = typename Config::Output;
+  using Modifiers = ScoreModifiers<Scores>;
+  using MaskWords = typename Modifiers::MaskWords;
+  using Row = RowValues<kTilesM>;
+
+  const Int8AttentionArguments& a;
+  const AttentionParams& p;
+  typename Config::SharedStorage& s;
+  const AttentionTile& tile;
+  const KeyBlocks& blocks;
+  const int warp_row;  // this warp's first row in the tile
+  BlockSoftmax<kTilesM>& sums;
+  Output& o;
+  Row scale, shift;      // of a row's scores before modifiers, of these the shift; without, the scale of the softmax
+  bool vectors = false;  // the mask's rows are read 16 bytes at a time
+
+  __device__ Int8AttentionConsumer(const Int8AttentionArguments& a, typename Config::SharedStorage& s,
+                                   const AttentionTile& tile, const KeyBlocks& blocks, BlockSoftmax<kTilesM>& sums,
+                                   Output& o)
+      : a(a), p(a.p), s(s), tile(tile), blocks(blocks), warp_row(threadIdx.x / 32 * Config::kWarpM), sums(sums), o(o) {}
+
+  __device__ void operator()() {
+    o.clear();
+    if (blocks.end > blocks.begin) {
+      begin();
+      all_blocks();
+    }
+    finish();
+  }
+
+ private:
+  __device__ int first_row() const { return tile.row + warp_row; }  // this warp's, in the sequence
+  template <class F>
+  __device__ static void each_row(F f) {
+#pragma unroll
+    for (int i = 0; i < kTilesM; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) f(i, half);
+  }
+  // Of one of q's scales or shifts, this thread's rows.
+  __device__ float of_row(const float* values, int i, int half) const {
+    return values[tile.lse(p, min(first_row() + Scores::row(i, 2 * half), tile.rows - 1))];
+  }
+  __device__ void begin() {
+    constexpr int kRow = Config::kHeadDim / 2;
+    using Copy = RowCopy<Config::kM, kRow, Config::kThreads>;
+    Copy copy_q({.data = a.x.q, .row = kRow}, tile.lse(p, tile.row) * kRow);
+    copy_q.template copy<false>(s.q8, Copy::Share::kStep * Config::kHeadDim, tile.rows - tile.row, kRow);
+    if (threadIdx.x < 4) s.magic[threadIdx.x] = kInt8MagicBits;
+    if (threadIdx.x == 0) s.first_block = Config::Source::first(a, tile);
+    __syncthreads();
+    copy(blocks.end - 1);
+    each_row([&](int i, int half) {
+      const float of_q = of_row(a.x.q_scale, i, half);
+      if (kModified) {
+        scale[i][half] = of_q;
+        shift[i][half] = p.softcap > 0 ? of_row(a.x.shift, i, half) : 0;
+      } else {
+        // Of a row of zeros any scale: 0 times a masked score would be NaN.
+        scale[i][half] = of_q * a.scale == 0 ? 1 : of_q * a.scale;
+      }
+    });
+  }
+  __device__ void copy(int block) { Config::Source::copy(s.stages[block % 2], a.x, s.first_block + block); }
+  // From the last block to the first. A branch around RowBounds: a loop of its own for blocks without a mask is a
+  // second copy of everything, and its counter spills.
+  __device__ void all_blocks() {
+    if (kModified) vectors = Modifiers::in_vectors(p, tile);
+#pragma unroll 1
+    for (int block = blocks.end - 1; block >= blocks.begin; --block)
+      next_block(block, block >= blocks.unmasked_end || block < blocks.unmasked_begin);
+  }
+  __device__ void next_block(int block, bool masked) {
+    auto& stage = s.stages[block % 2];
+    ptx::cp_async_wait<0>();
+    __syncthreads();  // the block has arrived for all warps, and all have read the one before
+    if (block > blocks.begin) copy(block - 1);
+    const int key = block * Config::kN + accumulator_column(0);
+    MaskWords mask;
+    if (kModified) Modifiers{p, tile, first_row(), vectors}.load(mask, key);
+    Scores scores;
+    qk(scores, stage);
+    if constexpr (kModified) {
+      scores.for_each([&](float& v, int i, int, int e) { v = fmaf(v, scale[i][e / 2], shift[i][e / 2]); });
+      Modifiers{p, tile, first_row(), vectors}(scores, mask, key);
+    }
+    if (masked) RowBounds<Scores>(p, tile, first_row())(scores, key);
+    Row factor, weight, one;
+    each_row([&](int i, int half) { one[i][half] = 1; });
+    if (sums.update(scores, kModified ? one : scale, factor, weight)) rescale(o, factor);
+    uint32_t packed[Config::kN / 32][kTilesM][4];
+    pack_bytes(packed, scores);
+    pv(packed, stage, weight);
+  }
+  // What accumulators begin with. From shared memory, as of constants there are four MOVs for each mma; and anew for
+  // each product, as registers that keep it would spill.
+  struct Begin {
+    int32_t bits[4];
+    __device__ explicit Begin(const int32_t (&magic)[4]) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) bits[e] = magic[e];
+    }
+    // What a step of a product adds to.
+    __device__ const int32_t (&or_sums(int step, const int32_t (&sums)[4]) const)[4] { return step == 0 ? bits : sums; }
+  };
+  // scores = q k^T, times the scales of the keys.
+  __device__ void qk(Scores& scores, const typename Config::Stage& stage) const {
+    using P = Panels<Config::kHeadDim / 2>;
+    const Begin begin(s.magic);
+    Fragments<int32_t, kTilesM, Scores::kTilesN> sums;
+#pragma unroll
+    for (int step = 0; step < Config::kHeadDim / 32; ++step) {
+      uint32_t q[kTilesM][4];
+#pragma unroll
+      for (int i = 0; i < kTilesM; ++i)
+        ptx::ldmatrix_x4(q[i], P::template matrices<Config::kM, true>(s.q8, warp_row + i * 16, step * 16));
+#pragma unroll
+      for (int j = 0; j < Scores::kTilesN; j += 2) {
+        uint32_t k[4];
+        ptx::ldmatrix_x4(k, P::template matrices<Config::kN, false>(stage.k, j * 8, step * 16));
+#pragma unroll
+        for (int next = 0; next < 2; ++next)
+#pragma unroll
+          for (int i = 0; i < kTilesM; ++i)
+            ptx::mma_m16n8k32(sums[i][j + next], q[i], k + next * 2, begin.or_sums(step, sums[i][j + next]));
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < Scores::kTilesN; ++j) {
+      const auto k = *reinterpret_cast<const float2*>(stage.k_scale + j * 8 + accumulator_column(0));
+      const float offset[2] = {-kInt8Magic * k.x, -kInt8Magic * k.y};  // exact, as the scales have 22 bits
+#pragma unroll
+      for (int i = 0; i < kTilesM; ++i)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          scores[i][j][e] = fmaf(__int_as_float(sums[i][j][e]), e % 2 ? k.y : k.x, offset[e % 2]);
+    }
+  }
+  // Four tiles of p, a byte each, are the first operand of an mma.
+  __device__ static void pack_bytes(uint32_t (&packed)[Config::kN / 32][kTilesM][4], const Scores& p) {
+#pragma unroll
+    for (int step = 0; step < Config::kN / 32; ++step)
+#pragma unroll
+      for (int i = 0; i < kTilesM; ++i)
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          const int j = step * 4 + r / 2 * 2, e = r % 2 * 2;
+          const auto pair = [&](int tile) {
+            return __byte_perm(__float_as_uint(p[i][tile][e]), __float_as_uint(p[i][tile][e + 1]), 0x0040);
+          };
+          packed[step][i][r] = __byte_perm(pair(j), pair(j + 1), 0x5410);
+        }
+  }
+  // o += p v, times the block's weights, of the columns that there are: the branches also keep ptxas
+  // from loading more of v at a time than the registers hold.
+  __device__ void pv(const uint32_t (&packed)[Config::kN / 32][kTilesM][4], const typename Config::Stage& stage,
+                     const Row& weight) {
+    constexpr int kPanel = 64;
+#pragma unroll
+    for (int column = 0; column < Config::kValueDim; column += kPanel)
+      if (column == 0 || column < p.value_dim)
+#pragma unroll
+        for (int j = column / 8; j < (column + kPanel) / 8; j += 2) pv(j, packed, stage, weight);
+  }
+  // Sixteen columns, as their sums take registers.
+  __device__ void pv(int j, const uint32_t (&packed)[Config::kN / 32][kTilesM][4], const typename Config::Stage& stage,
+                     const Row& weight) {
+    using P = Panels<kInt8Keys / 2>;
+    const Begin begin(s.magic);
+    Fragments<int32_t, kTilesM, 2> sums;
+#pragma unroll
+    for (int step = 0; step < Config::kN / 32; ++step) {
+      uint32_t v[4];
+      ptx::ldmatrix_x4(v, P::template matrices<Config::kValueDim, false>(stage.v, j * 8, step * 16));
+#pragma unroll
+      for (int next = 0; next < 2; ++next)
+#pragma unroll
+        for (int i = 0; i < kTilesM; ++i)
+          ptx::mma_m16n8k32_u8(sums[i][next], packed[step][i], v + next * 2, begin.or_sums(step, sums[i][next]));
+    }
+    sums.for_each([&](int32_t sum, int i, int next, int e) {
+      float& to = o[i][j + next][e];
+      to = fmaf(__int_as_float(sum) - kInt8Magic, weight[i][e / 2], to);
+    });
+  }
+  // After all keys: the rows of out and their lse.
+  __device__ void finish() {
+    const bool shifted = p.softcap == 0 && tile.known();
+    const float sink = tile.known() ? sink_of(p, tile.head) : NAN, unit = p.scale * kLog2e;
+    Row factor;
+    sums.finish([&](int i, int half) { return p.sinks && shifted ? sink - of_row(a.x.shift, i, half) * unit : sink; },
+                factor);
+    if (p.lse && shifted)
+      each_row([&](int i, int half) {
+        if (sums.sum[i][half] != 0) sums.max[i][half] += of_row(a.x.shift, i, half) * unit;
+      });
+    store_lse<Output>(sums, p, tile, first_row());
+    if (tile.known())
+      scale_values(factor);
+    else
+      rescale(o, factor);  // to NaN
+    __syncthreads();       // all have read keys and values, where the rows of out go
+    if (p.dtype == Dtype::f16)
+      MmaAttentionEpilogue<WithOutput<Config, Dtype::f16>>{p, s, warp_row}(o, tile);
+    else
+      MmaAttentionEpilogue<WithOutput<Config, Dtype::bf16>>{p, s, warp_row}(o, tile);
+  }
+  // Values are 255ths, and in units of their channels' scales. Rows without keys are 0 whatever these are.
+  __device__ void scale_values(const Row& factor) {
+    const float* const of_v =
+        a.x.v_scale + (int64_t{tile.batch} * p.kv_heads + tile.kv_head(p)) * Config::kValueDim + accumulator_column(0);
+#pragma unroll
+    for (int j = 0; j < Output::kTilesN; ++j) {
+      const auto v = *reinterpret_cast<const float2*>(of_v + j * 8);
+#pragma unroll
+      for (int i = 0; i < kTilesM; ++i)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float f = factor[i][e / 2];
+          o[i][j][e] = f == 0 ? 0 : o[i][j][e] * f * ((e % 2 ? v.y : v.x) * (1.f / 255));
+        }
+    }
+  }
+};
+
+}  // namespace forwardpass

@@ -1,0 +1,71 @@
+#pragma once
+// q, k and v of attention_8bit in int8: where the quantising pass writes them and attention reads them, in one
+// workspace. No CUDA.
+#include <cstdint>
+#include <type_traits>
+
+#include "params/attention_8bit.h"
+
+namespace forwardpass {
+
+// Keys of a block, which share the unit of their probabilities. Each sequence begins with a block of its own.
+constexpr int kInt8Keys = 64;
+
+// Accumulators of int8 products begin with its bits: as a float each is then this plus the sum, below 2^22.
+constexpr float kInt8Magic = 0x1.8p23f;
+constexpr int32_t kInt8MagicBits = 0x4b400000;
+
+struct Int8Operands {
+  int32_t head_dim, value_dim;  // columns that there is room for: the kernel's, beyond the call's they are 0
+  int64_t blocks;               // of keys of a kv head, of all sequences; of packed ones as many as there may be
+  int32_t chunks;               // of a sequence's keys, whose largest values are found separately
+  int8_t* q;                    // [row, head_dim]; rows are in the order of the lse
+  float *q_scale, *shift;       // of each row; shift: q times k's centre, what all scores of the row have lost
+  int8_t* k;                    // [kv head, block, key, head_dim]; keys beyond the sequence's are 0
+  float* k_scale;               // of each key: 22 bits of it, so that kInt8Magic times it is exact
+  int8_t* v;                    // [kv head, block, value_dim, key]; keys in the order of `int8_key`
+  float* v_scale;               // [sequence, kv head, value_dim]
+  float* centre;                // of k: [sequence, kv head, head_dim]
+  float* largest;               // of v: [sequence, kv head, chunk, value_dim]
+  int64_t bytes;                // of the workspace
+
+  // Those of a call, for a kernel of so many columns.
+  static Int8Operands of(const AttentionParams& p, int head_dim, int value_dim) {
+    Int8Operands x{.head_dim = head_dim, .value_dim = value_dim};
+    const bool varlen = p.cu_seqlens_q;
+    const int64_t rows = int64_t{p.heads} * p.rows * (varlen ? 1 : p.batch);
+    x.blocks = varlen ? p.keys / kInt8Keys + p.batch : int64_t{p.batch} * blocks_of(p.keys);
+    const int64_t keys = x.blocks * kInt8Keys * p.kv_heads, sequences = int64_t{p.batch} * p.kv_heads;
+    const int64_t each = p.keys / (varlen ? p.batch : 1) / kChunkKeys;
+    x.chunks = static_cast<int32_t>(each < 1 ? 1 : each < kMostChunks ? each : kMostChunks);
+    auto* next = reinterpret_cast<char*>(p.workspace);
+    const auto take = [&](auto*& to, int64_t n) {
+      to = reinterpret_cast<std::remove_reference_t<decltype(to)>>(next);
+      next += (n * int64_t{sizeof *to} + 255) / 256 * 256;
+    };
+    take(x.q, rows * head_dim), take(x.q_scale, rows), take(x.shift, rows);
+    take(x.k, keys * head_dim), take(x.k_scale, keys);
+    take(x.v, keys * value_dim), take(x.v_scale, sequences * value_dim);
+    take(x.centre, sequences * head_dim), take(x.largest, sequences * x.chunks * value_dim);
+    x.bytes = next - reinterpret_cast<char*>(p.workspace);
+    return x;
+  }
+  HOST_DEVICE static int blocks_of(int keys) { return (keys + kInt8Keys - 1) / kInt8Keys; }
+  // A sequence's first block, among those of a kv head. first_key: of a packed sequence, in k.
+  HOST_DEVICE static int64_t first_block(const AttentionParams& p, int sequence, int64_t first_key) {
+    return p.cu_seqlens_k ? first_key / kInt8Keys + sequence : int64_t{sequence} * blocks_of(p.keys);
+  }
+
+ private:
+  static constexpr int kChunkKeys = 128, kMostChunks = 16;
+};
+
+// Byte i of word w of a block's 64 bytes of v is of this key. The accumulators of q k^T, packed, are then the first
+// operand of p v as they lie: thread t of a group has of each tile of eight keys 2 t and 2 t + 1, and four bytes of
+// each 16 of the operand.
+HOST_DEVICE constexpr int int8_key(int w, int i) { return w / 4 * 16 + i / 2 * 8 + w % 4 * 2 + i % 2; }
+
+// Writes them: two launches. Returns a cudaError_t.
+int quantize_attention(const Attention8bitParams& p, const Int8Operands& to, void* stream);
+
+}  // namespace forwardpass

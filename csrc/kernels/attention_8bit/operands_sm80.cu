@@ -1,0 +1,367 @@
+// q, k and v of attention_8bit to int8. The first launch reads v, for each channel's largest value, and 64 keys, for
+// k's centre; the second reads all and writes them. Memory binds: 6 bytes of q and k an element are moved, and 5 of v.
+#include "device/vec.cuh"
+#include "kernels/attention/int8_operands.h"
+#include "schedule/attention_tile.cuh"
+
+namespace forwardpass {
+
+constexpr int kThreads = 256, kRows = kInt8Keys;  // rows of q or k that a block has
+constexpr int kSamples = 64;                      // keys whose mean is subtracted
+
+struct QuantizeArguments {
+  AttentionParams p;
+  Int8Operands to;
+  int rotation;      // columns that are rotated together; 1: none
+  unsigned tiles;    // of q's rows, of a head
+  int64_t q_blocks;  // thread blocks for q; so many for k and for v follow
+  int64_t key_blocks;
+};
+
+// Keys of a sequence, in k and v.
+struct Sequence {
+  int64_t first;
+  int keys;
+  __device__ Sequence(const AttentionParams& p, int b)
+      : first(p.cu_seqlens_k ? p.cu_seqlens_k[b] : 0),
+        keys(p.cu_seqlens_k ? p.cu_seqlens_k[b + 1] - p.cu_seqlens_k[b] : p.keys) {}
+};
+
+// Eight elements of f16 or bf16 at a multiple of 16 bytes, and what they are: apart, so that loads do not wait for one
+// another at the branch.
+__device__ inline uint4 load16(const void* p, int64_t offset) {
+  return *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(p) + offset);
+}
+__device__ inline void widen(float (&x)[kVec], const uint4& raw, Dtype dtype) {
+  if (dtype == Dtype::f16)
+    load_floats(x, reinterpret_cast<const __half*>(&raw), kVec, true);
+  else
+    load_floats(x, reinterpret_cast<const __nv_bfloat16*>(&raw), kVec, true);
+}
+
+// What int8 has of values whose largest is this: by what they are multiplied, and the scale. NaN and infinities make
+// both NaN.
+struct Int8Scale {
+  float inverse, scale;
+  __device__ explicit Int8Scale(float largest) {
+    if (largest == INFINITY) largest = NAN;
+    inverse = largest < kLeastRange ? 0 : __fdiv_rn(127, largest);
+    scale = __fdiv_rn(largest, 127);
+  }
+};
+__device__ inline uint32_t to_int8(float v, float inverse) {
+  return static_cast<uint32_t>(to_int(__fmul_rn(v, inverse), -127, 127)) & 0xff;
+}
+
+// A Hadamard matrix of +-1 times each `rotation` columns of a row, of which each thread has eight and the next thread
+// the next eight: in steps of 1, 2, 4, … columns (a, b) becomes (a + b, a - b).
+__device__ inline void rotate(float (&x)[kVec], int rotation) {
+#pragma unroll
+  for (int step = 1; step < kVec; step *= 2) {
+    if (2 * step > rotation) return;
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+      if (i & step) continue;
+      const float a = x[i], b = x[i + step];
+      x[i] = a + b, x[i + step] = a - b;
+    }
+  }
+  for (int step = 1; step * kVec < rotation; step *= 2) {
+    const float sign = threadIdx.x & step ? -1 : 1;
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) x[i] = fmaf(sign, x[i], __shfl_xor_sync(0xffffffff, x[i], step));
+  }
+}
+
+template <class F>
+__device__ inline float over_row(float v, int threads, F f) {
+  for (int step = 1; step < threads; step *= 2) v = f(v, __shfl_xor_sync(0xffffffff, v, step));
+  return v;
+}
+
+// Quantises a row of which this thread has eight columns, to `q`; returns its scale.
+__device__ inline float quantize_row(float (&x)[kVec], uint2& q, int threads, int rotation) {
+  rotate(x, rotation);
+  float largest = 0;
+#pragma unroll
+  for (const float v : x) largest = ptx::max_nan(largest, fabsf(v));
+  const Int8Scale s(over_row(largest, threads, ptx::max_nan));
+  uint32_t words[2] = {};
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) words[i / 4] |= to_int8(x[i], s.inverse) << i % 4 * 8;
+  q = {words[0], words[1]};
+  return s.scale;
+}
+
+// The sum of a column's samples, in their order: evenly spaced keys or, of few, all. key_of(i): of sample i. Eight
+// loads at a time without a branch between them, as one that waits for the one before takes half a microsecond.
+template <class T, class F>
+__device__ inline float sum_of_samples(const T* column, int64_t row, int samples, F key_of) {
+  float total = 0;
+#pragma unroll 1
+  for (int first = 0; first < samples; first += kVec) {
+    float x[kVec];
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) x[i] = to_float(column[key_of(min(first + i, samples - 1)) * row]);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) total = first + i < samples ? __fadd_rn(total, x[i]) : total;
+  }
+  return total;
+}
+template <class T>
+__device__ inline float sum_of_samples(const T* column, int64_t row, int keys) {
+  if (keys <= kSamples) return sum_of_samples(column, row, keys, [](int i) { return int64_t{i}; });
+  return sum_of_samples(column, row, kSamples, [&](int i) { return int64_t{i} * (keys - 1) / (kSamples - 1); });
+}
+// The mean of a sequence's samples: a column a thread.
+__device__ inline void write_centre(const QuantizeArguments& a, const Sequence& sequence, int b, int head) {
+  const AttentionParams& p = a.p;
+  const int samples = min(sequence.keys, kSamples), column = threadIdx.x;
+  if (column >= a.to.head_dim) return;
+  const int64_t first = b * p.k.batch + head * p.k.head + sequence.first * p.k.row + column;
+  float total = 0;
+  if (column < p.head_dim)
+    total = p.dtype == Dtype::f16
+                ? sum_of_samples(static_cast<const __half*>(p.k.data) + first, p.k.row, sequence.keys)
+                : sum_of_samples(static_cast<const __nv_bfloat16*>(p.k.data) + first, p.k.row, sequence.keys);
+  a.to.centre[(int64_t{b} * p.kv_heads + head) * a.to.head_dim + column] =
+      samples ? __fmul_rn(total, static_cast<float>(1.0 / samples)) : 0;
+}
+
+// The largest absolute values of eight columns of v, of every `step`th key from `key` on; eight keys at a time, of
+// which those behind the last one are the last one again.
+template <class T>
+__device__ inline void find_largest(float (&largest)[kVec], const T* column, int64_t row, int key, int end, int step) {
+#pragma unroll 1
+  for (; key < end; key += kVec * step) {
+    Vec<T> x[kVec];
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) x[i] = load_vec(column + min(key + i * step, end - 1) * row, kVec, true);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i)
+#pragma unroll
+      for (int c = 0; c < kVec; ++c) largest[c] = ptx::max_nan(largest[c], fabsf(to_float(x[i].e[c])));
+  }
+}
+// The largest absolute value of each channel of v, in a chunk of a sequence's keys.
+__device__ inline void write_largest(const QuantizeArguments& a, const Sequence& sequence, int b, int head, int chunk) {
+  __shared__ float shared[kVec][kThreads + 4];  // so that a warp reads different banks
+  const AttentionParams& p = a.p;
+  const int across = a.to.value_dim / kVec, column = threadIdx.x % across * kVec, step = kThreads / across;
+  const int64_t first = b * p.v.batch + head * p.v.head + sequence.first * p.v.row + column;
+  const auto edge = [&](int n) { return static_cast<int>(int64_t{sequence.keys} * n / a.to.chunks); };
+  const int key = edge(chunk) + static_cast<int>(threadIdx.x) / across;
+  float largest[kVec] = {};
+  if (column < p.value_dim) {
+    if (p.dtype == Dtype::f16)
+      find_largest(largest, static_cast<const __half*>(p.v.data) + first, p.v.row, key, edge(chunk + 1), step);
+    else
+      find_largest(largest, static_cast<const __nv_bfloat16*>(p.v.data) + first, p.v.row, key, edge(chunk + 1), step);
+  }
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) shared[i][threadIdx.x] = largest[i];
+  __syncthreads();
+  if (static_cast<int>(threadIdx.x) >= a.to.value_dim) return;
+  float all = 0;
+  for (int i = 0; i < step; ++i) all = ptx::max_nan(all, shared[threadIdx.x % kVec][i * across + threadIdx.x / kVec]);
+  a.to.largest[((int64_t{b} * p.kv_heads + head) * a.to.chunks + chunk) * a.to.value_dim + threadIdx.x] = all;
+}
+
+// Of each sequence and kv head, a block for each chunk of v and one for k's centre.
+__global__ void __launch_bounds__(kThreads) qkv_statistics_kernel(const __grid_constant__ QuantizeArguments a) {
+  const int each = a.to.chunks + 1, part = static_cast<int>(blockIdx.x % each);
+  const int head = static_cast<int>(blockIdx.x / each % a.p.kv_heads),
+            b = static_cast<int>(blockIdx.x / each / a.p.kv_heads);
+  const int known = known_sequences(a.p);
+  if (a.p.cu_seqlens_k && b >= known) return;
+  const Sequence sequence(a.p, b);
+  if (part == a.to.chunks)
+    write_centre(a, sequence, b, head);
+  else
+    write_largest(a, sequence, b, head, part);
+}
+
+// f(r, raw): of rows r that this thread has of a block's, eight columns each, as load(r) loads them: one row ahead.
+template <class Load, class F>
+__device__ inline void each_row(int across, Load load, F f) {
+  const int step = kThreads / across;
+  int r = static_cast<int>(threadIdx.x) / across;
+  uint4 next = load(r);
+#pragma unroll 1
+  for (; r < kRows; r += step) {
+    const uint4 raw = next;
+    if (r + step < kRows) next = load(r + step);
+    f(r, raw);
+  }
+}
+
+// kRows rows of q.
+__device__ inline void quantize_q(const QuantizeArguments& a, unsigned block, int known) {
+  const AttentionParams& p = a.p;
+  AttentionTile tile;
+  if (!tile.find(p, kRows, a.tiles, block, known) || !tile.known()) return;
+  const int across = a.to.head_dim / kVec, column = static_cast<int>(threadIdx.x) % across * kVec;
+  const int64_t from = tile.q(p) + column;
+  // All lanes take part in shuffles: a row beyond the last one is the last one again.
+  const auto row_of = [&](int r) { return min(tile.row + r, tile.rows - 1); };
+  float centre[kVec];
+  load_floats(centre, a.to.centre + (int64_t{tile.batch} * p.kv_heads + tile.kv_head(p)) * a.to.head_dim + column, kVec,
+              true);
+  each_row(
+      across, [&](int r) { return column < p.head_dim ? load16(p.q.data, from + row_of(r) * p.q.row) : uint4{}; },
+      [&](int r, const uint4& raw) {
+        float x[kVec], shift = 0;
+        widen(x, raw, p.dtype);
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) shift = fmaf(x[i], centre[i], shift);
+        shift = over_row(shift, across, [](float a, float b) { return a + b; });
+        uint2 q;
+        const float scale = quantize_row(x, q, across, a.rotation);
+        if (tile.row + r >= tile.rows) return;
+        const int64_t to = tile.lse(p, tile.row + r);
+        *reinterpret_cast<uint2*>(a.to.q + to * a.to.head_dim + column) = q;
+        if (column == 0) a.to.q_scale[to] = scale, a.to.shift[to] = shift;
+      });
+}
+
+// Which keys a block of keys has.
+struct KeysOf {
+  int sequence = 0, first, keys;  // keys of the sequence, and the block's first
+  int64_t first_of_sequence;      // in k and v
+
+  // False: there is no such block.
+  __device__ bool find(const AttentionParams& p, int block, int known) {
+    if (!p.cu_seqlens_k) {
+      sequence = block / Int8Operands::blocks_of(p.keys);
+    } else {
+      if (known == 0) return false;
+      for (int n = known; n > 1;) {  // binary search for the last sequence that does not begin behind the block
+        const int half = n / 2, middle = sequence + half;
+        if (Int8Operands::first_block(p, middle, p.cu_seqlens_k[middle]) <= block) sequence = middle;
+        n = sequence == middle ? n - half : half;
+      }
+    }
+    const Sequence range(p, sequence);
+    first_of_sequence = range.first, keys = range.keys;
+    first = static_cast<int>(block - Int8Operands::first_block(p, sequence, range.first)) * kInt8Keys;
+    return first < keys;
+  }
+};
+
+// x rounded to 22 bits.
+__device__ inline float without_two_bits(float x) {
+  const float wide = __fmul_rn(x, 5);
+  return __fsub_rn(wide, __fsub_rn(wide, x));
+}
+
+__device__ inline void quantize_k(const QuantizeArguments& a, const KeysOf& keys, int head, int64_t block) {
+  const AttentionParams& p = a.p;
+  const int across = a.to.head_dim / kVec, column = static_cast<int>(threadIdx.x) % across * kVec;
+  const int64_t from = keys.sequence * p.k.batch + head * p.k.head + keys.first_of_sequence * p.k.row + column;
+  const auto inside = [&](int r) { return keys.first + r < keys.keys && column < p.head_dim; };
+  float centre[kVec];
+  load_floats(centre, a.to.centre + (int64_t{keys.sequence} * p.kv_heads + head) * a.to.head_dim + column, kVec, true);
+  each_row(
+      across, [&](int r) { return inside(r) ? load16(p.k.data, from + (keys.first + r) * p.k.row) : uint4{}; },
+      [&](int r, const uint4& raw) {
+        float x[kVec];
+        widen(x, raw, p.dtype);
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) x[i] = inside(r) ? __fsub_rn(x[i], centre[i]) : 0;
+        const int64_t to = block * kInt8Keys + r;
+        uint2 q;
+        const float scale = quantize_row(x, q, across, a.rotation);
+        *reinterpret_cast<uint2*>(a.to.k + to * a.to.head_dim + column) = q;
+        if (column == 0) a.to.k_scale[to] = without_two_bits(__fmul_rn(scale, 1.f / a.rotation));
+      });
+}
+// The largest absolute values of eight channels of v: of all chunks, one or more of which each thread of 16 loads.
+__device__ inline void load_largest(float (&largest)[kVec], const QuantizeArguments& a, int64_t sequence, int column) {
+  constexpr int kSharing = 16;
+  for (float& v : largest) v = 0;
+  for (int chunk = static_cast<int>(threadIdx.x) % kSharing; chunk < a.to.chunks; chunk += kSharing) {
+    float x[kVec];
+    load_floats(x, a.to.largest + (sequence * a.to.chunks + chunk) * a.to.value_dim + column, kVec, true);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) largest[i] = ptx::max_nan(largest[i], x[i]);
+  }
+#pragma unroll
+  for (float& v : largest) v = over_row(v, kSharing, ptx::max_nan);
+}
+// A thread has four keys of eight channels, those that are a word of each channel: a warp writes 64 bytes of two
+// channels at a time, and reads 32 bytes of each of its keys.
+__device__ inline void quantize_v(const QuantizeArguments& a, const KeysOf& keys, int head, int64_t block) {
+  const AttentionParams& p = a.p;
+  constexpr int kWords = kInt8Keys / 4;
+  const int word = threadIdx.x % kWords;
+  const int64_t from = keys.sequence * p.v.batch + head * p.v.head + keys.first_of_sequence * p.v.row;
+  const int64_t sequence = int64_t{keys.sequence} * p.kv_heads + head;
+#pragma unroll 1
+  for (int begin = 0; begin < a.to.value_dim; begin += kThreads / kWords * kVec) {  // all threads: shuffles
+    const int column = begin + static_cast<int>(threadIdx.x) / kWords * kVec;
+    const bool inside = column < p.value_dim, stored = column < a.to.value_dim;
+    uint4 raw[4] = {};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int key = keys.first + int8_key(word, i);
+      if (inside && key < keys.keys) raw[i] = load16(p.v.data, from + key * p.v.row + column);
+    }
+    float largest[kVec];
+    load_largest(largest, a, sequence, stored ? column : 0);
+    float inverse[kVec];
+#pragma unroll
+    for (int c = 0; c < kVec; ++c) {
+      const Int8Scale s(largest[c]);
+      inverse[c] = s.inverse;
+      if (stored && keys.first == 0 && word == 0) a.to.v_scale[sequence * a.to.value_dim + column + c] = s.scale;
+    }
+    uint32_t words[kVec] = {};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float x[kVec];
+      widen(x, raw[i], p.dtype);
+#pragma unroll
+      for (int c = 0; c < kVec; ++c) words[c] |= to_int8(x[c], inverse[c]) << i * 8;
+    }
+    if (!stored) continue;
+#pragma unroll
+    for (int c = 0; c < kVec; ++c)
+      *reinterpret_cast<uint32_t*>(a.to.v + (block * a.to.value_dim + column + c) * kInt8Keys + word * 4) = words[c];
+  }
+}
+
+// Three blocks on a multiprocessor: left to itself ptxas takes 64 registers for 9.0, and spills.
+__global__ void __launch_bounds__(kThreads, 3) qkv_to_int8_kernel(const __grid_constant__ QuantizeArguments a) {
+  const int known = known_sequences(a.p);
+  int64_t block = blockIdx.x;
+  if (block < a.q_blocks) return quantize_q(a, blockIdx.x, known);
+  block -= a.q_blocks;
+  const bool is_v = block >= a.key_blocks;
+  if (is_v) block -= a.key_blocks;
+  KeysOf keys;
+  if (!keys.find(a.p, static_cast<int>(block % a.to.blocks), known)) return;
+  const int head = static_cast<int>(block / a.to.blocks);
+  if (is_v)
+    quantize_v(a, keys, head, block);
+  else
+    quantize_k(a, keys, head, block);
+}
+
+int quantize_attention(const Attention8bitParams& p, const Int8Operands& to, void* cuda_stream) {
+  const auto stream = static_cast<cudaStream_t>(cuda_stream);
+  const int64_t tiles = row_tiles(p, kRows), statistics = int64_t{p.batch} * p.kv_heads * (to.chunks + 1);
+  const QuantizeArguments arguments{.p = p,
+                                    .to = to,
+                                    .rotation = p.rotates ? p.head_dim & -p.head_dim : 1,
+                                    .tiles = static_cast<unsigned>(tiles),
+                                    .q_blocks = tiles * all_heads(p),
+                                    .key_blocks = to.blocks * p.kv_heads};
+  const int64_t grid = arguments.q_blocks + 2 * arguments.key_blocks;
+  if (grid > INT32_MAX || statistics > INT32_MAX) return cudaErrorInvalidConfiguration;
+  qkv_statistics_kernel<<<static_cast<unsigned>(statistics), kThreads, 0, stream>>>(arguments);
+  if (auto e = cudaGetLastError()) return e;
+  qkv_to_int8_kernel<<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(arguments);
+  return cudaGetLastError();
+}
+
+}  // namespace forwardpass

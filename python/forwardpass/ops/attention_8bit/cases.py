@@ -1,0 +1,77 @@
+"""Shapes and options of attention_8bit, those of attention with q, k and v to be quantised, and how close a backend has to come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attention import cases as attention
+from . import reference
+
+#: Of the output's norm, by which a backend may differ from the reference, whose operands in 8 bits are the same: exponentials
+#: differ by rounding, and now and then a probability by one of 255 steps.
+CLOSE = 2e-3
+
+
+@dataclass(frozen=True)
+class Case(attention.Case):
+    rotates: bool = True
+
+    @property
+    def op(self) -> str:
+        return "attention_8bit_with_lse" if self.lse else "attention_8bit"
+
+    def arguments(self, device: str = "cpu", seed: int = 0) -> tuple[Any, ...]:
+        q, k, v, *options = super().arguments(device, seed)
+        return q, k, v, self.rotates, *options
+
+
+def assert_matches(actual: Tensor | tuple[Tensor, Tensor], args: tuple[Any, ...]) -> None:
+    """actual is what a backend may return for args: o, or o and lse, beside the reference's."""
+    o, lse = actual if isinstance(actual, tuple) else (actual, None)
+    args = tuple(a.cpu() if isinstance(a, Tensor) else a for a in args)
+    expected, expected_lse = reference.attention_8bit_with_lse(args[0].float(), *args[1:])
+    if (o.shape, o.dtype) != (expected.shape, args[0].dtype) or not o.is_contiguous():
+        raise AssertionError(
+            f"o: {o.dtype} {o.shape} {o.stride()}, expected {args[0].dtype} {expected.shape}, contiguous"
+        )
+    _assert_near(o, expected, attention.ULP[o.dtype], "o")
+    if lse is not None:
+        if lse.dtype != torch.float32 or not lse.is_contiguous():
+            raise AssertionError(f"lse: {lse.dtype} {lse.stride()}, expected torch.float32, contiguous")
+        _assert_near(lse, expected_lse, 1e-5, "lse")
+
+
+def _assert_near(x: Tensor, expected: Tensor, rounding: float, name: str) -> None:
+    """The same infinities and NaN, the norm of the difference as small as CLOSE says, and no element far off."""
+    x, expected = x.cpu().double(), expected.double()
+    finite = expected.isfinite()
+    if not torch.equal(
+        torch.where(finite, 0, x).nan_to_num(7, 8, 9), torch.where(finite, 0, expected).nan_to_num(7, 8, 9)
+    ):
+        raise AssertionError(f"{name}: infinities and NaN are elsewhere than in the reference")
+    difference, size = (x - expected)[finite], expected[finite]
+    bound = CLOSE + 2 * rounding
+    if difference.norm() > bound * size.norm():
+        raise AssertionError(
+            f"{name}: off by {difference.norm() / size.norm():.2e} of its norm, at most {bound:.1e} is allowed"
+        )
+    if size.numel() and (worst := difference.abs().max()) > 8 * bound * size.abs().max():
+        raise AssertionError(f"{name}: an element is off by {worst:.2e}, of values up to {size.abs().max():.2e}")
+
+
+def of_attention(case: attention.Case, rotates: bool) -> Case:
+    return Case(**{name: getattr(case, name) for name in attention.Case.__dataclass_fields__}, rotates=rotates)
+
+
+def cases() -> Iterator[Case]:
+    """Those of attention, every other one rotated."""
+    for i, case in enumerate(attention.cases()):
+        yield of_attention(case, i % 2 == 0)
+
+
+BENCHMARK_CASES = tuple(of_attention(case, True) for case in attention.BENCHMARK_CASES)

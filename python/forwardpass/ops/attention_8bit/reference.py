@@ -1,0 +1,207 @@
+"""attention_8bit in plain torch: the specification, of its integers bit for bit."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..attention.reference import known_sequences
+
+#: Keys that share the unit of their probabilities, and of which sums of products are exact: 64 x 255 x 127 < 2^21.
+BLOCK = 64
+#: Keys, evenly spaced over a sequence, whose mean is subtracted from each.
+SAMPLES = 64
+
+#: Of a smaller largest value the integers are 0, as the reciprocal of the scale would overflow.
+LEAST = 2.0**-100
+
+
+@dataclass(frozen=True)
+class Operands:
+    """q, k and v of one sequence in 8 bits. [heads, rows, columns], the int8 as float32; scales by which they are multiplied.
+
+    A score is `q k^T` times q_scale, k_scale and the softmax's scale, plus `shift`, which k's centre adds to all scores of a row.
+    """
+
+    q: Tensor  #: [H, Sq, D]
+    q_scale: Tensor  #: [H, Sq, 1]
+    shift: Tensor  #: [H, Sq, 1], of unscaled scores
+    k: Tensor  #: [Hk, Sk, D]
+    k_scale: Tensor  #: [Hk, Sk, 1]
+    v: Tensor  #: [Hk, Sk, Dv]
+    v_scale: Tensor  #: [Hk, 1, Dv]
+
+
+def to_int8(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """(whole numbers from -127 to 127, the largest of which `dim` has, the scale), NaN where there is a NaN or infinity."""
+    largest = x.abs().amax(dim, keepdim=True) if x.shape[dim] else torch.zeros_like(x.sum(dim, keepdim=True))
+    largest = torch.where(largest.isinf(), torch.nan, largest)
+    # 127 / largest would be torch's 127 times the reciprocal, which is rounded twice: one step off where a value is half of one.
+    inverse = torch.full_like(largest, 127) / largest
+    inverse = torch.where(largest < LEAST, 0, inverse)
+    return (x * inverse).round(), largest / 127
+
+
+def rotate(x: Tensor) -> Tensor:
+    """Each block of as many columns as the largest power of two that divides their number, times a Hadamard matrix of +-1: in
+    steps of 1, 2, 4, ... columns, (a, b) becomes (a + b, a - b)."""
+    columns = x.shape[-1]
+    step = 1
+    while columns % (2 * step) == 0:
+        a, b = x.unflatten(-1, (-1, 2, step)).unbind(-2)
+        x = torch.stack([a + b, a - b], -2).flatten(-3)
+        step *= 2
+    return x
+
+
+def rotation_size(columns: int) -> int:
+    return columns & -columns
+
+
+def centre_of(k: Tensor) -> Tensor:
+    """[Hk, 1, D], of k [Hk, Sk, D] in float32: the mean of SAMPLES keys, which are added up in order."""
+    keys = k.shape[1]
+    samples = min(keys, SAMPLES)
+    total = torch.zeros_like(k[:, :1] if keys else k.new_zeros(len(k), 1, k.shape[2]))
+    for i in range(samples):
+        place = i * (keys - 1) // max(samples - 1, 1)
+        total = total + k[:, place : place + 1]
+    return total * (1 / samples if samples else 0)
+
+
+def quantize(q: Tensor, k: Tensor, v: Tensor, rotates: bool) -> Operands:
+    """q [Sq, H, D], k [Sk, Hk, D] and v [Sk, Hk, Dv] of one sequence."""
+    q, k, v = (x.transpose(0, 1).float() for x in (q, k, v))
+    centre = centre_of(k)
+    group = len(q) // len(k)
+    shift = (q * centre.repeat_interleave(group, 0)).sum(-1, keepdim=True)
+    k = k - centre
+    n = rotation_size(q.shape[-1]) if rotates else 1
+    if rotates:
+        q, k = rotate(q), rotate(k)
+    (q, q_scale), (k, k_scale), (v, v_scale) = to_int8(q, -1), to_int8(k, -1), to_int8(v, 1)
+    return Operands(q, q_scale, shift, k, k_scale * (1 / n), v, v_scale)
+
+
+def attend(
+    x: Operands,
+    scale: float,
+    left: int | None,
+    right: int | None,
+    softcap: float,
+    mask: Tensor | None,
+    slopes: Tensor | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """o [H, Sq, Dv] and lse [H, Sq], float32, of one sequence. mask: broadcastable to [H, Sq, Sk]; slopes: [H]."""
+    group = len(x.q) // len(x.k)
+    k, k_scale, v = (t.repeat_interleave(group, 0) for t in (x.k, x.k_scale, x.v))
+    rows, keys = x.q.shape[1], k.shape[1]
+    s = (x.q.double() @ k.double().transpose(1, 2)).float() * k_scale.transpose(1, 2) * (x.q_scale * scale)
+    # What is added to all scores of a row changes neither their softmax nor what is added to single ones.
+    shift = x.shift * scale
+    if softcap > 0:
+        s = softcap * torch.tanh((s + shift) / softcap)
+        shift = torch.zeros_like(shift)
+    distance = torch.arange(keys, device=s.device) - torch.arange(keys - rows, keys, device=s.device).unsqueeze(1)
+    if slopes is not None:
+        s = s - slopes.reshape(-1, 1, 1) * distance.abs()
+    allowed = torch.ones_like(distance, dtype=torch.bool)
+    if left is not None:
+        allowed = allowed & (distance >= -left)
+    if right is not None:
+        allowed = allowed & (distance <= right)
+    if mask is not None and mask.dtype == torch.bool:
+        allowed = allowed & mask
+    elif mask is not None:
+        s = s + mask.float()
+        allowed = allowed & ~(mask.float() / math.log(2)).isneginf()
+    s = s.masked_fill(~allowed, -torch.inf)
+    return _softmax(s, v, x.v_scale.repeat_interleave(group, 0), shift, sinks)
+
+
+def _softmax(s: Tensor, v: Tensor, v_scale: Tensor, shift: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The probabilities of a block of keys are whole 255ths of its largest; the denominator is the sum of them as they were."""
+    sink = s.new_full((*s.shape[:-1], 1), -torch.inf) if sinks is None else sinks.float().reshape(-1, 1, 1) - shift
+    maximum = torch.cat([s, sink], -1).amax(-1, keepdim=True)
+    finite = torch.where(maximum == -torch.inf, 0, maximum)  # of a row without keys
+    total = (sink - finite).exp().double()
+    out = torch.zeros(*s.shape[:-1], v.shape[-1], dtype=torch.float64, device=s.device)
+    for begin in range(0, s.shape[-1], BLOCK):
+        block = s[..., begin : begin + BLOCK]
+        unit = block.amax(-1, keepdim=True)
+        unit = torch.where(unit == -torch.inf, 0, unit)
+        p = (block - unit).exp()
+        weight = (unit - finite).exp().double()
+        weight = torch.where((p > 0).any(-1, keepdim=True) | p.isnan().any(-1, keepdim=True), weight, 0)
+        total = total + p.double().sum(-1, keepdim=True) * weight
+        out = out + (p * 255).round().double() @ v[:, begin : begin + BLOCK].double() * (weight / 255)
+    lse = torch.where(maximum == -torch.inf, -torch.inf, finite + shift + total.log())
+    o = torch.where(total == 0, 0, out / total) * v_scale.double()
+    o = torch.where(maximum == -torch.inf, torch.zeros_like(o), o)  # whatever v's scales are
+    return o.float(), lse.squeeze(-1).float()
+
+
+def attention_8bit(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rotates: bool,
+    scale: float | None,
+    causal: bool,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float,
+    mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    batch_invariant: bool,
+) -> Tensor:
+    return attention_8bit_with_lse(
+        q, k, v, rotates, scale, causal, window_left, window_right, softcap, mask, alibi_slopes, sinks, cu_seqlens_q,
+        cu_seqlens_k, batch_invariant,
+    )[0]  # fmt: skip
+
+
+def attention_8bit_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rotates: bool,
+    scale: float | None,
+    causal: bool,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float,
+    mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    batch_invariant: bool,
+) -> tuple[Tensor, Tensor]:
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    right = 0 if causal else window_right
+    o = q.new_empty(*q.shape[:-1], v.shape[-1])
+    lse_shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
+    lse = q.new_empty(lse_shape, dtype=torch.float32)
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        o.fill_(torch.nan)
+        lse.fill_(torch.nan)
+        sequences = zip(known_sequences(cu_seqlens_q, len(q)), known_sequences(cu_seqlens_k, len(k)))
+        parts = [(q[i], k[j], v[j], o[i], lse[:, i]) for i, j in sequences]
+    else:
+        parts = [(q[b], k[b], v[b], o[b], lse[b]) for b in range(len(q))]
+    for b, (q_b, k_b, v_b, o_b, lse_b) in enumerate(parts):
+        mask_b = mask[min(b, len(mask) - 1)] if mask is not None and mask.dim() == 4 else mask
+        slopes_b = alibi_slopes[b] if alibi_slopes is not None and alibi_slopes.dim() == 2 else alibi_slopes
+        operands = quantize(q_b, k_b, v_b, rotates)
+        o_part, lse_part = attend(operands, scale, window_left, right, softcap, mask_b, slopes_b, sinks)
+        o_b.copy_(o_part.transpose(0, 1))
+        lse_b.copy_(lse_part)
+    return o, lse

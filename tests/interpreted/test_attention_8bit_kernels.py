@@ -1,0 +1,272 @@
+"""attention_8bit's kernels, as compiled: every case of both operations on each architecture, and the integers they multiply."""
+
+import ctypes
+import pathlib
+import subprocess
+
+import mutant_attention
+import pytest
+import torch
+from every_backend import on_each
+from rotation import paired
+
+import forwardpass as fp
+from forwardpass import dispatch
+from forwardpass.dispatch.interpreted import KERNELS
+from forwardpass.ops.attention import bucket
+from forwardpass.ops.attention_8bit import cases, reference
+from forwardpass.testing import assert_equal
+
+pytestmark = [pytest.mark.interpreted, pytest.mark.usefixtures("poisoned")]
+
+CASES = [c for c in cases.cases() if c.dtype != torch.float32 and bucket(*c.dims)]
+REFUSED = [c for c in cases.cases() if c not in CASES]
+#: those that take every path of attention's kernels: tiles at edges, maxima that grow, cu_seqlens that are wrong
+PATHS = [
+    cases.of_attention(case, n % 2 == 0)
+    for kernel in ((torch.float16, 64, 40), (torch.bfloat16, 128, 72), (torch.float16, 256, 192))
+    for n, case in enumerate((*mutant_attention.plain(*kernel), *mutant_attention.general(*kernel)))
+]
+
+
+def run(arch, op, args, seed=0, **options):
+    with fp.interpret(arch, seed=seed, **options) as device, fp.use_backend("cuda"):
+        got = dispatch.operations[op](*args)
+    assert device.findings == []
+    return got
+
+
+def with_lse(arch, q, k, v, rotates=True, **options):
+    """attention_8bit_with_lse by the names of its options."""
+    names = dispatch.operations["attention_8bit"].parameters[4:]
+    defaults = {"causal": False, "softcap": 0.0, "batch_invariant": False}
+    assert options.keys() <= set(names)
+    args = (q, k, v, rotates, *(options.get(n, defaults.get(n)) for n in names))
+    return run(arch, "attention_8bit_with_lse", args), args
+
+
+@pytest.mark.parametrize(
+    ("case", "arch"), on_each(("sm_80", "sm_90a", "sm_89", "sm_120"), CASES + PATHS, 4, slow=("sm_89", "sm_120"))
+)
+def test_kernel(case, arch, seed):
+    args = case.arguments(seed=seed)
+    cases.assert_matches(run(arch, case.op, args, seed, guard=True), args)
+
+
+def test_what_no_kernel_takes_is_refused():
+    with fp.interpret("sm_80"), fp.use_backend("cuda"):
+        for case in REFUSED:
+            args = case.arguments()
+            with pytest.raises(fp.Unsupported):
+                dispatch.operations[case.op](*args)
+
+
+class Call(ctypes.Structure):
+    """Case of int8_operands.cpp."""
+
+    _fields_ = [(n, ctypes.c_void_p) for n in ("q", "k", "v", "out", "workspace", "cu_seqlens_q", "cu_seqlens_k")] + [
+        (n, ctypes.c_int64)
+        for n in ("batch", "rows", "keys", "heads", "kv_heads", "head_dim", "value_dim", "is_bf16", "rotates")
+    ]
+
+
+@pytest.fixture(scope="module")
+def operands(tmp_path_factory):
+    """q, k and v as the kernels quantise them: operands(q, k, v, rotates, starts)."""
+    if not KERNELS.exists():
+        pytest.skip("built without kernels for the interpreter")
+    here = pathlib.Path(__file__).parent
+    library = tmp_path_factory.mktemp("int8") / "int8_operands.so"
+    command = ["g++", "-std=c++20", "-shared", "-fPIC", f"-I{here.parents[1] / 'csrc'}"]
+    subprocess.run([*command, str(here / "int8_operands.cpp"), "-o", str(library)], check=True)
+    quantized = ctypes.CDLL(str(library)).quantized
+    quantized.restype = ctypes.c_int64
+    return lambda *args: dumped(quantized, *args)
+
+
+INTERPRETED_STREAM = 2
+
+
+def dumped(quantized, q, k, v, rotates, starts):
+    """The workspace's (q, q_scale, shift, k, k_scale, v, v_scale) of one call, in memory that only the kernels have written."""
+    from gpuless.operators import Operator
+
+    varlen = starts is not None
+    out = torch.full((*q.shape[:-1], v.shape[-1]), torch.nan, dtype=q.dtype)
+    call = Call(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), None, *(s.data_ptr() for s in starts or ()),
+        **{"batch": len(starts[0]) - 1 if varlen else len(q), "rows": q.shape[-3], "keys": k.shape[-3],
+           "heads": q.shape[-2], "kv_heads": k.shape[-2], "head_dim": q.shape[-1], "value_dim": v.shape[-1],
+           "is_bf16": q.dtype == torch.bfloat16, "rotates": rotates},
+    )  # fmt: skip
+    places = (ctypes.c_int64 * 10)()
+    library = str(KERNELS).encode()
+
+    def launch(*_):
+        return quantized(library, ctypes.c_void_p(INTERPRETED_STREAM), ctypes.byref(call), places)
+
+    names = ("q", "k", "v", "out", "workspace", *(("cu_seqlens_q", "cu_seqlens_k") if varlen else ()))
+    operator = Operator("attention_8bit", names, launch, frozenset({"out", "workspace"}))
+    with fp.interpret("sm_80") as device:
+        size = launch()
+        workspace = torch.full((size,), -86, dtype=torch.int8)
+        call.workspace = workspace.data_ptr()
+        assert device.call(operator, launch, [q, k, v, out, workspace, *(starts or ())]) == size
+    assert device.findings == []
+    columns, values, blocks = places[7:]
+    hk = k.shape[-2]
+    rows = q.shape[-2] * (q.shape[0] if varlen else q.shape[0] * q.shape[1])
+
+    def part(i, shape, dtype):
+        count = torch.Size(shape).numel()
+        return workspace[places[i] : places[i] + count * dtype.itemsize].view(dtype).reshape(shape)
+
+    return (
+        part(0, (rows, columns), torch.int8),
+        part(1, (rows,), torch.float32),
+        part(2, (rows,), torch.float32),
+        part(3, (hk, blocks * 64, columns), torch.int8),
+        part(4, (hk, blocks * 64), torch.float32),
+        part(5, (hk, blocks, values, 64), torch.int8),
+        part(6, (call.batch, hk, values), torch.float32),
+    )
+
+
+def in_order(v):
+    """v [.., blocks, columns, 64] of the workspace as [.., keys, columns]: byte i of word w is of this key."""
+    keys = torch.tensor([w // 4 * 16 + i // 2 * 8 + w % 4 * 2 + i % 2 for w in range(16) for i in range(4)])
+    return v[..., keys.argsort()].transpose(-1, -2).flatten(-3, -2)
+
+
+def assert_quantized_as_the_reference(operands, q, k, v, rotates, starts):
+    """The integers bit for bit, and scales; columns, keys and rows beyond those that there are: zeros."""
+    q8, q_scale, shift, k8, k_scale, v8, v_scale = operands(q, k, v, rotates, starts)
+    v8 = in_order(v8)
+    (h, d), dv, varlen = q.shape[-2:], v.shape[-1], starts is not None
+    for b in range(len(v_scale)):
+        if varlen:
+            (q0, q1), (k0, k1) = ((int(s[b]), int(s[b + 1])) for s in starts)
+            of_q, of_k, of_v, first = q[q0:q1], k[k0:k1], v[k0:k1], (k0 // 64 + b) * 64
+            mine = lambda x: x.reshape(h, len(q), *x.shape[1:])[:, q0:q1]  # noqa: B023, E731
+        else:
+            of_q, of_k, of_v, first = q[b], k[b], v[b], b * -(-k.shape[1] // 64) * 64
+            mine = lambda x: x.reshape(len(q), h, q.shape[1], *x.shape[1:])[b]  # noqa: B023, E731
+        expected = reference.quantize(of_q, of_k, of_v, rotates)
+        n, end = len(of_k), first + -(-len(of_k) // 64) * 64
+        if len(of_q):
+            assert torch.equal(mine(q8)[..., :d].float(), expected.q)
+            assert torch.equal(mine(q_scale), expected.q_scale[..., 0])
+            torch.testing.assert_close(mine(shift), expected.shift[..., 0], rtol=1e-4, atol=1e-4)
+            assert not mine(q8)[..., d:].any()
+        if n:
+            assert torch.equal(k8[:, first : first + n, :d].float(), expected.k)
+            torch.testing.assert_close(k_scale[:, first : first + n], expected.k_scale[..., 0], rtol=2**-22, atol=0)
+            assert torch.equal(v8[:, first : first + n, :dv].float(), expected.v)
+            assert torch.equal(v_scale[b, :, :dv], expected.v_scale[:, 0])
+            assert not k8[:, first:end, d:].any() and not k8[:, first + n : end].any()
+            assert not v8[:, first:end, dv:].any() and not v8[:, first + n : end].any()
+    assert not k_scale.view(torch.int32).bitwise_and(3)[..., first:end].any()  # 22 bits
+
+
+@pytest.mark.parametrize(
+    ("dims", "dtype"),
+    paired(
+        [(64, 64), (40, 40), (96, 96), (128, 128), (192, 128), (256, 256), (72, 72)], [torch.float16, torch.bfloat16]
+    ),
+)
+@pytest.mark.parametrize("rotates", [True, False])
+def test_integers(operands, dims, dtype, rotates, seed):
+    case = cases.Case((70, 600), dims, dtype, batch=2, heads=(4, 2), rotates=rotates)
+    q, k, v, *_ = (x.contiguous() if isinstance(x, torch.Tensor) else x for x in case.arguments(seed=seed))
+    q[0, 3], k[1, 5], v[0, :, 1, 7] = 0, k[1, 6], 0  # rows and channels of zeros
+    assert_quantized_as_the_reference(operands, q, k, v, rotates, None)
+
+
+def test_integers_of_packed_sequences(operands, seed):
+    lengths = ((130, 300), (0, 64), (1, 257), (127, 127), (128, 65), (5, 0), (200, 64), (0, 0), (66, 191))
+    starts = [torch.tensor([0, *n]).cumsum(0).int() for n in zip(*lengths)]
+    g = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(int(s[-1]), h, 64, generator=g).half() for s, h in zip((*starts, starts[1]), (4, 2, 2)))
+    assert_quantized_as_the_reference(operands, q, k, v, True, starts)
+
+
+def test_a_sequence_has_its_bits_whatever_is_beside_it():
+    """Each in a batch, packed, and alone; with NaN in a neighbour."""
+    lengths = ((130, 300), (1, 257), (127, 127), (66, 191))
+    starts = [torch.tensor([0, *n]).cumsum(0).int() for n in zip(*lengths)]
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(int(s[-1]), h, 64, generator=g).half() for s, h in zip((*starts, starts[1]), (4, 2, 2)))
+    k[starts[1][1] + 3, 1, 5] = torch.nan
+    (o, lse), _ = with_lse("sm_80", q, k, v, causal=True, cu_seqlens_q=starts[0], cu_seqlens_k=starts[1])
+    for b in range(len(lengths)):
+        rows, keys = (slice(int(s[b]), int(s[b + 1])) for s in starts)
+        (alone, alone_lse), _ = with_lse("sm_80", q[None, rows], k[None, keys], v[None, keys], causal=True)
+        assert_equal(o[rows], alone[0], f"o of {b}")
+        assert_equal(lse[:, rows].contiguous(), alone_lse[0], f"lse of {b}")
+        assert bool(o[rows].isnan().any()) == (b == 1)
+
+
+def test_rows_without_keys():
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, n, 2, 64, generator=g).half() for n in (200, 150, 150))
+    sinks = torch.tensor([1.5, -torch.inf])
+    for options in (
+        {"causal": True},  # the first fifty rows stand before all keys
+        {"mask": torch.arange(200).ge(50).reshape(200, 1)},
+        {"mask": torch.where(torch.arange(200) < 50, torch.finfo(torch.float32).min, 0.0).reshape(200, 1)},
+    ):
+        (o, lse), _ = with_lse("sm_80", q, k, v, **options)
+        assert not o[:, :50].any() and o[:, 50:].any(-1).all()
+        assert lse[:, :, :50].isneginf().all() and lse[:, :, 50:].isfinite().all()
+        (o, lse), _ = with_lse("sm_80", q, k, v, sinks=sinks, **options)
+        assert not o[:, :50].any() and o[:, 50:].any(-1).all()
+        assert lse[0, 0, :50].tolist() == pytest.approx([1.5] * 50) and lse[0, 1, :50].isneginf().all()
+
+
+def test_rows_of_zeros_and_large_scores():
+    """A scale of 0 times a masked score is no NaN; and a score far above its sequence's others is one whole probability."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 150, 2, 64, generator=g).half() for _ in range(3))
+    q[0, 100] = 0
+    k[0, 20, 0] = 0
+    for times in (1, 100):
+        args = with_lse("sm_80", (q * times), (k * times), v, causal=True)
+        cases.assert_matches(*args)
+
+
+def test_a_peak_and_a_long_tail():
+    """A key whose probability is a thousand times that of each of 4096 others leaves these what they add up to."""
+    g = torch.Generator().manual_seed(0)
+    q = torch.zeros(1, 1, 1, 64).half()
+    q[..., 0] = 8.0
+    k = torch.randn(1, 4096, 1, 64, generator=g).half() * 0.01
+    k[0, 777, 0, 0] = 7.0  # times 8 and 1/8: e^7 = 1097
+    v = torch.ones(1, 4096, 1, 64).half() + torch.randn(1, 4096, 1, 64, generator=g).half() * 0.1
+    (o, lse), args = with_lse("sm_80", q, k, v, rotates=False)
+    cases.assert_matches((o, lse), args)
+    exact = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2).double() for x in (q, k, v)))
+    assert (o.double() - exact.transpose(1, 2)).norm() < 0.02 * exact.norm()
+
+
+def test_rows_that_are_far_apart():
+    """Strides beyond 32 bits: 8 GiB of keys, of which a few rows are ever touched."""
+    memory = torch.UntypedStorage(8 * 2**30 + 2**16)
+    far = torch.empty(0, dtype=torch.float16).set_(memory, 0, (1, 65, 1, 64), (0, 2**26, 0, 1))
+    g = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 65, 64, generator=g).half().reshape(3, 1, 65, 1, 64)
+    far.copy_(k)
+    expected = with_lse("sm_80", q, k, v)[0][0]
+    for operands in ((far, k, v), (q, far, v), (q, k, far)):
+        near = [far if x is far else y for x, y in zip(operands, (q, k, v))]
+        far.copy_((q, k, v)[[x is far for x in operands].index(True)])
+        assert_equal(with_lse("sm_80", *near)[0][0], expected)
+
+
+@pytest.mark.parametrize(("dims", "causal"), paired([(64, 64), (128, 128), (256, 256)], [True, False]))
+def test_wavefronts(dims, causal):
+    """Shared memory is read and written without bank conflicts."""
+    args = cases.Case((256, 512), dims, batch=1, heads=(2, 1), causal=causal, awkward=False).arguments()
+    with fp.interpret("sm_80", counters=True) as device, fp.use_backend("cuda"):
+        dispatch.operations["attention_8bit"](*args)
+    ratios = {k.kernel: k.counts.conflict_ratio for k in device.kernels()}
+    assert len(ratios) == 3 and set(ratios.values()) <= {None, 1.0}

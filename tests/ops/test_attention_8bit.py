@@ -1,0 +1,300 @@
+"""attention_8bit, attention_8bit_with_lse: how far 8 bits are from attention, and that the CPU's integers are the reference's."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from rotation import in_parts
+
+import forwardpass as fp
+from forwardpass.common.compare import relative_error
+from forwardpass.dispatch import operations
+from forwardpass.ops.attention import reference as attention
+from forwardpass.ops.attention_8bit import cases, reference
+from forwardpass.testing import assert_equal, poisoned_outputs
+
+CASES = list(cases.cases())
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+BACKENDS = ("cpu", "reference")
+
+
+def run(args, lse=True, backend="cpu"):
+    with poisoned_outputs(), fp.use_backend(backend):
+        return operations["attention_8bit_with_lse" if lse else "attention_8bit"](*args)
+
+
+def options(rotates=True, **given):
+    """What follows q, k and v in the schema."""
+    names = operations["attention_8bit"].parameters[4:]
+    defaults = {"causal": False, "softcap": 0.0, "batch_invariant": False}
+    assert given.keys() <= set(names)
+    return rotates, *(given.get(name, defaults.get(name)) for name in names)
+
+
+# ---- what 8 bits lose
+
+
+def operands(kind, d, keys, rows=256):
+    """[1, n, 1, d] float64: normal; three channels of q and k 12 times as large; q three times as large, so that few keys count."""
+    g = torch.Generator().manual_seed(d + keys)
+    q, k, v = (torch.randn(1, n, 1, d, generator=g, dtype=torch.float64) for n in (rows, keys, keys))
+    if kind == "outliers":
+        for channel in (1, d // 3, d // 2):
+            k[..., channel] *= 12
+    return (3 * q if kind == "peaked" else q), k, v
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize(("kind", "bar"), [("normal", 0.015), ("outliers", 0.02), ("peaked", 0.026)])
+def test_error(kind, bar, d, backend):
+    q, k, v = operands(kind, d, 1024)
+    exact = attention.attention(q, k, v, *options()[1:])
+    o = run((q.float(), k.float(), v.float(), *options()), False, backend)
+    assert relative_error(o, exact) <= bar
+    assert torch.cosine_similarity(o.double().flatten(1), exact.flatten(1), -1).min() >= 0.999
+
+
+def test_outliers_need_the_rotation():
+    """What the bar of outliers is for: the same scores without it are far off."""
+    q, k, v = operands("outliers", 64, 1024)
+    exact = attention.attention(q, k, v, *options()[1:])
+    errors = [relative_error(run((q.float(), k.float(), v.float(), *options(r)), False), exact) for r in (True, False)]
+    assert errors[0] <= 0.02 < errors[1]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_peak_and_a_long_tail(backend):
+    """A peak of 1 and 16 thousand keys at a thousandth of it, which sum to 16: in steps of a 255th of the row's largest each of
+    them would be 0. Of the peak's own block of 64 keys at most 63 / 510 of the peak is lost."""
+    keys, d = 16384, 64
+    q, k = torch.zeros(1, 1, 1, d), torch.zeros(1, keys, 1, d)
+    mask = torch.full((1, keys), -math.log(1000.0))
+    peak = 100
+    mask[0, peak] = 0
+    v = torch.zeros(1, keys, 1, d)
+    v[:, :, 0, 0], v[:, peak, 0, 1] = 1, 1
+    o, lse = run((q, k, v, *options(mask=mask)), True, backend)
+    total = 1 + (keys - 1) / 1000
+    assert lse.item() == pytest.approx(math.log(total), abs=1e-5)
+    assert 0 <= 1 - o[0, 0, 0, 0].item() <= 63 / 510 / total
+    assert o[0, 0, 0, 1].item() == pytest.approx(1 / total, rel=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [1.0, -3.0, 0.0])
+def test_a_row_of_constant_v_is_that_constant(value, backend):
+    """But for the rounding of the probabilities, as a row is divided by their sum before it."""
+    q, k, _ = operands("normal", 64, 300, 20)
+    v = torch.full((1, 300, 1, 64), value)
+    o = run((q.float(), k.float(), v, *options()), False, backend)
+    torch.testing.assert_close(o, torch.full_like(o, value), rtol=4e-3, atol=0)
+
+
+# ---- the CPU's integers
+
+
+@pytest.mark.parametrize("case", in_parts(CASES, 4))
+def test_backend(case, seed):
+    args = case.arguments(seed=seed)
+    cases.assert_matches(run(args, case.lse), args)
+
+
+FLOAT32 = [dataclasses.replace(c, dtype=torch.float32) for c in CASES if c.dtype != torch.float32]
+
+
+@pytest.mark.parametrize("case", in_parts(FLOAT32, 8))
+def test_float32(case, seed):
+    args = case.arguments(seed=seed)
+    cases.assert_matches(run(args, case.lse), args)
+
+
+def each_key_alone(q, k, v, **given):
+    """(o, lse), [keys, ...]: of each row against one key, whose probability is 1."""
+    n = k.shape[1]
+    batch = [x.expand(n, -1, -1, -1) for x in (q, k, v)]
+    return run((*batch, *options(mask=torch.eye(n, dtype=torch.bool).reshape(n, 1, 1, n), **given)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rotates", [True, False])
+@pytest.mark.parametrize("d", [64, 40, 7, 192])
+def test_scores_are_the_references_integers(d, rotates, dtype):
+    """The log-sum-exp of a single key is its score, from which the integer follows; k's centre is 0, as half of the keys are the
+    others with the other sign. One step more in q or k, and a product is another number."""
+    g = torch.Generator().manual_seed(d)
+    q, half = (torch.randn(1, n, 2, d, generator=g).mul(64).round().div(64) for n in (9, 32))
+    half[..., d // 2] *= 8
+    q, k = q.to(dtype), torch.cat([half, -half], 1).to(dtype)
+    _, lse = each_key_alone(q, k, torch.zeros(1, 64, 2, 8, dtype=dtype), rotates=rotates, scale=0.01)
+    x = reference.quantize(q[0], k[0], torch.zeros(64, 2, 8, dtype=dtype), rotates)
+    assert not x.shift.any()
+    expected = x.q.double() @ x.k.double().transpose(1, 2)  # [heads, rows, keys]
+    unit = (x.k_scale.transpose(1, 2) * (x.q_scale * 0.01)).double()
+    got = lse.permute(1, 2, 0).double() / unit
+    assert_equal(got.round().contiguous(), expected)
+    assert (got - expected).abs().max() < 0.25  # so that rounding hides no step
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dv", [64, 7, 136])
+def test_values_are_the_references_integers(dv, dtype):
+    """The output of a single key is its value in 8 bits."""
+    v = torch.randn(1, 70, 2, dv, generator=torch.Generator().manual_seed(dv)).to(dtype)
+    o, _ = each_key_alone(torch.zeros(1, 1, 2, 8, dtype=dtype), torch.zeros(1, 70, 2, 8, dtype=dtype), v)
+    x = reference.quantize(torch.zeros(1, 2, 8), torch.zeros(70, 2, 8), v[0], True)
+    got = (o[:, 0].transpose(0, 1).double() / x.v_scale).round()  # [heads, keys, columns]
+    assert_equal(got.contiguous(), x.v.double().contiguous())
+
+
+def test_sums_of_products_are_exact():
+    """255 * 127 * 64 of one sign: in 16 bits, or as floats of 16 bits, they would not be."""
+    n = 64
+    o, _ = run((torch.zeros(1, 5, 1, 8), torch.zeros(1, n, 1, 8), torch.full((1, n, 1, 40), 127.0), *options()))
+    torch.testing.assert_close(o, torch.full_like(o, 127.0), rtol=1e-6, atol=0)
+    q = torch.full((1, 3, 1, 256), -127.0)
+    k = torch.cat([torch.full((1, 32, 1, 256), -127.0), torch.full((1, 32, 1, 256), 127.0)], 1)  # whose mean is 0
+    _, lse = each_key_alone(q, k, torch.zeros(1, 64, 1, 8), rotates=False, scale=1.0)
+    torch.testing.assert_close(lse[0], torch.full((1, 3), 127.0**2 * 256), rtol=1e-6, atol=0)
+
+
+def test_values_too_small_for_a_scale_are_0():
+    q, k, v = (torch.full((1, 5, 2, 16), x) for x in (1.0, 1.0, 1e-38))
+    for backend in BACKENDS:
+        o, lse = run((q, k, v, *options()), True, backend)
+        assert not o.any() and lse.isfinite().all()
+
+
+# ---- what users of other packages lost
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_mask_that_sageattention_drops(dtype):
+    """`attn_mask` is among the arguments that its function for torch's scaled_dot_product_attention ignores: padding was read."""
+    q, k, v = (torch.randn(2, 40, 2, 64).to(dtype) for _ in range(3))
+    padding = torch.arange(40).reshape(1, 1, 1, 40) < torch.tensor([40, 23]).reshape(2, 1, 1, 1)
+    for mask in (padding, torch.where(padding, 0.0, -torch.inf), torch.where(padding, 0.0, -torch.inf).to(dtype)):
+        o, lse = run((q, k, v, *options(mask=mask)))
+        cases.assert_matches((o, lse), (q, k, v, *options(mask=mask)))
+        exact = attention.attention(*(x.double() for x in (q, k, v)), *options(mask=padding)[1:])
+        assert relative_error(o, exact) < 0.03
+        loud = v.clone()
+        loud[1, 23:] *= -1  # of the same channels' range
+        assert_equal(run((q, k, loud, *options(mask=mask)))[0], o)
+
+
+def test_strides_beyond_2_31_elements():
+    """Offsets of 32 bits wrap: in views of a fused QKV, and of V. The memory is reserved and hardly touched."""
+    step, n, d = 2**31 // 3 + 1000, 5, 64
+    memory = torch.empty(4 * step + 2 * d, dtype=torch.bfloat16)
+    q, k, v = (torch.randn(1, n, 1, d).bfloat16() for _ in range(3))
+    far = []
+    for i, x in enumerate((k, v)):
+        far.append(memory.as_strided((1, n, 1, d), (5 * step, step, d, 1), i * d))
+        far[-1].copy_(x)
+    assert (n - 1) * far[0].stride(1) > 2**31
+    for a, b in zip(run((q, *far, *options(causal=True))), run((q, k, v, *options(causal=True)))):
+        assert_equal(a, b)
+    for a, b in zip(run((far[0], *far, *options())), run((k, k, v, *options()))):
+        assert_equal(a, b)
+
+
+# ---- rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_do_not_depend_on_others(dtype):
+    """Tiles and chunks are in other places with fewer rows, heads or sequences; threads take chunks."""
+    q, k, v = (torch.randn(3, n, 2, 64).to(dtype) for n in (300, 400, 400))
+    for given in ({}, {"causal": True}, {"window_left": 130, "window_right": 20}):
+        o, lse = run((q, k, v, *options(**given)))
+        for b, first in ((0, 0), (1, 1), (2, 295)):
+            some = run((q[b : b + 1, first:], k[b : b + 1], v[b : b + 1], *options(**given)))
+            assert_equal(some[0][0], o[b, first:])
+            assert_equal(some[1][0], lse[b, :, first:].contiguous())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_without_keys(backend):
+    q, k, v = (torch.randn(1, n, 2, 8) for n in (6, 4, 4))
+    sinks = torch.tensor([1.5, -torch.inf])
+    lowest = torch.finfo(torch.float32).min
+    for given in (
+        {"causal": True},  # the first two rows stand before all keys
+        {"mask": torch.arange(6).ge(2).reshape(6, 1)},
+        {"mask": torch.where(torch.arange(6) < 2, lowest, 0.0).reshape(6, 1)},
+    ):
+        o, lse = run((q, k, v, *options(**given)), True, backend)
+        assert not o[:, :2].any() and o[:, 2:].all()
+        assert lse[:, :, :2].isneginf().all() and lse[:, :, 2:].isfinite().all()
+        o, lse = run((q, k - k.mean(1, keepdim=True), v, *options(sinks=sinks, **given)), True, backend)
+        assert not o[:, :2].any()
+        torch.testing.assert_close(lse[0, :, 0], sinks)
+    o, lse = run((q, k[:, :0], v[:, :0], *options(sinks=sinks)), True, backend)
+    assert not o.any() and lse[0, 0].tolist() == [1.5] * 6 and lse[0, 1].isneginf().all()
+
+
+@pytest.mark.parametrize("sinks", [None, torch.tensor([0.5, 1.5])], ids=["", "sinks"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nan_and_infinities_are_where_the_reference_has_them(value, sinks):
+    for place in range(3):
+        args = [torch.randn(2, 70, 2, 8) for _ in range(3)]
+        args[place][0, 66, 1, 2] = value
+        for given in ({}, {"causal": True}, {"window_left": 3, "window_right": 0}, {"softcap": 5.0}):
+            call = (*args, *options(sinks=sinks, **given))
+            got, expected = run(call), run(call, True, "reference")
+            for a, b in zip(got, expected):
+                assert_equal(a.isnan(), b.isnan())
+            assert got[0][0, 66, 1].isnan().any() and not got[0][1].isnan().any()
+
+
+def test_the_bound_can_fail():
+    case = dataclasses.replace(CASES[0], sinks="float32")
+    args = case.arguments()
+    o, lse = run(args)
+    cases.assert_matches((o, lse), args)
+    for wrong, what in (
+        ((o * 1.004, lse), "o: off by"),
+        ((o, lse * 1.004), "lse: off by"),
+        ((o.half(), lse), "o: torch.float16"),
+        (run((*args[:3], not args[3], *args[4:])), "off by"),
+    ):
+        with pytest.raises(AssertionError, match=what):
+            cases.assert_matches(wrong, args)
+
+
+# ---- as an operation
+
+
+@pytest.mark.parametrize("case", in_parts([c for c in CASES if not c.packed][::4], 5))
+def test_opcheck(case):
+    torch.library.opcheck(getattr(torch.ops.forwardpass, f"{case.op}_cpu").default, case.arguments())
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_whole(dynamic):
+    q, k, v, mask = torch.randn(2, 9, 4, 33), torch.randn(2, 12, 2, 33), torch.randn(2, 12, 2, 33), torch.randn(9, 12)
+
+    def f(q, k, v, mask):
+        o, lse = fp.ops.attention_8bit_with_lse(q, k, v, causal=True, window=(5, None), mask=mask)
+        return fp.ops.attention_8bit(o, k, v, scale=0.5, rotate=False) + lse.sum()
+
+    torch.compiler.reset()
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    with fp.use_backend("cpu"):
+        torch.testing.assert_close(compiled(q, k, v, mask), f(q, k, v, mask), rtol=0, atol=0)
+
+
+def test_arguments_are_refused():
+    q = torch.randn(1, 3, 2, 8)
+    with pytest.raises(ValueError, match="attention_8bit: dtype is 'int8', not 'int4'"):
+        fp.ops.attention_8bit(q, q, q, dtype="int4")
+    with pytest.raises(TypeError, match="attention_8bit_with_lse: rotate must be True or False, not 1"):
+        fp.ops.attention_8bit_with_lse(q, q, q, rotate=1)
+    with pytest.raises(ValueError, match="attention_8bit: k must be"):
+        fp.ops.attention_8bit(q, q[0], q)
+
+
+def test_nothing_but_the_cpu_has_kernels_for_it():
+    assert fp.explain("attention_8bit", *(torch.randn(1, 3, 2, 8) for _ in range(3))).backend == "cpu"
