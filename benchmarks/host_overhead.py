@@ -103,6 +103,8 @@ def calls() -> dict[str, Callable[[], Any]]:
         "w8a16_grouped_gemm": lambda: ops.w8a16_grouped_gemm(x, experts, experts_scale, ends, bias=experts_bias),
         "attention": lambda: ops.attention(q, kv, kv, causal=True),
         "attention_with_lse": lambda: ops.attention_with_lse(q, kv, kv, causal=True),
+        "attention_8bit": lambda: ops.attention_8bit(q, kv, kv, causal=True),
+        "attention_8bit_with_lse": lambda: ops.attention_8bit_with_lse(q, kv, kv, causal=True),
         "attention_decode": lambda: ops.attention_decode(one_q, kv, kv, length),
         "attention_decode_with_lse": lambda: ops.attention_decode_with_lse(one_q, kv, kv, length),
         "append_kv": lambda: ops.append_kv(one_kv, one_kv, cache, v_cache, length),

@@ -67,7 +67,7 @@ def test_doctor_table():
     lines = result.stdout.splitlines()
     for operation in fp.dispatch.operations:
         assert any(line.split()[:1] == [operation] for line in lines)
-    assert max(map(len, lines)) <= 100 and len(lines) <= 20 + len(fp.dispatch.operations)
+    assert max(map(len, lines)) <= 100 and len(lines) <= 21 + len(fp.dispatch.operations)
     if not torch.cuda.is_available():
         assert (
             sum("this torch was built without CUDA" in line or "no GPU" in line for line in lines) <= 1

@@ -16,6 +16,7 @@ from forwardpass import dispatch
 from forwardpass.ops.activation_quantize import cases as activation_quantize
 from forwardpass.ops.append_kv import cases as append_kv
 from forwardpass.ops.attention import cases as attention
+from forwardpass.ops.attention_8bit import cases as attention_8bit
 from forwardpass.ops.attention_decode import cases as attention_decode
 from forwardpass.ops.dequant_activation import cases as dequant_activation
 from forwardpass.ops.fp8_gemm import cases as fp8_gemm
@@ -59,6 +60,8 @@ CASES = [
     ("fp8_linear", fp8_linear.Case((5,), 33, 130)),
     ("attention", attention.Case((40, 70), causal=True)),
     ("attention", attention.Case((40, 70), causal=True, sinks="float32", lse=True, packed=True)),
+    ("attention_8bit", attention_8bit.Case((40, 70), causal=True)),
+    ("attention_8bit", attention_8bit.Case((40, 70), causal=True, sinks="float32", lse=True, packed=True)),
     ("attention_decode", attention_decode.Case((0, 300, 17), cache=torch.int8, leftpad=(0, 50, 20))),
     ("attention_decode", attention_decode.Case((0, 300, 17), 2, page=None, batch_invariant=True)),
     ("attention_decode", attention_decode.Case((0, 300, 17), 3, page=5, alibi="batch", value_dim=32, lse=True)),

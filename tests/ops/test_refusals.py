@@ -49,6 +49,8 @@ CALLS = {
                   "rotary": (torch.ones(2, 1, 8), torch.ones(2, 1, 8)), "q_norm": torch.ones(8), "k_norm": torch.ones(8),
                   "norm_eps": 1e-6, "interleaved": False},
     "attention": ATTENTION,
+    "attention_8bit": {**ATTENTION, "dtype": "int8", "rotate": True},
+    "attention_8bit_with_lse": {**ATTENTION, "dtype": "int8", "rotate": True},
     "attention_decode": DECODE,
     "attention_decode_with_lse": DECODE,
     "attention_with_lse": ATTENTION,

@@ -57,6 +57,14 @@ def attention_8bit(
 
     Raises:
         TypeError, ValueError, Unsupported: as attention; ValueError also where q and k have more than 2^17 columns.
+
+    Example:
+        >>> q = torch.randn(2, 16, 8, 64)
+        >>> k, v = torch.randn(2, 20, 2, 64), torch.randn(2, 20, 2, 64)  # a head of them serves 4 of q
+        >>> o = fp.ops.attention_8bit(q, k, v, causal=True)
+        >>> exact = fp.ops.attention(q, k, v, causal=True)
+        >>> (o - exact).norm() < 0.02 * exact.norm()
+        tensor(True)
     """
     left, right = split_window("attention_8bit", window)
     _check_dtype("attention_8bit", dtype, rotate)
@@ -94,6 +102,12 @@ def attention_8bit_with_lse(
 
     Raises:
         TypeError, ValueError, Unsupported: as attention.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 2, 16, 8, 64)
+        >>> o, lse = fp.ops.attention_8bit_with_lse(q, k, v)
+        >>> o.shape, lse.shape
+        (torch.Size([2, 16, 8, 64]), torch.Size([2, 8, 16]))
     """
     left, right = split_window("attention_8bit_with_lse", window)
     _check_dtype("attention_8bit_with_lse", dtype, rotate)
