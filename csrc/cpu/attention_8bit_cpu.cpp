@@ -101,11 +101,15 @@ INLINE V visible(const void* mask, int64_t i, int n) {
   return m == 0 ? splat<V>(-INFINITY) : V{};
 }
 
+INLINE int64_t element_bytes(const AttentionMask& m) {
+  return m.kind == AttentionMaskKind::boolean ? 1 : m.kind == AttentionMaskKind::f32 ? 4 : 2;
+}
+
 // The mask of a row from a key on, `n` of them.
 template <class V>
 INLINE void copy_mask(const AttentionParams& p, const char* from, int64_t n, float* to) {
   const AttentionMask& m = p.mask;
-  const int64_t size = m.kind == AttentionMaskKind::boolean ? 1 : m.kind == AttentionMaskKind::f32 ? 4 : 2;
+  const int64_t size = element_bytes(m);
   alignas(64) char apart[4 * kBlockKeys];
   if (m.column != 1) {
     for (int64_t i = 0; i < n; ++i) std::memcpy(apart + i * size, from + i * m.column * size, size);
@@ -130,7 +134,7 @@ INLINE void copy_mask(const AttentionParams& p, const char* from, int64_t n, flo
 template <class V>
 INLINE void copy_masks(const Head& h, Tile& t) {
   const AttentionMask& m = h.p.mask;
-  const int64_t size = m.kind == AttentionMaskKind::boolean ? 1 : m.kind == AttentionMaskKind::f32 ? 4 : 2;
+  const int64_t size = element_bytes(m);
   const char* from =
       static_cast<const char*>(m.data) + (h.sequence.batch * m.batch + h.chunk.head * m.head +
                                           (h.chunk.first + t.first_row) * m.row + t.first_key * m.column) *

@@ -2,7 +2,6 @@
 
 #include "cpu/attention.h"
 #include "cpu/attention_rows.h"
-#include "torch/attention.h"
 #include "torch/attention_params.h"
 #include "torch/torch_ops.h"
 
@@ -12,16 +11,7 @@ namespace {
 Tensor run(Backend backend, const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
            const AttentionOptions& o, Tensor* lse) {
   AttentionParams p = attention_params(op, q, k, v, o);
-  Tensor out = attention_outputs(p, q, lse);
-  if (out.numel() == 0) return out;
-  if (backend == Backend::cpu) {
-    attention_cpu(p, q, k, v, out);
-    return out;
-  }
-  if (fill_without_kernel(p, o.sinks, out, lse)) return out;
-  const OperandCopies copies = operands_of_gpu(op, p, q, k, v);
-  launch_chosen(backend, p, q);
-  return out;
+  return run_attention(backend, op, p, q, k, v, o.sinks, lse, [&](Tensor& out) { attention_cpu(p, q, k, v, out); });
 }
 
 }  // namespace

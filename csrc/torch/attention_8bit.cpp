@@ -1,7 +1,6 @@
 #include "params/attention_8bit.h"
 
 #include "cpu/attention_8bit.h"
-#include "torch/attention.h"
 #include "torch/attention_params.h"
 
 namespace forwardpass {
@@ -14,16 +13,7 @@ Tensor run_8bit(Backend backend, const char* op, const Tensor& q, const Tensor& 
   Attention8bitParams p{attention_params(op, q, k, v, o), rotates};
   STD_TORCH_CHECK(p.head_dim <= kMostColumns, op, ": q and k must have at most ", kMostColumns, " columns, not ",
                   p.head_dim);
-  Tensor out = attention_outputs(p, q, lse);
-  if (out.numel() == 0) return out;
-  if (backend == Backend::cpu) {
-    attention_8bit_cpu(p, rotates);
-    return out;
-  }
-  if (fill_without_kernel(p, o.sinks, out, lse)) return out;
-  const OperandCopies copies = operands_of_gpu(op, p, q, k, v);
-  launch_chosen(backend, p, q);
-  return out;
+  return run_attention(backend, op, p, q, k, v, o.sinks, lse, [&](Tensor&) { attention_8bit_cpu(p, rotates); });
 }
 
 }  // namespace

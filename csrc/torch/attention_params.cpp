@@ -1,6 +1,5 @@
 #include "torch/attention_params.h"
 
-#include "torch/attention.h"
 #include "torch/torch_ops.h"
 
 namespace forwardpass {

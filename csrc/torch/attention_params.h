@@ -3,7 +3,7 @@
 #include <array>
 
 #include "params/attention.h"
-#include "torch/ops.h"
+#include "torch/attention.h"
 
 namespace forwardpass {
 
@@ -34,5 +34,21 @@ bool fill_without_kernel(const AttentionParams& p, OptionalTensorRef sinks, Tens
 using OperandCopies = std::array<OptionalTensor, 3>;
 // Makes p's operands such that those kernels take them; throws where none does.
 OperandCopies operands_of_gpu(const char* op, AttentionParams& p, const Tensor& q, const Tensor& k, const Tensor& v);
+
+// A call whose params are there but for its outputs. on_cpu(out) computes it on a CPU.
+template <class Params, class OnCpu>
+Tensor run_attention(Backend backend, const char* op, Params& p, const Tensor& q, const Tensor& k, const Tensor& v,
+                     OptionalTensorRef sinks, Tensor* lse, OnCpu on_cpu) {
+  Tensor out = attention_outputs(p, q, lse);
+  if (out.numel() == 0) return out;
+  if (backend == Backend::cpu) {
+    on_cpu(out);
+    return out;
+  }
+  if (fill_without_kernel(p, sinks, out, lse)) return out;
+  const OperandCopies copies = operands_of_gpu(op, p, q, k, v);
+  launch_chosen(backend, p, q);
+  return out;
+}
 
 }  // namespace forwardpass

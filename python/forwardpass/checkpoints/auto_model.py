@@ -172,7 +172,6 @@ def _shapes(paths: Iterable[str], record: Mapping[str, Any]) -> dict[str, tuple[
     """The shapes of all tensors, by their names, in the files that transformers found. FileNotFoundError or ValueError where these
     are not the files of the record.
     """
-
     files = [*map(pathlib.Path, paths)]
     if missing := sorted({*weights_of(record)} - {path.name for path in files}):
         raise FileNotFoundError(f"there is no {missing[0]} in the folder, or this version of transformers reads models of one "

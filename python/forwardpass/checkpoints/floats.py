@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.tensor_files import TensorFiles
-from ..proofs.walker import experts_leaves, linear_like
+from ..proofs.walker import experts_leaves, linear_leaves
 from ..swap.config import Config
 from ..swap.precision import STORED, find_precision
 from ..swap.swapping import swap
@@ -113,12 +113,11 @@ def check_files(paths: Iterable[str]) -> None:
 
 def check_loaded(model: Any) -> None:
     """ValueError where the values that were loaded are not all there, or not on one device."""
-
     if any("_hf_hook" in vars(m) for m in model.modules()):
         raise ValueError("fp.Config swaps a model on one device, and this device_map spreads it over several: load it on one, "
                          'device_map="cpu" or "cuda", save it with fp.save_pretrained, and load that folder so')  # fmt: skip
     whole = is_as_saved(model)
-    for leaf in (*linear_like(model), *experts_leaves(model)):
+    for leaf in (*linear_leaves(model), *experts_leaves(model)):
         if whole and not all(map(is_loaded, leaf.module._parameters.values())):
             raise ValueError(f"the weight of {leaf.fqn} is not in the files, and would be quantised as it happens to be "
                              f"initialised: {_NOT_FLOATS}")  # fmt: skip

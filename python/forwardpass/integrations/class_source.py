@@ -10,7 +10,6 @@ import textwrap
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
-from ..common.quiet import warn_once as warn_once
 from ..common.syntax import tree_of
 from . import patches
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from ..common.modules import forward_replaced, is_watched_by_others
 from ..common.quiet import warn_once
+from ..common.syntax import mentioned
 
 
 class CodeGuard:
@@ -48,11 +49,7 @@ def _closure(cls: type[nn.Module]) -> Iterator[tuple[str, FunctionType]]:
             continue
         visited.add(name)
         yield name, function
-        todo += (n for n in _names(function.__code__) if not hasattr(nn.Module, n))
-
-
-def _names(code: CodeType) -> list[str]:
-    return [*code.co_names, *(n for c in code.co_consts if isinstance(c, CodeType) for n in _names(c))]
+        todo += (n for n in sorted(mentioned(function.__code__)) if not hasattr(nn.Module, n))
 
 
 def is_as_proven(guard: CodeGuard, module: nn.Module) -> bool:

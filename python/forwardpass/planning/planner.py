@@ -292,7 +292,7 @@ def plan(
 
 def _config_of(config: Config | None, **options: Unpack[Options]) -> Config:
     """ValueError where it says what a plan is there to find."""
-    config = Config.of(Config() if config is None else config, **options)
+    config = Config.of(config, **options)
     for name in ("precision", "plan", "strict", "keep"):
         if getattr(config, name) != getattr(Config(), name):
             raise ValueError(f"plan takes no {name}=: it belongs to the fp.swap that carries the plan out")

@@ -2,7 +2,7 @@
 
 It is read from the code of the module that holds both: `x = self.fc(x)` and then `x = self.act(x)`, or `self.act(self.fc(x))`,
 the only mention of either. Two modules in a row of an `nn.Sequential` are such a pair too, where it is only called as a whole.
-Whatever else in the model may get at one of them (see `reach`) is no proof, and then nothing is fused.
+Whatever else in the model may get at one of them (see `code`) is no proof, and then nothing is fused.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..common.syntax import tree_of
+from ..common.syntax import mentioned, tree_of
 from ..integrations.tensor_parallel import sharding_of
 
 #: Methods that make a module and set its weights: what they leave behind is seen in the objects.
@@ -193,12 +193,6 @@ def _globals(function: FunctionType) -> Iterator[Any]:
         for x in within:
             if not isinstance(x, type | FunctionType) or (x.__module__ or "").partition(".")[0] == package:
                 yield x
-
-
-@lru_cache(maxsize=4096)
-def mentioned(code: CodeType) -> frozenset[str]:
-    """Names of attributes and globals in a function, and in those within it."""
-    return frozenset(code.co_names).union(*(mentioned(c) for c in code.co_consts if isinstance(c, CodeType)))
 
 
 @lru_cache(maxsize=4096)

@@ -2,7 +2,7 @@
 stand for them.
 
 It is read from their code, whose one method is that formula, in one line or in several; dropouts may be in it. What holds them, and
-whatever else is in the model, takes none of the layers by name (see `reach`).
+whatever else is in the model, takes none of the layers by name (see `code`).
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from .code import definition, generic, mentioned, self_of
+from ..common.syntax import mentioned
+from .code import definition, generic, self_of
 
 _WALKS = frozenset({"parameters", "named_parameters"})
 #: What is asked of a parameter, or done to it, that does not take its values.

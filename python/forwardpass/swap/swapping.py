@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import warnings
 from collections.abc import Iterable, Mapping
@@ -62,8 +61,8 @@ def swap(
 ) -> Report:
     """Replaces the Linear-like layers and the attention of `model` in place by faster ones, and reports on all of them.
 
-    An activation that is applied to a layer's output, and to nothing else (see `fusion`), is computed by the swapped layer, and
-    nn.Identity stands in its place: what calls such a layer by itself gets the activated output.
+    An activation that is applied to a layer's output, and to nothing else (see `proofs.activation`), is computed by the swapped
+    layer, and nn.Identity stands in its place: what calls such a layer by itself gets the activated output.
 
     A model that transformers' tp_plan or torch's `parallelize_module` has divided between processes is swapped by all of them
     together. Each layer is gathered, quantised as in one process, and divided again; what crosses processes is what it was.
@@ -99,7 +98,7 @@ def swap(
     model = plain_module("swap", model)
     config = Config.of(precision, plan, **options)
     if config.precision is None and config.plan is None and any(map(is_stored, model.modules())):
-        config = dataclasses.replace(config, precision=STORED.name)
+        config = replace(config, precision=STORED.name)
     config.check_complete()
     _refuse_divided(model, config.calibrate is not None, config.keep)
     refuse_inference_mode(model)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,9 +59,48 @@ def attention_with_lse(
     dtype = dtype or torch.promote_types(q.dtype, torch.float32)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     right = 0 if causal else window_right
-    o = q.new_empty(*q.shape[:-1], v.shape[-1])
+    o, lse = outputs_of(q, v, torch.promote_types(dtype, torch.float32))
+    # one at a time, where it matters that torch may add up another order in another batch
+    operands = q, k, v, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k
+    for part in in_parts(*operands, o, lse, one_by_one=batch_invariant):
+        wide = part.q.to(dtype), part.k.to(dtype), part.v.to(dtype)
+        o_part, lse_part = attend(*wide, scale, window_left, right, softcap, part.mask, part.alibi_slopes, sinks)
+        part.o.copy_(o_part)
+        part.lse.copy_(lse_part)
+    return o, lse
+
+
+class Part(NamedTuple):
+    """Sequences of a call, which have a dimension of their own, first, also where the call's are packed; o and lse are views."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    alibi_slopes: Tensor | None
+    o: Tensor
+    lse: Tensor
+
+
+def outputs_of(q: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """o, and the lse in this dtype, without values."""
     lse_shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
-    lse = q.new_empty(lse_shape, dtype=torch.promote_types(dtype, torch.float32))
+    return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(lse_shape, dtype=dtype)
+
+
+def in_parts(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    one_by_one: bool,
+) -> Iterator[Part]:
+    """A batch as a whole, or each of its sequences; packed sequences always each. Rows of no sequence are NaN."""
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
         o.fill_(torch.nan)
         lse.fill_(torch.nan)
@@ -67,17 +108,12 @@ def attention_with_lse(
         parts = [(q[None, i], k[None, j], v[None, j], o[None, i], lse[None, :, i]) for i, j in sequences]
         shares = [slice(b, b + 1) for b in range(len(parts))]
     else:
-        # one at a time, where it matters that torch may add up another order in another batch
-        shares = [slice(b, b + 1) for b in range(q.shape[0])] if batch_invariant else [slice(None)]
+        shares = [slice(b, b + 1) for b in range(q.shape[0])] if one_by_one else [slice(None)]
         parts = [(q[b], k[b], v[b], o[b], lse[b]) for b in shares]
     for b, (q_b, k_b, v_b, o_b, lse_b) in zip(shares, parts):
         mask_b = mask[b] if mask is not None and mask.dim() == 4 and mask.shape[0] > 1 else mask
         slopes_b = alibi_slopes[b] if alibi_slopes is not None and alibi_slopes.dim() == 2 else alibi_slopes
-        operands = q_b.to(dtype), k_b.to(dtype), v_b.to(dtype)
-        o_part, lse_part = attend(*operands, scale, window_left, right, softcap, mask_b, slopes_b, sinks)
-        o_b.copy_(o_part)
-        lse_b.copy_(lse_part)
-    return o, lse
+        yield Part(q_b, k_b, v_b, mask_b, slopes_b, o_b, lse_b)
 
 
 def known_sequences(cu_seqlens: Tensor, total: int) -> list[slice]:

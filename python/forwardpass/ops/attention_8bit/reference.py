@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..attention.reference import known_sequences
+from ..attention.reference import in_parts, outputs_of
 
 #: Keys that share the unit of their probabilities, and of which sums of products are exact: 64 x 255 x 127 < 2^21.
 BLOCK = 64
@@ -187,21 +187,14 @@ def attention_8bit_with_lse(
 ) -> tuple[Tensor, Tensor]:
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     right = 0 if causal else window_right
-    o = q.new_empty(*q.shape[:-1], v.shape[-1])
-    lse_shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
-    lse = q.new_empty(lse_shape, dtype=torch.float32)
-    if cu_seqlens_q is not None and cu_seqlens_k is not None:
-        o.fill_(torch.nan)
-        lse.fill_(torch.nan)
-        sequences = zip(known_sequences(cu_seqlens_q, len(q)), known_sequences(cu_seqlens_k, len(k)))
-        parts = [(q[i], k[j], v[j], o[i], lse[:, i]) for i, j in sequences]
-    else:
-        parts = [(q[b], k[b], v[b], o[b], lse[b]) for b in range(len(q))]
-    for b, (q_b, k_b, v_b, o_b, lse_b) in enumerate(parts):
-        mask_b = mask[min(b, len(mask) - 1)] if mask is not None and mask.dim() == 4 else mask
-        slopes_b = alibi_slopes[b] if alibi_slopes is not None and alibi_slopes.dim() == 2 else alibi_slopes
-        operands = quantize(q_b, k_b, v_b, rotates)
-        o_part, lse_part = attend(operands, scale, window_left, right, softcap, mask_b, slopes_b, sinks)
-        o_b.copy_(o_part.transpose(0, 1))
-        lse_b.copy_(lse_part)
+    o, lse = outputs_of(q, v, torch.float32)
+    operands = q, k, v, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k
+    for part in in_parts(*operands, o, lse, one_by_one=True):
+        mask_b = part.mask[0] if part.mask is not None and part.mask.dim() == 4 else part.mask
+        slopes = part.alibi_slopes
+        slopes = slopes[0] if slopes is not None and slopes.dim() == 2 else slopes
+        x = quantize(part.q[0], part.k[0], part.v[0], rotates)
+        o_part, lse_part = attend(x, scale, window_left, right, softcap, mask_b, slopes, sinks)
+        part.o[0].copy_(o_part.transpose(0, 1))
+        part.lse[0].copy_(lse_part)
     return o, lse
