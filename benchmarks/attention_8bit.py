@@ -12,11 +12,11 @@ from benchmarks.attention import eager, sdpa
 from forwardpass.ops.attention_8bit import ATTENTION_8BIT, ATTENTION_8BIT_WITH_LSE
 
 
-def sdpa_of_16_bits(*, rotates: bool, **args: Any) -> Tensor:
+def sdpa_of_16_bits(*, dtype: str, rotates: bool, **args: Any) -> Tensor:
     return sdpa(**args)
 
 
-def eager_of_16_bits(*, rotates: bool, **args: Any) -> tuple[Tensor, Tensor]:
+def eager_of_16_bits(*, dtype: str, rotates: bool, **args: Any) -> tuple[Tensor, Tensor]:
     return eager(**args)
 
 

@@ -160,7 +160,7 @@ def _e4m3(largest: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Rounded]:
 ARITHMETICS = {
     "fp16": Arithmetic(_fp16, _fp16, _fp16, _p_fp16),
     "int8": Arithmetic(_int8(by_row), _int8(by_row), _int8(by_channel), _p_u8, rotates=True, centre=mean, by_block=True),
-    "fp8": Arithmetic(_int8(by_row), _int8(by_row), _e4m3(by_channel), _p_e4m3, rotates=True, centre=mean),
+    "fp8": Arithmetic(_int8(by_row), _int8(by_row), _e4m3(by_channel), _p_e4m3, rotates=True, centre=mean, by_block=True),
     "Sage 2": Arithmetic(_int8(Q_OF_THREAD), _int8(K_OF_THREAD), _e4m3(by_channel), _p_e4m3, centre=mean),
     "FA3 fp8": Arithmetic(_e4m3(by_tensor), _e4m3(by_tensor), _e4m3(by_tensor), _p_e4m3, block=128),
     "kitchen": Arithmetic(

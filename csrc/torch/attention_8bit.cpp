@@ -8,9 +8,11 @@ namespace {
 
 constexpr int32_t kMostColumns = 1 << 17;  // whose products an int32 sums
 
-Tensor run_8bit(Backend backend, const char* op, const Tensor& q, const Tensor& k, const Tensor& v, bool rotates,
-                const AttentionOptions& o, Tensor* lse) {
-  Attention8bitParams p{attention_params(op, q, k, v, o), rotates};
+Tensor run_8bit(Backend backend, const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
+                const std::string& dtype, bool rotates, const AttentionOptions& o, Tensor* lse) {
+  STD_TORCH_CHECK(dtype == "int8" || dtype == "fp8", op, ": dtype must be int8 or fp8, not ", dtype);
+  Attention8bitParams p{attention_params(op, q, k, v, o), dtype == "fp8", rotates};
+  STD_TORCH_CHECK(!p.fp8 || backend != Backend::cpu, op, ": no CPU multiplies e4m3");
   STD_TORCH_CHECK(p.head_dim <= kMostColumns, op, ": q and k must have at most ", kMostColumns, " columns, not ",
                   p.head_dim);
   return run_attention(backend, op, p, q, k, v, o.sinks, lse, [&](Tensor&) { attention_8bit_cpu(p, rotates); });
@@ -20,9 +22,9 @@ Tensor run_8bit(Backend backend, const char* op, const Tensor& q, const Tensor& 
 
 template <bool kLse>
 std::conditional_t<kLse, std::tuple<Tensor, Tensor>, Tensor> attention_8bit(
-    Backend backend, const Tensor& q, const Tensor& k, const Tensor& v, bool rotates, std::optional<double> scale,
-    bool causal, std::optional<int64_t> window_left, std::optional<int64_t> window_right, double softcap,
-    const OptionalTensor& mask, const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+    Backend backend, const Tensor& q, const Tensor& k, const Tensor& v, const std::string& dtype, bool rotates,
+    std::optional<double> scale, bool causal, std::optional<int64_t> window_left, std::optional<int64_t> window_right,
+    double softcap, const OptionalTensor& mask, const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
     const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, bool batch_invariant) {
   const AttentionOptions options{.scale = scale,
                                  .causal = causal,
@@ -37,10 +39,10 @@ std::conditional_t<kLse, std::tuple<Tensor, Tensor>, Tensor> attention_8bit(
                                  .batch_invariant = batch_invariant};
   if constexpr (kLse) {
     Tensor lse;
-    Tensor out = run_8bit(backend, "attention_8bit_with_lse", q, k, v, rotates, options, &lse);
+    Tensor out = run_8bit(backend, "attention_8bit_with_lse", q, k, v, dtype, rotates, options, &lse);
     return {out, lse};
   } else {
-    return run_8bit(backend, "attention_8bit", q, k, v, rotates, options, nullptr);
+    return run_8bit(backend, "attention_8bit", q, k, v, dtype, rotates, options, nullptr);
   }
 }
 

@@ -104,12 +104,12 @@ constexpr std::tuple kOps{
         "Tensor? cu_seqlens_k, bool batch_invariant) -> (Tensor o, Tensor lse)"},
 
     HandWrittenOp<attention_8bit<false>>{
-        "attention_8bit(Tensor q, Tensor k, Tensor v, bool rotates, float? scale, bool causal, int? window_left, "
-        "int? window_right, float softcap, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks, Tensor? cu_seqlens_q, "
-        "Tensor? cu_seqlens_k, bool batch_invariant) -> Tensor"},
+        "attention_8bit(Tensor q, Tensor k, Tensor v, str dtype, bool rotates, float? scale, bool causal, "
+        "int? window_left, int? window_right, float softcap, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks, "
+        "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, bool batch_invariant) -> Tensor"},
 
     HandWrittenOp<attention_8bit<true>>{
-        "attention_8bit_with_lse(Tensor q, Tensor k, Tensor v, bool rotates, float? scale, bool causal, "
+        "attention_8bit_with_lse(Tensor q, Tensor k, Tensor v, str dtype, bool rotates, float? scale, bool causal, "
         "int? window_left, int? window_right, float softcap, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks, "
         "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, bool batch_invariant) -> (Tensor o, Tensor lse)"},
 

@@ -101,9 +101,9 @@ std::conditional_t<kLse, std::tuple<Tensor, Tensor>, Tensor> attention(
 // o or, as attention_8bit_with_lse, o and lse.
 template <bool kLse>
 std::conditional_t<kLse, std::tuple<Tensor, Tensor>, Tensor> attention_8bit(
-    Backend backend, const Tensor& q, const Tensor& k, const Tensor& v, bool rotates, std::optional<double> scale,
-    bool causal, std::optional<int64_t> window_left, std::optional<int64_t> window_right, double softcap,
-    const OptionalTensor& mask, const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+    Backend backend, const Tensor& q, const Tensor& k, const Tensor& v, const std::string& dtype, bool rotates,
+    std::optional<double> scale, bool causal, std::optional<int64_t> window_left, std::optional<int64_t> window_right,
+    double softcap, const OptionalTensor& mask, const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
     const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, bool batch_invariant);
 
 // o or, as attention_decode_with_lse, o and lse.

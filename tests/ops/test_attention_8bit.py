@@ -17,6 +17,10 @@ from forwardpass.testing import assert_equal, poisoned_outputs
 CASES = list(cases.cases())
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BACKENDS = ("cpu", "reference")
+#: (backend, dtype) that there are
+PRODUCTS = (("cpu", "int8"), ("reference", "int8"), ("reference", "fp8"))
+#: of the output's norm, against float64: (int8, fp8)
+BARS = {"normal": (0.015, 0.04), "outliers": (0.02, 0.035), "peaked": (0.026, 0.04)}
 
 
 def run(args, lse=True, backend="cpu"):
@@ -24,12 +28,12 @@ def run(args, lse=True, backend="cpu"):
         return operations["attention_8bit_with_lse" if lse else "attention_8bit"](*args)
 
 
-def options(rotates=True, **given):
+def options(rotates=True, dtype="int8", **given):
     """What follows q, k and v in the schema."""
-    names = operations["attention_8bit"].parameters[4:]
+    names = operations["attention_8bit"].parameters[5:]
     defaults = {"causal": False, "softcap": 0.0, "batch_invariant": False}
     assert given.keys() <= set(names)
-    return rotates, *(given.get(name, defaults.get(name)) for name in names)
+    return dtype, rotates, *(given.get(name, defaults.get(name)) for name in names)
 
 
 # ---- what 8 bits lose
@@ -45,29 +49,29 @@ def operands(kind, d, keys, rows=256):
     return (3 * q if kind == "peaked" else q), k, v
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), PRODUCTS)
 @pytest.mark.parametrize("d", [64, 128])
-@pytest.mark.parametrize(("kind", "bar"), [("normal", 0.015), ("outliers", 0.02), ("peaked", 0.026)])
-def test_error(kind, bar, d, backend):
+@pytest.mark.parametrize("kind", BARS)
+def test_error(kind, d, backend, dtype):
     q, k, v = operands(kind, d, 1024)
-    exact = attention.attention(q, k, v, *options()[1:])
-    o = run((q.float(), k.float(), v.float(), *options()), False, backend)
-    assert relative_error(o, exact) <= bar
+    exact = attention.attention(q, k, v, *options()[2:])
+    o = run((q.float(), k.float(), v.float(), *options(dtype=dtype)), False, backend)
+    assert relative_error(o, exact) <= BARS[kind][dtype == "fp8"]
     assert torch.cosine_similarity(o.double().flatten(1), exact.flatten(1), -1).min() >= 0.999
 
 
 def test_outliers_need_the_rotation():
     """What the bar of outliers is for: the same scores without it are far off."""
     q, k, v = operands("outliers", 64, 1024)
-    exact = attention.attention(q, k, v, *options()[1:])
+    exact = attention.attention(q, k, v, *options()[2:])
     errors = [relative_error(run((q.float(), k.float(), v.float(), *options(r)), False), exact) for r in (True, False)]
     assert errors[0] <= 0.02 < errors[1]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_peak_and_a_long_tail(backend):
+@pytest.mark.parametrize(("backend", "dtype"), PRODUCTS)
+def test_a_peak_and_a_long_tail(backend, dtype):
     """A peak of 1 and 16 thousand keys at a thousandth of it, which sum to 16: in steps of a 255th of the row's largest each of
-    them would be 0. Of the peak's own block of 64 keys at most 63 / 510 of the peak is lost."""
+    them would be 0. Of the peak's own block of 64 keys at most 63 / 510 of the peak is lost; in e4m3 nothing but rounding."""
     keys, d = 16384, 64
     q, k = torch.zeros(1, 1, 1, d), torch.zeros(1, keys, 1, d)
     mask = torch.full((1, keys), -math.log(1000.0))
@@ -75,21 +79,25 @@ def test_a_peak_and_a_long_tail(backend):
     mask[0, peak] = 0
     v = torch.zeros(1, keys, 1, d)
     v[:, :, 0, 0], v[:, peak, 0, 1] = 1, 1
-    o, lse = run((q, k, v, *options(mask=mask)), True, backend)
+    o, lse = run((q, k, v, *options(mask=mask, dtype=dtype)), True, backend)
     total = 1 + (keys - 1) / 1000
     assert lse.item() == pytest.approx(math.log(total), abs=1e-5)
-    assert 0 <= 1 - o[0, 0, 0, 0].item() <= 63 / 510 / total
+    lost = (1 - o[0, 0, 0, 0].item()) * total
+    if dtype == "int8":
+        assert 0 <= lost <= 63 / 510
+    else:
+        assert abs(lost) <= 63 / 1000 / 16
     assert o[0, 0, 0, 1].item() == pytest.approx(1 / total, rel=1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), PRODUCTS)
 @pytest.mark.parametrize("value", [1.0, -3.0, 0.0])
-def test_a_row_of_constant_v_is_that_constant(value, backend):
+def test_a_row_of_constant_v_is_that_constant(value, backend, dtype):
     """But for the rounding of the probabilities, as a row is divided by their sum before it."""
     q, k, _ = operands("normal", 64, 300, 20)
     v = torch.full((1, 300, 1, 64), value)
-    o = run((q.float(), k.float(), v, *options()), False, backend)
-    torch.testing.assert_close(o, torch.full_like(o, value), rtol=4e-3, atol=0)
+    o = run((q.float(), k.float(), v, *options(dtype=dtype)), False, backend)
+    torch.testing.assert_close(o, torch.full_like(o, value), rtol=4e-3 if dtype == "int8" else 1e-2, atol=0)
 
 
 # ---- the CPU's integers
@@ -161,9 +169,45 @@ def test_sums_of_products_are_exact():
 
 def test_values_too_small_for_a_scale_are_0():
     q, k, v = (torch.full((1, 5, 2, 16), x) for x in (1.0, 1.0, 1e-38))
-    for backend in BACKENDS:
-        o, lse = run((q, k, v, *options()), True, backend)
+    for backend, dtype in PRODUCTS:
+        o, lse = run((q, k, v, *options(dtype=dtype)), True, backend)
         assert not o.any() and lse.isfinite().all()
+
+
+# ---- e4m3
+
+
+def test_values_and_probabilities_are_e4m3():
+    """By hand: v of 448ths of its channel's largest, p of 448ths of the largest of 64 keys, both to the nearest of three bits."""
+    v = torch.zeros(1, 65, 1, 2)
+    v[0, 0, 0], v[0, 64, 0] = (
+        torch.tensor([448.0, 1.0]),
+        torch.tensor([21.0, 0.3]),
+    )  # 21 lies between 20 and 22, to even
+    mask = torch.full((1, 65), -torch.inf)
+    mask[0, 0], mask[0, 1], mask[0, 64] = 0, math.log(17 / 448), -20  # 17 between 16 and 18
+    q, k = torch.zeros(1, 1, 1, 2), torch.zeros(1, 65, 1, 2)
+    o, lse = run((q, k, v, *options(dtype="fp8", mask=mask)), True, "reference")
+    total = 1 + 17 / 448 + math.exp(-20)
+    assert lse.item() == pytest.approx(math.log(total), rel=1e-6)
+    small = math.exp(-20)  # of a block of its own, so a whole unit of it
+    expected = [(448 + small * 20) / total, (1 + small * 128 / 448) / total]
+    assert o.flatten().tolist() == pytest.approx(expected, rel=1e-6)
+    v[0, 1, 0, 0] = 448.0
+    o, _ = run((q, k, v, *options(dtype="fp8", mask=mask)), True, "reference")
+    assert o.flatten().tolist()[0] == pytest.approx((448 + 16 + small * 20) / total, rel=1e-6)
+
+
+@pytest.mark.parametrize("case", in_parts(CASES, 8))
+def test_fp8_is_near_int8(case):
+    """Every option: another rounding of the same scores."""
+    args = case.arguments()
+    names = operations["attention_8bit"].parameters
+    at = names.index("dtype")
+    (o8, lse8), (o, lse) = (run((*args[:at], t, *args[at + 1 :]), True, "reference") for t in ("int8", "fp8"))
+    assert_equal(lse.nan_to_num(7, 8, 9), lse8.nan_to_num(7, 8, 9))
+    assert_equal(o.isnan(), o8.isnan())
+    assert relative_error(o.nan_to_num(), o8.nan_to_num()) < 0.06
 
 
 # ---- what users of other packages lost
@@ -177,7 +221,7 @@ def test_the_mask_that_sageattention_drops(dtype):
     for mask in (padding, torch.where(padding, 0.0, -torch.inf), torch.where(padding, 0.0, -torch.inf).to(dtype)):
         o, lse = run((q, k, v, *options(mask=mask)))
         cases.assert_matches((o, lse), (q, k, v, *options(mask=mask)))
-        exact = attention.attention(*(x.double() for x in (q, k, v)), *options(mask=padding)[1:])
+        exact = attention.attention(*(x.double() for x in (q, k, v)), *options(mask=padding)[2:])
         assert relative_error(o, exact) < 0.03
         loud = v.clone()
         loud[1, 23:] *= -1  # of the same channels' range
@@ -215,8 +259,8 @@ def test_rows_do_not_depend_on_others(dtype):
             assert_equal(some[1][0], lse[b, :, first:].contiguous())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_rows_without_keys(backend):
+@pytest.mark.parametrize(("backend", "dtype"), PRODUCTS)
+def test_rows_without_keys(backend, dtype):
     q, k, v = (torch.randn(1, n, 2, 8) for n in (6, 4, 4))
     sinks = torch.tensor([1.5, -torch.inf])
     lowest = torch.finfo(torch.float32).min
@@ -225,13 +269,13 @@ def test_rows_without_keys(backend):
         {"mask": torch.arange(6).ge(2).reshape(6, 1)},
         {"mask": torch.where(torch.arange(6) < 2, lowest, 0.0).reshape(6, 1)},
     ):
-        o, lse = run((q, k, v, *options(**given)), True, backend)
+        o, lse = run((q, k, v, *options(dtype=dtype, **given)), True, backend)
         assert not o[:, :2].any() and o[:, 2:].any(-1).all()
         assert lse[:, :, :2].isneginf().all() and lse[:, :, 2:].isfinite().all()
-        o, lse = run((q, k - k.mean(1, keepdim=True), v, *options(sinks=sinks, **given)), True, backend)
+        o, lse = run((q, k - k.mean(1, keepdim=True), v, *options(dtype=dtype, sinks=sinks, **given)), True, backend)
         assert not o[:, :2].any()
         torch.testing.assert_close(lse[0, :, 0], sinks)
-    o, lse = run((q, k[:, :0], v[:, :0], *options(sinks=sinks)), True, backend)
+    o, lse = run((q, k[:, :0], v[:, :0], *options(dtype=dtype, sinks=sinks)), True, backend)
     assert not o.any() and lse[0, 0].tolist() == [1.5] * 6 and lse[0, 1].isneginf().all()
 
 
@@ -258,7 +302,7 @@ def test_the_bound_can_fail():
         ((o * 1.004, lse), "o: off by"),
         ((o, lse * 1.004), "lse: off by"),
         ((o.half(), lse), "o: torch.float16"),
-        (run((*args[:3], not args[3], *args[4:])), "off by"),
+        (run((*args[:4], not args[4], *args[5:])), "off by"),
     ):
         with pytest.raises(AssertionError, match=what):
             cases.assert_matches(wrong, args)
@@ -288,13 +332,17 @@ def test_compiles_whole(dynamic):
 
 def test_arguments_are_refused():
     q = torch.randn(1, 3, 2, 8)
-    with pytest.raises(ValueError, match="attention_8bit: dtype is 'int8', not 'int4'"):
+    with pytest.raises(ValueError, match="attention_8bit: dtype is 'int8' or 'fp8', not 'int4'"):
         fp.ops.attention_8bit(q, q, q, dtype="int4")
     with pytest.raises(TypeError, match="attention_8bit_with_lse: rotate must be True or False, not 1"):
         fp.ops.attention_8bit_with_lse(q, q, q, rotate=1)
     with pytest.raises(ValueError, match="attention_8bit: k must be"):
         fp.ops.attention_8bit(q, q[0], q)
+    with fp.use_backend("cpu"), pytest.raises(fp.Unsupported, match='cpu: no CPU multiplies e4m3; use dtype="int8"'):
+        fp.ops.attention_8bit(q, q, q, dtype="fp8")
 
 
 def test_nothing_but_the_cpu_has_kernels_for_it():
-    assert fp.explain("attention_8bit", *(torch.randn(1, 3, 2, 8) for _ in range(3))).backend == "cpu"
+    q = torch.randn(1, 3, 2, 8)
+    assert fp.explain("attention_8bit", q, q, q).backend == "cpu"
+    assert fp.explain("attention_8bit", q, q, q, dtype="fp8").backend == "reference"

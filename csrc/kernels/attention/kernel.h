@@ -11,7 +11,7 @@ namespace forwardpass {
 
 // What a kernel is compiled for. Tile sizes follow from it, by what shared memory and registers hold.
 struct AttentionInstance {
-  Dtype dtype;              // of q, k, v and out; i8: out is of 16 bits, of the call's dtype
+  Dtype dtype;  // of q, k, v and out; i8 and e4m3: of v, q and k are int8, and out is of 16 bits, of the call's dtype
   int head_dim, value_dim;  // columns of q and k, and of v; value_dim is at most head_dim. Fewer are zero-filled
   bool modified;            // with score modifiers: mask, ALiBi or softcap. It computes what has none too
   bool paged = false;       // on mma.sync: keys are a cache's, paged or contiguous, by seq_lens; without a mask

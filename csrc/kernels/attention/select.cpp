@@ -113,6 +113,6 @@ int forwardpass_select_attention(const AttentionParams* p, AttentionChoice* choi
 }
 int forwardpass_attention(const AttentionParams* p, void* stream) { return p->choice.launch(*p, stream); }
 int forwardpass_select_attention_8bit(const Attention8bitParams* p, AttentionChoice* choice) {
-  return select<Attention8bitKernels>(*p, Dtype::i8, *choice);
+  return select<Attention8bitKernels>(*p, p->fp8 ? Dtype::e4m3 : Dtype::i8, *choice);
 }
 int forwardpass_attention_8bit(const Attention8bitParams* p, void* stream) { return p->choice.launch(*p, stream); }

@@ -1,21 +1,23 @@
-"""attention_8bit and attention_8bit_with_lse: attention whose two products are of int8, with all that attention takes.
+"""attention_8bit and attention_8bit_with_lse: attention whose two products are of 8 bits, with all that attention takes.
 
 The contract; what it computes is in reference.py.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from ...dispatch import Operation, Reason
+from ...dispatch import Operation, Reason, gpu_capability
 from ..attention import Window, check, fake, fake_with_lse, split_window, why_not_gpu
+from ..fp8_gemm import why_no_fp8
 from . import reference
 
-DTYPES = ("int8",)
+DTYPES = ("int8", "fp8")
 #: of q and k: 127^2 * 2^17 < 2^31
 MAX_COLUMNS = 2**17
 
@@ -38,16 +40,19 @@ def attention_8bit(
     cu_seqlens_k: Tensor | None = None,
     batch_invariant: bool = False,
 ) -> Tensor:
-    """`attention(q, k, v, …)` with q, k, v and the probabilities in 8 bits, and exact sums of their products.
+    """`attention(q, k, v, …)` with q, k, v and the probabilities in 8 bits.
 
     k loses the mean of 64 of its keys, which softmax does not see. The columns of q and k are rotated by a Hadamard matrix, which
-    spreads outliers of a channel. q then has a scale a row, k one a key, v one a channel, and probabilities are whole 255ths of the
-    largest of 64 keys. Their sum, by which a row is divided, is of float32 before rounding. Against float64, random normal q, k and
-    v: an error of 1.4 % of the output's norm (`python -m benchmarks.attention_8bit_error` has other data, and other arithmetics).
+    spreads outliers of a channel. q and k are then int8, with a scale for each row and each key, and the sums of their products are
+    exact. v has a scale for each channel. Probabilities are relative to the largest of 64 keys. A row is divided by their sum
+    before rounding, in float32. Against float64, random normal q, k and v: an error of 1.4 % of the output's norm with "int8",
+    3.5 % with "fp8" (`python -m benchmarks.attention_8bit_error` has other data, and other arithmetics).
 
     Args:
         q, k, v: as `attention` takes them.
-        dtype: "int8": of both products.
+        dtype: of the probabilities and v. "int8": probabilities are whole 255ths, and sums are exact. "fp8": both are e4m3,
+            probabilities in 448ths, so that small ones keep three bits; the sums of 64 keys are added up in float32, as tensor
+            cores add e4m3 products with fewer bits.
         rotate: False: without the rotation, which pays where channels have no outliers.
         scale, causal, window, softcap, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, batch_invariant: as in `attention`.
 
@@ -56,7 +61,9 @@ def attention_8bit(
         keys' mean or a channel's scale; it does not reach another sequence.
 
     Raises:
-        TypeError, ValueError, Unsupported: as attention; ValueError also where q and k have more than 2^17 columns.
+        TypeError, ValueError, Unsupported: as attention; ValueError also where q and k have more than 2^17 columns; Unsupported
+            also where the CPU's or a GPU's kernels are asked for "fp8", and it is a CPU, or a GPU below sm_89 or of sm_100 to
+            sm_110.
 
     Example:
         >>> q = torch.randn(2, 16, 8, 64)
@@ -69,7 +76,7 @@ def attention_8bit(
     left, right = split_window("attention_8bit", window)
     _check_dtype("attention_8bit", dtype, rotate)
     return ATTENTION_8BIT(
-        q, k, v, rotate, scale, causal, left, right, softcap, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k,
+        q, k, v, dtype, rotate, scale, causal, left, right, softcap, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k,
         batch_invariant,
     )  # fmt: skip
 
@@ -112,7 +119,7 @@ def attention_8bit_with_lse(
     left, right = split_window("attention_8bit_with_lse", window)
     _check_dtype("attention_8bit_with_lse", dtype, rotate)
     return ATTENTION_8BIT_WITH_LSE(
-        q, k, v, rotate, scale, causal, left, right, softcap, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k,
+        q, k, v, dtype, rotate, scale, causal, left, right, softcap, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k,
         batch_invariant,
     )  # fmt: skip
 
@@ -124,7 +131,7 @@ def _check_dtype(op: str, dtype: object, rotate: object) -> None:
         raise TypeError(f"{op}: rotate must be True or False, not {rotate!r}")
 
 
-def _check(op: str, q: Tensor, k: Tensor, v: Tensor, rotates: bool, *options: Any) -> None:
+def _check(op: str, q: Tensor, k: Tensor, v: Tensor, dtype: str, rotates: bool, *options: Any) -> None:
     check(op, q, k, v, *options)
     if q.shape[-1] > MAX_COLUMNS:
         raise ValueError(
@@ -140,12 +147,24 @@ def _fake_with_lse(q: Tensor, k: Tensor, v: Tensor, *options: object) -> tuple[T
     return fake_with_lse(q, k, v)
 
 
-def _why_not_gpu(q: Tensor, k: Tensor, v: Tensor, rotates: bool, *options: Any) -> Reason | None:
+def _why_not_gpu(
+    backend: str, q: Tensor, k: Tensor, v: Tensor, dtype: str | None, rotates: bool, *options: Any
+) -> Reason | None:
+    if dtype == "fp8" and (reason := why_no_fp8(backend, gpu_capability(q.device))):
+        return dataclasses.replace(reason, fix='use dtype="int8", which is also nearer to exact')
     return why_not_gpu(q, k, v, *options)
 
 
+def _why_not_cpu(q: Tensor, k: Tensor, v: Tensor, dtype: str | None, *options: Any) -> Reason | None:
+    if dtype != "fp8":
+        return None
+    return Reason(
+        "dtype", "no CPU multiplies e4m3", 'use dtype="int8", which is also nearer to exact, or the reference backend'
+    )
+
+
 def _operation(function: Callable[..., Any], run: Callable[..., Any], fake: Callable[..., Any]) -> Operation:
-    limits = {"cuda": _why_not_gpu}
+    limits = {"cuda": functools.partial(_why_not_gpu, "cuda"), "cpu": _why_not_cpu}
     return Operation(
         function, functools.partial(_check, function.__name__), run, fake, why_not=limits, backends=("cuda", "cpu")
     )

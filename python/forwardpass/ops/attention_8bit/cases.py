@@ -13,13 +13,14 @@ from ..attention import cases as attention
 from . import reference
 
 #: Of the output's norm, by which a backend may differ from the reference, whose operands in 8 bits are the same: exponentials
-#: differ by rounding, and now and then a probability by one of 255 steps.
+#: differ by rounding, and now and then a probability by one of 255 steps, or of e4m3's.
 CLOSE = 2e-3
 
 
 @dataclass(frozen=True)
 class Case(attention.Case):
     rotates: bool = True
+    products: str = "int8"  #: the call's dtype; `dtype` is that of q, k and v
 
     @property
     def op(self) -> str:
@@ -27,7 +28,7 @@ class Case(attention.Case):
 
     def arguments(self, device: str = "cpu", seed: int = 0) -> tuple[Any, ...]:
         q, k, v, *options = super().arguments(device, seed)
-        return q, k, v, self.rotates, *options
+        return q, k, v, self.products, self.rotates, *options
 
 
 def assert_matches(actual: Tensor | tuple[Tensor, Tensor], args: tuple[Any, ...]) -> None:
@@ -64,14 +65,15 @@ def _assert_near(x: Tensor, expected: Tensor, rounding: float, name: str) -> Non
         raise AssertionError(f"{name}: an element is off by {worst:.2e}, of values up to {size.abs().max():.2e}")
 
 
-def of_attention(case: attention.Case, rotates: bool) -> Case:
-    return Case(**{name: getattr(case, name) for name in attention.Case.__dataclass_fields__}, rotates=rotates)
+def of_attention(case: attention.Case, rotates: bool, products: str = "int8") -> Case:
+    fields = {name: getattr(case, name) for name in attention.Case.__dataclass_fields__}
+    return Case(**fields, rotates=rotates, products=products)
 
 
-def cases() -> Iterator[Case]:
+def cases(products: str = "int8") -> Iterator[Case]:
     """Those of attention, every other one rotated."""
     for i, case in enumerate(attention.cases()):
-        yield of_attention(case, i % 2 == 0)
+        yield of_attention(case, i % 2 == 0, products)
 
 
 BENCHMARK_CASES = tuple(of_attention(case, True) for case in attention.BENCHMARK_CASES)

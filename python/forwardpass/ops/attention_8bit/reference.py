@@ -1,4 +1,4 @@
-"""attention_8bit in plain torch: the specification, of its integers bit for bit."""
+"""attention_8bit in plain torch: the specification, of its integers and e4m3 bit for bit."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ from torch import Tensor
 
 from ..attention.reference import in_parts, outputs_of
 
-#: Keys that share the unit of their probabilities, and of which sums of products are exact: 64 x 255 x 127 < 2^21.
+#: Keys that share the unit of their probabilities. Sums of their products are exact in int8, 64 x 255 x 127 < 2^21; of e4m3
+#: they are what tensor cores add with fewer bits than float32 has, before float32 adds them up.
 BLOCK = 64
 #: Keys, evenly spaced over a sequence, whose mean is subtracted from each.
 SAMPLES = 64
 
+#: The largest value of v, and of probabilities: they are multiples of its inverse, those of int8 whole ones.
+LARGEST = {"int8": (127, 255), "fp8": (448, 448)}
 #: Of a smaller largest value the integers are 0, as the reciprocal of the scale would overflow.
 LEAST = 2.0**-100
 
 
 @dataclass(frozen=True)
 class Operands:
-    """q, k and v of one sequence in 8 bits. [heads, rows, columns], the int8 as float32; scales by which they are multiplied.
+    """q, k and v of one sequence in 8 bits. [heads, rows, columns], their values as float32; scales by which they are multiplied.
 
     A score is `q k^T` times q_scale, k_scale and the softmax's scale, plus `shift`, which k's centre adds to all scores of a row.
     """
@@ -33,16 +36,24 @@ class Operands:
     k_scale: Tensor  #: [Hk, Sk, 1]
     v: Tensor  #: [Hk, Sk, Dv]
     v_scale: Tensor  #: [Hk, 1, Dv]
+    dtype: str = "int8"  #: of v and of probabilities
 
 
-def to_int8(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """(whole numbers from -127 to 127, the largest of which `dim` has, the scale), NaN where there is a NaN or infinity."""
+def rounded(x: Tensor, dtype: str) -> Tensor:
+    """To whole numbers, or to e4m3; float32."""
+    return x.round() if dtype == "int8" else x.to(torch.float8_e4m3fn).float()
+
+
+def to_8bit(x: Tensor, dim: int, dtype: str) -> tuple[Tensor, Tensor]:
+    """(whole numbers from -127 to 127 or e4m3 to 448, the largest of which `dim` has, the scale), NaN where there is a NaN or
+    infinity."""
+    steps = LARGEST[dtype][0]
     largest = x.abs().amax(dim, keepdim=True) if x.shape[dim] else torch.zeros_like(x.sum(dim, keepdim=True))
     largest = torch.where(largest.isinf(), torch.nan, largest)
-    # 127 / largest would be torch's 127 times the reciprocal, which is rounded twice: one step off where a value is half of one.
-    inverse = torch.full_like(largest, 127) / largest
+    # steps / largest would be torch's steps times the reciprocal, which is rounded twice: a step off where a value is half of one.
+    inverse = torch.full_like(largest, steps) / largest
     inverse = torch.where(largest < LEAST, 0, inverse)
-    return (x * inverse).round(), largest / 127
+    return rounded(x * inverse, dtype), largest / steps
 
 
 def rotate(x: Tensor) -> Tensor:
@@ -72,7 +83,7 @@ def centre_of(k: Tensor) -> Tensor:
     return total * (1 / samples if samples else 0)
 
 
-def quantize(q: Tensor, k: Tensor, v: Tensor, rotates: bool) -> Operands:
+def quantize(q: Tensor, k: Tensor, v: Tensor, rotates: bool, dtype: str = "int8") -> Operands:
     """q [Sq, H, D], k [Sk, Hk, D] and v [Sk, Hk, Dv] of one sequence."""
     q, k, v = (x.transpose(0, 1).float() for x in (q, k, v))
     centre = centre_of(k)
@@ -82,8 +93,8 @@ def quantize(q: Tensor, k: Tensor, v: Tensor, rotates: bool) -> Operands:
     n = rotation_size(q.shape[-1]) if rotates else 1
     if rotates:
         q, k = rotate(q), rotate(k)
-    (q, q_scale), (k, k_scale), (v, v_scale) = to_int8(q, -1), to_int8(k, -1), to_int8(v, 1)
-    return Operands(q, q_scale, shift, k, k_scale * (1 / n), v, v_scale)
+    (q, q_scale), (k, k_scale), (v, v_scale) = to_8bit(q, -1, "int8"), to_8bit(k, -1, "int8"), to_8bit(v, 1, dtype)
+    return Operands(q, q_scale, shift, k, k_scale * (1 / n), v, v_scale, dtype)
 
 
 def attend(
@@ -120,11 +131,14 @@ def attend(
         s = s + mask.float()
         allowed = allowed & ~(mask.float() / math.log(2)).isneginf()
     s = s.masked_fill(~allowed, -torch.inf)
-    return _softmax(s, v, x.v_scale.repeat_interleave(group, 0), shift, sinks)
+    return _softmax(s, v, x.v_scale.repeat_interleave(group, 0), x.dtype, shift, sinks)
 
 
-def _softmax(s: Tensor, v: Tensor, v_scale: Tensor, shift: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The probabilities of a block of keys are whole 255ths of its largest; the denominator is the sum of them as they were."""
+def _softmax(
+    s: Tensor, v: Tensor, v_scale: Tensor, dtype: str, shift: Tensor, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The probabilities of a block of keys are relative to its largest; the denominator is the sum of them as they were."""
+    steps = LARGEST[dtype][1]
     sink = s.new_full((*s.shape[:-1], 1), -torch.inf) if sinks is None else sinks.float().reshape(-1, 1, 1) - shift
     maximum = torch.cat([s, sink], -1).amax(-1, keepdim=True)
     finite = torch.where(maximum == -torch.inf, 0, maximum)  # of a row without keys
@@ -138,7 +152,7 @@ def _softmax(s: Tensor, v: Tensor, v_scale: Tensor, shift: Tensor, sinks: Tensor
         weight = (unit - finite).exp().double()
         weight = torch.where((p > 0).any(-1, keepdim=True) | p.isnan().any(-1, keepdim=True), weight, 0)
         total = total + p.double().sum(-1, keepdim=True) * weight
-        out = out + (p * 255).round().double() @ v[:, begin : begin + BLOCK].double() * (weight / 255)
+        out = out + rounded(p * steps, dtype).double() @ v[:, begin : begin + BLOCK].double() * (weight / steps)
     lse = torch.where(maximum == -torch.inf, -torch.inf, finite + shift + total.log())
     o = torch.where(total == 0, 0, out / total) * v_scale.double()
     o = torch.where(maximum == -torch.inf, torch.zeros_like(o), o)  # whatever v's scales are
@@ -149,6 +163,7 @@ def attention_8bit(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    dtype: str,
     rotates: bool,
     scale: float | None,
     causal: bool,
@@ -163,7 +178,7 @@ def attention_8bit(
     batch_invariant: bool,
 ) -> Tensor:
     return attention_8bit_with_lse(
-        q, k, v, rotates, scale, causal, window_left, window_right, softcap, mask, alibi_slopes, sinks, cu_seqlens_q,
+        q, k, v, dtype, rotates, scale, causal, window_left, window_right, softcap, mask, alibi_slopes, sinks, cu_seqlens_q,
         cu_seqlens_k, batch_invariant,
     )[0]  # fmt: skip
 
@@ -172,6 +187,7 @@ def attention_8bit_with_lse(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    dtype: str,
     rotates: bool,
     scale: float | None,
     causal: bool,
@@ -193,7 +209,7 @@ def attention_8bit_with_lse(
         mask_b = part.mask[0] if part.mask is not None and part.mask.dim() == 4 else part.mask
         slopes = part.alibi_slopes
         slopes = slopes[0] if slopes is not None and slopes.dim() == 2 else slopes
-        x = quantize(part.q[0], part.k[0], part.v[0], rotates)
+        x = quantize(part.q[0], part.k[0], part.v[0], rotates, dtype)
         o_part, lse_part = attend(x, scale, window_left, right, softcap, mask_b, slopes, sinks)
         part.o[0].copy_(o_part.transpose(0, 1))
         part.lse[0].copy_(lse_part)
