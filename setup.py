@@ -244,11 +244,11 @@ def gencode(source):
     if 80 in plain and source.name.removesuffix("_sm80.cu") not in OWN_CODE_ON_89:
         plain = [n for n in plain if n != 89]
     # On 9.0 an operation's kernels for 9.0a run; of its portable ones there is PTX, for later GPUs and for builds without
-    # 9.0a. (fp8 mma.sync is emulated on 9.0, and spills.)
-    has_sm90a = source.with_name(re.sub(r"_sm\d+a?\.cu$", "_sm90a.cu", source.name)).exists()
-    if has_sm90a and arches()[0] == ["90a"]:  # a build for that GPU alone
+    # 9.0a. The same of what begins at 8.9: fp8 mma.sync is emulated on 9.0, and spills.
+    portable = minimum == "89" or source.with_name(re.sub(r"_sm\d+a?\.cu$", "_sm90a.cu", source.name)).exists()
+    if portable and arches()[0] == ["90a"]:  # a build for that GPU alone
         return []
-    code = {a: [f"sm_{a}"] * (not (has_sm90a and a == 90)) for a in plain if a <= 90 or 90 not in plain}
+    code = {a: [f"sm_{a}"] * (not (portable and a == 90)) for a in plain if a <= 90 or 90 not in plain}
     for a in plain:
         if a not in code:
             code[90].append(f"sm_{a}")

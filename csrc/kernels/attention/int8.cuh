@@ -1,8 +1,9 @@
 #pragma once
-// attention_8bit on mma.sync m16n8k32: attention's kernel of mma.cuh, of operands in int8. A block computes M rows of
-// one head.
+// attention_8bit on mma.sync m16n8k32: attention's kernel of mma.cuh, of q and k in int8, and v in int8 or e4m3. A
+// block computes M rows of one head.
 //
-// Tensor cores bind: a score at head dim 128, 256 multiply-adds, takes them half a clock on a subpartition of an A100.
+// Tensor cores bind: a score at head dim 128, 256 multiply-adds, takes them half a clock on a subpartition of an A100,
+// one on an L40S's, and one and a half on a 4090's if v is e4m3.
 #include "kernels/attention/int8_consumer.cuh"
 #include "kernels/attention/mma.cuh"
 
@@ -18,6 +19,7 @@ template <AttentionInstance kInstance, MmaAttentionTile kTile>
 struct Int8AttentionConfig {
   static constexpr int kHeadDim = kInstance.head_dim, kValueDim = kInstance.value_dim;
   static constexpr bool kModified = kInstance.modified;
+  using Values = ValueArithmetic<kInstance.dtype>;
   static constexpr int kM = kTile.m, kN = kTile.n, kWarps = kTile.warps, kThreads = 32 * kWarps,
                        kBlocksPerSm = kTile.blocks_per_sm;
   static constexpr int kWarpM = kM / kWarps, kTilesM = kWarpM / 16;
@@ -26,7 +28,7 @@ struct Int8AttentionConfig {
   using Schedule = MmaAttentionSchedule<Int8AttentionConfig>;
   using Source = Int8Source<Int8AttentionConfig>;
   using Scores = Fragments<float, kTilesM, kN / 8>;
-  using Softmax = BlockSoftmax<kTilesM>;
+  using Softmax = BlockSoftmax<kTilesM, Values>;
   using Output = Fragments<float, kTilesM, kValueDim / 8>;
   using Consumer = Int8AttentionConsumer<Int8AttentionConfig>;
 
@@ -77,7 +79,7 @@ AttentionChoice choose_int8(const AttentionParams& p) {
 }
 template <AttentionInstance kInstance>
 constexpr AttentionKernel int8_attention{
-    .arch = sm_80,
+    .arch = kInstance.dtype == Dtype::e4m3 ? sm_89 : sm_80,
     .instance = kInstance,
     .reads = reads_keys<false>,
     .choose = choose_int8<Int8AttentionConfig<kInstance, int8_tile_of(kInstance)>>};

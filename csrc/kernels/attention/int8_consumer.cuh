@@ -1,9 +1,11 @@
 #pragma once
-// What a warp of attention_8bit does: the copies that it shares with the others, the products of its own rows in int8,
-// their softmax and output. Sums of products are exact. An accumulator begins with the bits of kInt8Magic, so that as a
-// float it is kInt8Magic plus the sum: no conversion, which would go through the pipe of the exponentials.
+// What a warp of attention_8bit does: the copies that it shares with the others, the products of its own rows in 8
+// bits, their softmax and output. Sums of int8 products are exact. An accumulator of theirs begins with the bits of
+// kInt8Magic, so that as a float it is kInt8Magic plus the sum: no conversion, which would go through the pipe of the
+// exponentials.
 #include "device/mma_u8.cuh"
 #include "device/softmax.cuh"
+#include "device/vec.cuh"
 #include "kernels/attention/int8_operands.h"
 #include "kernels/attention/mma_consumer.cuh"
 
@@ -16,11 +18,51 @@ struct Int8AttentionArguments {
   float scale;  // of the softmax, in units of log2(e)
 };
 
-// Online softmax whose probabilities are relative to the largest of their block of keys, which they are whole 255ths
-// of. Values of a block are multiplied by `weight` before they are added up.
-template <int kTilesM>
+// Probabilities and v in 8 bits, and their product. kLog2Unit: what is added to a score so that its exponential is in
+// the units in which probabilities are rounded; round(p), of such a one, is what pack() takes. kUnit: what is left to
+// multiply the output by.
+template <Dtype kValues>
+struct ValueArithmetic;
+template <>
+struct ValueArithmetic<Dtype::i8> {  // whole 255ths
+  using Sum = int32_t;
+  static constexpr float kLog2Unit = 0, kUnit = 1.f / 255;
+  __device__ static float round(float p) { return fmaf(p, 255, kInt8Magic); }
+  // Four bytes: elements e and e + 1 of two tiles.
+  __device__ static uint32_t pack(const float (&low)[4], const float (&high)[4], int e) {
+    const auto pair = [&](const float (&tile)[4]) {
+      return __byte_perm(__float_as_uint(tile[e]), __float_as_uint(tile[e + 1]), 0x0040);
+    };
+    return __byte_perm(pair(low), pair(high), 0x5410);
+  }
+  __device__ static void multiply(Sum (&d)[4], const uint32_t (&p)[4], const uint32_t* v, const Sum (&c)[4]) {
+    ptx::mma_m16n8k32_u8(d, p, v, c);
+  }
+  __device__ static float value(Sum sum) { return __int_as_float(sum) - kInt8Magic; }
+};
+// e4m3, of p's largest 448. Tensor cores add these products with fewer bits than a float has, so the sums of a block of
+// keys are accumulators of their own.
+template <>
+struct ValueArithmetic<Dtype::e4m3> {
+  using Sum = float;
+  static constexpr float kLog2Unit = 8.80735492f, kUnit = 1;  // log2(448); undone in the block's weight
+  __device__ static float round(float p) { return p; }        // by pack()
+  __device__ static uint32_t pack(const float (&low)[4], const float (&high)[4], int e) {
+    return to_e4m3x2(low[e + 1], low[e]) | uint32_t{to_e4m3x2(high[e + 1], high[e])} << 16;
+  }
+  __device__ static void multiply(Sum (&d)[4], const uint32_t (&p)[4], const uint32_t* v, const Sum (&c)[4]) {
+#if __CUDA_ARCH__ >= 890
+    ptx::mma_m16n8k32(d, p, v, c);
+#endif
+  }
+  __device__ static float value(Sum sum) { return sum; }
+};
+
+// Online softmax whose probabilities are relative to the largest of their block of keys. Values of a block are
+// multiplied by `weight` before they are added up.
+template <int kTilesM, class Values>
 struct BlockSoftmax : OnlineSoftmax<kTilesM> {
-  // Turns scores s, times `scale` of their row in units of log2(e), into kInt8Magic plus 0 to 255. True: what has been
+  // Turns scores s, times `scale` of their row in units of log2(e), into rounded probabilities. True: what has been
   // added up before has first to be multiplied by `factor`; it is 1 for all rows of the warp otherwise.
   template <int kTilesN>
   __device__ bool update(Fragments<float, kTilesM, kTilesN>& s, const RowValues<kTilesM>& scale,
@@ -34,7 +76,7 @@ struct BlockSoftmax : OnlineSoftmax<kTilesM> {
 #pragma unroll
         for (int j = 1; j < kTilesN; ++j) largest = fmaxf(largest, fmaxf(s[i][j][half * 2], s[i][j][half * 2 + 1]));
         largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 1));
-        // Rounded up: no score times the scale is more, so that no probability is more than 255 of 255.
+        // Rounded up: no score times the scale is more, so that no probability is more than 1.
         largest = __fmul_ru(fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 2)), scale[i][half]);
         const float before = this->max[i][half];
         const bool grows = largest > before + kMostGrowth;
@@ -42,8 +84,8 @@ struct BlockSoftmax : OnlineSoftmax<kTilesM> {
         grown |= grows;
         this->max[i][half] = now;
         factor[i][half] = ptx::ex2(before - base);
-        weight[i][half] = ptx::ex2(largest - base);
-        const float unit = largest == -INFINITY ? 0 : largest;
+        weight[i][half] = ptx::ex2(largest - base - Values::kLog2Unit);
+        const float unit = (largest == -INFINITY ? 0 : largest) - Values::kLog2Unit;
         float add = 0;
 #pragma unroll
         for (int j = 0; j < kTilesN; ++j)
@@ -51,7 +93,7 @@ struct BlockSoftmax : OnlineSoftmax<kTilesM> {
           for (int e = half * 2; e < half * 2 + 2; ++e) {
             const float p = ptx::ex2(fmaf(s[i][j][e], scale[i][half], -unit));
             add = j == 0 && e == half * 2 ? p : add + p;
-            s[i][j][e] = fmaf(p, 255, kInt8Magic);
+            s[i][j][e] = Values::round(p);
           }
         this->sum[i][half] = fmaf(this->sum[i][half], factor[i][half], add * weight[i][half]);
       }
@@ -100,6 +142,7 @@ struct Int8AttentionConsumer {
   using Modifiers = ScoreModifiers<Scores>;
   using MaskWords = typename Modifiers::MaskWords;
   using Row = RowValues<kTilesM>;
+  using Values = typename Config::Values;
 
   const Int8AttentionArguments& a;
   const AttentionParams& p;
@@ -107,13 +150,13 @@ struct Int8AttentionConsumer {
   const AttentionTile& tile;
   const KeyBlocks& blocks;
   const int warp_row;  // this warp's first row in the tile
-  BlockSoftmax<kTilesM>& sums;
+  typename Config::Softmax& sums;
   Output& o;
   Row scale, shift;      // of a row's scores before modifiers, of these the shift; without, the scale of the softmax
   bool vectors = false;  // the mask's rows are read 16 bytes at a time
 
   __device__ Int8AttentionConsumer(const Int8AttentionArguments& a, typename Config::SharedStorage& s,
-                                   const AttentionTile& tile, const KeyBlocks& blocks, BlockSoftmax<kTilesM>& sums,
+                                   const AttentionTile& tile, const KeyBlocks& blocks, typename Config::Softmax& sums,
                                    Output& o)
       : a(a), p(a.p), s(s), tile(tile), blocks(blocks), warp_row(threadIdx.x / 32 * Config::kWarpM), sums(sums), o(o) {}
 
@@ -192,19 +235,20 @@ struct Int8AttentionConsumer {
   }
   // What accumulators begin with. From shared memory, as of constants there are four MOVs for each mma; and anew for
   // each product, as registers that keep it would spill.
+  template <class Sum>
   struct Begin {
-    int32_t bits[4];
+    Sum bits[4];
     __device__ explicit Begin(const int32_t (&magic)[4]) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) bits[e] = magic[e];
+      for (int e = 0; e < 4; ++e) bits[e] = std::is_same_v<Sum, int32_t> ? magic[e] : 0;
     }
     // What a step of a product adds to.
-    __device__ const int32_t (&or_sums(int step, const int32_t (&sums)[4]) const)[4] { return step == 0 ? bits : sums; }
+    __device__ const Sum (&or_sums(int step, const Sum (&sums)[4]) const)[4] { return step == 0 ? bits : sums; }
   };
   // scores = q k^T, times the scales of the keys.
   __device__ void qk(Scores& scores, const typename Config::Stage& stage) const {
     using P = Panels<Config::kHeadDim / 2>;
-    const Begin begin(s.magic);
+    const Begin<int32_t> begin(s.magic);
     Fragments<int32_t, kTilesM, Scores::kTilesN> sums;
 #pragma unroll
     for (int step = 0; step < Config::kHeadDim / 32; ++step) {
@@ -242,11 +286,8 @@ struct Int8AttentionConsumer {
       for (int i = 0; i < kTilesM; ++i)
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
-          const int j = step * 4 + r / 2 * 2, e = r % 2 * 2;
-          const auto pair = [&](int tile) {
-            return __byte_perm(__float_as_uint(p[i][tile][e]), __float_as_uint(p[i][tile][e + 1]), 0x0040);
-          };
-          packed[step][i][r] = __byte_perm(pair(j), pair(j + 1), 0x5410);
+          const int j = step * 4 + r / 2 * 2;
+          packed[step][i][r] = Values::pack(p[i][j], p[i][j + 1], r % 2 * 2);
         }
   }
   // o += p v, times the block's weights, of the columns that there are: the branches also keep ptxas
@@ -264,8 +305,8 @@ struct Int8AttentionConsumer {
   __device__ void pv(int j, const uint32_t (&packed)[Config::kN / 32][kTilesM][4], const typename Config::Stage& stage,
                      const Row& weight) {
     using P = Panels<kInt8Keys / 2>;
-    const Begin begin(s.magic);
-    Fragments<int32_t, kTilesM, 2> sums;
+    const Begin<typename Values::Sum> begin(s.magic);
+    Fragments<typename Values::Sum, kTilesM, 2> sums;
 #pragma unroll
     for (int step = 0; step < Config::kN / 32; ++step) {
       uint32_t v[4];
@@ -274,11 +315,11 @@ struct Int8AttentionConsumer {
       for (int next = 0; next < 2; ++next)
 #pragma unroll
         for (int i = 0; i < kTilesM; ++i)
-          ptx::mma_m16n8k32_u8(sums[i][next], packed[step][i], v + next * 2, begin.or_sums(step, sums[i][next]));
+          Values::multiply(sums[i][next], packed[step][i], v + next * 2, begin.or_sums(step, sums[i][next]));
     }
-    sums.for_each([&](int32_t sum, int i, int next, int e) {
+    sums.for_each([&](typename Values::Sum sum, int i, int next, int e) {
       float& to = o[i][j + next][e];
-      to = fmaf(__int_as_float(sum) - kInt8Magic, weight[i][e / 2], to);
+      to = fmaf(Values::value(sum), weight[i][e / 2], to);
     });
   }
   // After all keys: the rows of out and their lse.
@@ -303,7 +344,7 @@ struct Int8AttentionConsumer {
     else
       MmaAttentionEpilogue<WithOutput<Config, Dtype::bf16>>{p, s, warp_row}(o, tile);
   }
-  // Values are 255ths, and in units of their channels' scales. Rows without keys are 0 whatever these are.
+  // Values are in units of their channels' scales. Rows without keys are 0 whatever these are.
   __device__ void scale_values(const Row& factor) {
     const float* const of_v =
         a.x.v_scale + (int64_t{tile.batch} * p.kv_heads + tile.kv_head(p)) * Config::kValueDim + accumulator_column(0);
@@ -315,7 +356,7 @@ struct Int8AttentionConsumer {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const float f = factor[i][e / 2];
-          o[i][j][e] = f == 0 ? 0 : o[i][j][e] * f * ((e % 2 ? v.y : v.x) * (1.f / 255));
+          o[i][j][e] = f == 0 ? 0 : o[i][j][e] * f * ((e % 2 ? v.y : v.x) * Values::kUnit);
         }
     }
   }

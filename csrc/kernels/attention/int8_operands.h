@@ -1,5 +1,5 @@
 #pragma once
-// q, k and v of attention_8bit in int8: where the quantising pass writes them and attention reads them, in one
+// q, k and v of attention_8bit in 8 bits: where the quantising pass writes them and attention reads them, in one
 // workspace. No CUDA.
 #include <cstdint>
 #include <type_traits>
@@ -23,7 +23,7 @@ struct Int8Operands {
   float *q_scale, *shift;       // of each row; shift: q times k's centre, what all scores of the row have lost
   int8_t* k;                    // [kv head, block, key, head_dim]; keys beyond the sequence's are 0
   float* k_scale;               // of each key: 22 bits of it, so that kInt8Magic times it is exact
-  int8_t* v;                    // [kv head, block, value_dim, key]; keys in the order of `int8_key`
+  int8_t* v;                    // [kv head, block, value_dim, key]; keys in the order of `int8_key`; int8 or e4m3
   float* v_scale;               // [sequence, kv head, value_dim]
   float* centre;                // of k: [sequence, kv head, head_dim]
   float* largest;               // of v: [sequence, kv head, chunk, value_dim]

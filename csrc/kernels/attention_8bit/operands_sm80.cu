@@ -1,5 +1,6 @@
-// q, k and v of attention_8bit to int8. The first launch reads v, for each channel's largest value, and 64 keys, for
-// k's centre; the second reads all and writes them. Memory binds: 6 bytes of q and k an element are moved, and 5 of v.
+// q, k and v of attention_8bit to int8, or v to e4m3. The first launch reads v, for each channel's largest value, and
+// 64 keys, for k's centre; the second reads all and writes them. Memory binds: 6 bytes of q and k an element are moved,
+// and 5 of v.
 #include "device/vec.cuh"
 #include "kernels/attention/int8_operands.h"
 #include "schedule/attention_tile.cuh"
@@ -12,6 +13,7 @@ constexpr int kSamples = 64;                      // keys whose mean is subtract
 struct QuantizeArguments {
   AttentionParams p;
   Int8Operands to;
+  bool fp8;          // v is to be e4m3
   int rotation;      // columns that are rotated together; 1: none
   unsigned tiles;    // of q's rows, of a head
   int64_t q_blocks;  // thread blocks for q; so many for k and for v follow
@@ -39,14 +41,14 @@ __device__ inline void widen(float (&x)[kVec], const uint4& raw, Dtype dtype) {
     load_floats(x, reinterpret_cast<const __nv_bfloat16*>(&raw), kVec, true);
 }
 
-// What int8 has of values whose largest is this: by what they are multiplied, and the scale. NaN and infinities make
-// both NaN.
-struct Int8Scale {
+// What 8 bits, whose largest value is `steps`, have of values whose largest is `largest`: by what they are multiplied,
+// and the scale. NaN and infinities make both NaN.
+struct Scale {
   float inverse, scale;
-  __device__ explicit Int8Scale(float largest) {
+  __device__ explicit Scale(float largest, float steps = 127) {
     if (largest == INFINITY) largest = NAN;
-    inverse = largest < kLeastRange ? 0 : __fdiv_rn(127, largest);
-    scale = __fdiv_rn(largest, 127);
+    inverse = largest < kLeastRange ? 0 : __fdiv_rn(steps, largest);
+    scale = __fdiv_rn(largest, steps);
   }
 };
 __device__ inline uint32_t to_int8(float v, float inverse) {
@@ -85,7 +87,7 @@ __device__ inline float quantize_row(float (&x)[kVec], uint2& q, int threads, in
   float largest = 0;
 #pragma unroll
   for (const float v : x) largest = ptx::max_nan(largest, fabsf(v));
-  const Int8Scale s(over_row(largest, threads, ptx::max_nan));
+  const Scale s(over_row(largest, threads, ptx::max_nan));
   uint32_t words[2] = {};
 #pragma unroll
   for (int i = 0; i < kVec; ++i) words[i / 4] |= to_int8(x[i], s.inverse) << i % 4 * 8;
@@ -311,18 +313,24 @@ __device__ inline void quantize_v(const QuantizeArguments& a, const KeysOf& keys
     float inverse[kVec];
 #pragma unroll
     for (int c = 0; c < kVec; ++c) {
-      const Int8Scale s(largest[c]);
+      const Scale s(largest[c], a.fp8 ? 448 : 127);
       inverse[c] = s.inverse;
       if (stored && keys.first == 0 && word == 0) a.to.v_scale[sequence * a.to.value_dim + column + c] = s.scale;
     }
     uint32_t words[kVec] = {};
+    const auto round = [&](auto to_byte) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float x[kVec];
-      widen(x, raw[i], p.dtype);
+      for (int i = 0; i < 4; ++i) {
+        float x[kVec];
+        widen(x, raw[i], p.dtype);
 #pragma unroll
-      for (int c = 0; c < kVec; ++c) words[c] |= to_int8(x[c], inverse[c]) << i * 8;
-    }
+        for (int c = 0; c < kVec; ++c) words[c] |= to_byte(x[c], inverse[c]) << i * 8;
+      }
+    };
+    if (a.fp8)
+      round([](float v, float inverse) { return uint32_t{to_e4m3x2(0, __fmul_rn(v, inverse))}; });
+    else
+      round(to_int8);
     if (!stored) continue;
 #pragma unroll
     for (int c = 0; c < kVec; ++c)
@@ -352,6 +360,7 @@ int quantize_attention(const Attention8bitParams& p, const Int8Operands& to, voi
   const int64_t tiles = row_tiles(p, kRows), statistics = int64_t{p.batch} * p.kv_heads * (to.chunks + 1);
   const QuantizeArguments arguments{.p = p,
                                     .to = to,
+                                    .fp8 = p.fp8,
                                     .rotation = p.rotates ? p.head_dim & -p.head_dim : 1,
                                     .tiles = static_cast<unsigned>(tiles),
                                     .q_blocks = tiles * all_heads(p),
