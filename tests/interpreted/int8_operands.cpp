@@ -1,4 +1,4 @@
-// attention_8bit's operands in int8, as the kernels of a library write them: its entry points, called with a workspace
+// attention_8bit's operands in 8 bits, as the kernels of a library write them: its entry points, called with a workspace
 // that the caller has, and where in that workspace they are. Contiguous q [batch, rows, heads, head_dim], k and v; or
 // packed sequences, which begin where cu_seqlens say, batch of them.
 #include "kernels/attention/int8_operands.h"
@@ -11,7 +11,7 @@ struct Case {
   const void *q, *k, *v;
   void *out, *workspace;
   const int32_t *cu_seqlens_q, *cu_seqlens_k;
-  int64_t batch, rows, keys, heads, kv_heads, head_dim, value_dim, is_bf16, rotates;
+  int64_t batch, rows, keys, heads, kv_heads, head_dim, value_dim, is_bf16, fp8, rotates, arch;
 };
 
 // places: of q, q_scale, shift, k, k_scale, v, v_scale in the workspace; room: the columns of q and k, and of v;
@@ -30,12 +30,12 @@ extern "C" int64_t quantized(const char* library, void* stream, const Case& c, i
   };
   p.q = tensor(c.q, c.rows, c.heads, c.head_dim), p.k = tensor(c.k, c.keys, c.kv_heads, c.head_dim);
   p.v = tensor(c.v, c.keys, c.kv_heads, c.value_dim), p.out = c.out;
-  p.dtype = c.is_bf16 ? Dtype::bf16 : Dtype::f16, p.rotates = c.rotates;
+  p.dtype = c.is_bf16 ? Dtype::bf16 : Dtype::f16, p.fp8 = c.fp8, p.rotates = c.rotates;
   p.batch = c.batch, p.heads = c.heads, p.kv_heads = c.kv_heads, p.rows = c.rows, p.keys = c.keys;
   p.head_dim = c.head_dim, p.value_dim = c.value_dim, p.scale = 1;
   p.left = p.right = kUnlimited;
   p.cu_seqlens_q = c.cu_seqlens_q, p.cu_seqlens_k = c.cu_seqlens_k;
-  p.device = {.sms = 8, .index = 0, .arch = 80, .shared_kib = 164};
+  p.device = {.sms = 8, .index = 0, .arch = static_cast<int32_t>(c.arch), .shared_kib = 100};
   p.workspace = static_cast<float*>(c.workspace);
   if (select(&p, &p.choice)) return -2;
   if (!c.workspace) return p.choice.workspace_bytes;

@@ -9,6 +9,7 @@ import pytest
 import torch
 from every_backend import on_each
 from rotation import paired
+from tensor_cores import tensor_core_product
 
 import forwardpass as fp
 from forwardpass import dispatch
@@ -19,14 +20,24 @@ from forwardpass.testing import assert_equal
 
 pytestmark = [pytest.mark.interpreted, pytest.mark.usefixtures("poisoned")]
 
-CASES = [c for c in cases.cases() if c.dtype != torch.float32 and bucket(*c.dims)]
-REFUSED = [c for c in cases.cases() if c not in CASES]
+ARCHES = {"int8": ("sm_80", "sm_90a", "sm_89", "sm_120"), "fp8": ("sm_89", "sm_120")}
+PRODUCTS = tuple(ARCHES)
+
+
+def cases_of(products):
+    return [c for c in cases.cases(products) if c.dtype != torch.float32 and bucket(*c.dims)]
+
+
+REFUSED = [c for c in cases.cases() if c not in cases_of("int8")]
+
+
 #: those that take every path of attention's kernels: tiles at edges, maxima that grow, cu_seqlens that are wrong
-PATHS = [
-    cases.of_attention(case, n % 2 == 0)
-    for kernel in ((torch.float16, 64, 40), (torch.bfloat16, 128, 72), (torch.float16, 256, 192))
-    for n, case in enumerate((*mutant_attention.plain(*kernel), *mutant_attention.general(*kernel)))
-]
+def paths(products):
+    return [
+        cases.of_attention(case, n % 2 == 0, products)
+        for kernel in ((torch.float16, 64, 40), (torch.bfloat16, 128, 72), (torch.float16, 256, 192))
+        for n, case in enumerate((*mutant_attention.plain(*kernel), *mutant_attention.general(*kernel)))
+    ]
 
 
 def run(arch, op, args, seed=0, **options):
@@ -36,17 +47,19 @@ def run(arch, op, args, seed=0, **options):
     return got
 
 
-def with_lse(arch, q, k, v, rotates=True, dtype="int8", **options):
+def with_lse(arch, q, k, v, rotates=True, dtype="int8", truncating=False, **options):
     """attention_8bit_with_lse by the names of its options."""
     names = dispatch.operations["attention_8bit"].parameters[5:]
     defaults = {"causal": False, "softcap": 0.0, "batch_invariant": False}
     assert options.keys() <= set(names)
     args = (q, k, v, dtype, rotates, *(options.get(n, defaults.get(n)) for n in names))
-    return run(arch, "attention_8bit_with_lse", args), args
+    return run(arch, "attention_8bit_with_lse", args, truncating=truncating), args
 
 
 @pytest.mark.parametrize(
-    ("case", "arch"), on_each(("sm_80", "sm_90a", "sm_89", "sm_120"), CASES + PATHS, 4, slow=("sm_89", "sm_120"))
+    ("case", "arch"),
+    on_each(ARCHES["int8"], cases_of("int8") + paths("int8"), 4, slow=("sm_89", "sm_120"))
+    + on_each(ARCHES["fp8"], cases_of("fp8") + paths("fp8"), 4, slow=("sm_120",)),
 )
 def test_kernel(case, arch, seed):
     args = case.arguments(seed=seed)
@@ -61,18 +74,37 @@ def test_what_no_kernel_takes_is_refused():
                 dispatch.operations[case.op](*args)
 
 
+@pytest.mark.parametrize(("arch", "why"), [("sm_80", "from sm_89 on"), ("sm_90a", "emulated")])
+def test_where_e4m3_is_refused(arch, why):
+    q = torch.randn(1, 3, 2, 64).half()
+    with fp.interpret(arch), fp.use_backend("cuda"), pytest.raises(fp.Unsupported, match=f'{why}.*use dtype="int8"'):
+        fp.ops.attention_8bit(q, q, q, dtype="fp8")
+
+
 class Call(ctypes.Structure):
     """Case of int8_operands.cpp."""
 
     _fields_ = [(n, ctypes.c_void_p) for n in ("q", "k", "v", "out", "workspace", "cu_seqlens_q", "cu_seqlens_k")] + [
         (n, ctypes.c_int64)
-        for n in ("batch", "rows", "keys", "heads", "kv_heads", "head_dim", "value_dim", "is_bf16", "rotates")
+        for n in (
+            "batch",
+            "rows",
+            "keys",
+            "heads",
+            "kv_heads",
+            "head_dim",
+            "value_dim",
+            "is_bf16",
+            "fp8",
+            "rotates",
+            "arch",
+        )
     ]
 
 
 @pytest.fixture(scope="module")
 def operands(tmp_path_factory):
-    """q, k and v as the kernels quantise them: operands(q, k, v, rotates, starts)."""
+    """q, k and v as the kernels quantise them: operands(q, k, v, rotates, starts, products, arch)."""
     if not KERNELS.exists():
         pytest.skip("built without kernels for the interpreter")
     here = pathlib.Path(__file__).parent
@@ -87,7 +119,7 @@ def operands(tmp_path_factory):
 INTERPRETED_STREAM = 2
 
 
-def dumped(quantized, q, k, v, rotates, starts):
+def dumped(quantized, q, k, v, rotates, starts, products="int8", arch="sm_80"):
     """The workspace's (q, q_scale, shift, k, k_scale, v, v_scale) of one call, in memory that only the kernels have written."""
     from gpuless.operators import Operator
 
@@ -97,7 +129,7 @@ def dumped(quantized, q, k, v, rotates, starts):
         q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), None, *(s.data_ptr() for s in starts or ()),
         **{"batch": len(starts[0]) - 1 if varlen else len(q), "rows": q.shape[-3], "keys": k.shape[-3],
            "heads": q.shape[-2], "kv_heads": k.shape[-2], "head_dim": q.shape[-1], "value_dim": v.shape[-1],
-           "is_bf16": q.dtype == torch.bfloat16, "rotates": rotates},
+           "is_bf16": q.dtype == torch.bfloat16, "fp8": products == "fp8", "rotates": rotates, "arch": int(arch[3:])},
     )  # fmt: skip
     places = (ctypes.c_int64 * 10)()
     library = str(KERNELS).encode()
@@ -107,7 +139,7 @@ def dumped(quantized, q, k, v, rotates, starts):
 
     names = ("q", "k", "v", "out", "workspace", *(("cu_seqlens_q", "cu_seqlens_k") if varlen else ()))
     operator = Operator("attention_8bit", names, launch, frozenset({"out", "workspace"}))
-    with fp.interpret("sm_80") as device:
+    with fp.interpret(arch) as device:
         size = launch()
         workspace = torch.full((size,), -86, dtype=torch.int8)
         call.workspace = workspace.data_ptr()
@@ -138,10 +170,11 @@ def in_order(v):
     return v[..., keys.argsort()].transpose(-1, -2).flatten(-3, -2)
 
 
-def assert_quantized_as_the_reference(operands, q, k, v, rotates, starts):
-    """The integers bit for bit, and scales; columns, keys and rows beyond those that there are: zeros."""
-    q8, q_scale, shift, k8, k_scale, v8, v_scale = operands(q, k, v, rotates, starts)
+def assert_quantized_as_the_reference(operands, q, k, v, rotates, starts, products="int8", arch="sm_80"):
+    """The integers and e4m3 bit for bit, and scales; columns, keys and rows beyond those that there are: zeros."""
+    q8, q_scale, shift, k8, k_scale, v8, v_scale = operands(q, k, v, rotates, starts, products, arch)
     v8 = in_order(v8)
+    v8 = v8.view(torch.float8_e4m3fn).float() if products == "fp8" else v8
     (h, d), dv, varlen = q.shape[-2:], v.shape[-1], starts is not None
     for b in range(len(v_scale)):
         if varlen:
@@ -151,7 +184,7 @@ def assert_quantized_as_the_reference(operands, q, k, v, rotates, starts):
         else:
             of_q, of_k, of_v, first = q[b], k[b], v[b], b * -(-k.shape[1] // 64) * 64
             mine = lambda x: x.reshape(len(q), h, q.shape[1], *x.shape[1:])[b]  # noqa: B023, E731
-        expected = reference.quantize(of_q, of_k, of_v, rotates)
+        expected = reference.quantize(of_q, of_k, of_v, rotates, products)
         n, end = len(of_k), first + -(-len(of_k) // 64) * 64
         if len(of_q):
             assert torch.equal(mine(q8)[..., :d].float(), expected.q)
@@ -174,12 +207,15 @@ def assert_quantized_as_the_reference(operands, q, k, v, rotates, starts):
         [(64, 64), (40, 40), (96, 96), (128, 128), (192, 128), (256, 256), (72, 72)], [torch.float16, torch.bfloat16]
     ),
 )
-@pytest.mark.parametrize("rotates", [True, False])
-def test_integers(operands, dims, dtype, rotates, seed):
+@pytest.mark.parametrize(
+    ("rotates", "products", "arch"),
+    [(True, "int8", "sm_80"), (False, "int8", "sm_80"), *((True, "fp8", a) for a in ARCHES["fp8"])],
+)
+def test_integers(operands, dims, dtype, rotates, products, arch, seed):
     case = cases.Case((70, 600), dims, dtype, batch=2, heads=(4, 2), rotates=rotates)
     q, k, v, *_ = (x.contiguous() if isinstance(x, torch.Tensor) else x for x in case.arguments(seed=seed))
     q[0, 3], k[1, 5], v[0, :, 1, 7] = 0, k[1, 6], 0  # rows and channels of zeros
-    assert_quantized_as_the_reference(operands, q, k, v, rotates, None)
+    assert_quantized_as_the_reference(operands, q, k, v, rotates, None, products, arch)
 
 
 def test_integers_of_packed_sequences(operands, seed):
@@ -190,23 +226,26 @@ def test_integers_of_packed_sequences(operands, seed):
     assert_quantized_as_the_reference(operands, q, k, v, True, starts)
 
 
-def test_a_sequence_has_its_bits_whatever_is_beside_it():
+@pytest.mark.parametrize("products", PRODUCTS)
+def test_a_sequence_has_its_bits_whatever_is_beside_it(products):
     """Each in a batch, packed, and alone; with NaN in a neighbour."""
     lengths = ((130, 300), (1, 257), (127, 127), (66, 191))
     starts = [torch.tensor([0, *n]).cumsum(0).int() for n in zip(*lengths)]
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(int(s[-1]), h, 64, generator=g).half() for s, h in zip((*starts, starts[1]), (4, 2, 2)))
     k[starts[1][1] + 3, 1, 5] = torch.nan
-    (o, lse), _ = with_lse("sm_80", q, k, v, causal=True, cu_seqlens_q=starts[0], cu_seqlens_k=starts[1])
+    arch, dtype = ARCHES[products][0], products
+    (o, lse), _ = with_lse(arch, q, k, v, dtype=dtype, causal=True, cu_seqlens_q=starts[0], cu_seqlens_k=starts[1])
     for b in range(len(lengths)):
         rows, keys = (slice(int(s[b]), int(s[b + 1])) for s in starts)
-        (alone, alone_lse), _ = with_lse("sm_80", q[None, rows], k[None, keys], v[None, keys], causal=True)
+        (alone, alone_lse), _ = with_lse(arch, q[None, rows], k[None, keys], v[None, keys], dtype=dtype, causal=True)
         assert_equal(o[rows], alone[0], f"o of {b}")
         assert_equal(lse[:, rows].contiguous(), alone_lse[0], f"lse of {b}")
         assert bool(o[rows].isnan().any()) == (b == 1)
 
 
-def test_rows_without_keys():
+@pytest.mark.parametrize("dtype", PRODUCTS)
+def test_rows_without_keys(dtype):
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, n, 2, 64, generator=g).half() for n in (200, 150, 150))
     sinks = torch.tensor([1.5, -torch.inf])
@@ -215,26 +254,28 @@ def test_rows_without_keys():
         {"mask": torch.arange(200).ge(50).reshape(200, 1)},
         {"mask": torch.where(torch.arange(200) < 50, torch.finfo(torch.float32).min, 0.0).reshape(200, 1)},
     ):
-        (o, lse), _ = with_lse("sm_80", q, k, v, **options)
+        (o, lse), _ = with_lse(ARCHES[dtype][0], q, k, v, dtype=dtype, **options)
         assert not o[:, :50].any() and o[:, 50:].any(-1).all()
         assert lse[:, :, :50].isneginf().all() and lse[:, :, 50:].isfinite().all()
-        (o, lse), _ = with_lse("sm_80", q, k, v, sinks=sinks, **options)
+        (o, lse), _ = with_lse(ARCHES[dtype][0], q, k, v, dtype=dtype, sinks=sinks, **options)
         assert not o[:, :50].any() and o[:, 50:].any(-1).all()
         assert lse[0, 0, :50].tolist() == pytest.approx([1.5] * 50) and lse[0, 1, :50].isneginf().all()
 
 
-def test_rows_of_zeros_and_large_scores():
+@pytest.mark.parametrize("dtype", PRODUCTS)
+def test_rows_of_zeros_and_large_scores(dtype):
     """A scale of 0 times a masked score is no NaN; and a score far above its sequence's others is one whole probability."""
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 150, 2, 64, generator=g).half() for _ in range(3))
     q[0, 100] = 0
     k[0, 20, 0] = 0
     for times in (1, 100):
-        args = with_lse("sm_80", (q * times), (k * times), v, causal=True)
+        args = with_lse(ARCHES[dtype][0], (q * times), (k * times), v, dtype=dtype, causal=True)
         cases.assert_matches(*args)
 
 
-def test_a_peak_and_a_long_tail():
+@pytest.mark.parametrize("dtype", PRODUCTS)
+def test_a_peak_and_a_long_tail(dtype):
     """A key whose probability is a thousand times that of each of 4096 others leaves these what they add up to."""
     g = torch.Generator().manual_seed(0)
     q = torch.zeros(1, 1, 1, 64).half()
@@ -242,10 +283,33 @@ def test_a_peak_and_a_long_tail():
     k = torch.randn(1, 4096, 1, 64, generator=g).half() * 0.01
     k[0, 777, 0, 0] = 7.0  # times 8 and 1/8: e^7 = 1097
     v = torch.ones(1, 4096, 1, 64).half() + torch.randn(1, 4096, 1, 64, generator=g).half() * 0.1
-    (o, lse), args = with_lse("sm_80", q, k, v, rotates=False)
+    (o, lse), args = with_lse(ARCHES[dtype][0], q, k, v, rotates=False, dtype=dtype)
     cases.assert_matches((o, lse), args)
     exact = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2).double() for x in (q, k, v)))
     assert (o.double() - exact.transpose(1, 2)).norm() < 0.02 * exact.norm()
+
+
+def test_one_level_of_sums_against_two_under_the_truncating_accumulator(seed):
+    """64k values of one sign: tensor cores cut a product to 13 bits below their sum, so a sum of all keys stops growing. The
+    kernel's sums of 64 keys do not, on an accumulator that is as coarse."""
+    keys, d, columns = 65536, 32, 8
+    g = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(1, n, 1, d, generator=g).half() for n in (2, keys, keys))
+    v = v.abs() + 0.5
+    (o, _), args = with_lse("sm_89", q, k, v, dtype="fp8", truncating=True)
+    expected = reference.attention_8bit(*args)[0, :, 0].double()
+
+    def error(y):
+        return ((y.double() - expected[:, :columns]).norm() / expected[:, :columns].norm()).item()
+
+    x = reference.quantize(q[0], k[0], v[0], True, "fp8")
+    s = x.q[0] @ x.k[0].T * x.k_scale[0].T * x.q_scale[0] / d**0.5
+    p = (s - s.amax(1, keepdim=True)).exp()
+    of_products = x.v_scale[0, :, :columns] / (448 * p.sum(1, keepdim=True))
+    p8, v8 = reference.rounded(p * 448, "fp8"), x.v[0, :, :columns].T
+    one, two = (tensor_core_product(p8, v8, depth) * of_products for depth in (None, reference.BLOCK))
+    assert error(o[0, :, 0, :columns]) < 2**-10 and error(two) < 2**-10  # .0004; two's units are of rows, not of blocks
+    assert error(one) > 0.5  # .51 to .52
 
 
 def test_rows_that_are_far_apart():
@@ -262,11 +326,13 @@ def test_rows_that_are_far_apart():
         assert_equal(with_lse("sm_80", *near)[0][0], expected)
 
 
+@pytest.mark.parametrize("products", PRODUCTS)
 @pytest.mark.parametrize(("dims", "causal"), paired([(64, 64), (128, 128), (256, 256)], [True, False]))
-def test_wavefronts(dims, causal):
+def test_wavefronts(dims, causal, products):
     """Shared memory is read and written without bank conflicts."""
-    args = cases.Case((256, 512), dims, batch=1, heads=(2, 1), causal=causal, awkward=False).arguments()
-    with fp.interpret("sm_80", counters=True) as device, fp.use_backend("cuda"):
+    case = cases.Case((256, 512), dims, batch=1, heads=(2, 1), causal=causal, awkward=False, products=products)
+    args = case.arguments()
+    with fp.interpret(ARCHES[products][0], counters=True) as device, fp.use_backend("cuda"):
         dispatch.operations["attention_8bit"](*args)
     ratios = {k.kernel: k.counts.conflict_ratio for k in device.kernels()}
     assert len(ratios) == 3 and set(ratios.values()) <= {None, 1.0}

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from rotation import in_parts, whole
+from tensor_cores import tensor_core_product
 from triton_version import triton_version
 
 import forwardpass as fp
@@ -119,34 +120,6 @@ def test_quantize_is_gemm_then_quantize():
         assert_equal(got, e)
 
 
-def exponent(v, least):
-    return torch.where(v == 0, -126.0, v.abs().clamp(min=1e-300).log2().floor().clamp(min=least))
-
-
-def truncated(v, unit):
-    return (v / unit).trunc() * unit
-
-
-def tensor_core_product(a, b, promoted):
-    """a [M, K] times b [N, K] transposed as Hopper's tensor cores add, by the description of MMA-Sim (arXiv 2511.10909): 32
-    products and the accumulator are cut to 13 bits below the largest exponent among them, their sum to 13 bits below its own.
-    promoted: every 128 of K such a sum is added to one in fp32 and begins anew."""
-    a, b = a.double(), b.double()
-    a_exponent, b_exponent = exponent(a, -6), exponent(b, -6)
-    total = torch.zeros(len(a), len(b), dtype=torch.float32)
-    acc = torch.zeros_like(total, dtype=torch.float64)
-    for k in range(0, a.shape[1], 32):
-        span = slice(k, k + 32)
-        products = a[:, None, span] * b[None, :, span]
-        largest = (a_exponent[:, None, span] + b_exponent[None, :, span]).amax(-1)
-        unit = torch.exp2(torch.maximum(largest, exponent(acc, -126)) - 13)
-        acc = truncated(products, unit[..., None]).sum(-1) + truncated(acc, unit)
-        acc = truncated(acc, torch.exp2(exponent(acc, -126) - 13))
-        if promoted and (k + 32) % 128 == 0:
-            total, acc = total + acc.float(), torch.zeros_like(acc)
-    return total + acc.float()
-
-
 @pytest.mark.parametrize("case", [c for c in gemm_cases.PROMOTION_CASES if not c.blocks], ids=str)
 def test_same_signs_tell_whether_an_accumulator_is_promoted(case, seed):
     """With block scales there is no other way: each 128 of K are scaled on their own."""
@@ -154,7 +127,7 @@ def test_same_signs_tell_whether_an_accumulator_is_promoted(case, seed):
     a, b, a_scale, b_scale, bias, activation, out_dtype, *_ = args
     assert (bias, activation, out_dtype) == (None, None, torch.float32)
     scale = a_scale[:, None] * b_scale
-    y = {promoted: tensor_core_product(a, b, promoted) * scale for promoted in (True, False)}
+    y = {promoted: tensor_core_product(a, b, 128 if promoted else None) * scale for promoted in (True, False)}
     gemm_cases.assert_matches(y[True], args, truncating=True)
     with pytest.raises(AssertionError, match="differ"):
         gemm_cases.assert_matches(y[False], args, truncating=True)

@@ -150,9 +150,15 @@ def _fake_with_lse(q: Tensor, k: Tensor, v: Tensor, *options: object) -> tuple[T
 def _why_not_gpu(
     backend: str, q: Tensor, k: Tensor, v: Tensor, dtype: str | None, rotates: bool, *options: Any
 ) -> Reason | None:
-    if dtype == "fp8" and (reason := why_no_fp8(backend, gpu_capability(q.device))):
+    if dtype == "fp8" and (reason := _why_no_e4m3(backend, gpu_capability(q.device))):
         return dataclasses.replace(reason, fix='use dtype="int8", which is also nearer to exact')
     return why_not_gpu(q, k, v, *options)
+
+
+def _why_no_e4m3(backend: str, capability: tuple[int, int]) -> Reason | None:
+    if backend == "cuda" and capability == (9, 0):
+        return Reason("emulated_fp8", "this GPU is sm_90, where the FP8 mma.sync of the CUDA kernels is emulated", "")
+    return why_no_fp8(backend, capability)
 
 
 def _why_not_cpu(q: Tensor, k: Tensor, v: Tensor, dtype: str | None, *options: Any) -> Reason | None:
