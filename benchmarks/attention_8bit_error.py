@@ -167,7 +167,7 @@ ARITHMETICS = {
         _int8(Q_OF_THREAD), _int8(K_OF_THREAD), _int8(by_channel), _p_u8, rotates=True, centre=kitchens_anchor, by_block=True,
         sums_rounded=True,
     ),
-    # what the int8 above is without one of its parts
+    # what the int8 and fp8 above are without one of their parts
     "int8, not rotated": Arithmetic(_int8(by_row), _int8(by_row), _int8(by_channel), _p_u8, centre=mean, by_block=True),
     "int8, not centred": Arithmetic(_int8(by_row), _int8(by_row), _int8(by_channel), _p_u8, rotates=True, by_block=True),
     "int8, p by the row": Arithmetic(_int8(by_row), _int8(by_row), _int8(by_channel), _p_u8, rotates=True, centre=mean),
@@ -176,6 +176,10 @@ ARITHMETICS = {
     ),
     "int8, k by thread": Arithmetic(
         _int8(by_row), _int8(K_OF_THREAD), _int8(by_channel), _p_u8, rotates=True, centre=mean, by_block=True
+    ),
+    "fp8, p by the row": Arithmetic(_int8(by_row), _int8(by_row), _e4m3(by_channel), _p_e4m3, rotates=True, centre=mean),
+    "fp8, p by 128 keys": Arithmetic(
+        _int8(by_row), _int8(by_row), _e4m3(by_channel), _p_e4m3, rotates=True, centre=mean, by_block=True, block=128
     ),
     "int8 q k, fp16 p v": Arithmetic(_int8(by_row), _int8(by_row), _fp16, _p_fp16, rotates=True, centre=mean),
 }  # fmt: skip

@@ -57,7 +57,7 @@ def test_error(kind, d, backend, dtype):
     exact = attention.attention(q, k, v, *options()[2:])
     o = run((q.float(), k.float(), v.float(), *options(dtype=dtype)), False, backend)
     assert relative_error(o, exact) <= BARS[kind][dtype == "fp8"]
-    assert torch.cosine_similarity(o.double().flatten(1), exact.flatten(1), -1).min() >= 0.999
+    assert torch.cosine_similarity(o.double(), exact, -1).min() >= (0.999 if dtype == "int8" else 0.998)
 
 
 def test_outliers_need_the_rotation():
