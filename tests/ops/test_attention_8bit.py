@@ -19,8 +19,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BACKENDS = ("cpu", "reference")
 #: (backend, dtype) that there are
 PRODUCTS = (("cpu", "int8"), ("reference", "int8"), ("reference", "fp8"))
-#: of the output's norm, against float64: (int8, fp8)
+#: of the output's norm, against float64, and the worst row's cosine: (int8, fp8)
 BARS = {"normal": (0.015, 0.04), "outliers": (0.02, 0.035), "peaked": (0.026, 0.04)}
+COSINES = {"normal": (0.999, 0.998), "outliers": (0.998, 0.998), "peaked": (0.998, 0.997)}
 
 
 def run(args, lse=True, backend="cpu"):
@@ -57,7 +58,7 @@ def test_error(kind, d, backend, dtype):
     exact = attention.attention(q, k, v, *options()[2:])
     o = run((q.float(), k.float(), v.float(), *options(dtype=dtype)), False, backend)
     assert relative_error(o, exact) <= BARS[kind][dtype == "fp8"]
-    assert torch.cosine_similarity(o.double(), exact, -1).min() >= (0.999 if dtype == "int8" else 0.998)
+    assert torch.cosine_similarity(o.double(), exact, -1).min() >= COSINES[kind][dtype == "fp8"]
 
 
 def test_outliers_need_the_rotation():
