@@ -32,7 +32,7 @@ BUDGETS = {"compiled instances": 300, "compile time, core seconds": 900, "wheel,
 SHIPPED = ("80", "89", "90", "120")  # of portable files; a file of one architecture is built for that one
 COMPILE_ONLY = ("100a",)  # runs the portable files' PTX: the assembler has to accept it without a message
 # but for mma.sync of fp8 where it is emulated, on 9.0 and 10.0, which takes more registers than there are: it runs, and spills
-EMULATED = {"table_fp8_sm89.cu": ("100a",)}
+EMULATED = dict.fromkeys(("table_fp8_sm89.cu", "table_8bit_fp8_sm89.cu", "table_8bit_fp8_modified_sm89.cu"), ("100a",))
 
 # What the main loop of a kernel has to contain, by the kernel's name and architecture: patterns of opcodes, each of them. The
 # first entry that matches counts; a kernel that matches none is bound by memory and needs none.
@@ -45,6 +45,7 @@ TENSOR_CORE = [
     (r"gemm_wgmma_kernel<WgmmaConfig<Upconverted", r"", ["HGMMA"]),
     (r"gemv_kernel<i8>", r"", ["IMMA"]),
     (r"gemv_kernel", r"", ["HMMA"]),
+    (r"attention_mma_kernel<Int8AttentionConfig<AttentionInstance{dtype=e4m3", r"", ["IMMA", "QMMA"]),
     (r"attention_mma_kernel<Int8AttentionConfig", r"", ["IMMA"]),
     (r"attention_8bit", r"", ["IG?MMA", "[QH]G?MMA"]),
     (r"attention", r"", ["HG?MMA"]),
@@ -137,8 +138,9 @@ def missing_architectures(kernels: list[cubin.Kernel]) -> list[str]:
     for (source, name), arches in sorted(built.items()):
         minimum = lowest_architecture(source)
         targets = [minimum] if minimum.endswith("a") else [a for a in SHIPPED if int(a) >= int(minimum)]
-        if not minimum.endswith("a") and (ROOT / re.sub(r"_sm\d+\.cu$", "_sm90a.cu", source)).exists():
-            targets.remove("90")  # the operation has other kernels there
+        sibling = ROOT / re.sub(r"_sm\d+\.cu$", "_sm90a.cu", source)
+        if not minimum.endswith("a") and (minimum == "89" or sibling.exists()):
+            targets.remove("90")  # the operation has other kernels there, or none
         if minimum == "80":
             targets.remove("89")  # it runs the code for 8.0: ada_gates.py
         if missing := [f"sm_{a}" for a in targets if f"sm_{a}" not in arches]:
