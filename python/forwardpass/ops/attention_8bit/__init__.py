@@ -170,7 +170,10 @@ def _why_not_cpu(q: Tensor, k: Tensor, v: Tensor, dtype: str | None, *options: A
 
 
 def _operation(function: Callable[..., Any], run: Callable[..., Any], fake: Callable[..., Any]) -> Operation:
-    limits = {"cuda": functools.partial(_why_not_gpu, "cuda"), "cpu": _why_not_cpu}
+    limits: dict[str, Callable[..., Reason | None]] = {
+        "cuda": functools.partial(_why_not_gpu, "cuda"),
+        "cpu": _why_not_cpu,
+    }
     return Operation(
         function, functools.partial(_check, function.__name__), run, fake, why_not=limits, backends=("cuda", "cpu")
     )
