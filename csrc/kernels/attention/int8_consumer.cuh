@@ -59,45 +59,61 @@ struct ValueArithmetic<Dtype::e4m3> {
 };
 
 // Online softmax whose probabilities are relative to the largest of their block of keys. Values of a block are
-// multiplied by `weight` before they are added up.
+// multiplied by `weight` before they are added up. A row that has seen no key has the lowest float as its maximum,
+// which no score is below: with -inf, whose differences are NaN, each row takes four instructions more.
 template <int kTilesM, class Values>
 struct BlockSoftmax : OnlineSoftmax<kTilesM> {
-  // Turns scores s, times `scale` of their row in units of log2(e), into rounded probabilities. True: what has been
-  // added up before has first to be multiplied by `factor`; it is 1 for all rows of the warp otherwise.
-  template <int kTilesN>
-  __device__ bool update(Fragments<float, kTilesM, kTilesN>& s, const RowValues<kTilesM>& scale,
-                         RowValues<kTilesM>& factor, RowValues<kTilesM>& weight) {
-    bool grown = false;
+  using Row = RowValues<kTilesM>;
+  static constexpr float kLowest = -0x1.fffffep127f;
+
+  __device__ BlockSoftmax() {
+    each_row([&](int i, int half) { this->max[i][half] = kLowest; });
+  }
+  template <class F>
+  __device__ static void each_row(F f) {
 #pragma unroll
     for (int i = 0; i < kTilesM; ++i)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float largest = fmaxf(s[i][0][half * 2], s[i][0][half * 2 + 1]);
+      for (int half = 0; half < 2; ++half) f(i, half);
+  }
+  // Turns scores s, times `scale` of their row in units of log2(e), into rounded probabilities. Multiplies what has
+  // been added up so far, which o has too, where a maximum has grown.
+  template <int kTilesN, class Output>
+  __device__ void update(Fragments<float, kTilesM, kTilesN>& s, const Row& scale, Row& weight, Output& o) {
+    bool grown = false;
+    Row before, add;
+    each_row([&](int i, int half) {
+      float largest = fmaxf(s[i][0][half * 2], s[i][0][half * 2 + 1]);
 #pragma unroll
-        for (int j = 1; j < kTilesN; ++j) largest = fmaxf(largest, fmaxf(s[i][j][half * 2], s[i][j][half * 2 + 1]));
-        largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 1));
-        // Rounded up: no score times the scale is more, so that no probability is more than 1.
-        largest = __fmul_ru(fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 2)), scale[i][half]);
-        const float before = this->max[i][half];
-        const bool grows = largest > before + kMostGrowth;
-        const float now = grows ? largest : before, base = now == -INFINITY ? 0 : now;
-        grown |= grows;
-        this->max[i][half] = now;
-        factor[i][half] = ptx::ex2(before - base);
-        weight[i][half] = ptx::ex2(largest - base - Values::kLog2Unit);
-        const float unit = (largest == -INFINITY ? 0 : largest) - Values::kLog2Unit;
-        float add = 0;
+      for (int j = 1; j < kTilesN; ++j) largest = fmaxf(largest, fmaxf(s[i][j][half * 2], s[i][j][half * 2 + 1]));
+      largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 1));
+      largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 2));
+      // Rounded up: no score times the scale is more, so that no probability is more than 1.
+      largest = fmaxf(__fmul_ru(largest, scale[i][half]), kLowest);
+      before[i][half] = this->max[i][half];
+      const bool grows = largest > before[i][half] + kMostGrowth;
+      grown |= grows;
+      if (grows) this->max[i][half] = largest;
+      const float unit = largest - Values::kLog2Unit;
+      weight[i][half] = ptx::ex2(unit - this->max[i][half]);
 #pragma unroll
-        for (int j = 0; j < kTilesN; ++j)
+      for (int j = 0; j < kTilesN; ++j)
 #pragma unroll
-          for (int e = half * 2; e < half * 2 + 2; ++e) {
-            const float p = ptx::ex2(fmaf(s[i][j][e], scale[i][half], -unit));
-            add = j == 0 && e == half * 2 ? p : add + p;
-            s[i][j][e] = Values::round(p);
-          }
-        this->sum[i][half] = fmaf(this->sum[i][half], factor[i][half], add * weight[i][half]);
-      }
-    return __any_sync(0xffffffff, grown);
+        for (int e = half * 2; e < half * 2 + 2; ++e) {
+          const float p = ptx::ex2(fmaf(s[i][j][e], scale[i][half], -unit));
+          add[i][half] = j == 0 && e == half * 2 ? p : add[i][half] + p;
+          s[i][j][e] = Values::round(p);
+        }
+    });
+    if (__any_sync(0xffffffff, grown)) {
+      Row factor;
+      each_row([&](int i, int half) {
+        factor[i][half] = ptx::ex2(before[i][half] - this->max[i][half]);
+        this->sum[i][half] *= factor[i][half];
+      });
+      rescale(o, factor);
+    }
+    each_row([&](int i, int half) { this->sum[i][half] = fmaf(add[i][half], weight[i][half], this->sum[i][half]); });
   }
 };
 
@@ -226,9 +242,9 @@ struct Int8AttentionConsumer {
       Modifiers{p, tile, first_row(), vectors}(scores, mask, key);
     }
     if (masked) RowBounds<Scores>(p, tile, first_row())(scores, key);
-    Row factor, weight, one;
+    Row weight, one;
     each_row([&](int i, int half) { one[i][half] = 1; });
-    if (sums.update(scores, kModified ? one : scale, factor, weight)) rescale(o, factor);
+    sums.update(scores, kModified ? one : scale, weight, o);
     uint32_t packed[Config::kN / 32][kTilesM][4];
     pack_bytes(packed, scores);
     pv(packed, stage, weight);
