@@ -263,6 +263,18 @@ def test_rows_without_keys(dtype):
 
 
 @pytest.mark.parametrize("dtype", PRODUCTS)
+def test_rows_far_below_zero(dtype):
+    """Scores of -2.3e38 are nearly the lowest float in units of log2(e), with which maxima begin; they are scores nevertheless."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, n, 2, 64, generator=g).half() for n in (40, 150, 150))
+    mask = torch.zeros(40, 150)
+    mask[:10], mask[10:20, :100], mask[20:30, 70:] = -2.3e38, -torch.inf, -2.3e38
+    (o, lse), args = with_lse(ARCHES[dtype][0], q, k, v, dtype=dtype, mask=mask)
+    cases.assert_matches((o, lse), args)
+    torch.testing.assert_close(o[0, 0].float(), v[0].float().mean(0), atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", PRODUCTS)
 def test_rows_of_zeros_and_large_scores(dtype):
     """A scale of 0 times a masked score is no NaN; and a score far above its sequence's others is one whole probability."""
     g = torch.Generator().manual_seed(0)
