@@ -1,6 +1,6 @@
-// attention_8bit's operands in 8 bits, as the kernels of a library write them: its entry points, called with a workspace
-// that the caller has, and where in that workspace they are. Contiguous q [batch, rows, heads, head_dim], k and v; or
-// packed sequences, which begin where cu_seqlens say, batch of them.
+// attention_8bit's operands in 8 bits, as the kernels of a library write them: its entry points, called with a
+// workspace that the caller has, and where in that workspace they are. Contiguous q [batch, rows, heads, head_dim], k
+// and v; or packed sequences, which begin where cu_seqlens say, batch of them.
 #include "kernels/attention/int8_operands.h"
 
 #include <dlfcn.h>
