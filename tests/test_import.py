@@ -17,14 +17,15 @@ def python(code, **kwargs):
 
 
 def test_costs_less_than_three_tenths_of_a_second_and_no_cuda():
+    """Of a core: other tests run beside it, and the least of several is what it costs."""
     code = """
 import time, torch
-before = time.perf_counter()
+before = time.process_time()
 import forwardpass
-took = time.perf_counter() - before
+took = time.process_time() - before
 print(took, torch.cuda.is_initialized())
 """
-    for _ in range(10):  # other tests run beside it: the least is what it costs
+    for _ in range(5):
         took, initialized = python(code).split()
         assert initialized == "False"
         if float(took) < 0.3:
