@@ -9,6 +9,7 @@ from small_models import transformers
 from torch import nn
 
 import forwardpass as fp
+from forwardpass.proofs.code import Reach
 
 peft = pytest.importorskip("peft")
 
@@ -82,6 +83,13 @@ def test_the_layer_below_is_swapped_and_the_adapter_goes_on():
     fp.restore(model)
     assert torch.equal(logits(model), before)
     assert model.merge_and_unload() is not None
+
+
+def test_packages_that_know_no_modules_are_not_looked_through():
+    """Peft's code leads to sympy's, whose 8,000 functions took a second of each swap."""
+    functions = Reach(adapted())._references[1]
+    packages = {f.__globals__["__name__"].partition(".")[0] for f, _ in functions}
+    assert "peft" in packages and not packages & {"sympy", "mpmath", "huggingface_hub"}
 
 
 def test_several_adapters_and_one_that_is_added_after():

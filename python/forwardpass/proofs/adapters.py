@@ -65,6 +65,7 @@ def _only_calls(cls: type, must: bool) -> bool:
         method = definition(function.__code__)
         if method is None:
             return False
+        self_name = self_of(method)
         calls_made = [x for x in ast.walk(method) if isinstance(x, ast.Call)]
         called = {id(x.func) for x in calls_made}
         to_helpers = (x.args for x in calls_made if isinstance(x.func, ast.Attribute) and x.func.attr == "forward")
@@ -78,7 +79,7 @@ def _only_calls(cls: type, must: bool) -> bool:
                 if id(x) not in called:
                     return False
                 calls += 1
-            elif is_attribute_of(x, self_of(method)):
+            elif is_attribute_of(x, self_name):
                 todo.append(str(word))
     return calls > 0 or not must
 

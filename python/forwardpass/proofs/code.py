@@ -32,6 +32,12 @@ _NAMELESS = frozenset({
     "children", "modules", "named_children", "named_modules", "get_submodule", "_modules", "__dict__", "vars", "attrgetter",
     "__getattr__", "__getattribute__", "eval", "exec",
 })  # fmt: skip
+#: Packages that transformers, peft and torch import, and that know nothing of modules. To look through sympy, which peft's code leads
+#: to, took a second of a swap.
+_KNOW_NO_MODULES = frozenset({
+    "httpx", "httpx2", "huggingface_hub", "jinja2", "mpmath", "networkx", "numpy", "packaging", "PIL", "regex", "requests",
+    "safetensors", "scipy", "sympy", "tokenizers", "tqdm", "yaml",
+})  # fmt: skip
 #: Of the standard library: what holds others' objects. Others (loggers, locks) hold none of a model's.
 _HOLDERS = {"builtins", "collections", "functools", "types"}
 #: Objects that are looked at before a model counts as too large to prove anything about.
@@ -64,6 +70,7 @@ def _only_calls(module: str) -> bool:
     return (
         generic(module)
         or package in ("torch", "forwardpass", "sentence_transformers")
+        or package in _KNOW_NO_MODULES
         or package in sys.stdlib_module_names
     )
 
