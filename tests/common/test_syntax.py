@@ -58,7 +58,9 @@ def test_it_is_what_inspect_finds(module):
 
 def test_a_module_is_parsed_once(module, monkeypatch):
     parse, parsed = ast.parse, []
-    monkeypatch.setattr(ast, "parse", lambda source, *args, **kwargs: parsed.append(source) or parse(source, *args, **kwargs))
+    monkeypatch.setattr(
+        ast, "parse", lambda source, *args, **kwargs: parsed.append(source) or parse(source, *args, **kwargs)
+    )
     syntax._classes.cache_clear()
     for cls in (module.First, module.Decorated, module.Tried):
         syntax.source_of_class(cls)

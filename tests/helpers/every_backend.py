@@ -3,7 +3,7 @@
 import contextlib
 
 import pytest
-from rotation import in_parts
+from rotation import in_parts, number
 
 import forwardpass as fp
 from forwardpass.testing import poisoned_outputs
@@ -19,6 +19,35 @@ EVERY_BACKEND = (
     ("triton", "sm_80"),
     ("triton", "sm_90a"),
 )
+
+
+def not_in_turn(arch, architectures=("sm_80", "sm_90a")):
+    """Marks of a test of Triton: slow on every second architecture, which those are follows from the commit. Most of what such a
+    test takes is to compile its kernel for an architecture. The tests of one operation run on each of them all the same."""
+    digit = number() // 7919  # which says nothing of the remainders that choose parts
+    return [pytest.mark.slow] * ((architectures.index(arch) + digit) % 2)
+
+
+def in_turn_of_triton(backends=EVERY_BACKEND):
+    """Parameters (backend, arch)."""
+    return [
+        pytest.param(backend, arch, id=f"{backend}-{arch}", marks=not_in_turn(arch) if backend == "triton" else ())
+        for backend, arch in backends
+    ]
+
+
+def cuda_and_triton(params, architectures, at=0):
+    """Parameters (implementation, *values) of those of a test, whose value at `at` is an architecture."""
+    return [
+        pytest.param(
+            implementation,
+            *p.values,
+            id=None if p.id is None else f"{implementation}-{p.id}",
+            marks=(*p.marks, *(not_in_turn(p.values[at], architectures) if implementation == "triton" else ())),
+        )
+        for implementation in ("cuda", "triton")
+        for p in params
+    ]
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import re
 
 import pytest
 import torch
-from every_backend import OF_TRITON, on_each
+from every_backend import OF_TRITON, cuda_and_triton, on_each
 from rotation import paired, whole
 
 import forwardpass as fp
@@ -92,15 +92,19 @@ def test_fp8_kernel_with_exact_sums(case, name, implementation, arch):
     check(name, case, implementation, arch, 0, truncating=False)
 
 
-@pytest.mark.parametrize("implementation", ["cuda", "triton"])
-@pytest.mark.parametrize(("case", "arch"), on_each(("sm_89", "sm_90a"), fp8_gemm.PROMOTION_CASES, 2))
+@pytest.mark.parametrize(
+    ("implementation", "case", "arch"),
+    cuda_and_triton(on_each(("sm_89", "sm_90a"), fp8_gemm.PROMOTION_CASES, 2), ("sm_89", "sm_90a"), at=1),
+)
 def test_sums_are_promoted(case, arch, implementation, seed):
     """Of one sign, 512 and 4096 deep: without promotion they are out of bounds, as tests/ops/test_fp8_gemm.py shows."""
     check("fp8_gemm", case, implementation, arch, seed, truncating=True)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize(("arch", "w_dtype"), paired(ARCHITECTURES, (torch.int8, E4M3)))
+@pytest.mark.parametrize(
+    ("implementation", "arch", "w_dtype"),
+    cuda_and_triton(paired(ARCHITECTURES, (torch.int8, E4M3)), ARCHITECTURES),
+)
 def test_weights_are_upconverted_exactly(w_dtype, implementation, arch, seed):
     """All 256 in each byte of a word, NaN and denormals included, which no random weight is."""
     codes = torch.arange(-128, 128, dtype=torch.int8)
@@ -118,8 +122,10 @@ def test_weights_are_upconverted_exactly(w_dtype, implementation, arch, seed):
     assert device.findings == []
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize(("arch", "name"), paired(ARCHITECTURES, ("int8_gemm", "fp8_gemm", "w8a16_gemm")))
+@pytest.mark.parametrize(
+    ("implementation", "arch", "name"),
+    cuda_and_triton(paired(ARCHITECTURES, ("int8_gemm", "fp8_gemm", "w8a16_gemm")), ARCHITECTURES),
+)
 def test_rows_may_be_one_and_the_same(name, implementation, arch):
     """An operand of stride 0, which `expand` makes."""
     dtype = {"int8_gemm": torch.int8, "fp8_gemm": E4M3, "w8a16_gemm": torch.bfloat16}[name]

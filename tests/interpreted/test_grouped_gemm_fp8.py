@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from every_backend import OF_TRITON, on_each
+from every_backend import OF_TRITON, cuda_and_triton, on_each
 from rotation import paired
 
 import forwardpass as fp
@@ -47,8 +47,10 @@ def test_kernel(case, implementation, arch, seed):
     cases.assert_matches(got, args, truncating=True)
 
 
-@pytest.mark.parametrize(("case", "arch"), on_each(ARCHITECTURES[:2], cases.PROMOTION_CASES, 2))
-@pytest.mark.parametrize("implementation", ["cuda", "triton"])
+@pytest.mark.parametrize(
+    ("implementation", "case", "arch"),
+    cuda_and_triton(on_each(ARCHITECTURES[:2], cases.PROMOTION_CASES, 2), ARCHITECTURES, at=1),
+)
 def test_sums_are_promoted(case, implementation, arch, seed):
     args = case.arguments(seed=seed)
     cases.assert_matches(interpreted(args, arch, implementation, seed)[0], args, truncating=True)
@@ -69,8 +71,10 @@ def test_bits_are_those_of_fp8_gemm(arch, blocks, seed):
         assert_equal(got[where], alone)
 
 
-@pytest.mark.parametrize(("kind", "arch"), paired(["fp8", "fp8_block"], ARCHITECTURES[:2]))
-@pytest.mark.parametrize("implementation", ["cuda", "triton"])
+@pytest.mark.parametrize(
+    ("implementation", "kind", "arch"),
+    cuda_and_triton(paired(["fp8", "fp8_block"], ARCHITECTURES[:2]), ARCHITECTURES, at=1),
+)
 @torch.inference_mode()
 def test_a_module_of_experts(implementation, arch, kind, seed):
     """Its operations take what those before them give: rows in the order of experts, scales of groups, a gated product."""

@@ -7,12 +7,12 @@ import pytest
 import torch
 from cpu_tiers import ATTENTION, GEMMS, attention_8bit
 from processes import fork, two_threads
-from rotation import A_QUARTER, in_turn
+from rotation import in_turn
 
 TIERS = torch.ops.forwardpass._cpu_tiers().split(",")
 
 
-@pytest.mark.parametrize("parts", A_QUARTER)
+@pytest.mark.parametrize("parts", [8, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("tier", TIERS)
 def test_every_tier(tier, parts):
     checks = (*GEMMS, *ATTENTION) if tier in ("baseline", "avx2", "avx512") else (*GEMMS, attention_8bit)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from every_backend import EVERY_BACKEND, running
+from every_backend import in_turn_of_triton, running
 from processes import fork, two_threads
 from rotation import in_parts, in_turn, whole
 
@@ -57,7 +57,7 @@ def test_accumulators_are_exact_at_the_greatest_depth():
     assert torch.equal(y, exact.float())
 
 
-@pytest.mark.parametrize(("backend", "arch"), EVERY_BACKEND, ids=str)
+@pytest.mark.parametrize(("backend", "arch"), in_turn_of_triton())
 @pytest.mark.parametrize("zero_point", [None, 127])
 def test_sums_at_the_greatest_depth(backend, arch, zero_point):
     """Of -128 times -128, and with a zero point -255 times -128: one product more and, without one, int32 wraps."""

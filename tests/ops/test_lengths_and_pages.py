@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 import torch
-from every_backend import EVERY_BACKEND, running
+from every_backend import EVERY_BACKEND, in_turn_of_triton, not_in_turn, running
 from rotation import in_parts
 
 import forwardpass as fp
@@ -102,10 +102,12 @@ def lost_rows(wrong):
 
 
 def on_backends(cases):
-    """Every numbered case on each backend; of a GPU's two architectures on one, and in the slow tests on the other."""
+    """Every numbered case on each backend; of a GPU's two architectures on one, and in the slow tests on the other. Of Triton's two
+    the slow tests have one whole."""
     for backend, arch in EVERY_BACKEND:
         shift = EVERY_BACKEND.index((backend, arch)) % 2
-        yield from in_parts(enumerate(cases), 2 if arch else 1, backend, arch, shift=shift)
+        marks = not_in_turn(arch) if backend == "triton" else ()
+        yield from in_parts(enumerate(cases), 2 if arch else 1, backend, arch, shift=shift, marks=marks)
 
 
 MANY = tuple(range(56))
@@ -212,7 +214,7 @@ def append_one_by_one(args, lost):
             )  # fmt: skip
 
 
-@pytest.mark.parametrize(("backend", "arch"), EVERY_BACKEND, ids=str)
+@pytest.mark.parametrize(("backend", "arch"), in_turn_of_triton())
 def test_a_dropped_token_shows_in_the_next_step(backend, arch):
     """By the same lengths and table, also where append_kv returns nothing."""
     k, q = torch.randn(3, 1, 2, 64).half(), torch.randn(3, 1, 4, 64).half()

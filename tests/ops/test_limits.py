@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from every_backend import not_in_turn
 from limits import LIMITS, NAN, PAGE, REFUSED, RIGHT, written
 from matching import cases_of, check
 from rotation import in_parts, whole
@@ -24,6 +25,8 @@ def cells(limits):
         archs = ARCHITECTURES if backend in ("cuda", "triton") else (None,)
         for shift, arch in enumerate(archs):
             marks = [pytest.mark.interpreted] * (arch is not None)
+            if backend == "triton":
+                marks += not_in_turn(arch, ARCHITECTURES)
             quick, slow = ([x for x in limits if x.op == op and x.slow == is_slow] for is_slow in (False, True))
             yield from in_parts(quick, len(archs), backend, arch, label=op, shift=shift, marks=marks)
             if slow:

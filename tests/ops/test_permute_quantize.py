@@ -3,7 +3,7 @@
 import pytest
 import torch
 from every_backend import in_triton, interpreted, on_cuda
-from rotation import in_parts, whole
+from rotation import in_parts, paired, whole
 
 import forwardpass as fp
 from forwardpass.ops.common.experts import MOST_EXPERTS
@@ -137,8 +137,7 @@ def test_triton_reads_choices_as_often_whatever_the_experts():
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize("experts", [1, 31, 32, 200])
-@pytest.mark.parametrize("most", [2, 3, 1024])
+@pytest.mark.parametrize(("experts", "most"), paired([1, 31, 32, 200], [2, 3, 1024]))
 def test_triton_of_several_slices(experts, most, monkeypatch):
     """One of few choices, the last one not full, and slices of several blocks."""
     triton_kernel = pytest.importorskip("forwardpass.ops.permute_quantize.triton_kernel")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from every_backend import EVERY_BACKEND, running
+from every_backend import in_turn_of_triton, running
 
 import forwardpass as fp
 from forwardpass.dispatch import operations
@@ -35,10 +35,11 @@ NO_CPU = ("fp8_gemm", "fp8_linear")
 
 def runs():
     for name in OPERATIONS:
-        for backend, arch in EVERY_BACKEND:
+        for param in in_turn_of_triton():
+            backend, arch = param.values
             if name in NO_CPU and (backend == "cpu" or arch == "sm_80"):
                 continue
-            yield name, backend, arch
+            yield pytest.param(name, backend, arch, marks=param.marks)
 
 
 @pytest.mark.parametrize(("name", "backend", "arch"), list(runs()))

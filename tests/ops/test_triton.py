@@ -18,7 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy
 import pytest
 import torch
-from every_backend import on_each
+from every_backend import not_in_turn, on_each
 from rotation import in_parts
 from triton_version import triton_version
 
@@ -259,9 +259,10 @@ COMPILED = {
 }
 
 
-def in_turn_for(architectures, cases, parts, *values):
-    """Of sm_89 all is slow, whose PTX is sm_80's but for what has e4m3."""
-    return on_each(architectures, cases, parts, *values, slow=(89,))
+def in_turn_for(architectures, cases, parts, *values, all_of=()):
+    """Of sm_89 all is slow, whose PTX is sm_80's but for what has e4m3, and of sm_80 or sm_90, whichever the commit says."""
+    slow = [arch for arch in (80, 90) if not_in_turn(arch, (80, 90))]
+    return on_each(architectures, cases, parts, *values, slow=(*slow, *({89} - {*all_of})))
 
 
 @pytest.mark.parametrize(
@@ -304,12 +305,12 @@ GEMMS = list(dict.fromkeys(name for name, _ in COMPILED_GEMMS))
     [
         p
         for name in GEMMS
-        for p in on_each(
+        for p in in_turn_for(
             ARCHITECTURES,
             [case for n, case in COMPILED_GEMMS if n == name],
             4,
             name,
-            slow=() if name.startswith("fp8") else (89,),
+            all_of=(89,) if name.startswith("fp8") else (),
         )
     ],
 )

@@ -6,8 +6,9 @@ import dataclasses
 
 import pytest
 import torch
-from every_backend import EVERY_BACKEND, running
+from every_backend import EVERY_BACKEND, in_turn_of_triton, running
 from processes import fork, two_threads
+from rotation import paired
 
 from forwardpass import dispatch
 from forwardpass.ops.attention import cases
@@ -98,7 +99,7 @@ def check(wrong, args, right):
             assert_equal(lse[:, rows].contiguous(), whole_lse[:, rows].contiguous(), f"lse of {b}")
 
 
-@pytest.mark.parametrize(("backend", "arch"), EVERY_BACKEND, ids=str)
+@pytest.mark.parametrize(("backend", "arch"), in_turn_of_triton())
 @pytest.mark.parametrize(("index", "wrong"), list(enumerate(WRONG)), ids=str)
 def test_rows_that_they_concern_are_nan(index, wrong, backend, arch):
     args, right = arguments(wrong, index)
@@ -118,10 +119,10 @@ def test_of_each_tile(dims, modified, arch):
             check(wrong, args, right)
 
 
-@pytest.mark.parametrize(("backend", "arch"), EVERY_BACKEND, ids=str)
-@pytest.mark.parametrize("sequences", [127, 128, 129, 300])
-def test_of_many_sequences(sequences, backend, arch):
+@pytest.mark.parametrize(("sequences", "backend"), paired([127, 128, 129, 300], EVERY_BACKEND))
+def test_of_many_sequences(sequences, backend):
     """The first wrong number is any thread's, and of either."""
+    backend, arch = backend
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2 * sequences, 1, 32, generator=g).half() for _ in range(3))
     right = torch.arange(sequences + 1, dtype=torch.int32) * 2
@@ -136,7 +137,7 @@ def test_of_many_sequences(sequences, backend, arch):
         assert o[: 2 * known].isfinite().all() and lse[:, : 2 * known].isfinite().all()
 
 
-@pytest.mark.parametrize(("backend", "arch"), EVERY_BACKEND, ids=str)
+@pytest.mark.parametrize(("backend", "arch"), in_turn_of_triton())
 def test_of_nothing(backend, arch):
     """No sequences, and no keys."""
     q, x = torch.randn(40, 2, 64).half(), torch.randn(0, 2, 64).half()

@@ -3,7 +3,7 @@ all others are right. Nobody waits for the device to see that; FORWARDPASS_DEBUG
 
 import pytest
 import torch
-from every_backend import EVERY_BACKEND, interpreted
+from every_backend import EVERY_BACKEND, in_turn_of_triton, interpreted
 from processes import fork, two_threads
 
 import forwardpass as fp
@@ -51,7 +51,7 @@ def with_ends(args, ends, at):
 
 
 @pytest.mark.parametrize("op", ["int8_grouped_gemm", "fp8_grouped_gemm", "w8a16_grouped_gemm"])
-@pytest.mark.parametrize(("backend", "arch"), BACKENDS)
+@pytest.mark.parametrize(("backend", "arch"), in_turn_of_triton(BACKENDS))
 def test_rows_that_they_concern_are_nan(op, backend, arch, seed):
     if op == "fp8_grouped_gemm" and (backend == "cpu" or arch == "sm_80"):
         pytest.skip("it has no e4m3")

@@ -24,8 +24,8 @@ def tree_of(source: str) -> ast.Module:
 
 
 def source_of_class(cls: Any) -> str:
-    """As inspect.getsource, and raises OSError and TypeError as it does. Before Python 3.13 that parses a module again for each class
-    of it, 10 to 150 ms; here a module is parsed once."""
+    """As inspect.getsource, and raises OSError and TypeError as it does. Before Python 3.13 that parses a module anew for each of
+    its classes, which takes 10 to 150 ms; here it is parsed once."""
     file = getattr(sys.modules.get(cls.__module__), "__file__", None)
     lines = linecache.getlines(file) if isinstance(file, str) else []
     with _PARSING:
@@ -36,7 +36,7 @@ def source_of_class(cls: Any) -> str:
 @lru_cache(maxsize=64)
 def _classes(source: str) -> dict[str, tuple[int, int] | None]:
     """The first and the last line of each class of a module, by its qualified name; None where it has two of that name."""
-    found: dict[str, tuple[int, int] | None] = {}
+    classes: dict[str, tuple[int, int] | None] = {}
     try:
         todo: list[tuple[str, ast.AST]] = [("", ast.parse(source))]
     except SyntaxError:
@@ -47,13 +47,13 @@ def _classes(source: str) -> dict[str, tuple[int, int] | None]:
             if isinstance(node, ast.ClassDef):
                 name = prefix + node.name
                 first = min(x.lineno for x in (node, *node.decorator_list))
-                found[name] = None if name in found else (first, node.end_lineno or first)
+                classes[name] = None if name in classes else (first, node.end_lineno or first)
                 todo.append((f"{name}.", node))
             elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 todo.append((f"{prefix}{node.name}.<locals>.", node))
             else:
                 todo.append((prefix, node))
-    return found
+    return classes
 
 
 def _statements(node: ast.AST) -> Iterator[ast.AST]:

@@ -11,6 +11,7 @@ import ast
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -98,6 +99,7 @@ def _fusible(module: nn.Module) -> str | None:
 # ---- the code of the module that holds both
 
 
+@lru_cache(maxsize=4096)  # of layer after layer of a class
 def called_behind(methods: tuple[Function, ...], name: str) -> str | None:
     """The member that forward calls on what `self.<name>` gives, and neither anywhere else in these methods."""
     forwards = [m for m in methods if isinstance(m, ast.FunctionDef) and m.name == "forward"]

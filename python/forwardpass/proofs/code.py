@@ -32,8 +32,8 @@ _NAMELESS = frozenset({
     "children", "modules", "named_children", "named_modules", "get_submodule", "_modules", "__dict__", "vars", "attrgetter",
     "__getattr__", "__getattribute__", "eval", "exec",
 })  # fmt: skip
-#: Packages that transformers, peft and torch import, and that know nothing of modules. To look through sympy, which peft's code leads
-#: to, took a second of a swap.
+#: Packages that transformers, peft and torch import, and that know nothing of modules. Peft's code leads to sympy, and to look
+#: through that took a second of a swap.
 _KNOW_NO_MODULES = frozenset({
     "httpx", "httpx2", "huggingface_hub", "jinja2", "mpmath", "networkx", "numpy", "packaging", "PIL", "regex", "requests",
     "safetensors", "scipy", "sympy", "tokenizers", "tqdm", "yaml",
@@ -243,6 +243,7 @@ def _is_another(name: ast.expr, names: Collection[str]) -> bool:
     return False
 
 
+@lru_cache(maxsize=4096)  # asked of each statement of a method, it looks through all of them
 def self_of(node: Function) -> str | None:
     """The name of a method's first parameter, where it is never bound to something else."""
     arguments = [*node.args.posonlyargs, *node.args.args]
