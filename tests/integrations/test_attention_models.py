@@ -1,6 +1,7 @@
 """Models of transformers with swapped attention beside their own eager attention, as outputs and as they generate."""
 
 import copy
+import dataclasses
 import importlib.util
 import pathlib
 from contextlib import ExitStack, contextmanager
@@ -417,15 +418,34 @@ def test_code_that_asks_for_an_implementation_by_name():
         assert huggingface.asks_for_a_name(type(build(name, ATTENTION)).__module__) is None
 
 
-def test_without_an_interface_for_masks(monkeypatch):
+def without_masks(monkeypatch):
     from transformers import masking_utils
 
     monkeypatch.delattr(masking_utils, "AttentionMaskInterface")
+
+
+def with_caches_of_another_name(monkeypatch):
+    """As in 5.23."""
+    from transformers import modeling_outputs
+
+    named = dataclasses.make_dataclass("CausalLMOutputWithPast", ["logits", "past_key_values"])
+    monkeypatch.setattr(modeling_outputs, "CausalLMOutputWithPast", named)
+
+
+@pytest.mark.parametrize(
+    ("older", "text"),
+    [
+        (without_masks, "no interface for attention and its masks"),
+        (with_caches_of_another_name, "take their cache by another name than `cache`"),
+    ],
+)
+def test_versions_of_transformers_that_are_not_known(older, text, monkeypatch):
+    older(monkeypatch)
     huggingface.register.cache_clear()
     try:
         with pytest.warns(UserWarning, match="no layer is swapped"):
             report = fp.swap(build("llama", ATTENTION), attention=True)
         reason = next(s.reason for s in report.skipped if s.fqn.endswith("self_attn"))
-        assert reason.code == "transformers" and "no interface for attention and its masks" in reason.text
+        assert reason.code == "transformers" and text in reason.text
     finally:
         huggingface.register.cache_clear()

@@ -8,6 +8,7 @@ checkpoint names is run: no pickle, no remote code, no kernel of a hub.
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import pathlib
 import re
@@ -20,6 +21,7 @@ import torch
 from torch import nn
 
 from ..common.exchange import put_in_place
+from ..common.extras import pip_install
 from ..common.files import read_json
 from ..common.quiet import quiet_libraries
 from ..common.tensor_files import TensorFiles
@@ -198,8 +200,13 @@ def load(stored: StoredCheckpoint, device: torch.device) -> nn.Module:
     try:
         import transformers
         import transformers.core_model_loading
-    except ImportError:
-        raise ImportError("this checkpoint needs transformers 5: pip install 'transformers>=5'") from None
+        from transformers.quantizers.base import HfQuantizer
+
+        known = "model" in inspect.signature(HfQuantizer.update_weight_conversions).parameters
+    except (ImportError, AttributeError):
+        known = False
+    if not known:
+        raise ImportError(f"this checkpoint needs transformers 5.24 or later: {pip_install('hf')}")
 
     folder = stored.folder
     content = {k: v for k, v in stored.config.items() if k not in ("quantization_config", "auto_map")}

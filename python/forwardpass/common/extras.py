@@ -7,7 +7,7 @@ import shlex
 
 PACKAGES = {
     "triton": ("triton>=3.6",),
-    "hf": ("transformers>=4.50", "safetensors>=0.4"),
+    "hf": ("transformers>=5.24", "safetensors>=0.4"),
     "cli": ("typer>=0.12", "rich>=13", "matplotlib>=3.8"),
     "generate": ("gguf>=0.10", "accelerate>=1.0"),
 }

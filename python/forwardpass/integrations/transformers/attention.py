@@ -6,6 +6,7 @@ swapped, and goes with the module into copies and pickles. transformers is impor
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import importlib.util
@@ -95,10 +96,14 @@ def register() -> Reason | None:
         interface = type(functions)
         parameters = inspect.signature(_sdpa_mask).parameters
         mask_interface = masks.AttentionMaskInterface
+        outputs = importlib.import_module("transformers.modeling_outputs").CausalLMOutputWithPast
     except (ImportError, AttributeError) as e:
         return Reason("transformers", f"transformers {version} has no interface for attention and its masks ({e})", fix)
     if not {"q_length", "q_offset", "local_size", "allow_is_causal_skip"} <= set(parameters):
         return Reason("transformers", f"transformers {version} makes masks another way than is known here", fix)
+    if "cache" not in {field.name for field in dataclasses.fields(outputs)}:  # 5.23: other tokens in continuous batching
+        text = f"models of transformers {version} take their cache by another name than `cache`, which is known here"
+        return Reason("transformers", text, fix)
     _interface = functions
     for name in NAMES:
         interface.register(name, _attention)
