@@ -1,7 +1,8 @@
 """The Triton kernels without a GPU: run by Triton's interpreter, and compiled for every architecture.
 
-Each in a process of its own, as TRITON_INTERPRET is read when triton is first imported. The interpreter computes with
-numpy: sums go in another order than on a GPU, and it does not round to bf16 as a GPU does, so no case here needs that.
+Each in a process of its own: TRITON_INTERPRET is read when triton is first imported, and what only compiles puts another driver into
+Triton. The interpreter computes with numpy: sums go in another order than on a GPU, and it does not round to bf16 as a GPU does, so
+no case here needs that.
 """
 
 import dataclasses
@@ -144,6 +145,7 @@ def start_compiling():
         compiled.append(original(self, *args, **kwargs))
         return compiled[-1]
 
+    torch.set_num_threads(1)  # a fork has none of the threads that OpenMP waits for
     original, JITFunction.run = JITFunction.run, launch
     backends["nvidia"] = Backend(PtxCompiler, backends["nvidia"].driver)
     driver.set_active(Driver())
@@ -176,19 +178,19 @@ def compile_for(architecture, name, case):
     return ptx, int(re.search(r"STACK:(\d+)", usage)[1])
 
 
-def process(start):
-    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=start)
+def process(start, method):
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context(method), initializer=start)
 
 
 @pytest.fixture(scope="module")
 def interpreter():
-    with process(start_interpreting) as pool:
+    with process(start_interpreting, "spawn") as pool:
         yield pool
 
 
 @pytest.fixture(scope="module")
 def compiler():
-    with process(start_compiling) as pool:
+    with process(start_compiling, "fork") as pool:  # which has imported what it needs
         yield pool
 
 
