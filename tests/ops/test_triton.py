@@ -1,7 +1,7 @@
 """The Triton kernels without a GPU: run by Triton's interpreter, and compiled for every architecture.
 
-Each in a process of its own: TRITON_INTERPRET is read when triton is first imported, and what only compiles puts another driver into
-Triton. The interpreter computes with numpy: sums go in another order than on a GPU, and it does not round to bf16 as a GPU does, so
+Each in a process of its own: TRITON_INTERPRET is read when triton is first imported, and what only compiles gives Triton another
+driver. The interpreter computes with numpy: sums go in another order than on a GPU, and it does not round to bf16 as a GPU does, so
 no case here needs that.
 """
 
