@@ -85,6 +85,15 @@ def test_an_input_that_changes_between_two_calls(block):
     assert (after - before).norm() < 0.02 * before.norm()
 
 
+@pytest.mark.skipif(torch.cuda.is_initialized(), reason="CUDA is seeded at once")
+def test_runs_leave_no_seeds_for_later():
+    """As torch.manual_seed does: a text of the whole stack for each call, until CUDA is first used."""
+    model = type("Model", (Tokens,), {"Block": Honest})().eval()
+    before = len(torch.cuda._queued_calls)
+    fp.swap(model, "w8a16", include="**")
+    assert len(torch.cuda._queued_calls) == before
+
+
 def test_what_is_proven_is_made():
     report, before, after = swapped(Honest)
     assert report.joined == [("block.a", "block.b")] and not report.apart

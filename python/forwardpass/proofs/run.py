@@ -153,9 +153,16 @@ def _tried(model: nn.Module, call: Call) -> list[Output] | None:
 
 
 def _outputs(model: nn.Module, call: Call) -> list[Output]:
-    torch.manual_seed(0)
+    _seed()
     with _as_it_was(model):
         return call.outputs(model)
+
+
+def _seed() -> None:
+    """As torch.manual_seed(0), which formats the stack three times a call and keeps the texts until CUDA, MTIA and XPU are used."""
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(0)
 
 
 def _error(outputs: Sequence[Output], expected: Sequence[Output]) -> Error:
