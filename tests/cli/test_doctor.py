@@ -1,5 +1,6 @@
 """`forwardpass doctor`: what works here, what does not, and why."""
 
+import importlib
 import json
 import pathlib
 
@@ -61,7 +62,9 @@ def test_doctor_knows_what_can_be_interpreted(examined):
     assert console.describe_interpreter({"problem": "it is missing; reinstall"}) == "none: it is missing; reinstall"
 
 
-def test_doctor_table():
+def test_doctor_table(examined, monkeypatch):
+    command = importlib.import_module("forwardpass.cli.commands.doctor")
+    monkeypatch.setattr(command, "examine", lambda: examined)  # once is enough
     result = run("doctor")
     assert result.exit_code == 0
     lines = result.stdout.splitlines()

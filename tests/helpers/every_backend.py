@@ -21,11 +21,11 @@ EVERY_BACKEND = (
 )
 
 
-def not_in_turn(arch, architectures=("sm_80", "sm_90a")):
-    """Marks of a test of Triton: slow on every second architecture, which those are follows from the commit. Most of what such a
-    test takes is to compile its kernel for an architecture. The tests of one operation run on each of them all the same."""
+def not_in_turn(arch, architectures=("sm_80", "sm_90a"), every=2):
+    """Marks of a test of Triton: slow, but for one in `every` architectures, which those are follows from the commit. Most of what
+    such a test takes is to compile its kernel for an architecture. The tests of one operation run on each of them all the same."""
     digit = number() // 7919  # which says nothing of the remainders that choose parts
-    return [pytest.mark.slow] * ((architectures.index(arch) + digit) % 2)
+    return [pytest.mark.slow] * ((architectures.index(arch) + digit) % every > 0)
 
 
 def in_turn_of_triton(backends=EVERY_BACKEND):

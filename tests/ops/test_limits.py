@@ -26,7 +26,7 @@ def cells(limits):
         for shift, arch in enumerate(archs):
             marks = [pytest.mark.interpreted] * (arch is not None)
             if backend == "triton":
-                marks += not_in_turn(arch, ARCHITECTURES)
+                marks += not_in_turn(arch, ARCHITECTURES, every=4)
             quick, slow = ([x for x in limits if x.op == op and x.slow == is_slow] for is_slow in (False, True))
             yield from in_parts(quick, len(archs), backend, arch, label=op, shift=shift, marks=marks)
             if slow:
