@@ -333,6 +333,58 @@ def test_values_that_are_read_from_parameters(cls, stays):
     assert off(model, floats) < 0.03
 
 
+class OfAClass(Plain):
+    def forward(self, states):
+        states = self.up(states) if isinstance(self.up, nn.Linear) else -states.repeat(1, 1, 2)
+        return self.down(self.act(states))
+
+
+class OfAClassInALoop(Plain):
+    def forward(self, states):
+        for layer in (self.up, self.act, self.down):
+            states = layer(states) if type(layer) is nn.Linear else 2 * layer(states)
+        return states
+
+
+class OfAClassInAMethod(Plain):
+    def forward(self, states):
+        return self.step(self.down, self.act(self.step(self.up, states)))
+
+    def step(self, layer, states):
+        return layer(states) * (2 if issubclass(layer.__class__, (nn.Conv1d, nn.Linear)) else 3)
+
+
+class OfAClassBelow(OfAClass):
+    def forward(self, states):
+        return 2 * super().forward(states)
+
+
+class OfAnother(Plain):
+    def forward(self, states):
+        return super().forward(states) * (
+            2 if isinstance(self.down, nn.Module) and isinstance(states, torch.Tensor) else 3
+        )
+
+
+@pytest.mark.parametrize(
+    ("cls", "stays"),
+    [
+        (OfAClass, ["up"]),
+        (OfAClassInALoop, ["up", "down"]),
+        (OfAClassInAMethod, ["up", "down"]),
+        (OfAClassBelow, ["up"]),
+        (OfAnother, []),
+    ],
+)
+def test_layers_of_which_code_asks_the_class(cls, stays):
+    """A quantised layer is no nn.Linear: code that asks would go another way."""
+    floats = Model(cls).eval()
+    model = copy.deepcopy(floats)
+    report = fp.swap(model, "w8a16", include="**")
+    assert [s.fqn for s in report.skipped if s.reason.code == "class_read"] == [f"block.{n}" for n in stays]
+    assert off(model, floats) < 0.03
+
+
 def test_a_product_is_read_from_the_forward_that_is_there_now():
     """It was kept by the class."""
     floats, model, _ = built(Siblings)

@@ -46,7 +46,7 @@ def _classes(source: str) -> dict[str, tuple[int, int] | None]:
         for node in _statements(parent):
             if isinstance(node, ast.ClassDef):
                 name = prefix + node.name
-                first = min(x.lineno for x in (node, *node.decorator_list))
+                first = min([node.lineno, *(x.lineno for x in node.decorator_list)])
                 classes[name] = None if name in classes else (first, node.end_lineno or first)
                 todo.append((f"{name}.", node))
             elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):

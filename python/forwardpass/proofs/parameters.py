@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from functools import lru_cache
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -50,20 +51,32 @@ def values_read(cls: type[nn.Module]) -> tuple[Read, ...]:
 
 @lru_cache(maxsize=1024)
 def _values_read(cls: Any, forward: FunctionType) -> tuple[Read, ...]:
-    reads, todo, visited = [], [forward], set()
+    reads: list[Read] = []
+    for function in called_by(cls, forward):
+        walks = not _WALKS.isdisjoint(mentioned(function.__code__))
+        if walks and (node := definition(function.__code__)) is not None:
+            reads += _reads(node)
+    return tuple(reads)
+
+
+def called_by(cls: Any, forward: FunctionType) -> Iterator[FunctionType]:
+    """The forward of a class, the methods that it names, and those that they name; with super(), those that the class derives
+    from."""
+    todo, visited = [forward], set()
     while todo:
         function = todo.pop()
         if function in visited:
             continue
         visited.add(function)
+        yield function
         names = mentioned(function.__code__)
+        if "super" in names:
+            inherited = (vars(base).get(function.__name__) for base in cls.__mro__ if not generic(base.__module__))
+            todo += (f for f in inherited if isinstance(f, FunctionType))
         for name in names:
             method = getattr(cls, name, None)
             if isinstance(method, FunctionType) and not hasattr(nn.Module, name):
                 todo.append(method)
-        if not _WALKS.isdisjoint(names) and (node := definition(function.__code__)) is not None:
-            reads += _reads(node)
-    return tuple(reads)
 
 
 def _reads(method: Any) -> list[Read]:
@@ -71,7 +84,7 @@ def _reads(method: Any) -> list[Read]:
     self_name = self_of(method)
     walks = (x for x in ast.walk(method) if isinstance(x, ast.Call) and getattr(x.func, "attr", None) in _WALKS)
     return [
-        Read(_path(x.func.value, self_name), _words(parents[id(x)]))  # type: ignore[attr-defined]
+        Read(path_of(x.func.value, self_name), _words(parents[id(x)]))  # type: ignore[attr-defined]
         for x in walks
         if not _only_asks(x, parents, method)
     ]
@@ -92,7 +105,7 @@ def _words(loop: ast.AST) -> tuple[str, ...]:
     return tuple(x.value for x in nodes if isinstance(x, ast.Constant) and isinstance(x.value, str))
 
 
-def _path(node: ast.expr, self_name: str | None) -> tuple[str, ...]:
+def path_of(node: ast.expr, self_name: str | None) -> tuple[str, ...]:
     """("layer", "0") of self.layer[0]; what is not of names alone is all that the module has."""
     names: list[str] = []
     while True:

@@ -36,6 +36,7 @@ from ..nn.experts import experts_operation, is_experts
 from ..nn.layer import has_other_forward, is_linear
 from ..ops.common.quantized_rows import FLOATS
 from ..proofs.adapters import BASE, reads_base
+from ..proofs.classes import classes_asked
 from ..proofs.parameters import values_read
 from ..proofs.walker import Leaf
 from .precision import STORED, Precision, Presets
@@ -331,6 +332,15 @@ def parameters_read(leaf: Leaf, context: Context, precision: Precision) -> Findi
     return None
 
 
+def class_read(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
+    names = (*(name for name, _ in leaf.ancestors[1:]), leaf.name)
+    for i, (_, module) in enumerate(leaf.ancestors):
+        if any(names[i:][: len(path)] == path for path in classes_asked(type(module))):
+            return (f"the forward of {type(module).__name__} asks whether it is a Linear, and a quantised layer is none",
+                    "have it call the layer whatever its class is")  # fmt: skip
+    return None
+
+
 @lru_cache(maxsize=256)
 def _forward_source(forward: Callable[..., Any]) -> str:
     try:
@@ -374,12 +384,12 @@ _OF_SPEED = (too_small, no_int8_instructions)
 _FIRST = (uninitialized, dotted)
 _DEFAULT = (lm_head, moe_router, too_small, no_int8_instructions)
 #: Of what a Linear has alone, or of what it is called by.
-_OF_LINEARS = (lm_head, moe_router, parametrized, subclass, weight_read, parameters_read)
+_OF_LINEARS = (lm_head, moe_router, parametrized, subclass, weight_read, parameters_read, class_read)
 #: Of what is quantised here: a layer that holds 8 bits already is taken over as it is.
 _OF_FLOATS = (*_DEFAULT, subclass, tensor_class, dtype, not_finite)
 #: The last one reads the weight.
 _MODEL = (shared, adapter, parametrized, subclass, tensor_class, offloaded, meta, hooks, tied,
-          weight_read, parameters_read, dtype, not_finite)  # fmt: skip
+          weight_read, parameters_read, class_read, dtype, not_finite)  # fmt: skip
 _KINDS = (("user", _USER), ("model", _FIRST), ("default", _DEFAULT), ("model", _MODEL))
 RULES = tuple(Rule(kind, ask) for kind, rules in _KINDS for ask in rules)
 KINDS = {rule.code: rule.kind for rule in RULES} | {

@@ -101,7 +101,9 @@ def register() -> Reason | None:
         return Reason("transformers", f"transformers {version} has no interface for attention and its masks ({e})", fix)
     if not {"q_length", "q_offset", "local_size", "allow_is_causal_skip"} <= set(parameters):
         return Reason("transformers", f"transformers {version} makes masks another way than is known here", fix)
-    if "cache" not in {field.name for field in dataclasses.fields(outputs)}:  # 5.23: other tokens in continuous batching
+    if "cache" not in {
+        field.name for field in dataclasses.fields(outputs)
+    }:  # 5.23: other tokens in continuous batching
         text = f"models of transformers {version} take their cache by another name than `cache`, which is known here"
         return Reason("transformers", text, fix)
     _interface = functions

@@ -1,0 +1,84 @@
+"""Which code asks for the class of a layer: that of a quantised one is another, and the code would go another way."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from functools import lru_cache
+from types import FunctionType
+from typing import Any
+
+from torch import nn
+
+from ..common.syntax import mentioned
+from .code import definition, generic, self_of
+from .parameters import called_by, path_of
+
+#: Of layers that are replaced.
+_CLASSES = frozenset({"Linear", "Conv1D"})
+_QUESTIONS = frozenset({"isinstance", "issubclass", "type", "__class__"})
+
+
+def classes_asked(cls: type[nn.Module]) -> tuple[tuple[str, ...], ...]:
+    """Names from a module of a class on, to what its forward, or a method that it calls, asks whether it is a Linear; () where that
+    may be anything below the module."""
+    function = cls.forward
+    return () if generic(cls.__module__) or not isinstance(function, FunctionType) else _asked(cls, function)  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=1024)
+def _asked(cls: Any, forward: FunctionType) -> tuple[tuple[str, ...], ...]:
+    paths: list[tuple[str, ...]] = []
+    for function in called_by(cls, forward):
+        names = mentioned(function.__code__)
+        if _CLASSES.isdisjoint(names) or _QUESTIONS.isdisjoint(names):
+            continue
+        if (node := definition(function.__code__)) is not None:
+            self_name = self_of(node)
+            paths += (_resolved(subject, node, self_name) for subject in _subjects(node))
+    return tuple(paths)
+
+
+def _subjects(method: ast.AST) -> Iterator[ast.expr]:
+    """The x of `isinstance(x, nn.Linear)`, `type(x) is nn.Linear` and `x.__class__ == nn.Linear`."""
+    for node in ast.walk(method):
+        match node:
+            case ast.Call(func=ast.Name(id="isinstance"), args=[subject, classes]) if _names_a_layer(classes):
+                yield subject
+            case ast.Call(func=ast.Name(id="issubclass"), args=[asked, classes]) if _names_a_layer(classes):
+                yield _instance_of(asked)
+            case ast.Compare(left=asked, comparators=classes) if any(map(_names_a_layer, classes)):
+                yield _instance_of(asked)
+
+
+def _names_a_layer(classes: ast.expr) -> bool:
+    words = (getattr(x, "id", getattr(x, "attr", None)) for x in ast.walk(classes))
+    return not _CLASSES.isdisjoint(words)
+
+
+def _instance_of(asked: ast.expr) -> ast.expr:
+    """The x of `type(x)` and `x.__class__`."""
+    match asked:
+        case ast.Call(func=ast.Name(id="type"), args=[subject]) | ast.Attribute(value=subject, attr="__class__"):
+            return subject
+    return asked
+
+
+def _resolved(subject: ast.expr, method: ast.AST, self_name: str | None) -> tuple[str, ...]:
+    """The names that lead to it; where it is the variable of a loop, to what the loop is over."""
+    if isinstance(subject, ast.Name):
+        for node in ast.walk(method):
+            if isinstance(node, ast.For | ast.comprehension) and subject.id in (
+                x.id for x in ast.walk(node.target) if isinstance(x, ast.Name)
+            ):
+                return path_of(_looped_over(node.iter), self_name)
+    return path_of(subject, self_name)
+
+
+def _looped_over(node: ast.expr) -> ast.expr:
+    match node:
+        case ast.Call(func=ast.Name(id="enumerate" | "reversed" | "list" | "tuple"), args=[inner, *_]):
+            return _looped_over(inner)
+        case ast.Call(func=ast.Attribute(value=inner, attr="children" | "modules" | "values")):
+            return inner
+    return node
