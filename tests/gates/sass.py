@@ -24,7 +24,7 @@ class Instruction:
     opcode: str  # with its modifiers
     operands: str
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         return self.opcode.partition(".")[0]
 
@@ -80,7 +80,7 @@ class Loop:
     nops: int = 0
     edge: tuple[int, int] = (0, 0)  # the back edge: its target and where it begins
 
-    @property
+    @functools.cached_property
     def mma(self) -> collections.Counter:
         """Tensor-core instructions by opcode and modifiers."""
         return collections.Counter(i.opcode for i in self.instructions if MMA.match(i.opcode))
@@ -89,7 +89,7 @@ class Loop:
     def loads(self) -> collections.Counter:
         return collections.Counter(i.opcode for i in self.instructions if GLOBAL_LOAD.match(i.opcode))
 
-    @property
+    @functools.cached_property
     def loaded_bytes(self) -> int:
         return sum(i.loaded_bytes for i in self.instructions)
 
@@ -264,7 +264,7 @@ class Function:
                 figures.append((int(released.operands, 0), max((x.registers for x in behind), default=0)))
         return figures
 
-    @property
+    @functools.cached_property
     def main_loop(self) -> Loop | None:
         """The steady state: of the innermost loops with tensor-core instructions the one with the most of them, and of
         several (a masked one beside an unmasked one) the shortest; where none has any, the same by bytes of global loads."""
@@ -283,10 +283,10 @@ def functions(text: str) -> dict[str, Function]:
         name, _, code = section.partition(":\n")
         instructions, labels = [], {}
         for line in code.splitlines():
-            if label := LABEL.match(line):
-                labels[label[1]] = len(instructions)
-            elif i := INSTRUCTION.match(line):
+            if i := INSTRUCTION.match(line):
                 instructions.append(Instruction(*i.groups()))
+            elif label := LABEL.match(line):
+                labels[label[1]] = len(instructions)
             elif re.match(r"\s+/\*[0-9a-f]{4,}\*/", line):
                 raise ValueError(f"not understood as an instruction: {line.strip()}")
         if not instructions:
