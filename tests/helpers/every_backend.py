@@ -36,14 +36,14 @@ def in_turn_of_triton(backends=EVERY_BACKEND):
     ]
 
 
-def cuda_and_triton(params, architectures, at=0):
-    """Parameters (implementation, *values) of those of a test, whose value at `at` is an architecture."""
+def cuda_and_triton(params, architectures, at=0, every=2):
+    """Parameters (implementation, *values) of those of a test, whose value at `at` is an architecture, or what else is in turn."""
     return [
         pytest.param(
             implementation,
             *p.values,
             id=None if p.id is None else f"{implementation}-{p.id}",
-            marks=(*p.marks, *(not_in_turn(p.values[at], architectures) if implementation == "triton" else ())),
+            marks=(*p.marks, *(not_in_turn(p.values[at], architectures, every) if implementation == "triton" else ())),
         )
         for implementation in ("cuda", "triton")
         for p in params

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from every_backend import cuda_and_triton
 from rotation import paired
 from small_models import batch, build
 
@@ -34,9 +35,11 @@ def models(name):
     return minilm() if name == "minilm" else (build(name), batch(name))
 
 
-@pytest.mark.parametrize("implementation", ["cuda", "triton"])
-@pytest.mark.parametrize(("name", "precision"), paired(["bert", "llama", "minilm"], PRECISIONS))
-def test_swapped(name, precision, implementation):
+@pytest.mark.parametrize(
+    ("implementation", "name", "precision"),
+    cuda_and_triton(paired(["bert", "llama", "minilm"], PRECISIONS), ["bert", "llama", "minilm"], every=3),
+)
+def test_swapped(implementation, name, precision):
     dtype, operation, most = PRECISIONS[precision]
     if implementation not in dispatch.operations[operation].compiled:
         pytest.skip(f"{operation} has no {implementation} kernel")

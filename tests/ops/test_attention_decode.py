@@ -7,7 +7,7 @@ import functools
 
 import pytest
 import torch
-from every_backend import EVERY_BACKEND, in_triton, on_cuda, running
+from every_backend import EVERY_BACKEND, in_triton, in_turn_of_triton, on_cuda, running
 from processes import fork, two_threads
 from rotation import in_parts, paired, whole
 
@@ -283,7 +283,7 @@ def widened(args, columns):
 
 
 @pytest.mark.parametrize("page", [None, 16])
-@pytest.mark.parametrize(("backend", "arch"), ON_GPUS, ids=str)
+@pytest.mark.parametrize(("backend", "arch"), in_turn_of_triton(ON_GPUS))
 def test_a_batch_invariant_row_of_a_gpu_is_that_of_its_own(backend, arch, page, monkeypatch):
     """In a cache of any size: sequences of one part, of parts of the least size, and of larger ones. Also where a batch has more
     rows than the second kernel gives a block each."""
