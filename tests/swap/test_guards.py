@@ -354,6 +354,19 @@ class OfAClassInAMethod(Plain):
         return layer(states) * (2 if issubclass(layer.__class__, (nn.Conv1d, nn.Linear)) else 3)
 
 
+LINEARS = (nn.Linear, nn.Bilinear)
+
+
+class OfAClassInATuple(Plain):
+    def forward(self, states):
+        return super().forward(states) * (2 if isinstance(self.down, LINEARS) else 3)
+
+
+class OfAClassByItsName(Plain):
+    def forward(self, states):
+        return super().forward(states) * (2 if type(self.up).__name__ in ("Linear", "Conv1D") else 3)
+
+
 class OfAClassBelow(OfAClass):
     def forward(self, states):
         return 2 * super().forward(states)
@@ -372,6 +385,8 @@ class OfAnother(Plain):
         (OfAClass, ["up"]),
         (OfAClassInALoop, ["up", "down"]),
         (OfAClassInAMethod, ["up", "down"]),
+        (OfAClassInATuple, ["down"]),
+        (OfAClassByItsName, ["up"]),
         (OfAClassBelow, ["up"]),
         (OfAnother, []),
     ],

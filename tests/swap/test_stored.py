@@ -179,6 +179,16 @@ def test_sharded(tmp_path):
     assert torch.equal(*(outputs(fp.load_pretrained(tmp_path / n), X) for n in ("one", "three")))
 
 
+def test_a_version_of_transformers_that_cannot_read_them(tmp_path, monkeypatch):
+    """Of 5.20 the method has another signature."""
+    from transformers.quantizers.base import HfQuantizer
+
+    write(tmp_path, "int8_token")
+    monkeypatch.setattr(HfQuantizer, "update_weight_conversions", lambda self, weight_conversions: weight_conversions)
+    with pytest.raises(ImportError, match=r"needs transformers 5\.24 or later: pip install"):
+        fp.load_pretrained(tmp_path)
+
+
 @torch.inference_mode()
 def test_tied_and_generating(tmp_path):
     write(tmp_path, "int8_token", llama(tie_word_embeddings=True))

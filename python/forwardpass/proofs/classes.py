@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from functools import lru_cache
-from types import FunctionType
+from types import FunctionType, UnionType
 from typing import Any
 
 from torch import nn
@@ -17,6 +17,8 @@ from .parameters import called_by, path_of
 #: Of layers that are replaced.
 _CLASSES = frozenset({"Linear", "Conv1D"})
 _QUESTIONS = frozenset({"isinstance", "issubclass", "type", "__class__"})
+#: What is asked of a class instead of itself.
+_NAMES = ("__name__", "__qualname__")
 
 
 def classes_asked(cls: type[nn.Module]) -> tuple[tuple[str, ...], ...]:
@@ -30,35 +32,50 @@ def classes_asked(cls: type[nn.Module]) -> tuple[tuple[str, ...], ...]:
 def _asked(cls: Any, forward: FunctionType) -> tuple[tuple[str, ...], ...]:
     paths: list[tuple[str, ...]] = []
     for function in called_by(cls, forward):
-        names = mentioned(function.__code__)
-        if _CLASSES.isdisjoint(names) or _QUESTIONS.isdisjoint(names):
+        if _QUESTIONS.isdisjoint(mentioned(function.__code__)) or not (words := _words(function)):
             continue
         if (node := definition(function.__code__)) is not None:
             self_name = self_of(node)
-            paths += (_resolved(subject, node, self_name) for subject in _subjects(node))
+            paths += (_resolved(subject, node, self_name) for subject in _subjects(node, words))
     return tuple(paths)
 
 
-def _subjects(method: ast.AST) -> Iterator[ast.expr]:
-    """The x of `isinstance(x, nn.Linear)`, `type(x) is nn.Linear` and `x.__class__ == nn.Linear`."""
+def _words(function: FunctionType) -> set[str]:
+    """Of the names and texts in a function, those of layers' classes, and of globals that are one or several of them."""
+    code = function.__code__
+    texts = {x for constant in code.co_consts for x in (constant if isinstance(constant, tuple) else (constant,))}
+    named = {name for name in mentioned(code) if _is_a_layers(function.__globals__.get(name))}
+    return named | (_CLASSES & (mentioned(code) | texts))
+
+
+def _is_a_layers(value: Any) -> bool:
+    """Whether it is nn.Linear, or a tuple or a union with it."""
+    classes = value if isinstance(value, tuple) else value.__args__ if isinstance(value, UnionType) else (value,)
+    return any(x is nn.Linear for x in classes)
+
+
+def _subjects(method: ast.AST, words: set[str]) -> Iterator[ast.expr]:
+    """The x of `isinstance(x, nn.Linear)`, `type(x) is nn.Linear` and `x.__class__.__name__ == "Linear"`."""
+
+    def names_a_layer(classes: ast.expr) -> bool:
+        mentions = (getattr(x, field, None) for x in ast.walk(classes) for field in ("id", "attr", "value"))
+        return any(word in words for word in mentions if isinstance(word, str))
+
     for node in ast.walk(method):
         match node:
-            case ast.Call(func=ast.Name(id="isinstance"), args=[subject, classes]) if _names_a_layer(classes):
+            case ast.Call(func=ast.Name(id="isinstance"), args=[subject, classes]) if names_a_layer(classes):
                 yield subject
-            case ast.Call(func=ast.Name(id="issubclass"), args=[asked, classes]) if _names_a_layer(classes):
+            case ast.Call(func=ast.Name(id="issubclass"), args=[asked, classes]) if names_a_layer(classes):
                 yield _instance_of(asked)
-            case ast.Compare(left=asked, comparators=classes) if any(map(_names_a_layer, classes)):
+            case ast.Compare(left=asked, comparators=classes) if any(map(names_a_layer, classes)):
                 yield _instance_of(asked)
-
-
-def _names_a_layer(classes: ast.expr) -> bool:
-    words = (getattr(x, "id", getattr(x, "attr", None)) for x in ast.walk(classes))
-    return not _CLASSES.isdisjoint(words)
 
 
 def _instance_of(asked: ast.expr) -> ast.expr:
-    """The x of `type(x)` and `x.__class__`."""
+    """The x of `type(x)` and `x.__class__`, and of their names."""
     match asked:
+        case ast.Attribute(value=of, attr=attribute) if attribute in _NAMES:
+            return _instance_of(of)
         case ast.Call(func=ast.Name(id="type"), args=[subject]) | ast.Attribute(value=subject, attr="__class__"):
             return subject
     return asked

@@ -96,14 +96,12 @@ def register() -> Reason | None:
         interface = type(functions)
         parameters = inspect.signature(_sdpa_mask).parameters
         mask_interface = masks.AttentionMaskInterface
-        outputs = importlib.import_module("transformers.modeling_outputs").CausalLMOutputWithPast
+        outputs = dataclasses.fields(importlib.import_module("transformers.modeling_outputs").CausalLMOutputWithPast)
     except (ImportError, AttributeError) as e:
         return Reason("transformers", f"transformers {version} has no interface for attention and its masks ({e})", fix)
     if not {"q_length", "q_offset", "local_size", "allow_is_causal_skip"} <= set(parameters):
         return Reason("transformers", f"transformers {version} makes masks another way than is known here", fix)
-    if "cache" not in {
-        field.name for field in dataclasses.fields(outputs)
-    }:  # 5.23: other tokens in continuous batching
+    if "cache" not in {x.name for x in outputs}:  # up to 5.23, where continuous batching gave other tokens
         text = f"models of transformers {version} take their cache by another name than `cache`, which is known here"
         return Reason("transformers", text, fix)
     _interface = functions
