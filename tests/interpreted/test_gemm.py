@@ -10,7 +10,7 @@ import re
 
 import pytest
 import torch
-from every_backend import OF_TRITON, cuda_and_triton, on_each
+from every_backend import OF_TRITON, cuda_and_triton, not_in_turn, on_each
 from rotation import paired, whole
 
 import forwardpass as fp
@@ -70,7 +70,10 @@ def launches():
     for name in MODULES:
         of_cuda, of_triton = ([c for c in cases[name] if not is_refused(name, c)] for cases in (CASES, FEW_KERNELS))
         yield from on_each(ARCHITECTURES, of_cuda, 8, name, "cuda")
-        yield from on_each(ARCHITECTURES, of_triton, OF_TRITON, name, "triton", slow=() if name in FP8 else ("sm_89",))
+        # of sm_89, where all but what has e4m3 is sm_80's code, and of sm_120 one in turn
+        slow = [arch for arch in ("sm_89", "sm_120") if not_in_turn(arch, ("sm_89", "sm_120"))]
+        slow = slow if name in FP8 else ["sm_89", *slow]
+        yield from on_each(ARCHITECTURES, of_triton, OF_TRITON, name, "triton", slow=slow)
         refused = [c for c in {**dict.fromkeys(CASES[name]), **dict.fromkeys(FEW_KERNELS[name])} if is_refused(name, c)]
         rest = [c for c in of_cuda if c not in of_triton]
         for arch in ARCHITECTURES:

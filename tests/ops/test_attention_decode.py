@@ -97,7 +97,7 @@ def to_the_letter(case, backend, arch):
     return False if (backend, arch) == ("triton", "sm_90a") and case.value_dim else None
 
 
-@pytest.mark.parametrize(("case", "arch"), in_triton(ON_GPU, 16))
+@pytest.mark.parametrize(("case", "arch"), in_triton(ON_GPU, 32))
 def test_triton(case, arch, seed):
     args, got = interpreted(case, arch, seed)
     cases.assert_matches(got, args)
