@@ -41,7 +41,7 @@ def _asked(cls: Any, forward: FunctionType) -> tuple[tuple[str, ...], ...]:
 
 
 def _words(function: FunctionType) -> set[str]:
-    """Of the names and texts in a function, those of layers' classes, and of globals that are one or several of them."""
+    """Names and texts in a function that are those of layers' classes, or of globals that are one or several of them."""
     code = function.__code__
     texts = {x for constant in code.co_consts for x in (constant if isinstance(constant, tuple) else (constant,))}
     named = {name for name in mentioned(code) if _is_a_layers(function.__globals__.get(name))}
@@ -74,8 +74,8 @@ def _subjects(method: ast.AST, words: set[str]) -> Iterator[ast.expr]:
 def _instance_of(asked: ast.expr) -> ast.expr:
     """The x of `type(x)` and `x.__class__`, and of their names."""
     match asked:
-        case ast.Attribute(value=of, attr=attribute) if attribute in _NAMES:
-            return _instance_of(of)
+        case ast.Attribute(value=inner, attr=attribute) if attribute in _NAMES:
+            return _instance_of(inner)
         case ast.Call(func=ast.Name(id="type"), args=[subject]) | ast.Attribute(value=subject, attr="__class__"):
             return subject
     return asked
