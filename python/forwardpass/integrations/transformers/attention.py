@@ -101,7 +101,7 @@ def register() -> Reason | None:
         return Reason("transformers", f"transformers {version} has no interface for attention and its masks ({e})", fix)
     if not {"q_length", "q_offset", "local_size", "allow_is_causal_skip"} <= set(parameters):
         return Reason("transformers", f"transformers {version} makes masks another way than is known here", fix)
-    if "cache" not in {x.name for x in outputs}:  # up to 5.23, where continuous batching gave other tokens
+    if "cache" not in {x.name for x in outputs}:  # up to 5.23; with 5.20 continuous batching gave other tokens
         text = f"models of transformers {version} take their cache by another name than `cache`, which is known here"
         return Reason("transformers", text, fix)
     _interface = functions
