@@ -188,8 +188,8 @@ def test_attention_alone_and_wrong_choices():
     before = objects(model)
     assert set(codes(fp.swap(model, attention=True, dry_run=True)).values()) == {"no_precision"}
     for choice, words in [
-        ("int8", "not written yet"),
-        ("yes", "attention is one of 'auto', True, False, not 'yes'"),
+        ("int4", "attention is one of"),
+        ("yes", "attention is one of 'auto', True, False, 'int8'.*, not 'yes'"),
         (1, "attention is one of"),
         (None, "attention is one of"),
     ]:
@@ -209,7 +209,8 @@ def test_report_and_plan():
     assert "4 layers, 1 attention module swapped" in str(report)
     assert "layers.0.self_attn  MultiheadAttention  torch" in str(report)
     content = json.loads(json.dumps(report.to_json(), allow_nan=False))
-    assert content["attention"] == [{"fqn": "layers.0.self_attn", "module": "MultiheadAttention", "before": "torch"}]
+    of_the_first = {"fqn": "layers.0.self_attn", "module": "MultiheadAttention", "before": "torch", "bits": None}
+    assert content["attention"] == [of_the_first]
     with torch.no_grad():
         expected = model(x, src_key_padding_mask=padding)
     again = encoder()

@@ -41,7 +41,7 @@ from .load import decide_changes, empty_layers, put_changes
 from .record import EARLIER, checked, renamed, weights_of
 
 _QUANTIZERS = "transformers.quantizers.auto"
-_ENTRIES = ("schema", "forwardpass", "weights", "layers", "attention", "unpad", "kv_cache", "aliases")
+_ENTRIES = ("schema", "forwardpass", "weights", "layers", "attention", "unpad", "kv_cache", "attention_8bit", "aliases")
 _NO_MODEL = {"class": "", "attention": None, "config": None, "generation_config": None}
 _FIX = "load it with fp.load_pretrained, or save it again"
 
@@ -264,5 +264,8 @@ def _below(
         if layer["fqn"].startswith(prefix)
     ]
     attention = [name.removeprefix(prefix) for name in record["attention"] if name.startswith(prefix)]
+    in_8_bits = [
+        {**x, "fqn": x["fqn"].removeprefix(prefix)} for x in record["attention_8bit"] if x["fqn"].startswith(prefix)
+    ]
     shapes = {name.removeprefix(prefix): shape for name, shape in shapes.items()}
-    return {**record, "layers": layers, "attention": attention}, shapes
+    return {**record, "layers": layers, "attention": attention, "attention_8bit": in_8_bits}, shapes

@@ -19,6 +19,7 @@ from ..formats import comfyui
 from ..integrations import sentence_transformers as sentences
 from ..integrations.transformers import model_config
 from ..nn import Experts, QuantizedLinear, QuantizedModule
+from ..nn.eight_bits import EightBits
 from ..nn.experts import experts_sizes
 from ..nn.mlp import quantised_layers
 from ..proofs.siblings import JoinedSwap
@@ -28,6 +29,7 @@ from ..swap.attention.kv_cache import CacheDecision, CacheSwap, decide_kv_cache
 from ..swap.attention.modules import AttentionDecision, AttentionSwap, decide_attention
 from ..swap.attention.projections import Projections
 from ..swap.attention.unpadding import UnpaddingDecision, UnpaddingSwap, decide_unpadding
+from ..swap.plan import attention_8bit_of
 from ..swap.precision import modules
 from ..swap.rules import Context
 from . import stored as stored_checkpoint
@@ -267,7 +269,8 @@ def decide_changes(model: nn.Module, layers: list[Leaf], record: Mapping[str, An
     """What a record says of attention, padding and caches."""
     try:
         context = Context(model)
-        attention = decide_attention(context, True, record["attention"])
+        bits = {x.fqn: EightBits(x.dtype, x.crossover) for x in attention_8bit_of(record)}
+        attention = decide_attention(context, True, record["attention"], bits=bits)
         unpadding = decide_unpadding(context, layers, attention, True, record["unpad"])
         return attention, unpadding, decide_kv_cache(model, attention, record["kv_cache"])
     except ValueError as e:

@@ -13,7 +13,7 @@ from ..common.files import read_json
 from ..common.forms import OneOf, misfit
 from ..integrations import sentence_transformers as sentences
 from ..integrations.transformers.kv_scales import KV_CACHES
-from ..swap.plan import UNPAD
+from ..swap.plan import ATTENTION_8BIT, UNPAD
 from ..swap.precision import modules
 from .folder import (
     RECORD,
@@ -34,6 +34,7 @@ _FORM = {
     "attention": [str],
     "unpad": OneOf(None, *UNPAD),
     "kv_cache": OneOf(None, *KV_CACHES),
+    "attention_8bit": [ATTENTION_8BIT],
     "aliases": {"*": str},
     "around": dict | None,
 }
@@ -81,7 +82,8 @@ def read_record(folder: pathlib.Path) -> dict[str, Any]:
 
 def checked(content: Mapping[str, Any], path: str | pathlib.Path) -> dict[str, Any]:
     """A record with every entry of the type that `save_pretrained` writes. Raises ValueError, which names its place."""
-    record = {"unpad": None, "kv_cache": None, "around": None, **content}  # older ones do not say
+    older = {"unpad": None, "kv_cache": None, "attention_8bit": [], "around": None}  # which these do not say
+    record = {**older, **content}
     if record.get("schema") not in (SCHEMA, EARLIER):
         raise ValueError(
             f"{path} has the schema {str(record.get('schema'))[:60]!r}, and this version reads {SCHEMA!r}: {FIX}"

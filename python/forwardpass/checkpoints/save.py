@@ -19,7 +19,7 @@ from ..integrations.transformers import model_config
 from ..nn import QuantizedModule
 from ..swap import keras_layers, originals
 from ..swap.attention.kv_cache import kv_cache_of
-from ..swap.attention.modules import implementation_before
+from ..swap.attention.modules import bits_of, implementation_before
 from ..swap.attention.unpadding import unpads
 from ..swap.methods.saving import register_save
 from ..version import __version__
@@ -135,6 +135,7 @@ def write(
         "attention": originals.swapped_attention(model),
         "unpad": unpads(model),
         "kv_cache": kv_cache_of(model),
+        "attention_8bit": [{"fqn": fqn, **vars(bits)} for fqn, bits in bits_of(model).items()],
         "aliases": aliases,
         "around": around,
     }  # fmt: skip

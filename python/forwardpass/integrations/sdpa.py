@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..dispatch import Reason
-from ..dispatch.calls import Calls, counted, decline, take
+from ..dispatch.calls import Calls, counted, decline
+from ..nn.eight_bits import EightBits, attend
 from ..ops.attention import ATTENTION
+from ..ops.attention_8bit import DTYPES
 from ..ops.common.quantized_rows import FLOATS
 from . import heads_first
 
@@ -26,8 +28,8 @@ _WITHIN = Reason(
 
 
 @contextmanager
-def sdpa() -> Iterator[Calls]:
-    """Within the block and this thread, `F.scaled_dot_product_attention` runs on `fp.ops.attention`.
+def sdpa(attention: str | bool = True, *, crossover: int | None = None) -> Iterator[Calls]:
+    """Within the block and this thread, `F.scaled_dot_product_attention` runs on `fp.ops.attention`, or in 8 bits.
 
     For models that call it themselves: timm, diffusers, plain torch. Every argument is translated exactly (is_causal, which is
     top-left in torch, attn_mask, scale, enable_gqa, autocast), or the call is left to torch, with a reason: dropout_p, an input
@@ -39,19 +41,30 @@ def sdpa() -> Iterator[Calls]:
 
     Every call of torch within the block passes by Python, which is about a microsecond each; compiled code pays nothing.
 
+    Args:
+        attention: True: in the dtype of the operands. "int8": calls of enough rows and keys run on `fp.ops.attention_8bit`.
+        crossover: how many those are, as `fp.Config` has it.
+
     Yields:
         Calls: how many ran the kernel, and how many fell back for which reason. `print` it.
     """
-    with counted(Calls()) as calls, _Mode():
+    bits = None if attention is True else EightBits(attention, crossover)  # type: ignore[arg-type]  # which it refuses
+    if bits is None and crossover is not None:
+        raise ValueError(f"crossover={crossover} is for attention in 8 bits: pass sdpa({DTYPES[0]!r}, crossover={crossover})")
+    with counted(Calls()) as calls, _Mode(bits):
         yield calls
 
 
 class _Mode(TorchFunctionMode):
+    def __init__(self, bits: EightBits | None) -> None:
+        super().__init__()
+        self.bits = bits
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         if func is F.scaled_dot_product_attention:
-            return _attention(func, *args, **(kwargs or {}))
+            return _attention(func, self.bits, *args, **(kwargs or {}))
         if func is F.multi_head_attention_forward:
             decline("multi_head_attention_forward", _WITHIN)
         elif func is Tensor.unflatten and torch.compiler.is_compiling():
@@ -61,6 +74,7 @@ class _Mode(TorchFunctionMode):
 
 def _attention(
     torch_attention: Callable[..., Tensor],
+    bits: EightBits | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -80,8 +94,7 @@ def _attention(
         arguments = heads_first.arguments(q, k, v, mask, is_causal, scale)
         reason = heads_first.why_no_kernel(ATTENTION, arguments)
     if reason is None:
-        take(_CALL)
-        o = ATTENTION(*arguments).transpose(1, 2)
+        o = attend(None, arguments, bits, _CALL).transpose(1, 2)
         return o.squeeze(1) if flat else o
     decline(_CALL, reason)
     return torch_attention(*call[:6], scale=scale, enable_gqa=enable_gqa)

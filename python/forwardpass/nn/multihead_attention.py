@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ..common.modules import has_hooks, hook_alike
 from ..dispatch import Reason
-from ..dispatch.calls import decline, take
-from ..ops.attention import ATTENTION
+from ..dispatch.calls import decline
 from ..ops.common.quantized_rows import FLOATS
+from .eight_bits import EightBits, attend
 from .layer import QuantizedLinear
 
 _WEIGHTS = Reason(
@@ -38,6 +38,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     Attributes:
         fused: whether the fused operation computes softmax(q k) v; False: torch's scaled_dot_product_attention.
+        bits: what of that is computed in 8 bits, as `fp.swap(attention="int8")` sets it; None: nothing.
 
     Raises:
         ValueError: embed_dim is not a multiple of num_heads, or an option is one that fused attention has not.
@@ -50,6 +51,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         >>> y.shape
         torch.Size([2, 16, 64])
     """
+
+    bits: EightBits | None = None
 
     def __init__(
         self,
@@ -173,8 +176,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             o, weights = _with_weights(q, k, v, mask, dropout)
             weights = weights.mean(1) if average_attn_weights else weights
         elif self.fused:
-            take("MultiheadAttention")
-            o = ATTENTION(q, k, v, None, causal, None, None, 0.0, mask, None, None, None, None, False).flatten(2)
+            call = q, k, v, None, causal, None, None, 0.0, mask, None, None, None, None, False
+            o = attend(self, call, self.bits, "MultiheadAttention").flatten(2)
         else:
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             o = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal).transpose(1, 2).flatten(2)

@@ -13,7 +13,7 @@ from torch import nn
 from ..common.batches import check_several
 from ..common.patterns import Pattern, patterns
 from .attention.kv_cache import check_kv_cache
-from .attention.modules import check_choice
+from .attention.modules import check_choice, is_asked_for
 from .attention.unpadding import check_unpad
 from .plan import Plan
 from .precision import ByHand, Presets
@@ -29,7 +29,8 @@ KEEP = ("auto", "device", "cpu", False)
 class Options(TypedDict, total=False):
     """The fields of `Config` that are passed by name, as `fp.swap` and `fp.plan` take them without one."""
 
-    attention: str | bool
+    attention: str | bool | Iterable[str]  #: several of `fp.plan` alone
+    crossover: int | None
     unpad: str | bool
     kv_cache: str | Iterable[str] | None  #: of `fp.plan` alone, several
     include: str | Iterable[str]
@@ -59,10 +60,14 @@ class Config:
             calibrated takes the same batches again as calibrate=.
         attention: "auto": swapped where a GPU has a kernel for it, and on a CPU where ours is faster than torch's: with AVX2, in
             models of transformers with head dims that are multiples of 16, in float32 up to 128 and in encoders alone, in
-            16 bits up to 256 and on a CPU without AMX. True: wherever it can be. False: left alone. In the place of
+            16 bits up to 256 and on a CPU without AMX. True: wherever it can be. "int8": the same, and computed in 8 bits
+            (`fp.ops.attention_8bit`) where that is faster; the report says from how many keys on. False: left alone. In the place of
             `nn.MultiheadAttention` stands `fp.nn.MultiheadAttention`, whose projections are layers like others, in_proj and
             out_proj; models of transformers run theirs through the AttentionInterface, where their configs name it. Attention
             that is called by name elsewhere takes `with fp.sdpa():`. A plan decides itself.
+        crossover: of attention in 8 bits: calls with fewer keys than this, or fewer rows of all query heads that share keys, are
+            computed in the model's dtype. None: what is measured on CPUs, and modelled for GPUs. 0: 8 bits everywhere, but in a
+            decoder's steps, which read a cache.
         unpad: "auto": text encoders of transformers run without the rows of padding where the model's result does not show it
             (heads that pool or pick a token, SentenceTransformer); a model that returns last_hidden_state stays padded. True: it
             runs without them too, and last_hidden_state is zero at padding; at tokens it is what it is with padding, but for the
@@ -100,6 +105,7 @@ class Config:
     plan: Plan | Mapping[str, Any] | str | os.PathLike[str] | None = None
     _: KW_ONLY
     attention: str | bool = "auto"
+    crossover: int | None = None
     unpad: str | bool = "auto"
     kv_cache: str | None = None
     include: str | Iterable[str] = ()
@@ -114,7 +120,7 @@ class Config:
             raise ValueError(f"keep is one of {', '.join(map(repr, KEEP))}, not {self.keep!r}")
         if self.precision is not None and self.plan is not None:
             raise ValueError(f"either precision= or plan= says what is swapped, and both were given: {_PASS_ONE}")
-        check_choice(self.attention, self.plan is not None)
+        check_choice(self.attention, self.crossover, self.plan is not None)
         check_unpad(self.unpad)
         check_kv_cache(self.kv_cache, self.attention)
         if self.precision is not None:
@@ -157,7 +163,7 @@ class Config:
 
     def check_complete(self) -> None:
         """ValueError where nothing would be swapped."""
-        asks = self.attention is True or self.kv_cache is not None
+        asks = is_asked_for(self.attention) or self.kv_cache is not None
         if self.precision is None and self.plan is None and not asks:
             raise ValueError(f"either precision= or plan= says what is swapped, and neither was given: {_PASS_ONE}")
 

@@ -15,7 +15,7 @@ from ..nn.mlp import quantised_layers
 from ..proofs.walker import Leaf
 from . import originals
 from .attention.kv_cache import CacheDecision, decide_kv_cache
-from .attention.modules import NOT_PLANNED, AttentionDecision, decide_attention
+from .attention.modules import NOT_PLANNED, AttentionDecision, decide_attention, is_asked_for
 from .attention.unpadding import UnpaddingDecision, decide_unpadding
 from .plan import UNPAD, Plan
 from .precision import STORED, Early, LayerPrecision, Presets
@@ -64,6 +64,7 @@ def decide(
     plan: Plan | None = None,
     *,
     attention: str | bool = "auto",
+    crossover: int | None = None,
     unpad: str | bool = True,
     kv_cache: str | None = None,
     calibrated: bool = False,
@@ -75,10 +76,11 @@ def decide(
     """
     modules = plan.attention if plan is not None else None
     if kv_cache is not None:  # attention reads it, whatever a plan says
-        attention, modules = True, None
+        attention, modules = attention if is_asked_for(attention) else True, None
     elif plan is not None:
         kv_cache = plan.kv_cache
-    attentions = decide_attention(context, attention, modules)
+    bits = plan.bits() if plan is not None else None
+    attentions = decide_attention(context, attention, modules, crossover, bits)
     swapped, skipped = _decide_layers(context, layers, presets, plan, calibrated)
     experts = dict(fused_experts(context)) if plan is None else {}
     skipped += attentions.skipped

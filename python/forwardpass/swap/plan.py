@@ -16,6 +16,7 @@ from ..common.printed import Block, Printed, Table
 from ..common.text import count, together
 from ..integrations.transformers.kv_scales import KV_CACHES
 from ..nn import MultiheadAttention
+from ..nn.eight_bits import EightBits
 from ..proofs.walker import Leaf
 from .plan_evidence import check, describe
 from .precision import LayerPrecision, find_precision
@@ -24,7 +25,7 @@ SCHEMA = "forwardpass.plan/2"
 #: How much of an encoder runs without padding: all but attention, or attention too.
 UNPAD = ("layers", "attention")
 #: What older plans do not say.
-_OPTIONAL = ("evidence", "unpad", "kv_cache")
+_OPTIONAL = ("evidence", "unpad", "kv_cache", "attention_8bit")
 _FIX = "write one with fp.plan or report.save_plan(path)"
 
 
@@ -43,6 +44,19 @@ class PlannedLayer:
     calibrated: bool
 
 
+@dataclass(frozen=True)
+class PlannedAttention:
+    """Attention that computes in 8 bits, as `EightBits` has it."""
+
+    fqn: str
+    dtype: str
+    crossover: int | None
+
+
+#: The form of one in JSON.
+ATTENTION_8BIT = typing.get_type_hints(PlannedAttention)
+
+
 _FORM = {
     "model": str,
     "linear_layers": str,
@@ -52,6 +66,7 @@ _FORM = {
     "forwardpass": str,
     "unpad": OneOf(None, *UNPAD),
     "kv_cache": OneOf(None, *KV_CACHES),
+    "attention_8bit": (None, [ATTENTION_8BIT]),
     "evidence": dict | None,
 }
 
@@ -75,12 +90,17 @@ class Plan(Printed):
     #: what of its encoders runs without padding: "layers", "attention" too, or nothing, as before there was a choice
     unpad: str | None = None
     kv_cache: str | None = None  #: what its caches become, one of KV_CACHES; None: they stay what they are
+    attention_8bit: tuple[PlannedAttention, ...] = ()  #: those of `attention` that compute in 8 bits
     #: how `fp.plan` came to it: kept with the plan, and not looked at when it is replayed
     evidence: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
     @property
     def calibrated(self) -> bool:
         return any(layer.calibrated for layer in self.layers)
+
+    def bits(self) -> dict[str, EightBits]:
+        """Of the attention that computes in 8 bits, by its name."""
+        return {x.fqn: EightBits(x.dtype, x.crossover) for x in self.attention_8bit}
 
     def precisions(self) -> dict[str, LayerPrecision]:
         """That of each layer, by its name."""
@@ -104,6 +124,7 @@ class Plan(Printed):
             **{name: value for name, value in vars(self).items() if name != "evidence"},
             "layers": [dict(vars(layer)) for layer in self.layers],
             "attention": list(self.attention),
+            "attention_8bit": [dict(vars(x)) for x in self.attention_8bit],
             **({} if self.evidence is None else {"evidence": dict(self.evidence)}),
         }
 
@@ -136,7 +157,15 @@ class Plan(Printed):
                 raise fail(f"layers.{i} is calibrated, and {layer.precision} takes no calibration")
         if len({layer.fqn for layer in layers}) != len(layers):
             raise fail("it names a layer twice")
-        return Plan(**{**entries, "layers": layers, "attention": tuple(entries["attention"])})
+        attention, in_8_bits = tuple(entries["attention"]), attention_8bit_of(entries)
+        plan = Plan(**{**entries, "layers": layers, "attention": attention, "attention_8bit": in_8_bits})
+        try:
+            bits = plan.bits()
+        except ValueError as e:
+            raise fail(str(e)) from None
+        if others := bits.keys() - {*attention}:
+            raise fail(f"{min(others)[:80]} is to compute in 8 bits, and is not among its attention")
+        return plan
 
     @staticmethod
     def load(source: Plan | Mapping[str, Any] | str | os.PathLike[str]) -> Plan:
@@ -167,6 +196,11 @@ class Plan(Printed):
         return ValueError(
             f"the plan is for another model ({self.model}) than this {model}: {text}; plan this model instead"
         )
+
+
+def attention_8bit_of(content: Mapping[str, Any]) -> tuple[PlannedAttention, ...]:
+    """What a plan or a checkpoint says of attention in 8 bits; older ones say nothing."""
+    return tuple(PlannedAttention(**row) for row in content["attention_8bit"] or ())
 
 
 def layers_of(leaves: Iterable[Leaf]) -> str:

@@ -42,6 +42,11 @@ class Swapped:
         return f"{self.precision} v{self.version}" + (f" + {self.activation}" if self.activation else "")
 
 
+#: Which calls stay as they are where attention computes in 8 bits.
+IN_ITS_DTYPE = ("calls with fewer rows or keys, and steps that read a cache, compute in the model's dtype; calls with dropout, "
+                "gradients or attention weights run what ran before")  # fmt: skip
+
+
 @dataclass(frozen=True)
 class SwappedAttention:
     """Attention that runs on `fp.ops.attention` now, and what ran before: "torch", or transformers' name for it."""
@@ -49,6 +54,7 @@ class SwappedAttention:
     fqn: str
     module: str  #: the class
     before: str
+    bits: str | None = None  #: what it computes in where 8 bits were asked for, in words: "int8 from 256 keys on"
 
 
 @dataclass(frozen=True)
@@ -235,9 +241,13 @@ class Report(Printed):
             names = [name for name, _ in together(self.norms, lambda fqn: fqn)]
             yield from ("", Table([("norms that quantise for an MLP",), *((name,) for name in names)]))
         if self.attention:
-            modules = together(self.attention, lambda s: s.fqn, lambda s: (s.module, s.before))
-            rows = [("attention", "module", "before"), *((name, x[0].module, x[0].before) for name, x in modules)]
+            modules = together(self.attention, lambda s: s.fqn, lambda s: (s.module, s.before, s.bits))
+            asked = any(s.bits for s in self.attention)
+            rows = [("attention", "module", "before", *(("computes in",) if asked else ()))]
+            rows += [(name, x.module, x.before, *((x.bits or "its dtype",) if asked else ())) for name, (x, *_) in modules]
             yield from ("", Table(rows))
+            if asked:
+                yield f"attention: {IN_ITS_DTYPE}"
         if line := str(self.unpadding):
             yield from ("", f"padding: {line}")
         if self.kv_cache is not None:

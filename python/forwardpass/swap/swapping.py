@@ -18,6 +18,7 @@ from ..dispatch import Reason, only_reference_on
 from ..formats.loaded import Decompression, is_stored, note_on, refuse_inference_mode
 from ..integrations.tensor_parallel import refuse_divided, sharding_of, whole
 from ..nn import Experts, QuantizedModule
+from ..nn.eight_bits import EightBits
 from ..nn.experts import experts_sizes
 from ..nn.mlp import quantised_layers
 from ..ops.common.quantized_rows import FLOATS
@@ -26,13 +27,13 @@ from ..proofs.walker import Leaf, experts_leaves, linear_leaves, linear_like
 from ..version import __version__
 from . import originals
 from .attention.kv_cache import CacheSwap
-from .attention.modules import AttentionSwap
+from .attention.modules import AttentionSwap, is_asked_for, notes_on_8_bits
 from .attention.projections import Projections
 from .attention.unpadding import UnpaddingSwap
 from .config import Config, Options
 from .decision import Decision, decide, refuse_model, refuse_skips, refuse_swapped
 from .keras_layers import KerasLinears
-from .plan import Plan, PlannedLayer, layers_of
+from .plan import Plan, PlannedAttention, PlannedLayer, layers_of
 from .precision import EARLY, STORED, ByHand, Early, LayerPrecision, Precision
 from .report import OtherLayers, Report, Skipped, Swapped, WeightBytes
 from .rules import Context, ties
@@ -110,8 +111,8 @@ def swap(
         again = bool(quantised_layers(model) or originals.swapped_attention(model))
         attention, unpad = config.attention, config.unpad
         if originals.swapped_attention(model):
-            if attention is True or config.kv_cache is not None:
-                refuse_swapped(model, ", with their attention, and attention=True and kv_cache= belong to that call")
+            if is_asked_for(attention) or config.kv_cache is not None:
+                refuse_swapped(model, f", with their attention, and attention={attention!r} and kv_cache= belong to that call")
             attention, unpad = False, False
         leaves += experts_leaves(model)
         calibrated = config.calibrate is not None
@@ -121,6 +122,7 @@ def swap(
             context.by_hand,
             config.stored_plan,
             attention=attention,
+            crossover=config.crossover,
             unpad=unpad,
             kv_cache=config.kv_cache,
             calibrated=calibrated,
@@ -236,6 +238,7 @@ def _carry_out(
             calibration,
             decision.unpadding.planned,
             decision.kv_cache.kv_cache,
+            decision.attention.bits,
         ),
         device_of(model).type,
         dry_run,
@@ -264,7 +267,7 @@ def _carry_out(
 
 
 def _warnings(decision: Decision, training: bool) -> list[str]:
-    context, leaves, attention = decision.context, decision.layers, decision.attention
+    model, context, leaves, attention = decision.model, decision.context, decision.layers, decision.attention
     names = [*(leaf.fqn for leaf in leaves), *decision.experts, *(leaf.fqn for leaf in attention.leaves)]
     notes = [
         f"{argument}={pattern.text!r} matches none of the {len(leaves)} Linear layers"
@@ -291,6 +294,7 @@ def _warnings(decision: Decision, training: bool) -> list[str]:
         for p in leaf.module.parameters()
         if p.dtype in FLOATS
     }
+    notes += notes_on_8_bits(model, attention)
     notes += dict.fromkeys(
         note for leaf, p in decision.swapped if p.precision is STORED and (note := note_on(leaf.module))
     )
@@ -460,8 +464,9 @@ def planned(
     calibration: str | None,
     unpad: str | None,
     kv_cache: str | None = None,
+    bits: Mapping[str, EightBits] | None = None,
 ) -> Plan:
-    """The plan that swaps these layers, and the attention of these names."""
+    """The plan that swaps these layers, and the attention of these names, of which `bits` computes in 8 bits."""
     layers = (
         PlannedLayer(leaf.fqn, leaf.in_features, leaf.out_features, leaf.has_bias,
                      p.precision.name, p.precision.version, p.calibrated)
@@ -469,4 +474,5 @@ def planned(
     )  # fmt: skip
     model_layers = layers_of(linear_leaves(model))
     name = type(model).__name__
-    return Plan(name, model_layers, tuple(layers), tuple(attention), calibration, __version__, unpad, kv_cache)
+    in_8_bits = tuple(PlannedAttention(fqn, x.dtype, x.crossover) for fqn, x in (bits or {}).items())
+    return Plan(name, model_layers, tuple(layers), tuple(attention), calibration, __version__, unpad, kv_cache, in_8_bits)

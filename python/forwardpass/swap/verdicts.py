@@ -96,7 +96,8 @@ class _Change:
 
 
 def _attention(decision: Decision) -> _Change:
-    return _Change([AttentionSwap(decision.model, decision.attention)])
+    """In the model's own floats, as all that is proven."""
+    return _Change([AttentionSwap(decision.model, decision.attention.in_floats)])
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class _Unpadded(_Change):
 
     @staticmethod
     def of(decision: Decision) -> _Unpadded:
-        named = AttentionSwap(decision.model, decision.attention, decision.unpadding.named)
+        named = AttentionSwap(decision.model, decision.attention.in_floats, decision.unpadding.named)
         return _Unpadded([named, UnpaddingSwap(decision.unpadding)], decision=decision.unpadding)
 
     @contextmanager
@@ -131,7 +132,7 @@ class _Unpadded(_Change):
 def _cached(decision: Decision, rotating: Iterable[nn.Module]) -> _Change:
     """In the model's own floats, whatever the cache is to hold."""
     cache = replace(decision.kv_cache, kv_cache="auto", rotating=tuple(rotating))
-    return _Change([AttentionSwap(decision.model, decision.attention), CacheSwap(cache)])
+    return _Change([AttentionSwap(decision.model, decision.attention.in_floats), CacheSwap(cache)])
 
 
 def prove(decision: Decision, unpad: str | bool, batch: Any = None, forward: Forward | None = None) -> Verdicts:

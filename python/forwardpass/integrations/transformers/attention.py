@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ...common.syntax import source_of_class
 from ...dispatch import Reason, asked_for_by_name
 from ...dispatch.calls import decline, take
+from ...nn.eight_bits import EightBits, attend
 from ...ops.append_kv import OPERATION as APPEND_KV
 from ...ops.append_kv import PLAIN
 from ...ops.attention import ATTENTION
@@ -64,20 +65,24 @@ _CAPTURING = "transformers.utils.output_capturing"
 
 @dataclass(frozen=True)
 class Place:
-    """An attention module in its model: whether it is swapped, and what its config called its implementation before."""
+    """An attention module in its model: whether it is swapped, what its config called its implementation before, and what of it is
+    computed in 8 bits."""
 
     fused: bool
     before: str
     eager: Callable[..., Any] | None
+    bits: EightBits | None = None
 
     def __reduce__(self) -> Any:
-        return _place, (self.fused, self.before, self.eager)
+        return _place, (self.fused, self.before, self.eager, self.bits)
 
 
-def _place(fused: bool, before: str, eager: Callable[..., Any] | None) -> Place:
+def _place(
+    fused: bool, before: str, eager: Callable[..., Any] | None, bits: EightBits | None = None
+) -> Place:
     """A copy, perhaps in a process that has not swapped yet, where transformers does not know the names."""
     register()
-    return Place(fused, before, eager)
+    return Place(fused, before, eager, bits)
 
 
 @functools.cache
@@ -310,9 +315,8 @@ def _attention(
             mask = position_bias
         else:
             mask = position_bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else position_bias + mask
-    take(call)
     arguments = heads_first.arguments(query, key, value, mask, causal, scaling, left=left, softcap=softcap, sinks=sinks)
-    return ATTENTION(*arguments), None
+    return attend(module, arguments, place and place.bits, call), None
 
 
 #: What `_packed` takes of the options of `_attention`: those of flash-attention, as transformers' continuous batching passes them,
@@ -339,9 +343,9 @@ def _packed(module: nn.Module, qkv: tuple[Tensor, Tensor, Tensor], options: dict
     window, softcap, scale = options["sliding_window"], options["softcap"] or 0.0, options["scaling"]
     sinks = None if options["s_aux"] is None else options["s_aux"].float()
     left = None if window is None else window - 1
-    take(type(module).__name__)
     table = options.get("block_table")
     if table is not None:
+        take(type(module).__name__)
         k_cache, v_cache = options["k_cache"], options["v_cache"]
         seq_lens = ends_k.diff()[: len(q)].int()
         APPEND_KV(k.unsqueeze(1), v.unsqueeze(1), k_cache, v_cache, seq_lens, table, None, None, *PLAIN)
@@ -350,7 +354,7 @@ def _packed(module: nn.Module, qkv: tuple[Tensor, Tensor, Tensor], options: dict
     causal = bool(_is_causal(module, options["is_causal"]))
     right = left if not causal else None
     call = q, k, v, scale, causal, left, right, softcap, None, None, sinks, ends_q.int(), ends_k.int(), False
-    return ATTENTION(*call).unsqueeze(0), None
+    return attend(module, call, vars(module)[PLACE].bits, type(module).__name__).unsqueeze(0), None
 
 
 #: What `_varlen` takes of the options of `_attention`.
@@ -390,8 +394,7 @@ def _varlen(
         call = q, k, v, scale, False, left, right, 0.0, None, None, None, cu_seqlens, cu_seqlens, False
         reason = heads_first.why_no_kernel(ATTENTION, call)
     if reason is None:
-        take(type(module).__name__)
-        return ATTENTION(*call).unsqueeze(0), None
+        return attend(module, call, place and place.bits, type(module).__name__).unsqueeze(0), None
     q, k, v = (rows.scatter(x.transpose(1, 2)).transpose(1, 2) for x in qkv)
     return rows.gather(_attention(module, q, k, v, padding, **options)[0]), None
 

@@ -8,18 +8,20 @@ implementation.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from ...dispatch import Reason, gpu_takes
+from ...dispatch import Reason, gpu_takes, only_reference_on
 from ...integrations.transformers import attention as huggingface
 from ...integrations.transformers.attention import NAMES, PLACE, Place
 from ...nn import MultiheadAttention
+from ...nn.eight_bits import EightBits, check_crossover
 from ...ops.attention import ATTENTION, faster_than_torch
+from ...ops.attention_8bit import ATTENTION_8BIT, DTYPES
 from ...ops.common.quantized_rows import FLOATS
 from ...proofs.walker import Leaf, leaves
 from .. import rules
@@ -29,16 +31,24 @@ from .projections import why_not_replaced
 
 NOT_PLANNED = Reason("not_planned", "the plan leaves it as it is", "plan again to change that")
 #: What `attention=` of a swap takes.
-CHOICES = ("auto", True, False)
+CHOICES = ("auto", True, False, *DTYPES)
 
 
-def check_choice(attention: str | bool, planned: bool) -> None:
-    if attention in ("int8", "fp8"):
-        raise ValueError(f"attention={attention!r} is not written yet: use True for 16-bit attention")
+def check_choice(attention: str | bool, crossover: int | None, planned: bool) -> None:
     if attention not in CHOICES or (isinstance(attention, int) and not isinstance(attention, bool)):
         raise ValueError(f"attention is one of {', '.join(map(repr, CHOICES))}, not {attention!r}")
-    if planned and attention != "auto":
-        raise ValueError(f"attention={attention!r} does not go with plan=, which names what is swapped: drop it")
+    for name, x, default in (("attention", attention, "auto"), ("crossover", crossover, None)):
+        if planned and x != default:
+            raise ValueError(f"{name}={x!r} does not go with plan=, which names what is swapped: drop it")
+    check_crossover(crossover)
+    if crossover is not None and attention not in DTYPES:
+        raise ValueError(f"crossover={crossover} is for attention in 8 bits, and attention is {attention!r}: pass "
+                         f"attention={DTYPES[0]!r}, or drop it")  # fmt: skip
+
+
+def is_asked_for(attention: str | bool) -> bool:
+    """Whether attention is swapped wherever it can be."""
+    return attention is True or attention in DTYPES
 
 
 def attention_like(model: nn.Module) -> list[Leaf]:
@@ -71,12 +81,22 @@ class AttentionDecision:
     leaves: tuple[Leaf, ...]  #: every module that computes attention
     swapped: tuple[Leaf, ...]
     skipped: tuple[Skipped, ...]  #: the others, each with its reason
+    bits: Mapping[str, EightBits] = field(default_factory=dict)  #: of those of `swapped` that compute in 8 bits
+
+    @property
+    def in_floats(self) -> AttentionDecision:
+        """The same without 8 bits."""
+        return replace(self, bits={})
 
 
 def decide_attention(
-    context: rules.Context, attention: str | bool, planned: Collection[str] | None = None
+    context: rules.Context,
+    attention: str | bool,
+    planned: Collection[str] | None = None,
+    crossover: int | None = None,
+    bits: Mapping[str, EightBits] | None = None,
 ) -> AttentionDecision:
-    """`attention` is that of `fp.swap`; `planned`: the names in a plan, which decides itself."""
+    """attention, crossover: of `fp.swap`; planned, bits: the names in a plan, which decides itself, and its 8 bits."""
     leaves, swapped, skipped = attention_like(context.model), [], []
     units = holders_of_configs(context.model)
     for leaf in leaves:
@@ -95,7 +115,11 @@ def decide_attention(
     if missing:
         raise ValueError(f"the plan is for another model than this {type(context.model).__name__}: it has no attention "
                          f"{min(missing)[:80]}; plan this model instead")  # fmt: skip
-    return AttentionDecision(tuple(leaves), tuple(swapped), tuple(skipped))
+    if attention in DTYPES:
+        bits = dict.fromkeys((leaf.fqn for leaf in swapped), EightBits(str(attention), crossover))
+    stays_swapped = {leaf.fqn for leaf in swapped}
+    bits = {fqn: x for fqn, x in (bits or {}).items() if fqn in stays_swapped}
+    return AttentionDecision(tuple(leaves), tuple(swapped), tuple(skipped), bits)
 
 
 def _why_skip(
@@ -110,7 +134,7 @@ def _why_skip(
     named = any(p.spells_out(leaf.fqn) for p in context.include)
     no_kernel = _why_no_kernel(module, context.model) if attention == "auto" and not named else None
     if not _swappable(module):
-        reason = _why_its_own(module)
+        reason = _why_its_own(module, attention)
         if no_kernel is not None and no_kernel.code == "attention_on_cpu":
             return Reason(no_kernel.code, no_kernel.text, reason.fix)  # attention=True would not swap it
         return no_kernel or reason
@@ -121,12 +145,13 @@ def _why_skip(
     return why_not_named(module, units[id(module.config)])
 
 
-def _why_its_own(module: nn.Module) -> Reason:
+def _why_its_own(module: nn.Module, attention: str | bool) -> Reason:
     """Why attention that neither torch nor transformers dispatches stays."""
+    call = f'fp.sdpa("{attention}")' if attention in DTYPES else "fp.sdpa()"
     classes: list[Any] = [huggingface.class_of(module), type(getattr(module, "processor", None))]  # diffusers' have one
     if any(call in huggingface.source_of(cls) for call in _CALLS_SDPA for cls in classes):
         return Reason("calls_sdpa", "it calls torch's scaled_dot_product_attention itself",
-                      "run the model within `with fp.sdpa():`")  # fmt: skip
+                      f"run the model within `with {call}:`")  # fmt: skip
     return Reason("own_attention", f"{type(module).__name__} computes attention in its own code", "leave it")
 
 
@@ -140,13 +165,18 @@ ENCODER_ROWS = 4
 _HEAD_DIM = ("head_dim", "attention_head_size", "key_value_proj_dim")
 
 
-def _why_no_kernel(module: nn.Module, model: nn.Module) -> Reason | None:
-    """Why torch's own attention is left where it is, unless it is asked for."""
+def _operands(module: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype, int | None]:
+    """Of the queries of a module, as far as it can be known: device, dtype and head dim."""
     device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
     # Layers of 8 bits have no dtype that queries are of: other weights of the model have.
     parameters = itertools.chain(module.parameters(), model.parameters())
     dtype = next((p.dtype for p in parameters if p.dtype in FLOATS), torch.get_default_dtype())
-    dim = next((d for name in _HEAD_DIM if isinstance(d := getattr(module, name, None), int)), None)
+    return device, dtype, next((d for name in _HEAD_DIM if isinstance(d := getattr(module, name, None), int)), None)
+
+
+def _why_no_kernel(module: nn.Module, model: nn.Module) -> Reason | None:
+    """Why torch's own attention is left where it is, unless it is asked for."""
+    device, dtype, dim = _operands(module, model)
     if not gpu_takes(device):
         # A decoder's steps have one row.
         rows = 1 if getattr(module, "is_causal", True) else ENCODER_ROWS
@@ -215,11 +245,13 @@ class AttentionSwap:
         """Builds; changes nothing. named: attention that is not swapped, and whose config names us all the same."""
         leaves, swapped = decision.leaves, decision.swapped
         fused = [x.module for x in swapped if isinstance(x.module, MultiheadAttention)]
+        bits = {id(x.module): decision.bits.get(x.fqn) for x in swapped}
         self.attributes = [
-            *_names(model, leaves, swapped, named),
+            *_names(model, leaves, bits, named),
             *(_Attribute(m, "fused", False, True) for m in fused),
+            *(_Attribute(m, "bits", _ABSENT, x) for m in fused if (x := bits[id(m)]) is not None),
         ]
-        self.report = [_entry(x.fqn, x.module) for x in swapped]
+        self.report = [_entry(x.fqn, x.module, model, bits[id(x.module)]) for x in swapped]
 
     def put(self) -> None:
         for a in self.attributes:
@@ -239,18 +271,55 @@ def _is_named(config: Any) -> bool:
     return any(a.owner is config for change in changes if isinstance(change, AttentionSwap) for a in change.attributes)
 
 
-def _entry(fqn: str, module: nn.Module) -> SwappedAttention:
+def _entry(fqn: str, module: nn.Module, model: nn.Module, bits: EightBits | None) -> SwappedAttention:
+    computes = None if bits is None else bits.describe(*operands_in_8_bits(module, model))
     if isinstance(module, nn.MultiheadAttention):
-        return SwappedAttention(fqn, type(module).__name__, "torch")
+        return SwappedAttention(fqn, type(module).__name__, "torch", computes)
     config: Any = module.config
-    return SwappedAttention(fqn, type(module).__name__, huggingface.replaced_by(config._attn_implementation))
+    before = huggingface.replaced_by(config._attn_implementation)
+    return SwappedAttention(fqn, type(module).__name__, before, computes)
+
+
+#: Of modules that do not say theirs.
+_USUAL_HEAD_DIM = 64
+
+
+def operands_in_8_bits(module: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype, int]:
+    """Device, dtype and head dim by which calls of a module are decided, as far as it can be known."""
+    device, dtype, dim = _operands(module, model)
+    return device, dtype, dim or _USUAL_HEAD_DIM
+
+
+def notes_on_8_bits(model: nn.Module, decision: AttentionDecision) -> list[str]:
+    """Where attention is asked for in 8 bits and never is, or by the reference alone."""
+    notes = []
+    for leaf in decision.swapped:
+        if (bits := decision.bits.get(leaf.fqn)) is None:
+            continue
+        device, dtype, dim = operands_in_8_bits(leaf.module, model)
+        name = str(dtype).removeprefix("torch.")
+        if reason := bits.why_none(device, dtype, dim):
+            notes.append(f"attention={bits.dtype!r} computes in {name} in every call: {reason}")
+        elif only_reference_on(ATTENTION_8BIT.name, device, dtype):
+            notes.append(f"attention_8bit has no kernel for {name} on {device} in this installation, so attention runs through the "
+                         "plain-torch reference: see `forwardpass doctor`")  # fmt: skip
+    return [*dict.fromkeys(notes)]
+
+
+def bits_of(model: nn.Module) -> dict[str, EightBits]:
+    """The modules whose attention computes in 8 bits, by name."""
+    found = (
+        (fqn, m.bits if isinstance(m, MultiheadAttention) else getattr(vars(m).get(PLACE), "bits", None))
+        for fqn, m in model.named_modules()
+    )
+    return {fqn: bits for fqn, bits in found if bits is not None}
 
 
 def _names(
-    model: nn.Module, leaves: Iterable[Leaf], swapped: Iterable[Leaf], named: Iterable[nn.Module]
+    model: nn.Module, leaves: Iterable[Leaf], bits: Mapping[int, EightBits | None], named: Iterable[nn.Module]
 ) -> Iterable[_Attribute]:
-    """The configs' names, and a Place in every module that asks them."""
-    ids = {id(x.module) for x in swapped}
+    """The configs' names, and a Place in every module that asks them. bits: of each that is swapped, by its id."""
+    ids = {*bits}
     dispatching = [x.module for x in leaves if huggingface.dispatches(x.module)]
     configs: dict[int, Any] = {}
     holders = holders_of_configs(model)
@@ -258,7 +327,8 @@ def _names(
         before = config._attn_implementation
         configs[id(config)] = (config, before, huggingface.name_of(group, holders[id(config)], before))
         for module in group:
-            place = Place(id(module) in ids, huggingface.replaced_by(before), huggingface.eager_function(module))
+            eager = huggingface.eager_function(module)
+            place = Place(id(module) in ids, huggingface.replaced_by(before), eager, bits.get(id(module)))
             yield _Attribute(module, PLACE, vars(module).get(PLACE, _ABSENT), place)
     if not configs:
         return

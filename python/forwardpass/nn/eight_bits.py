@@ -1,0 +1,158 @@
+"""Attention of a model in 8 bits: which of its calls are computed so, and which stay in the model's dtype.
+
+Quantising q, k and v takes time by their rows, and 8 bits save time by rows times keys: so each call is decided by its shape.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common.environment import cpu_tier
+from ..dispatch import Reason, gpu_capability, gpu_takes, interpreter
+from ..dispatch.calls import take
+from ..ops.attention import ATTENTION
+from ..ops.attention_8bit import ATTENTION_8BIT, DTYPES, attention_8bit
+
+#: Rows and keys from which 8 bits are faster on a CPU, times columns of a head, by the tier and the model's dtype: measured on one
+#: thread of an AMD EPYC (Zen 4), held to these tiers, causal (python -m benchmarks.attention_8bit --crossover). With VNNI and 64
+#: columns float32 takes .88, 1.17 and 1.50 times as long as 8 bits at 128, 256 and 512 keys, float16 .86, 1.13 and 1.35; bfloat16,
+#: which that CPU multiplies, .93, 1.08 and 1.23 at 512, 1024 and 2048. With AVX2 it is 1.09 at most, of 2048 keys and 128 columns.
+#: A CPU with AMX runs the kernel for VNNI, and 16 bits on AMX, which was not measured.
+ON_CPU = {
+    "avx512": {torch.float32: 65536, torch.float16: 65536, torch.bfloat16: 65536},
+    "avx512_vnni": {torch.float32: 16384, torch.float16: 16384, torch.bfloat16: 65536},
+    "amx": {torch.float32: 16384},
+}
+#: On a GPU. Modelled: of 2048 rows and keys attention_8bit saves 14 us on an A100 and quantising takes 41; on an L40S 48, and as
+#: many bytes are read and written there in 140. Both come out even at 6000.
+ON_GPU = 8192
+
+
+@dataclass(frozen=True)
+class EightBits:
+    """What a module's attention is computed in where that is faster.
+
+    Raises:
+        ValueError, TypeError: `attention_8bit` has no such dtype, or the crossover is no number of keys.
+    """
+
+    dtype: str  #: of `fp.ops.attention_8bit`
+    #: keys, and rows of all query heads that share them, from which a call is computed so; None: `least_keys` of where it runs
+    crossover: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"attention of 8 bits is {' or '.join(map(repr, DTYPES))}, not {self.dtype!r}")
+        check_crossover(self.crossover)
+
+    def takes(self, arguments: tuple[Any, ...]) -> bool:
+        """Whether a call of `ATTENTION` with these arguments is computed in 8 bits."""
+        q, k, v, ends = arguments[0], arguments[1], arguments[2], arguments[11]
+        sequences = 1 if ends is None else max(ends.shape[0] - 1, 1)  # packed ones: of each as many as on average
+        rows = q.shape[-3] * (q.shape[-2] // k.shape[-2]) // sequences
+        least = self.crossover
+        if least is None:
+            least = _least_keys(self.dtype, q.device, q.dtype, q.shape[-1], v.shape[-1])
+        return bool(least is not None and rows >= least and k.shape[-3] // sequences >= least)
+
+    def run(self, arguments: tuple[Any, ...]) -> Tensor:
+        """Such a call in 8 bits, however small."""
+        q, k, v, scale, causal, left, right, softcap, mask, slopes, sinks, ends_q, ends_k, invariant = arguments
+        return attention_8bit(
+            q, k, v, dtype=self.dtype, scale=scale, causal=causal, window=(left, right), softcap=softcap, mask=mask,
+            alibi_slopes=slopes, sinks=sinks, cu_seqlens_q=ends_q, cu_seqlens_k=ends_k, batch_invariant=invariant,
+        )  # fmt: skip
+
+    def why_none(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> Reason | None:
+        """Why no call on this device is computed in 8 bits, whatever its shape."""
+        return None if self.crossover is not None else why_not(self.dtype, device, dtype, head_dim, head_dim)
+
+    def describe(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+        """For a report: what attention of a head dim on this device is computed in."""
+        if self.why_none(device, dtype, head_dim) is not None:
+            return str(dtype).removeprefix("torch.")
+        least = self.crossover
+        if least is None:
+            least = least_keys(device, dtype, head_dim)
+        return f"{self.dtype} from {least} keys on" if least else self.dtype
+
+
+def check_crossover(crossover: object) -> None:
+    if crossover is not None and (isinstance(crossover, bool) or not isinstance(crossover, int) or crossover < 0):
+        raise ValueError(f"crossover is a number of keys, 0 for 8 bits everywhere, or None, not {crossover!r}")
+
+
+def least_keys(device: torch.device, dtype: torch.dtype, head_dim: int) -> int:
+    """Keys, and rows, from which 8 bits take less time than `attention` where `why_not` has nothing against them."""
+    return ON_GPU if gpu_takes(device) else -(-ON_CPU[cpu_tier() or ""][dtype] // head_dim)
+
+
+def why_not(
+    bits: str, device: torch.device, dtype: torch.dtype, head_dim: int, head_dim_of_v: int
+) -> Reason | None:
+    """Why no call on this device is computed in 8 bits unless a crossover is given; None where long ones are."""
+    q, v = (torch.empty((0, 0, 0, n), dtype=dtype, device="meta") for n in (head_dim, head_dim_of_v))
+    backend = "cuda" if gpu_takes(device) else "cpu"
+    if reason := ATTENTION_8BIT.why_not_on(backend, device, q, q, v):
+        return reason
+    fix = "pass crossover=0 for 8 bits all the same"
+    if gpu_takes(device):
+        if gpu_capability(device)[0] == 9:
+            return Reason("crossover", "16 bits run on wgmma here and 8 bits on mma.sync, which is no faster", fix)
+        return None
+    if dtype not in ON_CPU.get(cpu_tier() or "", {}):
+        text = f"8 bits are not known to be faster in {str(dtype).removeprefix('torch.')} with {cpu_tier()}"
+        return Reason("crossover", text, fix)
+    return None
+
+
+def _least_keys(bits: str, device: torch.device, dtype: torch.dtype, head_dim: int, head_dim_of_v: int) -> int | None:
+    """`least_keys`, None where `why_not` has a reason."""
+    return _cached(getattr(interpreter(), "arch", None), bits, device, dtype, head_dim, head_dim_of_v)
+
+
+# A graph has the number alone: what is asked for it, instructions and GPUs, is none of its business.
+_least_keys._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.lru_cache(maxsize=256)
+def _cached(arch: str | None, *call: Any) -> int | None:
+    return None if why_not(*call) else least_keys(*call[1:4])
+
+
+#: What is called with each call of swapped attention: its module, and the arguments of `ATTENTION`.
+Watcher = Callable[[object, tuple[Any, ...]], None]
+_watcher: ContextVar[Watcher | None] = ContextVar("forwardpass_attention", default=None)
+
+
+@contextlib.contextmanager
+def watched(watcher: Watcher) -> Iterator[None]:
+    """Within the block and this thread, each call of swapped attention is shown before it is computed."""
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
+
+
+def attend(module: object, arguments: tuple[Any, ...], bits: EightBits | None, call: str) -> Tensor:
+    """`ATTENTION(*arguments)`, in 8 bits where `bits` takes it, and counted.
+
+    call: what it is counted as.
+    """
+    if not torch.compiler.is_compiling() and (watcher := _watcher.get()) is not None:
+        watcher(module, arguments)
+    if bits is None or not bits.takes(arguments):
+        take(call)
+        return ATTENTION(*arguments)
+    take(f"{call} in {bits.dtype}")
+    return bits.run(arguments)
