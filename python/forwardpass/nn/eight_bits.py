@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 import torch
@@ -61,7 +62,8 @@ class EightBits:
         rows = q.shape[-3] * (q.shape[-2] // k.shape[-2]) // sequences
         least = self.crossover
         if least is None:
-            least = _least_keys(self.dtype, q.device, q.dtype, q.shape[-1], v.shape[-1])
+            # a graph is of one head dim, and may be of any number of rows
+            least = _least_keys(self.dtype, q.device, q.dtype, index(q.shape[-1]), index(v.shape[-1]))
         return bool(least is not None and rows >= least and k.shape[-3] // sequences >= least)
 
     def run(self, arguments: tuple[Any, ...]) -> Tensor:
