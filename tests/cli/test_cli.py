@@ -85,6 +85,24 @@ def test_swap_plan_and_save(folder, tmp_path):
     assert any((tmp_path / "saved").iterdir())
 
 
+def test_attention_in_8_bits(folder, tmp_path):
+    args = ("swap", folder, "--calibrate", "none", "--batch", 2, "--length", 16, "--min-cosine", 0.99)
+    done = run(*args, "--attention", "INT8", "--crossover", 0, "--json", tmp_path / "swap.json", "--save", tmp_path / "saved")
+    assert done.exit_code == 0, done.output
+    written = json.loads((tmp_path / "swap.json").read_text())
+    assert {x["bits"] for x in written["attention"]} == {"int8"} and len(written["attention"]) == 2
+    printed = " ".join(done.stdout.split())
+    assert "2 modules swapped, int8; calls with fewer rows or keys" in printed
+    record = json.loads((tmp_path / "saved" / "forwardpass.json").read_text())
+    assert [x["crossover"] for x in record["attention_8bit"]] == [0, 0]
+    for options, words in [
+        (("--attention", "int4"), "--attention is one of true, false, auto, int8"),
+        (("--crossover", 5), "crossover=5 is for attention in 8 bits"),
+        (("--attention", "int8", "--crossover", -1), "--crossover is a number of 0 or more"),
+    ]:
+        refused(run(*args, *options), words)
+
+
 @pytest.fixture(scope="module")
 def saved(folder, tmp_path_factory):
     """A folder that `swap --save` wrote."""

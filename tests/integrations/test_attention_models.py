@@ -15,6 +15,7 @@ from small_models import ATTENTION, batch, build
 import forwardpass as fp
 from forwardpass.dispatch.calls import Calls, counted
 from forwardpass.integrations.transformers import attention as huggingface
+from forwardpass.nn import eight_bits
 
 transformers = pytest.importorskip("transformers")
 
@@ -179,7 +180,7 @@ def test_generate_with_left_padding(name, cache):
 @pytest.fixture
 def given(monkeypatch):
     """What the operation is given by models."""
-    return recorded_calls(monkeypatch, huggingface, "ATTENTION")
+    return recorded_calls(monkeypatch, eight_bits, "ATTENTION")
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma2", "gpt_oss"])

@@ -16,7 +16,7 @@ from rich.progress import Progress
 from ..common.decoding import PHASES
 from ..common.text import count, megabytes, table, wrapped
 from ..common.timing import Track
-from ..swap.report import by_reason, mostly, tied
+from ..swap.report import IN_ITS_DTYPE, by_reason, mostly, tied
 from .comparison import DYNAMIC_INT8
 
 #: Seconds between lines of progress where stderr is no terminal.
@@ -175,7 +175,9 @@ def print_swap(result: dict[str, Any], console: Console) -> None:
     facts = [("swapped", summary if changed else "nothing was changed: the model is as it was")]
     facts += [("head", tied(x["fqn"], x["tied_to"])) for x in result["swapped"] if x.get("tied_to")]
     if result["attention"]:
-        facts.append(("attention", f"{count(len(result['attention']), 'module')} swapped"))
+        computes = [x for x in dict.fromkeys(x.get("bits") for x in result["attention"]) if x]
+        in_8_bits = f", {' and '.join(computes)}; {IN_ITS_DTYPE}" if computes else ""
+        facts.append(("attention", f"{count(len(result['attention']), 'module')} swapped{in_8_bits}"))
     if result["padding"]:
         facts.append(("padding", result["padding"]))
     reasons = by_reason(

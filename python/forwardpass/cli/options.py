@@ -15,6 +15,7 @@ import typer
 from ..common.files import why_not_writable
 from ..dispatch import only_reference_on
 from ..swap import Plan
+from ..swap.attention.modules import CHOICES
 from ..swap.precision import PRECISIONS, find_precision
 
 #: name -> whether calibration texts change the result
@@ -89,11 +90,28 @@ Calibration = Annotated[
         "with it). In Python nothing is calibrated without calibrate=batches."
     ),
 ]
+#: --attention -> `attention=` of `fp.swap`
+ATTENTION: dict[str, str | bool] = {"true": True, "false": False} | {str(x): x for x in CHOICES if isinstance(x, str)}
+Crossover = Annotated[
+    int | None,
+    number("Keys from which attention is computed in 8 bits, 0: always; default: where that is faster.", least=0),
+]
 Yes = Annotated[
     bool, typer.Option("--yes", help="Run a precision that has no kernel here too: slower than the model as it is.")
 ]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU where torch finds one.")]
 Json = Annotated[str | None, typer.Option(help="Also write the result to this file, or to stdout for -.")]
+
+
+def attention_option(help: str) -> Any:
+    """An option that names what attention becomes; another is refused in one sentence."""
+
+    def check(param: typer.CallbackParam, value: str | None) -> str | None:
+        if value is not None and value.lower() not in ATTENTION:
+            refuse(f"{param.opts[0]} is one of {', '.join(ATTENTION)}, not {value!r}")
+        return value and value.lower()
+
+    return typer.Option(metavar=" | ".join(ATTENTION), help=help, callback=check)
 
 
 def refuse(message: str) -> NoReturn:

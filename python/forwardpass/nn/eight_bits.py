@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from operator import index
@@ -58,13 +58,11 @@ class EightBits:
     def takes(self, arguments: tuple[Any, ...]) -> bool:
         """Whether a call of `ATTENTION` with these arguments is computed in 8 bits."""
         q, k, v, ends = arguments[0], arguments[1], arguments[2], arguments[11]
-        sequences = 1 if ends is None else max(ends.shape[0] - 1, 1)  # packed ones: of each as many as on average
-        rows = q.shape[-3] * (q.shape[-2] // k.shape[-2]) // sequences
         least = self.crossover
         if least is None:
             # a graph is of one head dim, and may be of any number of rows
             least = _least_keys(self.dtype, q.device, q.dtype, index(q.shape[-1]), index(v.shape[-1]))
-        return bool(least is not None and rows >= least and k.shape[-3] // sequences >= least)
+        return least is not None and calls_size(q.shape, k.shape, None if ends is None else ends.shape) >= least
 
     def run(self, arguments: tuple[Any, ...]) -> Tensor:
         """Such a call in 8 bits, however small."""
@@ -86,6 +84,17 @@ class EightBits:
         if least is None:
             least = least_keys(device, dtype, head_dim)
         return f"{self.dtype} from {least} keys on" if least else self.dtype
+
+
+def calls_size(q: Sequence[int], k: Sequence[int], ends: Sequence[int] | None) -> int:
+    """What a crossover is compared with: the keys of a call, or the rows of all query heads that share them, where those are fewer;
+    of packed sequences as many as each has on average.
+
+    Args:
+        q, k, ends: shapes of q, k and cu_seqlens_q.
+    """
+    sequences = 1 if ends is None else max(ends[0] - 1, 1)
+    return min(q[-3] * (q[-2] // k[-2]), k[-3]) // sequences
 
 
 def check_crossover(crossover: object) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..common.timing import Timing
 from ..swap.plan_evidence import NO_GAIN
+from .attention import AttentionLayer
 from .choose import Frontier
 from .measure import Candidate, Layer
 
@@ -19,11 +20,12 @@ def row(layer: Layer, choice: str | None, target: str) -> dict[str, Any]:
     """A layer, its candidates, its choice and why."""
     return {
         "fqn": layer.leaf.fqn,
-        "in_features": layer.leaf.in_features,
-        "out_features": layer.leaf.out_features,
+        "in_features": layer.features[0],
+        "out_features": layer.features[1],
         "calls": {phase: [list(shape) for shape in shapes] for phase, shapes in layer.calls.items()},
         "before": {"ms": layer.ms.to_json() if layer.ms else None, "phases": _json(layer.phases), "bytes": layer.bytes},
         "candidates": {name: candidate(c) for name, c in layer.candidates.items()},
+        **({"crossover": layer.bits[choice].crossover} if choice and isinstance(layer, AttentionLayer) else {}),
         "choice": choice,
         "reason": reason(layer, choice, target),
     }

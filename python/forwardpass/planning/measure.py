@@ -9,7 +9,7 @@ import copy
 import itertools
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -30,7 +30,7 @@ from ..swap.attention.kv_cache import kv_cache_of
 from ..swap.plan import Plan
 from ..swap.precision import LayerPrecision, find_precision
 from ..swap.rules import Context, why_skip
-from ..swap.swapping import build, planned, swap_planned
+from ..swap.swapping import build, swap_planned
 from ..swap.verdicts import Verdicts
 from .criterion import Criterion
 from .parity import LayerParity
@@ -90,6 +90,11 @@ class Layer:
     candidates: dict[str, Candidate]
     ms: Timing | None = None
     phases: dict[str, Timing] = field(default_factory=dict)
+
+    @property
+    def features(self) -> tuple[int, int]:
+        """(in, out)"""
+        return self.leaf.in_features, self.leaf.out_features
 
     def open(self) -> list[str]:
         """The candidates that are not refused."""
@@ -177,18 +182,27 @@ class Workload:
             choices = (inputs[1].shape[-1],) if leaf.is_experts else ()
             shapes[leaf.fqn].setdefault(phase, []).append((*inputs[0].shape, *choices))
 
+        def begin(name: str) -> None:
+            nonlocal phase
+            phase = name
+
+        with hooked(((leaf, leaf.module) for leaf in leaves), before=note, every=True):
+            self.walk(begin)
+        return {fqn: {p: tuple(x) for p, x in phases.items()} for fqn, phases in shapes.items()}
+
+    def walk(self, begin: Callable[[str], None]) -> None:
+        """Runs each phase once, one step of decode; `begin` is told its name before."""
         model = self.subject.model
-        with evaluating(model), hooked(((leaf, leaf.module) for leaf in leaves), before=note, every=True):
-            phase = "forward"
+        with evaluating(model):
+            begin("forward")
             for batch in self.batches:
                 run(model, batch, self.subject.forward)
             for i, (decoding, prompts) in enumerate(self.decodings):
                 generation = Generation(model, prompts)
-                phase = self._name("prefill", i)
+                begin(self._name("prefill", i))
                 token = generation.prefill()
-                phase = self._name("decode", i)
+                begin(self._name("decode", i))
                 generation.step(token.expand(-1, decoding.tokens))
-        return {fqn: {p: tuple(x) for p, x in phases.items()} for fqn, phases in shapes.items()}
 
     def run(self, record: dict[str, list[float]]) -> None:
         """All of it; the milliseconds of each phase, of a step of decode, are appended."""
@@ -462,10 +476,20 @@ class Measurer:
         }
 
     def output_errors(
-        self, layers: list[Layer], batches: list[Any], worst: Tensor, surroundings: Plan, track: Track
+        self,
+        layers: Sequence[Layer],
+        batches: list[Any],
+        worst: Tensor,
+        surroundings: Plan,
+        alone: Callable[[Layer, str], Plan],
+        track: Track,
     ) -> None:
-        """Fills in what each candidate brings at the output: one pass of the model over the batches for each, alone. worst: the
-        samples that count. surroundings: a plan of no layer, for what a swap changes besides: it runs without padding.
+        """Fills in what each candidate brings at the output: one pass of the model over the batches for each, alone.
+
+        Args:
+            worst: the samples that count.
+            surroundings: a plan of no layer, for what a swap changes besides: it runs without padding.
+            alone: the same with one candidate of one layer.
         """
         todo = [(layer, name) for layer in layers for name in layer.open()]
         missing = [(x, name) for x, name in todo if name not in self.content["output"].get(x.leaf.fqn, {})]
@@ -480,7 +504,7 @@ class Measurer:
                 file = self.measurements.file
                 progress = f"; {n} of {len(todo)} layers and candidates are in {file}" if file else ""
                 with annotated(f"while measuring {layer.leaf.fqn} in {name}; the model is as it was{progress}"):
-                    errors[name] = self._output_error(layer.leaf, name, batches, references, worst, surroundings)
+                    errors[name] = self._output_error(alone(layer, name), batches, references, worst)
                 self.measurements.keep()
             layer.candidates[name].output = errors[name]
             if errors[name] is None:
@@ -489,17 +513,8 @@ class Measurer:
             advance()
 
     def _output_error(
-        self,
-        leaf: Leaf,
-        name: str,
-        batches: list[Any],
-        references: list[Tensor],
-        worst: Tensor,
-        surroundings: Plan,
+        self, plan: Plan, batches: list[Any], references: list[Tensor], worst: Tensor
     ) -> list[float] | None:
-        plan = planned(
-            self.subject.model, [(leaf, self.candidates[name])], surroundings.attention, None, surroundings.unpad
-        )
         with self.subject.swapped(plan, self.arguments):
             errors = [
                 self.subject.criterion.additive(actual, expected, batch)
@@ -515,10 +530,12 @@ def identity(
     candidates: Mapping[str, LayerPrecision],
     criterion: Criterion,
     context: Context,
+    attention: tuple[Any, ...],
     device: Mapping[str, Any],
     *batches: list[Any],
 ) -> str | None:
-    """What measurements are of; of every weight a few thousand elements speak for all."""
+    """What measurements are of; of every weight a few thousand elements speak for all. attention: what is asked for of it, if
+    anything."""
     fingerprint = Fingerprint()
     for leaf in leaves:
         weight = leaf.weight
@@ -531,5 +548,7 @@ def identity(
         ]
     )
     fingerprint.add([[p.text for p in context.include], [p.text for p in context.exclude]])
+    if attention:
+        fingerprint.add([list(attention)])
     told = [[asdict(x) if isinstance(x, Decoding) else x for x in listed] for listed in batches]
     return fingerprint.add([criterion.kind, torch.__version__, dict(device), *told]).value

@@ -34,6 +34,7 @@ from ..swap.rules import Context
 from ..swap.swapping import planned
 from ..swap.verdicts import prove
 from . import evidence
+from .attention import NOT_OF_LAYERS, Attention, AttentionLayer, attention_candidates
 from .caches import kv_cache_candidates, with_cache
 from .choose import Choice, Frontier, Option
 from .criterion import Criterion, Metric
@@ -118,13 +119,17 @@ def plan(
         shapes: batches of the shapes to time on, and of decoders also `fp.Decoding`s: prompts of a length, then steps of some
             tokens, each timed apart, steps with weights from memory. A candidate that makes steps slower is refused, whatever it
             makes of prompts. None: the first of `batches`, of a decoder one prompt and its steps.
+        attention: "auto", True or False, as `fp.Config` has it; or what attention may be computed in, one or several of "int8" and
+            what else `fp.ops.attention_8bit` takes: each module's is then a layer of the plan, timed on the calls that `shapes` make.
+        crossover: of such attention, as `fp.Config` has it; None: the least number of keys that is known to be faster here, or that
+            of the shortest call of `shapes`, if that is fewer. The plan has the number.
         kv_cache: what a decoder's cache of keys and values may become, one or several of "auto", "int8" and "fp8" (see
             `fp.Config`): each is tried with the chosen layers, by the perplexity of steps that read it. The one whose steps are
             fastest is planned; None: it stays.
         output: output(result), where the default does not fit.
         resume: a file that measurements are written to as they are made, and read from where it exists: after an interrupt, or
             for another budget.
-        config, options: a `fp.Config`, or its fields attention, unpad, include, exclude, calibrate and forward: calibrate has the
+        config, options: a `fp.Config`, or its fields, of which unpad, include, exclude, calibrate and forward: calibrate has the
             batches for the calibrated candidate, and replaying the plan takes the same again. Layers are timed on the rows that
             `shapes` have, padding included, and whole plans as they run. Layers too small for a swap to touch by default are
             measured here.
@@ -151,7 +156,7 @@ def plan(
         raise ValueError(f"target is one of {', '.join(TARGETS)}, not {target!r}")
     model = plain_module("plan", model)
     kv_cache = options.pop("kv_cache", config.kv_cache if config else None)
-    config = _config_of(config, **options)
+    config, in_8_bits, crossover = _config_of(config, **options)
     attention, calibrate, forward = config.attention, config.calibrate, config.forward
     if keras_layers.roots(model):
         raise ValueError(
@@ -172,8 +177,9 @@ def plan(
         context = Context(model, config.included, config.excluded)
         attending = decide_attention(context, attention)
         everywhere, caching = attending, decide_kv_cache(model, attending, None)
-        if caches:
+        if caches or in_8_bits:
             everywhere = decide_attention(Context(model, context.include, context.exclude), True)
+        if caches:
             caching = decide_kv_cache(model, everywhere, caches[0])  # refuses
         cached = tuple(leaf.fqn for leaf in everywhere.swapped) if caches else ()
         precisions = tuple((leaf, next(iter(tried.values()))) for leaf in leaves)
@@ -183,9 +189,12 @@ def plan(
         decision = verdicts.applied(decision)
         leaves, unpads = [leaf for leaf, _ in decision.swapped], decision.unpadding.planned
         attending = attending if verdicts.attention is None else decision.attention
+        swapped = [leaf.fqn for leaf in attending.swapped]
+        eights = Attention(decision.attention.swapped, in_8_bits, crossover, tried)
 
         device = environment.device(device_of(model))
-        identity_of_run = identity(model, leaves, tried, criterion, context, device, samples, timed, calibration)
+        asked = (*in_8_bits, crossover) if in_8_bits else ()
+        identity_of_run = identity(model, leaves, tried, criterion, context, asked, device, samples, timed, calibration)
         measurements = Measurements(resume, identity_of_run)
 
         subject = Subject(model, criterion, forward, output, verdicts)
@@ -199,7 +208,8 @@ def plan(
         }
         layers = [
             Layer(leaf, calls[leaf.fqn], tensor_bytes([leaf.module]), {
-                name: Candidate(never[leaf.fqn] or eligible(leaf, context, p)) for name, p in tried.items()
+                **{name: Candidate(never[leaf.fqn] or eligible(leaf, context, p)) for name, p in tried.items()},
+                **{name: Candidate(NOT_OF_LAYERS) for name in in_8_bits if name not in tried},
             })
             for leaf in leaves
         ]  # fmt: skip
@@ -207,6 +217,11 @@ def plan(
         measurer = Measurer(subject, tried, arguments, measurements, workload)
         measurer.time(layers, progress)
         measurer.local_errors(layers, samples[0], progress)
+        if eights.layers:
+            all_swapped = planned(model, [], [x.leaf.fqn for x in eights.layers], None, unpads)
+            with subject.swapped(all_swapped, {}):
+                eights.measure(measurer, samples[0], progress)
+        layers += eights.layers
         pairs = pairs_of(layers) if target == "latency" else []
         units = units_of(layers, pairs, time_pairs(pairs, measurer, progress))
         for layer, saved in ((layer, saved) for unit, saved in units for layer in unit):
@@ -214,11 +229,22 @@ def plan(
             _refuse_dominated(layer, target)
         by_fqn = {leaf.fqn: leaf for leaf in leaves}
 
+        specifications = {x.leaf.fqn: x.bits for x in eights.layers}
+
         def plan_of(names: Mapping[str, str | None]) -> Plan:
-            pairs = [(by_fqn[fqn], tried[name]) for fqn, name in names.items() if name]
+            pairs = [(by_fqn[fqn], tried[name]) for fqn, name in names.items() if name and fqn in by_fqn]
+            bits = {fqn: specifications[fqn][name] for fqn, name in names.items() if name and fqn in specifications}
             batches_fingerprint = Fingerprint().add(calibration).value if any(p.calibrated for _, p in pairs) else None
-            attention_names = [leaf.fqn for leaf in attending.swapped] if pairs else []
-            return planned(model, pairs, attention_names, batches_fingerprint, unpads if pairs else None)
+            if not (pairs or bits):
+                return planned(model, [], [], None, None)
+            return planned(model, pairs, dict.fromkeys((*swapped, *bits)), batches_fingerprint, unpads, bits=bits)
+
+        def alone(layer: Layer, name: str) -> Plan:
+            fqn = layer.leaf.fqn
+            if isinstance(layer, AttentionLayer):
+                names, bits = dict.fromkeys((*swapped, fqn)), {fqn: layer.bits[name]}
+                return planned(model, [], names, None, unpads, bits=bits)
+            return planned(model, [(layer.leaf, tried[name])], swapped, None, unpads)
 
         verifier = Verifier(subject, arguments, samples, references)
         fastest = {
@@ -227,8 +253,8 @@ def plan(
         if any(fastest.values()):
             verifier.run(plan_of(fastest), to_the_end=True)
         indices, worst = verifier.binding()
-        surroundings = planned(model, [], [leaf.fqn for leaf in attending.swapped], None, unpads)
-        measurer.output_errors(layers, [samples[i] for i in indices], worst, surroundings, progress)
+        surroundings = planned(model, [], swapped, None, unpads)
+        measurer.output_errors(layers, [samples[i] for i in indices], worst, surroundings, alone, progress)
         layer_options = {
             layer.leaf.fqn: [
                 (None, Option(_cost(layer, target), 0.0)),
@@ -272,7 +298,7 @@ def plan(
             "device": device,
             "criterion": {"kind": criterion.kind, "bound": criterion.bound},
             "target": target,
-            "candidates": list(tried),
+            "candidates": list(dict.fromkeys((*tried, *in_8_bits))),
             "batches": {"verified": len(samples), "measured": len(indices), "calibrated": len(calibration)},
             "result": _result(layers, criterion, attempts, latency, phases, sizes, slower),
             "layers": [evidence.row(layer, name, target) for layer, name in zip(layers, names.values())],
@@ -290,13 +316,19 @@ def plan(
     )
 
 
-def _config_of(config: Config | None, **options: Unpack[Options]) -> Config:
-    """ValueError where it says what a plan is there to find."""
-    config = Config.of(config, **options)
+def _config_of(config: Config | None, **options: Unpack[Options]) -> tuple[Config, tuple[str, ...], int | None]:
+    """(the config without them, the dtypes of attention in 8 bits that are weighed, their crossover). ValueError where it says what
+    a plan is there to find."""
+    given = {name: options.pop(name, getattr(config, name) if config else None) for name in ("attention", "crossover")}  # type: ignore[misc]
+    attention, crossover = given["attention"], given["crossover"]
+    in_8_bits = attention_candidates("auto" if attention is None else attention)
+    Config(attention=in_8_bits[0] if in_8_bits else "auto", crossover=crossover)
+    kept = {"crossover": None, **({"attention": "auto"} if in_8_bits or attention is None else {"attention": attention})}
+    config = Config.of(config, **{**options, **kept})
     for name in ("precision", "plan", "strict", "keep"):
         if getattr(config, name) != getattr(Config(), name):
             raise ValueError(f"plan takes no {name}=: it belongs to the fp.swap that carries the plan out")
-    return config
+    return config, in_8_bits, crossover
 
 
 def _candidates(names: Iterable[str] | None, calibrates: bool) -> dict[str, LayerPrecision]:
@@ -430,7 +462,7 @@ def _latency(
         phases = {n: {p: Timing.of(ms[len(ms) // 4 :]) for p, ms in x.items()} for n, x in records.items()}
         return latency, phases
 
-    if not plan.layers and plan.kv_cache is None:
+    if not plan.layers and not plan.attention_8bit and plan.kv_cache is None:
         with evaluating(model):
             return timed({"before": lambda: workload.run(records["before"])})
     records["after"] = {}

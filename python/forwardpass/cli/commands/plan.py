@@ -14,6 +14,7 @@ from ...common.plots import require as require_plot
 from ...common.text import count
 from ...common.timing import keep_freed_memory
 from ...integrations.transformers.kv_scales import KV_CACHES
+from ...ops.attention_8bit import DTYPES
 from ...planning.measure import CALIBRATED
 from ...planning.planner import CANDIDATES, TARGETS
 from ...planning.plots import plan as plot_plan
@@ -21,6 +22,7 @@ from .. import embedding
 from ..console import say, tracking
 from ..options import (
     Batch,
+    Crossover,
     Device,
     Length,
     ModelName,
@@ -50,6 +52,9 @@ def plan(
                                                   "default: builtin for what is calibrated.")] = None,
     kv_cache: Annotated[str | None, typer.Option(help=f"Of a decoder: what its cache of keys and values may become, "
                                                  f"comma-separated, of {', '.join(KV_CACHES)}.")] = None,
+    attention: Annotated[str | None, typer.Option(help="What attention may be computed in, comma-separated, of "
+                                                  f"{', '.join(DTYPES)}; default: in the model's dtype.")] = None,
+    crossover: Crossover = None,
     batch: Batch = None,
     length: Length = 128,
     steps: Steps = 32,
@@ -95,6 +100,8 @@ def plan(
                 target=target,
                 shapes=[timed],
                 unpad=True,  # the readout leaves padding out
+                attention=[name.strip() for name in attention.split(",")] if attention is not None else "auto",
+                crossover=crossover,
                 kv_cache=[name.strip() for name in kv_cache.split(",")] if kv_cache is not None else None,
                 calibrate=subject.calibration,
                 forward=subject.readout.forward,

@@ -20,12 +20,15 @@ from ...common.patterns import patterns
 from ...common.text import together
 from ...integrations import sentence_transformers as sentences
 from ...integrations.transformers.kv_scales import KV_CACHES
+from ...swap.attention.modules import check_choice
 from ...swap.precision import STORED
 from .. import comparison, embedding
 from ..console import print_swap, tracking
 from ..options import (
+    ATTENTION,
     Batch,
     Calibration,
+    Crossover,
     Device,
     Json,
     Length,
@@ -35,6 +38,7 @@ from ..options import (
     Steps,
     Texts,
     Yes,
+    attention_option,
     number,
     precision_or_plan,
     prepare,
@@ -71,6 +75,8 @@ def swap(
                                                      "spelled out, as lm_head, overrides a default skip.")] = None,
     kv_cache: Annotated[str | None, typer.Option(metavar=" | ".join(KV_CACHES), help="Of a decoder: what its cache of keys and "
                                                  "values becomes, as in fp.swap; perplexity is then that of steps.")] = None,
+    attention: Annotated[str, attention_option("What attention becomes, as in fp.swap.")] = "auto",
+    crossover: Crossover = None,
     batch: Batch = None,
     length: Length = 128,
     steps: Steps = 32,
@@ -92,9 +98,11 @@ def swap(
     console = Console(stderr=json == "-")
     with refusing(ValueError, OSError):
         stored = embedding.find_model(model).stored
-        if stored and (precision, plan, calibrate, kv_cache, include) != (None, None, None, None, None):
+        given = precision, plan, calibrate, kv_cache, include, crossover
+        if stored and (any(x is not None for x in given) or attention != "auto"):
             raise ValueError(f"{model} holds a model whose layers have 8 bits already, which are taken over as they are: drop "
-                             "--precision, --plan, --calibrate, --include and --kv-cache")  # fmt: skip
+                             "--precision, --plan, --calibrate, --include, --kv-cache, --attention and --crossover")  # fmt: skip
+        check_choice(ATTENTION[attention], crossover, plan is not None)
     precision, planned, calibrates = (STORED.name, None, False) if stored else precision_or_plan(precision, plan)
     limit_of_perplexity = share_of(max_perplexity_increase) or 0.0
     where = prepare(device, json, read=(model, plan, text, calibrate))
@@ -123,6 +131,7 @@ def swap(
             original, swapped = subject.model, copy.deepcopy(subject.model)  # both at once: their timing takes turns
             options: dict[str, Any] = {"precision": precision, "plan": planned, "calibrate": subject.calibration,
                                        "include": include or (), "kv_cache": kv_cache,
+                                       "attention": ATTENTION[attention], "crossover": crossover,
                                        "unpad": True}  # fmt: skip  # a readout leaves padding out
             with refusing(ValueError, TypeError, OSError, fp.Unsupported), warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # the report has them too
