@@ -45,7 +45,7 @@ def cpu_seconds(call: Callable[[], Any], calls: int) -> float:
 
 @torch.inference_mode()
 def ratio(dtype: torch.dtype, head_dim: int, keys: int, causal: bool, rounds: int) -> float:
-    """How many times as long `attention` takes as `attention_8bit`, in CPU time, which other work on the machine does not add to."""
+    """How many times as long `attention` takes as `attention_8bit`, in CPU time: other work on the machine does not count."""
     heads = 8 if keys <= 512 else 2
     q, k, v = (torch.randn(1, keys, heads, head_dim).to(dtype) for _ in range(3))
     calls = [lambda: attention(q, k, v, causal=causal), lambda: attention_8bit(q, k, v, causal=causal)]
@@ -71,7 +71,9 @@ def crossover(args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--crossover", action="store_true", help="beside fp.ops.attention, by the number of keys, on one thread")
+    p.add_argument(
+        "--crossover", action="store_true", help="beside fp.ops.attention, by the number of keys, on one thread"
+    )
 
 
 if __name__ == "__main__":

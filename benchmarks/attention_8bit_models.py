@@ -48,7 +48,9 @@ def logits(model: Any, ids: Tensor) -> Iterator[Tensor]:
 def loss(model: Any, ids: Tensor) -> float:
     """Mean of the next tokens', in nats."""
     targets = F.pad(ids[0, 1:], (0, 1), value=-100).split(ROWS)
-    losses = [F.cross_entropy(x, y, ignore_index=-100, reduction="sum").item() for x, y in zip(logits(model, ids), targets)]
+    losses = [
+        F.cross_entropy(x, y, ignore_index=-100, reduction="sum").item() for x, y in zip(logits(model, ids), targets)
+    ]
     return sum(losses) / (ids.shape[1] - 1)
 
 
@@ -147,15 +149,17 @@ def embeddings() -> Iterator[dict[str, Any]]:
 
 @torch.inference_mode()
 def retrieval(keys: int, head_dim: int = 64, rows: int = 64) -> Iterator[dict[str, Any]]:
-    """The operation alone: each row looks for one key, which gets a share of its weight, and all others the rest. Whether what comes
-    out is nearest to that key's value, of all values; and how far it is from float64's."""
+    """The operation alone: each row looks for one key, which gets a share of its weight; all others get the rest. Is what comes out
+    nearest to that key's value, of all values? And how far is it from float64's?"""
     g = torch.Generator().manual_seed(keys)
     k, v = (torch.randn(1, keys, 1, head_dim, generator=g) for _ in range(2))
     wanted = torch.randint(keys, (rows,), generator=g)
     directions = F.normalize(k[0, wanted, 0], dim=-1)
     for share in (0.9, 0.5, 0.2):
         q = _looking_for(directions, k[0, :, 0], wanted, share)[None, :, None]
-        exact = torch.softmax(q[0, :, 0].double() @ k[0, :, 0].double().T / math.sqrt(head_dim), -1) @ v[0, :, 0].double()
+        exact = (
+            torch.softmax(q[0, :, 0].double() @ k[0, :, 0].double().T / math.sqrt(head_dim), -1) @ v[0, :, 0].double()
+        )
         result: dict[str, Any] = {"keys": keys, "head_dim": head_dim, "rows": rows, "weight": share}
         for name, op in (("float32", fp.ops.attention), ("int8", fp.ops.attention_8bit)):
             o = op(q, k, v)[0, :, 0]

@@ -87,7 +87,9 @@ def test_swap_plan_and_save(folder, tmp_path):
 
 def test_attention_in_8_bits(folder, tmp_path):
     args = ("swap", folder, "--calibrate", "none", "--batch", 2, "--length", 16, "--min-cosine", 0.99)
-    done = run(*args, "--attention", "INT8", "--crossover", 0, "--json", tmp_path / "swap.json", "--save", tmp_path / "saved")
+    done = run(
+        *args, "--attention", "INT8", "--crossover", 0, "--json", tmp_path / "swap.json", "--save", tmp_path / "saved"
+    )
     assert done.exit_code == 0, done.output
     written = json.loads((tmp_path / "swap.json").read_text())
     assert {x["bits"] for x in written["attention"]} == {"int8"} and len(written["attention"]) == 2

@@ -38,7 +38,12 @@ def test_swap_takes_the_bytes_over_and_compares_with_transformers(folder, tmp_pa
 
 
 def test_what_asks_for_a_model_of_floats(folder, tmp_path):
-    for option in (("--precision", "int8"), ("--calibrate", "none"), ("--kv-cache", "auto"), ("--include", "lm_head"),
-                   ("--attention", "int8")):
+    for option in (
+        ("--precision", "int8"),
+        ("--calibrate", "none"),
+        ("--kv-cache", "auto"),
+        ("--include", "lm_head"),
+        ("--attention", "int8"),
+    ):
         refused(run("swap", folder, *option), "taken over as they are: drop --precision")
     refused(run("plan", folder, "--max-perplexity-increase", "2%"), "layers have 8 bits already")

@@ -19,7 +19,11 @@ from forwardpass.planning import planner as planning
 @pytest.fixture
 def times(monkeypatch):
     """A timer that says what the table does, of layers and of attention."""
-    table = {"layers": {"before": 2.0}, "attention": {"before": 2.0, "int8": 1.0}, "model": {"before": 4.0, "after": 2.0}}
+    table = {
+        "layers": {"before": 2.0},
+        "attention": {"before": 2.0, "int8": 1.0},
+        "model": {"before": 4.0, "after": 2.0},
+    }
 
     def timer(of):
         def interleave(named, device, *, rounds, warmup, on_round=lambda: None):
@@ -66,7 +70,9 @@ def test_attention_is_a_row_of_the_table(times):
     found = by_name(plan)
     assert len(found) == 15 + 2 and set(found) >= set(NAMES)
     row = found[NAMES[0]]
-    assert row["choice"] == "int8" and row["before"]["ms"]["low"] == 2.0 and row["candidates"]["int8"]["ms"]["low"] == 1.0
+    assert (
+        row["choice"] == "int8" and row["before"]["ms"]["low"] == 2.0 and row["candidates"]["int8"]["ms"]["low"] == 1.0
+    )
     assert row["reason"] == "2.00 times as fast: 1 ms, 2 as it is" and row["crossover"] == 16
     assert row["calls"] == {"forward": [[2, 16, 4, 32, 16]]} and (row["in_features"], row["out_features"]) == (128, 64)
     assert 0 < row["candidates"]["int8"]["error"] < 0.02
@@ -147,7 +153,10 @@ def test_a_crossover_that_is_given(times):
     assert {x.crossover for x in plan.attention_8bit} == {8}
     row = by_name(planned(crossover=20, shapes=rows(5, length=24)))[NAMES[0]]
     refused = row["candidates"]["int8"]["refused"]
-    assert refused["code"] == "not_reached" and "have 16 keys or rows at most, and it is planned from 20 on" in refused["text"]
+    assert (
+        refused["code"] == "not_reached"
+        and "have 16 keys or rows at most, and it is planned from 20 on" in refused["text"]
+    )
     row = by_name(planned(crossover=20))[NAMES[0]]  # and takes what it takes as it is
     assert row["candidates"]["int8"]["refused"]
 

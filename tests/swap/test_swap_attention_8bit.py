@@ -1,4 +1,4 @@
-"""attention="int8" in models and in fp.sdpa: which calls are computed in 8 bits, and that plans, files, copies and graphs keep it."""
+"""attention="int8" in models and in fp.sdpa: which calls are in 8 bits, and that plans, files, copies and graphs keep it."""
 
 import copy
 import json
@@ -69,7 +69,7 @@ def test_models(name):
 @pytest.mark.parametrize("mask", ["bool", "added"])
 @torch.inference_mode()
 def test_the_mask_that_sageattention_drops(mask):
-    """Of F.scaled_dot_product_attention's calls, whose attn_mask its replacement takes with its other keyword arguments, and ignores."""
+    """Its replacement of F.scaled_dot_product_attention takes attn_mask with other keyword arguments, and ignores it."""
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 4, n, 32, generator=g) for n in (70, 90, 90))
     allowed = torch.arange(90) < torch.tensor([50, 80]).reshape(2, 1, 1, 1)
@@ -122,7 +122,9 @@ def test_steps_of_a_decoder_stay_in_its_dtype():
     fp.swap(model, **EVERYWHERE)
     ids = batch("llama")["input_ids"][:1]
     with counted(Calls()) as calls:
-        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, eos_token_id=None)
+        model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, eos_token_id=None
+        )
     assert calls.kernel_calls == {"LlamaAttention in int8": 2, "LlamaAttention": 6}
 
 
@@ -172,7 +174,9 @@ def test_short_calls_stay_in_their_dtype():
     assert not computed_in_8_bits(255, 4096) and not computed_in_8_bits(4096, 255)
     assert computed_in_8_bits(64, 256, heads=8) and not computed_in_8_bits(63, 256, heads=8)
     assert computed_in_8_bits(128, 128, dim=128) and not computed_in_8_bits(127, 128, dim=128)
-    assert not computed_in_8_bits(1023, 1023, dtype=torch.bfloat16) and computed_in_8_bits(1024, 1024, dtype=torch.bfloat16)
+    assert not computed_in_8_bits(1023, 1023, dtype=torch.bfloat16) and computed_in_8_bits(
+        1024, 1024, dtype=torch.bfloat16
+    )
     assert computed_in_8_bits(1, 1, crossover=0)
     assert computed_in_8_bits(7, 7, crossover=7) and not computed_in_8_bits(7, 6, crossover=7)
 
@@ -225,7 +229,10 @@ def test_wrong_choices():
         ({"attention": "int9"}, "'int8'.*, not 'int9'"),
         ({"attention": "int8", "crossover": -1}, "crossover is a number of keys.*not -1"),
         ({"attention": "int8", "crossover": 1.5}, "not 1.5"),
-        ({"attention": True, "crossover": 0}, "crossover=0 is for attention in 8 bits, and attention is True: pass attention='int8'"),
+        (
+            {"attention": True, "crossover": 0},
+            "crossover=0 is for attention in 8 bits, and attention is True: pass attention='int8'",
+        ),
     ]:
         with pytest.raises(ValueError, match=words):
             fp.swap(model, "int8", **options)

@@ -82,7 +82,12 @@ def read_record(folder: pathlib.Path) -> dict[str, Any]:
 
 def checked(content: Mapping[str, Any], path: str | pathlib.Path) -> dict[str, Any]:
     """A record with every entry of the type that `save_pretrained` writes. Raises ValueError, which names its place."""
-    older = {"unpad": None, "kv_cache": None, "attention_8bit": [], "around": None}  # which these do not say
+    older: dict[str, Any] = {
+        "unpad": None,
+        "kv_cache": None,
+        "attention_8bit": [],
+        "around": None,
+    }  # which these do not say
     record = {**older, **content}
     if record.get("schema") not in (SCHEMA, EARLIER):
         raise ValueError(

@@ -50,7 +50,9 @@ def sdpa(attention: str | bool = True, *, crossover: int | None = None) -> Itera
     """
     bits = None if attention is True else EightBits(attention, crossover)  # type: ignore[arg-type]  # which it refuses
     if bits is None and crossover is not None:
-        raise ValueError(f"crossover={crossover} is for attention in 8 bits: pass sdpa({DTYPES[0]!r}, crossover={crossover})")
+        raise ValueError(
+            f"crossover={crossover} is for attention in 8 bits: pass sdpa({DTYPES[0]!r}, crossover={crossover})"
+        )
     with counted(Calls()) as calls, _Mode(bits):
         yield calls
 

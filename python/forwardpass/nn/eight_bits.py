@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch import Tensor
 from ..common.environment import cpu_tier
 from ..dispatch import Reason, gpu_capability, gpu_takes, interpreter
 from ..dispatch.calls import take
+from ..dispatch.operation import GPU_BACKENDS
 from ..ops.attention import ATTENTION
 from ..ops.attention_8bit import ATTENTION_8BIT, DTYPES, attention_8bit
 
@@ -107,13 +107,9 @@ def least_keys(device: torch.device, dtype: torch.dtype, head_dim: int) -> int:
     return ON_GPU if gpu_takes(device) else -(-ON_CPU[cpu_tier() or ""][dtype] // head_dim)
 
 
-def why_not(
-    bits: str, device: torch.device, dtype: torch.dtype, head_dim: int, head_dim_of_v: int
-) -> Reason | None:
+def why_not(bits: str, device: torch.device, dtype: torch.dtype, head_dim: int, head_dim_of_v: int) -> Reason | None:
     """Why no call on this device is computed in 8 bits unless a crossover is given; None where long ones are."""
-    q, v = (torch.empty((0, 0, 0, n), dtype=dtype, device="meta") for n in (head_dim, head_dim_of_v))
-    backend = "cuda" if gpu_takes(device) else "cpu"
-    if reason := ATTENTION_8BIT.why_not_on(backend, device, q, q, v):
+    if reason := why_no_kernel(bits, device, dtype, head_dim, head_dim_of_v):
         return reason
     fix = "pass crossover=0 for 8 bits all the same"
     if gpu_takes(device):
@@ -124,6 +120,16 @@ def why_not(
         text = f"8 bits are not known to be faster in {str(dtype).removeprefix('torch.')} with {cpu_tier()}"
         return Reason("crossover", text, fix)
     return None
+
+
+def why_no_kernel(
+    bits: str, device: torch.device, dtype: torch.dtype, head_dim: int, head_dim_of_v: int
+) -> Reason | None:
+    """Why no kernel computes such attention on this device."""
+    q, v = (torch.empty((0, 0, 0, n), dtype=dtype, device="meta") for n in (head_dim, head_dim_of_v))
+    backends = GPU_BACKENDS if gpu_takes(device) else ("cpu",)
+    reasons = [ATTENTION_8BIT.why_not_on(backend, device, q, q, v) for backend in backends]
+    return None if None in reasons else reasons[0]
 
 
 def _least_keys(bits: str, device: torch.device, dtype: torch.dtype, head_dim: int, head_dim_of_v: int) -> int | None:

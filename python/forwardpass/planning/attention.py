@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from ..common.compare import relative_error
 from ..common.timing import Timing, Track, interleave
 from ..dispatch import Reason
-from ..nn.eight_bits import EightBits, calls_size, least_keys, watched, why_not
+from ..nn.eight_bits import EightBits, calls_size, least_keys, watched, why_no_kernel, why_not
 from ..ops.attention import ATTENTION
 from ..ops.attention_8bit import DTYPES
 from ..proofs.walker import Leaf
@@ -54,7 +55,10 @@ class AttentionLayer(Layer):
     def features(self) -> tuple[int, int]:
         """Columns of all heads of q, and of k."""
         shapes = next((form[:2] for forms in self.forms.values() for form in forms), None)
-        return (0, 0) if shapes is None else tuple(shape[-1] * shape[-2] for (shape, *_) in shapes)  # type: ignore[return-value]
+        if shapes is None:
+            return 0, 0
+        (q, *_), (k, *_) = shapes
+        return q[-1] * q[-2], k[-1] * k[-2]
 
     def sizes(self) -> list[int]:
         return [_size(form) for forms in self.forms.values() for form in forms]
@@ -128,41 +132,28 @@ class Attention:
             layer.calls = {phase: tuple((*q, k[-3]) for (q, *_), (k, *_), *_ in x) for phase, x in layer.forms.items()}
             q, _, v = self._examples[next(iter(layer.forms.values()))[0]][:3]
             for name in self._names:
+                where = q.device, q.dtype, q.shape[-1]
+                if reason := why_no_kernel(name, *where, v.shape[-1]):
+                    text = f"{reason.text}, and the reference is slower than what it replaces"
+                    layer.candidates[name].refusal = Reason("reference", text, "")
                 crossover = self.crossover
                 if crossover is None:
-                    known = why_not(name, q.device, q.dtype, q.shape[-1], v.shape[-1]) is None
-                    crossover = min(layer.sizes())
-                    crossover = min(crossover, least_keys(q.device, q.dtype, q.shape[-1])) if known else crossover
+                    known = why_not(name, *where, v.shape[-1]) is None
+                    crossover = min([*layer.sizes(), *([least_keys(*where)] if known else [])])
                 layer.bits[name] = EightBits(name, crossover)
 
     def _time(self, measurer: Measurer) -> None:
         times = measurer.content["times"]
-        for form in dict.fromkeys(form for x in self.layers for forms in x.forms.values() for form in forms):
-            key = repr(("attention", form, self._names))
-            if key not in times:
-                times[key] = self._timings(self._examples[form])
-                measurer.measurements.keep()
         for layer in self.layers:
-            for name, x in {None: layer, **{name: layer.candidates[name] for name in layer.open()}}.items():
-                x.phases = {phase: self._total(times, layer, forms, name) for phase, forms in layer.forms.items()}
+            names = layer.open()
+            for form in dict.fromkeys(form for forms in layer.forms.values() for form in forms):
+                if (key := _key(form, names)) not in times:
+                    times[key] = _timings(self._examples[form], names)
+                    measurer.measurements.keep()
+            parts: dict[str | None, Layer | Candidate] = {None: layer}
+            for name, x in (parts | {n: layer.candidates[n] for n in names}).items():
+                x.phases = {phase: _total(times, layer, forms, name) for phase, forms in layer.forms.items()}
                 x.ms = measurer.workload.total(x.phases) if x.phases else None
-
-    def _timings(self, arguments: tuple[Any, ...]) -> dict[str, Any]:
-        calls = {name: lambda bits=EightBits(name, 0): bits.run(arguments) for name in self._names}
-        with torch.inference_mode():
-            timings = interleave(
-                {"before": lambda: ATTENTION(*arguments), **calls}, arguments[0].device, rounds=ROUNDS, warmup=WARMUP
-            )
-        return {name: timing.to_json() for name, timing in timings.items()}
-
-    def _total(self, times: Mapping[str, Any], layer: AttentionLayer, forms: list[Form], name: str | None) -> Timing:
-        """Of the calls of a phase: those that are too short for 8 bits take what they take as they are."""
-        timings = []
-        for form in forms:
-            in_8_bits = name is not None and _size(form) >= (layer.bits[name].crossover or 0)
-            timings.append(Timing(**times[repr(("attention", form, self._names))][name if in_8_bits else "before"]))
-        low, median, high = (sum(getattr(t, q) for t in timings) for q in ("low", "median", "high"))
-        return Timing(median, low, high, timings[0].rounds)
 
     def _errors(self, measurer: Measurer, batch: Any) -> None:
         """On the calls that a batch makes: of those that are in 8 bits, together."""
@@ -180,6 +171,28 @@ class Attention:
                     least = layer.bits[name].crossover
                     layer.candidates[name].refusal = Reason("not_reached", f"the calls of the first of `batches` have {most} keys "
                         f"or rows at most, and it is planned from {least} on", "")  # fmt: skip
+
+
+def _key(form: Form, names: Sequence[str]) -> str:
+    return repr(("attention", form, names))
+
+
+def _timings(arguments: tuple[Any, ...], names: Sequence[str]) -> dict[str, Any]:
+    calls: dict[str, Callable[[], object]] = {"before": lambda: ATTENTION(*arguments)}
+    calls |= {name: functools.partial(EightBits(name, 0).run, arguments) for name in names}
+    with torch.inference_mode():
+        timings = interleave(calls, arguments[0].device, rounds=ROUNDS, warmup=WARMUP)
+    return {name: timing.to_json() for name, timing in timings.items()}
+
+
+def _total(times: Mapping[str, Any], layer: AttentionLayer, forms: list[Form], name: str | None) -> Timing:
+    """Of the calls of a phase: those that are too short for 8 bits take what they take as they are."""
+    timings = []
+    for form in forms:
+        in_8_bits = name is not None and _size(form) >= (layer.bits[name].crossover or 0)
+        timings.append(Timing(**times[_key(form, layer.open())][name if in_8_bits else "before"]))
+    low, median, high = (sum(getattr(t, q) for t in timings) for q in ("low", "median", "high"))
+    return Timing(median, low, high, timings[0].rounds)
 
 
 def _errors_on(measurer: Measurer, layers: Sequence[AttentionLayer], batch: Any) -> dict[str, Any]:

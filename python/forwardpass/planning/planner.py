@@ -120,7 +120,7 @@ def plan(
             tokens, each timed apart, steps with weights from memory. A candidate that makes steps slower is refused, whatever it
             makes of prompts. None: the first of `batches`, of a decoder one prompt and its steps.
         attention: "auto", True or False, as `fp.Config` has it; or what attention may be computed in, one or several of "int8" and
-            what else `fp.ops.attention_8bit` takes: each module's is then a layer of the plan, timed on the calls that `shapes` make.
+            what else `fp.ops.attention_8bit` takes. Each module's is then a layer of the plan, timed on the calls of `shapes`.
         crossover: of such attention, as `fp.Config` has it; None: the least number of keys that is known to be faster here, or that
             of the shortest call of `shapes`, if that is fewer. The plan has the number.
         kv_cache: what a decoder's cache of keys and values may become, one or several of "auto", "int8" and "fp8" (see
@@ -323,7 +323,10 @@ def _config_of(config: Config | None, **options: Unpack[Options]) -> tuple[Confi
     attention, crossover = given["attention"], given["crossover"]
     in_8_bits = attention_candidates("auto" if attention is None else attention)
     Config(attention=in_8_bits[0] if in_8_bits else "auto", crossover=crossover)
-    kept = {"crossover": None, **({"attention": "auto"} if in_8_bits or attention is None else {"attention": attention})}
+    kept = {
+        "crossover": None,
+        **({"attention": "auto"} if in_8_bits or attention is None else {"attention": attention}),
+    }
     config = Config.of(config, **{**options, **kept})
     for name in ("precision", "plan", "strict", "keep"):
         if getattr(config, name) != getattr(Config(), name):

@@ -60,14 +60,14 @@ class Config:
             calibrated takes the same batches again as calibrate=.
         attention: "auto": swapped where a GPU has a kernel for it, and on a CPU where ours is faster than torch's: with AVX2, in
             models of transformers with head dims that are multiples of 16, in float32 up to 128 and in encoders alone, in
-            16 bits up to 256 and on a CPU without AMX. True: wherever it can be. "int8": the same, and computed in 8 bits
-            (`fp.ops.attention_8bit`) where that is faster; the report says from how many keys on. False: left alone. In the place of
+            16 bits up to 256 and on a CPU without AMX. True: wherever it can be. False: left alone. "int8", or what else
+            `fp.ops.attention_8bit` takes: wherever it can be, and calls of many keys are computed in 8 bits. In the place of
             `nn.MultiheadAttention` stands `fp.nn.MultiheadAttention`, whose projections are layers like others, in_proj and
             out_proj; models of transformers run theirs through the AttentionInterface, where their configs name it. Attention
             that is called by name elsewhere takes `with fp.sdpa():`. A plan decides itself.
         crossover: of attention in 8 bits: calls with fewer keys than this, or fewer rows of all query heads that share keys, are
-            computed in the model's dtype. None: what is measured on CPUs, and modelled for GPUs. 0: 8 bits everywhere, but in a
-            decoder's steps, which read a cache.
+            computed in the model's dtype. None: what is measured on CPUs and modelled for GPUs; the report says it. 0: all calls
+            are in 8 bits, except a decoder's steps, which read a cache.
         unpad: "auto": text encoders of transformers run without the rows of padding where the model's result does not show it
             (heads that pool or pick a token, SentenceTransformer); a model that returns last_hidden_state stays padded. True: it
             runs without them too, and last_hidden_state is zero at padding; at tokens it is what it is with padding, but for the

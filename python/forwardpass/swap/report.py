@@ -244,7 +244,9 @@ class Report(Printed):
             modules = together(self.attention, lambda s: s.fqn, lambda s: (s.module, s.before, s.bits))
             asked = any(s.bits for s in self.attention)
             rows = [("attention", "module", "before", *(("computes in",) if asked else ()))]
-            rows += [(name, x.module, x.before, *((x.bits or "its dtype",) if asked else ())) for name, (x, *_) in modules]
+            rows += [
+                (name, x.module, x.before, *((x.bits or "its dtype",) if asked else ())) for name, (x, *_) in modules
+            ]
             yield from ("", Table(rows))
             if asked:
                 yield f"attention: {IN_ITS_DTYPE}"

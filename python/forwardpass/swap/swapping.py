@@ -112,7 +112,9 @@ def swap(
         attention, unpad = config.attention, config.unpad
         if originals.swapped_attention(model):
             if is_asked_for(attention) or config.kv_cache is not None:
-                refuse_swapped(model, f", with their attention, and attention={attention!r} and kv_cache= belong to that call")
+                refuse_swapped(
+                    model, f", with their attention, and attention={attention!r} and kv_cache= belong to that call"
+                )
             attention, unpad = False, False
         leaves += experts_leaves(model)
         calibrated = config.calibrate is not None
@@ -475,4 +477,6 @@ def planned(
     model_layers = layers_of(linear_leaves(model))
     name = type(model).__name__
     in_8_bits = tuple(PlannedAttention(fqn, x.dtype, x.crossover) for fqn, x in (bits or {}).items())
-    return Plan(name, model_layers, tuple(layers), tuple(attention), calibration, __version__, unpad, kv_cache, in_8_bits)
+    return Plan(
+        name, model_layers, tuple(layers), tuple(attention), calibration, __version__, unpad, kv_cache, in_8_bits
+    )

@@ -77,9 +77,7 @@ class Place:
         return _place, (self.fused, self.before, self.eager, self.bits)
 
 
-def _place(
-    fused: bool, before: str, eager: Callable[..., Any] | None, bits: EightBits | None = None
-) -> Place:
+def _place(fused: bool, before: str, eager: Callable[..., Any] | None, bits: EightBits | None = None) -> Place:
     """A copy, perhaps in a process that has not swapped yet, where transformers does not know the names."""
     register()
     return Place(fused, before, eager, bits)
