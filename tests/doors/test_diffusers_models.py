@@ -143,6 +143,22 @@ def test_attention_runs_on_ours_within_sdpa(make):
         torch.testing.assert_close(run(model, inputs), during, rtol=0, atol=0.02 * float(during.abs().max()))
 
 
+@pytest.mark.parametrize("make", MODELS)
+def test_attention_in_8_bits(make):
+    """Masks and cross attention too; what 8 bits lose is all that changes."""
+    model, inputs = built(make)
+    before = run(model, inputs)
+    report = fp.swap(model, attention="int8", exclude="**.to_*", dry_run=True)
+    assert 'with fp.sdpa("int8"):' in " ".join(str(report).split())
+    with fp.sdpa("int8", crossover=0) as calls:
+        within = run(model, inputs)
+    assert str(calls) == f"{MODELS[make][1]} x scaled_dot_product_attention in int8: forwardpass"
+    assert 0 < (within - before).norm() < 0.02 * before.norm()
+    with fp.sdpa("int8") as calls:  # whose calls are short
+        run(model, inputs)
+    assert str(calls) == f"{MODELS[make][1]} x scaled_dot_product_attention: forwardpass"
+
+
 def test_attention_that_no_kernel_takes_runs_on_torch():
     model, inputs = built(flux)
     model.double()

@@ -126,7 +126,8 @@ def _about(report: Report | None, layers: Mapping[str, QuantizedModule], stored_
     elif report is not None:
         yield "Nothing is calibrated: weights are rounded to nearest."
     if report is not None and report.attention:
-        yield f"Attention of {count(len(report.attention), 'module')} runs on the kernels of forwardpass."
+        computes = " and ".join(dict.fromkeys(f", in {s.bits}" for s in report.attention if s.bits))
+        yield f"Attention of {count(len(report.attention), 'module')} runs on the kernels of forwardpass{computes}."
 
 
 def _versions() -> str:

@@ -249,7 +249,7 @@ class AttentionSwap:
         self.attributes = [
             *_names(model, leaves, bits, named),
             *(_Attribute(m, "fused", False, True) for m in fused),
-            *(_Attribute(m, "bits", _ABSENT, x) for m in fused if (x := bits[id(m)]) is not None),
+            *(_Attribute(m, "bits", vars(m).get("bits", _ABSENT), x) for m in fused if (x := bits[id(m)]) is not None),
         ]
         self.report = [_entry(x.fqn, x.module, model, bits[id(x.module)]) for x in swapped]
 
