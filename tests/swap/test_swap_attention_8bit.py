@@ -206,6 +206,8 @@ def test_on_gpus():
             assert {s.bits for s in fp.swap(model, attention="int8", dry_run=True).attention} == {expected}
     with fp.interpret("sm_80"), pytest.warns(UserWarning, match=r"computes in float32 in every call.*tensor cores"):
         assert {s.bits for s in fp.swap(model.float(), attention="int8", dry_run=True).attention} == {"float32"}
+    with fp.interpret("sm_80"), pytest.warns(UserWarning, match="runs through the plain-torch reference.*tensor cores"):
+        fp.swap(model.float(), **EVERYWHERE, dry_run=True)
 
 
 @pytest.mark.usefixtures("vnni")

@@ -126,8 +126,9 @@ def _about(report: Report | None, layers: Mapping[str, QuantizedModule], stored_
     elif report is not None:
         yield "Nothing is calibrated: weights are rounded to nearest."
     if report is not None and report.attention:
-        computes = " and ".join(dict.fromkeys(f", in {s.bits}" for s in report.attention if s.bits))
-        yield f"Attention of {count(len(report.attention), 'module')} runs on the kernels of forwardpass{computes}."
+        computes = " and ".join(dict.fromkeys(s.bits for s in report.attention if s.bits))
+        in_8_bits = f", in {computes}" if computes else ""
+        yield f"Attention of {count(len(report.attention), 'module')} runs on the kernels of forwardpass{in_8_bits}."
 
 
 def _versions() -> str:

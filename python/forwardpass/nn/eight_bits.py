@@ -127,8 +127,10 @@ def why_no_kernel(
 ) -> Reason | None:
     """Why no kernel computes such attention on this device."""
     q, v = (torch.empty((0, 0, 0, n), dtype=dtype, device="meta") for n in (head_dim, head_dim_of_v))
+    known = {"q": q, "k": q, "v": v, "dtype": bits}
+    call = [known.get(name) for name in ATTENTION_8BIT.parameters]
     backends = GPU_BACKENDS if gpu_takes(device) else ("cpu",)
-    reasons = [ATTENTION_8BIT.why_not_on(backend, device, q, q, v) for backend in backends]
+    reasons = [ATTENTION_8BIT.why_not_on(backend, device, *call) for backend in backends]
     return None if None in reasons else reasons[0]
 
 

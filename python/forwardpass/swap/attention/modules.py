@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...dispatch import Reason, gpu_takes, only_reference_on
+from ...dispatch import Reason, gpu_takes
 from ...integrations.transformers import attention as huggingface
 from ...integrations.transformers.attention import NAMES, PLACE, Place
 from ...nn import MultiheadAttention
-from ...nn.eight_bits import EightBits, check_crossover
+from ...nn.eight_bits import EightBits, check_crossover, why_no_kernel
 from ...ops.attention import ATTENTION, faster_than_torch
-from ...ops.attention_8bit import ATTENTION_8BIT, DTYPES
+from ...ops.attention_8bit import DTYPES
 from ...ops.common.quantized_rows import FLOATS
 from ...proofs.walker import Leaf, leaves
 from .. import rules
@@ -300,9 +300,9 @@ def notes_on_8_bits(model: nn.Module, decision: AttentionDecision) -> list[str]:
         name = str(dtype).removeprefix("torch.")
         if reason := bits.why_none(device, dtype, dim):
             notes.append(f"attention={bits.dtype!r} computes in {name} in every call: {reason}")
-        elif only_reference_on(ATTENTION_8BIT.name, device, dtype):
-            notes.append(f"attention_8bit has no kernel for {name} on {device} in this installation, so attention runs through the "
-                         "plain-torch reference: see `forwardpass doctor`")  # fmt: skip
+        elif reason := why_no_kernel(bits.dtype, device, dtype, dim, dim):
+            notes.append(f"attention={bits.dtype!r} runs through the plain-torch reference, which is slower than what it replaces: "
+                         f"{reason}")  # fmt: skip
     return [*dict.fromkeys(notes)]
 
 
