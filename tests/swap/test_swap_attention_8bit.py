@@ -210,6 +210,22 @@ def test_on_gpus():
         fp.swap(model.float(), **EVERYWHERE, dry_run=True)
 
 
+@pytest.mark.interpreted
+@pytest.mark.parametrize("arch", in_turn(["sm_80", "sm_89"]))
+@torch.inference_mode()
+def test_models_on_the_kernels_for_gpus(arch):
+    """Whose integers are the CPU's."""
+    model, inputs = build("mistral", ATTENTION).half(), batch("mistral")
+    floats = of_tokens(outputs(model, inputs), inputs).float()
+    fp.swap(model, **EVERYWHERE)
+    expected = of_tokens(outputs(model, inputs), inputs).float()
+    with fp.interpret(arch) as device, fp.use_backend("cuda"), counted(Calls()) as calls:
+        got = of_tokens(outputs(model, inputs), inputs).float()
+    assert calls.kernel_calls == {"MistralAttention in int8": 2} and device.findings == []
+    assert relative_error(got, floats) < 0.02
+    assert relative_error(got, expected) < 0.5 * relative_error(expected, floats)
+
+
 @pytest.mark.usefixtures("vnni")
 def test_the_report_says_it():
     model = build("llama", ATTENTION)
