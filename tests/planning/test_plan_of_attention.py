@@ -235,3 +235,25 @@ def test_several_candidates(times, monkeypatch):
     plan = planned(attention=list(DTYPES))
     assert {x.dtype for x in plan.attention_8bit} == {"int8"}
     assert set(plan.evidence["candidates"]) == {"int8", "w8a16", *DTYPES}
+
+
+@pytest.mark.usefixtures("fewer_texts")
+def test_the_command(times, folder, tmp_path):
+    """Plans it, and swap replays that."""
+    from command_line import refused, run
+
+    times["layers"] |= {"w8a16": 3.0}
+    file = tmp_path / "plan.json"
+    args = (folder, "--batch", 2, "--length", 16, "--min-cosine", 0.99)
+    weighed = ("--candidates", "w8a16", "--attention", "int8", "--crossover", 0)
+    done = run("plan", *args, *weighed, "--json", file)
+    assert done.exit_code == 0, done.output
+    written = json.loads(file.read_text())
+    assert [x["dtype"] for x in written["attention_8bit"]] == ["int8", "int8"] and not written["layers"]
+    assert "attention.self" in done.stdout
+    done = run("swap", *args, "--plan", file, "--json", "-")
+    assert done.exit_code == 0, done.output
+    assert [x["bits"] for x in json.loads(done.stdout)["attention"]] == ["int8", "int8"]
+    refused(run("plan", *args, "--attention", "int9"), "one or several of 'int8'")
+    refused(run("plan", *args, "--crossover", 3), "crossover=3 is for attention in 8 bits")
+    refused(run("swap", *args, "--plan", file, "--attention", "int8"), "does not go with plan=")
