@@ -161,6 +161,27 @@ def test_a_crossover_that_is_given(times):
     assert row["candidates"]["int8"]["refused"]
 
 
+def test_the_crossover_is_measured(times, monkeypatch):
+    """Where short calls gain nothing, 8 bits begin above them."""
+    times["layers"] |= {"int8": 3.0, "w8a16": 3.0}
+    timings = attention._timings
+
+    def by_size(arguments, names):
+        keys, found = arguments[1].shape[1], timings(arguments, names)
+        return (
+            found
+            if keys > 12
+            else {name: {**x, "low": {"before": 1.0, "int8": 1.5}[name]} for name, x in found.items()}
+        )
+
+    monkeypatch.setattr(attention, "_timings", by_size)
+    shapes = [batch for n in (10, 12, 14, 16) for batch in rows(5, length=n)]
+    plan = planned(shapes=shapes)
+    assert {x.crossover for x in plan.attention_8bit} == {14}
+    row = by_name(plan)[NAMES[0]]
+    assert row["before"]["ms"]["low"] == 1 + 1 + 2 + 2 and row["candidates"]["int8"]["ms"]["low"] == 1 + 1 + 1 + 1
+
+
 def test_a_decoders_steps_are_as_they_are(times):
     """They read a cache."""
     times["layers"] |= {"int8": 1.5, "w8a16": 3.0}

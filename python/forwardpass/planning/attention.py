@@ -60,8 +60,9 @@ class AttentionLayer(Layer):
         (q, *_), (k, *_) = shapes
         return q[-1] * q[-2], k[-1] * k[-2]
 
-    def sizes(self) -> list[int]:
-        return [_size(form) for forms in self.forms.values() for form in forms]
+    def all_forms(self) -> list[Form]:
+        """Each once."""
+        return list(dict.fromkeys(form for forms in self.forms.values() for form in forms))
 
 
 def _form(arguments: tuple[Any, ...]) -> Form:
@@ -79,8 +80,7 @@ class Attention:
     Args:
         leaves: modules that a swap can swap.
         names: of the candidates; none: there is nothing to plan.
-        crossover: of `fp.plan`; None: the keys from which 8 bits are known to be faster here, or those of the shortest call of
-            `shapes`, where that is shorter: it is measured.
+        crossover: of `fp.plan`; None: measured.
         others: candidates of layers, which attention does not take.
     """
 
@@ -115,45 +115,56 @@ class Attention:
         with watched(note):
             measurer.workload.walk(begin)
         advance()
-        self._choose_crossovers()
-        with annotated("while timing attention; the model is as it was"):
-            self._time(measurer)
+        for layer in self.layers:
+            self._refuse_without_kernel(layer)
+            with annotated(f"while timing {layer.leaf.fqn}; the model is as it was"):
+                self._time(layer, measurer)
         advance()
         with annotated("while measuring errors of attention; the model is as it was"):
             self._errors(measurer, batch)
         advance()
         self._examples.clear()
 
-    def _choose_crossovers(self) -> None:
-        for layer in self.layers:
-            if not layer.forms:
-                _refuse(layer, _NOT_SEEN)
-                continue
-            layer.calls = {phase: tuple((*q, k[-3]) for (q, *_), (k, *_), *_ in x) for phase, x in layer.forms.items()}
-            q, _, v = self._examples[next(iter(layer.forms.values()))[0]][:3]
-            for name in self._names:
-                where = q.device, q.dtype, q.shape[-1]
-                if reason := why_no_kernel(name, *where, v.shape[-1]):
-                    text = f"{reason.text}, and the reference is slower than what it replaces"
-                    layer.candidates[name].refusal = Reason("reference", text, "")
-                crossover = self.crossover
-                if crossover is None:
-                    known = why_not(name, *where, v.shape[-1]) is None
-                    crossover = min([*layer.sizes(), *([least_keys(*where)] if known else [])])
-                layer.bits[name] = EightBits(name, crossover)
+    def _refuse_without_kernel(self, layer: AttentionLayer) -> None:
+        if not layer.forms:
+            _refuse(layer, _NOT_SEEN)
+        for name in layer.open():
+            q, _, v = self._examples[layer.all_forms()[0]][:3]
+            if reason := why_no_kernel(name, q.device, q.dtype, q.shape[-1], v.shape[-1]):
+                text = f"{reason.text}, and the reference is slower than what it replaces"
+                layer.candidates[name].refusal = Reason("reference", text, "")
 
-    def _time(self, measurer: Measurer) -> None:
-        times = measurer.content["times"]
-        for layer in self.layers:
-            names = layer.open()
-            for form in dict.fromkeys(form for forms in layer.forms.values() for form in forms):
-                if (key := _key(form, names)) not in times:
-                    times[key] = _timings(self._examples[form], names)
-                    measurer.measurements.keep()
-            parts: dict[str | None, Layer | Candidate] = {None: layer}
-            for name, x in (parts | {n: layer.candidates[n] for n in names}).items():
-                x.phases = {phase: _total(times, layer, forms, name) for phase, forms in layer.forms.items()}
-                x.ms = measurer.workload.total(x.phases) if x.phases else None
+    def _time(self, layer: AttentionLayer, measurer: Measurer) -> None:
+        """Fills in what calls take, from how many keys on 8 bits are to count, and what both come to."""
+        names, kept = layer.open(), measurer.content["times"]
+        times: dict[Form, dict[str, Timing]] = {}
+        for form in layer.all_forms():
+            key = repr(("attention", form, names))
+            if key not in kept:
+                kept[key] = _timings(self._examples[form], names)
+                measurer.measurements.keep()
+            times[form] = {name: Timing(**timing) for name, timing in kept[key].items()}
+        layer.calls = {phase: tuple((*q, k[-3]) for (q, *_), (k, *_), *_ in x) for phase, x in layer.forms.items()}
+        layer.bits = {name: EightBits(name, self._crossover(name, times)) for name in names}
+        parts: dict[str | None, Layer | Candidate] = {None: layer}
+        for name, x in (parts | {n: layer.candidates[n] for n in names}).items():
+            bits = layer.bits.get(name) if name is not None else None
+            x.phases = {phase: _total(times, forms, bits) for phase, forms in layer.forms.items()}
+            x.ms = measurer.workload.total(x.phases) if x.phases else None
+
+    def _crossover(self, name: str, times: Mapping[Form, Mapping[str, Timing]]) -> int:
+        """The one that is given; or the size of the smallest call above all that were seen to gain nothing, or fewer keys, where
+        those are known to be enough."""
+        if self.crossover is not None:
+            return self.crossover
+        sizes = [_size(form) for form in times]
+        no_gain = max((_size(form) for form, x in times.items() if x[name].low >= x["before"].low), default=0)
+        if not (gaining := [size for size in sizes if size > no_gain]):
+            return min(sizes)  # it is refused, with what it takes
+        q, _, v = self._examples[next(iter(times))][:3]
+        where = q.device, q.dtype, q.shape[-1]
+        known = [] if why_not(name, *where, v.shape[-1]) else [least_keys(*where)]
+        return min([*gaining, *(keys for keys in known if keys > no_gain)])
 
     def _errors(self, measurer: Measurer, batch: Any) -> None:
         """On the calls that a batch makes: of those that are in 8 bits, together."""
@@ -173,10 +184,6 @@ class Attention:
                         f"or rows at most, and it is planned from {least} on", "")  # fmt: skip
 
 
-def _key(form: Form, names: Sequence[str]) -> str:
-    return repr(("attention", form, names))
-
-
 def _timings(arguments: tuple[Any, ...], names: Sequence[str]) -> dict[str, Any]:
     calls: dict[str, Callable[[], object]] = {"before": lambda: ATTENTION(*arguments)}
     calls |= {name: functools.partial(EightBits(name, 0).run, arguments) for name in names}
@@ -185,12 +192,11 @@ def _timings(arguments: tuple[Any, ...], names: Sequence[str]) -> dict[str, Any]
     return {name: timing.to_json() for name, timing in timings.items()}
 
 
-def _total(times: Mapping[str, Any], layer: AttentionLayer, forms: list[Form], name: str | None) -> Timing:
-    """Of the calls of a phase: those that are too short for 8 bits take what they take as they are."""
-    timings = []
-    for form in forms:
-        in_8_bits = name is not None and _size(form) >= (layer.bits[name].crossover or 0)
-        timings.append(Timing(**times[_key(form, layer.open())][name if in_8_bits else "before"]))
+def _total(times: Mapping[Form, Mapping[str, Timing]], forms: list[Form], bits: EightBits | None) -> Timing:
+    """Of the calls of a phase, those in 8 bits that are long enough."""
+    timings = [
+        times[form]["before" if bits is None or _size(form) < (bits.crossover or 0) else bits.dtype] for form in forms
+    ]
     low, median, high = (sum(getattr(t, q) for t in timings) for q in ("low", "median", "high"))
     return Timing(median, low, high, timings[0].rounds)
 

@@ -121,8 +121,8 @@ def plan(
             makes of prompts. None: the first of `batches`, of a decoder one prompt and its steps.
         attention: "auto", True or False, as `fp.Config` has it; or what attention may be computed in, one or several of "int8" and
             what else `fp.ops.attention_8bit` takes. Each module's is then a layer of the plan, timed on the calls of `shapes`.
-        crossover: of such attention, as `fp.Config` has it; None: the least number of keys that is known to be faster here, or that
-            of the shortest call of `shapes`, if that is fewer. The plan has the number.
+        crossover: of such attention, as `fp.Config` has it; None: that of the shortest call of `shapes` from which on all gain, or
+            fewer keys where those are known to be enough. The plan has the number.
         kv_cache: what a decoder's cache of keys and values may become, one or several of "auto", "int8" and "fp8" (see
             `fp.Config`): each is tried with the chosen layers, by the perplexity of steps that read it. The one whose steps are
             fastest is planned; None: it stays.
