@@ -27,8 +27,9 @@ TOKENS = 8192
 #: Rows of a head that logits are computed for at once.
 ROWS = 512
 #: Of a prompt: pairs that are planted, and questions about them.
-PAIRS = 24
-SEEDS = 4
+PAIRS = 16
+#: Tokens of all prompts of one length.
+PROMPTS = 8192
 
 
 def load(name: str) -> tuple[Any, Any, Any]:
@@ -117,7 +118,7 @@ def needle(model: Any, tokenizer: Any, lengths: list[int]) -> Iterator[dict[str,
     for length in lengths:
         right = {False: 0, True: 0}
         same = questions = 0
-        for seed in range(SEEDS):
+        for seed in range(max(1, PROMPTS // length)):
             ids, answers = prompt(tokenizer, length, seed)
             found = {}
             for in_8_bits in (False, True):

@@ -57,6 +57,6 @@ def test_perplexity_of_smollm2(monkeypatch):
 def test_planted_numbers(monkeypatch):
     """SmolLM2 finds as many of them as in floats."""
     model, tokenizer, _ = loaded("smollm2")
-    monkeypatch.setattr(models, "SEEDS", 1)
+    monkeypatch.setattr(models, "PROMPTS", 1024)
     (found,) = models.needle(model, tokenizer, [1024])
     assert found["same_answers"] >= 0.9 and found["int8"] >= found["before"] - 0.1, found

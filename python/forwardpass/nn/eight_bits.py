@@ -24,9 +24,9 @@ from ..ops.attention import ATTENTION
 from ..ops.attention_8bit import ATTENTION_8BIT, DTYPES, attention_8bit
 
 #: Rows and keys from which 8 bits are faster on a CPU, times columns of a head, by the tier and the model's dtype: measured on one
-#: thread of an AMD EPYC (Zen 4), held to these tiers, causal (python -m benchmarks.attention_8bit --crossover). With VNNI and 64
-#: columns float32 takes .88, 1.17 and 1.50 times as long as 8 bits at 128, 256 and 512 keys, float16 .86, 1.13 and 1.35; bfloat16,
-#: which that CPU multiplies, .93, 1.08 and 1.23 at 512, 1024 and 2048. With AVX2 it is 1.09 at most, of 2048 keys and 128 columns.
+#: thread of an AMD EPYC (Zen 4), held to these tiers (python -m benchmarks.attention_8bit --crossover). With VNNI, 64 columns and
+#: causal, float32 takes 1.04, 1.30 and 1.58 times as long as 8 bits at 128, 256 and 512 keys, float16 .96, 1.21 and 1.46; bfloat16,
+#: which that CPU multiplies, .80, 1.11 and 1.17 at 512, 1024 and 2048. With AVX2 it is 1.13 at most, of 2048 keys and 128 columns.
 #: A CPU with AMX runs the kernel for VNNI, and 16 bits on AMX, which was not measured.
 ON_CPU = {
     "avx512": {torch.float32: 65536, torch.float16: 65536, torch.bfloat16: 65536},
