@@ -40,7 +40,7 @@ def load(name: str) -> tuple[Any, Any, Any]:
 
 
 def logits(model: Any, ids: Tensor) -> Iterator[Tensor]:
-    """Of each token of [1, S], [rows, vocabulary] at a time."""
+    """Those of the tokens [1, S], [rows, vocabulary] at a time."""
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[0]
     for rows in hidden.split(ROWS):
         yield model.lm_head(rows).float()

@@ -136,14 +136,14 @@ class Attention:
 
     def _time(self, layer: AttentionLayer, measurer: Measurer) -> None:
         """Fills in what calls take, from how many keys on 8 bits are to count, and what both come to."""
-        names, kept = layer.open(), measurer.content["times"]
+        names, content = layer.open(), measurer.content["times"]
         times: dict[Form, dict[str, Timing]] = {}
         for form in layer.all_forms():
             key = repr(("attention", form, names))
-            if key not in kept:
-                kept[key] = _timings(self._examples[form], names)
+            if key not in content:
+                content[key] = _timings(self._examples[form], names)
                 measurer.measurements.keep()
-            times[form] = {name: Timing(**timing) for name, timing in kept[key].items()}
+            times[form] = {name: Timing(**timing) for name, timing in content[key].items()}
         layer.calls = {phase: tuple((*q, k[-3]) for (q, *_), (k, *_), *_ in x) for phase, x in layer.forms.items()}
         layer.bits = {name: EightBits(name, self._crossover(name, times)) for name in names}
         parts: dict[str | None, Layer | Candidate] = {None: layer}
@@ -170,13 +170,13 @@ class Attention:
         """On the calls that a batch makes: of those that are in 8 bits, together."""
         layers = [x for x in self.layers if x.open()]
         key = repr(("attention errors", [(x.leaf.fqn, [vars(x.bits[n]) for n in x.open()]) for x in layers]))
-        found = measurer.content["times"].get(key)
-        if found is None:
-            found = measurer.content["times"][key] = _errors_on(measurer, layers, batch)
+        errors = measurer.content["times"].get(key)
+        if errors is None:
+            errors = measurer.content["times"][key] = _errors_on(measurer, layers, batch)
             measurer.measurements.keep()
         for layer in layers:
             for name in layer.open():
-                error, most = found[layer.leaf.fqn][name]
+                error, most = errors[layer.leaf.fqn][name]
                 layer.candidates[name].error = layer.candidates[name].quantisation = error
                 if error is None:
                     least = layer.bits[name].crossover
@@ -193,7 +193,7 @@ def _timings(arguments: tuple[Any, ...], names: Sequence[str]) -> dict[str, Any]
 
 
 def _total(times: Mapping[Form, Mapping[str, Timing]], forms: list[Form], bits: EightBits | None) -> Timing:
-    """Of the calls of a phase, those in 8 bits that are long enough."""
+    """The time of a phase's calls, in 8 bits where they are long enough."""
     timings = [
         times[form]["before" if bits is None or _size(form) < (bits.crossover or 0) else bits.dtype] for form in forms
     ]

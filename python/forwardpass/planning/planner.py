@@ -319,15 +319,13 @@ def plan(
 def _config_of(config: Config | None, **options: Unpack[Options]) -> tuple[Config, tuple[str, ...], int | None]:
     """(the config without them, the dtypes of attention in 8 bits that are weighed, their crossover). ValueError where it says what
     a plan is there to find."""
-    given = {name: options.pop(name, getattr(config, name) if config else None) for name in ("attention", "crossover")}  # type: ignore[misc]
-    attention, crossover = given["attention"], given["crossover"]
-    in_8_bits = attention_candidates("auto" if attention is None else attention)
-    Config(attention=in_8_bits[0] if in_8_bits else "auto", crossover=crossover)
-    kept = {
-        "crossover": None,
-        **({"attention": "auto"} if in_8_bits or attention is None else {"attention": attention}),
-    }
-    config = Config.of(config, **{**options, **kept})
+    defaults = config or Config()
+    attention = options.pop("attention", defaults.attention)
+    crossover = options.pop("crossover", defaults.crossover)
+    in_8_bits = attention_candidates(attention)
+    Config(attention=in_8_bits[0] if in_8_bits else "auto", crossover=crossover)  # refuses
+    options |= {"attention": "auto" if in_8_bits else attention, "crossover": None}
+    config = Config.of(config, **options)
     for name in ("precision", "plan", "strict", "keep"):
         if getattr(config, name) != getattr(Config(), name):
             raise ValueError(f"plan takes no {name}=: it belongs to the fp.swap that carries the plan out")

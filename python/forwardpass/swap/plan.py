@@ -99,7 +99,7 @@ class Plan(Printed):
         return any(layer.calibrated for layer in self.layers)
 
     def bits(self) -> dict[str, EightBits]:
-        """Of the attention that computes in 8 bits, by its name."""
+        """The attention that computes in 8 bits, by name."""
         return {x.fqn: EightBits(x.dtype, x.crossover) for x in self.attention_8bit}
 
     def precisions(self) -> dict[str, LayerPrecision]:

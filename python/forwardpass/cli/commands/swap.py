@@ -98,8 +98,8 @@ def swap(
     console = Console(stderr=json == "-")
     with refusing(ValueError, OSError):
         stored = embedding.find_model(model).stored
-        given = precision, plan, calibrate, kv_cache, include, crossover
-        if stored and (any(x is not None for x in given) or attention != "auto"):
+        options_of_floats = precision, plan, calibrate, kv_cache, include, crossover
+        if stored and (any(x is not None for x in options_of_floats) or attention != "auto"):
             raise ValueError(f"{model} holds a model whose layers have 8 bits already, which are taken over as they are: drop "
                              "--precision, --plan, --calibrate, --include, --kv-cache, --attention and --crossover")  # fmt: skip
         check_choice(ATTENTION[attention], crossover, plan is not None)

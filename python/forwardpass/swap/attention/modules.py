@@ -166,7 +166,7 @@ _HEAD_DIM = ("head_dim", "attention_head_size", "key_value_proj_dim")
 
 
 def _operands(module: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype, int | None]:
-    """Of the queries of a module, as far as it can be known: device, dtype and head dim."""
+    """Device, dtype and head dim of a module's queries, as far as they can be known."""
     device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
     # Layers of 8 bits have no dtype that queries are of: other weights of the model have.
     parameters = itertools.chain(module.parameters(), model.parameters())
@@ -308,11 +308,11 @@ def notes_on_8_bits(model: nn.Module, decision: AttentionDecision) -> list[str]:
 
 def bits_of(model: nn.Module) -> dict[str, EightBits]:
     """The modules whose attention computes in 8 bits, by name."""
-    found = (
+    named = (
         (fqn, m.bits if isinstance(m, MultiheadAttention) else getattr(vars(m).get(PLACE), "bits", None))
         for fqn, m in model.named_modules()
     )
-    return {fqn: bits for fqn, bits in found if bits is not None}
+    return {fqn: bits for fqn, bits in named if bits is not None}
 
 
 def _names(
