@@ -5,6 +5,7 @@ import json
 import pickle
 import sys
 import threading
+import warnings
 
 import pytest
 import torch
@@ -277,9 +278,30 @@ def test_a_second_swap_is_refused():
         fp.swap(model, "int8", **EVERYWHERE)
 
 
-def test_every_dtype_of_the_operation():
-    for dtype in DTYPES:
-        fp.Config(attention=dtype)
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.inference_mode()
+def test_every_dtype_of_the_operation(dtype):
+    """By the reference where no kernel has it, which a warning says."""
+    model, inputs = build("llama", ATTENTION), batch("llama")
+    expected = of_tokens(outputs(model, inputs), inputs)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fp.swap(model, attention=dtype, crossover=0)
+    where = torch.device("cpu"), torch.float32, 32, 32
+    assert bool(told) == (eight_bits.why_no_kernel(dtype, *where) is not None)
+    with counted(Calls()) as calls:
+        got = of_tokens(outputs(model, inputs), inputs)
+    assert calls.kernel_calls == {f"LlamaAttention in {dtype}": 2}
+    assert 0 < relative_error(got, expected) < 0.05
+    q = torch.randn(1, 2, 40, 32)
+    with fp.sdpa(dtype, crossover=0) as calls:
+        F.scaled_dot_product_attention(q, q, q)
+    assert calls.kernel_calls == {f"scaled_dot_product_attention in {dtype}": 1}
+    q = torch.randn(1, 2, 300, 64)
+    with fp.sdpa(dtype) as calls:  # where it is faster, and never by the reference
+        F.scaled_dot_product_attention(q, q, q)
+    if told:
+        assert calls.kernel_calls == {"scaled_dot_product_attention": 1}
 
 
 # ---- restore, copies, files, threads, graphs
