@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from small_models import ATTENTION, assert_same_objects, build, objects
+from small_models import ATTENTION, VisionTransformer, assert_same_objects, build, objects
 from torch import nn
 
 import forwardpass as fp
@@ -245,6 +245,12 @@ def test_without_being_asked_no_attention_is_weighed(times):
 def test_refusals(times, options, words):
     with pytest.raises(ValueError, match=words):
         planned(**options)
+
+
+def test_a_model_without_attention_to_weigh_is_refused(times):
+    model = VisionTransformer()
+    with pytest.raises(ValueError, match=r"this VisionTransformer has none: .*with fp\.sdpa"):
+        planned(model, [torch.randn(2, 3, 32, 32)], shapes=None)
 
 
 def test_several_candidates(times, monkeypatch):

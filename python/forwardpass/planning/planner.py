@@ -129,8 +129,8 @@ def plan(
         output: output(result), where the default does not fit.
         resume: a file that measurements are written to as they are made, and read from where it exists: after an interrupt, or
             for another budget.
-        config, options: a `fp.Config`, or its fields, of which unpad, include, exclude, calibrate and forward: calibrate has the
-            batches for the calibrated candidate, and replaying the plan takes the same again. Layers are timed on the rows that
+        config, options: a `fp.Config`, or its fields unpad, include, exclude, calibrate, forward, and those above: calibrate has
+            the batches for the calibrated candidate, and replaying the plan takes the same again. Layers are timed on the rows that
             `shapes` have, padding included, and whole plans as they run. Layers too small for a swap to touch by default are
             measured here.
         progress: progress(what, steps) is called as each step begins, and what it returns after each part of it.
@@ -142,7 +142,7 @@ def plan(
     Raises:
         TypeError: `model` is no nn.Module, or `batches` is one batch and no iterable of them.
         ValueError: not exactly one criterion is given; an unknown candidate, target or attention=; no batch; a file at `resume`
-            of another measurement; the model is of keras.
+            of another measurement; the model is of keras; attention is to be weighed in 8 bits, and fp.swap can swap none.
         RuntimeError: the model is swapped already.
 
     Example:
@@ -190,6 +190,10 @@ def plan(
         leaves, unpads = [leaf for leaf, _ in decision.swapped], decision.unpadding.planned
         attending = attending if verdicts.attention is None else decision.attention
         swapped = [leaf.fqn for leaf in attending.swapped]
+        if in_8_bits and not decision.attention.swapped:
+            reason = next((s.reason for s in decision.attention.skipped), "it has none")
+            raise ValueError(f"attention={in_8_bits[0]!r} weighs attention that fp.swap can swap, and this {type(model).__name__} "
+                             f"has none: {reason}; plan it without")  # fmt: skip
         eights = Attention(decision.attention.swapped, in_8_bits, crossover, tried)
 
         device = environment.device(device_of(model))
