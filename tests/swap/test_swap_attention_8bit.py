@@ -400,6 +400,10 @@ def test_checkpoints(which, tmp_path):
     (tmp_path / "forwardpass.json").write_text(json.dumps({**record, "attention_8bit": wrong}))
     with pytest.raises(ValueError, match="not 'int9'"):
         fp.load_pretrained(tmp_path, None if which == "mistral" else encoder())
+    wrong = [{**record["attention_8bit"][0], "fqn": "nowhere"}]
+    (tmp_path / "forwardpass.json").write_text(json.dumps({**record, "attention_8bit": wrong}))
+    with pytest.raises(ValueError, match="nowhere is to compute in 8 bits, and is not among its attention"):
+        fp.load_pretrained(tmp_path, None if which == "mistral" else encoder())
     del record["attention_8bit"]
     (tmp_path / "forwardpass.json").write_text(json.dumps(record))
     older = fp.load_pretrained(tmp_path, None if which == "mistral" else encoder())

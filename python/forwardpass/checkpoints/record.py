@@ -82,13 +82,8 @@ def read_record(folder: pathlib.Path) -> dict[str, Any]:
 
 def checked(content: Mapping[str, Any], path: str | pathlib.Path) -> dict[str, Any]:
     """A record with every entry of the type that `save_pretrained` writes. Raises ValueError, which names its place."""
-    older: dict[str, Any] = {
-        "unpad": None,
-        "kv_cache": None,
-        "attention_8bit": [],
-        "around": None,
-    }  # which these do not say
-    record = {**older, **content}
+    # older ones do not say these
+    record: dict[str, Any] = {"unpad": None, "kv_cache": None, "attention_8bit": [], "around": None, **content}
     if record.get("schema") not in (SCHEMA, EARLIER):
         raise ValueError(
             f"{path} has the schema {str(record.get('schema'))[:60]!r}, and this version reads {SCHEMA!r}: {FIX}"
@@ -113,6 +108,8 @@ def checked(content: Mapping[str, Any], path: str | pathlib.Path) -> dict[str, A
         require(layer["module"] in modules(), f"layers.{i} is of an unknown module")
         require(layer["fqn"] not in fqns, f"layers.{i} is there twice")
         fqns.add(layer["fqn"])
+    others = {x["fqn"] for x in record["attention_8bit"]} - {*record["attention"]}
+    require(not others, f"{min(others, default='')[:80]} is to compute in 8 bits, and is not among its attention")
     return record if record["schema"] == SCHEMA else _as_now(record)
 
 

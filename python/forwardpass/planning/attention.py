@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.compare import relative_error
 from ..common.timing import Timing, Track, interleave
 from ..dispatch import Reason
 from ..nn.eight_bits import EightBits, calls_size, least_keys, watched, why_no_kernel, why_not
@@ -204,7 +204,7 @@ def _total(times: Mapping[Form, Mapping[str, Timing]], forms: list[Form], bits: 
 def _errors_on(measurer: Measurer, layers: Sequence[AttentionLayer], batch: Any) -> dict[str, Any]:
     """For each module and candidate (the relative error, None where no call is in 8 bits; the size of the largest call)."""
     by_module = {id(x.leaf.module): x for x in layers}
-    results: dict[tuple[str, str], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    squares: dict[tuple[str, str], list[float]] = {}  # sums, of differences and of what they are relative to
     most: dict[str, int] = defaultdict(int)
 
     def compare(module: object, arguments: tuple[Any, ...]) -> None:
@@ -213,11 +213,14 @@ def _errors_on(measurer: Measurer, layers: Sequence[AttentionLayer], batch: Any)
             return
         fqn, size = layer.leaf.fqn, _size(_form(arguments))
         most[fqn] = max(most[fqn], size)
-        expected = None
-        for name in layer.open():
-            if size >= (layer.bits[name].crossover or 0):
-                expected = ATTENTION(*arguments).flatten() if expected is None else expected
-                results[fqn, name].append((layer.bits[name].run(arguments).flatten(), expected))
+        names = [name for name in layer.open() if size >= (layer.bits[name].crossover or 0)]
+        if not names:
+            return
+        expected = ATTENTION(*arguments).double()
+        for name in names:
+            sums = squares.setdefault((fqn, name), [0.0, 0.0])
+            for i, x in enumerate((layer.bits[name].run(arguments) - expected, expected)):
+                sums[i] += x.square().sum().item()
 
     errors: dict[str, Any] = {}
     with watched(compare):
@@ -226,9 +229,8 @@ def _errors_on(measurer: Measurer, layers: Sequence[AttentionLayer], batch: Any)
     for layer in layers:
         of_layer = errors[layer.leaf.fqn] = {}
         for name in layer.open():
-            pairs = results[layer.leaf.fqn, name]
-            error = relative_error(*(torch.cat(x) for x in zip(*pairs))) if pairs else None
-            of_layer[name] = error, most[layer.leaf.fqn]
+            difference, size = squares.get((layer.leaf.fqn, name), (0.0, 0.0))
+            of_layer[name] = math.sqrt(difference / size) if size else None, most[layer.leaf.fqn]
     return errors
 
 

@@ -112,8 +112,9 @@ def swap(
         attention, unpad = config.attention, config.unpad
         if originals.swapped_attention(model):
             if is_asked_for(attention) or config.kv_cache is not None:
+                asked = attention if is_asked_for(attention) else True
                 refuse_swapped(
-                    model, f", with their attention, and attention={attention!r} and kv_cache= belong to that call"
+                    model, f", with their attention, and attention={asked!r} and kv_cache= belong to that call"
                 )
             attention, unpad = False, False
         leaves += experts_leaves(model)
