@@ -26,7 +26,7 @@ from ..ops.attention_8bit import ATTENTION_8BIT, DTYPES, attention_8bit
 #: Rows and keys from which 8 bits are faster on a CPU, times columns of a head, by the tier and the model's dtype: measured on one
 #: thread of an AMD EPYC (Zen 4), held to these tiers (python -m benchmarks.attention_8bit --crossover). With VNNI, 64 columns and
 #: causal, float32 takes 1.04, 1.30 and 1.58 times as long as 8 bits at 128, 256 and 512 keys, float16 .96, 1.21 and 1.46; bfloat16,
-#: which that CPU multiplies, .80, 1.11 and 1.17 at 512, 1024 and 2048. With AVX2 it is 1.13 at most, of 2048 keys and 128 columns.
+#: which that CPU multiplies, .80, 1.11 and 1.17 at 512, 1024 and 2048. With AVX2 it is 1.15 at most, of 2048 keys and 128 columns.
 #: A CPU with AMX runs the kernel for VNNI, and 16 bits on AMX, which was not measured.
 ON_CPU = {
     "avx512": {torch.float32: 65536, torch.float16: 65536, torch.bfloat16: 65536},
