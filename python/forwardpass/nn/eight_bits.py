@@ -33,8 +33,8 @@ ON_CPU = {
     "avx512_vnni": {torch.float32: 16384, torch.float16: 16384, torch.bfloat16: 65536},
     "amx": {torch.float32: 16384},
 }
-#: On a GPU. Modelled: of 2048 rows and keys attention_8bit saves 14 us on an A100 and quantising takes 41; on an L40S 48, and as
-#: many bytes are read and written there in 140. Both come out even at 6000.
+#: On a GPU. Modelled: of 2048 rows and keys attention_8bit saves 14 us on an A100 and quantising takes 41; on an L40S 57, and as
+#: many bytes are read and written there in 140. They come out even at 6000 and 5000.
 ON_GPU = 8192
 
 
