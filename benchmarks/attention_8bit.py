@@ -1,4 +1,4 @@
-"""attention_8bit beside torch's scaled_dot_product_attention; where it takes no sinks or gives no lse, beside eager attention.
+"""attention_8bit beside torch's scaled_dot_product_attention; where it takes no sinks or gives no lse, beside eager attention; and quantize_attention beside plain torch.
 
 python -m benchmarks.attention_8bit [--device cpu] [--rounds N] [--json FILE]
 python -m benchmarks.attention_8bit --crossover    # on a CPU: beside fp.ops.attention, by the number of keys
@@ -17,7 +17,8 @@ from torch import Tensor
 from benchmarks import bench
 from benchmarks.attention import eager, sdpa
 from forwardpass.ops import attention, attention_8bit
-from forwardpass.ops.attention_8bit import ATTENTION_8BIT, ATTENTION_8BIT_WITH_LSE
+from forwardpass.ops.attention_8bit import ATTENTION_8BIT, ATTENTION_8BIT_WITH_LSE, QUANTIZE_ATTENTION
+from forwardpass.ops.attention_8bit.reference import quantize_attention
 
 #: Rows, of as many keys, that a crossover is looked for at.
 KEYS = (64, 128, 256, 512, 1024, 2048)
@@ -33,7 +34,11 @@ def eager_of_16_bits(*, dtype: str, rotates: bool, **args: Any) -> tuple[Tensor,
     return eager(**args)
 
 
-BASELINES = {ATTENTION_8BIT: sdpa_of_16_bits, ATTENTION_8BIT_WITH_LSE: eager_of_16_bits}
+BASELINES = {
+    ATTENTION_8BIT: sdpa_of_16_bits,
+    ATTENTION_8BIT_WITH_LSE: eager_of_16_bits,
+    QUANTIZE_ATTENTION: quantize_attention,
+}
 
 
 def cpu_seconds(call: Callable[[], Any], calls: int) -> float:

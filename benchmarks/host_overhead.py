@@ -105,6 +105,7 @@ def calls() -> dict[str, Callable[[], Any]]:
         "attention_with_lse": lambda: ops.attention_with_lse(q, kv, kv, causal=True),
         "attention_8bit": lambda: ops.attention_8bit(q, kv, kv, causal=True),
         "attention_8bit_with_lse": lambda: ops.attention_8bit_with_lse(q, kv, kv, causal=True),
+        "quantize_attention": lambda: ops.quantize_attention(q, kv, kv),
         "attention_decode": lambda: ops.attention_decode(one_q, kv, kv, length),
         "attention_decode_with_lse": lambda: ops.attention_decode_with_lse(one_q, kv, kv, length),
         "append_kv": lambda: ops.append_kv(one_kv, one_kv, cache, v_cache, length),

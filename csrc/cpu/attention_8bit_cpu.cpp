@@ -26,7 +26,7 @@ struct Chunk {
 
 // What is the same for all rows of a chunk.
 struct Head {
-  const AttentionParams& p;
+  const Attention8bitParams& p;
   const Operands8bit& operands;
   const Sequence& sequence;
   const Chunk& chunk;
@@ -241,17 +241,23 @@ INLINE void attend(const Head& h, const Rows& rows, Tile& t) {
 // Quantises a chunk's rows of q, and sets what they begin with.
 template <class V, Dtype D>
 INLINE void begin(const Head& h, const Rows& rows) {
-  const AttentionParams& p = h.p;
-  const char* q = static_cast<const char*>(p.q.data) + (h.sequence.batch * p.q.batch + h.chunk.head * p.q.head +
-                                                        (h.sequence.first_row + h.chunk.first) * p.q.row) *
-                                                           size_of(D);
-  for (int64_t i = 0; i < h.chunk.rows; ++i, q += p.q.row * size_of(D)) {
-    V shift{};
-    for_each_vector<V>(
-        0, p.head_dim, VECTOR_BODY(&) { shift += load<V, D>(q, c, n) * load<V, Dtype::f32>(h.keys.centre, c, n); });
-    const float scale = quantize_row<V, D, 128>(h.operands, q, nullptr, rows.row, rows.q + i * rows.q_stride);
+  const Attention8bitParams& p = h.p;
+  const Sequence& s = h.sequence;
+  for (int64_t i = 0; i < h.chunk.rows; ++i) {
+    uint8_t* integers = rows.q + i * rows.q_stride;
+    float scale, shift;
+    if (p.given.q) {
+      const int64_t at = s.row_token(p, h.chunk.first + i) * p.heads + h.chunk.head;
+      scale = p.given.q_scale[at], shift = p.given.q_shift[at];
+      std::fill_n(integers, rows.q_stride, uint8_t{128});
+      for (int64_t c = 0; c < p.head_dim; ++c) integers[c] = static_cast<uint8_t>(p.given.q[at * p.head_dim + c] + 128);
+    } else {
+      const char* q = row_of(p, p.q, s, s.first_row, h.chunk.head, h.chunk.first + i);
+      shift = shift_of<V, D>(p, q, h.keys.centre);
+      scale = quantize_row<V, D, 128>(h.operands, q, nullptr, rows.row, integers);
+    }
     rows.factors[i] = scale * p.scale * (h.modifies ? 1 : kLog2e);
-    rows.shifts[i] = sum(shift) * p.scale;
+    rows.shifts[i] = shift * p.scale;
     const float sink = p.sinks ? h.sink - h.shift(rows.shifts[i]) : -INFINITY;
     rows.maxima[i] = std::isnan(sink) ? -INFINITY : sink * kLog2e;
     std::fill_n(rows.totals + i * kMostLanes, kMostLanes, 0.0f);
@@ -277,7 +283,7 @@ INLINE void finish(const Head& h, const Rows& rows) {
     const float* from = rows.out + i * rows.out_stride;
     for_each_vector<V>(
         0, p.value_dim, VECTOR_BODY(&) {
-          const V scaled = load<V, Dtype::f32>(from, c) / total * (load<V, Dtype::f32>(h.keys.v_range, c) / 127);
+          const V scaled = load<V, Dtype::f32>(from, c) / total * load<V, Dtype::f32>(h.keys.v_scale, c);
           store<D>(total == 0 ? V{} : scaled, out, c, n);
         });
     if (lse) lse[i] = total == 0 ? -INFINITY : rows.maxima[i] / kLog2e + h.shift(rows.shifts[i]) + std::log(total);
@@ -297,19 +303,6 @@ INLINE void run(const Head& h, const Rows& rows, Tile& t) {
   with_float_dtype(h.p.dtype, [&](auto d) __attribute__((always_inline)) { finish<V, decltype(d)::value>(h, rows); });
 }
 
-std::vector<Sequence> sequences_of(const AttentionParams& p, int64_t known) {
-  std::vector<Sequence> sequences;
-  for (int64_t b = 0; b < known; ++b) {
-    if (p.cu_seqlens_q) {
-      const int64_t row = p.cu_seqlens_q[b], key = p.cu_seqlens_k[b];
-      sequences.push_back({0, row, p.cu_seqlens_q[b + 1] - row, key, p.cu_seqlens_k[b + 1] - key});
-    } else {
-      sequences.push_back({b, 0, p.rows, 0, p.keys});
-    }
-  }
-  return sequences;
-}
-
 std::vector<Chunk> chunks_of(const AttentionParams& p, const std::vector<Sequence>& sequences) {
   int64_t whole_chunks = 0;
   for (const Sequence& s : sequences) whole_chunks += (s.rows + kChunk - 1) / kChunk * p.heads;
@@ -325,11 +318,11 @@ std::vector<Chunk> chunks_of(const AttentionParams& p, const std::vector<Sequenc
 }  // namespace
 }  // namespace cpu
 
-void attention_8bit_cpu(const AttentionParams& p, bool rotates) {
+void attention_8bit_cpu(const Attention8bitParams& p) {
   using namespace cpu;
   const int64_t known = p.cu_seqlens_q ? known_sequences(p) : p.batch;
   if (p.cu_seqlens_q) fill_unknown(p, known);
-  const Operands8bit operands(p, rotates, sequences_of(p, known));
+  const Operands8bit operands(p, sequences_of(p, known));
   const std::vector<Chunk> chunks = chunks_of(p, operands.sequences());
   torch::stable::parallel_for(0, std::ssize(chunks), 1, [&](int64_t first, int64_t last) {
     const int64_t q_stride = operands.row_floats(), out_stride = whole(p.value_dim, kMostLanes);

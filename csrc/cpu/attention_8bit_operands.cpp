@@ -1,5 +1,7 @@
 #include "cpu/attention_8bit_operands.h"
 
+#include "cpu/attention_8bit.h"
+#include "cpu/sequences.h"
 #include "torch/check.h"
 
 namespace forwardpass::cpu {
@@ -7,9 +9,8 @@ namespace {
 
 constexpr int64_t kChunkBlocks = 8;  // that a thread quantises at a time
 
-const char* row_of(const AttentionParams& p, const AttentionTensor& t, const Sequence& s, int64_t head, int64_t key) {
-  return static_cast<const char*>(t.data) +
-         (s.batch * t.batch + (s.first_key + key) * t.row + head * t.head) * size_of(p.dtype);
+const char* key_of(const AttentionParams& p, const AttentionTensor& t, const Sequence& s, int64_t head, int64_t key) {
+  return row_of(p, t, s, s.first_key, head, key);
 }
 
 template <class T>
@@ -24,7 +25,7 @@ INLINE void find_centre(const AttentionParams& p, const Sequence& s, int64_t hea
   const float share = samples ? static_cast<float>(1.0 / static_cast<double>(samples)) : 0;
   std::fill_n(centre, p.head_dim, 0.0f);
   for (int64_t i = 0; i < samples; ++i) {
-    const char* k = row_of(p, p.k, s, head, i * (s.keys - 1) / std::max<int64_t>(samples - 1, 1));
+    const char* k = key_of(p, p.k, s, head, i * (s.keys - 1) / std::max<int64_t>(samples - 1, 1));
     for_each_vector<V>(
         0, p.head_dim,
         VECTOR_BODY(&) { store<Dtype::f32>(load<V, Dtype::f32>(centre, c, n) + load<V, D>(k, c, n), centre, c, n); });
@@ -33,14 +34,14 @@ INLINE void find_centre(const AttentionParams& p, const Sequence& s, int64_t hea
       0, p.head_dim, VECTOR_BODY(&) { store<Dtype::f32>(load<V, Dtype::f32>(centre, c, n) * share, centre, c, n); });
 }
 
-// Of each channel of v the largest magnitude of all keys, NaN where one is NaN or infinite.
+// Of each channel of v the largest magnitude of all keys, NaN where one is NaN or infinite; and its scale.
 template <class V, Dtype D>
 INLINE void find_v_range(const AttentionParams& p, const Sequence& s, int64_t head, int64_t value_columns,
-                         float* v_range) {
+                         float* v_range, float* v_scale) {
   std::fill_n(v_range, value_columns, 0.0f);
   const auto highs = reinterpret_cast<uint32_t*>(v_range);
   for (int64_t key = 0; key < s.keys; ++key) {
-    const char* v = row_of(p, p.v, s, head, key);
+    const char* v = key_of(p, p.v, s, head, key);
     for_each_vector<V>(
         0, p.value_dim, VECTOR_BODY(&) {
           store_bits(max(load_bits<Uints<V>>(highs + c, n), bits<Uints<V>>(load<V, D>(v, c, n)) & 0x7fffffff),
@@ -49,6 +50,17 @@ INLINE void find_v_range(const AttentionParams& p, const Sequence& s, int64_t he
   }
   for (int64_t c = 0; c < p.value_dim; ++c)
     if (!(v_range[c] < INFINITY)) v_range[c] = NAN;
+  for (int64_t c = 0; c < value_columns; ++c) v_scale[c] = v_range[c] / 127;
+}
+
+// Integers of a key, or zeros behind the last one, to the block's key i.
+template <class V>
+INLINE void pack_key(const Operands8bit& o, const Keys8bit& to, int64_t key, const int8_t* integers) {
+  Ints<V> sums{};
+  for (int64_t c = 0; c < o.columns(); c += kLanes<V>)  // `integers` has whole vectors, zero behind the columns
+    sums += widen<Ints<V>>(load_bits<Chars<V>>(integers + c, kLanes<V>));
+  to.corrections[key] = -128 * sum(sums);
+  for (int64_t c = 0; c < o.columns(); c += 4) std::memcpy(&to.k_at(o.columns(), key, c), integers + c, 4);
 }
 
 // A block of k, from its key on.
@@ -56,21 +68,16 @@ template <class V, Dtype D>
 INLINE void pack_k(const Operands8bit& o, const Sequence& s, int64_t head, int64_t block, const Keys8bit& to, float* x,
                    int8_t* integers) {
   const AttentionParams& p = o.params();
-  int8_t* panel = to.k + block * kBlockKeys * o.columns();
   const float unrotate = 1 / static_cast<float>(o.rotated());
   for (int64_t i = 0; i < kBlockKeys; ++i) {
     const int64_t key = block * kBlockKeys + i;
     if (key < s.keys) {
-      to.k_scale[key] = quantize_row<V, D, 0>(o, row_of(p, p.k, s, head, key), to.centre, x, integers) * unrotate;
+      to.k_scale[key] = quantize_row<V, D, 0>(o, key_of(p, p.k, s, head, key), to.centre, x, integers) * unrotate;
     } else {
       to.k_scale[key] = 0;
       std::fill_n(integers, o.columns(), int8_t{0});
     }
-    Ints<V> sums{};
-    for (int64_t c = 0; c < o.columns(); c += kLanes<V>)  // `integers` has whole vectors, zero behind the columns
-      sums += widen<Ints<V>>(load_bits<Chars<V>>(integers + c, kLanes<V>));
-    to.corrections[key] = -128 * sum(sums);
-    for (int64_t c = 0; c < o.columns(); c += 4) std::memcpy(panel + c * kPanelColumns + 4 * i, integers + c, 4);
+    pack_key<V>(o, to, key, integers);
   }
 }
 
@@ -86,7 +93,7 @@ INLINE void pack_v(const Operands8bit& o, const Sequence& s, int64_t head, int64
         0, p.value_dim, VECTOR_BODY(&) {
           Ints<V> four{};
           for (int64_t j = 0; j < 4 && key + j < s.keys; ++j) {
-            const V x = load<V, D>(row_of(p, p.v, s, head, key + j), c, n) * load<V, Dtype::f32>(inverse, c);
+            const V x = load<V, D>(key_of(p, p.v, s, head, key + j), c, n) * load<V, Dtype::f32>(inverse, c);
             four |= (to_int(x, -127, 127) & 255) << static_cast<int>(8 * j);
           }
           int8_t* panel = panels + c / kPanelColumns * kPanelColumns * kBlockKeys + i / 4 * kPanelRow;
@@ -102,20 +109,38 @@ void with_vectors_and_dtype(Dtype dtype, F f) {
 
 }  // namespace
 
-Operands8bit::Operands8bit(const AttentionParams& p, bool rotates, std::vector<Sequence> sequences)
+std::vector<Sequence> sequences_of(const AttentionParams& p, int64_t known) {
+  std::vector<Sequence> sequences;
+  for (int64_t b = 0; b < known; ++b) {
+    if (p.cu_seqlens_q) {
+      const int64_t row = p.cu_seqlens_q[b], key = p.cu_seqlens_k[b];
+      sequences.push_back({0, row, p.cu_seqlens_q[b + 1] - row, key, p.cu_seqlens_k[b + 1] - key});
+    } else {
+      sequences.push_back({b, 0, p.rows, 0, p.keys});
+    }
+  }
+  return sequences;
+}
+
+Operands8bit::Operands8bit(const Attention8bitParams& p, std::vector<Sequence> sequences)
     : p_(p),
       sequences_(std::move(sequences)),
       columns_(whole(p.head_dim, 4)),
       panels_(whole(p.value_dim, kPanelColumns) / kPanelColumns),
-      rotated_(rotates ? p.head_dim & -p.head_dim : 1) {
+      rotated_(p.rotates ? p.head_dim & -p.head_dim : 1) {
   int64_t blocks = 0;
   for (const Sequence& s : sequences_) offsets_.push_back(blocks), blocks += s.blocks();
   const int64_t keys = blocks * kBlockKeys * p.kv_heads, heads = std::ssize(sequences_) * p.kv_heads;
   k_ = allocate(keys * columns_ + 1), v_ = allocate(keys * value_columns() + 1);
   k_scale_ = allocate(4 * keys + 1), corrections_ = allocate(4 * keys + 1);
   v_range_ = allocate(4 * heads * value_columns() + 1), centre_ = allocate(4 * heads * row_floats() + 1);
-  find_ranges();
-  quantize();
+  v_scale_ = allocate(4 * heads * value_columns() + 1);
+  if (p.given.q) {
+    take_given();
+  } else {
+    find_ranges();
+    quantize();
+  }
 }
 
 Keys8bit Operands8bit::keys(int64_t sequence, int64_t kv_head) const {
@@ -126,6 +151,7 @@ Keys8bit Operands8bit::keys(int64_t sequence, int64_t kv_head) const {
           .corrections = at<int32_t>(corrections_, key),
           .v = at<int8_t>(v_, key * value_columns()),
           .v_range = at<float>(v_range_, head * value_columns()),
+          .v_scale = at<float>(v_scale_, head * value_columns()),
           .centre = at<float>(centre_, head * row_floats())};
 }
 
@@ -138,7 +164,7 @@ void Operands8bit::find_ranges() {
                                const int64_t head = i % p_.kv_heads;
                                const Keys8bit to = keys(i / p_.kv_heads, head);
                                find_centre<V, D>(p_, s, head, to.centre);
-                               find_v_range<V, D>(p_, s, head, value_columns(), to.v_range);
+                               find_v_range<V, D>(p_, s, head, value_columns(), to.v_range, to.v_scale);
                              }
                            });
   });
@@ -171,4 +197,82 @@ void Operands8bit::quantize() {
   });
 }
 
+void Operands8bit::take_given() {
+  const AttentionOperands& from = p_.given;
+  torch::stable::parallel_for(0, std::ssize(sequences_) * p_.kv_heads, 1, [&](int64_t begin, int64_t end) {
+    std::vector<int8_t> integers(row_floats());
+    for (int64_t i = begin; i < end; ++i) {
+      const Sequence& s = sequences_[i / p_.kv_heads];
+      const int64_t head = i % p_.kv_heads;
+      const Keys8bit to = keys(i / p_.kv_heads, head);
+      std::fill_n(to.v, s.blocks() * kBlockKeys * value_columns(), int8_t{0});
+      std::fill_n(to.v_scale, value_columns(), 0.0f);
+      std::copy_n(from.v_scale + i * p_.value_dim, p_.value_dim, to.v_scale);
+      for (int64_t key = 0; key < s.blocks() * kBlockKeys; ++key) {
+        const int64_t at = s.key_token(p_, key) * p_.kv_heads + head;
+        const bool inside = key < s.keys;
+        to.k_scale[key] = inside ? from.k_scale[at] : 0;
+        std::fill_n(integers.data(), row_floats(), int8_t{0});
+        if (inside) std::copy_n(from.k + at * p_.head_dim, p_.head_dim, integers.data());
+        with_vectors(VECTOR_CODE { pack_key<V>(*this, to, key, integers.data()); });
+        if (!inside) continue;
+        for (int64_t c = 0; c < p_.value_dim; ++c) to.v_at(value_columns(), key, c) = from.v[at * p_.value_dim + c];
+      }
+    }
+  });
+}
+
 }  // namespace forwardpass::cpu
+
+namespace forwardpass {
+namespace {
+
+using namespace cpu;
+
+// A head of a sequence's keys, and with the first of them its channels' scales.
+void return_keys(const QuantizeAttentionParams& p, const Operands8bit& o, int64_t sequence, int64_t head) {
+  const Keys8bit from = o.keys(sequence, head);
+  const Sequence& s = o.sequences()[sequence];
+  std::copy_n(from.v_scale, p.value_dim, p.to.v_scale + (sequence * p.kv_heads + head) * p.value_dim);
+  for (int64_t key = 0; key < s.keys; ++key) {
+    const int64_t to = s.key_token(p, key) * p.kv_heads + head;
+    p.to.k_scale[to] = from.k_scale[key];
+    for (int64_t c = 0; c < p.head_dim; ++c) p.to.k[to * p.head_dim + c] = from.k_at(o.columns(), key, c);
+    for (int64_t c = 0; c < p.value_dim; ++c) p.to.v[to * p.value_dim + c] = from.v_at(o.value_columns(), key, c);
+  }
+}
+
+void return_rows(const QuantizeAttentionParams& p, const Operands8bit& o, int64_t sequence, int64_t head) {
+  const Sequence& s = o.sequences()[sequence];
+  const float* centre = o.keys(sequence, head / (p.heads / p.kv_heads)).centre;
+  std::vector<float> x(o.row_floats());
+  std::vector<int8_t> integers(o.row_floats());
+  for (int64_t row = 0; row < s.rows; ++row) {
+    const char* q = row_of(p, p.q, s, s.first_row, head, row);
+    const int64_t to = s.row_token(p, row) * p.heads + head;
+    with_vectors_and_dtype(p.dtype,
+                           [&]<class V, Dtype D>(V, std::integral_constant<Dtype, D>) __attribute__((always_inline)) {
+                             p.to.q_scale[to] = quantize_row<V, D, 0>(o, q, nullptr, x.data(), integers.data());
+                             p.to.q_shift[to] = shift_of<V, D>(p, q, centre);
+                           });
+    std::copy_n(integers.data(), p.head_dim, p.to.q + to * p.head_dim);
+  }
+}
+
+}  // namespace
+
+void quantize_attention_cpu(const QuantizeAttentionParams& p) {
+  const Operands8bit o(p, sequences_of(p, p.cu_seqlens_q ? known_sequences(p) : p.batch));
+  const int64_t sequences = std::ssize(o.sequences());
+  torch::stable::parallel_for(0, sequences * (p.heads + p.kv_heads), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t sequence = i % sequences, head = i / sequences;
+      if (head < p.heads)
+        return_rows(p, o, sequence, head);
+      else
+        return_keys(p, o, sequence, head - p.heads);
+    }
+  });
+}
+
+}  // namespace forwardpass

@@ -6,7 +6,7 @@
 
 #include "cpu/memory.h"
 #include "cpu/vector.h"
-#include "params/attention.h"
+#include "params/attention_8bit.h"
 
 namespace forwardpass::cpu {
 
@@ -22,8 +22,15 @@ inline int64_t whole(int64_t n, int64_t unit) { return (n + unit - 1) / unit * u
 struct Sequence {
   int64_t batch, first_row, rows, first_key, keys;
 
+  // Of all sequences' rows of q, and keys.
+  int64_t row_token(const AttentionParams& p, int64_t row) const { return batch * p.rows + first_row + row; }
+  int64_t key_token(const AttentionParams& p, int64_t key) const { return batch * p.keys + first_key + key; }
+
   int64_t blocks() const { return (keys + kBlockKeys - 1) / kBlockKeys; }
 };
+
+// The sequences that are known, `known` of them where they are packed.
+std::vector<Sequence> sequences_of(const AttentionParams& p, int64_t known);
 
 // k and v of a head of a sequence. Keys behind the last one and columns behind the last one are zero.
 struct Keys8bit {
@@ -31,18 +38,29 @@ struct Keys8bit {
   float* k_scale;        // [blocks * 64]
   int32_t* corrections;  // [blocks * 64]: -128 times the sum of a key's integers, as those of q are 128 too large
   int8_t* v;             // [blocks][panels][16][64 columns][4 keys]
-  float* v_range;        // [panels * 64], the largest magnitude of a channel, whose scale is 1/127 of it
-  float* centre;         // [columns], of k
+  float* v_range;        // [panels * 64], the largest magnitude of a channel; where k and v are not given
+  float* v_scale;        // [panels * 64], 1/127 of that
+  float* centre;         // [columns], of k; where k and v are not given
+
+  // Where an integer is; columns: of a row, as Operands8bit has them.
+  int8_t& k_at(int64_t columns, int64_t key, int64_t c) const {
+    return k[key / kBlockKeys * kBlockKeys * columns + c / 4 * 4 * kBlockKeys + key % kBlockKeys * 4 + c % 4];
+  }
+  int8_t& v_at(int64_t columns, int64_t key, int64_t c) const {
+    return v[key / kBlockKeys * kBlockKeys * columns + c / kPanelColumns * kPanelColumns * kBlockKeys +
+             key % kBlockKeys / 4 * kPanelRow + c % kPanelColumns * 4 + key % 4];
+  }
 };
 
 // The quantised k and v of all heads of all sequences.
 class Operands8bit {
  public:
-  Operands8bit(const AttentionParams& p, bool rotates, std::vector<Sequence> sequences);
+  // Of a call's q, k and v, or k and v as they are given.
+  Operands8bit(const Attention8bitParams& p, std::vector<Sequence> sequences);
 
   Keys8bit keys(int64_t sequence, int64_t kv_head) const;
   const std::vector<Sequence>& sequences() const { return sequences_; }
-  const AttentionParams& params() const { return p_; }
+  const Attention8bitParams& params() const { return p_; }
 
   int64_t columns() const { return columns_; }
   int64_t value_columns() const { return panels_ * kPanelColumns; }
@@ -55,12 +73,13 @@ class Operands8bit {
  private:
   void find_ranges();
   void quantize();
+  void take_given();
 
-  const AttentionParams& p_;
+  const Attention8bitParams& p_;
   const std::vector<Sequence> sequences_;
   const int64_t columns_, panels_, rotated_;
   std::vector<int64_t> offsets_;  // of the sequences, in blocks
-  CacheLines k_, k_scale_, corrections_, v_, v_range_, centre_;
+  CacheLines k_, k_scale_, corrections_, v_, v_range_, v_scale_, centre_;
 };
 
 // The lowest byte of each lane. Written as assembly: here g++ 12 made of narrow() a fifth of the op's time, lane by
@@ -134,6 +153,22 @@ INLINE float quantize_row(const Operands8bit& o, const void* row, const float* c
     store_low_bytes<V>(to_int(load<V, Dtype::f32>(x, c) * inverse, -127, 127) + kOffset,
                        static_cast<char*>(integers) + c);
   return range / 127;
+}
+
+// A row of q in 16 bits or float32 of a head, times k's centre.
+template <class V, Dtype D>
+INLINE float shift_of(const AttentionParams& p, const void* q, const float* centre) {
+  V shift{};
+  for_each_vector<V>(
+      0, p.head_dim, VECTOR_BODY(&) { shift += load<V, D>(q, c, n) * load<V, Dtype::f32>(centre, c, n); });
+  return sum(shift);
+}
+
+// Where a row of q, k or v is, of a sequence whose first one is `first`.
+inline const char* row_of(const AttentionParams& p, const AttentionTensor& t, const Sequence& s, int64_t first,
+                          int64_t head, int64_t row) {
+  return static_cast<const char*>(t.data) +
+         (s.batch * t.batch + (first + row) * t.row + head * t.head) * size_of(p.dtype);
 }
 
 }  // namespace forwardpass::cpu

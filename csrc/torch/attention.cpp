@@ -11,7 +11,7 @@ namespace {
 Tensor run(Backend backend, const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
            const AttentionOptions& o, Tensor* lse) {
   AttentionParams p = attention_params(op, q, k, v, o);
-  return run_attention(backend, op, p, q, k, v, o.sinks, lse, [&](Tensor& out) { attention_cpu(p, q, k, v, out); });
+  return run_attention(backend, op, p, q, k, v, o, lse, [&](Tensor& out) { attention_cpu(p, q, k, v, out); });
 }
 
 }  // namespace

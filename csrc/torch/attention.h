@@ -13,17 +13,17 @@ inline int32_t window_side(const std::optional<int64_t>& side, const char* op) {
   return static_cast<int32_t>(std::min<int64_t>(side.value_or(kUnlimited), kUnlimited));
 }
 
-// Fills in p.scale, p.softcap and p.sinks; p.heads is there.
+// Fills in p.scale, p.softcap and p.sinks; p.heads is there. dtype: of q before it was quantised.
 template <class Params>
 void set_scores(Params& p, int64_t head_dim, std::optional<double> scale, double softcap, OptionalTensorRef sinks,
-                const Tensor& q, const char* op) {
+                const Tensor& q, ScalarType dtype, const char* op) {
   p.scale = static_cast<float>(scale.value_or(1 / std::sqrt(static_cast<double>(head_dim))));
   STD_TORCH_CHECK(p.scale > 0 && std::isfinite(p.scale), op, ": scale must be positive");
   p.softcap = static_cast<float>(softcap);
   STD_TORCH_CHECK(p.softcap >= 0 && std::isfinite(p.softcap), op, ": softcap must be at least 0");
   if (!sinks) return;
   const ScalarType type = sinks->scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == q.scalar_type(), op, ": sinks must be float32 or of q's dtype");
+  STD_TORCH_CHECK(type == ScalarType::Float || type == dtype, op, ": sinks must be float32 or of q's dtype");
   p.sinks = vector<void>(sinks, p.heads, type, q, op, "sinks");
   p.sinks_dtype = dtype_of(type, op, "sinks");
 }

@@ -51,7 +51,7 @@ std::conditional_t<kLse, std::tuple<Tensor, Tensor>, Tensor> attention_decode(
   STD_TORCH_CHECK(p.rows >= 1, op, ": q must have a row for each sequence");
   p.cache = kv_cache(q, k_cache, v_cache, seq_lens, block_table, k_scale, v_scale, op);
   STD_TORCH_CHECK(p.heads % p.cache.heads == 0, op, ": the heads of q must be a multiple of the cache's");
-  set_scores(p, p.cache.head_dim, scale, softcap, sinks, q, op);
+  set_scores(p, p.cache.head_dim, scale, softcap, sinks, q, q.scalar_type(), op);
   set_alibi(p, alibi_slopes, p.cache.batch, q, op);
   p.left = window_side(window_left, op);
   window_side(window_right, op);  // checked alone: causality bounds that side

@@ -10,16 +10,16 @@ void check_operand(const Tensor& x, const Tensor& q, bool varlen, const char* op
   STD_TORCH_CHECK(x.dim() == n, op, ": ", name, " must have ", n, " dimensions", varlen ? " with cu_seqlens" : "");
   STD_TORCH_CHECK(x.size(n - 1) >= 1 && (x.size(n - 1) == 1 || x.stride(n - 1) == 1), op, ": the last dimension of ",
                   name, " must not be empty and must have stride 1");
-  STD_TORCH_CHECK(x.scalar_type() == q.scalar_type() && same_device(x, q), op, ": ", name,
-                  " must have the dtype and device of q");
+  STD_TORCH_CHECK(same_device(x, q), op, ": ", name, " must be on the device of q");
 }
 
-AttentionMask mask_of(OptionalTensorRef m, const Tensor& q, const AttentionParams& p, const char* op) {
+AttentionMask mask_of(OptionalTensorRef m, const Tensor& q, ScalarType dtype, const AttentionParams& p,
+                      const char* op) {
   AttentionMask mask{};
   if (!m) return mask;
   STD_TORCH_CHECK(same_device(*m, q), op, ": mask is on another device than q");
   const ScalarType type = m->scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Bool || type == ScalarType::Float || type == q.scalar_type(), op,
+  STD_TORCH_CHECK(type == ScalarType::Bool || type == ScalarType::Float || type == dtype, op,
                   ": mask must be bool, float32 or of q's dtype");
   mask.kind = type == ScalarType::Bool    ? AttentionMaskKind::boolean
               : type == ScalarType::Float ? AttentionMaskKind::f32
@@ -96,9 +96,12 @@ AttentionParams attention_params(const char* op, const Tensor& q, const Tensor& 
   check_operands(op, q, k, v, varlen);
   const int64_t row = row_of(varlen), head = row + 1, dim = row + 2;
 
+  STD_TORCH_CHECK(o.out_dtype || (k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type()), op,
+                  ": k and v must have the dtype of q");
+  const ScalarType dtype = o.out_dtype.value_or(q.scalar_type());
   AttentionParams p{};
   p.q = strides_of(q), p.k = strides_of(k), p.v = strides_of(v);
-  p.dtype = dtype_of(q.scalar_type(), op, "q");
+  p.dtype = dtype_of(dtype, op, "q");
   STD_TORCH_CHECK(is_float(p.dtype), op, ": q must be float16, bfloat16 or float32");
   if (varlen) STD_TORCH_CHECK(o.cu_seqlens_q->numel() >= 1, op, ": cu_seqlens must not be empty");
   p.batch = size32(varlen ? o.cu_seqlens_q->numel() - 1 : q.size(0), op, "sequences");
@@ -108,10 +111,10 @@ AttentionParams attention_params(const char* op, const Tensor& q, const Tensor& 
   p.keys = size32(k.size(row), op, "rows of k");
   p.head_dim = size32(q.size(dim), op, "columns of q");
   p.value_dim = size32(v.size(dim), op, "columns of v");
-  set_scores(p, p.head_dim, o.scale, o.softcap, o.sinks, q, op);
+  set_scores(p, p.head_dim, o.scale, o.softcap, o.sinks, q, dtype, op);
   p.left = window_side(o.window_left, op);
   p.right = std::min(window_side(o.window_right, op), o.causal ? 0 : kUnlimited);
-  p.mask = mask_of(o.mask, q, p, op);
+  p.mask = mask_of(o.mask, q, dtype, p, op);
   set_alibi(p, o.alibi_slopes, p.batch, q, op);
   p.cu_seqlens_q = ints(o.cu_seqlens_q, int64_t{p.batch} + 1, q, op, "cu_seqlens_q");
   p.cu_seqlens_k = ints(o.cu_seqlens_k, int64_t{p.batch} + 1, q, op, "cu_seqlens_k");
@@ -119,10 +122,10 @@ AttentionParams attention_params(const char* op, const Tensor& q, const Tensor& 
   return p;
 }
 
-Tensor attention_outputs(AttentionParams& p, const Tensor& q, Tensor* lse) {
+Tensor attention_outputs(AttentionParams& p, const Tensor& q, ScalarType dtype, Tensor* lse) {
   auto sizes = sizes_of(q);
   sizes.back() = p.value_dim;
-  Tensor out = contiguous_rows(sizes, q.scalar_type(), q);
+  Tensor out = contiguous_rows(sizes, dtype, q);
   p.out = out.mutable_data_ptr();
   if (lse) {
     const bool varlen = p.cu_seqlens_q;

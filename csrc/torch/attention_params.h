@@ -8,12 +8,13 @@
 namespace forwardpass {
 
 struct AttentionOptions {
-  std::optional<double> scale;
-  bool causal;
-  std::optional<int64_t> window_left, window_right;
-  double softcap;
-  OptionalTensorRef mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k;
-  bool batch_invariant;
+  std::optional<double> scale = {};
+  bool causal = false;
+  std::optional<int64_t> window_left = {}, window_right = {};
+  double softcap = 0;
+  OptionalTensorRef mask = {}, alibi_slopes = {}, sinks = {}, cu_seqlens_q = {}, cu_seqlens_k = {};
+  bool batch_invariant = false;
+  std::optional<ScalarType> out_dtype = {};  // of quantised q, k and v
 };
 
 // q, k or v: [batch, row, head, dim], varlen: [row, head, dim].
@@ -23,8 +24,8 @@ AttentionTensor strides_of(const Tensor& x);
 AttentionParams attention_params(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
                                  const AttentionOptions& o);
 
-// o, and the lse where there is one, which p then points to.
-Tensor attention_outputs(AttentionParams& p, const Tensor& q, Tensor* lse);
+// o, of a dtype, and the lse where there is one, which p then points to.
+Tensor attention_outputs(AttentionParams& p, const Tensor& q, ScalarType dtype, Tensor* lse);
 
 // Writes the result of no sequences, and of rows without keys, which no kernel for GPUs takes; whether it is one of
 // them.
@@ -38,14 +39,14 @@ OperandCopies operands_of_gpu(const char* op, AttentionParams& p, const Tensor& 
 // A call whose params are there but for its outputs. on_cpu(out) computes it on a CPU.
 template <class Params, class OnCpu>
 Tensor run_attention(Backend backend, const char* op, Params& p, const Tensor& q, const Tensor& k, const Tensor& v,
-                     OptionalTensorRef sinks, Tensor* lse, OnCpu on_cpu) {
-  Tensor out = attention_outputs(p, q, lse);
+                     const AttentionOptions& o, Tensor* lse, OnCpu on_cpu) {
+  Tensor out = attention_outputs(p, q, o.out_dtype.value_or(q.scalar_type()), lse);
   if (out.numel() == 0) return out;
   if (backend == Backend::cpu) {
     on_cpu(out);
     return out;
   }
-  if (fill_without_kernel(p, sinks, out, lse)) return out;
+  if (fill_without_kernel(p, o.sinks, out, lse)) return out;
   const OperandCopies copies = operands_of_gpu(op, p, q, k, v);
   launch_chosen(backend, p, q);
   return out;

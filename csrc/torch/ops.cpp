@@ -11,9 +11,9 @@ namespace forwardpass {
 namespace {
 
 // One operation. F is its torch side: a function of the backend and of the schema's arguments.
-template <auto F, bool kHasCpuKernel = true, bool kHasTritonKernel = true>
+template <auto F, bool kHasCpuKernel = true>
 struct Op {
-  static constexpr bool kHasCpu = kHasCpuKernel, kHasTriton = kHasTritonKernel;
+  static constexpr bool kHasCpu = kHasCpuKernel;
   const char* schema;
 
   std::string name(const char* suffix) const { return std::string(schema, std::strchr(schema, '(')) + suffix; }
@@ -37,10 +37,6 @@ struct Op {
 // On GPUs only: the CPU has no fp8 arithmetic.
 template <auto F>
 using GpuOp = Op<F, false>;
-
-// Without a kernel in Triton.
-template <auto F>
-using HandWrittenOp = Op<F, true, false>;
 
 constexpr std::tuple kOps{
     Op<quantize>{
@@ -103,15 +99,22 @@ constexpr std::tuple kOps{
         "int? window_right, float softcap, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks, Tensor? cu_seqlens_q, "
         "Tensor? cu_seqlens_k, bool batch_invariant) -> (Tensor o, Tensor lse)"},
 
-    HandWrittenOp<attention_8bit<false>>{
+    Op<attention_8bit<false>>{
         "attention_8bit(Tensor q, Tensor k, Tensor v, str dtype, bool rotates, float? scale, bool causal, "
         "int? window_left, int? window_right, float softcap, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks, "
-        "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, bool batch_invariant) -> Tensor"},
+        "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, bool batch_invariant, Tensor? q_scale=None, Tensor? q_shift=None, "
+        "Tensor? k_scale=None, Tensor? v_scale=None, ScalarType? out_dtype=None) -> Tensor"},
 
-    HandWrittenOp<attention_8bit<true>>{
+    Op<attention_8bit<true>>{
         "attention_8bit_with_lse(Tensor q, Tensor k, Tensor v, str dtype, bool rotates, float? scale, bool causal, "
         "int? window_left, int? window_right, float softcap, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks, "
-        "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, bool batch_invariant) -> (Tensor o, Tensor lse)"},
+        "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, bool batch_invariant, Tensor? q_scale=None, Tensor? q_shift=None, "
+        "Tensor? k_scale=None, Tensor? v_scale=None, ScalarType? out_dtype=None) -> (Tensor o, Tensor lse)"},
+
+    Op<quantize_attention>{
+        "quantize_attention(Tensor q, Tensor k, Tensor v, str dtype, bool rotates, Tensor? cu_seqlens_q, "
+        "Tensor? cu_seqlens_k) -> (Tensor q, Tensor q_scale, Tensor q_shift, Tensor k, Tensor k_scale, Tensor v, "
+        "Tensor v_scale)"},
 
     Op<attention_decode<false>>{
         "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seq_lens, Tensor? block_table, "
@@ -152,7 +155,7 @@ void for_each_op(Function f) {
 STABLE_TORCH_LIBRARY(forwardpass, m) {
   for_each_op([&](auto op) {
     if (op.kHasCpu) m.def(op.definition("_cpu").c_str());
-    if (op.kHasTriton) m.def(op.definition("_triton").c_str());
+    m.def(op.definition("_triton").c_str());
     m.def(op.definition("_cuda").c_str());
   });
   m.def("pack_int8_weight(Tensor weight) -> Tensor");

@@ -234,9 +234,9 @@ def attention_limits() -> Iterator[Limit]:
 def attention_8bit_limits() -> Iterator[Limit]:
     op = "attention_8bit"
     columns = attention_dims(lambda d: (d, 32), op, (1, 3))
-    yield Limit(op, "head dim of q and k", MAX_COLUMNS, MAX_COLUMNS + 1, columns, refuses_last=("cuda",))
+    yield Limit(op, "head dim of q and k", MAX_COLUMNS, MAX_COLUMNS + 1, columns, refuses_last=GPU)
     for limited, last, beyond in (("at least", 32, 24), ("at most", 256, 264), ("a multiple of 8", 40, 36)):
-        yield Limit(op, f"head dim, {limited}", last, beyond, attention_dims(lambda d: (d, d), op), refused_by("cuda"))
+        yield Limit(op, f"head dim, {limited}", last, beyond, attention_dims(lambda d: (d, d), op), refused_by(*GPU))
     yield Limit(op, "heads of q, a multiple of those of k", 4, 3, attention_heads(op))
     yield from boundary_limits(op)
 

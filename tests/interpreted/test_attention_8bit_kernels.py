@@ -49,7 +49,7 @@ def run(arch, op, args, seed=0, **options):
 
 def with_lse(arch, q, k, v, rotates=True, dtype="int8", truncating=False, **options):
     """attention_8bit_with_lse by the names of its options."""
-    names = dispatch.operations["attention_8bit"].parameters[5:]
+    names = dispatch.operations["attention_8bit"].parameters[5:16]
     defaults = {"causal": False, "softcap": 0.0, "batch_invariant": False}
     assert options.keys() <= set(names)
     args = (q, k, v, dtype, rotates, *(options.get(n, defaults.get(n)) for n in names))

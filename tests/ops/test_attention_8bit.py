@@ -31,7 +31,7 @@ def run(args, lse=True, backend="cpu"):
 
 def options(rotates=True, dtype="int8", **given):
     """What follows q, k and v in the schema."""
-    names = operations["attention_8bit"].parameters[5:]
+    names = operations["attention_8bit"].parameters[5:16]
     defaults = {"causal": False, "softcap": 0.0, "batch_invariant": False}
     assert given.keys() <= set(names)
     return dtype, rotates, *(given.get(name, defaults.get(name)) for name in names)

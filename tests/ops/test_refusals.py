@@ -71,6 +71,7 @@ CALLS = {
     "permute_quantize": {"x": X, "index": torch.zeros(4, 2, dtype=torch.int64), "num_experts": 3, "dtype": INT8, "group_size": 16,
                          "channel_scale": torch.ones(32)},
     "quantize": {"x": X, "dtype": INT8, **STATIC},
+    "quantize_attention": {**{name: ATTENTION[name] for name in "qkv"}, "dtype": "int8", "rotate": True},
     "separate_gate_up": {"x": torch.ones(32, 3), "dim": 0, "layout": "halves"},
     "unpermute": {"y": torch.ones(6, 8), "position": torch.zeros(3, 2, dtype=torch.int32), "weights": torch.ones(3, 2)},
     "w8a16_gemm": {"x": X, "weight": B, "weight_scale": B_SCALE, **BIAS, "residual": Y},

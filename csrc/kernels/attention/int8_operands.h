@@ -65,7 +65,8 @@ struct Int8Operands {
 // each 16 of the operand.
 HOST_DEVICE constexpr int int8_key(int w, int i) { return w / 4 * 16 + i / 2 * 8 + w % 4 * 2 + i % 2; }
 
-// Writes them: two launches. Returns a cudaError_t.
-int quantize_attention(const Attention8bitParams& p, const Int8Operands& to, void* stream);
+// Writes them: two launches, and one more to `returned`; or one of operands that are given. Returns a cudaError_t.
+int quantize_attention(const Attention8bitParams& p, const Int8Operands& to, void* stream,
+                       const AttentionOperands* returned = nullptr);
 
 }  // namespace forwardpass

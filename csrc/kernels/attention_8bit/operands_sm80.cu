@@ -338,11 +338,12 @@ __device__ inline void quantize_v(const QuantizeArguments& a, const KeysOf& keys
   }
 }
 
-// Three blocks on a multiprocessor: left to itself ptxas takes 64 registers for 9.0, and spills.
-__global__ void __launch_bounds__(kThreads, 3) qkv_to_int8_kernel(const __grid_constant__ QuantizeArguments a) {
+// What a block does: q of rows of q, k or v of a block of keys.
+template <class Q, class K, class V>
+__device__ inline void each_block(const QuantizeArguments& a, Q q, K k, V v) {
   const int known = known_sequences(a.p);
   int64_t block = blockIdx.x;
-  if (block < a.q_blocks) return quantize_q(a, blockIdx.x, known);
+  if (block < a.q_blocks) return q(blockIdx.x, known);
   block -= a.q_blocks;
   const bool is_v = block >= a.key_blocks;
   if (is_v) block -= a.key_blocks;
@@ -350,12 +351,102 @@ __global__ void __launch_bounds__(kThreads, 3) qkv_to_int8_kernel(const __grid_c
   if (!keys.find(a.p, static_cast<int>(block % a.to.blocks), known)) return;
   const int head = static_cast<int>(block / a.to.blocks);
   if (is_v)
-    quantize_v(a, keys, head, block);
+    v(keys, head, block);
   else
-    quantize_k(a, keys, head, block);
+    k(keys, head, block);
+}
+// Three blocks on a multiprocessor: left to itself ptxas takes 64 registers for 9.0, and spills.
+__global__ void __launch_bounds__(kThreads, 3) qkv_to_int8_kernel(const __grid_constant__ QuantizeArguments a) {
+  each_block(
+      a, [&](unsigned block, int known) { quantize_q(a, block, known); },
+      [&](const KeysOf& keys, int head, int64_t block) { quantize_k(a, keys, head, block); },
+      [&](const KeysOf& keys, int head, int64_t block) { quantize_v(a, keys, head, block); });
 }
 
-int quantize_attention(const Attention8bitParams& p, const Int8Operands& to, void* cuda_stream) {
+// AttentionOperands, to the layout in which kernels read them or from it. a.p.q, k and v are theirs.
+struct ExchangeArguments {
+  QuantizeArguments a;
+  AttentionOperands scales;
+};
+
+// kGive: what the caller has to the kernels; else back to the caller. Elsewhere than `inside` kernels have 0.
+template <bool kGive, class T>
+__device__ inline void exchange(T* callers, T* kernels, bool inside) {
+  if (kGive)
+    *kernels = inside ? *callers : T{};
+  else if (inside)
+    *callers = *kernels;
+}
+__device__ inline int8_t* bytes(const AttentionTensor& t) { return static_cast<int8_t*>(const_cast<void*>(t.data)); }
+__device__ inline uint2* words(int8_t* x, int64_t i) { return reinterpret_cast<uint2*>(x + i); }
+
+template <bool kGive>
+__device__ inline void exchange_q(const ExchangeArguments& e, unsigned block, int known) {
+  const QuantizeArguments& a = e.a;
+  const AttentionParams& p = a.p;
+  AttentionTile tile;
+  if (!tile.find(p, kRows, a.tiles, block, known) || !tile.known()) return;
+  const int across = a.to.head_dim / kVec, column = static_cast<int>(threadIdx.x) % across * kVec;
+  for (int r = static_cast<int>(threadIdx.x) / across; r < min(kRows, tile.rows - tile.row); r += kThreads / across) {
+    const int64_t to = tile.lse(p, tile.row + r), from = tile.q(p) + (tile.row + r) * p.q.row;
+    exchange<kGive>(words(bytes(p.q), from + column), words(a.to.q, to * a.to.head_dim + column), column < p.head_dim);
+    if (column > 0) continue;
+    exchange<kGive>(e.scales.q_scale + from / p.head_dim, a.to.q_scale + to, true);
+    exchange<kGive>(e.scales.q_shift + from / p.head_dim, a.to.shift + to, true);
+  }
+}
+
+template <bool kGive>
+__device__ inline void exchange_k(const ExchangeArguments& e, const KeysOf& keys, int head, int64_t block) {
+  const QuantizeArguments& a = e.a;
+  const AttentionParams& p = a.p;
+  const int across = a.to.head_dim / kVec, column = static_cast<int>(threadIdx.x) % across * kVec;
+  const int64_t first = keys.sequence * p.k.batch + head * p.k.head + keys.first_of_sequence * p.k.row;
+  for (int r = static_cast<int>(threadIdx.x) / across; r < kInt8Keys; r += kThreads / across) {
+    const bool inside = keys.first + r < keys.keys;
+    const int64_t to = block * kInt8Keys + r, from = first + (keys.first + r) * p.k.row;
+    exchange<kGive>(words(bytes(p.k), from + column), words(a.to.k, to * a.to.head_dim + column),
+                    inside && column < p.head_dim);
+    if (column > 0) continue;
+    exchange<kGive>(e.scales.k_scale + from / p.head_dim, a.to.k_scale + to, inside);
+    if (kGive) a.to.k_scale[to] = without_two_bits(a.to.k_scale[to]);
+  }
+}
+
+// Four keys of a channel, byte by byte: unrolled, it spills.
+template <bool kGive>
+__device__ inline void exchange_v(const ExchangeArguments& e, const KeysOf& keys, int head, int64_t block) {
+  const QuantizeArguments& a = e.a;
+  const AttentionParams& p = a.p;
+  constexpr int kWords = kInt8Keys / 4;
+  const int word = threadIdx.x % kWords;
+  const int64_t from = keys.sequence * p.v.batch + head * p.v.head + keys.first_of_sequence * p.v.row;
+  const int64_t sequence = int64_t{keys.sequence} * p.kv_heads + head;
+#pragma unroll 1
+  for (int c = static_cast<int>(threadIdx.x) / kWords; c < a.to.value_dim; c += kThreads / kWords) {
+    const bool is_column = c < p.value_dim;
+    if (keys.first == 0 && word == 0)
+      exchange<kGive>(e.scales.v_scale + sequence * p.value_dim + c, a.to.v_scale + sequence * a.to.value_dim + c,
+                      is_column);
+#pragma unroll 1
+    for (int i = 0; i < 4; ++i) {
+      const int key = keys.first + int8_key(word, i);
+      exchange<kGive>(bytes(p.v) + from + key * p.v.row + c,
+                      a.to.v + (block * a.to.value_dim + c) * kInt8Keys + word * 4 + i, is_column && key < keys.keys);
+    }
+  }
+}
+
+template <bool kGive>
+__global__ void __launch_bounds__(kThreads) exchange_operands_kernel(const __grid_constant__ ExchangeArguments e) {
+  each_block(
+      e.a, [&](unsigned block, int known) { exchange_q<kGive>(e, block, known); },
+      [&](const KeysOf& keys, int head, int64_t block) { exchange_k<kGive>(e, keys, head, block); },
+      [&](const KeysOf& keys, int head, int64_t block) { exchange_v<kGive>(e, keys, head, block); });
+}
+
+int quantize_attention(const Attention8bitParams& p, const Int8Operands& to, void* cuda_stream,
+                       const AttentionOperands* returned) {
   const auto stream = static_cast<cudaStream_t>(cuda_stream);
   const int64_t tiles = row_tiles(p, kRows), statistics = int64_t{p.batch} * p.kv_heads * (to.chunks + 1);
   const QuantizeArguments arguments{.p = p,
@@ -367,10 +458,41 @@ int quantize_attention(const Attention8bitParams& p, const Int8Operands& to, voi
                                     .key_blocks = to.blocks * p.kv_heads};
   const int64_t grid = arguments.q_blocks + 2 * arguments.key_blocks;
   if (grid > INT32_MAX || statistics > INT32_MAX) return cudaErrorInvalidConfiguration;
+  if (p.given.q) {
+    exchange_operands_kernel<true><<<static_cast<unsigned>(grid), kThreads, 0, stream>>>({arguments, p.given});
+    return cudaGetLastError();
+  }
   qkv_statistics_kernel<<<static_cast<unsigned>(statistics), kThreads, 0, stream>>>(arguments);
   if (auto e = cudaGetLastError()) return e;
   qkv_to_int8_kernel<<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(arguments);
+  if (auto e = cudaGetLastError()) return e;
+  if (!returned) return cudaSuccess;
+  QuantizeArguments theirs = arguments;
+  const auto tensor = [&](int8_t* data, int rows, int heads, int columns) {
+    const int64_t row = int64_t{heads} * columns;
+    return AttentionTensor{data, p.cu_seqlens_q ? 0 : rows * row, row, columns};
+  };
+  theirs.p.q = tensor(returned->q, p.rows, p.heads, p.head_dim);
+  theirs.p.k = tensor(returned->k, p.keys, p.kv_heads, p.head_dim);
+  theirs.p.v = tensor(returned->v, p.keys, p.kv_heads, p.value_dim);
+  exchange_operands_kernel<false><<<static_cast<unsigned>(grid), kThreads, 0, stream>>>({theirs, *returned});
   return cudaGetLastError();
 }
 
+// Whatever kernel takes the operands: of a number of columns that threads of a warp share evenly.
+static Int8Operands operands_of(const QuantizeAttentionParams& p) {
+  const int columns = p.head_dim <= 64 ? 64 : p.head_dim <= 128 ? 128 : 256;
+  return Int8Operands::of(p, columns, columns);
+}
+
 }  // namespace forwardpass
+
+using namespace forwardpass;
+
+int forwardpass_select_quantize_attention(const QuantizeAttentionParams* p, AttentionChoice* choice) {
+  *choice = {.workspace_bytes = operands_of(*p).bytes};
+  return cudaSuccess;
+}
+int forwardpass_quantize_attention(const QuantizeAttentionParams* p, void* stream) {
+  return quantize_attention(*p, operands_of(*p), stream, &p->to);
+}

@@ -3,7 +3,8 @@
 from .activation_quantize import activation_quantize
 from .append_kv import append_kv
 from .attention import attention, attention_with_lse
-from .attention_8bit import attention_8bit, attention_8bit_with_lse
+from .attention_8bit import AttentionOperands as AttentionOperands
+from .attention_8bit import attention_8bit, attention_8bit_with_lse, quantize_attention
 from .attention_decode import attention_decode, attention_decode_with_lse
 from .common.activations import interleave_gate_up, separate_gate_up
 from .dequant_activation import dequant_activation
@@ -44,6 +45,7 @@ __all__ = [
     "pack_int8_weight",
     "permute_quantize",
     "quantize",
+    "quantize_attention",
     "separate_gate_up",
     "unpermute",
     "w8a16_gemm",

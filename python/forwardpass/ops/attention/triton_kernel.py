@@ -103,6 +103,25 @@ def find_sequence(cu_seqlens_q_ptr, cu_seqlens_k_ptr, tile, sequences, rows, key
 
 
 @triton.jit
+def sequence_of(tile, tiles, sequences, rows, keys, packed, cu_seqlens_q_ptr, cu_seqlens_k_ptr, M: tl.constexpr):
+    """(sequence, its first row, its rows, its first key, its keys, the tile among its own) of a tile of M rows. Of packed ones
+    `rows` and `keys` are all; keys are -1 of rows whose sequence is not known, and the tile is below 0 where there is none."""
+    if packed:
+        sequence, known = find_sequence(cu_seqlens_q_ptr, cu_seqlens_k_ptr, tile, sequences, rows, keys, M)
+        q_origin = tl.load(cu_seqlens_q_ptr + sequence, mask=sequence > 0, other=0)
+        tile -= q_origin // M + sequence
+        is_known = sequence < known
+        k_origin = tl.load(cu_seqlens_k_ptr + sequence, mask=is_known, other=0)
+        rows = tl.load(cu_seqlens_q_ptr + sequence + 1, mask=is_known, other=rows) - q_origin
+        keys = tl.load(cu_seqlens_k_ptr + sequence + 1, mask=is_known, other=-1) - k_origin
+    else:
+        q_origin, k_origin = 0, 0
+        sequence = tile // tiles
+        tile = tile % tiles
+    return sequence, q_origin, rows, k_origin, keys, tile
+
+
+@triton.jit
 def store_nan(out, lse_ptr, has_lse, first_row, rows, head, heads, columns, M: tl.constexpr):
     """To M rows of packed sequences, of which it is not known whose they are."""
     row = first_row + tl.arange(0, M)
@@ -119,6 +138,18 @@ def visible(place, keys, left, right):
     """The first and the last key that a row at `place` may see."""
     place = place.to(tl.int64)
     return tl.maximum(place - left, 0).to(tl.int32), tl.minimum(place + right, keys - 1).to(tl.int32)
+
+
+@triton.jit
+def key_blocks(first_row, rows, keys, left, right, M: tl.constexpr, N: tl.constexpr):
+    """The blocks of N keys of M rows: (the first, the first that all rows see whole, the end of those, the end)."""
+    # both bounds rise from the first row to the last
+    first_low, first_high = visible(first_row + keys - rows, keys, left, right)
+    last_low, last_high = visible(tl.minimum(first_row + M, rows) - 1 + keys - rows, keys, left, right)
+    begin = first_low // N
+    end = tl.maximum(tl.cdiv(last_high + 1, N), begin)
+    whole = tl.minimum(tl.cdiv(last_low, N), end)
+    return begin, whole, tl.maximum((first_high + 1) // N, whole), end
 
 
 @triton.jit
@@ -231,6 +262,15 @@ def attend_blocks(
     return acc, maxima, total
 
 
+@triton.jit
+def with_sink(maxima, total, sink):
+    """(maxima, sums) of rows whose softmax has one logit more, and by what their accumulators are to be multiplied."""
+    highest = tl.maximum(maxima, sink)
+    shift = tl.where(highest == float("-inf"), 0.0, highest)
+    correction = tl.exp2(maxima - shift)
+    return highest, total * correction + tl.exp2(sink - shift), correction
+
+
 _RUN_TIME = [
     "q_batch", "q_step", "q_head", "k_batch", "k_step", "k_head", "v_batch", "v_step", "v_head", "has_lse", "batch",
     "heads", "group", "rows", "keys", "tiles", "dim", "value_dim", "left", "right", "sinks_kind", "has_alibi",
@@ -252,18 +292,9 @@ def attention_kernel(
     head, tile = tl.program_id(0) % heads, tl.program_id(0) // heads  # heads that share keys run together
     kv_head = head // group
     all_rows = rows
-    if packed:
-        sequence, known = find_sequence(cu_seqlens_q_ptr, cu_seqlens_k_ptr, tile, batch, rows, keys, M)
-        q_origin = tl.load(cu_seqlens_q_ptr + sequence, mask=sequence > 0, other=0)
-        tile -= q_origin // M + sequence
-        is_known = sequence < known
-        k_origin = tl.load(cu_seqlens_k_ptr + sequence, mask=is_known, other=0)
-        rows = tl.load(cu_seqlens_q_ptr + sequence + 1, mask=is_known, other=rows) - q_origin
-        keys = tl.load(cu_seqlens_k_ptr + sequence + 1, mask=is_known, other=-1) - k_origin
-    else:
-        q_origin, k_origin = 0, 0
-        sequence = tile // tiles
-        tile = tile % tiles
+    sequence, q_origin, rows, k_origin, keys, tile = sequence_of(
+        tile, tiles, batch, rows, keys, packed, cu_seqlens_q_ptr, cu_seqlens_k_ptr, M
+    )
     first_row = (tl.cdiv(rows, M) - 1 - tile) * M  # last rows first: of causal ones they have the most keys
     if first_row < 0 or tile < 0:
         return
@@ -274,13 +305,7 @@ def attention_kernel(
     row = first_row + tl.arange(0, M)
     place = row + (keys - rows)
     low, high = visible(place, keys, left, right)
-    # both bounds rise from the first row to the last
-    first_low, first_high = visible(first_row + keys - rows, keys, left, right)
-    last_low, last_high = visible(tl.minimum(first_row + M, rows) - 1 + keys - rows, keys, left, right)
-    begin = first_low // N
-    end = tl.maximum(tl.cdiv(last_high + 1, N), begin)
-    whole = tl.minimum(tl.cdiv(last_low, N), end)
-    whole_end = tl.maximum((first_high + 1) // N, whole)
+    begin, whole, whole_end, end = key_blocks(first_row, rows, keys, left, right, M, N)
 
     batch_index = tl.where(packed, 0, sequence)
     q += (batch_index.to(tl.int64) * q_batch + q_origin.to(tl.int64) * q_step + head.to(tl.int64) * q_head) * 8
@@ -311,11 +336,7 @@ def attention_kernel(
     correction = tl.full((M,), 1.0, tl.float32)
     if sinks_kind != 0:
         sink = load_logits(sinks_ptr, head, sinks_kind, q.dtype.element_ty)
-        highest = tl.maximum(maxima, sink)
-        shift = tl.where(highest == float("-inf"), 0.0, highest)
-        correction = tl.exp2(maxima - shift)
-        total = total * correction + tl.exp2(sink - shift)
-        maxima = highest
+        maxima, total, correction = with_sink(maxima, total, sink)
     inside = row < rows
     row_index = batch_index.to(tl.int64) * all_rows + q_origin + row
     if has_lse:
@@ -352,6 +373,88 @@ def strides(x: Tensor) -> tuple[int, int, int]:
     return (x.stride(0) // 8 if x.dim() == 4 else 0), row, head
 
 
+def modifies(mask: Tensor | None, alibi_slopes: Tensor | None, softcap: float) -> bool:
+    """Whether scores are more than products: GENERAL."""
+    return mask is not None or alibi_slopes is not None or softcap > 0
+
+
+def filled_without_kernel(
+    out: Tensor, lse: Tensor | None, q: Tensor, k: Tensor, sinks: Tensor | None, cu_seqlens_q: Tensor | None
+) -> bool:
+    """Writes the result of no sequences, and of rows without keys, which no kernel takes; whether it is one of them."""
+    if not out.numel():
+        return True
+    if not (q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.numel() - 1):  # the rows of no sequence
+        out.fill_(torch.nan)
+        if lse is not None:
+            lse.fill_(torch.nan)
+        return True
+    if k.numel() or cu_seqlens_q is not None:
+        return False
+    out.zero_()
+    if lse is not None:
+        lse.copy_(sinks.unsqueeze(1)) if sinks is not None else lse.fill_(-torch.inf)
+    return True
+
+
+def tiles_of(
+    q: Tensor, keys: int, kv_heads: int, block_m: int, cu_seqlens_q: Tensor | None
+) -> tuple[tuple[int], dict[str, int]]:
+    """The programs of a launch, one for each head and tile of rows, and the kernel's arguments that say how many there are."""
+    rows, heads = q.shape[-3:-1]
+    batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.numel() - 1
+    tiles = triton.cdiv(rows, block_m)
+    programs = tiles * batch if cu_seqlens_q is None else rows // block_m + batch + 1
+    shape = {"batch": batch, "heads": heads, "group": heads // kv_heads, "rows": rows, "keys": keys, "tiles": tiles}
+    return (programs * heads,), shape
+
+
+def outputs(out: Tensor, lse: Tensor | None) -> dict[str, Any]:
+    return {"out": out, "lse_ptr": out.view(torch.float32) if lse is None else lse, "has_lse": lse is not None}
+
+
+def score_options(
+    out: Tensor,
+    shape: dict[str, int],
+    causal: bool,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float,
+    mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+) -> dict[str, Any]:
+    """What is done to scores, as arguments of a kernel. `out`, of q's dtype, stands for what is not there."""
+    heads = shape["heads"]
+    floats, bits = (out.view(dtype) for dtype in (torch.float32, torch.uint8))
+    mask = None if mask is None else mask.expand(shape["batch"], heads, shape["rows"], shape["keys"])
+    kinds = {torch.bool: 1, torch.float32: 2, out.dtype: 3}  # of load_logits
+    mask_strides = (0,) * 4 if mask is None else mask.stride()
+    return {
+        "softcap": softcap,
+        "left": UNLIMITED if window_left is None else min(window_left, UNLIMITED),
+        "right": 0 if causal else UNLIMITED if window_right is None else min(window_right, UNLIMITED),
+        "mask_ptr": bits if mask is None else triton.reinterpret(mask, tl.uint8),
+        "mask_kind": 0 if mask is None else kinds[mask.dtype],
+        **dict(zip(("mask_batch", "mask_head", "mask_row", "mask_column"), mask_strides)),
+        "alibi_ptr": floats if alibi_slopes is None else alibi_slopes,
+        "has_alibi": alibi_slopes is not None,
+        "alibi_batch": heads if alibi_slopes is not None and alibi_slopes.dim() == 2 else 0,
+        "sinks_ptr": bits if sinks is None else sinks.view(torch.uint8),
+        "sinks_kind": 0 if sinks is None else kinds[sinks.dtype],
+    }
+
+
+def sequences(out: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> dict[str, Any]:
+    """Where packed sequences begin, as arguments of a kernel."""
+    ints = out.view(torch.int32)
+    return {
+        "packed": cu_seqlens_q is not None,
+        "cu_seqlens_q_ptr": ints if cu_seqlens_q is None else cu_seqlens_q,
+        "cu_seqlens_k_ptr": ints if cu_seqlens_k is None else cu_seqlens_k,
+    }
+
+
 def run(
     out: Tensor,
     lse: Tensor | None,
@@ -371,31 +474,15 @@ def run(
     batch_invariant: bool,
 ) -> None:
     """Fills out, and lse where there is one. Batch invariant it always is."""
-    if not out.numel():
+    if filled_without_kernel(out, lse, q, k, sinks, cu_seqlens_q):
         return
-    packed = cu_seqlens_q is not None
-    batch = cu_seqlens_q.numel() - 1 if cu_seqlens_q is not None else q.shape[0]
-    if not batch:  # the rows of no sequence
-        out.fill_(torch.nan)
-        if lse is not None:
-            lse.fill_(torch.nan)
-        return
-    if not k.numel() and not packed:
-        out.zero_()
-        if lse is not None:
-            lse.copy_(sinks.unsqueeze(1)) if sinks is not None else lse.fill_(-torch.inf)
-        return
-    *_, heads, dim = q.shape
-    rows, keys, kv_heads, value_dim = q.shape[-3], *v.shape[-3:]
+    keys, kv_heads, value_dim = v.shape[-3:]
+    dim = q.shape[-1]
     if not keys:
         k = v = q  # what cu_seqlens say is still looked at; of keys nothing is read
     dims = bucket(dim, value_dim)
     assert dims  # else why_not has refused
-    # stand for what is not there
-    floats, ints, bits = (out.view(dtype) for dtype in (torch.float32, torch.int32, torch.uint8))
-    mask = None if mask is None else mask.expand(batch, heads, rows, keys)
-    general = mask is not None or alibi_slopes is not None or softcap > 0
-    kinds = {torch.bool: 1, torch.float32: 2, q.dtype: 3}  # of load_logits
+    general = modifies(mask, alibi_slopes, softcap)
     with torch.cuda.device_of(q):
         arch = driver.active.get_current_target().arch
         tiling = tiling_of(dims, general, arch)
@@ -406,21 +493,13 @@ def run(
                 descriptors(k, tiling.block_n, tiling.parts),
                 descriptors(v, tiling.block_n, tiling.value_parts),
             )
-        tiles = triton.cdiv(rows, tiling.block_m)
-        programs = rows // tiling.block_m + batch + 1 if packed else tiles * batch
-        attention_kernel[(programs * heads,)](
-            q, k, v, k_descriptors, v_descriptors, *strides(q), *strides(k), *strides(v), out,
-            floats if lse is None else lse, lse is not None, batch, heads, heads // kv_heads, rows, keys, tiles, dim // 8,
-            value_dim // 8, dim**-0.5 if scale is None else scale, softcap,
-            UNLIMITED if window_left is None else min(window_left, UNLIMITED),
-            0 if causal else UNLIMITED if window_right is None else min(window_right, UNLIMITED),
-            bits if mask is None else triton.reinterpret(mask, tl.uint8), 0 if mask is None else kinds[mask.dtype],
-            *((0,) * 4 if mask is None else mask.stride()), floats if alibi_slopes is None else alibi_slopes,
-            alibi_slopes is not None, heads if alibi_slopes is not None and alibi_slopes.dim() == 2 else 0,
-            bits if sinks is None else sinks.view(torch.uint8), 0 if sinks is None else kinds[sinks.dtype], packed,
-            ints if cu_seqlens_q is None else cu_seqlens_q, ints if cu_seqlens_k is None else cu_seqlens_k, M=tiling.block_m,
-            N=tiling.block_n, PARTS=tiling.parts, VALUE_PARTS=tiling.value_parts,
-            GENERAL=general, num_warps=tiling.warps, num_stages=tiling.stages,
+        grid, shape = tiles_of(q, keys, kv_heads, tiling.block_m, cu_seqlens_q)
+        attention_kernel[grid](
+            q, k, v, k_descriptors, v_descriptors, *strides(q), *strides(k), *strides(v), **outputs(out, lse), **shape,
+            dim=dim // 8, value_dim=value_dim // 8, scale=dim**-0.5 if scale is None else scale,
+            **score_options(out, shape, causal, window_left, window_right, softcap, mask, alibi_slopes, sinks),
+            **sequences(out, cu_seqlens_q, cu_seqlens_k), M=tiling.block_m, N=tiling.block_n, PARTS=tiling.parts,
+            VALUE_PARTS=tiling.value_parts, GENERAL=general, num_warps=tiling.warps, num_stages=tiling.stages,
         )  # fmt: skip
 
 

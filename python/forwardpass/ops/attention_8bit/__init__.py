@@ -1,4 +1,5 @@
-"""attention_8bit and attention_8bit_with_lse: attention whose two products are of 8 bits, with all that attention takes.
+"""attention_8bit and attention_8bit_with_lse: attention whose two products are of 8 bits, with all that attention takes; and
+quantize_attention, what they quantise.
 
 The contract; what it computes is in reference.py.
 """
@@ -10,22 +11,101 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...dispatch import Operation, Reason, gpu_capability
 from ..attention import Window, check, fake, fake_with_lse, split_window, why_not_gpu
+from ..common.quantized_rows import E4M3, FLOATS
 from ..fp8_gemm import why_no_fp8
 from . import reference
 
 DTYPES = ("int8", "fp8")
+#: the dtype of v, by that of a call
+VALUES = {"int8": torch.int8, "fp8": E4M3}
+#: Options of attention behind q, k and v.
+MODIFIERS = 11
 #: of q and k: 127^2 * 2^17 < 2^31
 MAX_COLUMNS = 2**17
 
 
-def attention_8bit(
+@dataclasses.dataclass(frozen=True)
+class AttentionOperands:
+    """q, k and v in 8 bits, as `quantize_attention` returns them and `attention_8bit` takes them in place of q, k and v.
+
+    Of row i and key j, `scale * (q_i k_j * q_scale_i * k_scale_j + q_shift_i)` is the score; v times v_scale are the values. With
+    cu_seqlens B and S are one dimension, T, except in v_scale, whose B are the sequences. All are contiguous.
+
+    Attributes:
+        q: int8 [B, Sq, H, D], rotated where `rotate`.
+        q_scale: float32 [B, Sq, H].
+        q_shift: float32 [B, Sq, H]: q times the centre that k has lost.
+        k: int8 [B, Sk, Hk, D], centred, and rotated where `rotate`.
+        k_scale: float32 [B, Sk, Hk].
+        v: int8, with dtype "fp8" float8_e4m3fn, [B, Sk, Hk, Dv].
+        v_scale: float32 [B, Hk, Dv].
+        dtype: "int8" or "fp8", of the probabilities and v.
+        rotate: whether q and k are rotated.
+        out_dtype: the dtype that q had, which the output has.
+    """
+
+    q: Tensor
+    q_scale: Tensor
+    q_shift: Tensor
+    k: Tensor
+    k_scale: Tensor
+    v: Tensor
+    v_scale: Tensor
+    dtype: str
+    rotate: bool
+    out_dtype: torch.dtype
+
+
+def quantize_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    *,
+    dtype: str = "int8",
+    rotate: bool = True,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+) -> AttentionOperands:
+    """q, k and v as `attention_8bit` multiplies them, to be looked at, kept, or used in several calls.
+
+    `attention_8bit(quantize_attention(q, k, v), …)` has the bits of `attention_8bit(q, k, v, …)` on the same backend. The
+    integers are the same on every backend. A call on operands still lays them out for its kernel, so a single call is faster with
+    q, k and v.
+
+    Args:
+        q, k, v: as `attention` takes them.
+        dtype, rotate: as in `attention_8bit`.
+        cu_seqlens_q, cu_seqlens_k: as in `attention`, and the same in the call that takes the operands.
+
+    Returns:
+        the operands. Rows and keys of no sequence that is known by cu_seqlens, and those with a NaN or an infinity, have scales
+        that are NaN, and integers that mean nothing.
+
+    Raises:
+        TypeError, ValueError, Unsupported: as attention_8bit.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 2, 16, 8, 64)
+        >>> x = fp.ops.quantize_attention(q, k, v)
+        >>> x.k.dtype, x.k_scale.shape
+        (torch.int8, torch.Size([2, 16, 8]))
+        >>> torch.equal(fp.ops.attention_8bit(x, causal=True), fp.ops.attention_8bit(q, k, v, causal=True))
+        True
+    """
+    _check_dtype("quantize_attention", dtype, rotate)
+    tensors = QUANTIZE_ATTENTION(q, k, v, dtype, rotate, cu_seqlens_q, cu_seqlens_k)
+    return AttentionOperands(*tensors, dtype, rotate, q.dtype)
+
+
+def attention_8bit(
+    q: Tensor | AttentionOperands,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
     *,
     dtype: str = "int8",
     rotate: bool = True,
@@ -49,11 +129,12 @@ def attention_8bit(
     3.5 % with "fp8" (`python -m benchmarks.attention_8bit_error` has other data, and other arithmetics).
 
     Args:
-        q, k, v: as `attention` takes them.
+        q, k, v: as `attention` takes them; or q alone, the AttentionOperands that `quantize_attention` has returned.
         dtype: of the probabilities and v. "int8": probabilities are whole 255ths, and sums are exact. "fp8": both are e4m3,
             probabilities in 448ths, so that small ones keep three bits; the sums of 64 keys are added up in float32, as tensor
             cores add e4m3 products with fewer bits.
-        rotate: False: without the rotation, which pays where channels have no outliers.
+        rotate: False: without the rotation, which pays where channels have no outliers. Of AttentionOperands dtype and rotate
+            must be what they were quantised with.
         scale, causal, window, softcap, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, batch_invariant: as in `attention`.
 
     Returns:
@@ -74,17 +155,17 @@ def attention_8bit(
         tensor(True)
     """
     left, right = split_window("attention_8bit", window)
-    _check_dtype("attention_8bit", dtype, rotate)
+    q, k, v, *given = _operands("attention_8bit", q, k, v, dtype, rotate)
     return ATTENTION_8BIT(
         q, k, v, dtype, rotate, scale, causal, left, right, softcap, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k,
-        batch_invariant,
+        batch_invariant, *given,
     )  # fmt: skip
 
 
 def attention_8bit_with_lse(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    q: Tensor | AttentionOperands,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
     *,
     dtype: str = "int8",
     rotate: bool = True,
@@ -117,10 +198,10 @@ def attention_8bit_with_lse(
         (torch.Size([2, 16, 8, 64]), torch.Size([2, 8, 16]))
     """
     left, right = split_window("attention_8bit_with_lse", window)
-    _check_dtype("attention_8bit_with_lse", dtype, rotate)
+    q, k, v, *given = _operands("attention_8bit_with_lse", q, k, v, dtype, rotate)
     return ATTENTION_8BIT_WITH_LSE(
         q, k, v, dtype, rotate, scale, causal, left, right, softcap, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k,
-        batch_invariant,
+        batch_invariant, *given,
     )  # fmt: skip
 
 
@@ -131,20 +212,97 @@ def _check_dtype(op: str, dtype: object, rotate: object) -> None:
         raise TypeError(f"{op}: rotate must be True or False, not {rotate!r}")
 
 
-def _check(op: str, q: Tensor, k: Tensor, v: Tensor, dtype: str, rotates: bool, *options: Any) -> None:
+def _operands(op: str, q: Any, k: Any, v: Any, dtype: str, rotate: bool) -> tuple[Any, ...]:
+    """q, k and v of the schema and, of AttentionOperands, what it has behind the other options."""
+    _check_dtype(op, dtype, rotate)
+    if not isinstance(q, AttentionOperands):
+        return q, k, v
+    if k is not None or v is not None:
+        raise TypeError(f"{op}: k and v go with a tensor q, and q is AttentionOperands, which has them: leave both out")
+    for name, called, quantized in (("dtype", dtype, q.dtype), ("rotate", rotate, q.rotate)):
+        if called != quantized:
+            raise ValueError(f"{op}: the operands were quantised with {name}={quantized!r}, and {name} is {called!r}: "
+                             f"pass {name}={quantized!r}")  # fmt: skip
+    return q.q, q.k, q.v, q.q_scale, q.q_shift, q.k_scale, q.v_scale, q.out_dtype
+
+
+def _check(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dtype: str,
+    rotates: bool,
+    *options: Any,
+) -> None:
+    options, given = options[:MODIFIERS], options[MODIFIERS:]
+    if any(x is not None for x in given):
+        batch = len(q) if options[-2] is None else len(options[-2]) - 1
+        q, k, v = _check_given(op, q, k, v, dtype, batch, *given)
     check(op, q, k, v, *options)
+    _check_columns(op, q)
+
+
+def _check_columns(op: str, q: Tensor) -> None:
     if q.shape[-1] > MAX_COLUMNS:
         raise ValueError(
             f"{op}: q and k must have at most {MAX_COLUMNS} columns, whose products an int32 sums, and have {q.shape[-1]}"
         )
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, *options: object) -> Tensor:
-    return fake(q, k, v)
+def _check_given(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dtype: str,
+    batch: int,
+    q_scale: Tensor,
+    q_shift: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    out_dtype: torch.dtype,
+) -> list[Tensor]:
+    """AttentionOperands, whose fields anyone may have put there. Returns tensors of their shapes in out_dtype, without values."""
+    if out_dtype not in FLOATS:
+        raise TypeError(f"{op}: out_dtype of the operands must be float16, bfloat16 or float32, not {out_dtype}")
+    shapes = {
+        "q": (q, torch.int8, q.shape),
+        "k": (k, torch.int8, k.shape),
+        "v": (v, VALUES[dtype], v.shape),
+        "q_scale": (q_scale, torch.float32, q.shape[:-1]),
+        "q_shift": (q_shift, torch.float32, q.shape[:-1]),
+        "k_scale": (k_scale, torch.float32, k.shape[:-1]),
+        "v_scale": (v_scale, torch.float32, (batch, *v.shape[-2:])),
+    }
+    for name, (x, wanted, shape) in shapes.items():
+        if not isinstance(x, Tensor) or x.dtype is not wanted:
+            raise TypeError(
+                f"{op}: {name} of the operands must be a tensor of {wanted}, not {getattr(x, 'dtype', type(x).__name__)}"
+            )
+        if x.shape != shape or not x.is_contiguous() or x.device != q.device:
+            raise ValueError(f"{op}: {name} of the operands must be {list(shape)}, contiguous and on {q.device}, and is "
+                             f"{list(x.shape)} with strides {x.stride()} on {x.device}")  # fmt: skip
+    return [_like(x, out_dtype) for x in (q, k, v)]
 
 
-def _fake_with_lse(q: Tensor, k: Tensor, v: Tensor, *options: object) -> tuple[Tensor, Tensor]:
-    return fake_with_lse(q, k, v)
+def _fake(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensor:
+    return fake(_of_out_dtype(q, options), k, v)
+
+
+def _fake_with_lse(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    return fake_with_lse(_of_out_dtype(q, options), k, v)
+
+
+def _of_out_dtype(q: Tensor, options: tuple[Any, ...]) -> Tensor:
+    """q, or a tensor of its shape in the dtype that it had before it was quantised."""
+    given = options[2 + MODIFIERS :]
+    return q if not given or given[-1] is None else _like(q, given[-1])
+
+
+def _like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of x's shape, without values, which takes the memory of a row."""
+    return x.new_empty(x.shape[-1:], dtype=dtype).expand(x.shape)
 
 
 def _why_not_gpu(
@@ -152,7 +310,7 @@ def _why_not_gpu(
 ) -> Reason | None:
     if dtype == "fp8" and (reason := _why_no_e4m3(backend, gpu_capability(q.device))):
         return dataclasses.replace(reason, fix='use dtype="int8", which is also nearer to exact')
-    return why_not_gpu(q, k, v, *options)
+    return why_not_gpu(_of_out_dtype(q, (dtype, rotates, *options)), k, v, *options)
 
 
 def _why_no_e4m3(backend: str, capability: tuple[int, int]) -> Reason | None:
@@ -169,15 +327,51 @@ def _why_not_cpu(q: Tensor, k: Tensor, v: Tensor, dtype: str | None, *options: A
     )
 
 
-def _operation(function: Callable[..., Any], run: Callable[..., Any], fake: Callable[..., Any]) -> Operation:
+def _check_quantize(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dtype: str,
+    rotates: bool,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+) -> None:
+    op = "quantize_attention"
+    no_options = (None, False, None, None, 0.0, None, None, None)
+    check(op, q, k, v, *no_options, cu_seqlens_q, cu_seqlens_k, False)
+    _check_columns(op, q)
+
+
+def _fake_quantize(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dtype: str,
+    rotates: bool,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+) -> reference.Quantized:
+    return reference.empty_operands(q, k, v, dtype, len(q) if cu_seqlens_q is None else len(cu_seqlens_q) - 1)
+
+
+def _operation(
+    function: Callable[..., Any], run: Callable[..., Any], fake: Callable[..., Any], check: Callable[..., None]
+) -> Operation:
     limits: dict[str, Callable[..., Reason | None]] = {
         "cuda": functools.partial(_why_not_gpu, "cuda"),
+        "triton": functools.partial(_why_not_gpu, "triton"),
         "cpu": _why_not_cpu,
     }
-    return Operation(
-        function, functools.partial(_check, function.__name__), run, fake, why_not=limits, backends=("cuda", "cpu")
-    )
+    return Operation(function, check, run, fake, why_not=limits)
 
 
-ATTENTION_8BIT = _operation(attention_8bit, reference.attention_8bit, _fake)
-ATTENTION_8BIT_WITH_LSE = _operation(attention_8bit_with_lse, reference.attention_8bit_with_lse, _fake_with_lse)
+ATTENTION_8BIT = _operation(
+    attention_8bit, reference.attention_8bit, _fake, functools.partial(_check, "attention_8bit")
+)
+ATTENTION_8BIT_WITH_LSE = _operation(
+    attention_8bit_with_lse,
+    reference.attention_8bit_with_lse,
+    _fake_with_lse,
+    functools.partial(_check, "attention_8bit_with_lse"),
+)
+QUANTIZE_ATTENTION = _operation(quantize_attention, reference.quantize_attention, _fake_quantize, _check_quantize)

@@ -31,6 +31,29 @@ class Case(attention.Case):
         return q, k, v, self.products, self.rotates, *options
 
 
+@dataclass(frozen=True)
+class QuantizeCase(Case):
+    """quantize_attention, of a case's q, k and v."""
+
+    @property
+    def op(self) -> str:
+        return "quantize_attention"
+
+    def arguments(self, device: str = "cpu", seed: int = 0) -> tuple[Any, ...]:
+        q, k, v, products, rotates, *options = super().arguments(device, seed)
+        return q, k, v, products, rotates, *options[-3:-1]
+
+    def flops(self) -> int:
+        return 0
+
+    def bytes(self) -> int:
+        """Each operand read once and written once in 8 bits, with a scale for each row, key and channel."""
+        (h, hk), (d, dv) = self.heads, self.dims
+        rows, keys = (sum(n) for n in zip(*self.lengths()))
+        elements = rows * h * d + keys * hk * (d + dv)
+        return elements * (self.dtype.itemsize + 1) + 4 * (2 * rows * h + keys * hk + len(self.lengths()) * hk * dv)
+
+
 def assert_matches(actual: Tensor | tuple[Tensor, Tensor], args: tuple[Any, ...]) -> None:
     """actual is what a backend may return for args: o, or o and lse, beside the reference's."""
     o, lse = actual if isinstance(actual, tuple) else (actual, None)
@@ -76,4 +99,8 @@ def cases(products: str = "int8") -> Iterator[Case]:
         yield of_attention(case, i % 2 == 0, products)
 
 
-BENCHMARK_CASES = tuple(of_attention(case, True) for case in attention.BENCHMARK_CASES)
+BENCHMARK_CASES = tuple(
+    kind(**vars(of_attention(case, True)))
+    for kind, cases in ((Case, attention.BENCHMARK_CASES), (QuantizeCase, attention.BENCHMARK_CASES[1:3]))
+    for case in cases
+)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..attention.reference import in_parts, outputs_of
+from ..attention.reference import known_sequences, outputs_of
 
 #: Keys that share the unit of their probabilities. Sums of their products are exact in int8, 64 x 255 x 127 < 2^21; of e4m3
 #: they are what tensor cores add with fewer bits than float32 has, before float32 adds them up.
@@ -159,6 +159,59 @@ def _softmax(
     return o.float(), lse.squeeze(-1).float()
 
 
+#: q, q_scale, q_shift, k, k_scale, v and v_scale, as quantize_attention returns them
+Quantized = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def empty_operands(q: Tensor, k: Tensor, v: Tensor, dtype: str, sequences: int) -> Quantized:
+    """Contiguous tensors for what quantize_attention returns, without values."""
+
+    def scales(*shape: int) -> Tensor:
+        return q.new_empty(shape, dtype=torch.float32)
+
+    return (
+        q.new_empty(q.shape, dtype=torch.int8),
+        scales(*q.shape[:-1]),
+        scales(*q.shape[:-1]),
+        k.new_empty(k.shape, dtype=torch.int8),
+        scales(*k.shape[:-1]),
+        v.new_empty(v.shape, dtype=torch.int8 if dtype == "int8" else torch.float8_e4m3fn),
+        scales(sequences, *v.shape[-2:]),
+    )
+
+
+def sequences_of(
+    q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None
+) -> list[tuple[int | slice, int | slice]]:
+    """Where the rows and the keys of each known sequence are, in q and in k: x[where] is [rows, heads, columns]."""
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        return [(b, b) for b in range(len(q))]
+    return list(zip(known_sequences(cu_seqlens_q, len(q)), known_sequences(cu_seqlens_k, len(k))))
+
+
+def quantize_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dtype: str,
+    rotates: bool,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+) -> Quantized:
+    to = empty_operands(q, k, v, dtype, len(q) if cu_seqlens_q is None else len(cu_seqlens_q) - 1)
+    for x in to:  # what is of no known sequence
+        x.fill_(torch.nan if x.dtype is torch.float32 and x is not to[-1] else 0)
+    for b, (rows, keys) in enumerate(sequences_of(q, k, cu_seqlens_q, cu_seqlens_k)):
+        x = quantize(q[rows], k[keys], v[keys], rotates, dtype)
+        of_rows, of_keys = (x.q, x.q_scale[..., 0], x.shift[..., 0]), (x.k, x.k_scale[..., 0], x.v)
+        for where, parts, values in ((rows, to[:3], of_rows), (keys, to[3:6], of_keys)):
+            for part, value in zip(parts, values):
+                value = value.transpose(0, 1)
+                part[where] = value.nan_to_num(0) if part.dtype is torch.int8 else value  # its scale is NaN
+        to[6][b] = x.v_scale[:, 0]
+    return to
+
+
 def attention_8bit(
     q: Tensor,
     k: Tensor,
@@ -176,10 +229,15 @@ def attention_8bit(
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     batch_invariant: bool,
+    q_scale: Tensor | None = None,
+    q_shift: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     return attention_8bit_with_lse(
         q, k, v, dtype, rotates, scale, causal, window_left, window_right, softcap, mask, alibi_slopes, sinks, cu_seqlens_q,
-        cu_seqlens_k, batch_invariant,
+        cu_seqlens_k, batch_invariant, q_scale, q_shift, k_scale, v_scale, out_dtype,
     )[0]  # fmt: skip
 
 
@@ -200,17 +258,28 @@ def attention_8bit_with_lse(
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     batch_invariant: bool,
+    q_scale: Tensor | None = None,
+    q_shift: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """With q_scale, q to v_scale are what quantize_attention has returned, and out_dtype is q's before it."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     right = 0 if causal else window_right
-    o, lse = outputs_of(q, v, torch.float32)
-    operands = q, k, v, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k
-    for part in in_parts(*operands, o, lse, one_by_one=True):
-        mask_b = part.mask[0] if part.mask is not None and part.mask.dim() == 4 else part.mask
-        slopes = part.alibi_slopes
-        slopes = slopes[0] if slopes is not None and slopes.dim() == 2 else slopes
-        x = quantize(part.q[0], part.k[0], part.v[0], rotates, dtype)
+    out_dtype = out_dtype or q.dtype
+    if q_scale is None or q_shift is None or k_scale is None or v_scale is None:
+        q, q_scale, q_shift, k, k_scale, v, v_scale = quantize_attention(
+            q, k, v, dtype, rotates, cu_seqlens_q, cu_seqlens_k
+        )
+    o, lse = (x.fill_(torch.nan) for x in outputs_of(q.to(out_dtype), v, torch.float32))
+    for b, (rows, keys) in enumerate(sequences_of(q, k, cu_seqlens_q, cu_seqlens_k)):
+        of_rows = (x[rows].transpose(0, 1).float() for x in (q, q_scale[..., None], q_shift[..., None]))
+        of_keys = (x[keys].transpose(0, 1).float() for x in (k, k_scale[..., None], v))
+        x = Operands(*of_rows, *of_keys, v_scale[b].unsqueeze(1), dtype)
+        mask_b = mask[b if mask.shape[0] > 1 else 0] if mask is not None and mask.dim() == 4 else mask
+        slopes = alibi_slopes[b] if alibi_slopes is not None and alibi_slopes.dim() == 2 else alibi_slopes
         o_part, lse_part = attend(x, scale, window_left, right, softcap, mask_b, slopes, sinks)
-        part.o[0].copy_(o_part.transpose(0, 1))
-        part.lse[0].copy_(lse_part)
+        o[rows] = o_part.transpose(0, 1).to(out_dtype)
+        (lse[b] if cu_seqlens_q is None else lse[:, rows]).copy_(lse_part)
     return o, lse
