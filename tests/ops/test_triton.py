@@ -27,6 +27,7 @@ from forwardpass import dispatch
 from forwardpass.ops.activation_quantize import cases as activation_quantize
 from forwardpass.ops.attention import BUCKETS
 from forwardpass.ops.attention import cases as attention
+from forwardpass.ops.attention_8bit import cases as attention_8bit
 from forwardpass.ops.common.quantized_rows import E4M3
 from forwardpass.ops.dequant_activation import cases as dequant_activation
 from forwardpass.ops.fp8_gemm import cases as fp8_gemm
@@ -154,8 +155,8 @@ def start_compiling():
 compiled = []
 
 
-def compile_for(architecture, name, case):
-    """(PTX, stack frame in bytes) of the kernel that the case launches first, on rows that are contiguous."""
+def compile_for(architecture, name, case, launch=0):
+    """(PTX, stack frame in bytes) of a kernel that the case launches, by default the first one, on rows that are contiguous."""
     import triton
     from triton.backends.nvidia.compiler import CUDABackend
     from triton.runtime.driver import driver
@@ -166,7 +167,7 @@ def compile_for(architecture, name, case):
     scales_of_groups = getattr(case, "blocks", False)  # have a layout of their own
     args = case.arguments()
     run(name, case, args if scales_of_groups else [a.contiguous() if isinstance(a, torch.Tensor) else a for a in args])
-    kernel, assembler = compiled[0], CUDABackend(driver.active.get_current_target())
+    kernel, assembler = compiled[launch], CUDABackend(driver.active.get_current_target())
     ptx, metadata = kernel.asm["ptx"], kernel.metadata._asdict()
     tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -361,3 +362,26 @@ def test_attention_compiles_for_tensor_cores_without_more_spills(compiler, case,
         assert "cp.async.ca" not in ptx
         # nor are others moved singly: where sequences begin and end 7, where a tile's does 4, a sink of three dtypes 3, the lse 1
         assert len(re.findall(r"(?:ld|st)\.global\.b(?:8|16|32)\b", ptx)) <= 15
+
+
+def attention_8bit_cases():
+    """Those of attention, in int8 and in fp8."""
+    for case in attention_cases():
+        for products in ("int8", "fp8"):
+            yield attention_8bit.of_attention(case, True, products)
+
+
+@pytest.mark.parametrize(("case", "architecture"), in_turn_for(ARCHITECTURES, attention_8bit_cases(), 12))
+def test_attention_8bit_compiles_for_tensor_cores_without_more_spills(compiler, case, architecture):
+    if case.products == "fp8" and architecture == 80:
+        pytest.skip("tensor cores of sm_80 multiply no e4m3")
+    ptx, stack = compiler.submit(compile_for, architecture, "attention_8bit", case, -1).result()
+    assert f".target sm_{architecture}" in ptx
+    fp8 = " fp8" * (case.products == "fp8")
+    assert stack == expected_stack(f"attention_8bit {case.dims}{fp8}{' masked' if case.mask else ''}", architecture)
+    for types in ("s32.s8.s8", "f32.e4m3.e4m3" if fp8 else "s32.s8.s8"):
+        assert re.search(rf"wgmma\.mma_async.*{types}" if architecture == 90 else rf"mma\.sync.*{types}", ptx)
+    assert ("cp.async.bulk.tensor.4d" in ptx) == (architecture == 90)
+    for launch in range(3):  # those that quantise
+        ptx, stack = compiler.submit(compile_for, architecture, "attention_8bit", case, launch).result()
+        assert not stack
