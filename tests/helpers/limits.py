@@ -62,8 +62,8 @@ def case(op: str, **options: Any) -> tuple[Any, ...]:
 
 
 def replaced(op: str, args: tuple[Any, ...], **values: Any) -> tuple[Any, ...]:
-    """args with some of them, by name, in place of theirs."""
-    names = operations[op].parameters
+    """args, the last of which may be missing, with some of them, by name, in place of theirs."""
+    names = operations[op].parameters[: len(args)]
     assert values.keys() <= set(names), (op, values.keys())
     return tuple(values.get(name, a) for name, a in zip(names, args, strict=True))
 

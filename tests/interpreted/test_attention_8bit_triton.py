@@ -163,3 +163,16 @@ def test_a_peak_and_a_long_tail():
     cases.assert_matches((o, lse), args)
     exact = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2).double() for x in (q, k, v)))
     assert (o.double() - exact.transpose(1, 2)).norm() < 0.02 * exact.norm()
+
+
+def test_rows_that_are_far_apart():
+    """Strides beyond 32 bits: 8 GiB of keys, of which a few rows are ever touched."""
+    memory = torch.UntypedStorage(8 * 2**30 + 2**16)
+    far = torch.empty(0, dtype=torch.float16).set_(memory, 0, (1, 65, 1, 64), (0, 2**26, 0, 1))
+    g = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 65, 64, generator=g).half().reshape(3, 1, 65, 1, 64)
+    expected = with_lse("sm_80", q, k, v)[0][0]
+    for n, near in enumerate((q, k, v)):
+        far.copy_(near)
+        given = [far if i == n else x for i, x in enumerate((q, k, v))]
+        assert_equal(with_lse("sm_80", *given)[0][0], expected)

@@ -24,6 +24,8 @@ FEW = [
         (40, 70), packed=True, batch=3, lse=True, awkward=False, cu_seqlens=((0, 40, 80, 120), (0, 70, 140, 139))
     ),
     cases.Case((5, 0), packed=True, lse=True),
+    cases.Case((5, 7), batch=0, lse=True),
+    cases.Case((5, 0), lse=True, sinks="float32"),
 ]
 FP8 = [dataclasses.replace(case, products="fp8") for case in FEW[:3]]
 

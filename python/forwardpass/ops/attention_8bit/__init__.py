@@ -98,8 +98,10 @@ def quantize_attention(
         True
     """
     _check_dtype("quantize_attention", dtype, rotate)
-    tensors = QUANTIZE_ATTENTION(q, k, v, dtype, rotate, cu_seqlens_q, cu_seqlens_k)
-    return AttentionOperands(*tensors, dtype, rotate, q.dtype)
+    q8, q_scale, q_shift, k8, k_scale, v8, v_scale = QUANTIZE_ATTENTION(
+        q, k, v, dtype, rotate, cu_seqlens_q, cu_seqlens_k
+    )
+    return AttentionOperands(q8, q_scale, q_shift, k8, k_scale, v8, v_scale, dtype, rotate, q.dtype)
 
 
 def attention_8bit(

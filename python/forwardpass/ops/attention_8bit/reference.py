@@ -199,8 +199,8 @@ def quantize_attention(
     cu_seqlens_k: Tensor | None,
 ) -> Quantized:
     to = empty_operands(q, k, v, dtype, len(q) if cu_seqlens_q is None else len(cu_seqlens_q) - 1)
-    for x in to:  # what is of no known sequence
-        x.fill_(torch.nan if x.dtype is torch.float32 and x is not to[-1] else 0)
+    for part in to:  # what is of no known sequence
+        part.fill_(torch.nan if part.dtype is torch.float32 and part is not to[-1] else 0)
     for b, (rows, keys) in enumerate(sequences_of(q, k, cu_seqlens_q, cu_seqlens_k)):
         x = quantize(q[rows], k[keys], v[keys], rotates, dtype)
         of_rows, of_keys = (x.q, x.q_scale[..., 0], x.shift[..., 0]), (x.k, x.k_scale[..., 0], x.v)
@@ -274,9 +274,9 @@ def attention_8bit_with_lse(
         )
     o, lse = (x.fill_(torch.nan) for x in outputs_of(q.to(out_dtype), v, torch.float32))
     for b, (rows, keys) in enumerate(sequences_of(q, k, cu_seqlens_q, cu_seqlens_k)):
-        of_rows = (x[rows].transpose(0, 1).float() for x in (q, q_scale[..., None], q_shift[..., None]))
-        of_keys = (x[keys].transpose(0, 1).float() for x in (k, k_scale[..., None], v))
-        x = Operands(*of_rows, *of_keys, v_scale[b].unsqueeze(1), dtype)
+        of_rows = [y[rows].transpose(0, 1).float() for y in (q, q_scale[..., None], q_shift[..., None])]
+        of_keys = [y[keys].transpose(0, 1).float() for y in (k, k_scale[..., None], v)]
+        x = Operands(of_rows[0], of_rows[1], of_rows[2], of_keys[0], of_keys[1], of_keys[2], v_scale[b, :, None], dtype)
         mask_b = mask[b if mask.shape[0] > 1 else 0] if mask is not None and mask.dim() == 4 else mask
         slopes = alibi_slopes[b] if alibi_slopes is not None and alibi_slopes.dim() == 2 else alibi_slopes
         o_part, lse_part = attend(x, scale, window_left, right, softcap, mask_b, slopes, sinks)

@@ -142,7 +142,7 @@ def statistics_kernel(
         tl.program_id(0) // parts % kv_heads,
         tl.program_id(0) // parts // kv_heads,
     )
-    origin = 0
+    origin = tl.zeros((), tl.int32)
     if packed:
         _, known = find_sequence(cu_seqlens_q_ptr, cu_seqlens_k_ptr, 0, batch, rows, keys, KEYS)
         if sequence >= known:
@@ -156,7 +156,7 @@ def statistics_kernel(
         samples = tl.minimum(keys, CENTRE_SAMPLES)
         total = tl.zeros((COLUMNS,), tl.float32)
         for i in range(samples):
-            key = i.to(tl.int64) * (keys - 1) // tl.maximum(samples - 1, 1)
+            key = (keys - 1).to(tl.int64) * i // tl.maximum(samples - 1, 1)
             total += tl.load(k + key * (k_step * 8) + c, mask=c < dim * 8, other=0.0).to(tl.float32)
         share = tl.where(samples > 0, tl.math.div_rn(1.0, samples.to(tl.float32)), 0.0)
         tl.store(centre_ptr + (sequence * kv_heads + head).to(tl.int64) * COLUMNS + c, total * share)
@@ -739,11 +739,12 @@ def quantize_attention(
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
         known = known_sequences(cu_seqlens_q, cu_seqlens_k, len(q), len(k))
     if not len(to[6]):  # rows and keys of no sequence
-        for x in to:
-            x.copy_(torch.nan if x.dtype is torch.float32 else 0)
+        for part in to:
+            part.fill_(torch.nan if part.dtype is torch.float32 else 0)
         return to
     with torch.cuda.device_of(q):
-        x = quantize(*(aligned(x) for x in (q, k, v)), dtype == "fp8", rotates, dims, cu_seqlens_q, cu_seqlens_k)
+        q, k, v = (aligned(x) for x in (q, k, v))
+        x = quantize(q, k, v, dtype == "fp8", rotates, dims, cu_seqlens_q, cu_seqlens_k)
     if not k.numel():
         x.v_scale.zero_()
     to_callers(x, to, known, cu_seqlens_q, cu_seqlens_k)
