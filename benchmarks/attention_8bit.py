@@ -1,4 +1,5 @@
-"""attention_8bit beside torch's scaled_dot_product_attention; where it takes no sinks or gives no lse, beside eager attention; and quantize_attention beside plain torch.
+"""attention_8bit beside torch's scaled_dot_product_attention; where it takes no sinks or gives no lse, beside eager attention;
+and quantize_attention beside plain torch.
 
 python -m benchmarks.attention_8bit [--device cpu] [--rounds N] [--json FILE]
 python -m benchmarks.attention_8bit --crossover    # on a CPU: beside fp.ops.attention, by the number of keys
