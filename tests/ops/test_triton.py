@@ -213,6 +213,15 @@ STACK = {
     "3.7": {
         "norm_quantize (2, 16384) sm_90": 8, "attention (128, 128) masked sm_90": 224, "attention (192, 192) sm_80": 24,
         "attention (192, 192) sm_89": 8, "attention (256, 256) masked sm_80": 56, "attention (256, 256) masked sm_89": 56,
+        "attention_8bit (128, 128) masked sm_80": 16, "attention_8bit (192, 192) masked sm_80": 48,
+        "attention_8bit (256, 256) sm_80": 120, "attention_8bit (256, 256) masked sm_80": 16,
+        "attention_8bit (192, 192) sm_89": 24, "attention_8bit (192, 192) masked sm_89": 40,
+        "attention_8bit (256, 256) sm_89": 80, "attention_8bit (256, 256) masked sm_89": 40,
+        "attention_8bit (192, 128) masked sm_89": 8, "attention_8bit (256, 256) masked sm_90": 80,
+        "attention_8bit (128, 128) fp8 masked sm_89": 8, "attention_8bit (192, 192) fp8 sm_89": 16,
+        "attention_8bit (192, 192) fp8 masked sm_89": 40, "attention_8bit (256, 256) fp8 sm_89": 200,
+        "attention_8bit (256, 256) fp8 masked sm_89": 128, "attention_8bit (192, 128) fp8 masked sm_89": 24,
+        "attention_8bit (256, 256) fp8 masked sm_90": 80,
     },
     "3.9": {
         "attention (64, 64) sm_80": 8, "attention (64, 64) sm_89": 8, "attention (128, 128) masked sm_90": 288,
