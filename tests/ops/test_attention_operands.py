@@ -123,6 +123,35 @@ def test_what_they_are():
     assert (values - v).abs().max() <= v.abs().max() / 254
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("of_token", [False, True])
+def test_an_int8_cache_is_operands(backend, of_token):
+    """As append_kv has written it: k with a scale for each head or each token and head, v with one for each head."""
+    (batch, rows, room, heads, dim), lengths = (2, 4, 300, 2, 64), torch.tensor([300, 120], dtype=torch.int32)
+    q, k, v = (torch.randn(batch, n, h, dim) for n, h in ((rows, 4), (room, heads), (room, heads)))
+    k_cache, v_cache = torch.zeros(2, batch, room, heads, dim, dtype=torch.int8)
+    k_scale, v_scale = (x.abs().amax((0, 1, 3)) / 127 for x in (k, v))
+    if of_token:
+        k_scale, v_scale = torch.zeros(batch, room, heads), torch.zeros(batch, room, heads)
+    full = torch.full_like(lengths, room)
+    fp.ops.append_kv(k, v, k_cache, v_cache, full, k_scale=k_scale, v_scale=v_scale)
+    if of_token:  # v once more: operands have one scale for all of its tokens
+        v_scale = v.abs().amax((0, 1, 3)) / 127
+        v_cache = (v / v_scale[:, None]).round().to(torch.int8)
+    values = v_cache * v_scale[:, None]
+    keys = k_cache * (k_scale if of_token else k_scale.expand(batch, room, heads))[..., None]
+    exact = fp.ops.attention_decode(q, keys, values, lengths)
+    q8, q_scale, _ = fp.ops.quantize(q, torch.int8)
+    x = AttentionOperands(
+        q8, q_scale, torch.zeros_like(q_scale), k_cache, k_scale.expand(batch, room, heads).contiguous(), v_cache,
+        v_scale[:, None].expand(batch, heads, dim).contiguous(), "int8", rotate=False, out_dtype=q.dtype,
+    )  # fmt: skip
+    seen = torch.arange(room) < (lengths[:, None] - rows + 1 + torch.arange(rows))[..., None]  # as attention_decode
+    with on(backend):
+        o = fp.ops.attention_8bit(x, rotate=False, mask=seen[:, None])
+    assert (o - exact).norm() < 0.015 * exact.norm()
+
+
 def test_compiles_whole():
     def f(q, k, v):
         x = fp.ops.quantize_attention(q, k, v)
