@@ -246,11 +246,12 @@ INLINE void begin(const Head& h, const Rows& rows) {
   for (int64_t i = 0; i < h.chunk.rows; ++i) {
     uint8_t* integers = rows.q + i * rows.q_stride;
     float scale, shift;
-    if (p.given.q) {
-      const int64_t at = s.row_token(p, h.chunk.first + i) * p.heads + h.chunk.head;
-      scale = p.given.q_scale[at], shift = p.given.q_shift[at];
+    if (p.quantized.q) {
+      const int64_t row = s.row_token(p, h.chunk.first + i) * p.heads + h.chunk.head;
+      scale = p.quantized.q_scale[row], shift = p.quantized.q_shift[row];
       std::fill_n(integers, rows.q_stride, uint8_t{128});
-      for (int64_t c = 0; c < p.head_dim; ++c) integers[c] = static_cast<uint8_t>(p.given.q[at * p.head_dim + c] + 128);
+      for (int64_t c = 0; c < p.head_dim; ++c)
+        integers[c] = static_cast<uint8_t>(p.quantized.q[row * p.head_dim + c] + 128);
     } else {
       const char* q = row_of(p, p.q, s, s.first_row, h.chunk.head, h.chunk.first + i);
       shift = shift_of<V, D>(p, q, h.keys.centre);

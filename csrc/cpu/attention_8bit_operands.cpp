@@ -135,7 +135,7 @@ Operands8bit::Operands8bit(const Attention8bitParams& p, std::vector<Sequence> s
   k_scale_ = allocate(4 * keys + 1), corrections_ = allocate(4 * keys + 1);
   v_range_ = allocate(4 * heads * value_columns() + 1), centre_ = allocate(4 * heads * row_floats() + 1);
   v_scale_ = allocate(4 * heads * value_columns() + 1);
-  if (p.given.q) {
+  if (p.quantized.q) {
     take_given();
   } else {
     find_ranges();
@@ -198,7 +198,7 @@ void Operands8bit::quantize() {
 }
 
 void Operands8bit::take_given() {
-  const AttentionOperands& from = p_.given;
+  const AttentionOperands& from = p_.quantized;
   torch::stable::parallel_for(0, std::ssize(sequences_) * p_.kv_heads, 1, [&](int64_t begin, int64_t end) {
     std::vector<int8_t> integers(row_floats());
     for (int64_t i = begin; i < end; ++i) {
@@ -209,14 +209,14 @@ void Operands8bit::take_given() {
       std::fill_n(to.v_scale, value_columns(), 0.0f);
       std::copy_n(from.v_scale + i * p_.value_dim, p_.value_dim, to.v_scale);
       for (int64_t key = 0; key < s.blocks() * kBlockKeys; ++key) {
-        const int64_t at = s.key_token(p_, key) * p_.kv_heads + head;
+        const int64_t token = s.key_token(p_, key) * p_.kv_heads + head;
         const bool inside = key < s.keys;
-        to.k_scale[key] = inside ? from.k_scale[at] : 0;
+        to.k_scale[key] = inside ? from.k_scale[token] : 0;
         std::fill_n(integers.data(), row_floats(), int8_t{0});
-        if (inside) std::copy_n(from.k + at * p_.head_dim, p_.head_dim, integers.data());
+        if (inside) std::copy_n(from.k + token * p_.head_dim, p_.head_dim, integers.data());
         with_vectors(VECTOR_CODE { pack_key<V>(*this, to, key, integers.data()); });
         if (!inside) continue;
-        for (int64_t c = 0; c < p_.value_dim; ++c) to.v_at(value_columns(), key, c) = from.v[at * p_.value_dim + c];
+        for (int64_t c = 0; c < p_.value_dim; ++c) to.v_at(value_columns(), key, c) = from.v[token * p_.value_dim + c];
       }
     }
   });

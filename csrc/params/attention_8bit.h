@@ -15,14 +15,14 @@ struct AttentionOperands {
 };
 
 // attention_8bit or, with an lse, attention_8bit_with_lse: attention whose products are of 8 bits, with the integers
-// and e4m3 of python/forwardpass/ops/attention_8bit/reference.py. q, k and v are those of 16 bits, or `given` in 8
+// and e4m3 of python/forwardpass/ops/attention_8bit/reference.py. q, k and v are those of 16 bits, or `quantized`, in 8
 // bits; choice.workspace_bytes is what they take in the kernel's layout.
 struct Attention8bitParams : AttentionParams {
   static constexpr const char* kLauncher = "forwardpass_attention_8bit";
   static constexpr const char* kSelector = "forwardpass_select_attention_8bit";
-  bool fp8;                 // probabilities and v are e4m3, not u8 and int8
-  bool rotates;             // q and k, before they are quantised
-  AttentionOperands given;  // or null
+  bool fp8;                     // probabilities and v are e4m3, not u8 and int8
+  bool rotates;                 // q and k, before they are quantised
+  AttentionOperands quantized;  // or null
 };
 
 // quantize_attention: of attention's params those that say where q, k and v are.

@@ -62,7 +62,7 @@ Tensor run_8bit(Backend backend, const char* op, const Tensor& q, const Tensor& 
                   ": q_scale, q_shift, k_scale, v_scale and out_dtype go together");
   Attention8bitParams p{attention_params(op, q, k, v, o), fp8, rotates, {}};
   check_columns(p, op);
-  if (scales.any()) p.given = given_operands(p, q, k, v, fp8, scales, op);
+  if (scales.any()) p.quantized = given_operands(p, q, k, v, fp8, scales, op);
   return run_attention(backend, op, p, q, k, v, o, lse, [&](Tensor&) { attention_8bit_cpu(p); });
 }
 

@@ -458,8 +458,8 @@ int quantize_attention(const Attention8bitParams& p, const Int8Operands& to, voi
                                     .key_blocks = to.blocks * p.kv_heads};
   const int64_t grid = arguments.q_blocks + 2 * arguments.key_blocks;
   if (grid > INT32_MAX || statistics > INT32_MAX) return cudaErrorInvalidConfiguration;
-  if (p.given.q) {
-    exchange_operands_kernel<true><<<static_cast<unsigned>(grid), kThreads, 0, stream>>>({arguments, p.given});
+  if (p.quantized.q) {
+    exchange_operands_kernel<true><<<static_cast<unsigned>(grid), kThreads, 0, stream>>>({arguments, p.quantized});
     return cudaGetLastError();
   }
   qkv_statistics_kernel<<<static_cast<unsigned>(statistics), kThreads, 0, stream>>>(arguments);
@@ -467,15 +467,15 @@ int quantize_attention(const Attention8bitParams& p, const Int8Operands& to, voi
   qkv_to_int8_kernel<<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(arguments);
   if (auto e = cudaGetLastError()) return e;
   if (!returned) return cudaSuccess;
-  QuantizeArguments theirs = arguments;
+  QuantizeArguments of_caller = arguments;
   const auto tensor = [&](int8_t* data, int rows, int heads, int columns) {
     const int64_t row = int64_t{heads} * columns;
     return AttentionTensor{data, p.cu_seqlens_q ? 0 : rows * row, row, columns};
   };
-  theirs.p.q = tensor(returned->q, p.rows, p.heads, p.head_dim);
-  theirs.p.k = tensor(returned->k, p.keys, p.kv_heads, p.head_dim);
-  theirs.p.v = tensor(returned->v, p.keys, p.kv_heads, p.value_dim);
-  exchange_operands_kernel<false><<<static_cast<unsigned>(grid), kThreads, 0, stream>>>({theirs, *returned});
+  of_caller.p.q = tensor(returned->q, p.rows, p.heads, p.head_dim);
+  of_caller.p.k = tensor(returned->k, p.keys, p.kv_heads, p.head_dim);
+  of_caller.p.v = tensor(returned->v, p.keys, p.kv_heads, p.value_dim);
+  exchange_operands_kernel<false><<<static_cast<unsigned>(grid), kThreads, 0, stream>>>({of_caller, *returned});
   return cudaGetLastError();
 }
 

@@ -157,10 +157,10 @@ def attention_8bit(
         tensor(True)
     """
     left, right = split_window("attention_8bit", window)
-    q, k, v, *given = _operands("attention_8bit", q, k, v, dtype, rotate)
+    q, k, v, *quantized = _operands("attention_8bit", q, k, v, dtype, rotate)
     return ATTENTION_8BIT(
         q, k, v, dtype, rotate, scale, causal, left, right, softcap, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k,
-        batch_invariant, *given,
+        batch_invariant, *quantized,
     )  # fmt: skip
 
 
@@ -200,10 +200,10 @@ def attention_8bit_with_lse(
         (torch.Size([2, 16, 8, 64]), torch.Size([2, 8, 16]))
     """
     left, right = split_window("attention_8bit_with_lse", window)
-    q, k, v, *given = _operands("attention_8bit_with_lse", q, k, v, dtype, rotate)
+    q, k, v, *quantized = _operands("attention_8bit_with_lse", q, k, v, dtype, rotate)
     return ATTENTION_8BIT_WITH_LSE(
         q, k, v, dtype, rotate, scale, causal, left, right, softcap, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k,
-        batch_invariant, *given,
+        batch_invariant, *quantized,
     )  # fmt: skip
 
 
@@ -221,10 +221,10 @@ def _operands(op: str, q: Any, k: Any, v: Any, dtype: str, rotate: bool) -> tupl
         return q, k, v
     if k is not None or v is not None:
         raise TypeError(f"{op}: k and v go with a tensor q, and q is AttentionOperands, which has them: leave both out")
-    for name, called, quantized in (("dtype", dtype, q.dtype), ("rotate", rotate, q.rotate)):
-        if called != quantized:
-            raise ValueError(f"{op}: the operands were quantised with {name}={quantized!r}, and {name} is {called!r}: "
-                             f"pass {name}={quantized!r}")  # fmt: skip
+    for name, value, before in (("dtype", dtype, q.dtype), ("rotate", rotate, q.rotate)):
+        if value != before:
+            raise ValueError(f"{op}: the operands were quantised with {name}={before!r}, and {name} is {value!r}: "
+                             f"pass {name}={before!r}")  # fmt: skip
     return q.q, q.k, q.v, q.q_scale, q.q_shift, q.k_scale, q.v_scale, q.out_dtype
 
 
@@ -237,10 +237,10 @@ def _check(
     rotates: bool,
     *options: Any,
 ) -> None:
-    options, given = options[:MODIFIERS], options[MODIFIERS:]
-    if any(x is not None for x in given):
+    options, quantized = options[:MODIFIERS], options[MODIFIERS:]
+    if any(x is not None for x in quantized):
         batch = len(q) if options[-2] is None else len(options[-2]) - 1
-        q, k, v = _check_given(op, q, k, v, dtype, batch, *given)
+        q, k, v = _check_operands(op, q, k, v, dtype, batch, *quantized)
     check(op, q, k, v, *options)
     _check_columns(op, q)
 
@@ -252,7 +252,7 @@ def _check_columns(op: str, q: Tensor) -> None:
         )
 
 
-def _check_given(
+def _check_operands(
     op: str,
     q: Tensor,
     k: Tensor,
@@ -277,10 +277,10 @@ def _check_given(
         "k_scale": (k_scale, torch.float32, k.shape[:-1]),
         "v_scale": (v_scale, torch.float32, (batch, *v.shape[-2:])),
     }
-    for name, (x, wanted, shape) in shapes.items():
-        if not isinstance(x, Tensor) or x.dtype is not wanted:
+    for name, (x, expected, shape) in shapes.items():
+        if not isinstance(x, Tensor) or x.dtype is not expected:
             raise TypeError(
-                f"{op}: {name} of the operands must be a tensor of {wanted}, not {getattr(x, 'dtype', type(x).__name__)}"
+                f"{op}: {name} of the operands must be a tensor of {expected}, not {getattr(x, 'dtype', type(x).__name__)}"
             )
         if x.shape != shape or not x.is_contiguous() or x.device != q.device:
             raise ValueError(f"{op}: {name} of the operands must be {list(shape)}, contiguous and on {q.device}, and is "
@@ -298,8 +298,8 @@ def _fake_with_lse(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tens
 
 def _of_out_dtype(q: Tensor, options: tuple[Any, ...]) -> Tensor:
     """q, or a tensor of its shape in the dtype that it had before it was quantised."""
-    given = options[2 + MODIFIERS :]
-    return q if not given or given[-1] is None else _like(q, given[-1])
+    quantized = options[2 + MODIFIERS :]
+    return q if not quantized or quantized[-1] is None else _like(q, quantized[-1])
 
 
 def _like(x: Tensor, dtype: torch.dtype) -> Tensor:
