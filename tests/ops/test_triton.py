@@ -209,7 +209,20 @@ def test_interpreted(interpreter, case, name):
 #: Bytes of stack, which is what ptxas spills, by the version of Triton that brings it. Tiles were chosen with 3.6.
 #: {kernel and architecture: bytes}; attention's also with its head dims, and whether a mask is added to scores.
 STACK = {
-    "3.6": {"fp8_grouped_gemm silu_mul sm_89": 16},
+    "3.6": {
+        "fp8_grouped_gemm silu_mul sm_89": 16,
+        "attention_8bit (128, 128) masked sm_80": 40, "attention_8bit (192, 192) masked sm_80": 96,
+        "attention_8bit (256, 256) sm_80": 112, "attention_8bit (256, 256) masked sm_80": 24,
+        "attention_8bit (192, 128) masked sm_80": 48, "attention_8bit (128, 128) masked sm_89": 64,
+        "attention_8bit (192, 192) masked sm_89": 112, "attention_8bit (256, 256) sm_89": 88,
+        "attention_8bit (256, 256) masked sm_89": 40, "attention_8bit (192, 128) masked sm_89": 72,
+        "attention_8bit (128, 128) masked sm_90": 24, "attention_8bit (192, 192) masked sm_90": 56,
+        "attention_8bit (192, 128) masked sm_90": 16, "attention_8bit (128, 128) fp8 masked sm_89": 48,
+        "attention_8bit (192, 192) fp8 sm_89": 8, "attention_8bit (192, 192) fp8 masked sm_89": 80,
+        "attention_8bit (256, 256) fp8 sm_89": 200, "attention_8bit (256, 256) fp8 masked sm_89": 160,
+        "attention_8bit (192, 128) fp8 masked sm_89": 64, "attention_8bit (128, 128) fp8 masked sm_90": 24,
+        "attention_8bit (192, 192) fp8 masked sm_90": 48, "attention_8bit (192, 128) fp8 masked sm_90": 8,
+    },
     "3.7": {
         "norm_quantize (2, 16384) sm_90": 8, "attention (128, 128) masked sm_90": 224, "attention (192, 192) sm_80": 24,
         "attention (192, 192) sm_89": 8, "attention (256, 256) masked sm_80": 56, "attention (256, 256) masked sm_89": 56,

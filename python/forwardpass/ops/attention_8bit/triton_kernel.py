@@ -242,8 +242,8 @@ class Tiling:
 def tiling_of(dims: tuple[int, int], arch: int) -> Tiling:
     """A function of the bucket and the architecture: a row's bits depend on neither batch nor lengths.
 
-    Static, ptxas: of those tried the ones that spill least; up to 200 bytes of stack at 256 columns, 48 at fewer (STACK in
-    test_triton.py).
+    Static, ptxas: of those tried the ones that spill least; up to 200 bytes of stack at 256 columns, 112 at fewer, there only with a
+    mask (STACK in test_triton.py).
     """
     if (
         dims[1] == 256
