@@ -242,12 +242,11 @@ class Tiling:
 def tiling_of(dims: tuple[int, int], arch: int) -> Tiling:
     """A function of the bucket and the architecture: a row's bits depend on neither batch nor lengths.
 
-    Static, ptxas: of those tried the ones that spill least; up to 200 bytes of stack at 256 columns, 112 at fewer, there only with a
-    mask (STACK in test_triton.py).
+    Static, ptxas: of those tried the ones that spill least; up to 200 bytes of stack at 256 columns, 112 at fewer (STACK in
+    test_triton.py).
     """
-    if (
-        dims[1] == 256
-    ):  # warps side by side: 16 rows of all columns do not fit a warp's registers beside a block's products
+    if dims[1] == 256:
+        # warps side by side: 16 rows of all columns do not fit a warp's registers beside a block's products
         return Tiling(64, 8, widths(dims[0], 256), widths(dims[1], 64 if arch < 90 else 32))
     return Tiling(128, 8, widths(dims[0], 256), widths(dims[1], 64))
 
