@@ -222,6 +222,10 @@ STACK = {
         "attention_8bit (256, 256) fp8 sm_89": 200, "attention_8bit (256, 256) fp8 masked sm_89": 160,
         "attention_8bit (192, 128) fp8 masked sm_89": 64, "attention_8bit (128, 128) fp8 masked sm_90": 24,
         "attention_8bit (192, 192) fp8 masked sm_90": 48, "attention_8bit (192, 128) fp8 masked sm_90": 8,
+        "attention_8bit (64, 64) masked sm_80": 16, "attention_8bit (96, 96) masked sm_80": 24,
+        "attention_8bit (96, 96) masked sm_89": 24, "attention_8bit (64, 64) masked sm_90": 8,
+        "attention_8bit (96, 96) masked sm_90": 16, "attention_8bit (96, 96) fp8 masked sm_89": 24,
+        "attention_8bit (64, 64) fp8 masked sm_90": 8,
     },
     "3.7": {
         "norm_quantize (2, 16384) sm_90": 8, "attention (128, 128) masked sm_90": 224, "attention (192, 192) sm_80": 24,
