@@ -167,6 +167,61 @@ struct AttentionArguments {
   }
 };
 
+// How the producer loads q, k and v: each lane finds and loads a box of each block of keys.
+template <class Config>
+struct BoxSource {
+  // Of each lane the table's entry for what it loads of k next, and what it loads of k and then of v.
+  struct Shared {
+    int next_entry[32];
+    struct {
+      Box box;
+      int head;
+    } boxes[Config::kStages][32];
+  };
+
+  // Begins to load what `find` needs of a block.
+  template <class Storage>
+  __device__ static void look_up(const AttentionArguments& a, Storage& s, const AttentionTile& t, int block) {
+    a.look_up(t, first_key(a, block), s.source.next_entry[lane()]);
+  }
+  // The next block's entry of the table is copied before the waits for empty stages, and looked at after them: four
+  // sequences of 1024 rows and keys in pages of 16, 32 heads, take 54.8 us and not 56.1 (modelled), where each block
+  // waited for it. It goes through shared memory, as do boxes: in registers they are spilled at 192 columns.
+  template <class Storage>
+  __device__ static void find(const AttentionArguments& a, Storage& s, const AttentionTile& t, int block, bool has_next,
+                              int stage) {
+    ptx::cp_async_wait<0>();
+    s.source.boxes[stage][lane()] = {a.find_keys(t, first_key(a, block), s.source.next_entry[lane()]), t.kv_head(a.p)};
+    if (has_next) look_up(a, s, t, block - 1);
+  }
+  // By one lane.
+  template <class Query>
+  __device__ static void load_q(const AttentionArguments& a, Query& to, const AttentionTile& t, uint32_t barrier) {
+    a.find_q(t).load(to.panel, 0, a.q, a.q_steps, a.q_head(t), barrier);
+  }
+  template <class Storage>
+  __device__ static void load_k(const AttentionArguments& a, Storage& s, int stage, uint32_t barrier) {
+    const Box& box = s.source.boxes[stage][lane()].box;
+    load(a, s, s.k[stage].panel, stage, box.page < 0 ? a.k_nan : a.k, a.k_steps, barrier);
+  }
+  template <class Storage>
+  __device__ static void load_v(const AttentionArguments& a, Storage& s, int stage, uint32_t barrier) {
+    load(a, s, s.v[stage].panel, stage, a.v, a.v_steps, barrier);
+  }
+
+ private:
+  __device__ static int lane() { return static_cast<int>(threadIdx.x % 32); }
+  __device__ static int first_key(const AttentionArguments& a, int block) {
+    return block * Config::kN + lane() * a.box_rows;
+  }
+  template <class Storage, class Panels>
+  __device__ static void load(const AttentionArguments& a, Storage& s, Panels& to, int stage, const CUtensorMap& map,
+                              const BoxSteps& steps, uint32_t barrier) {
+    const auto& from = s.source.boxes[stage][lane()];
+    if (const int row = lane() * a.box_rows; row < Config::kN) from.box.load(to, row, map, steps, from.head, barrier);
+  }
+};
+
 // Whether these kernels can load the keys: a cache's pages are whole rows apart, and boxes are whole swizzle atoms.
 inline bool loads_by_boxes(const AttentionParams& p) {
   const KvCache& c = p.cache;

@@ -65,13 +65,17 @@ struct WgmmaAttentionConfig {
   // run. With more columns the wgmmas take so long that they overlap anyway. Three of 64 columns wait for the special
   // functions as much as for the tensor cores: in turns, all three wait for the one whose softmax the schedulers serve
   // last, and 16 x 1024 rows take 8 % longer (modelled; 4 % in turns from the youngest to the oldest).
-  static constexpr bool kPingPong = kHeadDim <= 128 && kConsumers == 2;
+  static constexpr PingPong kPingPong = kHeadDim <= 128 && kConsumers == 2 ? PingPong::products : PingPong::none;
+  static constexpr bool kSplits = true;  // blocks may share a tile's keys
 
+  using Arguments = AttentionArguments;
   using Schedule = WgmmaAttentionSchedule<WgmmaAttentionConfig>;
   using Pipeline = forwardpass::Pipeline<kStages>;
   using QPipeline = forwardpass::Pipeline<kQStages>;
+  using Source = BoxSource<WgmmaAttentionConfig>;
   using Scores = Fragments<float, 1, kN / 8>;
   using Output = Fragments<float, 1, kValueDim / 8>;
+  using Products = HalfProducts<WgmmaAttentionConfig>;
   using Consumer = WgmmaAttentionConsumer<WgmmaAttentionConfig>;
   using Epilogue = WgmmaAttentionEpilogue<WgmmaAttentionConfig>;
 
@@ -85,18 +89,16 @@ struct WgmmaAttentionConfig {
   struct Query {
     Rows panel[kPanelsD][kM];
   };
+  static constexpr int kQueryBytes = sizeof(Query),
+                       kKeyBytes = sizeof(Key);  // that arrive with q, and with a block's k
   struct SharedStorage {
     Query q[kQStages];
     Key k[kStages];
     Value v[kStages];
     WgmmaAttentionWork work[kQStages];  // whose q it is
-    // Of the producer, not in the 24 registers that it has: known_sequences, and of each lane the table's entry for
-    // what it loads of k next, and what it loads of k and then of v.
-    int known, next_entry[32];
-    struct {
-      Box box;
-      int head;
-    } boxes[kStages][32];
+    // Of the producer, not in the 24 registers that it has: known_sequences, and where keys are.
+    int known;
+    typename Source::Shared source;
     PipelineBarriers<kQStages> q_barriers;
     PipelineBarriers<kStages> k_barriers, v_barriers;
   };
@@ -105,7 +107,7 @@ struct WgmmaAttentionConfig {
 // The persistent tile schedule: f(tile, its key blocks, slot) for each tile of this block, or part of a tile's keys.
 template <class Config>
 struct WgmmaAttentionSchedule {
-  const AttentionArguments& a;
+  const typename Config::Arguments& a;
   const int& known;  // sequences
 
   template <class F>
@@ -119,24 +121,25 @@ struct WgmmaAttentionSchedule {
   }
 };
 
-// The producer, a warp: each lane finds and loads a box of each block of keys. k of a block comes before v of the block
-// before, as the consumers use them, be that the last one of the tile before.
+// The producer, a warp. k of a block comes before v of the block before, as the consumers use them, be that the last
+// one of the tile before.
 template <class Config>
 struct WgmmaAttentionProducer {
-  const AttentionArguments& a;
+  using Source = typename Config::Source;
+  const typename Config::Arguments& a;
   typename Config::SharedStorage& s;
   typename Config::QPipeline q;
   typename Config::Pipeline k, v;
   bool has_v = false;  // there is a block whose k has been loaded, and not its v
 
-  __device__ WgmmaAttentionProducer(const AttentionArguments& a, typename Config::SharedStorage& s)
+  __device__ WgmmaAttentionProducer(const typename Config::Arguments& a, typename Config::SharedStorage& s)
       : a(a), s(s), q(s.q_barriers), k(s.k_barriers), v(s.v_barriers) {}
 
   // All tiles of this block.
   __device__ void operator()() {
     typename Config::Schedule{a, s.known}.for_each([&](const AttentionTile& t, const KeyBlocks& blocks, int slot) {
       const bool any = blocks.end > blocks.begin;
-      if (any) look_up(t, blocks.end - 1);
+      if (any) Source::look_up(a, s, t, blocks.end - 1);
       load_q({t, blocks, slot}, any);
 #pragma unroll 1
       for (int block = blocks.end - 1; block >= blocks.begin; --block) load_keys(t, block, block > blocks.begin);
@@ -149,9 +152,8 @@ struct WgmmaAttentionProducer {
  private:
   __device__ static int lane() { return static_cast<int>(threadIdx.x % 32); }
   __device__ void load_q(const WgmmaAttentionWork& work, bool any) {
-    announce(work, any ? sizeof(typename Config::Query) : 0);
-    if (any && lane() == 0)
-      a.find_q(work.tile).load(s.q[q.stage].panel, 0, a.q, a.q_steps, a.q_head(work.tile), q.full(q.stage));
+    announce(work, any ? Config::kQueryBytes : 0);
+    if (any && lane() == 0) Source::load_q(a, s.q[q.stage], work.tile, q.full(q.stage));
     q.advance();
   }
   // Tells the consumers of a tile, of whose q so many bytes follow.
@@ -161,25 +163,19 @@ struct WgmmaAttentionProducer {
     s.work[q.stage] = work;
     q.announce(bytes);
   }
-  __device__ int first_key(int block) const { return block * Config::kN + lane() * a.box_rows; }
-  __device__ void look_up(const AttentionTile& t, int block) { a.look_up(t, first_key(block), s.next_entry[lane()]); }
-  // The next block's entry of the table is copied before the waits for empty stages, and looked at after them: four
-  // sequences of 1024 rows and keys in pages of 16, 32 heads, take 54.8 us and not 56.1 (modelled), where each block
-  // waited for it. It goes through shared memory, as do boxes: in registers they are spilled at 192 columns.
   __device__ void load_keys(const AttentionTile& t, int block, bool has_next) {
-    ptx::cp_async_wait<0>();
-    s.boxes[k.stage][lane()] = {a.find_keys(t, first_key(block), s.next_entry[lane()]), t.kv_head(a.p)};
-    if (has_next) look_up(t, block - 1);
-    const Box& box = s.boxes[k.stage][lane()].box;
-    wait_empty(k, sizeof(typename Config::Key));
-    load(s.k[k.stage].panel, k, box.page < 0 ? a.k_nan : a.k, a.k_steps);
+    Source::find(a, s, t, block, has_next, k.stage);
+    wait_empty(k, Config::kKeyBytes);
+    Source::load_k(a, s, k.stage, k.full(k.stage));
+    k.advance();
     load_v();
     has_v = true;
   }
   __device__ void load_v() {
     if (has_v) {
       wait_empty(v, sizeof(typename Config::Value));
-      load(s.v[v.stage].panel, v, a.v, a.v_steps);
+      Source::load_v(a, s, v.stage, v.full(v.stage));
+      v.advance();
     }
     has_v = false;
   }
@@ -188,19 +184,11 @@ struct WgmmaAttentionProducer {
     if (lane() == 0) pipeline.announce(bytes);
     __syncwarp();
   }
-  // Loads this lane's box of the pipeline's stage.
-  template <class Panels>
-  __device__ void load(Panels& to, typename Config::Pipeline& pipeline, const CUtensorMap& map, const BoxSteps& steps) {
-    const auto& from = s.boxes[pipeline.stage][lane()];
-    if (const int row = lane() * a.box_rows; row < Config::kN)
-      from.box.load(to, row, map, steps, from.head, pipeline.full(pipeline.stage));
-    pipeline.advance();
-  }
 };
 
 template <class Config, class = SharedBytesOf<Config>>
 __global__ void __launch_bounds__(Config::kThreads, 1)
-    attention_wgmma_kernel(const __grid_constant__ AttentionArguments a) {
+    attention_wgmma_kernel(const __grid_constant__ typename Config::Arguments a) {
   extern __shared__ __align__(ptx::kSwizzleBytes) uint8_t memory[];
   auto& s = *reinterpret_cast<typename Config::SharedStorage*>(memory);
   if (threadIdx.x == 0) {
@@ -229,20 +217,26 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   }
 }
 
+// Fills in what all arguments have, and launches the kernel.
 template <class Config>
-int launch_wgmma(const AttentionParams& p, void* cuda_stream) {
+int launch_tiles(typename Config::Arguments& a, cudaStream_t stream) {
   constexpr int kShared = sizeof(typename Config::SharedStorage);
-  const auto stream = static_cast<cudaStream_t>(cuda_stream);
-  const int64_t tiles = row_tiles(p, Config::kM);
-  AttentionArguments a{.p = p, .tiles = static_cast<unsigned>(tiles), .blocks = tiles * all_heads(p) * p.choice.splits};
+  const int64_t tiles = row_tiles(a.p, Config::kM);
+  a.tiles = static_cast<unsigned>(tiles), a.blocks = tiles * all_heads(a.p) * a.p.choice.splits;
   if (a.blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   if (auto e = a.encode(Config::kM, Config::kN)) return e;
   if (auto e = allow_shared<attention_wgmma_kernel<Config>>(kShared)) return e;
-  const Launch launch{.grid = std::min<int64_t>(a.blocks, p.device.sms),
+  const Launch launch{.grid = std::min<int64_t>(a.blocks, a.p.device.sms),
                       .block = Config::kThreads,
                       .shared = kShared,
                       .dependent = true};
-  if (auto e = launch_kernel(attention_wgmma_kernel<Config>, launch, stream, a); e || p.choice.splits == 1) return e;
+  return launch_kernel(attention_wgmma_kernel<Config>, launch, stream, a);
+}
+template <class Config>
+int launch_wgmma(const AttentionParams& p, void* cuda_stream) {
+  const auto stream = static_cast<cudaStream_t>(cuda_stream);
+  AttentionArguments a{.p = p};
+  if (auto e = launch_tiles<Config>(a, stream); e || p.choice.splits == 1) return e;
   return launch_combine<Config, true>(p, stream);
 }
 

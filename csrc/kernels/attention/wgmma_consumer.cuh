@@ -2,10 +2,9 @@
 // What a consumer warpgroup of attention on wgmma does: a tile's products, its softmax and its output.
 #include "device/pipeline.cuh"
 #include "device/softmax.cuh"
-#include "device/wgmma.cuh"
 #include "kernels/attention/combine_prefill.cuh"
 #include "kernels/attention/scores.cuh"
-#include "kernels/attention/source_tma.cuh"
+#include "kernels/attention/wgmma_products.cuh"
 
 namespace forwardpass {
 
@@ -16,21 +15,23 @@ struct WgmmaAttentionWork {
   int64_t slot;  // in the workspace, of its part of the keys; -1: there are no more tiles
 };
 
+// What two consumers do in turns (ping-pong), so that they need different units at a time: issue wgmmas, or compute
+// exponentials, which take longer than the wgmmas of 8 bits.
+enum class PingPong { none, products, exponentials };
+
 // A consumer warpgroup. A tile's prologue is its first block's q k^T and softmax; then p v of each block runs beside q
 // k^T and softmax of the next, and the last one's, where shared memory and registers allow (Config::kAhead), beside the
 // next tile's prologue.
 template <class Config>
 struct WgmmaAttentionConsumer {
-  static constexpr Dtype kDtype = Config::kDtype;
   static constexpr bool kModified = Config::kModified;
   // Named barriers, one for each warpgroup; 0 is __syncthreads. Two meet at one: who waits and who passes the turn.
   static constexpr int kFirstTurn = 1, kTurnThreads = 2 * ptx::kWarpgroup;
-  static constexpr int kStep = 16 * sizeof(uint16_t) / ptx::kDescriptorUnit;  // 16 columns
-  static constexpr int kRow = kPanel * sizeof(uint16_t) / ptx::kDescriptorUnit;
+  using Products = typename Config::Products;
+  using Sums = typename Products::Sums;
   using Scores = typename Config::Scores;
   using Output = typename Config::Output;
   using MaskWords = typename ScoreModifiers<Scores>::MaskWords;
-  using Weights = uint32_t[Config::kN / 16][4];  // p, rounded to 16 bits: the first operand of p v
   // A tile, of which this warp has sixteen rows.
   struct Tile : AttentionTile {
     KeyBlocks blocks;
@@ -56,31 +57,28 @@ struct WgmmaAttentionConsumer {
     __device__ Block(int index, bool masked) : key(index * Config::kN + accumulator_column(0)), masked(masked) {}
   };
 
+  const typename Config::Arguments& a;
   const AttentionParams& p;
   const typename Config::SharedStorage& s;
   const int warpgroup;
   typename Config::QPipeline q;
   typename Config::Pipeline k, v;
-  uint32_t q_rows, k_rows, v_rows;  // low halves of the wgmma descriptors: of this warpgroup's rows; in the first stage
-  const float scale;
+  Products products;
 
   Tile current;
   OnlineSoftmax<1> sums;
   Output o;
-  Weights weights;  // of the block of keys whose p v comes next
 
-  __device__ WgmmaAttentionConsumer(const AttentionArguments& a, const typename Config::SharedStorage& s, int warpgroup)
-      : p(a.p),
+  __device__ WgmmaAttentionConsumer(const typename Config::Arguments& a, const typename Config::SharedStorage& s,
+                                    int warpgroup)
+      : a(a),
+        p(a.p),
         s(s),
         warpgroup(warpgroup),
         q(s.q_barriers),
         k(s.k_barriers),
         v(s.v_barriers),
-        scale(kModified ? 1 : p.scale * kLog2e) {
-    q_rows = uniform(ptx::descriptor(ptx::shared_address(s.q[0].panel[0][warpgroup * ptx::kWgmmaRows])));
-    k_rows = uniform(ptx::descriptor(ptx::shared_address(s.k[0].panel)));
-    v_rows = uniform(ptx::descriptor(ptx::shared_address(s.v[0].panel), Config::kN * kPanel * sizeof(uint16_t)));
-  }
+        products(a, s, warpgroup) {}
 
   // All tiles of this block.
   __device__ void operator()() {
@@ -126,64 +124,72 @@ struct WgmmaAttentionConsumer {
   }
   // Ping-pong, by a named barrier per warpgroup: it waits for its turn, and passes the turn to the next one.
   __device__ void wait_turn() const {
-    if (Config::kPingPong) ptx::barrier_sync(kFirstTurn + warpgroup, kTurnThreads);
+    if (Config::kPingPong != PingPong::none) ptx::barrier_sync(kFirstTurn + warpgroup, kTurnThreads);
+  }
+  __device__ void pass_products() const {
+    if (Config::kPingPong == PingPong::products) pass_turn();
   }
   __device__ void pass_turn() const {
-    if (Config::kPingPong) ptx::barrier_arrive(kFirstTurn + (warpgroup + 1) % Config::kConsumers, kTurnThreads);
+    if (Config::kPingPong != PingPong::none)
+      ptx::barrier_arrive(kFirstTurn + (warpgroup + 1) % Config::kConsumers, kTurnThreads);
   }
 
   // The prologue, with nothing beside it.
   __device__ void first_block() {
-    Scores scores;
-    qk(scores);
-    pass_turn();
+    Sums dots;
+    qk(dots);
+    pass_products();
     begin_tile();
+    products.begin_tile(s.q[q.stage], current.first_row - current.row, sums);
     const Block block = first();
     MaskWords mask;
     load_mask(mask, block);
-    wait_qk<0>(scores);
+    Scores& scores = wait_qk<0>(dots);
     RowValues<1> factor;
-    softmax(scores, mask, block, factor);
-    pack_weights(scores);
+    softmax<false>(scores, mask, block, factor, 0);
+    products.pack(scores);
   }
   // One of the others, beside p v of the block before.
   __device__ void next_block(const Block& block) {
-    Scores scores;
-    qk(scores);
+    Sums dots;
+    qk(dots);
     const int v_stage = pv();
-    pass_turn();
+    pass_products();
     MaskWords mask;
     load_mask(mask, block);
-    wait_qk<1>(scores);
+    Scores& scores = wait_qk<1>(dots);
     // The registers of `weights` are needed: without this wait 968 bytes are spilled at 128 columns. Blocks of 96 keys
     // need no wait here; with them a bool mask was 7 % faster and one of 16 bits slower (modelled).
     if (kModified) wait_pv(v_stage);
     RowValues<1> factor;
-    const bool grown = softmax(scores, mask, block, factor);
-    if (!kModified) wait_pv(v_stage);
+    const bool grown = softmax<Products::kWaitsInSoftmax>(scores, mask, block, factor, v_stage);
+    if (Products::kWaitsInSoftmax)
+      v.release(v_stage);
+    else if (!kModified)
+      wait_pv(v_stage);
     // Here, not before pv(): it would stand before the wgmmas of this warpgroup's turn.
-    if (grown) rescale(o, factor);
-    pack_weights(scores);
+    if (grown) products.rescale(o, factor);
+    products.pack(scores);
   }
   // The last p v of a tile beside the next one's prologue.
   __device__ void end_beside_next() {
-    Scores scores;
-    qk(scores);
+    Sums dots;
+    qk(dots);
     const int v_stage = pv();
-    pass_turn();
+    pass_products();
     const Tile previous = current;
     RowValues<1> previous_factor;
     finish_softmax(previous_factor);
     begin_tile();
     const Block block = first();
-    wait_qk<1>(scores);
+    Scores& scores = wait_qk<1>(dots);
     MaskWords none;  // kAhead is of kernels without modifiers
     RowValues<1> factor;
-    softmax(scores, none, block, factor);
+    softmax<false>(scores, none, block, factor, 0);
     wait_pv(v_stage);
     finish(previous, o, previous_factor);
     o.clear();
-    pack_weights(scores);
+    products.pack(scores);
   }
   // The last p v of a tile, with nothing beside it.
   __device__ void end() {
@@ -191,6 +197,7 @@ struct WgmmaAttentionConsumer {
     RowValues<1> factor;
     finish_softmax(factor);
     wait_pv(v_stage);
+    products.end_tile(o);
     finish(current, o, factor);
   }
   // All blocks of a tile but the first one.
@@ -221,55 +228,48 @@ struct WgmmaAttentionConsumer {
     return {index, index >= uniform(current.blocks.unmasked_end)};
   }
 
-  // Begins scores = q k^T, of this warpgroup's rows and the next block of keys.
-  __device__ void qk(Scores& scores) const {
+  // Begins q k^T of this warpgroup's rows and the next block of keys.
+  __device__ void qk(Sums& dots) const {
     k.wait_full();
-    wait_turn();
+    if (Config::kPingPong == PingPong::products) wait_turn();
     ptx::wgmma_fence();
-    const uint32_t q_stage = q_rows + q.stage * (sizeof(typename Config::Query) / ptx::kDescriptorUnit),
-                   rows = k_rows + k.stage * (sizeof(typename Config::Key) / ptx::kDescriptorUnit);
-#pragma unroll
-    for (int i = 0; i < Config::kHeadDim / 16; ++i) {
-      const int column = i % 4 * kStep, panel = i / 4 * kRow;
-      ptx::wgmma_k16<kDtype>(scores[0], q_stage + panel * Config::kM + column, rows + panel * Config::kN + column,
-                             i > 0);
-    }
+    products.qk(dots, q.stage, k.stage);
     ptx::wgmma_commit();
   }
   // Waits for it; kPending: wgmmas that were begun later, which go on.
   template <int kPending>
-  __device__ void wait_qk(Scores& scores) {
+  __device__ Scores& wait_qk(Sums& dots) {
     ptx::wgmma_wait<kPending>();
-    ptx::wgmma_keep(scores[0]);
+    Scores& scores = products.scores(dots, s, k.stage);
     k.release(k.stage);
     k.advance();
+    return scores;
   }
   // Begins o += p v. Returns the stage of v.
   __device__ int pv() {
-    ptx::wgmma_keep(o[0]);
-    ptx::wgmma_fence();
     const int stage = v.stage;
-    const uint32_t rows = v_rows + stage * (sizeof(typename Config::Value) / ptx::kDescriptorUnit);
-#pragma unroll
-    for (int i = 0; i < Config::kN / 16; ++i) ptx::wgmma_k16<kDtype, 1>(o[0], weights[i], rows + i * 16 * kRow, true);
-    ptx::wgmma_commit();
+    products.pv(o, stage);
     v.advance();
     return stage;
   }
   __device__ void wait_pv(int stage) {
-    ptx::wgmma_wait<0>();
-    ptx::wgmma_keep(o[0]);
+    products.wait_pv(o, stage);
     v.release(stage);
   }
   // Begins to load what a block's mask adds to its scores.
   __device__ void load_mask(MaskWords& mask, const Block& block) const {
     if (kModified) current.modify.load(mask, block.key);
   }
-  // Turns the scores of a block into p. True: `o` has then to be multiplied by `factor`.
-  __device__ bool softmax(Scores& scores, MaskWords& mask, const Block& block, RowValues<1>& factor) {
+  // Turns the scores of a block into p; kPending: and ends p v of the block before, whose v is in v_stage. True: `o`
+  // has then to be multiplied by `factor`.
+  template <bool kPending>
+  __device__ bool softmax(Scores& scores, MaskWords& mask, const Block& block, RowValues<1>& factor, int v_stage) {
     if (kModified) current.modify(scores, mask, block.key);
     if (block.masked) current.bounds(scores, block.key);
-    const bool grown = sums.update(scores, scale, factor);
+    const bool grown = products.template update<kPending>(sums, scores, factor, o, v_stage, [&](bool begins) {
+      if (Config::kPingPong != PingPong::exponentials) return;
+      begins ? wait_turn() : pass_turn();
+    });
     ptx::wgmma_keep(scores[0]);
     // This wait is here, not where v is needed: ptxas moves the wgmma wait below it upwards across anything but a
     // branch, and the softmax would then begin after p v has completed. A third stage of v, or of k, for which there
@@ -277,11 +277,8 @@ struct WgmmaAttentionConsumer {
     v.wait_full();
     return grown;
   }
-  __device__ void pack_weights(const Scores& scores) {
-#pragma unroll
-    for (int i = 0; i < Config::kN / 16; ++i) pack_operand<kDtype>(weights[i], scores[0], i);
-  }
 
+  __device__ bool is_split() const { return Config::kSplits && p.choice.splits > 1; }
   // Split-KV: where the result of a tile's part goes.
   __device__ PartialResult partial(const Tile& t) const { return {p.workspace, t.slot, Config::kM, p.value_dim}; }
   __device__ static int warp_row(const Tile& t) { return t.first_row - t.row; }
@@ -291,39 +288,41 @@ struct WgmmaAttentionConsumer {
   }
   // After all keys of the current tile: its lse, or its part's sums. The output has then to be multiplied by `factor`.
   __device__ void finish_softmax(RowValues<1>& factor) {
-    if (p.choice.splits > 1) {
+    if (is_split()) {
       store_sums(partial(current), warp_row(current), sums);
       factor[0][0] = factor[0][1] = 1;
     } else {
-      sums.finish([&](int, int half) { return sink(half); }, factor);
+      sums.finish([&](int, int half) { return sink(half) - products.sink_shift(half); }, factor);
+      products.add_shift(sums);
       store_lse<Output>(sums, p, current, current.first_row);
     }
     __syncwarp();  // lanes diverged at their rows' ends; what follows is warp-synchronous
   }
   __device__ void finish(const Tile& t, Output& values, const RowValues<1>& factor) const {
-    if (p.choice.splits > 1) {
+    if (is_split()) {
       store_values(partial(t), warp_row(t), values, p.value_dim);
       __syncwarp();
     } else {
-      typename Config::Epilogue{p}(t, t.first_row, values, factor);
+      typename Config::Epilogue{a, p}(t, t.first_row, values, factor);
     }
   }
   // Of a tile without keys: zeros, and the sink; of rows whose sequence is not known: NaN. Not o: with another way to
   // its epilogue ptxas would serialise the wgmmas that add to it (C7515).
   __device__ void store_nothing() {
-    if (p.choice.splits > 1) {
+    RowValues<1> factor = {};
+    if (is_split()) {
       store_sums(partial(current), warp_row(current), sums);
     } else {
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-        sums.max[0][half] = current.known() ? sink(half) : NAN, sums.sum[0][half] = 1;
+      for (int half = 0; half < 2; ++half) {
+        factor[0][half] = current.known() ? Products::without_keys(a, current, current.first_row, half) : NAN;
+        sums.max[0][half] = sink(half) + factor[0][half], sums.sum[0][half] = 1;
+      }
       store_lse<Output>(sums, p, current, current.first_row);
     }
     __syncwarp();
     Output none;
     none.clear();
-    const float value = current.known() ? 1 : NAN;
-    const RowValues<1> factor = {{value, value}};
     finish(current, none, factor);
   }
 };
@@ -331,18 +330,20 @@ struct WgmmaAttentionConsumer {
 template <class Config>
 struct WgmmaAttentionEpilogue {
   using Output = typename Config::Output;
+  const typename Config::Arguments& a;
   const AttentionParams& p;
 
   // first_row: this warp's, in its sequence.
   __device__ void operator()(const AttentionTile& tile, int first_row, Output& o, const RowValues<1>& factor) const {
     rescale(o, factor);
-    store_rows(o, tile, first_row);
+    store_rows<Config::kDtype>(o, tile, first_row);
     __syncwarp();
   }
 
- private:
+ protected:
   // Stores a tile's rows. The four lanes that share a row exchange their columns so that each has eight neighbouring
   // ones: 16 bytes.
+  template <Dtype D>
   __device__ void store_rows(const Output& o, const AttentionTile& tile, int first_row) const {
     constexpr int kVectors = Output::kTilesN / 4;  // of eight columns, in a lane
 #pragma unroll
@@ -351,8 +352,7 @@ struct WgmmaAttentionEpilogue {
       const auto out = static_cast<uint16_t*>(p.out) + tile.out(p, min(row, tile.rows - 1));
       uint32_t x[kVectors][4];
 #pragma unroll
-      for (int j = 0; j < Output::kTilesN; ++j)
-        x[j / 4][j % 4] = pack<Config::kDtype>(o[0][j][half * 2], o[0][j][half * 2 + 1]);
+      for (int j = 0; j < Output::kTilesN; ++j) x[j / 4][j % 4] = pack<D>(o[0][j][half * 2], o[0][j][half * 2 + 1]);
       transpose_in_group(x);
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
