@@ -1,6 +1,7 @@
 // q, k and v of attention_8bit to int8, or v to e4m3. The first launch reads v, for each channel's largest value, and
 // 64 keys, for k's centre; the second reads all and writes them. Memory binds: 6 bytes of q and k an element are moved,
 // and 5 of v.
+#include "device/dependent_launch.cuh"
 #include "device/vec.cuh"
 #include "kernels/attention/int8_operands.h"
 #include "schedule/attention_tile.cuh"
@@ -171,6 +172,7 @@ __device__ inline void write_largest(const QuantizeArguments& a, const Sequence&
 
 // Of each sequence and kv head, a block for each chunk of v and one for k's centre.
 __global__ void __launch_bounds__(kThreads) qkv_statistics_kernel(const __grid_constant__ QuantizeArguments a) {
+  ptx::launch_dependents();
   const int each = a.to.chunks + 1, part = static_cast<int>(blockIdx.x % each);
   const int head = static_cast<int>(blockIdx.x / each % a.p.kv_heads),
             b = static_cast<int>(blockIdx.x / each / a.p.kv_heads);
@@ -318,6 +320,7 @@ __device__ inline void quantize_v(const QuantizeArguments& a, const KeysOf& keys
       if (stored && keys.first == 0 && word == 0) a.to.v_scale[sequence * a.to.value_dim + column + c] = s.scale;
     }
     uint32_t words[kVec] = {};
+    const uint32_t sign = a.to.for_wgmma ? 0x80808080 : 0;
     const auto round = [&](auto to_byte) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -334,7 +337,8 @@ __device__ inline void quantize_v(const QuantizeArguments& a, const KeysOf& keys
     if (!stored) continue;
 #pragma unroll
     for (int c = 0; c < kVec; ++c)
-      *reinterpret_cast<uint32_t*>(a.to.v + (block * a.to.value_dim + column + c) * kInt8Keys + word * 4) = words[c];
+      *reinterpret_cast<uint32_t*>(a.to.v + (block * a.to.value_dim + column + c) * kInt8Keys + word * 4) =
+          words[c] ^ sign;
   }
 }
 
@@ -357,6 +361,8 @@ __device__ inline void each_block(const QuantizeArguments& a, Q q, K k, V v) {
 }
 // Three blocks on a multiprocessor: left to itself ptxas takes 64 registers for 9.0, and spills.
 __global__ void __launch_bounds__(kThreads, 3) qkv_to_int8_kernel(const __grid_constant__ QuantizeArguments a) {
+  ptx::wait_for_earlier_kernels();
+  ptx::launch_dependents();
   each_block(
       a, [&](unsigned block, int known) { quantize_q(a, block, known); },
       [&](const KeysOf& keys, int head, int64_t block) { quantize_k(a, keys, head, block); },
@@ -431,8 +437,9 @@ __device__ inline void exchange_v(const ExchangeArguments& e, const KeysOf& keys
 #pragma unroll 1
     for (int i = 0; i < 4; ++i) {
       const int key = keys.first + int8_key(word, i);
-      exchange<kGive>(bytes(p.v) + from + key * p.v.row + c,
-                      a.to.v + (block * a.to.value_dim + c) * kInt8Keys + word * 4 + i, is_column && key < keys.keys);
+      int8_t& kernels = a.to.v[(block * a.to.value_dim + c) * kInt8Keys + word * 4 + i];
+      exchange<kGive>(bytes(p.v) + from + key * p.v.row + c, &kernels, is_column && key < keys.keys);
+      if (kGive && a.to.for_wgmma) kernels ^= -128;
     }
   }
 }
@@ -464,8 +471,8 @@ int quantize_attention(const Attention8bitParams& p, const Int8Operands& to, voi
   }
   qkv_statistics_kernel<<<static_cast<unsigned>(statistics), kThreads, 0, stream>>>(arguments);
   if (auto e = cudaGetLastError()) return e;
-  qkv_to_int8_kernel<<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(arguments);
-  if (auto e = cudaGetLastError()) return e;
+  const Launch launch{.grid = grid, .block = kThreads, .dependent = waits_for_earlier_kernels(p.device.arch)};
+  if (const int e = launch_kernel(qkv_to_int8_kernel, launch, stream, arguments)) return e;
   if (!returned) return cudaSuccess;
   QuantizeArguments of_caller = arguments;
   const auto tensor = [&](int8_t* data, int rows, int heads, int columns) {
