@@ -11,8 +11,8 @@ import dataclasses
 from gemm_gates import broken_claims, macs, without_bytes
 from kernel_names import values
 
-#: of kernels without mask, ALiBi and softcap, on 9.0 from 128 keys a block on
-MOST = {("sm_90a", 128, 128): 6.5}
+#: of kernels without mask, ALiBi and softcap, on 9.0 from 128 keys a block on, by the dtype of q k
+MOST = {("sm_90a", "f16", 128, 128): 6.5, ("sm_90a", "bf16", 128, 128): 6.5, ("sm_90a", "i8", 128, 128): 11.4}
 
 
 @dataclasses.dataclass
@@ -49,7 +49,7 @@ def claims(name: str) -> Claims | None:
 
 def bar(k) -> float | None:
     c = claims(k.name)
-    return MOST.get((k.arch, c.d, c.v)) if c and not c.general else None
+    return MOST.get((k.arch, values(k.name)["dtype"], c.d, c.v)) if c and not c.general else None
 
 
 def counted(k) -> float | None:

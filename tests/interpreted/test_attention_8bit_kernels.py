@@ -21,7 +21,8 @@ from forwardpass.testing import assert_equal
 pytestmark = [pytest.mark.interpreted, pytest.mark.usefixtures("poisoned")]
 
 ARCHES = {"int8": ("sm_80", "sm_90a", "sm_89", "sm_120"), "fp8": ("sm_89", "sm_120")}
-PRODUCTS = tuple(ARCHES)
+#: one for each kernel
+on_each_kernel = pytest.mark.parametrize(("dtype", "arch"), [("int8", "sm_80"), ("int8", "sm_90a"), ("fp8", "sm_89")])
 
 
 def cases_of(products):
@@ -120,7 +121,8 @@ INTERPRETED_STREAM = 2
 
 
 def dumped(quantized, q, k, v, rotates, starts, products="int8", arch="sm_80"):
-    """The workspace's (q, q_scale, shift, k, k_scale, v, v_scale) of one call, in memory that only the kernels have written."""
+    """The workspace's (q, q_scale, shift, k, k_scale, v, v_scale) of one call, in memory that only the kernels have written. For
+    wgmma v is unsigned there, 128 more."""
     from gpuless.operators import Operator
 
     varlen = starts is not None
@@ -129,7 +131,7 @@ def dumped(quantized, q, k, v, rotates, starts, products="int8", arch="sm_80"):
         q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), None, *(s.data_ptr() for s in starts or ()),
         **{"batch": len(starts[0]) - 1 if varlen else len(q), "rows": q.shape[-3], "keys": k.shape[-3],
            "heads": q.shape[-2], "kv_heads": k.shape[-2], "head_dim": q.shape[-1], "value_dim": v.shape[-1],
-           "is_bf16": q.dtype == torch.bfloat16, "fp8": products == "fp8", "rotates": rotates, "arch": int(arch[3:])},
+           "is_bf16": q.dtype == torch.bfloat16, "fp8": products == "fp8", "rotates": rotates, "arch": int(arch[3:].rstrip("a"))},
     )  # fmt: skip
     places = (ctypes.c_int64 * 10)()
     library = str(KERNELS).encode()
@@ -153,13 +155,14 @@ def dumped(quantized, q, k, v, rotates, starts, products="int8", arch="sm_80"):
         count = torch.Size(shape).numel()
         return workspace[places[i] : places[i] + count * dtype.itemsize].view(dtype).reshape(shape)
 
+    v8 = part(5, (hk, blocks, values, 64), torch.int8)
     return (
         part(0, (rows, columns), torch.int8),
         part(1, (rows,), torch.float32),
         part(2, (rows,), torch.float32),
         part(3, (hk, blocks * 64, columns), torch.int8),
         part(4, (hk, blocks * 64), torch.float32),
-        part(5, (hk, blocks, values, 64), torch.int8),
+        v8.bitwise_xor(-128) if arch == "sm_90a" else v8,
         part(6, (call.batch, hk, values), torch.float32),
     )
 
@@ -209,7 +212,12 @@ def assert_quantized_as_the_reference(operands, q, k, v, rotates, starts, produc
 )
 @pytest.mark.parametrize(
     ("rotates", "products", "arch"),
-    [(True, "int8", "sm_80"), (False, "int8", "sm_80"), *((True, "fp8", a) for a in ARCHES["fp8"])],
+    [
+        (True, "int8", "sm_80"),
+        (False, "int8", "sm_80"),
+        (True, "int8", "sm_90a"),
+        *((True, "fp8", a) for a in ARCHES["fp8"]),
+    ],
 )
 def test_integers(operands, dims, dtype, rotates, products, arch, seed):
     case = cases.Case((70, 600), dims, dtype, batch=2, heads=(4, 2), rotates=rotates)
@@ -218,23 +226,23 @@ def test_integers(operands, dims, dtype, rotates, products, arch, seed):
     assert_quantized_as_the_reference(operands, q, k, v, rotates, None, products, arch)
 
 
-def test_integers_of_packed_sequences(operands, seed):
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_integers_of_packed_sequences(operands, arch, seed):
     lengths = ((130, 300), (0, 64), (1, 257), (127, 127), (128, 65), (5, 0), (200, 64), (0, 0), (66, 191))
     starts = [torch.tensor([0, *n]).cumsum(0).int() for n in zip(*lengths)]
     g = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(int(s[-1]), h, 64, generator=g).half() for s, h in zip((*starts, starts[1]), (4, 2, 2)))
-    assert_quantized_as_the_reference(operands, q, k, v, True, starts)
+    assert_quantized_as_the_reference(operands, q, k, v, True, starts, "int8", arch)
 
 
-@pytest.mark.parametrize("products", PRODUCTS)
-def test_a_sequence_has_its_bits_whatever_is_beside_it(products):
+@on_each_kernel
+def test_a_sequence_has_its_bits_whatever_is_beside_it(dtype, arch):
     """Each in a batch, packed, and alone; with NaN in a neighbour."""
     lengths = ((130, 300), (1, 257), (127, 127), (66, 191))
     starts = [torch.tensor([0, *n]).cumsum(0).int() for n in zip(*lengths)]
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(int(s[-1]), h, 64, generator=g).half() for s, h in zip((*starts, starts[1]), (4, 2, 2)))
     k[starts[1][1] + 3, 1, 5] = torch.nan
-    arch, dtype = ARCHES[products][0], products
     (o, lse), _ = with_lse(arch, q, k, v, dtype=dtype, causal=True, cu_seqlens_q=starts[0], cu_seqlens_k=starts[1])
     for b in range(len(lengths)):
         rows, keys = (slice(int(s[b]), int(s[b + 1])) for s in starts)
@@ -244,8 +252,8 @@ def test_a_sequence_has_its_bits_whatever_is_beside_it(products):
         assert bool(o[rows].isnan().any()) == (b == 1)
 
 
-@pytest.mark.parametrize("dtype", PRODUCTS)
-def test_rows_without_keys(dtype):
+@on_each_kernel
+def test_rows_without_keys(dtype, arch):
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, n, 2, 64, generator=g).half() for n in (200, 150, 150))
     sinks = torch.tensor([1.5, -torch.inf])
@@ -254,40 +262,62 @@ def test_rows_without_keys(dtype):
         {"mask": torch.arange(200).ge(50).reshape(200, 1)},
         {"mask": torch.where(torch.arange(200) < 50, torch.finfo(torch.float32).min, 0.0).reshape(200, 1)},
     ):
-        (o, lse), _ = with_lse(ARCHES[dtype][0], q, k, v, dtype=dtype, **options)
+        (o, lse), _ = with_lse(arch, q, k, v, dtype=dtype, **options)
         assert not o[:, :50].any() and o[:, 50:].any(-1).all()
         assert lse[:, :, :50].isneginf().all() and lse[:, :, 50:].isfinite().all()
-        (o, lse), _ = with_lse(ARCHES[dtype][0], q, k, v, dtype=dtype, sinks=sinks, **options)
+        (o, lse), _ = with_lse(arch, q, k, v, dtype=dtype, sinks=sinks, **options)
         assert not o[:, :50].any() and o[:, 50:].any(-1).all()
         assert lse[0, 0, :50].tolist() == pytest.approx([1.5] * 50) and lse[0, 1, :50].isneginf().all()
 
 
-@pytest.mark.parametrize("dtype", PRODUCTS)
-def test_rows_far_below_zero(dtype):
+@on_each_kernel
+def test_rows_far_below_zero(dtype, arch):
     """Scores of -2.3e38 are nearly the lowest float in units of log2(e), with which maxima begin; they are scores nevertheless."""
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, n, 2, 64, generator=g).half() for n in (40, 150, 150))
     mask = torch.zeros(40, 150)
     mask[:10], mask[10:20, :100], mask[20:30, 70:] = -2.3e38, -torch.inf, -2.3e38
-    (o, lse), args = with_lse(ARCHES[dtype][0], q, k, v, dtype=dtype, mask=mask)
+    (o, lse), args = with_lse(arch, q, k, v, dtype=dtype, mask=mask)
     cases.assert_matches((o, lse), args)
     torch.testing.assert_close(o[0, 0].float(), v[0].float().mean(0), atol=0.01, rtol=0)
 
 
-@pytest.mark.parametrize("dtype", PRODUCTS)
-def test_rows_of_zeros_and_large_scores(dtype):
+@on_each_kernel
+def test_rows_of_zeros_and_large_scores(dtype, arch):
     """A scale of 0 times a masked score is no NaN; and a score far above its sequence's others is one whole probability."""
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 150, 2, 64, generator=g).half() for _ in range(3))
     q[0, 100] = 0
     k[0, 20, 0] = 0
     for times in (1, 100):
-        args = with_lse(ARCHES[dtype][0], (q * times), (k * times), v, dtype=dtype, causal=True)
+        args = with_lse(arch, (q * times), (k * times), v, dtype=dtype, causal=True)
         cases.assert_matches(*args)
 
 
-@pytest.mark.parametrize("dtype", PRODUCTS)
-def test_a_peak_and_a_long_tail(dtype):
+@pytest.mark.parametrize("dims", [64, 128, 256])
+def test_scores_beyond_the_steps_of_their_exponents(dims):
+    """On wgmma p is 2^x with 24 - log2(255) taken from x, which scores of 10^9 would swallow: rows that are masked whole by such
+    a number are means of their values, and of products so large the largest is taken."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 150, 2, dims, generator=g).half() for _ in range(3))
+    mask = torch.zeros(150, 150)
+    mask[:50], mask[50:80], mask[80:90], mask[:, 120:] = -1e9, -1e38, -3e4, -1e9
+    result, args = with_lse("sm_90a", q, k, v, mask=mask)
+    cases.assert_matches(result, args)
+    for row, first in ((10, 0), (60, 120)):
+        torch.testing.assert_close(result[0][0, row].float(), v[0, first:].float().mean(0), rtol=0, atol=1e-2)
+    mask = torch.zeros(150, 150)
+    near, _ = with_lse("sm_90a", q, k, v, mask=mask)
+    mask[100] = -1e9
+    beside, _ = with_lse("sm_90a", q, k, v, mask=mask)
+    others = torch.arange(150) != 100
+    assert_equal(beside[0][:, others], near[0][:, others], "rows beside one that is far")
+    for times in (300, 5000):
+        cases.assert_matches(*with_lse("sm_90a", q * times, k * times, v, causal=True, scale=100.0))
+
+
+@on_each_kernel
+def test_a_peak_and_a_long_tail(dtype, arch):
     """A key whose probability is a thousand times that of each of 4096 others leaves these what they add up to."""
     g = torch.Generator().manual_seed(0)
     q = torch.zeros(1, 1, 1, 64).half()
@@ -295,7 +325,7 @@ def test_a_peak_and_a_long_tail(dtype):
     k = torch.randn(1, 4096, 1, 64, generator=g).half() * 0.01
     k[0, 777, 0, 0] = 7.0  # times 8 and 1/8: e^7 = 1097
     v = torch.ones(1, 4096, 1, 64).half() + torch.randn(1, 4096, 1, 64, generator=g).half() * 0.1
-    (o, lse), args = with_lse(ARCHES[dtype][0], q, k, v, rotates=False, dtype=dtype)
+    (o, lse), args = with_lse(arch, q, k, v, rotates=False, dtype=dtype)
     cases.assert_matches((o, lse), args)
     exact = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2).double() for x in (q, k, v)))
     assert (o.double() - exact.transpose(1, 2)).norm() < 0.02 * exact.norm()
@@ -324,27 +354,28 @@ def test_one_level_of_sums_against_two_under_the_truncating_accumulator(seed):
     assert error(one) > 0.5  # .51 to .52
 
 
-def test_rows_that_are_far_apart():
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_rows_that_are_far_apart(arch):
     """Strides beyond 32 bits: 8 GiB of keys, of which a few rows are ever touched."""
     memory = torch.UntypedStorage(8 * 2**30 + 2**16)
     far = torch.empty(0, dtype=torch.float16).set_(memory, 0, (1, 65, 1, 64), (0, 2**26, 0, 1))
     g = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 65, 64, generator=g).half().reshape(3, 1, 65, 1, 64)
     far.copy_(k)
-    expected = with_lse("sm_80", q, k, v)[0][0]
+    expected = with_lse(arch, q, k, v)[0][0]
     for operands in ((far, k, v), (q, far, v), (q, k, far)):
         near = [far if x is far else y for x, y in zip(operands, (q, k, v))]
         far.copy_((q, k, v)[[x is far for x in operands].index(True)])
-        assert_equal(with_lse("sm_80", *near)[0][0], expected)
+        assert_equal(with_lse(arch, *near)[0][0], expected)
 
 
-@pytest.mark.parametrize("products", PRODUCTS)
+@on_each_kernel
 @pytest.mark.parametrize(("dims", "causal"), paired([(64, 64), (128, 128), (256, 256)], [True, False]))
-def test_wavefronts(dims, causal, products):
+def test_wavefronts(dims, causal, dtype, arch):
     """Shared memory is read and written without bank conflicts."""
     case = cases.Case((256, 512), dims, batch=1, heads=(2, 1), causal=causal, awkward=False, products=products)
     args = case.arguments()
-    with fp.interpret(ARCHES[products][0], counters=True) as device, fp.use_backend("cuda"):
+    with fp.interpret(arch, counters=True) as device, fp.use_backend("cuda"):
         dispatch.operations["attention_8bit"](*args)
     ratios = {k.kernel: k.counts.conflict_ratio for k in device.kernels()}
     assert len(ratios) == 3 and set(ratios.values()) <= {None, 1.0}

@@ -73,6 +73,20 @@ def test_attention():
     assert programmatic(device) == {"attention": (1, 1)}
 
 
+def test_attention_8bit():
+    """The second of the launches that quantise, and attention, begin while the launch before each ends."""
+    q, k, v = (torch.randn(1, 1, 64, 64, dtype=torch.float16) for _ in range(3))
+    with fp.interpret("sm_90a", timeline=True) as device, fp.use_backend("cuda"):
+        if reason := fp.dispatch.interpreter().why_not("cuda"):
+            pytest.skip(str(reason))
+        fp.ops.attention_8bit(q, k, v)
+    launches = {k.kernel: (k.programmatic, k.launches) for k in device.timeline().kernels}
+    early = {
+        name for name in ("qkv_to_int8", "attention_wgmma") for k in launches if name in k and launches[k] == (1, 1)
+    }
+    assert device.findings == [] and len(launches) == 3 and early == {"qkv_to_int8", "attention_wgmma"}
+
+
 @pytest.mark.parametrize("rows", [2, 16, 300])
 @pytest.mark.parametrize("op", ["int8_gemm", "fp8_gemm", "w8a16_gemm"])
 def test_a_weight_that_the_launch_before_writes(op, rows):
