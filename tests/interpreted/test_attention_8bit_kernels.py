@@ -373,7 +373,7 @@ def test_rows_that_are_far_apart(arch):
 @pytest.mark.parametrize(("dims", "causal"), paired([(64, 64), (128, 128), (256, 256)], [True, False]))
 def test_wavefronts(dims, causal, dtype, arch):
     """Shared memory is read and written without bank conflicts."""
-    case = cases.Case((256, 512), dims, batch=1, heads=(2, 1), causal=causal, awkward=False, products=products)
+    case = cases.Case((256, 512), dims, batch=1, heads=(2, 1), causal=causal, awkward=False, products=dtype)
     args = case.arguments()
     with fp.interpret(arch, counters=True) as device, fp.use_backend("cuda"):
         dispatch.operations["attention_8bit"](*args)
