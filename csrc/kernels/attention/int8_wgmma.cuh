@@ -27,15 +27,13 @@
 //   the sum of p, 128 times, which is taken off at the end.
 // - **p is rounded where it is packed.** 2^x is in units of 2^-24, so that of fp16 it is a denormal, whose bits are the
 //   whole number: F2FP rounds two at once.
-// - **p v is four steps** of a unit and 64 columns; all 128 columns at a time take 32 registers more, of which 14
-// spill.
-//   A step ends before a part of the softmax, and the next one begins.
-// - **Consumers take turns at the exponentials**, which take twice as long as the wgmmas of a block. Modelled, 8 heads
-// of
-//   2048 rows and 4096 keys: 41.8 us; in turns at the wgmmas 55.5, without turns 53.7 (of blocks of 64 keys, 45.6 in
-//   turns at the exponentials). Exponentials between which the next unit's scores are made, and the last one's packed:
-//   45.5.
-// - **q in registers** instead of shared memory takes as long, and spills.
+// - **p v is four steps** of a unit and 64 columns: all 128 columns at a time spill 100 bytes. A step ends before a part
+//   of the softmax, and the next one begins.
+// - **Consumers take turns at the exponentials**, which take twice as long as the wgmmas of a block.
+// - **Tried**, modelled, 8 heads of 2048 rows and 4096 keys, which take 41.8 us: no turns 44.3; blocks of 64 keys 45.6,
+//   there without turns 53.7 and in turns at the wgmmas 55.5; q in registers 42.4, and 36 bytes spilled; exponentials
+//   between which the next unit's scores are made and the last one's packed 45.5; q k^T a unit ahead 53.3; three
+//   consumers 43.6 for as many rows.
 #include "kernels/attention/int8_wgmma_products.cuh"
 #include "kernels/attention/wgmma.cuh"
 
