@@ -1,11 +1,12 @@
 #pragma once
 // The second half of every quantising op on the CPU: a segment of fp32 values (a row, or one group of it) -> q, scale,
 // zero_point.
+#include "cpu/rotate.h"
 #include "cpu/vector.h"
 
 namespace forwardpass::cpu {
 
-// value(c, n): the row's fp32 values in the lanes from column c on, zero from c + n on, channel_scale applied.
+// value(c, n): the row's fp32 values in the lanes from column c on, zero from c + n on, scaled and rotated.
 // Evaluated twice, INLINE.
 template <class V, class Value>
 INLINE void quantize_segment(const QuantizedRows& out, int64_t row, int64_t group, Value value) {
@@ -50,16 +51,25 @@ INLINE void quantize_segment(const QuantizedRows& out, int64_t row, int64_t grou
   }
 }
 
-// Every group of a row whose values, before channel_scale, are value(c, n).
+template <class V, class Value>
+INLINE void quantize_segments(const QuantizedRows& out, int64_t row, Value value) {
+  for (int64_t group = 0; group * out.group < out.columns; ++group) quantize_segment<V>(out, row, group, value);
+}
+
+template <class V, class Value>
+INLINE void quantize_scaled(const QuantizedRows& out, int64_t row, Value value) {
+  if (out.rotation == 0) return quantize_segments<V>(out, row, value);
+  const float* rotated = rotated_row<V>(out.columns, out.rotation, value);
+  quantize_segments<V>(out, row, VECTOR_BODY(=) { return load<V, Dtype::f32>(rotated, c, n); });
+}
+
+// Every group of a row whose values, before channel_scale and rotation, are value(c, n).
 template <class V, class Value>
 INLINE void quantize_row(const QuantizedRows& out, int64_t row, Value value) {
-  for (int64_t group = 0; group * out.group < out.columns; ++group) {
-    if (const float* s = out.channel_scale) {
-      quantize_segment<V>(out, row, group, VECTOR_BODY(&) { return value(c, n) * load<V, Dtype::f32>(s, c, n); });
-    } else {
-      quantize_segment<V>(out, row, group, value);
-    }
-  }
+  if (const float* s = out.channel_scale)
+    quantize_scaled<V>(out, row, VECTOR_BODY(&) { return value(c, n) * load<V, Dtype::f32>(s, c, n); });
+  else
+    quantize_scaled<V>(out, row, value);
 }
 
 }  // namespace forwardpass::cpu

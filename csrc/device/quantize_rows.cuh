@@ -4,6 +4,7 @@
 // can issue 26 instructions per element while its 3 bytes move; the aligned path takes 13, and another 13 are what a
 // thread does once for its 32 elements (counted in the SASS for sm_90).
 #include "device/ptx_sm80.cuh"
+#include "device/rotate.cuh"
 #include "device/vec.cuh"
 
 namespace forwardpass {
@@ -26,7 +27,7 @@ inline RowsLaunch rows_launch(int64_t rows, const QuantizedRows& out) {
   RowsLaunch l{};
   l.groups = (out.columns + out.group - 1) / out.group;
   l.segments = rows * l.groups;
-  l.width = 1;  // as few threads as hold the segment: the registers bind; unmeasured
+  l.width = out.rotation ? 32 : 1;  // as few threads as hold the segment: the registers bind; unmeasured
   while (l.width < RowsConfig::kMaxWidth && l.width * RowsConfig::kVecs < vectors) l.width *= 2;
   l.block = l.width > 32 ? l.width : RowsConfig::kBlock;  // reduce_segment: warps of a block share its slots
   return l;
@@ -42,7 +43,7 @@ struct Segment {
   int length, lane, width;
   bool active;
 
-  __device__ Segment(const RowsLaunch& l, const QuantizedRows& out) {
+  __device__ Segment(const RowsLaunch& l, const QuantizedRows& out, bool rotates = false) {
     const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, index = thread / l.width;
     active = index < l.segments;  // idle threads of the last block still take part in barriers and shuffles
     row = index / l.groups;
@@ -50,6 +51,7 @@ struct Segment {
     begin = group * out.group;
     length = active ? static_cast<int>(min(out.group, out.columns - begin)) : 0;
     lane = threadIdx.x % l.width;
+    if (rotates) lane = rotated_lane(lane);
     width = l.width;
   }
 };
@@ -94,7 +96,7 @@ __device__ void load_chunk(Chunk& v, const T* p, const Segment& s, int base, boo
 #pragma unroll
     for (int i = 0; i < RowsConfig::kVecs; ++i) {
       const int column = base + i * s.width * kVec;
-      const int clamped = column < s.length ? column : base;  // no branch between loads
+      const int clamped = column < s.length ? column : 0;  // no branch between loads
       raw[i] = *reinterpret_cast<const Vec<T>*>(p + offset_of(clamped));
     }
 #pragma unroll
@@ -135,26 +137,75 @@ struct SegmentValues {
     }
     loaded = true;
   }
+
+  // The same by whole warps, for f that all lanes take part in: those behind the segment have zeros, and n <= 0.
+  template <class F>
+  __device__ void for_each_of_warp(F f) {
+    const int step = s.width * kVec, within = s.lane % 32 * kVec;
+    for (int first = s.lane * kVec - within; first < s.length; first += step * RowsConfig::kVecs) {
+      if (!loaded || !resident()) load(first + within, v);
+#pragma unroll
+      for (int i = 0; i < RowsConfig::kVecs; ++i) {
+        const int of_warp = first + i * step, n = s.length - of_warp - within;
+        if (of_warp >= s.length) break;
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) v[i][j] = n > 0 ? v[i][j] : 0;
+        __syncwarp();
+        f(of_warp + within, min(kVec, n), v[i]);
+      }
+    }
+    loaded = true;
+  }
+};
+
+struct NoRotation {
+  __device__ explicit NoRotation(int) {}
+};
+
+// Multiplies eight values from `column` of the segment on by channel_scale.
+struct ChannelScale {
+  const float* scale;
+  bool aligned;
+  __device__ ChannelScale(const QuantizedRows& out, const Segment& s, bool whole_vectors)
+      : scale(out.channel_scale ? out.channel_scale + s.begin : nullptr),
+        aligned(whole_vectors && reinterpret_cast<uintptr_t>(out.channel_scale) % 16 == 0) {}
+  __device__ void apply(int column, int n, float (&v)[kVec]) const {
+    float f[kVec];
+    load_floats(f, scale + column, n, aligned);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) v[i] = __fmul_rn(v[i], f[i]);
+  }
 };
 
 // Range -> scale and zero point -> q. The formula is forwardpass.ops.common.quantized_rows.quantize_values, operation
 // by operation; _rn intrinsics keep the compiler from fusing a multiplication and an addition.
-template <class Values>
+template <bool kRotates = false, class Values>
 __device__ void quantize_segment(Values& values, const Segment& s, const QuantizedRows& out) {
   __shared__ float slots[2][32];  // of the two reductions
   const bool e4m3 = out.dtype == Dtype::e4m3;
-  const float* channel_scale = out.channel_scale ? out.channel_scale + s.begin : nullptr;
   const bool whole_vectors = out.group % kVec == 0 || out.group == out.columns;  // a group begins where a vector may
-  const bool channel_aligned = whole_vectors && reinterpret_cast<uintptr_t>(out.channel_scale) % 16 == 0;
+  const ChannelScale channel_scale(out, s, whole_vectors);
+  std::conditional_t<kRotates, Rotation, NoRotation> rotation(static_cast<int>(out.rotation));
+  bool rotated = false;                       // what the registers have
   const auto for_each_scaled = [&](auto f) {  // f(column, n, const float (&)[8])
-    values.for_each([&](int column, int n, float (&v)[kVec]) {
-      if (!channel_scale) return f(column, n, v);
-      float scaled[kVec];
-      load_floats(scaled, channel_scale + column, n, channel_aligned);
+    if constexpr (kRotates) {
+      values.for_each_of_warp([&](int column, int n, float (&v)[kVec]) {
+        if (!rotated && channel_scale.scale && n > 0) channel_scale.apply(column, n, v);
+        __syncwarp();
+        if (!rotated) rotation(v);
+        if (n > 0) f(column, n, v);
+      });
+      rotated = values.resident();
+    } else {
+      values.for_each([&](int column, int n, float (&v)[kVec]) {
+        if (!channel_scale.scale) return f(column, n, v);
+        float scaled[kVec];
 #pragma unroll
-      for (int i = 0; i < kVec; ++i) scaled[i] = __fmul_rn(v[i], scaled[i]);
-      f(column, n, scaled);
-    });
+        for (int i = 0; i < kVec; ++i) scaled[i] = v[i];
+        channel_scale.apply(column, n, scaled);
+        f(column, n, scaled);
+      });
+    }
   };
 
   float inverse;

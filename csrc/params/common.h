@@ -45,6 +45,9 @@ struct QuantizedRows {
   const float* static_scale;         // [1]; null: dynamic
   const int32_t* static_zero_point;  // [1]; null: symmetric
   bool symmetric;
+  // Columns that are multiplied by a Hadamard matrix of 64, 128 or 256 after channel_scale; 0: none. It divides
+  // `columns` and `group`.
+  int64_t rotation;
 };
 
 // From accumulators acc [rows, columns] to the output, for the GEMMs and for dequant_activation:

@@ -7,7 +7,7 @@ namespace forwardpass {
 
 Quantized activation_quantize(Backend backend, const Tensor& x, const std::string& activation, ScalarType dtype,
                               std::optional<int64_t> group_size, const std::string& layout, bool symmetric,
-                              const OptionalTensor& channel_scale) {
+                              const OptionalTensor& channel_scale, std::optional<int64_t> rotate) {
   const char* op = "activation_quantize";
   ActivationQuantizeParams p{};
   p.x = matrix(x, op, "x");
@@ -22,8 +22,13 @@ Quantized activation_quantize(Backend backend, const Tensor& x, const std::strin
   std::vector<int64_t> sizes = sizes_of(x);
   if (gated) sizes.back() /= 2;
   Quantized result;
-  std::tie(result, p.out) = quantized_rows(
-      sizes, {.dtype = dtype, .group_size = group_size, .symmetric = symmetric, .channel_scale = channel_scale}, x, op);
+  std::tie(result, p.out) = quantized_rows(sizes,
+                                           {.dtype = dtype,
+                                            .group_size = group_size,
+                                            .symmetric = symmetric,
+                                            .channel_scale = channel_scale,
+                                            .rotate = rotate},
+                                           x, op);
   if (x.numel()) launch(backend, p, x, activation_quantize_cpu);
   return result;
 }

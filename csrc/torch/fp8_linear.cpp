@@ -7,7 +7,8 @@ namespace forwardpass {
 
 Tensor fp8_linear(Backend backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
                   const OptionalTensor& bias, const std::optional<std::string>& activation, ScalarType out_dtype,
-                  const OptionalTensor& scale, const OptionalTensor& channel_scale, const OptionalTensor& residual) {
+                  const OptionalTensor& scale, const OptionalTensor& channel_scale, const OptionalTensor& residual,
+                  std::optional<int64_t> rotate) {
   const char* op = "fp8_linear";
   QuantizeParams q{};
   q.x = matrix(x, op, "x");
@@ -17,7 +18,8 @@ Tensor fp8_linear(Backend backend, const Tensor& x, const Tensor& weight, const 
   p.b = b_operand(weight, Dtype::e4m3, q.x.columns, x, op, "weight");
   // blocks of the weight go with groups of 128 of x, a vector with whole rows
   const bool blocks = weight_scale.dim() >= 2;
-  QuantizeOptions x_options{.dtype = ScalarType::Float8_e4m3fn, .scale = scale, .channel_scale = channel_scale};
+  QuantizeOptions x_options{
+      .dtype = ScalarType::Float8_e4m3fn, .scale = scale, .channel_scale = channel_scale, .rotate = rotate};
   EpilogueOptions out_options{
       .bias = bias, .activation = activation_of(activation, op), .out_dtype = out_dtype, .residual = residual};
   if (blocks) {

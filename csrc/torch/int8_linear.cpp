@@ -10,7 +10,7 @@ Tensor int8_linear(Backend backend, const Tensor& x, const Tensor& weight, const
                    const OptionalTensor& bias, const std::optional<std::string>& activation, ScalarType out_dtype,
                    const OptionalTensor& scale, const OptionalTensor& zero_point, bool symmetric,
                    const OptionalTensor& channel_scale, const OptionalTensor& weight_sum, const OptionalTensor& packed,
-                   const OptionalTensor& residual) {
+                   const OptionalTensor& residual, std::optional<int64_t> rotate) {
   const char* op = "int8_linear";
   QuantizeParams q{};
   q.x = matrix(x, op, "x");
@@ -27,7 +27,8 @@ Tensor int8_linear(Backend backend, const Tensor& x, const Tensor& weight, const
                                   .scale = scale,
                                   .zero_point = zero_point,
                                   .symmetric = symmetric,
-                                  .channel_scale = channel_scale};
+                                  .channel_scale = channel_scale,
+                                  .rotate = rotate};
   const EpilogueOptions out_options{.b_scale = weight_scale,
                                     .bias = bias,
                                     .activation = activation_of(activation, op),

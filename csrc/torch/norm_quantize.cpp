@@ -51,19 +51,21 @@ Quantized run(Backend backend, const char* op, const Tensor& x, OptionalTensorRe
 
 Quantized norm_quantize(Backend backend, const Tensor& x, const OptionalTensor& weight, double eps, ScalarType dtype,
                         const std::string& kind, const OptionalTensor& bias, bool symmetric,
-                        const OptionalTensor& channel_scale) {
+                        const OptionalTensor& channel_scale, std::optional<int64_t> rotate) {
   return run(backend, "norm_quantize", x, {}, nullptr, {.weight = weight, .eps = eps, .kind = kind, .bias = bias},
-             {.dtype = dtype, .symmetric = symmetric, .channel_scale = channel_scale});
+             {.dtype = dtype, .symmetric = symmetric, .channel_scale = channel_scale, .rotate = rotate});
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_quantize(Backend backend, const Tensor& x, const Tensor& residual,
                                                              const OptionalTensor& weight, double eps, ScalarType dtype,
                                                              const std::string& kind, const OptionalTensor& bias,
-                                                             bool symmetric, const OptionalTensor& channel_scale) {
+                                                             bool symmetric, const OptionalTensor& channel_scale,
+                                                             std::optional<int64_t> rotate) {
   Tensor residual_out;
-  auto [q, scale, zero_point] = run(backend, "add_norm_quantize", x, residual, &residual_out,
-                                    {.weight = weight, .eps = eps, .kind = kind, .bias = bias},
-                                    {.dtype = dtype, .symmetric = symmetric, .channel_scale = channel_scale});
+  auto [q, scale, zero_point] =
+      run(backend, "add_norm_quantize", x, residual, &residual_out,
+          {.weight = weight, .eps = eps, .kind = kind, .bias = bias},
+          {.dtype = dtype, .symmetric = symmetric, .channel_scale = channel_scale, .rotate = rotate});
   return {q, scale, zero_point, residual_out};
 }
 

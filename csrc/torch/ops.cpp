@@ -41,19 +41,19 @@ using GpuOp = Op<F, false>;
 constexpr std::tuple kOps{
     Op<quantize>{
         "quantize(Tensor x, ScalarType dtype, Tensor? scale, Tensor? zero_point, int? group_size, bool symmetric, "
-        "Tensor? channel_scale) -> (Tensor q, Tensor scale, Tensor zero_point)"},
+        "Tensor? channel_scale, int? rotate=None) -> (Tensor q, Tensor scale, Tensor zero_point)"},
 
     Op<activation_quantize>{
         "activation_quantize(Tensor x, str activation, ScalarType dtype, int? group_size, str layout, bool symmetric, "
-        "Tensor? channel_scale) -> (Tensor q, Tensor scale, Tensor zero_point)"},
+        "Tensor? channel_scale, int? rotate=None) -> (Tensor q, Tensor scale, Tensor zero_point)"},
 
     Op<norm_quantize>{
         "norm_quantize(Tensor x, Tensor? weight, float eps, ScalarType dtype, str kind, Tensor? bias, bool symmetric, "
-        "Tensor? channel_scale) -> (Tensor q, Tensor scale, Tensor zero_point)"},
+        "Tensor? channel_scale, int? rotate=None) -> (Tensor q, Tensor scale, Tensor zero_point)"},
 
     Op<add_norm_quantize>{
         "add_norm_quantize(Tensor x, Tensor residual, Tensor? weight, float eps, ScalarType dtype, str kind, "
-        "Tensor? bias, bool symmetric, Tensor? channel_scale) -> "
+        "Tensor? bias, bool symmetric, Tensor? channel_scale, int? rotate=None) -> "
         "(Tensor q, Tensor scale, Tensor zero_point, Tensor residual_out)"},
 
     Op<dequant_activation>{
@@ -75,7 +75,7 @@ constexpr std::tuple kOps{
 
     Op<int8_linear>{"int8_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, str? activation, "
                     "ScalarType out_dtype, Tensor? scale, Tensor? zero_point, bool symmetric, Tensor? channel_scale, "
-                    "Tensor? weight_sum, Tensor? packed, Tensor? residual=None) -> Tensor"},
+                    "Tensor? weight_sum, Tensor? packed, Tensor? residual=None, int? rotate=None) -> Tensor"},
 
     Op<w8a16_gemm>{"w8a16_gemm(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, str? activation, "
                    "Tensor? residual=None) -> Tensor"},
@@ -144,7 +144,7 @@ constexpr std::tuple kOps{
 
     GpuOp<fp8_linear>{
         "fp8_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, str? activation, ScalarType out_dtype, "
-        "Tensor? scale, Tensor? channel_scale, Tensor? residual=None) -> Tensor"},
+        "Tensor? scale, Tensor? channel_scale, Tensor? residual=None, int? rotate=None) -> Tensor"},
 };
 
 template <class Function>

@@ -9,7 +9,7 @@ using Quantized = std::tuple<Tensor, Tensor, Tensor>;
 
 Quantized quantize(Backend backend, const Tensor& x, ScalarType dtype, const OptionalTensor& scale,
                    const OptionalTensor& zero_point, std::optional<int64_t> group_size, bool symmetric,
-                   const OptionalTensor& channel_scale);
+                   const OptionalTensor& channel_scale, std::optional<int64_t> rotate);
 
 // q, scale, offs, position.
 std::tuple<Tensor, Tensor, Tensor, Tensor> permute_quantize(Backend backend, const Tensor& x, const Tensor& index,
@@ -20,7 +20,7 @@ Tensor unpermute(Backend backend, const Tensor& y, const Tensor& position, const
 
 Quantized activation_quantize(Backend backend, const Tensor& x, const std::string& activation, ScalarType dtype,
                               std::optional<int64_t> group_size, const std::string& layout, bool symmetric,
-                              const OptionalTensor& channel_scale);
+                              const OptionalTensor& channel_scale, std::optional<int64_t> rotate);
 
 Tensor dequant_activation(Backend backend, const Tensor& acc, const OptionalTensor& a_scale,
                           const OptionalTensor& b_scale, const OptionalTensor& bias,
@@ -48,7 +48,7 @@ Tensor int8_linear(Backend backend, const Tensor& x, const Tensor& weight, const
                    const OptionalTensor& bias, const std::optional<std::string>& activation, ScalarType out_dtype,
                    const OptionalTensor& scale, const OptionalTensor& zero_point, bool symmetric,
                    const OptionalTensor& channel_scale, const OptionalTensor& weight_sum, const OptionalTensor& packed,
-                   const OptionalTensor& residual);
+                   const OptionalTensor& residual, std::optional<int64_t> rotate);
 
 // weight as the int8 GEMM of this CPU reads it, int8; empty where it reads it as it is.
 Tensor pack_int8_weight(const Tensor& weight);
@@ -72,7 +72,8 @@ std::tuple<Tensor, Tensor> fp8_gemm_quantize(Backend backend, const Tensor& a, c
 
 Tensor fp8_linear(Backend backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
                   const OptionalTensor& bias, const std::optional<std::string>& activation, ScalarType out_dtype,
-                  const OptionalTensor& scale, const OptionalTensor& channel_scale, const OptionalTensor& residual);
+                  const OptionalTensor& scale, const OptionalTensor& channel_scale, const OptionalTensor& residual,
+                  std::optional<int64_t> rotate);
 
 Tensor w8a16_gemm(Backend backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
                   const OptionalTensor& bias, const std::optional<std::string>& activation,
@@ -83,12 +84,13 @@ Tensor w8a16_grouped_gemm(Backend backend, const Tensor& x, const Tensor& weight
 
 Quantized norm_quantize(Backend backend, const Tensor& x, const OptionalTensor& weight, double eps, ScalarType dtype,
                         const std::string& kind, const OptionalTensor& bias, bool symmetric,
-                        const OptionalTensor& channel_scale);
+                        const OptionalTensor& channel_scale, std::optional<int64_t> rotate);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_quantize(Backend backend, const Tensor& x, const Tensor& residual,
                                                              const OptionalTensor& weight, double eps, ScalarType dtype,
                                                              const std::string& kind, const OptionalTensor& bias,
-                                                             bool symmetric, const OptionalTensor& channel_scale);
+                                                             bool symmetric, const OptionalTensor& channel_scale,
+                                                             std::optional<int64_t> rotate);
 
 // o or, as attention_with_lse, o and lse.
 template <bool kLse>

@@ -17,14 +17,15 @@ Quantized run_quantize(Backend backend, const Tensor& x, const QuantizeOptions& 
 
 Quantized quantize(Backend backend, const Tensor& x, ScalarType dtype, const OptionalTensor& scale,
                    const OptionalTensor& zero_point, std::optional<int64_t> group_size, bool symmetric,
-                   const OptionalTensor& channel_scale) {
+                   const OptionalTensor& channel_scale, std::optional<int64_t> rotate) {
   return run_quantize(backend, x,
                       {.dtype = dtype,
                        .scale = scale,
                        .zero_point = zero_point,
                        .group_size = group_size,
                        .symmetric = symmetric,
-                       .channel_scale = channel_scale},
+                       .channel_scale = channel_scale,
+                       .rotate = rotate},
                       "quantize");
 }
 

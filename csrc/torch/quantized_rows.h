@@ -11,6 +11,7 @@ struct QuantizeOptions {
   std::optional<int64_t> group_size = {};
   bool symmetric = true;
   OptionalTensorRef channel_scale = {};
+  std::optional<int64_t> rotate = {};
 };
 
 // Checks the options; allocates no results.
@@ -29,6 +30,11 @@ inline QuantizedRows quantized_options(int64_t columns, const QuantizeOptions& o
   r.channel_scale = floats(o.channel_scale, r.columns, x, op, "channel_scale");
   r.static_scale = floats(o.scale, 1, x, op, "scale");
   r.static_zero_point = ints(o.zero_point, 1, x, op, "zero_point");
+  r.rotation = o.rotate.value_or(0);
+  STD_TORCH_CHECK(!o.rotate || r.rotation == 64 || r.rotation == 128 || r.rotation == 256, op,
+                  ": rotate must be 64, 128 or 256");
+  STD_TORCH_CHECK(!o.rotate || (r.columns % r.rotation == 0 && r.group % r.rotation == 0), op,
+                  ": rotate must divide the columns and group_size");
   return r;
 }
 

@@ -6,11 +6,11 @@
 
 namespace forwardpass {
 
-template <Dtype D>
+template <Dtype D, bool kRotates>
 __global__ void __launch_bounds__(RowsConfig::kMaxWidth)
     activation_quantize_kernel(ActivationQuantizeParams p, RowsLaunch l, bool aligned) {
   ptx::launch_dependents();
-  const Segment s(l, p.out);
+  const Segment s(l, p.out, kRotates);
   auto x = static_cast<const cuda_t<D>*>(p.x.data) + s.row * p.x.stride;  // [columns] or [2 columns]
   const bool gated = is_gated(p.activation);
   const int64_t to_up = p.interleaved ? 8 : p.out.columns;
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(RowsConfig::kMaxWidth)
       }
     });
   });
-  quantize_segment(values, s, p.out);
+  quantize_segment<kRotates>(values, s, p.out);
 }
 
 }  // namespace forwardpass
@@ -43,7 +43,9 @@ int forwardpass_activation_quantize(const forwardpass::ActivationQuantizeParams*
   const bool aligned = aligned16(p->x.data, p->x.stride * size, p->out.group * size, l.groups) &&
                        (p->interleaved ? whole : !is_gated(p->activation) || p->out.columns * size % 16 == 0);
   return dispatch<Dtype::f32, Dtype::f16, Dtype::bf16>(p->x.dtype, [&](auto D) {
-    activation_quantize_kernel<D()><<<l.grid(), l.block, 0, cudaStream_t(stream)>>>(*p, l, aligned);
-    return cudaGetLastError();
+    return dispatch<false, true>(p->out.rotation != 0, [&](auto rotates) {
+      activation_quantize_kernel<D(), rotates()><<<l.grid(), l.block, 0, cudaStream_t(stream)>>>(*p, l, aligned);
+      return cudaGetLastError();
+    });
   });
 }

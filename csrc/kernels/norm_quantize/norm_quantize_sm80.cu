@@ -107,19 +107,19 @@ struct NormRow {
   }
 };
 
-template <Dtype D>
+template <Dtype D, bool kRotates>
 __global__ void __launch_bounds__(RowsConfig::kMaxWidth)
     norm_quantize_kernel(NormQuantizeParams p, RowsLaunch l, bool aligned) {
   __shared__ float slots[2][32];  // of the two reductions
   ptx::launch_dependents();
-  const Segment s(l, p.out);
+  const Segment s(l, p.out, kRotates);
   NormRow<cuda_t<D>> row(p, s, aligned);
   SegmentValues values(s, [&](int base, Chunk& v) { row.load(base, v); });
   row.find_moments(values, slots);
   if (row.add) row.x = row.residual_out, row.add = false;  // each thread reads again what it wrote itself
   row.normalized = true;
   if (values.resident()) values.for_each([&](int column, int n, float (&v)[kVec]) { row.normalize(column, n, v); });
-  quantize_segment(values, s, p.out);
+  quantize_segment<kRotates>(values, s, p.out);
 }
 
 }  // namespace forwardpass
@@ -133,7 +133,9 @@ int forwardpass_norm_quantize(const forwardpass::NormQuantizeParams* p, void* st
                        rows_aligned(p->residual_out, p->residual_out ? p->x.columns : 0) &&
                        aligned16(p->weight.data, 0, 0, 1) && aligned16(p->bias.data, 0, 0, 1);
   return dispatch<Dtype::f32, Dtype::f16, Dtype::bf16>(p->x.dtype, [&](auto D) {
-    norm_quantize_kernel<D()><<<l.grid(), l.block, 0, cudaStream_t(stream)>>>(*p, l, aligned);
-    return cudaGetLastError();
+    return dispatch<false, true>(p->out.rotation != 0, [&](auto rotates) {
+      norm_quantize_kernel<D(), rotates()><<<l.grid(), l.block, 0, cudaStream_t(stream)>>>(*p, l, aligned);
+      return cudaGetLastError();
+    });
   });
 }

@@ -18,7 +18,16 @@ from ..common.tensor_files import safetensors_module, shard_bytes, split
 from ..dispatch import Unsupported
 from ..formats import Refused, compressed_tensors
 from ..integrations.transformers import model_config
-from ..nn import Bf16Linear, Fp8Linear, GatedMLP, Int8Linear, MultiheadAttention, QuantizedModule, W8A16Linear
+from ..nn import (
+    Bf16Linear,
+    Fp8Linear,
+    GatedMLP,
+    Int8Linear,
+    MultiheadAttention,
+    QuantizedLinear,
+    QuantizedModule,
+    W8A16Linear,
+)
 from ..ops.common.quantized_rows import E4M3
 from ..ops.fp8_gemm import BLOCK
 from ..swap import originals
@@ -160,6 +169,9 @@ def _scheme(fqn: str, layer: QuantizedModule) -> dict[str, Any]:
     def inputs(kind: str, static: bool, symmetric: bool = True) -> dict[str, Any]:
         return args(kind, "tensor" if static else "token", not static, symmetric)
 
+    if isinstance(layer, QuantizedLinear) and layer.rotate is not None:
+        raise Unsupported(f"{fqn} has a rotated weight, whose inputs others would not rotate: exclude it, swap with another "
+                          "precision, or use fp.save_pretrained", {})  # fmt: skip
     if isinstance(layer, Int8Linear):
         of_inputs = inputs("int", layer.input_scale is not None, layer.symmetric)
         return {"format": "int-quantized", "weights": args("int", "channel"), "input_activations": of_inputs}

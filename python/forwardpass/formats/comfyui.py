@@ -3,7 +3,7 @@
 Which layers are quantised, and how, is in the file's header (`_quantization_metadata`) or beside each layer (`comfy_quant`, the
 bytes of a JSON object): `float8_e4m3fn`, whose inputs are quantised where there is an `input_scale`, and `int8_tensorwise`, whose
 inputs are quantised row by row. e4m3 weights of which neither says anything are as they come, or times an older file's
-`scale_weight`. Weights that were rotated (`convrot`) want rotated inputs, for which there is no kernel.
+`scale_weight`. The inputs of int8 weights that were rotated (`convrot`) are rotated too, 64 or 256 columns at a time.
 """
 
 from __future__ import annotations
@@ -86,11 +86,10 @@ def layer_recipe(tensors: Mapping[str, Header], about: Any) -> Recipe | None:
     if not isinstance(about, Mapping) or about.get("format") not in _FORMATS:
         form = about.get("format") if isinstance(about, Mapping) else about
         raise Refused(f"it is of the format {str(form)[:40]!r}, and {' and '.join(_FORMATS)} can be read")
-    if about.get("convrot"):
-        raise Refused("its weight was rotated (convrot), and there is no kernel that rotates inputs")
     if dtype != _FORMATS[about["format"]]:
         raise Refused(f"its weight is {dtype}, and of the format {about['format']}")
     n, k = tensors["weight"].shape
+    rotate = _rotation(about, dtype, k)
     scale, static = (next((x for x in names if x in tensors), None) for names in _SCALES)
     kind = "tensor" if scale is None else scales_kind(n, k, tensors, scale)
     if dtype == torch.int8 and (scale is None or kind not in ("tensor", "row")):
@@ -102,11 +101,32 @@ def layer_recipe(tensors: Mapping[str, Header], about: Any) -> Recipe | None:
         scales = torch.ones(1, device=t["weight"].device) if scale is None else as_scale(scale, t[scale])
         of_inputs = None if static is None else as_scale(static, t[static]).reshape(1)
         return EightBits(
-            t["weight"], scales, kind, inputs=dtype == torch.int8 or static is not None, input_scale=of_inputs
+            t["weight"],
+            scales,
+            kind,
+            inputs=dtype == torch.int8 or static is not None,
+            input_scale=of_inputs,
+            rotate=rotate,
         )
 
     return recipe(tensors, read, ("weight",), ("comfy_quant", *(x for names in _SCALES for x in names)))
 
+
+def _rotation(about: Mapping[str, Any], dtype: torch.dtype, k: int) -> int | None:
+    """Columns that were rotated together; what says nothing of them has 256."""
+    if not about.get("convrot"):
+        return None
+    size = about.get("convrot_groupsize", 256)
+    if dtype != torch.int8 or size not in _ROTATED:
+        raise Refused(f"its weight is {dtype} and was rotated in groups of {size!r} (convrot): int8 ones of "
+                      f"{' and '.join(map(str, _ROTATED))} can be read")  # fmt: skip
+    if k % size:
+        raise Refused(f"its weight was rotated in groups of {size} (convrot), of which its {k} inputs are no multiple")
+    return int(size)
+
+
+#: columns that a regular Hadamard matrix for which there are kernels has
+_ROTATED = (64, 256)
 
 #: Of the weight, and of inputs; the second are an older form's.
 _SCALES = (("weight_scale", "scale_weight"), ("input_scale", "scale_input"))

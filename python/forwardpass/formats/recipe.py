@@ -58,6 +58,7 @@ class EightBits:
     input_scale: Tensor | None = None  #: float32 [1]
     input_zero_point: Tensor | None = None  #: int32 [1]
     channel_scale: Tensor | None = None  #: float32 [K]
+    rotate: int | None = None  #: of int8: columns that were rotated together
 
     @property
     def multiplies_as_8_bits(self) -> bool:
@@ -94,8 +95,9 @@ class EightBits:
         if self.weight.dtype == torch.int8:
             smoothed = self.channel_scale is not None
             int8 = Int8Linear(
-                k, n, bias is not None, symmetric=self.symmetric, static=static, channel_scale=smoothed, **options
-            )
+                k, n, bias is not None, symmetric=self.symmetric, static=static, channel_scale=smoothed,
+                rotate=self.rotate, **options,
+            )  # fmt: skip
             return int8.filled(self.weight, self.scale_of("row"), bias, input_scale=self.input_scale,
                                input_zero_point=self.input_zero_point, channel_scale=self.channel_scale)  # fmt: skip
         fp8 = Fp8Linear(k, n, bias is not None, scales=self.kind, static=static, **options)

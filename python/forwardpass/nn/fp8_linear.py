@@ -11,14 +11,29 @@ from torch import Tensor, nn
 from ..dispatch import gpu_capability
 from ..ops.common.activations import is_gated
 from ..ops.common.quantized_rows import E4M3
+from ..ops.common.rotation import fitting
 from ..ops.fp8_gemm import FP8_GEMM, FP8_GEMM_QUANTIZE
 from ..ops.fp8_gemm.reference import BLOCK, columns_scale, rows_scale
 from ..ops.fp8_linear import OPERATION
 from ..ops.fp8_linear.reference import quantized_input
 from ..ops.quantize import OPERATION as QUANTIZE
-from .layer import Quantized, QuantizedLinear, as_dtype, linear_weight, quantize_weight, rows, scales_shape
+from .layer import (
+    Quantized,
+    QuantizedLinear,
+    as_dtype,
+    as_multiplied,
+    linear_weight,
+    quantize_weight,
+    rows,
+    scales_shape,
+)
 
 SCALES = ("tensor", "row", "block")
+
+
+def _fitting(columns: int, rotate: int | None, scales: str) -> int | None:
+    """Columns that are rotated together share a scale."""
+    return fitting(columns, rotate if rotate is None or scales != "block" else min(rotate, BLOCK))
 
 
 class Fp8Linear(QuantizedLinear):
@@ -36,6 +51,8 @@ class Fp8Linear(QuantizedLinear):
         dtype: of the bias; outputs have the dtype of the input.
         activation: "relu", "gelu", "gelu_tanh" or "silu", applied to y in the layer's epilogue; None: none, as in nn.Linear.
         scales: "tensor", "row" or "block"; static: not with "block"; channel_scale: see above.
+        rotate: the most columns that are rotated together, 64, 128 or 256 (`fp.ops.quantize`): the largest of these up to it that
+            divides in_features, with "block" of 64 and 128; None: not rotated. The attribute says which.
 
     Shapes: input [..., in_features], output [..., out_features]. Buffers: qweight e4m3 [N, K], weight_scale fp32 [1], [N] or
     [ceil(N / 128), ceil(K / 128)] (of gate and up as one layer [2, ceil(N / 256), ceil(K / 128)]), bias [N] or None,
@@ -70,6 +87,7 @@ class Fp8Linear(QuantizedLinear):
         scales: str = "row",
         static: bool = False,
         channel_scale: bool = False,
+        rotate: int | None = None,
         activation: str | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -78,7 +96,7 @@ class Fp8Linear(QuantizedLinear):
         if static and scales == "block":
             raise ValueError('Fp8Linear: static activations go with scales "tensor" or "row", not with "block"')
         super().__init__(in_features, out_features, bias, as_dtype(dtype), device, scales=scales, activation=activation)
-        self.scales = scales
+        self.scales, self.rotate = scales, _fitting(in_features, rotate, scales)
         if scales == "block" and is_gated(activation):  # of the gate matrix, and of the up matrix
             shape = 2, *scales_shape(out_features // 2, in_features, scales)
             self.weight_scale = torch.empty(shape, dtype=torch.float32, device=device)
@@ -93,6 +111,7 @@ class Fp8Linear(QuantizedLinear):
         scales: str = "row",
         channel_scale: Tensor | None = None,
         input_scale: Tensor | None = None,
+        rotate: int | None = None,
         activation: str | None = None,
     ) -> Fp8Linear:
         """The e4m3 form of an nn.Linear or a transformers Conv1D, on its device; its weight is read and not changed.
@@ -101,6 +120,7 @@ class Fp8Linear(QuantizedLinear):
             scales: of the weight, "tensor", "row" or "block".
             channel_scale: fp32 [K], what x is multiplied by; the weight is divided by it here.
             input_scale: fp32 [1] for static activations, of the scaled x: its largest magnitude over 448.
+            rotate: as the constructor's; the weight is rotated here, in fp32.
             activation: what the layer applies to its output, see above.
 
         Raises:
@@ -113,8 +133,8 @@ class Fp8Linear(QuantizedLinear):
         cls._check_sizes(channel_scale=(channel_scale, k), input_scale=(input_scale, 1))
         assert bias is None or isinstance(bias, Tensor)
         layer = cls(k, n, bias is not None, dtype=weight.dtype, scales=scales, static=input_scale is not None,
-                    channel_scale=channel_scale is not None, activation=activation, device="meta")  # fmt: skip
-        quantized = quantize_weight(weight if channel_scale is None else weight.float() / channel_scale, E4M3, scales)
+                    channel_scale=channel_scale is not None, rotate=rotate, activation=activation, device="meta")  # fmt: skip
+        quantized = quantize_weight(as_multiplied(weight, channel_scale, layer.rotate), E4M3, scales)
         layer.filled(*quantized, bias, channel_scale=channel_scale, input_scale=input_scale)
         return layer.train(module.training)
 
@@ -133,15 +153,18 @@ class Fp8Linear(QuantizedLinear):
             x.dtype,
             b["input_scale"],
             b["channel_scale"],
+            *self._rotated(None),
         )
 
-    def row_quantization(self) -> tuple[torch.dtype, bool, Tensor | None] | None:
-        return (E4M3, True, self.channel_scale) if self.input_scale is None and self.scales != "block" else None
+    def row_quantization(self) -> tuple[torch.dtype, bool, Tensor | None, int | None] | None:
+        if self.input_scale is not None or self.scales == "block":
+            return None
+        return E4M3, True, self.channel_scale, self.rotate
 
     def quantizes_for(self, then: QuantizedLinear, device: torch.device) -> bool:
         """Static ones; and those of groups of 128, which a tile of sm_90a's products has whole: others write fp32 first. Scales of
         whole rows no tile has."""
-        if not isinstance(then, Fp8Linear):
+        if not isinstance(then, Fp8Linear) or then.rotate is not None:
             return False
         if then.scales != "block":
             return then.input_scale is not None
@@ -153,7 +176,7 @@ class Fp8Linear(QuantizedLinear):
         if isinstance(x, Quantized):
             a, a_scale = x.values, x.scale
         else:
-            a, a_scale = quantized_input(rows(x), *options, QUANTIZE)  # type: ignore[arg-type]
+            a, a_scale = quantized_input(rows(x), *options, QUANTIZE, self.rotate)  # type: ignore[arg-type]
         product = a, b["qweight"], a_scale, b["weight_scale"], b["bias"], self.activation
         static = then._buffers["input_scale"]
         if static is None:
@@ -165,7 +188,7 @@ class Fp8Linear(QuantizedLinear):
         if isinstance(x, Quantized):
             a, a_scale = x.values, x.scale
         else:
-            a, a_scale = quantized_input(x, self.weight_scale, self.input_scale, self.channel_scale)
+            a, a_scale = quantized_input(x, self.weight_scale, self.input_scale, self.channel_scale, rotate=self.rotate)
         return a.double() * rows_scale(a, a_scale, self.scales == "block")
 
     @staticmethod

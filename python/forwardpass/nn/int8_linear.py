@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from ..dispatch import library
 from ..ops.common.epilogue import per_row
+from ..ops.common.rotation import fitting
 from ..ops.int8_gemm import MAX_K_ZERO_POINT
 from ..ops.int8_gemm import OPERATION as GEMM
 from ..ops.int8_linear import OPERATION, pack_int8_weight
 from ..ops.int8_linear.reference import quantized_input
 from ..ops.quantize import OPERATION as QUANTIZE
-from .layer import Quantized, QuantizedLinear, as_dtype, linear_weight, quantize_weight, rows
+from .layer import Quantized, QuantizedLinear, as_dtype, as_multiplied, linear_weight, quantize_weight, rows
 
 
 class Int8Linear(QuantizedLinear):
@@ -33,6 +34,8 @@ class Int8Linear(QuantizedLinear):
         dtype: of the bias; outputs have the dtype of the input.
         activation: "relu", "gelu", "gelu_tanh" or "silu", applied to y in the layer's epilogue; None: none, as in nn.Linear.
         symmetric, static, channel_scale: which buffers there are, see above.
+        rotate: the most columns that are rotated together, 64, 128 or 256 (`fp.ops.quantize`): the largest of these up to it that
+            divides in_features, none where none does; None: not rotated. The attribute says which.
 
     Shapes: input [..., in_features], output [..., out_features]. Buffers: qweight int8 [N, K], weight_scale fp32 [N], bias [N] or
     None, weight_sum int32 [N] (asymmetric), channel_scale fp32 [K] or None, input_scale fp32 [1] and input_zero_point int32 [1]
@@ -75,11 +78,12 @@ class Int8Linear(QuantizedLinear):
         symmetric: bool = False,
         static: bool = False,
         channel_scale: bool = False,
+        rotate: int | None = None,
         activation: str | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, as_dtype(dtype), device, activation=activation)
-        self.symmetric = symmetric
+        self.symmetric, self.rotate = symmetric, fitting(in_features, rotate)
         self._optional("weight_sum", not symmetric, out_features, torch.int32)
         self._optional("channel_scale", channel_scale, in_features)
         self._optional("input_scale", static, 1)
@@ -96,6 +100,7 @@ class Int8Linear(QuantizedLinear):
         input_zero_point: Tensor | None = None,
         quantized: tuple[Tensor, Tensor] | None = None,
         bias: Tensor | None = None,
+        rotate: int | None = None,
         activation: str | None = None,
     ) -> Int8Linear:
         """The int8 form of an nn.Linear or a transformers Conv1D, on its device.
@@ -105,8 +110,10 @@ class Int8Linear(QuantizedLinear):
             symmetric: how activations are quantised.
             channel_scale: fp32 [K], what x is multiplied by; the weight is divided by it here.
             input_scale, input_zero_point: fp32 [1] and (asymmetric) int32 [1] for static activations, of the scaled x.
-            quantized: (int8 [N, K], fp32 [N]) in place of nearest rounding, for a weight already divided by channel_scale.
+            quantized: (int8 [N, K], fp32 [N]) in place of nearest rounding, for a weight already divided by channel_scale, and
+                rotated.
             bias: in place of the module's own, as a correction of the mean error leaves it.
+            rotate: as the constructor's; the weight is rotated here, in fp32.
             activation: what the layer applies to its output, see above.
 
         Raises:
@@ -130,14 +137,14 @@ class Int8Linear(QuantizedLinear):
                 "Int8Linear.from_torch: input_zero_point goes with input_scale and symmetric=False, and only with them"
             )
         if quantized is None:
-            quantized = quantize_weight(weight.float() if channel_scale is None else weight.float() / channel_scale)
+            quantized = quantize_weight(as_multiplied(weight, channel_scale, fitting(k, rotate)))
         elif [(t.dtype, tuple(t.shape)) for t in quantized] != [(torch.int8, (n, k)), (torch.float32, (n,))]:
             formats = " and ".join(f"{t.dtype} {list(t.shape)}" for t in quantized[:2])
             raise ValueError(
                 f"Int8Linear.from_torch: quantized must be int8 [{n}, {k}] and float32 [{n}], not {formats}"
             )
         layer = cls(k, n, own_bias is not None, dtype=weight.dtype, symmetric=symmetric, static=input_scale is not None,
-                    channel_scale=channel_scale is not None, activation=activation, device="meta")  # fmt: skip
+                    channel_scale=channel_scale is not None, rotate=rotate, activation=activation, device="meta")  # fmt: skip
         assert own_bias is None or isinstance(own_bias, Tensor)
         layer.filled(*quantized, own_bias, channel_scale=channel_scale, input_scale=input_scale,
                      input_zero_point=input_zero_point)  # fmt: skip
@@ -159,15 +166,17 @@ class Int8Linear(QuantizedLinear):
             packed = self._pack()
         return OPERATION(
             rows(x), b["qweight"], b["weight_scale"], b["bias"], self.activation, x.dtype, b["input_scale"], b["input_zero_point"],
-            self.symmetric, b["channel_scale"], b["weight_sum"], packed[1],
+            self.symmetric, b["channel_scale"], b["weight_sum"], packed[1], *self._rotated(None),
         )  # fmt: skip
 
-    def row_quantization(self) -> tuple[torch.dtype, bool, Tensor | None] | None:
-        return (torch.int8, self.symmetric, self.channel_scale) if self.input_scale is None else None
+    def row_quantization(self) -> tuple[torch.dtype, bool, Tensor | None, int | None] | None:
+        if self.input_scale is not None:
+            return None
+        return torch.int8, self.symmetric, self.channel_scale, self.rotate
 
     def quantizes_for(self, then: QuantizedLinear, device: torch.device) -> bool:
-        """Symmetric ones: an epilogue adds no zero point."""
-        return isinstance(then, Int8Linear) and then.symmetric and then.input_scale is not None
+        """Symmetric ones, not rotated: an epilogue adds no zero point, and rotates nothing."""
+        return isinstance(then, Int8Linear) and then.symmetric and then.input_scale is not None and then.rotate is None
 
     def quantized_product(self, x: Tensor | Quantized, then: QuantizedLinear) -> Quantized:
         q = self._gemm(*self._operands(x), torch.int8, then.divisor())
@@ -179,7 +188,7 @@ class Int8Linear(QuantizedLinear):
             return x.values, x.scale, x.zero_point
         b = self._buffers
         return quantized_input(
-            rows(x), b["input_scale"], b["input_zero_point"], self.symmetric, b["channel_scale"], QUANTIZE
+            rows(x), b["input_scale"], b["input_zero_point"], self.symmetric, b["channel_scale"], QUANTIZE, self.rotate
         )
 
     def _gemm(
@@ -216,7 +225,7 @@ class Int8Linear(QuantizedLinear):
             q, scale, zero_point = x.values, x.scale, x.zero_point
         else:
             q, scale, zero_point = quantized_input(
-                x, self.input_scale, self.input_zero_point, self.symmetric, self.channel_scale
+                x, self.input_scale, self.input_zero_point, self.symmetric, self.channel_scale, rotate=self.rotate
             )
         a = q.double() if zero_point is None else q.double() - zero_point.reshape(per_row(zero_point, q))
         return a * scale.reshape(per_row(scale, q)).double()

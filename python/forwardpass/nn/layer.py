@@ -16,6 +16,7 @@ from ..dispatch import Reason, operations
 from ..ops import quantize
 from ..ops.common.activations import GATED, PLAIN, activate, check_activation, is_gated, separate_gate_up
 from ..ops.common.quantized_rows import E4M3, FLOATS, LEAST_RANGE, empty_q, pad_rows
+from ..ops.common.rotation import rotate as rotated
 from ..ops.fp8_gemm import BLOCK
 from ..ops.w8a16_gemm.reference import dequantize_weight
 from .dequantized_weight import DequantizedWeight
@@ -121,6 +122,12 @@ def quantize_weight(weight: Tensor, dtype: torch.dtype = torch.int8, scales: str
     span = blocks.abs().amax((1, 3), keepdim=True).clamp(min=LEAST_RANGE)
     scaled = (blocks * (448 / span)).flatten(2).flatten(0, 1)[:n, :k]
     return pad_rows(scaled.clamp(-448, 448).to(E4M3)), (span / 448).reshape(tall, wide)
+
+
+def as_multiplied(weight: Tensor, channel_scale: Tensor | None, rotate: int | None) -> Tensor:
+    """weight [N, K] in fp32 as inputs are multiplied by it that were scaled by channel_scale [K], and rotated."""
+    weight = weight.float() if channel_scale is None else weight.float() / channel_scale
+    return weight if rotate is None else rotated(weight, rotate)
 
 
 class QuantizedModule(nn.Module):
@@ -289,6 +296,8 @@ class QuantizedLinear(QuantizedModule):
     #: what stands in the place of the activation that it computes; in a tuple, which holds no children
     applied: tuple[InEpilogue] | None = None
     sharding: Sharding | None = None  #: where it is one process's part of a layer
+    #: columns of its inputs, and of qweight, that are rotated together
+    rotate: int | None = None
     is_transposed: bool = False  #: whether the weight that it stands for is [K, N], as in transformers' Conv1D
     _weight: DequantizedWeight | None = None
     #: input_scale and channel_scale, and the one over the other
@@ -417,9 +426,9 @@ class QuantizedLinear(QuantizedModule):
         """x W^T + b and the activation, of this layer alone."""
         raise NotImplementedError
 
-    def row_quantization(self) -> tuple[torch.dtype, bool, Tensor | None] | None:
-        """(dtype, symmetric, channel_scale), as `norm_quantize` takes them, of a layer that quantises each row of its input by
-        itself; else None."""
+    def row_quantization(self) -> tuple[torch.dtype, bool, Tensor | None, int | None] | None:
+        """(dtype, symmetric, channel_scale, rotate), as `norm_quantize` takes them, of a layer that quantises each row of its input
+        by itself; else None."""
         return None
 
     def quantizes_for(self, then: QuantizedLinear, device: torch.device) -> bool:
@@ -430,6 +439,10 @@ class QuantizedLinear(QuantizedModule):
         """`product`, never rounded to 16 bits, as `then` quantises it but for the last bit of a quotient: where that decides
         between two neighbours it may be the other one."""
         raise NotImplementedError
+
+    def _rotated(self, *before: Any) -> tuple[Any, ...]:
+        """The last arguments of a call: none where nothing is rotated, which is what most calls have. before: that go before it."""
+        return () if self.rotate is None else (*before, self.rotate)
 
     def divisor(self) -> Tensor:
         """What a static layer's inputs are divided by to be quantised, channel_scale included: [1] or [K]."""
@@ -454,14 +467,14 @@ class QuantizedLinear(QuantizedModule):
     def weight(self) -> Tensor:
         """Values: qweight times its scales and channel_scale, which is what x is multiplied by. [N, K], or [K, N]."""
         if torch.compiler.is_compiling():
-            return self._read_weight(self._buffers, self.is_transposed)().to(self.anchor.dtype)
+            return self._read_weight(self._buffers, self.is_transposed, self.rotate)().to(self.anchor.dtype)
         weight, q, dtype = self._weight, self.qweight, self.anchor.dtype
         if type(weight) is not DequantizedWeight or (weight.dtype, weight.device, weight.numel()) != (
             dtype, q.device, q.numel(),
         ):  # fmt: skip
             like = torch.empty(q.shape[::-1] if self.is_transposed else q.shape, dtype=dtype, device="meta")
             self._weight = weight = DequantizedWeight(
-                self._read_weight(self._buffers, self.is_transposed), like, q.device
+                self._read_weight(self._buffers, self.is_transposed, self.rotate), like, q.device
             )
         return weight
 
@@ -476,11 +489,14 @@ class QuantizedLinear(QuantizedModule):
         super().register_parameter(name, param)
 
     @classmethod
-    def _read_weight(cls, buffers: Mapping[str, Tensor | None], transposed: bool) -> Callable[[], Tensor]:
+    def _read_weight(
+        cls, buffers: Mapping[str, Tensor | None], transposed: bool, rotate: int | None
+    ) -> Callable[[], Tensor]:
         """What computes it. Of the buffers and not of the layer, which would then hold itself."""
 
         def read() -> Tensor:
             weight, smoothing = cls.dequantized(buffers), buffers.get("channel_scale")  # type: ignore[arg-type]
+            weight = weight if rotate is None else rotated(weight, rotate)  # back: the matrix is its own inverse
             weight = weight if smoothing is None else weight * smoothing
             return weight.t().contiguous() if transposed else weight
 
@@ -547,11 +563,13 @@ class QuantizedLinear(QuantizedModule):
             "bias": self.bias is not None,
             "dtype": str(self.anchor.dtype if self.bias is None else self.bias.dtype).removeprefix("torch."),
             **({} if self.activation is None else {"activation": self.activation}),
+            **({} if self.rotate is None else {"rotate": self.rotate}),
         }
 
     def extra_repr(self) -> str:
         activation = "" if self.activation is None else f", activation={self.activation}"
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}{activation}"
+        rotate = "" if self.rotate is None else f", rotate={self.rotate}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}{activation}{rotate}"
 
 
 def _as_autocast(x: Tensor | Quantized) -> Tensor | Quantized:

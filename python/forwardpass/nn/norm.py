@@ -53,7 +53,7 @@ class QuantizingNorm(nn.Module):
         self._reader = (holder, name)
         self._computes: tuple[str, float, float] = (kind, eps, offset)
 
-    def _quantization(self, x: Tensor) -> tuple[torch.dtype, bool, Tensor | None] | None:
+    def _quantization(self, x: Tensor) -> tuple[torch.dtype, bool, Tensor | None, int | None] | None:
         """How the one layer that reads it quantises rows; None where the result is to be floats."""
         if not gpu_takes(x.device) or torch.is_autocast_enabled(x.device.type):
             return None
@@ -68,11 +68,14 @@ class QuantizingNorm(nn.Module):
         how = self._quantization(x)
         if how is None:
             return self._norm[0](x)
-        (dtype, symmetric, channel_scale), (kind, eps, offset) = how, self._computes
+        (dtype, symmetric, channel_scale, rotate), (kind, eps, offset) = how, self._computes
         weight, bias = (self._parameters.get(name) for name in ("weight", "bias"))
         if weight is not None and offset:
             weight = weight.float() + offset  # type: ignore[assignment]
-        q, scale, zero_point = NORM_QUANTIZE(rows(x), weight, eps, dtype, kind, bias, symmetric, channel_scale)
+        rotated = () if rotate is None else (rotate,)
+        q, scale, zero_point = NORM_QUANTIZE(
+            rows(x), weight, eps, dtype, kind, bias, symmetric, channel_scale, *rotated
+        )
         return Quantized(q, scale, x.dtype, None if symmetric else zero_point)
 
     def extra_repr(self) -> str:

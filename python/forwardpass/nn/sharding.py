@@ -137,6 +137,9 @@ class Sharding:
         if blocks and (chunk % BLOCK or (self.packed > 1 and each % BLOCK)):
             return (f"parts of {chunk} are no multiple of {BLOCK}, for which its weight has one scale; use scales of rows, or "
                     "fewer processes")  # fmt: skip
+        if self.dim == INPUTS and layer.rotate is not None and chunk % layer.rotate:
+            return (f"parts of {chunk} inputs are no multiple of the {layer.rotate} that are rotated together; use fewer "
+                    "processes, or a smaller rotate")  # fmt: skip
         if self.dim == OUTPUTS and is_gated(layer.activation) and (size % (16 * ranks) or blocks):
             return "its rows are 8 of gate and 8 of up by turns; make gate and up multiples of 8 for each, with scales of rows"
         return None

@@ -68,6 +68,8 @@ PRECISIONS = [
     # W8A8, activations asymmetric and dynamic per token, weights symmetric per channel; with calibration batches also
     # smoothing, error-compensated rounding of the weights.
     Precision("int8", 1, Int8Linear, {"symmetric": False}, takes_calibration=True, experts="int8"),
+    # The same of weights and activations that a Hadamard matrix multiplies, up to 256 columns at a time: for outliers.
+    Precision("int8_rotated", 1, Int8Linear, {"symmetric": False, "rotate": 256}, experts="int8"),
     # e4m3 weights per channel, e4m3 activations dynamic per token.
     Precision("fp8", 1, Fp8Linear, {"scales": "row"}, experts="fp8"),
     # int8 weights per channel, activations as they are.

@@ -20,6 +20,7 @@ def activation_quantize(
     layout: str = "halves",
     symmetric: bool = True,
     channel_scale: Tensor | None = None,
+    rotate: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Activates x in fp32 and quantises the result [..., N] along its last dimension, as `quantize` does.
 
@@ -33,6 +34,9 @@ def activation_quantize(
             and so on (`interleave_gate_up`), N a multiple of 8. Without a gate it must be "halves".
         symmetric: False adds a zero point, which pays after GELU, SiLU and ReLU, whose values are one-sided; int8 only.
         channel_scale: float32 [N], multiplies the columns of the result before it is quantised.
+        rotate: 64, 128 or 256: so many columns at a time are multiplied by a Hadamard matrix, after channel_scale, which spreads
+            outliers over them; N is a multiple of it. A weight whose columns were rotated alike (`fp.ops.rotate`) gives the same
+            product. Kernels on GPUs round sums within it to tf32: their q may be a step off the reference's.
 
     Returns:
         q [..., N] of dtype, its rows padded to 16 bytes; scale, float32, [...], or [..., ceil(N / group_size)] with the
@@ -50,7 +54,8 @@ def activation_quantize(
         >>> q.shape, scale.shape
         (torch.Size([4, 256]), torch.Size([4]))
     """
-    return OPERATION(x, activation, dtype, group_size, layout, symmetric, channel_scale)
+    args = (x, activation, dtype, group_size, layout, symmetric, channel_scale)
+    return OPERATION(*args) if rotate is None else OPERATION(*args, rotate)
 
 
 def _columns(x: Tensor, activation: str) -> int:
@@ -65,6 +70,7 @@ def _check(
     layout: str,
     symmetric: bool,
     channel_scale: Tensor | None,
+    rotate: int | None = None,
 ) -> None:
     op = "activation_quantize"
     check_float_rows(op, "x", x)
@@ -77,7 +83,7 @@ def _check(
     if is_gated(activation) and x.shape[-1] % multiple:
         raise ValueError(f"{op}: {activation} in layout {layout!r} needs a last dimension that is a multiple of "
                          f"{multiple}, and x has shape {tuple(x.shape)}: pad gate and up alike")  # fmt: skip
-    check_quantized(op, x, _columns(x, activation), dtype, None, None, group_size, symmetric, channel_scale)
+    check_quantized(op, x, _columns(x, activation), dtype, None, None, group_size, symmetric, channel_scale, rotate)
 
 
 def _fake(
@@ -88,6 +94,7 @@ def _fake(
     layout: str,
     symmetric: bool,
     channel_scale: Tensor | None,
+    rotate: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return fake_quantized(x, (*x.shape[:-1], _columns(x, activation)), dtype, False, group_size, symmetric)
 

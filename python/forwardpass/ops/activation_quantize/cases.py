@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ...testing import AWKWARD_SHAPES, EMPTY_SHAPES, assert_close, assert_quantized_close, awkward, pairwise
+from ...testing import AWKWARD_SHAPES, EMPTY_SHAPES, assert_quantizes, awkward, pairwise
 from ..common.activations import GATED, LAYOUTS, PLAIN, activate, element_bound, is_gated, separate_gate_up
 from ..common.quantized_rows import E4M3
+from ..common.rotation import SIZES, group_of_blocks, whole_blocks
 from . import reference
 
 
@@ -29,6 +29,7 @@ class Case:
     symmetric: bool = True
     group_size: int | None = None
     channel_scale: bool = False
+    rotate: int | None = None
 
     def arguments(self, device: str = "cpu", seed: int = 0) -> tuple[Any, ...]:
         """In the schema's order."""
@@ -36,7 +37,7 @@ class Case:
         channel = (torch.rand(self.shape[-1], generator=g) + 0.25).to(device) if self.channel_scale else None
         wide = (*self.shape[:-1], self.shape[-1] * (2 if is_gated(self.activation) else 1))
         x = awkward(wide, self.x_dtype, seed, device)
-        return x, self.activation, self.dtype, self.group_size, self.layout, self.symmetric, channel
+        return x, self.activation, self.dtype, self.group_size, self.layout, self.symmetric, channel, self.rotate
 
     def bytes(self) -> int:
         """Read once, written once."""
@@ -52,39 +53,12 @@ def assert_matches(actual: tuple[Tensor, Tensor, Tensor], args: tuple[Any, ...])
     """actual is what a backend may return for args: a scale and a zero point within the activation's bound of the
     reference's, and by them each element the step of a value within that bound."""
     args = tuple(a.cpu() if isinstance(a, Tensor) else a for a in args)
-    x, activation, dtype, group_size, layout, symmetric, channel_scale = args
-    q, scale, zero_point = (t.cpu() for t in actual)
-    expected = reference.activation_quantize(*args)
+    x, activation, _, group_size, layout, _, channel_scale, rotate = args
     inputs = [t.double() for t in (separate_gate_up(x, -1, layout) if is_gated(activation) else (x,))]
     channel = 1.0 if channel_scale is None else channel_scale.double()
     values = activate(activation, *inputs) * channel
-    # the rule's own roundings: two products, the scale and its reciprocal, each 2^-24
-    bound = element_bound(activation, *inputs) * channel + 2.0**-22 * values.abs()
-
-    n = values.shape[-1]
-    group = group_size or n
-    groups = -(-n // group)
-    index = torch.arange(n) // group
-
-    def largest_of(t: Tensor) -> Tensor:
-        return F.pad(t, (0, groups * group - n)).unflatten(-1, (groups, group)).amax(-1)
-
-    largest = largest_of(bound)
-    steps = 448 if dtype is E4M3 else 127 if symmetric else 255
-    got_scale, expected_scale = (t if group_size else t.unsqueeze(-1) for t in (scale, expected[1]))
-    assert_close(got_scale, expected_scale, largest * (1 if symmetric else 2) / steps, "scale")
-    s = got_scale.double()
-    z = None
-    if not symmetric:
-        z = zero_point if group_size else zero_point.unsqueeze(-1)
-        unrounded = largest_of((-values).clamp(min=0)) / s - 128  # before it was rounded
-        assert_close(z.double(), unrounded, 0.5 + largest / s * 1.001, "zero_point")
-        z = z[..., index]
-    assert_quantized_close(q, values, bound, s[..., index], zero_point=z)
-    for name, g, e in zip(("q", "scale", "zero_point"), actual, expected):
-        is_, should_be = ((t.dtype, tuple(t.shape), t.stride()) for t in (g, e))
-        if is_ != should_be:
-            raise AssertionError(f"{name}: {is_}, expected {should_be}")
+    bound = element_bound(activation, *inputs) * channel
+    assert_quantizes(actual, reference.activation_quantize(*args), values, bound, group_size, rotate)
 
 
 def cases() -> Iterator[Case]:
@@ -96,13 +70,15 @@ def cases() -> Iterator[Case]:
         "quantization": ((torch.int8, True), (torch.int8, False), (E4M3, True)),
         "group_size": (None, 128, 50),
         "channel_scale": (False, True),
+        "rotate": (None, None, *SIZES),
     }
     for row in pairwise(factors):
         (activation, layout), (dtype, symmetric) = row["activation"], row["quantization"]
         *lead, n = row["shape"]
         n = -(-n // 8) * 8 if layout == "interleaved8" else n
+        shape, group = whole_blocks((*lead, n), row["rotate"]), group_of_blocks(row["group_size"], row["rotate"])
         yield Case(
-            (*lead, n), activation, layout, row["x_dtype"], dtype, symmetric, row["group_size"], row["channel_scale"]
+            shape, activation, layout, row["x_dtype"], dtype, symmetric, group, row["channel_scale"], row["rotate"]
         )
 
 

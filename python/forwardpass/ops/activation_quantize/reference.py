@@ -17,7 +17,8 @@ def activation_quantize(
     layout: str,
     symmetric: bool,
     channel_scale: Tensor | None,
+    rotate: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = separate_gate_up(x, -1, layout) if is_gated(activation) else (x,)
     values = activate(activation, *(t.double() for t in inputs)).float()
-    return quantize_values(values, dtype, None, None, group_size, symmetric, channel_scale)
+    return quantize_values(values, dtype, None, None, group_size, symmetric, channel_scale, rotate)

@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .rotation import check_rotate
+from .rotation import rotate as rotated
+
 #: A row whose range is below this is treated as if it had this range: its reciprocal stays finite, its values become 0.
 LEAST_RANGE = 2.0**-100
 E4M3 = torch.float8_e4m3fn
@@ -20,10 +23,12 @@ def quantize_values(
     group_size: int | None = None,
     symmetric: bool = True,
     channel_scale: Tensor | None = None,
+    rotate: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantises fp32 values [..., K]: the formula that every backend follows operation by operation, so that bits are equal.
 
-    Per segment (a row, or `group_size` columns of it), v times channel_scale first::
+    Per segment (a row, or `group_size` columns of it), v times channel_scale first, then rotated (tensor cores round sums to tf32
+    within it: with rotate the bits of kernels on GPUs differ)::
 
         symmetric   range = max|v|                          scale = range / steps    steps = 127 (int8), 448 (e4m3)
         asymmetric  range = max(v, 0) + max(-v, 0)          scale = range / 255
@@ -36,6 +41,8 @@ def quantize_values(
     k, e4m3 = v.shape[-1], dtype is E4M3
     if channel_scale is not None:
         v = v * channel_scale
+    if rotate is not None:
+        v = rotated(v, rotate)
     group = group_size or k
     groups = -(-k // group)
     g = F.pad(v, (0, groups * group - k)).unflatten(-1, (groups, group))
@@ -227,6 +234,7 @@ def check_quantized(
     group_size: int | None,
     symmetric: bool,
     channel_scale: Tensor | None,
+    rotate: int | None = None,
 ) -> None:
     """The quantisation options that every such op takes."""
     if dtype not in (torch.int8, E4M3):
@@ -244,3 +252,4 @@ def check_quantized(
     check_vector(op, "scale", scale, 1, torch.float32, x)
     check_vector(op, "zero_point", zero_point, 1, torch.int32, x)
     check_vector(op, "channel_scale", channel_scale, columns, torch.float32, x)
+    check_rotate(op, rotate, columns, group_size)

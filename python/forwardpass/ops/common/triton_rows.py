@@ -37,6 +37,7 @@ def allocate(
     group_size: int | None,
     symmetric: bool,
     channel_scale: Tensor | None,
+    rotate: int | None = None,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
     """What the op returns, and the kernel arguments that describe it (those of `quantize_segment`)."""
     q, s, z = result = fake_quantized(x, shape, dtype, scale is not None, group_size, symmetric)
@@ -53,6 +54,7 @@ def allocate(
         "group": group_size or shape[-1],
         "groups": groups,
         "CHANNEL_SCALE": channel_scale is not None,
+        "ROTATE": rotate or 0,
         "E4M3": dtype is E4M3,
         "SYMMETRIC": symmetric,
         "STATIC": scale is not None,
@@ -77,6 +79,33 @@ def to_int(v, low, high):
     v = tl.where(v > low, v, low)
     v = tl.where(v < high, v, high)
     return (v + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+
+
+@triton.jit
+def four_of(v, STEP: tl.constexpr):
+    """v [N] as a, b, c and d, [N / 4] each, which are STEP elements apart."""
+    N: tl.constexpr = v.shape[0]
+    even, odd = tl.split(tl.permute(tl.reshape(v, (N // (4 * STEP), 2, 2, STEP)), (0, 3, 1, 2)))
+    a, c = tl.split(even)
+    b, d = tl.split(odd)
+    return a, b, c, d
+
+
+@triton.jit
+def rotate_blocks(v, SIZE: tl.constexpr):
+    """Each SIZE elements of v times the Hadamard matrix of that size: the sums of rotation.rotate, in its order."""
+    N: tl.constexpr = v.shape[0]
+    STAGES: tl.constexpr = 3 if SIZE < 256 else 4
+    for stage in tl.static_range(STAGES):
+        STEP: tl.constexpr = 4**stage
+        a, b, c, d = four_of(v, STEP)
+        low, high = tl.join((a + b) + (c - d), (c + d) + (a - b)), tl.join((a + b) - (c - d), (c + d) - (a - b))
+        v = tl.reshape(tl.permute(tl.join(low, high), (0, 2, 3, 1)), (N,))
+    if SIZE == 128:
+        a, b = tl.split(tl.permute(tl.reshape(v, (N // 128, 2, 64)), (0, 2, 1)))
+        v = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), (N,))
+    NORM: tl.constexpr = 0.125 if SIZE == 64 else 0.0625 if SIZE == 256 else 0.08838834764831845
+    return v * NORM
 
 
 @triton.jit

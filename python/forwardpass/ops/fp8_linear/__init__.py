@@ -8,7 +8,7 @@ from torch import Tensor
 from ...dispatch import Operation
 from ..common.epilogue import check_epilogue, fake_linear
 from ..common.quantized_rows import E4M3, FLOATS, check_float_rows, check_quantized, copy_notes
-from ..fp8_gemm import check_fp8_weight, why_no_fp8
+from ..fp8_gemm import BLOCK, check_fp8_weight, why_no_fp8
 from . import reference
 
 
@@ -23,6 +23,7 @@ def fp8_linear(
     scale: Tensor | None = None,
     channel_scale: Tensor | None = None,
     residual: Tensor | None = None,
+    rotate: int | None = None,
 ) -> Tensor:
     """`quantize(x)` to e4m3, then `fp8_gemm` with `weight`, without what passes between them.
 
@@ -37,6 +38,7 @@ def fp8_linear(
         scale: float32, one element: static quantisation of x, not with block scales.
         channel_scale: float32 [K], multiplies x first, as in `quantize`.
         residual: as in `dequant_activation`: [..., N] (gated: N / 2) of out_dtype.
+        rotate: as in `quantize`; the columns of weight were rotated alike.
 
     Returns:
         [..., N] (gated: N / 2) of out_dtype, contiguous.
@@ -56,6 +58,8 @@ def fp8_linear(
     """
     dtype = x.dtype if out_dtype is None else out_dtype
     args = (x, weight, weight_scale, bias, activation, dtype, scale, channel_scale)
+    if rotate is not None:
+        return OPERATION(*args, residual, rotate)
     return OPERATION(*args) if residual is None else OPERATION(*args, residual)
 
 
@@ -69,6 +73,7 @@ def _check(
     scale: Tensor | None,
     channel_scale: Tensor | None,
     residual: Tensor | None = None,
+    rotate: int | None = None,
 ) -> None:
     op = "fp8_linear"
     check_float_rows(op, "x", x)
@@ -76,7 +81,8 @@ def _check(
     if blocks and scale is not None:
         raise ValueError(f"{op}: a static scale goes with weight_scale [1] or [N], and weight_scale is of blocks, "
                          f"{tuple(weight_scale.shape)}: drop scale")  # fmt: skip
-    check_quantized(op, x, x.shape[-1], E4M3, scale, None, None, True, channel_scale)
+    group_size = BLOCK if blocks else None
+    check_quantized(op, x, x.shape[-1], E4M3, scale, None, group_size, True, channel_scale, rotate)
     if out_dtype not in FLOATS:
         raise TypeError(
             f"{op}: out_dtype must be float32, float16 or bfloat16, not {out_dtype}: for 8 bits use fp8_gemm"
@@ -92,5 +98,6 @@ def _notes(x: Tensor, weight: Tensor, *options: object) -> list[str]:
 
 
 OPERATION = Operation(
-    fp8_linear, _check, reference.fp8_linear, fake_linear, ("cuda", "triton"), why_not_arch=why_no_fp8, notes=_notes
-)
+    fp8_linear, _check, reference.fp8_linear, fake_linear, ("cuda", "triton"),
+    why_not_arch=why_no_fp8, notes=_notes,
+)  # fmt: skip

@@ -18,10 +18,12 @@ def quantized_input(
     scale: Tensor | None,
     channel_scale: Tensor | None,
     quantize: Callable[..., tuple[Tensor, Tensor, Tensor]] = quantize,
+    rotate: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(a, a_scale) of the product, by this or by a backend's `quantize`: groups of 128 for a weight scaled by blocks, else
     rows, or the static scale."""
-    q, s, _ = quantize(x, E4M3, scale, None, BLOCK if weight_scale.dim() >= 2 else None, True, channel_scale)
+    args = (x, E4M3, scale, None, BLOCK if weight_scale.dim() >= 2 else None, True, channel_scale)
+    q, s, _ = quantize(*args) if rotate is None else quantize(*args, rotate)
     return q, s if scale is None else scale
 
 
@@ -35,6 +37,7 @@ def fp8_linear(
     scale: Tensor | None,
     channel_scale: Tensor | None,
     residual: Tensor | None = None,
+    rotate: int | None = None,
 ) -> Tensor:
-    a, a_scale = quantized_input(x, weight_scale, scale, channel_scale)
+    a, a_scale = quantized_input(x, weight_scale, scale, channel_scale, rotate=rotate)
     return fp8_gemm(a, weight, a_scale, weight_scale, bias, activation, out_dtype, None, residual)

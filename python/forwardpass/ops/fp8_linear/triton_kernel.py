@@ -20,8 +20,9 @@ def fp8_linear(
     scale: Tensor | None,
     channel_scale: Tensor | None,
     residual: Tensor | None = None,
+    rotate: int | None = None,
 ) -> Tensor:
-    a, a_scale = quantized_input(x, weight_scale, scale, channel_scale, quantize)
+    a, a_scale = quantized_input(x, weight_scale, scale, channel_scale, quantize, rotate)
     return fp8_gemm(a, weight, a_scale, weight_scale, bias, activation, out_dtype, None, residual)
 
 

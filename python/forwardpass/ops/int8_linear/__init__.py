@@ -27,6 +27,7 @@ def int8_linear(
     weight_sum: Tensor | None = None,
     packed: Tensor | None = None,
     residual: Tensor | None = None,
+    rotate: int | None = None,
 ) -> Tensor:
     """`quantize(x)` then `int8_gemm` with `weight`: the same bits as the two calls, without what passes between them.
 
@@ -44,6 +45,7 @@ def int8_linear(
         packed: `pack_int8_weight(weight)`, which the cpu backend then does not pack anew on each call; results are the same
             with it and without, also where the weight has changed since. Other backends read weight.
         residual: as in `dequant_activation`: [..., N] (gated: N / 2) of out_dtype.
+        rotate: as in `quantize`; the columns of weight were rotated alike.
 
     Returns:
         [..., N] (gated: N / 2) of out_dtype, contiguous.
@@ -76,6 +78,8 @@ def int8_linear(
         weight_sum,
         packed,
     )
+    if rotate is not None:
+        return OPERATION(*args, residual, rotate)
     return OPERATION(*args) if residual is None else OPERATION(*args, residual)
 
 
@@ -122,11 +126,12 @@ def _check(
     weight_sum: Tensor | None,
     packed: Tensor | None = None,
     residual: Tensor | None = None,
+    rotate: int | None = None,
 ) -> None:
     op = "int8_linear"
     check_float_rows(op, "x", x)
     check_int8_weight(op, "weight", weight, "x", x, not symmetric)
-    check_quantized(op, x, x.shape[-1], torch.int8, scale, zero_point, None, symmetric, channel_scale)
+    check_quantized(op, x, x.shape[-1], torch.int8, scale, zero_point, None, symmetric, channel_scale, rotate)
     if (weight_sum is not None) == symmetric:
         raise ValueError(
             f"{op}: weight_sum, weight.sum(1, dtype=torch.int32), goes with symmetric=False, and only with it"

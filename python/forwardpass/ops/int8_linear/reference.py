@@ -18,9 +18,11 @@ def quantized_input(
     symmetric: bool,
     channel_scale: Tensor | None,
     quantize: Callable[..., tuple[Tensor, Tensor, Tensor]] = quantize,
+    rotate: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(a, a_scale, a_zero_point) of the product, by this or by a backend's `quantize`."""
-    q, s, z = quantize(x, torch.int8, scale, zero_point, None, symmetric, channel_scale)
+    args = (x, torch.int8, scale, zero_point, None, symmetric, channel_scale)
+    q, s, z = quantize(*args) if rotate is None else quantize(*args, rotate)
     return q, s if scale is None else scale, None if symmetric else z if zero_point is None else zero_point
 
 
@@ -38,8 +40,9 @@ def int8_linear(
     weight_sum: Tensor | None,
     packed: Tensor | None = None,
     residual: Tensor | None = None,
+    rotate: int | None = None,
 ) -> Tensor:
-    a, a_scale, a_zero_point = quantized_input(x, scale, zero_point, symmetric, channel_scale)
+    a, a_scale, a_zero_point = quantized_input(x, scale, zero_point, symmetric, channel_scale, rotate=rotate)
     return int8_gemm(
         a, weight, a_scale, weight_scale, bias, activation, out_dtype, None, a_zero_point, weight_sum, residual
     )

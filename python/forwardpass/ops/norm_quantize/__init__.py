@@ -27,6 +27,7 @@ def norm_quantize(
     bias: Tensor | None = None,
     symmetric: bool = True,
     channel_scale: Tensor | None = None,
+    rotate: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalises x [..., K] along its last dimension and quantises each row; `q * scale` is the normalised row.
 
@@ -41,6 +42,9 @@ def norm_quantize(
         bias: [K] in x's dtype or float32, added last; with kind="layer" only.
         symmetric: False adds a zero point; int8 only.
         channel_scale: float32 [K], multiplies the normalised columns (the smoothing of SmoothQuant, arXiv 2211.10438).
+        rotate: 64, 128 or 256: so many columns at a time are multiplied by a Hadamard matrix, after channel_scale, which spreads
+            outliers over them; K is a multiple of it. A weight whose columns were rotated alike (`fp.ops.rotate`) gives the same
+            product. Kernels on GPUs round sums within it to tf32: their q may be a step off the reference's.
 
     Returns:
         q [..., K] of dtype, its rows padded to 16 bytes; scale, float32 [...]; zero_point, int32 [...], or empty when
@@ -59,7 +63,8 @@ def norm_quantize(
         >>> torch.allclose(q * scale[:, None], normed, atol=float(scale.max()))
         True
     """
-    return NORM_QUANTIZE(x, weight, eps, dtype, kind, bias, symmetric, channel_scale)
+    args = (x, weight, eps, dtype, kind, bias, symmetric, channel_scale)
+    return NORM_QUANTIZE(*args) if rotate is None else NORM_QUANTIZE(*args, rotate)
 
 
 def add_norm_quantize(
@@ -73,6 +78,7 @@ def add_norm_quantize(
     bias: Tensor | None = None,
     symmetric: bool = True,
     channel_scale: Tensor | None = None,
+    rotate: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """norm_quantize of x + residual, which it also returns: the step between two blocks of a transformer.
 
@@ -97,7 +103,8 @@ def add_norm_quantize(
         >>> q.shape, scale.shape, torch.equal(total, x + residual)
         (torch.Size([4, 256]), torch.Size([4]), True)
     """
-    return ADD_NORM_QUANTIZE(x, residual, weight, eps, dtype, kind, bias, symmetric, channel_scale)
+    args = (x, residual, weight, eps, dtype, kind, bias, symmetric, channel_scale)
+    return ADD_NORM_QUANTIZE(*args) if rotate is None else ADD_NORM_QUANTIZE(*args, rotate)
 
 
 def _check(
@@ -110,6 +117,7 @@ def _check(
     bias: Tensor | None,
     symmetric: bool,
     channel_scale: Tensor | None,
+    rotate: int | None = None,
 ) -> None:
     check_float_rows(op, "x", x)
     if kind not in KINDS:
@@ -122,7 +130,7 @@ def _check(
         raise ValueError(f"{op}: an RMS norm has no bias: drop bias, or pass kind='layer'")
     check_vector(op, "weight", weight, x.shape[-1], (x.dtype, torch.float32), x)
     check_vector(op, "bias", bias, x.shape[-1], (x.dtype, torch.float32), x)
-    check_quantized(op, x, x.shape[-1], dtype, None, None, None, symmetric, channel_scale)
+    check_quantized(op, x, x.shape[-1], dtype, None, None, None, symmetric, channel_scale, rotate)
 
 
 def _check_norm(
@@ -134,8 +142,9 @@ def _check_norm(
     bias: Tensor | None,
     symmetric: bool,
     channel_scale: Tensor | None,
+    rotate: int | None = None,
 ) -> None:
-    _check("norm_quantize", x, weight, eps, dtype, kind, bias, symmetric, channel_scale)
+    _check("norm_quantize", x, weight, eps, dtype, kind, bias, symmetric, channel_scale, rotate)
 
 
 def _check_add_norm(
@@ -148,9 +157,10 @@ def _check_add_norm(
     bias: Tensor | None,
     symmetric: bool,
     channel_scale: Tensor | None,
+    rotate: int | None = None,
 ) -> None:
     op = "add_norm_quantize"
-    _check(op, x, weight, eps, dtype, kind, bias, symmetric, channel_scale)
+    _check(op, x, weight, eps, dtype, kind, bias, symmetric, channel_scale, rotate)
     check_float_rows(op, "residual", residual)
     if residual.dtype != x.dtype or residual.shape != x.shape:
         raise ValueError(f"{op}: residual must have the dtype and shape of x, {x.dtype} {tuple(x.shape)}, "
@@ -168,6 +178,7 @@ def _fake_norm(
     bias: Tensor | None,
     symmetric: bool,
     channel_scale: Tensor | None,
+    rotate: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return fake_quantized(x, tuple(x.shape), dtype, False, None, symmetric)
 
@@ -182,6 +193,7 @@ def _fake_add_norm(
     bias: Tensor | None,
     symmetric: bool,
     channel_scale: Tensor | None,
+    rotate: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return *_fake_norm(x, weight, eps, dtype, kind, bias, symmetric, channel_scale), x.new_empty(x.shape)
 

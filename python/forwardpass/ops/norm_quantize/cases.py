@@ -21,6 +21,7 @@ from ...testing import (
     awkward,
     pairwise,
 )
+from ..common.rotation import SIZES, rotated_within, whole_blocks
 from . import reference
 
 
@@ -34,6 +35,7 @@ class Case:
     weight: torch.dtype | None = torch.float32
     bias: torch.dtype | None = None
     channel_scale: bool = False
+    rotate: int | None = None
     residual: bool = False
     eps: float = 1e-5
     constant_rows: bool = True  # rows whose variance is nothing but rounding errors, in implementations that keep those
@@ -60,7 +62,7 @@ class Case:
         sources = (x, awkward(self.shape, self.x_dtype, seed + 7, device)) if self.residual else (x,)
         channel = (torch.rand(self.shape[-1], generator=g) / 2 + 0.25).to(device) if self.channel_scale else None
         weight, bias = vector(self.weight, 1), vector(self.bias, 0)
-        return (*sources, weight, self.eps, self.dtype, self.kind, bias, self.symmetric, channel)
+        return (*sources, weight, self.eps, self.dtype, self.kind, bias, self.symmetric, channel, self.rotate)
 
     def bytes(self) -> int:
         """Read once, written once."""
@@ -111,10 +113,11 @@ def assert_matches(actual: tuple[Tensor, ...], args: tuple[Any, ...]) -> None:
     if residual_out:
         assert_equal(residual_out[0], expected[3], "residual_out")
         args = (expected[3], *args[2:])
-    x, weight, eps, dtype, kind, bias, symmetric, channel_scale = args
+    x, weight, eps, dtype, kind, bias, symmetric, channel_scale, rotate = args
     if x.numel() == 0:
         return
     values, bound = expected_values(x, weight, eps, kind, bias, channel_scale)
+    values, bound = rotated_within(values, bound, rotate)
     steps = 448 if dtype is torch.float8_e4m3fn else 127 if symmetric else 255
     worst = bound.amax(-1)  # of the range; that of an asymmetric one is the sum of two
     slack = 2.0**-22  # multiplying by the reciprocal, rounded, is not dividing by the scale
@@ -142,6 +145,7 @@ def cases() -> Iterator[Case]:
             ("layer", None, None),
         ),
         "channel_scale": (False, True),
+        "rotate": (None, None, *SIZES),
         "residual": (False, True),
         "eps": (1e-5, 1e-12),
     }
@@ -150,6 +154,7 @@ def cases() -> Iterator[Case]:
     for row in pairwise(factors):
         (dtype, symmetric), (kind, *vectors) = row.pop("quantization"), row.pop("norm")
         weight, bias = ({"x": row["x_dtype"], "float32": torch.float32}.get(v) for v in vectors)
+        row["shape"] = whole_blocks(row["shape"], row["rotate"])
         yield Case(**row, dtype=dtype, symmetric=symmetric, kind=kind, weight=weight, bias=bias)
 
 

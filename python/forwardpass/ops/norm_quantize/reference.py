@@ -33,9 +33,10 @@ def norm_quantize(
     bias: Tensor | None,
     symmetric: bool,
     channel_scale: Tensor | None,
+    rotate: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     v = normalize(x, weight, eps, kind, bias).float()
-    return quantize_values(v, dtype, symmetric=symmetric, channel_scale=channel_scale)
+    return quantize_values(v, dtype, symmetric=symmetric, channel_scale=channel_scale, rotate=rotate)
 
 
 def add_norm_quantize(
@@ -48,6 +49,7 @@ def add_norm_quantize(
     bias: Tensor | None,
     symmetric: bool,
     channel_scale: Tensor | None,
+    rotate: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     residual_out = (x + residual).contiguous()
-    return *norm_quantize(residual_out, weight, eps, dtype, kind, bias, symmetric, channel_scale), residual_out
+    return *norm_quantize(residual_out, weight, eps, dtype, kind, bias, symmetric, channel_scale, rotate), residual_out

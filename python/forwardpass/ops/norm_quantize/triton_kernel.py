@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..common import triton_rows
 from ..common.quantized_rows import matrix_shape
-from ..common.triton_rows import magnitudes, segment_scale, store_quantized
+from ..common.triton_rows import magnitudes, rotate_blocks, segment_scale, store_quantized
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def centered_squares(v, mean, start, columns, BLOCK: tl.constexpr):
 @triton.jit
 def normalize(
     v, mean, inverse, weight_ptr, bias_ptr, channel_ptr, start, columns, BLOCK: tl.constexpr, WEIGHT: tl.constexpr,
-    BIAS: tl.constexpr, CHANNEL_SCALE: tl.constexpr,
+    BIAS: tl.constexpr, CHANNEL_SCALE: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
     c = start + tl.arange(0, BLOCK)
     mask = c < columns
@@ -61,6 +61,8 @@ def normalize(
         y = y + tl.load(bias_ptr + c, mask=mask, other=0.0).to(tl.float32)
     if CHANNEL_SCALE:
         y = y * tl.load(channel_ptr + c, mask=mask, other=0.0)
+    if ROTATE:
+        y = rotate_blocks(y, ROTATE)
     return y
 
 
@@ -68,8 +70,8 @@ def normalize(
 def norm_quantize_kernel(
     x_ptr, x_stride, residual_ptr, residual_stride, residual_out_ptr, weight_ptr, bias_ptr, eps, q_ptr, q_stride,
     scale_ptr, zero_ptr, scale_stride, channel_ptr, columns, LAYER: tl.constexpr, RESIDUAL: tl.constexpr,
-    WEIGHT: tl.constexpr, BIAS: tl.constexpr, CHANNEL_SCALE: tl.constexpr, E4M3: tl.constexpr, SYMMETRIC: tl.constexpr,
-    BLOCK: tl.constexpr,
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr, CHANNEL_SCALE: tl.constexpr, ROTATE: tl.constexpr, E4M3: tl.constexpr,
+    SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_stride
@@ -98,14 +100,15 @@ def norm_quantize_kernel(
     inverse += total * 0.0  # squares that overflow show as NaN, not as values of 0
 
     first = normalize(
-        first, mean, inverse, weight_ptr, bias_ptr, channel_ptr, 0, columns, BLOCK, WEIGHT, BIAS, CHANNEL_SCALE
+        first, mean, inverse, weight_ptr, bias_ptr, channel_ptr, 0, columns, BLOCK, WEIGHT, BIAS, CHANNEL_SCALE, ROTATE
     )
     high, low = magnitudes(first)
     for start in range(BLOCK, columns, BLOCK):
         v = load_values(x_ptr, residual_ptr, out_ptr, pivot, start, columns, BLOCK, RESIDUAL, False)
         v = normalize(
-            v, mean, inverse, weight_ptr, bias_ptr, channel_ptr, start, columns, BLOCK, WEIGHT, BIAS, CHANNEL_SCALE
-        )
+            v, mean, inverse, weight_ptr, bias_ptr, channel_ptr, start, columns, BLOCK, WEIGHT, BIAS, CHANNEL_SCALE,
+            ROTATE,
+        )  # fmt: skip
         h, n = magnitudes(v)
         high, low = tl.maximum(high, h), tl.maximum(low, n)
     scale, zero_point = segment_scale(
@@ -116,8 +119,9 @@ def norm_quantize_kernel(
     for start in range(BLOCK, columns, BLOCK):
         v = load_values(x_ptr, residual_ptr, out_ptr, pivot, start, columns, BLOCK, RESIDUAL, False)
         v = normalize(
-            v, mean, inverse, weight_ptr, bias_ptr, channel_ptr, start, columns, BLOCK, WEIGHT, BIAS, CHANNEL_SCALE
-        )
+            v, mean, inverse, weight_ptr, bias_ptr, channel_ptr, start, columns, BLOCK, WEIGHT, BIAS, CHANNEL_SCALE,
+            ROTATE,
+        )  # fmt: skip
         store_quantized(v, q_ptr + start + c, start + c < columns, scale, zero_point, E4M3, SYMMETRIC)
 
 
@@ -131,9 +135,12 @@ def _run(
     bias: Tensor | None,
     symmetric: bool,
     channel_scale: Tensor | None,
+    rotate: int | None,
     residual_out: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    result, arguments = triton_rows.allocate(x, tuple(x.shape), dtype, None, None, None, symmetric, channel_scale)
+    result, arguments = triton_rows.allocate(
+        x, tuple(x.shape), dtype, None, None, None, symmetric, channel_scale, rotate
+    )
     for name in ("group", "groups", "STATIC"):  # a row is one segment, and its scale dynamic
         del arguments[name]
     rows, columns, stride = matrix_shape(x)
@@ -171,8 +178,9 @@ def norm_quantize(
     bias: Tensor | None,
     symmetric: bool,
     channel_scale: Tensor | None,
+    rotate: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _run(x, None, weight, eps, dtype, kind, bias, symmetric, channel_scale, None)
+    return _run(x, None, weight, eps, dtype, kind, bias, symmetric, channel_scale, rotate, None)
 
 
 def add_norm_quantize(
@@ -185,9 +193,12 @@ def add_norm_quantize(
     bias: Tensor | None,
     symmetric: bool,
     channel_scale: Tensor | None,
+    rotate: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     residual_out = x.new_empty(x.shape)
-    return *_run(x, residual, weight, eps, dtype, kind, bias, symmetric, channel_scale, residual_out), residual_out
+    return *_run(
+        x, residual, weight, eps, dtype, kind, bias, symmetric, channel_scale, rotate, residual_out
+    ), residual_out
 
 
 torch.library.impl("forwardpass::norm_quantize_triton", ("cuda", "cpu"))(norm_quantize)

@@ -104,7 +104,7 @@ def permute_quantize_kernel(
     if row >= 0:
         quantize_segment(
             x_ptr + choice // choices * x_stride + begin, channel_ptr + begin, q_ptr + row * q_stride + begin, length, row,
-            group_index, scale_ptr, scale_ptr, scale_stride, CHANNEL_SCALE, E4M3, True, False, BLOCK,
+            group_index, scale_ptr, scale_ptr, scale_stride, CHANNEL_SCALE, 0, E4M3, True, False, BLOCK,
         )  # fmt: skip
     if choice >= tl.load(offs_ptr + experts - 1):  # a row that no choice has
         for start in range(0, length, BLOCK):

@@ -19,6 +19,7 @@ def quantize(
     group_size: int | None = None,
     symmetric: bool = True,
     channel_scale: Tensor | None = None,
+    rotate: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantises x [..., K] along its last dimension; `q * scale` (or `(q - zero_point) * scale`) gives it back.
 
@@ -30,6 +31,9 @@ def quantize(
         group_size: columns that share a dynamic scale; None: the whole row.
         symmetric: False adds a zero point, which pays where values are one-sided (after GELU or ReLU); int8 only.
         channel_scale: float32 [K], multiplies the columns of x first (the smoothing of SmoothQuant, arXiv 2211.10438).
+        rotate: 64, 128 or 256: so many columns at a time are multiplied by a Hadamard matrix, after channel_scale, which spreads
+            outliers over them; K is a multiple of it. A weight whose columns were rotated alike (`fp.ops.rotate`) gives the same
+            product. Kernels on GPUs round sums within it to tf32: their q may be a step off the reference's.
 
     Returns:
         q [..., K] of dtype, its rows padded to 16 bytes; scale, float32, [...], or [..., ceil(K / group_size)] with the rows
@@ -49,7 +53,8 @@ def quantize(
         >>> torch.allclose(q * scale[:, None], x, atol=float(scale.max()))
         True
     """
-    q, s, z = OPERATION(x, dtype, scale, zero_point, group_size, symmetric, channel_scale)
+    args = (x, dtype, scale, zero_point, group_size, symmetric, channel_scale)
+    q, s, z = OPERATION(*args) if rotate is None else OPERATION(*args, rotate)
     return q, s if scale is None else scale, z if zero_point is None else zero_point
 
 
@@ -61,9 +66,10 @@ def _check(
     group_size: int | None,
     symmetric: bool,
     channel_scale: Tensor | None,
+    rotate: int | None = None,
 ) -> None:
     check_float_rows("quantize", "x", x)
-    check_quantized("quantize", x, x.shape[-1], dtype, scale, zero_point, group_size, symmetric, channel_scale)
+    check_quantized("quantize", x, x.shape[-1], dtype, scale, zero_point, group_size, symmetric, channel_scale, rotate)
 
 
 def _fake(
@@ -74,6 +80,7 @@ def _fake(
     group_size: int | None,
     symmetric: bool,
     channel_scale: Tensor | None,
+    rotate: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return fake_quantized(x, tuple(x.shape), dtype, scale is not None, group_size, symmetric)
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...testing import AWKWARD_SHAPES, EMPTY_SHAPES, assert_equal, awkward, pairwise
+from ...testing import AWKWARD_SHAPES, EMPTY_SHAPES, assert_equal, assert_quantizes, awkward, pairwise
+from ..common.rotation import SIZES, group_of_blocks, whole_blocks
 from . import reference
 
 
@@ -22,6 +23,7 @@ class Case:
     group_size: int | None = None
     static: bool = False
     channel_scale: bool = False
+    rotate: int | None = None
 
     def arguments(self, device: str = "cpu", seed: int = 0) -> tuple[Any, ...]:
         """In the schema's order."""
@@ -32,7 +34,7 @@ class Case:
         )
         channel = (torch.rand(self.shape[-1], generator=g) + 0.25).to(device) if self.channel_scale else None
         x = awkward(self.shape, self.x_dtype, seed, device)
-        return x, self.dtype, scale, zero_point, self.group_size, self.symmetric, channel
+        return x, self.dtype, scale, zero_point, self.group_size, self.symmetric, channel, self.rotate
 
     def bytes(self) -> int:
         """Read once, written once."""
@@ -44,9 +46,14 @@ class Case:
 
 
 def assert_matches(actual: tuple[Tensor, Tensor, Tensor], args: tuple[Any, ...]) -> None:
-    """actual is what every backend returns for args: the reference's bits."""
+    """actual is what every backend returns for args: the reference's bits; of rotated values what is within their bound."""
     args = tuple(a.cpu() if isinstance(a, Tensor) else a for a in args)
     expected = reference.quantize(*args)
+    x, _, scale, zero_point, group_size, _, channel_scale, rotate = args
+    if rotate is not None:
+        values = x.double() if channel_scale is None else x.double() * channel_scale
+        assert_quantizes(actual, expected, values, torch.zeros_like(values), group_size, rotate, scale, zero_point)
+        return
     for name, g, e in zip(("q", "scale", "zero_point"), actual, expected):
         assert_equal(g, e, name)
 
@@ -59,10 +66,13 @@ def cases() -> Iterator[Case]:
         "quantization": ((torch.int8, True), (torch.int8, False), (torch.float8_e4m3fn, True)),
         "scaling": ((False, None), (False, 128), (False, 50), (True, None)),
         "channel_scale": (False, True),
+        "rotate": (None, None, *SIZES),
     }
     for row in pairwise(factors):
         (dtype, symmetric), (static, group) = row["quantization"], row["scaling"]
-        yield Case(row["shape"], row["x_dtype"], dtype, symmetric, group, static, row["channel_scale"])
+        rotate = row["rotate"]
+        shape, group = whole_blocks(row["shape"], rotate), group_of_blocks(group, rotate)
+        yield Case(shape, row["x_dtype"], dtype, symmetric, group, static, row["channel_scale"], rotate)
 
 
 #: what layers really quantise: tokens x hidden size of MiniLM (8 x 128), BERT-large, Llama-8B, Llama-70B's MLP

@@ -16,5 +16,6 @@ def quantize(
     group_size: int | None,
     symmetric: bool,
     channel_scale: Tensor | None,
+    rotate: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return quantize_values(x.float(), dtype, scale, zero_point, group_size, symmetric, channel_scale)
+    return quantize_values(x.float(), dtype, scale, zero_point, group_size, symmetric, channel_scale, rotate)
