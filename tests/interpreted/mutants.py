@@ -23,6 +23,7 @@ import torch
 
 import forwardpass as fp
 from forwardpass.ops.common.activations import GATED
+from forwardpass.ops.common.rotation import whole_blocks
 from forwardpass.ops.int8_gemm import cases as int8_gemm
 from forwardpass.testing import apart, poisoned_outputs
 from gpuless import Module
@@ -60,30 +61,36 @@ OPERATIONS = {
     "norm_quantize": {"x_dtype": torch.float16},
     "activation_quantize": {"x_dtype": torch.float32},
     "dequant_activation": {"acc_dtype": torch.int32},
+    "quantize_rotated": {"x_dtype": torch.float32},
 }
+#: of these alone; the rest of the kernel is that of another subject
+FILES = {"quantize_rotated": ("csrc/device/rotate.cuh",)}
 WITNESSES = ("int8_matmul", "fp8_matmul", "fp8_descriptor_matmul", "bf16_matmul", "fp16_attention", "softmax", "layer_norm",
              "sum_by_the_last", "split_k_matmul", "histogram")  # fmt: skip
 
 
 def operation_launches(name, arch):
-    module = importlib.import_module(f"forwardpass.ops.{name}.cases")
+    op, rotated = name.removesuffix("_rotated"), name.endswith("_rotated")
+    module = importlib.import_module(f"forwardpass.ops.{op}.cases")
     # each case in the one instance; bf16 weights belong to bf16 rows
     cases = [dataclasses.replace(c, **OPERATIONS[name]) for c in module.cases() if math.prod(c.shape)]
+    cases = [c for c in cases if (getattr(c, "rotate", None) is not None) == rotated]
     if name == "norm_quantize":
         cases = [c for c in cases if torch.bfloat16 not in (c.weight, c.bias)]
     torch.use_deterministic_algorithms(True)
     with recording() as launches, poisoned_outputs(), fp.interpret(arch, approximate=False), fp.use_backend("cuda"):
         for case in cases:
             args = case.arguments()
-            module.assert_matches(fp.dispatch.operations[getattr(case, "op", name)](*args), args)
+            module.assert_matches(fp.dispatch.operations[getattr(case, "op", op)](*args), args)
         longer = [(rows, columns + IN_REGISTERS) for rows, columns in SHAPES]
         shapes = SHAPES if name == "dequant_activation" else (*SHAPES, *WARPS, *longer)
         for case, shape, aligned in itertools.product(options(cases), shapes, (True, False)):
             whole = shape[0], -(-shape[1] // 16) * 16 if needs_whole(case) else shape[1]
+            whole = whole_blocks(whole, getattr(case, "rotate", None))
             args = dataclasses.replace(case, shape=whole).arguments()
             args = [place(t, aligned) if isinstance(t, torch.Tensor) else t for t in args]
-            fp.dispatch.operations[getattr(case, "op", name)](*args)
-            if shape in longer:
+            fp.dispatch.operations[getattr(case, "op", op)](*args)
+            if shape in longer and not rotated:
                 narrow(launches[-1])
         if name == "dequant_activation":  # also adds up what the parts of a product leave
             scaled = [case for case in options(cases) if case.epilogue.a_scale and case.epilogue.b_scale]
@@ -175,9 +182,9 @@ class Subject:
         kernel = self.launches[0].kernel
         self.text = mutant_edits.only(self.launches[0].ptx, kernel)
         self.mutants = mutant_edits.mutants(self.text, name, arch)
+        files = INSTANCES[name].files if name in INSTANCES else FILES.get(name)
+        self.mutants = [m for m in self.mutants if not files or m.file in files]
         if name in INSTANCES:
-            files = INSTANCES[name].files
-            self.mutants = [m for m in self.mutants if not files or m.file in files]
             self.mutants = [m for m in self.mutants if m.file not in mutant_gemms.EPILOGUE or not m.arithmetic]
         module = Module(self.text)
         lines = {m.line - 1 for m in self.mutants}
