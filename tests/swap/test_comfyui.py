@@ -36,11 +36,18 @@ def dit():
 X = torch.randn(2, 9, 128, generator=torch.Generator().manual_seed(1))
 SCALE = torch.ones(8)
 LAYERS = ("qkv", "proj", "mlp.0", "mlp.2")
+H4 = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]) / 2
 E4M3_FORMAT, INT8_FORMAT = {"format": "float8_e4m3fn"}, {"format": "int8_tensorwise"}
 
 
 def parts(weight, name):
     """(tensors of a layer, what its weight is, what the file says of it)"""
+    if name == "int8 rotated":  # by ConvRot's recipe: a product with the Kronecker power of H4, in fp32
+        h = torch.kron(torch.kron(H4, H4), H4)
+        q, s = quantize_weight((weight.unflatten(1, (-1, 64)) @ h.T).flatten(1))
+        unrotated = ((q.double() * s[:, None]).unflatten(1, (-1, 64)) @ h.double()).flatten(1)
+        about = INT8_FORMAT | {"convrot": True, "convrot_groupsize": 64, "per_row": True}
+        return {"weight": q.contiguous(), "weight_scale": s[:, None]}, unrotated, about
     if name.startswith("int8"):
         q, s = quantize_weight(weight)
         tensors = {"weight": q.contiguous(), "weight_scale": s[:, None]}
@@ -62,6 +69,7 @@ def parts(weight, name):
 KINDS = {
     "int8": ("Int8Linear", "Int8Linear"),
     "int8 beside": ("Int8Linear", "Int8Linear"),
+    "int8 rotated": ("Int8Linear", "Int8Linear"),
     "fp8": ("W8A16Linear", "Fp8Linear"),
     "fp8 weights": ("W8A16Linear", "W8A16Linear"),
     "older": ("W8A16Linear", "Fp8Linear"),
@@ -105,15 +113,17 @@ def test_formats(name, prefix, tmp_path):
         for loaded, cls in zip((model, on_gpu), KINDS[name]):
             found = loaded.get_submodule(layer)
             assert type(found).__name__ == cls
-            torch.testing.assert_close(found._dequantized_weight(), w, rtol=1e-6, atol=0)
+            torch.testing.assert_close(found.weight.double(), w, rtol=1e-6, atol=1e-7 if found.rotate else 0)
     y, expected = model(X), floats(X)
     assert (y - expected).norm() < (0.02 if name.startswith("int8") else 1e-5) * expected.norm()
     fp.save_pretrained(model, tmp_path / "ours")
     assert torch.equal(fp.load_pretrained(tmp_path / "ours", model=dit())(X), y)
 
 
+CONVROT = {"convrot": True}
 BROKEN = {
-    "rotated": (lambda t, h: h.update(_quantization_metadata=described(convrot=True)), "was rotated"),
+    "rotated by 16": (lambda t, h: h.update(_quantization_metadata=described(**CONVROT, convrot_groupsize=16)), "groups of 16"),
+    "rotated by 256": (lambda t, h: h.update(_quantization_metadata=described(**CONVROT)), "128 inputs are no multiple"),
     "other format": (lambda t, h: h.update(_quantization_metadata=described(format="nvfp4")), "of the format 'nvfp4'"),
     "other dtype": (lambda t, h: h.update(_quantization_metadata=described(format="float8_e4m3fn")), "is torch.int8, and"),
     "no format": (lambda t, h: h.clear(), "does not say what its int8 weight is"),

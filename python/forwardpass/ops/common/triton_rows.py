@@ -82,30 +82,28 @@ def to_int(v, low, high):
 
 
 @triton.jit
-def four_of(v, STEP: tl.constexpr):
-    """v [N] as a, b, c and d, [N / 4] each, which are STEP elements apart."""
+def rotate_fours(v, STEP: tl.constexpr):
+    """v [N], each four elements that are STEP apart times a regular Hadamard matrix."""
     N: tl.constexpr = v.shape[0]
     even, odd = tl.split(tl.permute(tl.reshape(v, (N // (4 * STEP), 2, 2, STEP)), (0, 3, 1, 2)))
     a, c = tl.split(even)
     b, d = tl.split(odd)
-    return a, b, c, d
+    first, second = tl.join((a + b) + (c - d), (c + d) + (a - b)), tl.join((a + b) - (c - d), (c + d) - (a - b))
+    return tl.reshape(tl.permute(tl.join(first, second), (0, 2, 3, 1)), (N,))
 
 
 @triton.jit
 def rotate_blocks(v, SIZE: tl.constexpr):
     """Each SIZE elements of v times the Hadamard matrix of that size: the sums of rotation.rotate, in its order."""
     N: tl.constexpr = v.shape[0]
-    STAGES: tl.constexpr = 3 if SIZE < 256 else 4
-    for stage in tl.static_range(STAGES):
-        STEP: tl.constexpr = 4**stage
-        a, b, c, d = four_of(v, STEP)
-        low, high = tl.join((a + b) + (c - d), (c + d) + (a - b)), tl.join((a + b) - (c - d), (c + d) - (a - b))
-        v = tl.reshape(tl.permute(tl.join(low, high), (0, 2, 3, 1)), (N,))
+    v = rotate_fours(rotate_fours(rotate_fours(v, 1), 4), 16)
+    if SIZE == 256:
+        v = rotate_fours(v, 64)
     if SIZE == 128:
         a, b = tl.split(tl.permute(tl.reshape(v, (N // 128, 2, 64)), (0, 2, 1)))
         v = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), (N,))
-    NORM: tl.constexpr = 0.125 if SIZE == 64 else 0.0625 if SIZE == 256 else 0.08838834764831845
-    return v * NORM
+    norm = 0.125 if SIZE == 64 else 0.0625 if SIZE == 256 else 0.08838834764831845
+    return v * norm
 
 
 @triton.jit
