@@ -3,6 +3,8 @@
 // registers of the threads that share it, reduced to its range, and stored as int8 or e4m3. For bf16 to int8 an H100
 // can issue 26 instructions per element while its 3 bytes move; the aligned path takes 13, and another 13 are what a
 // thread does once for its 32 elements (counted in the SASS for sm_90).
+#include <type_traits>
+
 #include "device/ptx_sm80.cuh"
 #include "device/rotate.cuh"
 #include "device/vec.cuh"
@@ -162,18 +164,49 @@ struct NoRotation {
   __device__ explicit NoRotation(int) {}
 };
 
-// Multiplies eight values from `column` of the segment on by channel_scale.
-struct ChannelScale {
-  const float* scale;
+// A segment's values times channel_scale and, if kRotates, rotated.
+template <bool kRotates, class Values>
+struct ScaledValues {
+  Values& values;
+  const float* channel_scale;  // [length], or null
   bool aligned;
-  __device__ ChannelScale(const QuantizedRows& out, const Segment& s, bool whole_vectors)
-      : scale(out.channel_scale ? out.channel_scale + s.begin : nullptr),
-        aligned(whole_vectors && reinterpret_cast<uintptr_t>(out.channel_scale) % 16 == 0) {}
-  __device__ void apply(int column, int n, float (&v)[kVec]) const {
-    float f[kVec];
-    load_floats(f, scale + column, n, aligned);
+  std::conditional_t<kRotates, Rotation, NoRotation> rotate;
+  bool done = false;  // what the registers have; without a rotation they keep the values as they were
+
+  __device__ ScaledValues(Values& v, const Segment& s, const QuantizedRows& out, bool whole_vectors)
+      : values(v),
+        channel_scale(out.channel_scale ? out.channel_scale + s.begin : nullptr),
+        aligned(whole_vectors && reinterpret_cast<uintptr_t>(out.channel_scale) % 16 == 0),
+        rotate(static_cast<int>(out.rotation)) {}
+
+  __device__ void scale(int column, int n, float (&v)[kVec]) const {
+    float factors[kVec];
+    load_floats(factors, channel_scale + column, n, aligned);
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) v[i] = __fmul_rn(v[i], f[i]);
+    for (int i = 0; i < kVec; ++i) v[i] = __fmul_rn(v[i], factors[i]);
+  }
+
+  // f(column, n, const float (&)[8])
+  template <class F>
+  __device__ void for_each(F f) {
+    if constexpr (kRotates) {
+      values.for_each_of_warp([&](int column, int n, float (&v)[kVec]) {
+        if (!done && channel_scale && n > 0) scale(column, n, v);
+        __syncwarp();
+        if (!done) rotate(v);
+        if (n > 0) f(column, n, v);
+      });
+      done = values.resident();
+    } else {
+      values.for_each([&](int column, int n, float (&v)[kVec]) {
+        if (!channel_scale) return f(column, n, v);
+        float scaled[kVec];
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) scaled[i] = v[i];
+        scale(column, n, scaled);
+        f(column, n, scaled);
+      });
+    }
   }
 };
 
@@ -184,29 +217,7 @@ __device__ void quantize_segment(Values& values, const Segment& s, const Quantiz
   __shared__ float slots[2][32];  // of the two reductions
   const bool e4m3 = out.dtype == Dtype::e4m3;
   const bool whole_vectors = out.group % kVec == 0 || out.group == out.columns;  // a group begins where a vector may
-  const ChannelScale channel_scale(out, s, whole_vectors);
-  std::conditional_t<kRotates, Rotation, NoRotation> rotation(static_cast<int>(out.rotation));
-  bool rotated = false;                       // what the registers have
-  const auto for_each_scaled = [&](auto f) {  // f(column, n, const float (&)[8])
-    if constexpr (kRotates) {
-      values.for_each_of_warp([&](int column, int n, float (&v)[kVec]) {
-        if (!rotated && channel_scale.scale && n > 0) channel_scale.apply(column, n, v);
-        __syncwarp();
-        if (!rotated) rotation(v);
-        if (n > 0) f(column, n, v);
-      });
-      rotated = values.resident();
-    } else {
-      values.for_each([&](int column, int n, float (&v)[kVec]) {
-        if (!channel_scale.scale) return f(column, n, v);
-        float scaled[kVec];
-#pragma unroll
-        for (int i = 0; i < kVec; ++i) scaled[i] = v[i];
-        channel_scale.apply(column, n, scaled);
-        f(column, n, scaled);
-      });
-    }
-  };
+  ScaledValues<kRotates, Values> scaled(values, s, out, whole_vectors);
 
   float inverse;
   int zero_point = 0;
@@ -215,7 +226,7 @@ __device__ void quantize_segment(Values& values, const Segment& s, const Quantiz
     if (out.static_zero_point) zero_point = *out.static_zero_point;
   } else {
     float high = 0, low = 0;  // a NaN becomes both, and then the scale
-    for_each_scaled([&](int, int, const float (&v)[kVec]) {
+    scaled.for_each([&](int, int, const float (&v)[kVec]) {
 #pragma unroll
       for (int i = 0; i < kVec; ++i) {
         high = ptx::max_nan(high, v[i]);
@@ -237,7 +248,7 @@ __device__ void quantize_segment(Values& values, const Segment& s, const Quantiz
 
   auto q = static_cast<uint8_t*>(out.q) + s.row * out.q_stride + s.begin;  // its rows are ours: 16-byte aligned
   const float low = (out.symmetric ? -127 : -128) - zero_point, high = 127 - zero_point;
-  for_each_scaled([&](int column, int n, const float (&v)[kVec]) {
+  scaled.for_each([&](int column, int n, const float (&v)[kVec]) {
     Vec<uint8_t> packed;
     if (e4m3) {
       packed = to_e4m3_vector(v, inverse);

@@ -8,6 +8,7 @@
 // tf32 and not fp16: values have any magnitude (a gated activation's exceed 65504), and what comes as fp16 or bf16 is
 // exact. Sums are rounded to 11 bits between the products, an error of at most 2^-11 of a value's share, where int8 has
 // steps of 2^-7 of the largest.
+#include "device/fragments.cuh"
 #include "device/vec.cuh"
 
 namespace forwardpass {
@@ -21,10 +22,9 @@ class Rotation {
  public:
   // H of 64, 128 or 256 columns; of 64 and 128 a warp has several.
   __device__ explicit Rotation(int columns) : root_(columns == 128 ? 1.41421356f : 1) {
-    const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {  // registers of a: rows lane / 4 and eight more, columns lane % 4 and four more
-      const int row = lane / 4 + i % 2 * 8, column = lane % 4 + i / 2 % 2 * 4 + i / 4 * 8;
+    for (int i = 0; i < 8; ++i) {  // the registers of mma's first operand: two rows, and two columns of each eight
+      const int row = group_id() + i % 2 * 8, column = thread_in_group() + i / 2 % 2 * 4 + i / 4 * 8;
       // of A, rows: bits 0, 6, 7, 1 of the columns' index; columns: bits 6, 7, 0, 1
       const bool low = bit(row, 0) != bit(column, 2) && bit(row, 3) != bit(column, 3);
       bool high = bit(row, 1) != bit(column, 0) && bit(row, 2) != bit(column, 1), zero = false;

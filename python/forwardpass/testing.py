@@ -9,12 +9,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import Operation
-from .ops.common.quantized_rows import E4M3
-from .ops.common.rotation import rotated_within
 
 #: [..., K] shapes that break kernels: single elements, single columns, non-multiples of every vector, block and tile.
 AWKWARD_SHAPES = ((1,), (1, 1), (239, 1), (799, 3), (113, 203), (2, 5, 130), (3, 1999), (3, 4097), (2, 16391))
@@ -205,50 +202,6 @@ def assert_close(actual: Tensor, expected: Tensor, bound: Tensor, label: str = "
     overflow = g.isinf() & (g.sign() == e.sign()) & (e.abs() + b >= largest)
     ok = ((g - e).abs() <= b) | (g == e) | ((g != g) & (e != e)) | overflow
     _report(label, g, e, ~ok)
-
-
-def assert_quantizes(
-    actual: tuple[Tensor, Tensor, Tensor],
-    expected: tuple[Tensor, Tensor, Tensor],
-    values: Tensor,
-    bound: Tensor,
-    group_size: int | None,
-    rotate: int | None,
-    static_scale: Tensor | None = None,
-    static_zero_point: Tensor | None = None,
-) -> None:
-    """actual (q, scale, zero_point) quantises `values` (fp64, not yet rotated), each known to `bound`: the scale and the zero point
-    are within their bound of what they should be, and by them each q is the step of a value within it. Shapes, dtypes and strides
-    are those of `expected`, the reference's."""
-    q, scale, zero_point = (t.cpu() for t in actual)
-    symmetric = zero_point.numel() == 0 and static_zero_point is None
-    values, bound = rotated_within(values, bound, rotate)
-    bound = bound + 2.0**-22 * values.abs()  # the rule's own roundings: two products, the scale and its reciprocal
-    n = values.shape[-1]
-    group = group_size or n
-    groups, index = -(-n // group), torch.arange(n) // group
-
-    def largest_of(t: Tensor) -> Tensor:
-        return F.pad(t, (0, groups * group - n)).unflatten(-1, (groups, group)).amax(-1)
-
-    s, z = static_scale, static_zero_point
-    if s is None:
-        largest = largest_of(bound)
-        steps = 448 if q.dtype is E4M3 else 127 if symmetric else 255
-        got_scale, expected_scale = (t if group_size else t.unsqueeze(-1) for t in (scale, expected[1]))
-        assert_close(got_scale, expected_scale, largest * (1 if symmetric else 2) / steps, "scale")
-        s = got_scale.double()
-        if not symmetric:
-            z = zero_point if group_size else zero_point.unsqueeze(-1)
-            unrounded = largest_of((-values).clamp(min=0)) / s - 128  # before it was rounded
-            assert_close(z.double(), unrounded, 0.5 + largest / s * 1.001, "zero_point")
-            z = z[..., index]
-        s = s[..., index]
-    assert_quantized_close(q, values, bound, s, zero_point=z)
-    for name, g, e in zip(("q", "scale", "zero_point"), actual, expected):
-        is_, should_be = ((t.dtype, tuple(t.shape), t.stride()) for t in (g, e))
-        if is_ != should_be:
-            raise AssertionError(f"{name}: {is_}, expected {should_be}")
 
 
 def assert_quantized_close(

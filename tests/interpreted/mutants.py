@@ -23,7 +23,7 @@ import torch
 
 import forwardpass as fp
 from forwardpass.ops.common.activations import GATED
-from forwardpass.ops.common.rotation import whole_blocks
+from forwardpass.ops.common.rotated_cases import whole_blocks
 from forwardpass.ops.int8_gemm import cases as int8_gemm
 from forwardpass.testing import apart, poisoned_outputs
 from gpuless import Module

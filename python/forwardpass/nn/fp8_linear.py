@@ -153,7 +153,7 @@ class Fp8Linear(QuantizedLinear):
             x.dtype,
             b["input_scale"],
             b["channel_scale"],
-            *self._rotated(None),
+            *(() if self.rotate is None else (None, self.rotate)),
         )
 
     def row_quantization(self) -> tuple[torch.dtype, bool, Tensor | None, int | None] | None:

@@ -166,7 +166,7 @@ class Int8Linear(QuantizedLinear):
             packed = self._pack()
         return OPERATION(
             rows(x), b["qweight"], b["weight_scale"], b["bias"], self.activation, x.dtype, b["input_scale"], b["input_zero_point"],
-            self.symmetric, b["channel_scale"], b["weight_sum"], packed[1], *self._rotated(None),
+            self.symmetric, b["channel_scale"], b["weight_sum"], packed[1], *(() if self.rotate is None else (None, self.rotate)),
         )  # fmt: skip
 
     def row_quantization(self) -> tuple[torch.dtype, bool, Tensor | None, int | None] | None:

@@ -440,10 +440,6 @@ class QuantizedLinear(QuantizedModule):
         between two neighbours it may be the other one."""
         raise NotImplementedError
 
-    def _rotated(self, *before: Any) -> tuple[Any, ...]:
-        """The last arguments of a call: none where nothing is rotated, which is what most calls have. before: that go before it."""
-        return () if self.rotate is None else (*before, self.rotate)
-
     def divisor(self) -> Tensor:
         """What a static layer's inputs are divided by to be quantised, channel_scale included: [1] or [K]."""
         b, (scale, channel, divided) = self._buffers, self._divided

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...testing import AWKWARD_SHAPES, EMPTY_SHAPES, assert_quantizes, awkward, pairwise
+from ...testing import AWKWARD_SHAPES, EMPTY_SHAPES, awkward, pairwise
 from ..common.activations import GATED, LAYOUTS, PLAIN, activate, element_bound, is_gated, separate_gate_up
 from ..common.quantized_rows import E4M3
-from ..common.rotation import SIZES, group_of_blocks, whole_blocks
+from ..common.rotated_cases import assert_quantizes, group_of_blocks, whole_blocks
+from ..common.rotation import SIZES
 from . import reference
 
 

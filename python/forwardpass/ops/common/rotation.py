@@ -34,25 +34,6 @@ def rotate(x: Tensor, size: int) -> Tensor:
     return x * torch.full((), 1 / math.sqrt(size), dtype=x.dtype, device=x.device)
 
 
-def whole_blocks(shape: tuple[int, ...], size: int | None) -> tuple[int, ...]:
-    """shape, its last dimension made a multiple of what is rotated together."""
-    return shape if size is None else (*shape[:-1], -(-shape[-1] // size) * size)
-
-
-def group_of_blocks(group_size: int | None, size: int | None) -> int | None:
-    """group_size, or a multiple of what is rotated together that is at least as large."""
-    return group_size if size is None or group_size is None else -(-group_size // size) * size
-
-
-def rotated_within(values: Tensor, bound: Tensor, size: int | None) -> tuple[Tensor, Tensor]:
-    """values [..., K] in float64, each known to `bound`, rotated, and how far a backend may be from them. Tensor cores round what
-    they multiply and the sums of the first of two products to 11 bits, each an error of at most 2^-11 of the sum of magnitudes."""
-    if size is None:
-        return values, bound
-    sums = (values.abs() * 2.0**-10 * 1.01 + bound).unflatten(-1, (-1, size)).sum(-1, keepdim=True) / math.sqrt(size)
-    return rotate(values, size), sums.expand(*sums.shape[:-1], size).flatten(-2)
-
-
 def hadamard(size: int) -> Tensor:
     """The matrix, [size, size], in float64."""
     return rotate(torch.eye(size, dtype=torch.float64), size)

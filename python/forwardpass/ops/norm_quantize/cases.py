@@ -21,7 +21,8 @@ from ...testing import (
     awkward,
     pairwise,
 )
-from ..common.rotation import SIZES, rotated_within, whole_blocks
+from ..common.rotated_cases import rotated_within, whole_blocks
+from ..common.rotation import SIZES
 from . import reference
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...testing import AWKWARD_SHAPES, EMPTY_SHAPES, assert_equal, assert_quantizes, awkward, pairwise
-from ..common.rotation import SIZES, group_of_blocks, whole_blocks
+from ...testing import AWKWARD_SHAPES, EMPTY_SHAPES, assert_equal, awkward, pairwise
+from ..common.rotated_cases import assert_quantizes, group_of_blocks, whole_blocks
+from ..common.rotation import SIZES
 from . import reference
 
 
