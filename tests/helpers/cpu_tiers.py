@@ -19,6 +19,7 @@ from forwardpass.ops.attention import cases as attention_cases
 from forwardpass.ops.attention_8bit import cases as attention_8bit_cases
 from forwardpass.ops.attention_decode import cases as decode_cases
 from forwardpass.ops.common.quantized_rows import E4M3
+from forwardpass.ops.common.rotation import SIZES
 from forwardpass.ops.int8_gemm import cases as int8_gemm_cases
 from forwardpass.ops.int8_linear import cases as int8_linear_cases
 from forwardpass.ops.w8a16_gemm import cases as w8a16_cases
@@ -134,8 +135,18 @@ def attention_8bit(parts):
     torch.testing.assert_close(lse, sign.expand(n, 1, 3) * 127.0**2 * 256, rtol=1e-6, atol=0)
 
 
+def rotation(parts):
+    """Each width of vectors has lanes of its own; of all the bits are the reference's."""
+    quantize = operations["quantize"].runs
+    for size, symmetric in itertools.product(SIZES, (True, False)):
+        x, channel = torch.randn(5, 3 * size).bfloat16(), torch.rand(3 * size) + 0.25
+        args = (x, torch.int8, None, None, None, symmetric, channel, size)
+        for got, expected in zip(quantize["cpu"](*args), quantize["reference"](*args)):
+            assert torch.equal(got, expected), (size, symmetric)
+
+
 GEMMS = (int8_gemm, w8a16_gemm, w8a16_grouped_gemm)
-ATTENTION = (attention, attention_8bit, attention_decode)
+OF_WIDTHS = (attention, attention_8bit, attention_decode, rotation)
 
 
 def main(parts, *names):

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from cpu_tiers import ATTENTION, GEMMS, attention_8bit
+from cpu_tiers import GEMMS, OF_WIDTHS, attention_8bit
 from processes import fork, two_threads
 from rotation import in_turn
 
@@ -15,7 +15,7 @@ TIERS = torch.ops.forwardpass._cpu_tiers().split(",")
 @pytest.mark.parametrize("parts", [8, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("tier", TIERS)
 def test_every_tier(tier, parts):
-    checks = (*GEMMS, *ATTENTION) if tier in ("baseline", "avx2", "avx512") else (*GEMMS, attention_8bit)
+    checks = (*GEMMS, *OF_WIDTHS) if tier in ("baseline", "avx2", "avx512") else (*GEMMS, attention_8bit)
     script = "import sys, cpu_tiers; cpu_tiers.main(*sys.argv[1:])"
     done = fork.run(script, parts, *(check.__name__ for check in checks), env=two_threads({"FORWARDPASS_CPU": tier}))
     assert (done.stdout.strip(), done.returncode) == (tier, 0), done.stderr

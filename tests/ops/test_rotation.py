@@ -40,7 +40,7 @@ def test_matrix(size):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_bits_where_no_tensor_core_adds(size, symmetric):
-    """On a CPU of any vectors (see test_cpu_tiers.py) and in Triton."""
+    """On a CPU (of other vectors: test_cpu_tiers.py), and in Triton."""
     x = awkward((7, 3 * size), torch.bfloat16, 5)
     args = (x, torch.int8, None, None, None, symmetric, torch.rand(3 * size) + 0.25, size)
     expected = operations["quantize"].runs["reference"](*args)
