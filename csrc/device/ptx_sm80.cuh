@@ -133,18 +133,12 @@ __device__ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const
   }
 }
 
-// the same of fp32 rounded to tf32, of which the last 13 bits are not read: [16, 8] by [8, 8]
+// the same of fp32 as tf32, whose last 13 bits are not read: [16, 8] by [8, 8]
 __device__ inline void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%10, %11, %12, %13};"
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
-}
-// 9.7.9 cvt: to the nearest, ties away from zero; NaN stays NaN
-__device__ inline uint32_t cvt_tf32(float v) {
-  uint32_t r;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(v));
-  return r;
 }
 
 // 9.7.13.13 griddepcontrol, nothing before sm_90. A kernel that is launched to begin before those before it have ended

@@ -150,9 +150,10 @@ struct SegmentValues {
       for (int i = 0; i < RowsConfig::kVecs; ++i) {
         const int of_warp = first + i * step, n = s.length - of_warp - within;
         if (of_warp >= s.length) break;
+        if (of_warp + 32 * kVec > s.length) {
 #pragma unroll
-        for (int j = 0; j < kVec; ++j) v[i][j] = n > 0 ? v[i][j] : 0;
-        __syncwarp();
+          for (int j = 0; j < kVec; ++j) v[i][j] = n > 0 ? v[i][j] : 0;
+        }
         f(of_warp + within, min(kVec, n), v[i]);
       }
     }
@@ -162,6 +163,7 @@ struct SegmentValues {
 
 struct NoRotation {
   __device__ explicit NoRotation(int) {}
+  __device__ float factor() const { return 1; }
 };
 
 // A segment's values times channel_scale and, if kRotates, rotated.
@@ -191,9 +193,11 @@ struct ScaledValues {
   __device__ void for_each(F f) {
     if constexpr (kRotates) {
       values.for_each_of_warp([&](int column, int n, float (&v)[kVec]) {
-        if (!done && channel_scale && n > 0) scale(column, n, v);
-        __syncwarp();
-        if (!done) rotate(v);
+        if (!done) {
+          if (channel_scale && n > 0) scale(column, n, v);
+          __syncwarp();
+          rotate(v);
+        }
         if (n > 0) f(column, n, v);
       });
       done = values.resident();
@@ -219,10 +223,11 @@ __device__ void quantize_segment(Values& values, const Segment& s, const Quantiz
   const bool whole_vectors = out.group % kVec == 0 || out.group == out.columns;  // a group begins where a vector may
   ScaledValues<kRotates, Values> scaled(values, s, out, whole_vectors);
 
+  const float factor = scaled.rotate.factor();
   float inverse;
   int zero_point = 0;
   if (out.static_scale) {
-    inverse = __fdiv_rn(1.0f, *out.static_scale);
+    inverse = __fdiv_rn(factor, *out.static_scale);
     if (out.static_zero_point) zero_point = *out.static_zero_point;
   } else {
     float high = 0, low = 0;  // a NaN becomes both, and then the scale
@@ -241,7 +246,7 @@ __device__ void quantize_segment(Values& values, const Segment& s, const Quantiz
     inverse = __fdiv_rn(steps, range);
     if (!out.symmetric) zero_point = __float2int_rn(__fmul_rn(low, inverse)) - 128;
     if (s.active && s.lane == 0) {
-      out.scale[s.row + s.group * out.scale_stride] = __fdiv_rn(range, steps);
+      out.scale[s.row + s.group * out.scale_stride] = __fdiv_rn(__fmul_rn(range, factor), steps);
       if (out.zero_point) out.zero_point[s.row + s.group * out.scale_stride] = zero_point;
     }
   }
