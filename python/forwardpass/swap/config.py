@@ -50,7 +50,7 @@ class Config:
     memory, unless calibrate= or keep= needs them. A model over several devices, or with weights on a disk, is refused there.
 
     Args:
-        precision: a preset, "int8", "fp8", "w8a16" or "bf16" (none, and attention=True: attention alone is swapped); or
+        precision: a preset, "int8", "int8_rotated", "fp8", "w8a16" or "bf16" (none, and attention=True: attention alone); or
             "stored", for a model that another library has loaded in 8 bits (transformers' FP8Linear and
             CompressedTensorsFP8Linear, bitsandbytes' Linear8bitLt): these layers' bytes are taken over, which they are in
             other presets too. Such a model needs neither precision nor plan. By hand: a dict of patterns, as include has

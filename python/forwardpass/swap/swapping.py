@@ -69,7 +69,7 @@ def swap(
     together. Each layer is gathered, quantised as in one process, and divided again; what crosses processes is what it was.
 
     Args:
-        precision: a preset, "int8", "fp8", "w8a16" or "bf16", or one by hand, as `fp.Config` has it; or a Config.
+        precision: a preset, "int8", "int8_rotated", "fp8", "w8a16" or "bf16", or one by hand, as `fp.Config` has it; or a Config.
         plan: a Plan, its JSON as a dict, or the path of its file; refused where it does not fit the model.
         dry_run: report what would be done, change nothing. Batches are not read.
         options: the other fields of `fp.Config`: attention, unpad, kv_cache, include, exclude, strict, calibrate, keep, forward.
