@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from small_models import assert_same_objects, objects
 from torch import nn
@@ -169,3 +170,43 @@ def test_what_is_asked_for(tmp_path):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match="damaged"):
         fp.load_pretrained(path, model=dit())
+
+
+@pytest.mark.parametrize("name", ["int8", "int8 rotated", "fp8"])
+@torch.inference_mode()
+def test_written_back(name, tmp_path):
+    """A file that is read and written has the same tensors, bit for bit, and says the same of its layers."""
+    path, again = tmp_path / "x.safetensors", tmp_path / "y.safetensors"
+    write(path, name)
+    with fp.interpret("sm_89"):  # where e4m3 layers multiply in 8 bits
+        model = fp.load_pretrained(path, model=dit())
+    fp.export_pretrained(model, again, format="comfyui")
+    files = [safe_open(p, "pt") for p in (path, again)]
+    first, second = ({n: f.get_tensor(n) for n in f.keys()} for f in files)  # noqa: SIM118
+    assert first.keys() == second.keys()
+    assert all((first[n].dtype, first[n].shape) == (second[n].dtype, second[n].shape) for n in first)
+    assert all(torch.equal(first[n].view(torch.uint8), second[n].view(torch.uint8)) for n in first if first[n].dim())
+    said = [json.loads(f.metadata()["_quantization_metadata"])["layers"] for f in files]
+    assert {n: {**x, "per_row": True} if name == "int8" else x for n, x in said[0].items()} == said[1]
+
+
+@torch.inference_mode()
+def test_written_and_read(tmp_path):
+    fp.register_precision(PRECISION)
+    model, x = dit(), tmp_path / "x.safetensors"
+    fp.swap(model, "convrot")
+    y = model(X)
+    fp.export_pretrained(model, x, format="comfyui")
+    assert torch.equal(fp.load_pretrained(x, model=dit())(X), y)
+    with pytest.raises(ValueError, match="is there"):
+        fp.export_pretrained(model, x, format="comfyui")
+    with pytest.raises(ValueError, match=r"ends in \.safetensors"):
+        fp.export_pretrained(model, tmp_path, format="comfyui")
+    rotated = dit()
+    fp.swap(rotated, "int8_rotated")
+    with pytest.raises(fp.Unsupported, match="groups of 128, and ComfyUI has 64 and 256"):
+        fp.export_pretrained(rotated, tmp_path / "z.safetensors", format="comfyui")
+    assert not (tmp_path / "z.safetensors").exists()
+
+
+PRECISION = fp.Precision("convrot", 1, fp.nn.Int8Linear, {"symmetric": True, "rotate": 64})

@@ -242,12 +242,14 @@ def test_refused_before_anything_is_written(tmp_path):
     folder = tmp_path / "new"
     with pytest.raises(ValueError, match="holds no quantised layer"):
         fp.export_pretrained(llama(), folder)
-    with pytest.raises(ValueError, match="writes compressed-tensors, not 'gguf'"):
+    with pytest.raises(ValueError, match="writes compressed-tensors, comfyui, not 'gguf'"):
         fp.export_pretrained(swapped("int8"), folder, "gguf")
     plain = torch.nn.Sequential(torch.nn.Linear(256, 256))
     fp.swap(plain, "int8", include="**")
     with pytest.raises(ValueError, match="Sequential is none"):
         fp.export_pretrained(plain, folder)
+    with pytest.raises(fp.Unsupported, match="has a rotated weight"):
+        fp.export_pretrained(swapped("int8_rotated"), folder)
     assert not folder.exists()
     (tmp_path / "other.txt").write_text("x")
     with pytest.raises(ValueError, match="overwrite=True"):

@@ -1,4 +1,4 @@
-"""A swapped model in a format of others: compressed-tensors, which vLLM and transformers run."""
+"""A swapped model in a format of others: compressed-tensors, which vLLM and transformers run, and ComfyUI's files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..common.files import flush, json_text, room_beside
 from ..common.modules import head_of, plain_module
 from ..common.tensor_files import safetensors_module, shard_bytes, split
 from ..dispatch import Unsupported
-from ..formats import Refused, compressed_tensors
+from ..formats import Refused, comfyui, compressed_tensors
 from ..integrations.transformers import model_config
 from ..nn import (
     Bf16Linear,
@@ -34,7 +34,7 @@ from ..swap import originals
 from . import card, readback, smoothing
 from .folder import RECORD, check_folder, remove_other_weights, saving
 
-FORMATS = ("compressed-tensors",)
+FORMATS = ("compressed-tensors", "comfyui")
 PACKED = "pack-quantized"
 INDEX = "model.safetensors.index.json"
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
@@ -48,17 +48,21 @@ def export_pretrained(
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
 ) -> None:
-    """Writes a swapped model of transformers in a format that other programs run, with the values that its layers have.
+    """Writes a swapped model in a format that other programs run, with the values that its layers have.
 
-    compressed-tensors: a group of config_groups for each kind of layer; int8 and e4m3 weights by row, tensor or block, inputs by
-    token or static, weights alone packed. Layers of bf16 and those that were not swapped are stored as floats. The model's classes
-    in transformers, and vLLM, read the folder; `load_pretrained` too. Its tokenizer is not in it. README.md is a model card with
-    what the report of the swap says; one that is there, and was not written so, stays as it is.
+    compressed-tensors, for models of transformers: a group of config_groups for each kind of layer; int8 and e4m3 weights by row,
+    tensor or block, inputs by token or static, weights alone packed. Layers of bf16 and those that were not swapped are stored as
+    floats. The model's classes in transformers, and vLLM, read the folder; `load_pretrained` too. Its tokenizer is not in it.
+    README.md is a model card with what the report of the swap says; one that is there, and was not written so, stays as it is.
+
+    comfyui, for models of any class: one file of the model's own names, int8 weights by row, rotated ones (`convrot`) of 64 and 256
+    columns, and e4m3 weights with one scale. ComfyUI quantises inputs of int8 layers symmetrically, and those of e4m3 layers where
+    the layer has a static scale.
 
     Args:
-        folder: new or empty; overwrite: another, too, where files of these names are replaced, and a checkpoint of forwardpass.
-            Killed at any time, it leaves the old export or the new one whole, or a folder without config.json. Another process
-            that saves there meanwhile is refused.
+        folder: of comfyui the file, `….safetensors`; else new or empty; overwrite: another, too, where files of these names are
+            replaced, and a checkpoint of forwardpass. Killed at any time, it leaves the old export or the new one whole, or a
+            folder without config.json. Another process that saves there meanwhile is refused.
         max_shard_size: bytes, or "5GB", of a file.
 
     Raises:
@@ -75,7 +79,7 @@ def export_pretrained(
         raise ValueError(f"export_pretrained writes {', '.join(FORMATS)}, not {format!r}")
     model = plain_module("export_pretrained", model)
     config, generation = model_config.configs(model)
-    if config is None:
+    if config is None and format == "compressed-tensors":
         raise ValueError(f"export_pretrained writes models of transformers, and {type(model).__name__} is none: use "
                          "fp.save_pretrained")  # fmt: skip
     layers, _ = originals.separate_layers(model)
@@ -84,6 +88,9 @@ def export_pretrained(
             "export_pretrained stores swapped models, and this one holds no quantised layer: call fp.swap first"
         )
     _refuse_projections(model, layers)
+    if format == "comfyui":
+        return _put_file(pathlib.Path(folder), model, layers, overwrite)
+    assert config is not None
     layers, norms = smoothing.fold(model, _folded(model, layers))
     if _is_untied(model, layers):
         config["tie_word_embeddings"] = False
@@ -106,6 +113,30 @@ def export_pretrained(
     with saving(folder, sources, overwrite, replaces=False) as folder:
         _put(folder, tensors, max_shard_size, config, generation)
         card.write(folder, _card(model, layers, sum(t.nbytes for t in tensors.values())))
+
+
+def _put_file(path: pathlib.Path, model: nn.Module, layers: Mapping[str, QuantizedModule], overwrite: bool) -> None:
+    """ComfyUI's: written beside the old one, then renamed."""
+    if path.suffix != ".safetensors" or path.is_dir():
+        raise ValueError(f"a file of ComfyUI ends in .safetensors, unlike {path}")
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} is there: give another name, or pass overwrite=True")
+    tensors: dict[str, Tensor] = {}
+    described: dict[str, Any] = {}
+    for fqn, layer in layers.items():
+        try:
+            of_layer, about = comfyui.stored_layer(layer)
+        except Refused as e:
+            raise Unsupported(f"{fqn}: {e}", {}) from None
+        tensors |= {f"{fqn}.{name}": t for name, t in of_layer.items()}
+        if about is not None:
+            described[fqn] = about
+    tensors |= {n: t for n, t in _tensors(model, {}, {}) if n not in tensors}
+    whole = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+    with room_beside(path) as room:
+        safetensors_module().torch.save_file(whole, room / path.name, metadata=comfyui.header(described))
+        flush(room / path.name)
+        os.replace(room / path.name, path)
 
 
 def _check_layers(built: nn.Module, schemes: Mapping[str, dict[str, Any]]) -> None:

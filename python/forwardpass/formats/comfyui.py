@@ -1,4 +1,5 @@
-"""ComfyUI's 8-bit files: one file of safetensors of a diffusion model, read into a model of the same names that is given.
+"""ComfyUI's 8-bit files: one file of safetensors of a diffusion model, read into a model of the same names that is given, and
+written.
 
 Which layers are quantised, and how, is in the file's header (`_quantization_metadata`) or beside each layer (`comfy_quant`, the
 bytes of a JSON object): `float8_e4m3fn`, whose inputs are quantised where there is an `input_scale`, and `int8_tensorwise`, whose
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.tensor_files import TensorFiles
-from ..nn import QuantizedLinear
+from ..nn import Bf16Linear, Fp8Linear, Int8Linear, QuantizedLinear, QuantizedModule
 from ..ops.common.quantized_rows import E4M3
 from ..proofs.walker import linear_like
 from .recipe import EightBits, Header, Recipe, Refused, as_scale, check_shape, header_of, recipe, scales_kind
@@ -130,6 +131,38 @@ _ROTATED = (64, 256)
 
 #: Of the weight, and of inputs; the second are an older form's.
 _SCALES = (("weight_scale", "scale_weight"), ("input_scale", "scale_input"))
+
+
+def stored_layer(layer: QuantizedModule) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """A layer's tensors by their names behind its own, and what the file says of it. Raises Refused, in part of a sentence."""
+    b = layer._buffers
+    tensors = {name: t for name, t in (("weight", b.get("qweight")), ("bias", b.get("bias"))) if t is not None}
+    if isinstance(layer, Bf16Linear):
+        return tensors, None
+    if not isinstance(layer, Int8Linear | Fp8Linear):
+        raise Refused(f"a {type(layer).__name__} has no form there")
+    if layer.channel_scale is not None:
+        raise Refused("its inputs are smoothed (calibrate=), which ComfyUI does not do")
+    scale = layer.weight_scale
+    if isinstance(layer, Int8Linear):
+        if layer.input_scale is not None:
+            raise Refused("its inputs have one scale, and ComfyUI quantises those of int8 row by row")
+        if layer.rotate not in (None, *_ROTATED):
+            sizes = " and ".join(map(str, _ROTATED))
+            raise Refused(f"its weight was rotated in groups of {layer.rotate}, and ComfyUI has {sizes}: swap with a precision of "
+                          "rotate=64")  # fmt: skip
+        rotated = {} if layer.rotate is None else {"convrot": True, "convrot_groupsize": layer.rotate}
+        return {**tensors, "weight_scale": scale[:, None]}, {"format": "int8_tensorwise", **rotated, "per_row": True}
+    if layer.scales != "tensor" or layer.rotate is not None:
+        raise Refused(f"its e4m3 weight has scales by {layer.scales}{', and was rotated' if layer.rotate else ''}, and ComfyUI has "
+                      "one a tensor")  # fmt: skip
+    static = {} if layer.input_scale is None else {"input_scale": layer.input_scale.reshape(())}
+    return {**tensors, "weight_scale": scale.reshape(()), **static}, {"format": "float8_e4m3fn"}
+
+
+def header(described: Mapping[str, Any]) -> dict[str, str]:
+    """The file's metadata, of what it says of layers by their names."""
+    return {_METADATA: json.dumps({"format_version": "1.0", "layers": dict(described)})}
 
 
 def _described(text: str | None, path: pathlib.Path) -> Mapping[str, Any]:
