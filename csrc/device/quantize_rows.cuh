@@ -98,7 +98,7 @@ __device__ void load_chunk(Chunk& v, const T* p, const Segment& s, int base, boo
 #pragma unroll
     for (int i = 0; i < RowsConfig::kVecs; ++i) {
       const int column = base + i * s.width * kVec;
-      const int clamped = column < s.length ? column : 0;  // no branch between loads
+      const int clamped = column < s.length ? column : base;  // no branch between loads
       raw[i] = *reinterpret_cast<const Vec<T>*>(p + offset_of(clamped));
     }
 #pragma unroll
@@ -145,7 +145,7 @@ struct SegmentValues {
   __device__ void for_each_of_warp(F f) {
     const int step = s.width * kVec, within = s.lane % 32 * kVec;
     for (int first = s.lane * kVec - within; first < s.length; first += step * RowsConfig::kVecs) {
-      if (!loaded || !resident()) load(first + within, v);
+      if ((!loaded || !resident()) && first + within < s.length) load(first + within, v);
 #pragma unroll
       for (int i = 0; i < RowsConfig::kVecs; ++i) {
         const int of_warp = first + i * step, n = s.length - of_warp - within;
@@ -240,13 +240,13 @@ __device__ void quantize_segment(Values& values, const Segment& s, const Quantiz
     });
     high = reduce_segment(high, s, slots[0], ptx::max_nan);
     low = -reduce_segment(low, s, slots[1], ptx::min_nan);
-    float range = out.symmetric ? ptx::max_nan(high, low) : __fadd_rn(high, low);
+    float range = __fmul_rn(out.symmetric ? ptx::max_nan(high, low) : __fadd_rn(high, low), factor);
     range = range < kLeastRange ? kLeastRange : range;
     const float steps = e4m3 ? 448.0f : out.symmetric ? 127.0f : 255.0f;
-    inverse = __fdiv_rn(steps, range);
+    inverse = __fdiv_rn(__fmul_rn(steps, factor), range);
     if (!out.symmetric) zero_point = __float2int_rn(__fmul_rn(low, inverse)) - 128;
     if (s.active && s.lane == 0) {
-      out.scale[s.row + s.group * out.scale_stride] = __fdiv_rn(__fmul_rn(range, factor), steps);
+      out.scale[s.row + s.group * out.scale_stride] = __fdiv_rn(range, steps);
       if (out.zero_point) out.zero_point[s.row + s.group * out.scale_stride] = zero_point;
     }
   }

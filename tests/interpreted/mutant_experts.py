@@ -24,7 +24,8 @@ LONG = IN_REGISTERS + VECTOR
 
 
 class Largest(Permute):
-    """Groups that are read twice, whose largest values are in each element of each of a thread's vectors once."""
+    """Groups that are read twice, whose largest values are in each element of each of a thread's vectors once, and of the vector
+    behind those that fit the registers."""
 
     __module__ = Permute.__module__  # whose operation and comparison are taken
 
@@ -32,7 +33,8 @@ class Largest(Permute):
         x, *others = super().arguments(device, seed)
         x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)))
         groups = x.unflatten(1, (-1, LONG))
-        for i, (token, group) in enumerate(itertools.product(range(groups.shape[0]), range(groups.shape[1]))):
+        for n, (token, group) in enumerate(itertools.product(range(groups.shape[0]), range(groups.shape[1]))):
+            i = n % (5 * VECTOR)
             groups[token, group, i // VECTOR * VECTOR * THREADS + i % VECTOR] = 40
         return x, *others
 
@@ -55,7 +57,7 @@ PERMUTE = (
     Permute(60, 1, 8, 4104, BF16, E4M3, channel_scale=True, layout="aligned"),
     # of each warp the largest value
     *(Permute(3, 1, 8, 3 * (4096 + 256 * warp + 100), F32, layout="aligned") for warp in range(16)),
-    *(Largest(2, 1, 8, 16 * LONG, dtype, group_size=LONG) for dtype in (F32, F16, BF16)),
+    *(Largest(3, 1, 8, 16 * LONG, dtype, group_size=LONG) for dtype in (F32, F16, BF16)),
     *(
         Permute(2, 2, 8, columns, dtype, layout="shifted")
         for dtype in (F32, F16, BF16)

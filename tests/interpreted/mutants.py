@@ -74,7 +74,10 @@ def operation_launches(name, arch):
     module = importlib.import_module(f"forwardpass.ops.{op}.cases")
     # each case in the one instance; bf16 weights belong to bf16 rows
     cases = [dataclasses.replace(c, **OPERATIONS[name]) for c in module.cases() if math.prod(c.shape)]
-    cases = [c for c in cases if (getattr(c, "rotate", None) is not None) == rotated]
+    if rotated:
+        cases = [c for c in cases if c.rotate is not None]
+    elif hasattr(cases[0], "rotate"):
+        cases = [dataclasses.replace(c, rotate=None) for c in cases]
     if name == "norm_quantize":
         cases = [c for c in cases if torch.bfloat16 not in (c.weight, c.bias)]
     torch.use_deterministic_algorithms(True)
