@@ -57,7 +57,11 @@ PERMUTE = (
     Permute(60, 1, 8, 4104, BF16, E4M3, channel_scale=True, layout="aligned"),
     # of each warp the largest value
     *(Permute(3, 1, 8, 3 * (4096 + 256 * warp + 100), F32, layout="aligned") for warp in range(16)),
-    *(Largest(3, 1, 8, 16 * LONG, dtype, group_size=LONG) for dtype in (F32, F16, BF16)),
+    *(
+        Largest(3, 1, 8, 16 * LONG, dtype, group_size=LONG, layout=layout)
+        for dtype in (F32, F16, BF16)
+        for layout in ("apart", "aligned")
+    ),
     *(
         Permute(2, 2, 8, columns, dtype, layout="shifted")
         for dtype in (F32, F16, BF16)

@@ -24,6 +24,7 @@ import torch
 import forwardpass as fp
 from forwardpass.ops.common.activations import GATED
 from forwardpass.ops.common.rotated_cases import whole_blocks
+from forwardpass.ops.common.rotation import SIZES
 from forwardpass.ops.int8_gemm import cases as int8_gemm
 from forwardpass.testing import apart, poisoned_outputs
 from gpuless import Module
@@ -73,11 +74,8 @@ def operation_launches(name, arch):
     op, rotated = name.removesuffix("_rotated"), name.endswith("_rotated")
     module = importlib.import_module(f"forwardpass.ops.{op}.cases")
     # each case in the one instance; bf16 weights belong to bf16 rows
-    cases = [dataclasses.replace(c, **OPERATIONS[name]) for c in module.cases() if math.prod(c.shape)]
-    if rotated:
-        cases = [c for c in cases if c.rotate is not None]
-    elif hasattr(cases[0], "rotate"):
-        cases = [dataclasses.replace(c, rotate=None) for c in cases]
+    rotations = ((SIZES if rotated else (None,)),) if hasattr(module, "ROTATIONS") else ()
+    cases = [dataclasses.replace(c, **OPERATIONS[name]) for c in module.cases(*rotations) if math.prod(c.shape)]
     if name == "norm_quantize":
         cases = [c for c in cases if torch.bfloat16 not in (c.weight, c.bias)]
     torch.use_deterministic_algorithms(True)

@@ -15,8 +15,7 @@ from torch import Tensor
 from ...testing import AWKWARD_SHAPES, EMPTY_SHAPES, awkward, pairwise
 from ..common.activations import GATED, LAYOUTS, PLAIN, activate, element_bound, is_gated, separate_gate_up
 from ..common.quantized_rows import E4M3
-from ..common.rotated_cases import assert_quantizes, group_of_blocks, whole_blocks
-from ..common.rotation import SIZES
+from ..common.rotated_cases import ROTATIONS, assert_quantizes, group_of_blocks, whole_blocks
 from . import reference
 
 
@@ -62,7 +61,7 @@ def assert_matches(actual: tuple[Tensor, Tensor, Tensor], args: tuple[Any, ...])
     assert_quantizes(actual, reference.activation_quantize(*args), values, bound, group_size, rotate)
 
 
-def cases() -> Iterator[Case]:
+def cases(rotations: tuple[int | None, ...] = ROTATIONS) -> Iterator[Case]:
     """Every pair of options at some awkward shape; what the contract refuses is not among them."""
     factors = {
         "shape": (*AWKWARD_SHAPES, *EMPTY_SHAPES),
@@ -71,7 +70,7 @@ def cases() -> Iterator[Case]:
         "quantization": ((torch.int8, True), (torch.int8, False), (E4M3, True)),
         "group_size": (None, 128, 50),
         "channel_scale": (False, True),
-        "rotate": (None, None, *SIZES),
+        "rotate": rotations,
     }
     for row in pairwise(factors):
         (activation, layout), (dtype, symmetric) = row["activation"], row["quantization"]

@@ -10,7 +10,10 @@ from torch import Tensor
 
 from ...testing import assert_close, assert_quantized_close
 from .quantized_rows import E4M3
-from .rotation import rotate
+from .rotation import SIZES, rotate
+
+#: of cases
+ROTATIONS = (None, None, *SIZES)
 
 
 def whole_blocks(shape: tuple[int, ...], size: int | None) -> tuple[int, ...]:

@@ -21,8 +21,7 @@ from ...testing import (
     awkward,
     pairwise,
 )
-from ..common.rotated_cases import rotated_within, whole_blocks
-from ..common.rotation import SIZES
+from ..common.rotated_cases import ROTATIONS, rotated_within, whole_blocks
 from . import reference
 
 
@@ -132,7 +131,7 @@ def assert_matches(actual: tuple[Tensor, ...], args: tuple[Any, ...]) -> None:
         assert_close(zero_point + 128, (low / scale).nan_to_num(0), tie, "zero_point")
 
 
-def cases() -> Iterator[Case]:
+def cases(rotations: tuple[int | None, ...] = ROTATIONS) -> Iterator[Case]:
     """Every pair of options at some awkward shape; what the contract refuses is not among them."""
     factors = {
         "shape": (*AWKWARD_SHAPES, *EMPTY_SHAPES),
@@ -146,7 +145,7 @@ def cases() -> Iterator[Case]:
             ("layer", None, None),
         ),
         "channel_scale": (False, True),
-        "rotate": (None, None, *SIZES),
+        "rotate": rotations,
         "residual": (False, True),
         "eps": (1e-5, 1e-12),
     }

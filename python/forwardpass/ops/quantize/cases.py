@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from ...testing import AWKWARD_SHAPES, EMPTY_SHAPES, assert_equal, awkward, pairwise
-from ..common.rotated_cases import assert_quantizes, group_of_blocks, whole_blocks
-from ..common.rotation import SIZES
+from ..common.rotated_cases import ROTATIONS, assert_quantizes, group_of_blocks, whole_blocks
 from . import reference
 
 
@@ -59,7 +58,7 @@ def assert_matches(actual: tuple[Tensor, Tensor, Tensor], args: tuple[Any, ...])
         assert_equal(g, e, name)
 
 
-def cases() -> Iterator[Case]:
+def cases(rotations: tuple[int | None, ...] = ROTATIONS) -> Iterator[Case]:
     """Every pair of options at some awkward shape; what the contract refuses is not among them."""
     factors = {
         "shape": (*AWKWARD_SHAPES, *EMPTY_SHAPES),
@@ -67,7 +66,7 @@ def cases() -> Iterator[Case]:
         "quantization": ((torch.int8, True), (torch.int8, False), (torch.float8_e4m3fn, True)),
         "scaling": ((False, None), (False, 128), (False, 50), (True, None)),
         "channel_scale": (False, True),
-        "rotate": (None, None, *SIZES),
+        "rotate": rotations,
     }
     for row in pairwise(factors):
         (dtype, symmetric), (static, group) = row["quantization"], row["scaling"]
