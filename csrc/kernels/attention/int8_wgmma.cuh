@@ -11,10 +11,10 @@
 //   to bytes: F2FP of two, PRMT of four                                                   0.75
 //   the sum of the bytes, IDP of four                                                     0.25
 //   p v: one FFMA for each of 64 columns, of 32 keys                                      2
-//   all else: descriptors and pipelines 1, maxima and weights of rows 0.6, IGMMA 0.2      2
-//   in the main loop                                                                     11.3
+//   all else: descriptors and pipelines 1, maxima and weights of rows 0.9, IGMMA 0.2      2.3
+//   in the main loop                                                                     11.6
 //
-//   clocks of a multiprocessor's subpartition for 32 scores: tensor cores 8, special functions 8, ALU 6, issue 11.3
+//   clocks of a multiprocessor's subpartition for 32 scores: tensor cores 8, special functions 8, ALU 6, issue 11.6
 //   bytes of shared memory: q k^T 96 a clock of the 128, p v 64; 16 KB of k, of v and of q; 4 stages and 2 of q: 165 KB
 //   registers of 240: scores 64, output 64, a step's sums 32, p 16, all else 64
 //
