@@ -114,7 +114,7 @@ def why_not(bits: str, device: torch.device, dtype: torch.dtype, head_dim: int, 
     fix = "pass crossover=0 for 8 bits all the same"
     if gpu_takes(device):
         if gpu_capability(device)[0] == 9:
-            return Reason("crossover", "16 bits run on wgmma here and 8 bits on mma.sync, which is no faster", fix)
+            return Reason("crossover", "quantising and 8 bits take longer here than 16 bits (modelled)", fix)
         return None
     if dtype not in ON_CPU.get(cpu_tier() or "", {}):
         text = f"8 bits are not known to be faster in {str(dtype).removeprefix('torch.')} with {cpu_tier()}"
