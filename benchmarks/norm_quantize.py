@@ -12,7 +12,7 @@ from forwardpass.ops.norm_quantize import ADD_NORM_QUANTIZE, NORM_QUANTIZE
 
 def norm(
     x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype, kind: str, bias: Tensor | None, symmetric: bool,
-    channel_scale: Tensor | None,
+    channel_scale: Tensor | None, **options: Any,
 ) -> Any:  # fmt: skip
     weight, bias = (None if p is None else p.float() for p in (weight, bias))
     v, size = x.float(), x.shape[-1:]  # as ours: what is quantised was not rounded to 16 bits before

@@ -352,7 +352,7 @@ def test_swap_reads_texts(folder, stub_swap, tmp_path):
         (["../minilm", "--precision", "int8"], "neither a folder"),
         ([".", "--precision", "int8"], "config.json"),
         (["minilm", "--precision", "int8", "--plan", "x.json"], "either --precision or --plan"),
-        (["minilm", "--precision", "int3"], "int8, fp8, w8a16, bf16, not 'int3'"),
+        (["minilm", "--precision", "int3"], "int8, int8_rotated, fp8, w8a16, bf16, not 'int3'"),
         (["minilm", "--plan", "missing.json"], "missing.json"),
         (["minilm", "--precision", "int8", "--text", "missing.txt"], "cannot read missing.txt: No such file"),
         (["minilm", "--precision", "int8", "--text", "/"], "cannot read /: Is a directory"),

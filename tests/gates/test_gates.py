@@ -106,9 +106,7 @@ def test_the_built_kernels_pass(kernels, arch):
     left_out = [k for k in attention if gates.left_out(k)]
     assert {"m=128, n=64" in k.name for k in left_out} == ({True} if arch in ("sm_90", "sm_120") else set())
     attention = [k for k in attention if k not in left_out]
-    assert attention and all(
-        attention_gates.claims(k.name) and attention_gates.counted(k) for k in attention
-    )
+    assert attention and all(attention_gates.claims(k.name) and attention_gates.counted(k) for k in attention)
     assert len(attention_gates.table(kernels).splitlines()) == 2 + len(attention)
 
     for k in kernels:

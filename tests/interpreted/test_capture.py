@@ -63,6 +63,7 @@ CASES = [
     ("attention_8bit", attention_8bit.Case((40, 70), causal=True)),
     ("attention_8bit", attention_8bit.Case((40, 70), causal=True, sinks="float32", lse=True, packed=True)),
     ("attention_8bit", attention_8bit.Case((40, 70), causal=True, products="fp8")),
+    ("attention_8bit", attention_8bit.QuantizeCase((40, 70))),
     ("attention_decode", attention_decode.Case((0, 300, 17), cache=torch.int8, leftpad=(0, 50, 20))),
     ("attention_decode", attention_decode.Case((0, 300, 17), 2, page=None, batch_invariant=True)),
     ("attention_decode", attention_decode.Case((0, 300, 17), 3, page=5, alibi="batch", value_dim=32, lse=True)),

@@ -68,7 +68,8 @@ def contents(path: pathlib.Path, model: nn.Module, files: TensorFiles) -> Conten
         {"fqn": fqn, "module": type(m).__name__, "precision": "stored", "version": 1, "config": m.config()}
         for fqn, m in layers.items()
     ]
-    record: dict[str, Any] = {"layers": entries, "attention": [], "unpad": None, "kv_cache": None, "aliases": {}}
+    nothing: dict[str, Any] = {"attention": [], "attention_8bit": [], "unpad": None, "kv_cache": None, "aliases": {}}
+    record = {"layers": entries, **nothing}
     shapes = {**floats, **{name: tuple(t.shape) for name, t in buffers.items()}}
     return record, shapes, lambda name: buffers.pop(name) if name in buffers else files.read(names[name])
 
