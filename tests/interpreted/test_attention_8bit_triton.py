@@ -7,6 +7,7 @@ import mutant_attention
 import pytest
 import torch
 from every_backend import on_each
+from named_options import attention_8bit_arguments
 from rotation import whole
 
 import forwardpass as fp
@@ -48,12 +49,9 @@ def run(arch, op, args, seed=0, guard=True):
     return got
 
 
-def with_lse(arch, q, k, v, rotates=True, dtype="int8", guard=True, **options):
+def with_lse(arch, q, k, v, guard=True, **options):
     """attention_8bit_with_lse by the names of its options."""
-    names = dispatch.operations["attention_8bit"].parameters[5:16]
-    defaults = {"causal": False, "softcap": 0.0, "batch_invariant": False}
-    assert options.keys() <= set(names)
-    args = (q, k, v, dtype, rotates, *(options.get(n, defaults.get(n)) for n in names))
+    args = attention_8bit_arguments(q, k, v, **options)
     return run(arch, "attention_8bit_with_lse", args, guard=guard), args
 
 
