@@ -430,7 +430,10 @@ void synchronise(Warp& w, bool shared, const uint64_t a[kLanes], Use use, Mask m
 
 LaneAddresses::LaneAddresses(Warp& w, const uint64_t address[kLanes], int bytes, Mask mask, bool shared)
     : warp_(w), address_(address), bytes_(bytes), mask_(mask), shared_(shared) {
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdangling-pointer"  // g++ 16 does not see that the destructor takes it away
   w.accessing = this;
+#pragma GCC diagnostic pop
 }
 
 LaneAddresses::~LaneAddresses() { warp_.accessing = nullptr; }
