@@ -93,8 +93,8 @@ def observe(
 
 
 def _arguments(layer: nn.Module, statistics: LayerStatistics, rotate: int | None) -> dict[str, Any]:
-    """Rotation leaves what `smoothing_scale` balances as it is: it keeps the energy of rows of x, from which their steps follow, and
-    that of the weight."""
+    """Rotation leaves what `smoothing_scale` balances as it is: it keeps the energy of rows of x, from which their steps follow,
+    and that of the weight."""
     weight = linear_weight(layer).float()
     channel_scale = smoothing_scale(statistics, weight)
     smoothed, channel_scale = statistics.scaled(channel_scale), channel_scale.to(weight.device)

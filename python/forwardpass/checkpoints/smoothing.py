@@ -70,6 +70,8 @@ def fold(model: Any, layers: Mapping[str, QuantizedModule]) -> tuple[dict[str, Q
             raise _refusal(fqn, "it is part of an MLP that became one module")
         if modules[fqn].input_scale is not None:
             raise _refusal(fqn, "its input has a static scale")
+        if not bool((modules[fqn].channel_scale > 0).all()):
+            raise _refusal(fqn, "channels change their signs before they are rotated")
     alone = {fqn: m for fqn, m in modules.items() if isinstance(m, QuantizedModule) and fqn in layers}
     observed = _observe(model, alone, smoothed[0])
     scales = _scales(smoothed, alone, modules, observed)

@@ -82,11 +82,11 @@ class Config:
             layer's default skips.
         strict: raise `fp.Unsupported` where a layer is skipped for a reason of its own: not one that include, exclude
             or the defaults (lm_head, MoE routers, too small) give.
-        calibrate: batches (see `forwardpass.common.batches`) to calibrate on, of int8 and its rotated forms: a few dozen samples of real
-            input. They run through the model in eval mode; one K x K float32 matrix is held for each layer of K inputs. A layer that no
-            batch reaches stays as it is. What is read from the model's code is run on the first of them. None:
+        calibrate: batches (see `forwardpass.common.batches`) to calibrate on, of int8 and its rotated forms: a few dozen samples
+            of real input. They run through the model in eval mode; one K x K float32 matrix is held for each layer of K inputs.
+            A layer that no batch reaches stays as it is. What is read from the model's code is run on the first of them. None:
             uncalibrated, weights are rounded to nearest and outliers not smoothed, which loses more (all-MiniLM-L6-v2: a
-            lowest cosine of .9984 to .9988, calibrated .9994). The command line calibrates int8 by default.
+            lowest cosine of .9984 to .9988, calibrated .9994). The command line calibrates these by default.
         keep: where the originals stay: "device", "cpu", "auto" (cpu where the layer is on a GPU), or False: freed
             once all is in place, and `fp.restore` cannot bring them back, which is also what "auto" means of a model that
             from_pretrained loads. Layers of keras hold theirs, on the device.
