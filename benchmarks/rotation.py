@@ -1,6 +1,6 @@
 """What rotating inputs does to errors in 8 bits: layers with planted outliers, models, and a hybrid with GatedDeltaNet.
 
-python -m benchmarks.rotation [--only layers embeddings perplexity hybrid] [--json FILE]
+python -m benchmarks.rotation [--only layers embeddings perplexity hybrid] [--ways "int8, rotated"] [--json FILE]
 
 `embeddings` and `perplexity` need the packaged models `minilm` and `smollm2`, and are measured as `forwardpass swap` measures them.
 """
@@ -51,7 +51,7 @@ def layers() -> Iterator[dict[str, Any]]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH)).eval()
     for kind in ("normal", "each 97th channel x 30", "each 97th channel x 300", "log-normal channels"):
-        x, calibration = planted(kind, ROWS, 1), [planted(kind, 4 * ROWS, 2)]
+        x, calibration = planted(kind, ROWS, 1), [planted(kind, 16 * ROWS, 2)]
         expected, row = model(x), {"inputs": kind}
         for name, (precision, calibrated) in WAYS.items():
             with fp.swap(model, precision, include="**", calibrate=calibration if calibrated else None):
@@ -152,21 +152,22 @@ def hybrids(tokens: int = 1024) -> Iterator[dict[str, Any]]:
                    "first_quarter": quarters[0], "last_quarter": quarters[-1], "kl": kl.item()}  # fmt: skip
 
 
-PARTS: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
-    "layers": layers,
-    "embeddings": lambda: of_model("minilm", [*WAYS]),
-    "perplexity": lambda: of_model("smollm2", [name for name in WAYS if name != "fp8"]),
-    "hybrid": hybrids,
+PARTS: dict[str, Callable[[list[str]], Iterator[dict[str, Any]]]] = {
+    "layers": lambda ways: layers(),
+    "embeddings": lambda ways: of_model("minilm", ways),
+    "perplexity": lambda ways: of_model("smollm2", [name for name in ways if name != "fp8"]),
+    "hybrid": lambda ways: hybrids(),
 }
 
 
 def main() -> None:
     p = bench.parser(__doc__)
     p.add_argument("--only", nargs="+", choices=[*PARTS], default=[*PARTS])
+    p.add_argument("--ways", nargs="+", choices=[*WAYS], default=[*WAYS], help="of models")
     args = p.parse_args()
     result = bench.header("rotation", "cpu", []) | {"threads": torch.get_num_threads()}
     for part in args.only:
-        for row in PARTS[part]():
+        for row in PARTS[part](args.ways):
             result.setdefault(part, []).append(row)
             print(part, row, flush=True)
             bench.write(result, args.json)
