@@ -77,16 +77,17 @@ def of_model(name: str, ways: list[str]) -> Iterator[dict[str, Any]]:
 # ---- a hybrid
 
 
-def hybrid(outliers: float) -> Any:
-    """A Qwen3-Next of random weights: three layers of GatedDeltaNet, one of attention. Channels of what norms give, one in 97, are
-    `outliers` times as large, and weights behind them as much smaller: in floats it computes the same whatever they are."""
+def hybrid(outliers: float, kind: str = "linear_attention") -> Any:
+    """A Qwen3-Next of random weights: three layers of GatedDeltaNet (or of another kind), one of attention. Channels of what norms
+    give, one in 97, are `outliers` times as large, and weights behind them as much smaller: in floats it computes the same."""
     import transformers
 
     torch.manual_seed(0)
     config = transformers.Qwen3NextConfig(
         vocab_size=512, hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8,
-        num_key_value_heads=2, head_dim=64, linear_num_key_heads=8, linear_num_value_heads=32, linear_key_head_dim=64,
+        num_key_value_heads=2, head_dim=64, linear_num_key_heads=8, linear_num_value_heads=16, linear_key_head_dim=64,
         linear_value_head_dim=64, mlp_only_layers=[0, 1, 2, 3], num_experts=4, max_position_embeddings=4096,
+        layer_types=[kind, kind, kind, "full_attention"],
     )  # fmt: skip
     model = transformers.Qwen3NextForCausalLM(config).eval()
     with torch.no_grad():
@@ -123,32 +124,40 @@ def in_groups(model: Any) -> None:
             model.set_submodule(fqn, InGroups(module))
 
 
+def gates(model: Any) -> list[str]:
+    """The projections of beta and of the decay, too small for a swap to take by default."""
+    return [fqn for fqn, _ in model.named_modules() if fqn.endswith("in_proj_ba")]
+
+
 @torch.no_grad()
 def hybrids(tokens: int = 1024) -> Iterator[dict[str, Any]]:
-    """Relative error of the logits, its growth along the tokens, and KL of the next token's distribution; gates too."""
+    """Relative error of the logits, of the first tokens and of the last, and KL of the next token's distribution; beside a model of
+    attention alone."""
     g = torch.Generator().manual_seed(3)
     ids, others = (torch.randint(0, 512, (1, tokens), generator=g) for _ in range(2))
-    everything = {"include": "**", "exclude": "lm_head", "attention": False}
+    calibration = [{"input_ids": others}]
     ways: dict[str, Callable[[Any], Any]] = {
-        name: lambda m, p=p, c=c: fp.swap(m, p, calibrate=[{"input_ids": others}] if c else None, **everything)
+        name: lambda m, p=p, c=c: fp.swap(m, p, calibrate=calibration if c else None, attention=False)
         for name, (p, c) in WAYS.items()
         if p != "fp8"
     }
     ways["int8, groups of 128"] = in_groups
-    ways["int8, as swapped by default"] = lambda m: fp.swap(m, "int8", attention=False)
-    ways["int8, without in_proj_ba"] = lambda m: fp.swap(
-        m, "int8", include="**", exclude=["lm_head", "**.in_proj_ba"], attention=False
+    ways["int8, in_proj_ba too"] = lambda m: fp.swap(m, "int8", include=["**", *gates(m)], attention=False)
+    ways["int8, rotated, in_proj_ba too"] = lambda m: fp.swap(
+        m, "int8_rotated", include=["**", *gates(m)], exclude="lm_head", attention=False
     )
-    for outliers in (1.0, 30.0, 300.0):
-        floats = hybrid(outliers)
+    for kind, outliers in (("linear_attention", 1.0), ("linear_attention", 30.0), ("full_attention", 30.0)):
+        floats = hybrid(outliers, kind)
         expected = floats(input_ids=ids).logits[0]
         for name, change in ways.items():
+            if "ba too" in name and not gates(floats):
+                continue
             model = copy.deepcopy(floats)
             with change(model) or nullcontext():
                 actual = model(input_ids=ids).logits[0]
             quarters = [relative_error(a, b) for a, b in zip(actual.chunk(4), expected.chunk(4))]
             kl = F.kl_div(actual.log_softmax(-1), expected.log_softmax(-1), log_target=True, reduction="batchmean")
-            yield {"outliers": outliers, "swapped": name, "relative_error": relative_error(actual, expected),
+            yield {"layers": kind, "outliers": outliers, "swapped": name, "relative_error": relative_error(actual, expected),
                    "first_quarter": quarters[0], "last_quarter": quarters[-1], "kl": kl.item()}  # fmt: skip
 
 
