@@ -8,7 +8,7 @@ python -m benchmarks.rotation [--only layers embeddings perplexity hybrid] [--wa
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -33,6 +33,8 @@ WAYS = {
 }
 WIDTH, ROWS = 1024, 256
 GROUP = 128
+#: kinds of three in four layers, and by what outliers are planted
+HYBRIDS = (("linear_attention", 1.0), ("linear_attention", 30.0), ("full_attention", 30.0))
 
 
 def planted(kind: str, rows: int, seed: int) -> Tensor:
@@ -130,9 +132,11 @@ def gates(model: Any) -> list[str]:
 
 
 @torch.no_grad()
-def hybrids(tokens: int = 1024) -> Iterator[dict[str, Any]]:
+def hybrids(
+    tokens: int = 1024, models: Iterable[tuple[str, float]] = HYBRIDS, only: Container[str] | None = None
+) -> Iterator[dict[str, Any]]:
     """Relative error of the logits, of the first tokens and of the last, and KL of the next token's distribution; beside a model of
-    attention alone."""
+    attention alone. only: these ways."""
     g = torch.Generator().manual_seed(3)
     ids, others = (torch.randint(0, 512, (1, tokens), generator=g) for _ in range(2))
     calibration = [{"input_ids": others}]
@@ -146,11 +150,11 @@ def hybrids(tokens: int = 1024) -> Iterator[dict[str, Any]]:
     ways["int8, rotated, in_proj_ba too"] = lambda m: fp.swap(
         m, "int8_rotated", include=["**", *gates(m)], exclude="lm_head", attention=False
     )
-    for kind, outliers in (("linear_attention", 1.0), ("linear_attention", 30.0), ("full_attention", 30.0)):
+    for kind, outliers in models:
         floats = hybrid(outliers, kind)
         expected = floats(input_ids=ids).logits[0]
         for name, change in ways.items():
-            if "ba too" in name and not gates(floats):
+            if ("ba too" in name and not gates(floats)) or (only is not None and name not in only):
                 continue
             model = copy.deepcopy(floats)
             with change(model) or nullcontext():
