@@ -26,8 +26,8 @@ def check_config(config: Config) -> None:
     """ValueError, before anything is loaded, where this is nothing for a model of floats."""
     config.check_complete()
     precision = config.precision
-    given = [precision] if isinstance(precision, str | Precision) else []
-    presets = [known(x) for x in ([*precision.values()] if isinstance(precision, Mapping) else given)]
+    alone = [precision] if isinstance(precision, str | Precision) else []
+    presets = [known(x) for x in ([*precision.values()] if isinstance(precision, Mapping) else alone)]
     if STORED in presets:
         raise ValueError(f"the precision {STORED.name!r} is for what another library has stored: load without this, and call "
                          "fp.swap(model)")  # fmt: skip

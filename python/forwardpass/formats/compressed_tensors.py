@@ -59,16 +59,16 @@ def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def layer_recipe(tensors: Mapping[str, Header], config: Mapping[str, Any], name: str) -> Recipe | None:
     """`config` has besides, as "matrices", those of its transforms by their names (see `is_matrix`)."""
-    found = _layer_recipe(tensors, config, name)
+    recipe_of_weight = _layer_recipe(tensors, config, name)
     transform = _input_transform(config, name)
     if transform is None:
-        return found
-    if found is None:
+        return recipe_of_weight
+    if recipe_of_weight is None:
         raise Refused("its inputs are to be rotated (transform_config), and it holds floats")
     if "weight" not in tensors:
         raise Refused("its inputs are to be rotated, and stay floats")
     k = tensors["weight"].shape[1]
-    rotation, read = _rotation(*transform, config, name, k), found.read
+    rotation, read = _rotation(*transform, config, name, k), recipe_of_weight.read
 
     def rotated(t: Mapping[str, Tensor]) -> EightBits:
         stored = read(t)
@@ -78,7 +78,7 @@ def layer_recipe(tensors: Mapping[str, Header], config: Mapping[str, Any], name:
         weight = rotation.weight(stored.weight)
         return replace(stored, weight=weight, rotate=rotation.size, channel_scale=scale)
 
-    return replace(found, read=rotated)
+    return replace(recipe_of_weight, read=rotated)
 
 
 def _layer_recipe(tensors: Mapping[str, Header], config: Mapping[str, Any], name: str) -> Recipe | None:
@@ -118,13 +118,13 @@ def _transforms(config: Mapping[str, Any]) -> list[_Transform]:
     transforms = config.get("transform_config") or {}  # the library writes empty ones
     groups = transforms.get("config_groups") or {} if isinstance(transforms, Mapping) else None
     schemes: list[tuple[str, Any]] = [*groups.items()] if isinstance(groups, Mapping) else [(str(transforms), None)]
-    found: list[_Transform] = []
+    transforms_found: list[_Transform] = []
     for name, scheme in schemes:
         apply = scheme.get("apply") if isinstance(scheme, Mapping) else None
         if not isinstance(apply, list) or not all(isinstance(x, Mapping) for x in apply):
             raise Refused(f"its transform_config has {str(name)[:40]!r}, which applies nothing that is known")
-        found += [(name, scheme, x) for x in apply]
-    return found
+        transforms_found += [(name, scheme, x) for x in apply]
+    return transforms_found
 
 
 def check_transforms(config: Mapping[str, Any]) -> None:
@@ -144,21 +144,21 @@ def check_transforms(config: Mapping[str, Any]) -> None:
 def is_matrix(config: Mapping[str, Any], tensor: str) -> bool:
     """Whether a tensor of the file is part of a transform, by its name: the matrix, or an order of its rows and columns."""
     holder, _, last = tensor.rpartition(".")
-    own = holder.rpartition(".")[2]
-    return last in ("weight", "perm") and any(own == f"{n}_{x.get('location')}" for n, _, x in _transforms(config))
+    part = holder.rpartition(".")[2]
+    return last in ("weight", "perm") and any(part == f"{n}_{x.get('location')}" for n, _, x in _transforms(config))
 
 
 def _input_transform(config: Mapping[str, Any], name: str) -> _Transform | None:
-    found = [
+    applied = [
         transform
         for transform in _transforms(config)
         if transform[2].get("location") == _INPUT
         and any(_matches(target, name) for target in _listed(transform[2].get("targets")))
         and not any(_matches(target, name) for target in _listed(transform[2].get("ignore")))
     ]
-    if len(found) > 1:
-        raise Refused(f"its inputs are to be rotated twice ({found[0][0]}, {found[1][0]}), and kernels rotate once")
-    return found[0] if found else None
+    if len(applied) > 1:
+        raise Refused(f"its inputs are to be rotated twice ({applied[0][0]}, {applied[1][0]}), and kernels rotate once")
+    return applied[0] if applied else None
 
 
 def _listed(targets: Any) -> list[Any]:
@@ -187,15 +187,16 @@ def _matrix(scheme_name: str, scheme: Mapping[str, Any], config: Mapping[str, An
     """A layer's own, or the one of its size that layers of the scheme share, of which the file has one."""
     part, matrices = f"{scheme_name}_{_INPUT}", config.get("matrices", {})
     of_scheme = {n: t for n, t in matrices.items() if n.rpartition(".")[0].rpartition(".")[2] == part}
-    if own := {n: t for n, t in of_scheme.items() if n.startswith(f"{name}.{part}.")}:
-        of_scheme = own
-    found = [t for n, t in of_scheme.items() if n.endswith(".weight") and t.shape == (size, size)]
+    if of_layer := {n: t for n, t in of_scheme.items() if n.startswith(f"{name}.{part}.")}:
+        of_scheme = of_layer
+    weights = [t for n, t in of_scheme.items() if n.endswith(".weight") and t.shape == (size, size)]
     orders = [t for n, t in of_scheme.items() if n.endswith(".perm") and t.shape == (size,)]
-    if not found and not orders and scheme.get("type") == "hadamard" and not scheme.get("randomize"):
+    if not weights and not orders and scheme.get("type") == "hadamard" and not scheme.get("randomize"):
         return sylvester(size)
-    if any(not torch.equal(t, x) for ts in (found, orders) for x in ts for t in ts[:1]) or len(found) == 0:
+    several = any(not torch.equal(t, alike[0]) for alike in (weights, orders) for t in alike)
+    if several or not weights:
         raise Refused(f"the matrix of its inputs ({scheme_name}) is missing from the file, or is one of several")
-    matrix = found[0].double()
+    matrix = weights[0].double()
     if scheme.get("randomize") and not orders:
         raise Refused(f"the order of the matrix of its inputs ({scheme_name}) is missing from the file")
     return matrix[orders[0]][:, orders[0]] if orders else matrix

@@ -42,8 +42,8 @@ class Precision:
     def __post_init__(self, rotate: int | None) -> None:
         if rotate is None:
             return
-        given = self.version, self.module, self.options, self.takes_calibration, self.experts
-        if given != (1, QuantizedLinear, {}, False, None):
+        others = self.version, self.module, self.options, self.takes_calibration, self.experts
+        if others != (1, QuantizedLinear, {}, False, None):
             raise ValueError(f"rotate={rotate!r} goes with the name of a preset alone: give a precision of your own "
                              f'options={{"rotate": {rotate!r}}}')  # fmt: skip
         preset = _rotated(self.name, rotate)
@@ -68,7 +68,7 @@ class LayerPrecision:
         return self.precision.options.get("rotate")
 
     def calibration_of(self, arguments: Mapping[int | None, Mapping[str, Any]] | None) -> Mapping[str, Any]:
-        """Of a layer's `calibration_arguments`, by rotation, those of `from_torch`; none where it is not calibrated."""
+        """The arguments of `from_torch`, from a layer's `calibration_arguments` by rotation; none where it is not calibrated."""
         return arguments[self.rotate] if self.calibrated and arguments else {}
 
 

@@ -82,7 +82,7 @@ class SignedRotation:
 
     @staticmethod
     def of(matrix: Tensor) -> SignedRotation | None:
-        """Of a matrix of 1 and -1, [size, size]; None where it is no such one, or of no size that is rotated here.
+        """For a matrix of 1 and -1, [size, size]; None where it is no such one, or of no size that is rotated here.
 
         Sylvester's are, of each size. Which signs the rows have follows from one column, whichever of ours it is compared with:
         products of two columns of ours are columns of Sylvester's, which form a group.
