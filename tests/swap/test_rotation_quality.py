@@ -9,14 +9,14 @@ ROTATED = ("int8, rotated", "int8, rotated and calibrated")
 
 
 def test_a_hybrid_with_gated_delta_net():
-    """Rows of one scale lose most where outliers are planted, rotated ones no more than groups of 128; and no error grows along the
-    recurrence."""
+    """Where outliers are planted, rotation loses less than half as much as one scale a row, and groups of 128 hardly less; no error
+    grows along the recurrence."""
     pytest.importorskip("transformers")
     ways = ("int8", "int8, rotated", "int8, groups of 128")
     found = [*rotation.hybrids(256, [("linear_attention", 30.0)], ways)]
     plain, rotated, groups = (next(x for x in found if x["swapped"] == way) for way in ways)
-    assert plain["relative_error"] > 3 * rotated["relative_error"]
-    assert rotated["relative_error"] < 1.1 * groups["relative_error"]
+    assert plain["relative_error"] > 2 * rotated["relative_error"]
+    assert rotated["relative_error"] < 0.6 * groups["relative_error"]
     for x in found:
         assert 0.7 < x["last_quarter"] / x["first_quarter"] < 1.4, x
 
