@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_models import outputs
-from stored_formats import edit, layers_of, llama, write, write_compressed
+from stored_formats import edit, layers_of, llama, mixture, write, write_compressed
 
 import forwardpass as fp
 from forwardpass.ops.common.rotation import SIZES, SignedRotation, hadamard, rotate, sylvester
@@ -139,6 +139,14 @@ def test_refused(name, tmp_path):
     with pytest.raises(ValueError, match=words) as e:
         fp.load_pretrained(tmp_path)
     assert "\n" not in str(e.value)
+
+
+def test_experts(tmp_path):
+    """One projection of one of them, by its name in the file."""
+    write(tmp_path, "int8_token", mixture("Qwen3MoeForCausalLM"))
+    change(tmp_path, {"R4": scheme(64, r"re:.*experts\.2\.down_proj$")})
+    with pytest.raises(ValueError, match=r"mlp\.experts: inputs of its experts are to be rotated .transform_config."):
+        fp.load_pretrained(tmp_path)
 
 
 def test_an_order_is_no_matrix_of_ours(tmp_path):

@@ -99,6 +99,9 @@ class StoredCheckpoint:
             else stacked([self.headers[name] for name in of_tensor], experts)
             for tensor, of_tensor in names.items()
         }
+        in_file = {n for of_tensor in names.values() for name in of_tensor for n in (name, name.rpartition(".")[0])}
+        if any(compressed_tensors.rotates_inputs(self.quantization, name) for name in in_file):
+            raise Refused("inputs of its experts are to be rotated (transform_config), for which there is no kernel")
         recipe = read_experts(module, tensors, self.quantization, _layer_name(names), self._format)
         if recipe is not None:
             put_tensors(module, tensors, recipe)

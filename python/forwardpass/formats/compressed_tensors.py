@@ -148,6 +148,11 @@ def is_matrix(config: Mapping[str, Any], tensor: str) -> bool:
     return last in ("weight", "perm") and any(part == f"{n}_{x.get('location')}" for n, _, x in _transforms(config))
 
 
+def rotates_inputs(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a transform is of the inputs of the layer that has this name in the file. Raises Refused, as `layer_recipe` does."""
+    return _input_transform(config, name) is not None
+
+
 def _input_transform(config: Mapping[str, Any], name: str) -> _Transform | None:
     applied = [
         transform

@@ -59,9 +59,10 @@ class StoredExperts:
                 stored = [recipe.read(t) for t in tensors]
                 for of_part in stored:
                     of_part.check_size(f"expert {e}'s {stack_name}", empty.shape[1] // parts, empty.shape[2])
-                if any(_kind(s) != kind or s.channel_scale is not None or s.rotate is not None for s in stored):
-                    raise Refused(f"expert {e} is stored in another way than the first, has a scale for each channel, or rotated "
-                                  "inputs")  # fmt: skip
+                if any(_kind(s) != kind or s.channel_scale is not None for s in stored):
+                    raise Refused(
+                        f"expert {e} is stored in another way than the first, or has a scale for each channel"
+                    )
                 as_they_come &= all(s.input_scale is None and s.symmetric for s in stored if s.multiplies_as_8_bits)
                 biases = [of_part["bias"] for of_part in tensors if "bias" in of_part]
                 weights = [(s.weight, s.scale_of(new.scales)) for s in stored]
