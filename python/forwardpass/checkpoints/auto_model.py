@@ -22,7 +22,6 @@ from ..common.imports import when_imported
 from ..common.tensor_files import TensorFiles
 from ..integrations.tensor_parallel import take_over
 from ..nn import QuantizedLinear, QuantizedModule
-from ..proofs.siblings import JoinedSwap
 from ..swap import methods
 from ..swap.attention.projections import Projections
 from ..swap.config import METHOD, Config
@@ -37,11 +36,12 @@ from .floats import (
     swap_loaded,
     while_loading,
 )
-from .load import decide_changes, empty_layers, put_changes
-from .record import EARLIER, checked, renamed, weights_of
+from .load import as_recorded, decide_changes, empty_layers
+from .record import EARLIER, checked, names_now, weights_of
 
 _QUANTIZERS = "transformers.quantizers.auto"
-_ENTRIES = ("schema", "forwardpass", "weights", "layers", "attention", "unpad", "kv_cache", "attention_8bit", "aliases")
+_ENTRIES = ("schema", "forwardpass", "weights", "layers", "attention", "unpad", "kv_cache", "attention_8bit", "aliases",
+            "rewritten")  # fmt: skip
 _NO_MODEL = {"class": "", "attention": None, "config": None, "generation_config": None}
 _FIX = "load it with fp.load_pretrained, or save it again"
 
@@ -186,12 +186,14 @@ class _Filled:
     def __init__(self, model: Any, record: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.model = model
         record, shapes = _below(model, record, shapes)
-        shapes = {renamed(record, name): shape for name, shape in shapes.items()}
+        now = names_now(record)
+        shapes = {now(name): shape for name, shape in shapes.items()}
+        self.record = record
         projections = Projections(model, on_meta=True)
         projections.put()
         leaves, layers = empty_layers(model, record, shapes, lambda t: torch.device("meta"), self._fail)
         self.changes = decide_changes(model, leaves, record, self._fail)
-        projections.narrow(leaf.module for leaf in (*leaves, *self.changes[0].swapped))
+        projections.narrow(leaf.module for leaf in (*leaves, *self.changes.attention.swapped))
         for module in projections.places():  # else transformers initialises in_proj_weight, which is not there
             vars(module)["_is_hf_initialized"] = True
         self.layers = {leaf.fqn: (leaf, layers[id(leaf.module)]) for leaf in leaves}
@@ -227,10 +229,11 @@ class _Filled:
             raise self._fail(f"{eight_bits[0]} has 8 bits in the file, and no layer of it is recorded")
         take_over({fqn: layer for fqn, (_, layer) in self.layers.items()})
         layers, self.layers = self.layers, {}
-        joined = JoinedSwap(layers)
+        joined, changes = as_recorded(self.model, layers, self.changes, self.record, self._fail)
+        layers.clear()
         in_place = [x for part in joined.build() for x in part if not _is_there(self.model, x.fqn, x.replacement)]
         put_in_place(self.model, in_place)
-        put_changes(self.model, self.changes)
+        changes.put(self.model)
         joined.put()
         methods.put(self.model)
 
@@ -267,5 +270,9 @@ def _below(
     in_8_bits = [
         {**x, "fqn": x["fqn"].removeprefix(prefix)} for x in record["attention_8bit"] if x["fqn"].startswith(prefix)
     ]
+    made = record["rewritten"]
+    if made is not None:
+        made = [name.removeprefix(prefix) for name in made if name.startswith(prefix)]
     shapes = {name.removeprefix(prefix): shape for name, shape in shapes.items()}
-    return {**record, "layers": layers, "attention": attention, "attention_8bit": in_8_bits}, shapes
+    of_model = {"layers": layers, "attention": attention, "attention_8bit": in_8_bits, "rewritten": made}
+    return {**record, **of_model}, shapes

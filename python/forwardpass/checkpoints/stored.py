@@ -35,13 +35,15 @@ from ..nn.experts import experts_sizes, is_experts
 from ..nn.layer import is_linear
 from ..ops.common.quantized_rows import FLOATS
 from ..ops.common.rotation import SIZES
-from ..proofs.siblings import JoinedSwap
 from ..proofs.walker import Leaf, linear_like
 from ..swap import methods
-from ..swap.attention.modules import AttentionSwap, decide_attention
+from ..swap.attention.kv_cache import CacheDecision
+from ..swap.attention.modules import decide_attention
 from ..swap.attention.projections import Projections
+from ..swap.attention.unpadding import UnpaddingDecision
 from ..swap.rules import Context
 from .auto_model import reading_quantizer
+from .rewritten import Changes, proven
 
 _METHOD = "forwardpass-stored"
 _FIX = "load it with transformers instead"
@@ -284,15 +286,15 @@ def _finish(model: nn.Module) -> nn.Module:
             raise ValueError(f"{leaf.fqn}: {e}; {_FIX}") from None
         module._parameters = dict.fromkeys(module._parameters)
         layers[leaf.fqn] = leaf, new
-    joined = JoinedSwap(layers)
-    layers.clear()
-    in_place = [x for part in joined.build() for x in part]
-    put_in_place(model, in_place)
     projections = Projections(model)
     projections.put()
     attention = decide_attention(Context(model), "auto")
     projections.narrow(leaf.module for leaf in attention.swapped)
-    AttentionSwap(model, attention, ()).put()
+    changes = Changes(attention, UnpaddingDecision((), None), CacheDecision(None))
+    joined, changes = proven(model, layers, changes, None, believed=False)
+    layers.clear()
+    put_in_place(model, [x for part in joined.build() for x in part])
+    changes.put(model)
     joined.put()
     methods.put(model)
     return model

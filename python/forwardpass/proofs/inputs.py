@@ -28,6 +28,8 @@ ALONE, DECODED = 5, 4
 SIDES, LARGEST = (32, 64, 224), 384
 #: Frames of sound: as many as are run at most, and samples of a waveform.
 FRAMES, SAMPLES = 512, 4000
+#: Floats of 16 bits.
+HALVES = (torch.float16, torch.bfloat16)
 MASKS = ("attention_mask", "decoder_attention_mask")
 #: What transformers calls a cache, in arguments and in results.
 CACHES = ("cache", "past_key_values")
@@ -53,6 +55,11 @@ class Call:
     forward: Forward | None = None
     step: Mapping[str, Tensor] | None = None  #: the arguments of the step, without the cache
 
+    def in_float32(self) -> Call:
+        """The same for a model whose 16 bits are float32 meanwhile."""
+        step = None if self.step is None else map_tensors(self.step, in_float32)
+        return Call(map_tensors(self.batch, in_float32), self.forward, step)
+
     def outputs(self, model: nn.Module) -> list[Output]:
         """The floating tensors that both return. The batch is copied, for models that write into it."""
         batch = self.batch if self.forward is not None else map_tensors(self.batch, Tensor.clone)
@@ -66,6 +73,10 @@ class Call:
             step = map_tensors(self.step, Tensor.clone)
             outputs += _outputs(run(model, {**step, name: cache, "use_cache": True}), self.step)
         return outputs
+
+
+def in_float32(t: Tensor) -> Tensor:
+    return t.float() if t.dtype in HALVES else t
 
 
 def _outputs(result: Any, batch: Any) -> list[Output]:

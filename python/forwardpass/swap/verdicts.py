@@ -17,6 +17,7 @@ from ..formats.loaded import is_stored
 from ..integrations.sentence_transformers import class_of
 from ..integrations.tensor_parallel import sharding_of
 from ..integrations.transformers.unpadding import current
+from ..nn import QuantizedModule
 from ..ops.common.quantized_rows import FLOATS
 from ..proofs import inputs, run
 from ..proofs.mlp import Block
@@ -40,6 +41,9 @@ _UNSEEN = Reason(
 )
 
 
+_NO_LAYERS: Mapping[str, QuantizedModule] = {}
+
+
 @dataclass(frozen=True)
 class Verdicts:
     """What is not made, and why."""
@@ -52,6 +56,15 @@ class Verdicts:
     @property
     def apart(self) -> dict[str, Reason]:
         return {**self.layers, **self.rotation}
+
+    def but_unproven(self) -> Verdicts:
+        """The same where what cannot be run is believed."""
+
+        def known(reasons: Mapping[str, Reason]) -> dict[str, Reason]:
+            return {fqn: reason for fqn, reason in reasons.items() if reason.code != run.UNPROVEN.code}
+
+        attention, unpadding = (r if r and r.code != run.UNPROVEN.code else None for r in (self.attention, self.unpadding))
+        return Verdicts(known(self.layers), attention, unpadding, known(self.rotation))
 
     def applied(self, decision: Decision) -> Decision:
         """The decision without it."""
@@ -125,7 +138,7 @@ class _Unpadded(_Change):
         """Where tokens are what they were. A call of sentence-transformers gives its users no padding."""
         if not all(x.layers[0] in self.seen for x in self.decision.stacks):
             return _UNSEEN
-        returned = error.everywhere > prover.tolerance and class_of(prover.model) is None
+        returned = error.everywhere > 1 and class_of(prover.model) is None
         return _RETURNED if unpad == "auto" and returned else None
 
 
@@ -135,8 +148,18 @@ def _cached(decision: Decision, rotating: Iterable[nn.Module]) -> _Change:
     return _Change([AttentionSwap(decision.model, decision.attention.in_floats), CacheSwap(cache)])
 
 
-def prove(decision: Decision, unpad: str | bool, batch: Any = None, forward: Forward | None = None) -> Verdicts:
-    """Runs the model as it is and as it is to be: on a user's batch, and on what is made up. unpad: of `fp.swap`.
+def prove(
+    decision: Decision,
+    unpad: str | bool,
+    batch: Any = None,
+    forward: Forward | None = None,
+    made: Mapping[str, QuantizedModule] = _NO_LAYERS,
+) -> Verdicts:
+    """Runs the model as it is and as it is to be: on a user's batch, and on what is made up.
+
+    Args:
+        unpad: of `fp.swap`.
+        made: layers that are quantised already, by name, whose floats are not at hand.
 
     Raises:
         ValueError: with kv_cache= the model computes something else.
@@ -147,7 +170,7 @@ def prove(decision: Decision, unpad: str | bool, batch: Any = None, forward: For
         candidates.append(unpadded)
     if not candidates:
         return Verdicts()
-    stand_ins, runs_whole = _stand_ins(decision)
+    stand_ins, runs_whole = _stand_ins(decision, made)
     users = inputs.of_batch(batch, forward) if batch is not None else ()
     sources = (users, inputs.made_up(decision.model)) if runs_whole else ()
     prover = run.Prover(decision.model, *sources, stand_ins=stand_ins)
@@ -156,7 +179,7 @@ def prove(decision: Decision, unpad: str | bool, batch: Any = None, forward: For
             error = prover.error(candidates)
         except Exception:  # whatever its code raises so
             error = None
-        if error is not None and error.tokens <= prover.tolerance:
+        if error is not None and error.tokens <= 1:
             return Verdicts(unpadding=unpadded.verdict(error, prover, unpad) if stacks else None)
         if not prover.is_steady():
             prover = prover.of(decision.model)
@@ -214,22 +237,29 @@ def _separately(decision: Decision, unpad: str | bool, prover: run.Prover, layer
     return Verdicts(layers, attention, unpadding, rotation)
 
 
-def _stand_ins(decision: Decision) -> tuple[list[tuple[nn.Module, str, nn.Module]], bool]:
-    """(floats in the place of layers that a run would change, or that are one of several processes together; whether the model then
-    runs). The same ones in all places that are alike."""
+def _stand_ins(
+    decision: Decision, made: Mapping[str, QuantizedModule]
+) -> tuple[list[tuple[nn.Module, str, nn.Module]], bool]:
+    """(floats in the place of layers that a run would change, that are one of several processes together, or that are quantised
+    already; whether the model then runs). The same ones in all places that are alike. Quantised experts stand for themselves."""
     model = decision.model
     kinds: dict[tuple[Any, ...], nn.Module] = {}
     dtype = next((p.dtype for p in model.parameters() if p.dtype in FLOATS), torch.get_default_dtype())
     stand_ins: list[tuple[nn.Module, str, nn.Module]] = []
     for leaf in decision.layers:
-        if _stays(leaf.module) and not leaf.is_experts:
-            device = next((t.device for t in (*leaf.module.parameters(), *leaf.module.buffers())), None)
+        layer = made.get(leaf.fqn)
+        if layer is not None and leaf.is_experts:
+            stand_ins.append((leaf.parent, leaf.name, layer))
+        elif (layer is not None or _stays(leaf.module)) and not leaf.is_experts:
+            values = leaf.module if layer is None else layer
+            device = next((t.device for t in (*values.buffers(), *values.parameters())), None)
+            of_layer = dtype if layer is None or layer.anchor.dtype not in FLOATS else layer.anchor.dtype
             sizes = leaf.in_features, leaf.out_features, leaf.has_bias
-            key = type(leaf.parent), leaf.name, sizes, device
+            key = type(leaf.parent), leaf.name, sizes, device, of_layer
             if key not in kinds:
-                kinds[key] = _floats(*sizes, device, dtype, len(kinds))
+                kinds[key] = _floats(*sizes, device, of_layer, len(kinds))
             stand_ins.append((leaf.parent, leaf.name, kinds[key]))
-    replaced = {id(leaf.module) for leaf in decision.layers if not leaf.is_experts}
+    replaced = {id(leaf.module) for leaf in decision.layers if not leaf.is_experts or leaf.fqn in made}
     return stand_ins, not any(_stays(m) and id(m) not in replaced for m in model.modules())
 
 
