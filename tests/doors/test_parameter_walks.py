@@ -54,7 +54,7 @@ def test_accelerate():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["llama", "phi3", "bert"])
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2"])
 def test_accelerate_offloads_integers(name, tmp_path):
     """A gated MLP raised KeyError: 'model.layers.0.mlp.gate_up.qweight'."""
     accelerate = pytest.importorskip("accelerate")

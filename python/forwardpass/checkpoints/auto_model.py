@@ -11,6 +11,7 @@ import copy
 import functools
 import importlib.util
 import pathlib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -204,11 +205,18 @@ class _Filled:
             fqn, _, tensor = name.rpartition(".")
             if fqn in self.layers and tensor not in self.layers[fqn][1].state_dict():
                 raise self._fail(f"{name[:80]!r} has no place in the layer that is recorded")
+        # Our files have buffers that are no part of a state dict (rotary frequencies): transformers computes them, and would say
+        # that it did not expect them.
+        self.expected = model._keys_to_ignore_on_load_unexpected
+        computed = {name for name, _ in model.named_buffers()} - model.state_dict().keys()
+        patterns = {rf"(^|\.){re.escape(name)}$" for name in computed & shapes.keys()}
+        model._keys_to_ignore_on_load_unexpected = {*(self.expected or ()), *patterns}
 
     def _fail(self, text: str) -> ValueError:
         return ValueError(f"config.json does not fit this {type(self.model).__name__}: {text}; {_FIX}")
 
     def finish(self) -> None:
+        self.model._keys_to_ignore_on_load_unexpected = self.expected
         for fqn, (leaf, layer) in self.layers.items():
             if isinstance(there := leaf.parent._modules[leaf.name], _Earlier):
                 there.fill(layer)
