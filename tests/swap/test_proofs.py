@@ -11,7 +11,7 @@ from small_models import ATTENTION, CONFIGS, MLPS, batch, build, outputs
 from torch import nn
 
 import forwardpass as fp
-from forwardpass.proofs import inputs, norms, rewritings, run
+from forwardpass.proofs import float32, inputs, norms, rewritings, run
 from forwardpass.proofs.float32 import InFloat32
 
 SIZE = 64
@@ -392,6 +392,22 @@ def test_layers_that_are_alike_share_their_floats():
         assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert all(p is q for p, q in zip(model.parameters(), before, strict=True))
     assert InFloat32.of(build("llama", ATTENTION)) is None
+
+
+@torch.inference_mode()
+def test_embeddings_and_heads_of_many_rows_have_no_copy(monkeypatch):
+    """What is looked up in them, or multiplied by them, is widened."""
+    model, x = build("llama", ATTENTION).bfloat16(), batch("llama")
+    monkeypatch.setattr(float32, "PIECE", 100)
+    with InFloat32.of(model):
+        expected = outputs(model, x)
+    monkeypatch.setattr(float32, "LARGE", model.lm_head.weight.numel())
+    wide = InFloat32.of(model)
+    assert not any(model.lm_head.weight is t or model.model.embed_tokens.weight is t for _, _, t, _ in wide._places)
+    with wide:
+        y = outputs(model, x)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
