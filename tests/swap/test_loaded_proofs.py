@@ -111,7 +111,9 @@ def test_models_of_transformers(name, tmp_path, monkeypatch):
     readers = [fp.load_pretrained, getattr(transformers, type(model).__name__).from_pretrained]
     for read in readers:
         loaded = read(tmp_path)
-        assert sum(isinstance(m, TwoProducts) for m in loaded.modules()) == 2 and torch.equal(outputs(loaded, x), expected)
+        assert sum(isinstance(m, TwoProducts) for m in loaded.modules()) == 2 and torch.equal(
+            outputs(loaded, x), expected
+        )
     monkeypatch.setattr(rewritings._OneUnit, "forward", lambda self, x: 2 * self._block.module(x))
     for read in readers:
         loaded = read(tmp_path)

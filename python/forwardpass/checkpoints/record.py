@@ -36,7 +36,10 @@ _FORM = {
     "kv_cache": OneOf(None, *KV_CACHES),
     "attention_8bit": [ATTENTION_8BIT],
     "aliases": {"*": str},
-    "rewritten": ([str], None),  # first layers of products and of MLPs that are one unit, and norms that quantise for these
+    "rewritten": (
+        [str],
+        None,
+    ),  # first layers of products and of MLPs that are one unit, and norms that quantise for these
     "around": dict | None,
 }
 

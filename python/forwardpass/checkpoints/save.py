@@ -100,7 +100,9 @@ def write(
     shard_bytes(max_shard_size)
     safetensors_module()
     tensors: dict[str, Tensor] = {}
-    copies: dict[str, Callable[[], Tensor]] = {}  #: of tensors that are copied as they are written, on the meta device here
+    copies: dict[
+        str, Callable[[], Tensor]
+    ] = {}  #: of tensors that are copied as they are written, on the meta device here
     aliases: dict[str, str] = {}
     stored: dict[Any, str] = {}
     for fqn, module in model.named_modules():
@@ -162,7 +164,10 @@ def write(
 
 
 def _put_shards(
-    folder: pathlib.Path, tensors: dict[str, Tensor], copies: Mapping[str, Callable[[], Tensor]], max_shard_size: int | str
+    folder: pathlib.Path,
+    tensors: dict[str, Tensor],
+    copies: Mapping[str, Callable[[], Tensor]],
+    max_shard_size: int | str,
 ) -> str | list[str]:
     """The name of the file of weights, or of the files."""
     save_file = functools.partial(safetensors_module().torch.save_file, metadata={"format": "pt"})

@@ -419,7 +419,9 @@ def _part(layer: L, index: int | None, activation: str | None, on_meta: bool = F
     """A copy of the gate (0) or of the up (1) of a layer that is both, or of both as halves (None)."""
     outputs = layer.out_features // (1 if index is None else 2)
     device = "meta" if on_meta else None
-    part = _like(layer, outputs, activation, {name: _values_of(layer, index, name, device) for name in _by_output(layer)})
+    part = _like(
+        layer, outputs, activation, {name: _values_of(layer, index, name, device) for name in _by_output(layer)}
+    )
     part.adopt(layer)
     if on_meta:
         part.values = functools.partial(_values_of, layer, index)

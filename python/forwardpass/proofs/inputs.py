@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..common.batches import Forward, device_of, map_tensors, run, tensors
+from ..common.float32 import in_float32
 from ..integrations.sentence_transformers import class_of, transformer_of
 from ..nn.layer import is_conv1d
 
@@ -28,8 +29,6 @@ ALONE, DECODED = 5, 4
 SIDES, LARGEST = (32, 64, 224), 384
 #: Frames of sound: as many as are run at most, and samples of a waveform.
 FRAMES, SAMPLES = 512, 4000
-#: Floats of 16 bits.
-HALVES = (torch.float16, torch.bfloat16)
 MASKS = ("attention_mask", "decoder_attention_mask")
 #: What transformers calls a cache, in arguments and in results.
 CACHES = ("cache", "past_key_values")
@@ -73,10 +72,6 @@ class Call:
             step = map_tensors(self.step, Tensor.clone)
             outputs += _outputs(run(model, {**step, name: cache, "use_cache": True}), self.step)
         return outputs
-
-
-def in_float32(t: Tensor) -> Tensor:
-    return t.float() if t.dtype in HALVES else t
 
 
 def _outputs(result: Any, batch: Any) -> list[Output]:

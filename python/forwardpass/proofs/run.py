@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from ..common.batches import device_of, evaluating
 from ..common.compare import relative_error
+from ..common.float32 import InFloat32
 from ..dispatch import Reason
 from ..dispatch.choice import choosing, interpreter
 from ..nn import QuantizedModule
-from .float32 import InFloat32
 from .inputs import Call, Output, features_in
 from .rewritings import Rewriting, put
 

@@ -236,9 +236,7 @@ def _cast_since(layer: Replaced) -> torch.dtype | None:
     return now.pop() if len(now) == len(before) == 1 and now != before and before <= {*FLOATS} else None
 
 
-def separate_layers(
-    model: nn.Module, on_meta: bool = False
-) -> tuple[dict[str, QuantizedModule], dict[int, nn.Module]]:
+def separate_layers(model: nn.Module, on_meta: bool = False) -> tuple[dict[str, QuantizedModule], dict[int, nn.Module]]:
     """(the quantised layers as a checkpoint has them, those of an MLP one by one; what stands for an MLP then, by the MLP's id).
     on_meta: gate and up of an MLP, which are copies, without values. ValueError where they are parts."""
     refuse_divided("a checkpoint", model, "store the model before it is divided")

@@ -63,7 +63,9 @@ class Verdicts:
         def known(reasons: Mapping[str, Reason]) -> dict[str, Reason]:
             return {fqn: reason for fqn, reason in reasons.items() if reason.code != run.UNPROVEN.code}
 
-        attention, unpadding = (r if r and r.code != run.UNPROVEN.code else None for r in (self.attention, self.unpadding))
+        attention, unpadding = (
+            r if r and r.code != run.UNPROVEN.code else None for r in (self.attention, self.unpadding)
+        )
         return Verdicts(known(self.layers), attention, unpadding, known(self.rotation))
 
     def applied(self, decision: Decision) -> Decision:

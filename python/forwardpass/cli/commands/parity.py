@@ -57,9 +57,7 @@ def parity(
         subject = load(model, where, text, calibrate, calibrates, console)
         with tracking() as track:
             track(subject.swapping(), None)
-            report = fp.swap(
-                subject.model, fp.Config(precision, planned, unpad=True, calibrate=subject.calibration)
-            )
+            report = fp.swap(subject.model, fp.Config(precision, planned, unpad=True, calibrate=subject.calibration))
             if not report.swapped:
                 reasons = [why for why, _ in by_reason((s.fqn, s.reason.code, s.reason.text) for s in report.skipped)]
                 raise ValueError(
@@ -84,9 +82,10 @@ def parity(
     if plot:
         parity_report.save_plot(plot)
     if unreached := parity_report.unreached:
+        swapped = count(len(parity_report.layers), "swapped layer")
         typer.echo(
-            f"forwardpass: no text reaches {unreached[0]} ({len(unreached)} of {count(len(parity_report.layers), 'swapped layer')}), "
-            "and nobody knows how far it is from the original: pass texts that do, or leave it in floats by a plan",
+            f"forwardpass: no text reaches {unreached[0]} ({len(unreached)} of {swapped}), and nobody knows how far it is from the "
+            "original: pass texts that do, or leave it in floats by a plan",
             err=True,
         )
         raise typer.Exit(1)

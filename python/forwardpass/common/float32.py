@@ -1,7 +1,7 @@
 """A model of 16 bits in float32, for as long as it runs so: its rounding would hide an error of a few percent.
 
-What is proven is about code and not about values. So parameters of the same place in modules of the same class share the copy of
-the first: of the layers of a transformer one is in memory. Embeddings and heads of many rows have no copy. What is looked up in
+For proofs, which are about code and not about values. So parameters of the same place in modules of the same class share the copy
+of the first: of the layers of a transformer one is in memory. Embeddings and heads of many rows have no copy. What is looked up in
 them, or multiplied by them, is widened piece by piece.
 """
 
@@ -15,10 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .inputs import HALVES, in_float32
-
+#: Floats of 16 bits.
+HALVES = (torch.float16, torch.bfloat16)
 #: Elements of a tensor that has no copy, and of its pieces, which fit into caches.
 LARGE, PIECE = 1 << 24, 1 << 20
+
+
+def in_float32(t: Tensor) -> Tensor:
+    """A tensor of 16 bits as float32, any other as it is."""
+    return t.float() if t.dtype in HALVES else t
 
 
 class InFloat32:
@@ -71,7 +76,8 @@ class InFloat32:
 
 
 def _widened(t: Tensor) -> Tensor:
-    """Of a tensor that holds an element in several places, as those do of layers that are quantised while they are loaded, so too."""
+    """A copy, as small as the tensor is: one whose rows are parts of one vector stays so, as those of layers that are quantised while
+    a model is loaded."""
     elements = t.untyped_storage().nbytes() // t.itemsize
     if elements >= t.numel():
         return in_float32(t)
