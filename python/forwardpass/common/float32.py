@@ -76,8 +76,8 @@ class InFloat32:
 
 
 def _widened(t: Tensor) -> Tensor:
-    """A copy, as small as the tensor is: one whose rows are parts of one vector stays so, as those of layers that are quantised while
-    a model is loaded."""
+    """A copy, as small as the tensor is: rows that are parts of one vector stay so, as those of layers that are quantised while a
+    model is loaded."""
     elements = t.untyped_storage().nbytes() // t.itemsize
     if elements >= t.numel():
         return in_float32(t)
