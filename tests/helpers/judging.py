@@ -11,6 +11,7 @@ import copy
 import functools
 import linecache
 import operator
+import tempfile
 import threading
 import types
 import warnings
@@ -339,7 +340,7 @@ def _judge(case: Case, built: Built, undo: Undo, caught: list[Any]) -> Verdict:
             return Verdict("no module", f"after, {type(e).__name__}: {e}")
         if verdict := compare("after the swap"):
             return verdict
-    if verdict := _then(case, model, xs):
+    if verdict := _then(case, model, xs) or _loaded(case, built, undo, model, xs):
         return verdict
     return _restored(case, built, undo, model, float_model, xs) or Verdict(
         "refused" if refused else "right", "", rewritings
@@ -378,6 +379,23 @@ def _then(case: Case, model: nn.Module, xs: list[Tensor]) -> Verdict | None:
                 t.join()
         if wrong:
             return Verdict("wrong", "threads mix")
+    return None
+
+
+def _loaded(case: Case, built: Built, undo: Undo, model: nn.Module, xs: list[Tensor]) -> Verdict | None:
+    """What is saved, and loaded into a model of the same classes, gives what it gave."""
+    if case.seed % 3 or case.after or _counts(case):
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            fp.save_pretrained(model, folder, model_card=False)
+            other = fp.load_pretrained(folder, model=built.model(undo))
+        except (ValueError, RuntimeError):  # refused, in a sentence
+            return None
+    for x in xs:
+        y, expected = (_call(m, x, case)[0] for m in (other, model))
+        if max(_errors(y, expected)) > BESIDE[torch.bfloat16 if y.dtype == torch.bfloat16 else torch.float32]:
+            return Verdict("wrong", "loaded from a folder, it gives something else")
     return None
 
 

@@ -43,7 +43,7 @@ class InFloat32:
                 for name, t in table.items():
                     if t is None or t.dtype not in HALVES:
                         continue
-                    if t.numel() >= LARGE and t.dim() == 2:
+                    if t.dim() == 2 and min(t.numel(), _elements(t)) >= LARGE:
                         large.add(id(t))
                         continue
                     key = *of_module, name, t.shape, t.dtype, t.device
@@ -78,10 +78,14 @@ class InFloat32:
 def _widened(t: Tensor) -> Tensor:
     """A copy, as small as the tensor is: rows that are parts of one vector stay so, as those of layers that are quantised while a
     model is loaded."""
-    elements = t.untyped_storage().nbytes() // t.itemsize
-    if elements >= t.numel():
+    if (elements := _elements(t)) >= t.numel():
         return in_float32(t)
     return in_float32(t.as_strided((elements,), (1,), 0)).as_strided(t.shape, t.stride(), t.storage_offset())
+
+
+def _elements(t: Tensor) -> int:
+    """In memory."""
+    return t.untyped_storage().nbytes() // t.itemsize
 
 
 class _Widening(TorchFunctionMode):

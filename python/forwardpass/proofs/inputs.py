@@ -202,6 +202,13 @@ def _noise(model: nn.Module, *shape: int) -> Tensor:
     return x.to(device_of(model), dtype)
 
 
+def made_up_weight(n: int, k: int, dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
+    """[n, k], random, of the size that a layer is initialised with, in the memory of one short vector: rows are parts of it, of
+    which each begins one element after the one before."""
+    vector = torch.empty(n + k).normal_(std=k**-0.5, generator=torch.Generator().manual_seed(seed))
+    return vector.to(device, dtype).as_strided((n, k), (1, 1))
+
+
 # ---- other models
 
 

@@ -268,11 +268,11 @@ def _stand_ins(
 def _floats(
     in_features: int, out_features: int, bias: bool, device: torch.device | None, dtype: torch.dtype, seed: int
 ) -> nn.Linear:
-    layer = nn.Linear(in_features, out_features, bias, device="meta").to_empty(device=device or "cpu").to(dtype)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator) * in_features**-0.5)
+    """A layer of made-up values in a few kilobytes."""
+    layer, device = nn.Linear(in_features, out_features, bias, device="meta"), device or torch.device("cpu")
+    layer.weight = nn.Parameter(inputs.made_up_weight(out_features, in_features, dtype, device, seed), False)
+    if bias:
+        layer.bias = nn.Parameter(inputs.made_up_weight(1, out_features, dtype, device, seed).flatten(), False)
     return layer
 
 
