@@ -85,27 +85,36 @@ class Prover:
         model: nn.Module,
         *sources: Iterable[list[Call]],
         stand_ins: Sequence[tuple[nn.Module, str, nn.Module]] = (),
+        again: bool = False,
     ) -> None:
-        """sources: lists of calls, of each source of which the first that the model takes is run; stand_ins: (holder, name, module
-        that stands there for as long as the model runs)."""
+        """
+        Args:
+            sources: lists of calls, of each source of which the first that the model takes is run.
+            stand_ins: (holder, name, module that stands there for as long as the model runs).
+            again: it has been proven elsewhere. One of 16 bits then runs in float32 alone, which halves the time.
+        """
         self.model, self._stand_ins = model, stand_ins
         self._runs: list[Run] = []
         self._in_float32: list[Run] = []
         with self._running():
-            for source in sources:
-                taken = _taken(model, source)
-                self._runs += [Run(call, outputs, self._tolerance) for call, outputs in taken]
-            self._wide = InFloat32.of(model) if self._runs else None
-            if self._wide is not None:
+            self._wide = InFloat32.of(model)
+            with self._wide if again and self._wide is not None else contextlib.nullcontext():
+                taken = [x for source in sources for x in _taken(model, source)]
+            tolerance = max(_OF_16_BITS, self._rounding)
+            if self._wide is None:
+                self._runs = [Run(call, outputs, self._tolerance) for call, outputs in taken]
+            elif again:
+                self._in_float32 = [Run(call, outputs, tolerance) for call, outputs in taken]
+            else:
+                self._runs = [Run(call, outputs, self._tolerance) for call, outputs in taken]
                 with self._wide:
-                    calls = (run.call.in_float32() for run in self._runs)
-                    outputs = ((call, _tried(model, call)) for call in calls)
-                    tolerance = max(_OF_16_BITS, self._rounding)
-                    self._in_float32 = [Run(call, x, tolerance) for call, x in outputs if x is not None]
+                    calls = (call.in_float32() for call, _ in taken)
+                    tried = ((call, _tried(model, call)) for call in calls)
+                    self._in_float32 = [Run(call, x, tolerance) for call, x in tried if x is not None]
 
     @property
     def runs(self) -> bool:
-        return bool(self._runs)
+        return bool(self._runs or self._in_float32)
 
     @property
     def _tolerance(self) -> float:

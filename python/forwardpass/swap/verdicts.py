@@ -41,6 +41,8 @@ _UNSEEN = Reason(
 )
 
 
+#: Elements of a stand-in that has rows of its own: a product by others copies them first.
+_SMALL = 1 << 22
 _NO_LAYERS: Mapping[str, QuantizedModule] = {}
 
 
@@ -173,9 +175,15 @@ def prove(
     if not candidates:
         return Verdicts()
     stand_ins, runs_whole = _stand_ins(decision, made)
-    users = inputs.of_batch(batch, forward) if batch is not None else ()
-    sources = (users, inputs.made_up(decision.model)) if runs_whole else ()
-    prover = run.Prover(decision.model, *sources, stand_ins=stand_ins)
+
+    def prover_of(again: bool) -> run.Prover:
+        users = inputs.of_batch(batch, forward) if batch is not None else ()
+        sources = (users, inputs.made_up(decision.model)) if runs_whole else ()
+        return run.Prover(decision.model, *sources, stand_ins=stand_ins, again=again)
+
+    prover = prover_of(bool(made))
+    if made and not prover.runs:  # its code may take no float32
+        prover = prover_of(False)
     if prover.runs:
         try:
             error = prover.error(candidates)
@@ -268,9 +276,10 @@ def _stand_ins(
 def _floats(
     in_features: int, out_features: int, bias: bool, device: torch.device | None, dtype: torch.dtype, seed: int
 ) -> nn.Linear:
-    """A layer of made-up values in a few kilobytes."""
+    """A layer of made-up values, a large one in a few kilobytes."""
     layer, device = nn.Linear(in_features, out_features, bias, device="meta"), device or torch.device("cpu")
-    layer.weight = nn.Parameter(inputs.made_up_weight(out_features, in_features, dtype, device, seed), False)
+    weight = inputs.made_up_weight(out_features, in_features, dtype, device, seed)
+    layer.weight = nn.Parameter(weight.contiguous() if weight.numel() <= _SMALL else weight, False)
     if bias:
         layer.bias = nn.Parameter(inputs.made_up_weight(1, out_features, dtype, device, seed).flatten(), False)
     return layer
