@@ -54,7 +54,7 @@ def test_a_layer_that_no_text_reaches_fails(folder, monkeypatch):
     """Its error is unknown: it was a line of the report, and the command's status was 0."""
     monkeypatch.setattr(ParityReport, "unreached", property(lambda report: [report.layers[0].fqn]))
     done = run("parity", folder, "--precision", "int8", "--calibrate", "none")
-    assert done.returncode == 1 and "no text reaches encoder.layer.0." in done.stderr
+    assert done.exit_code == 1 and "no text reaches encoder.layer.0." in done.stderr
 
 
 def test_trying_a_path_leaves_nothing_behind(folder, tmp_path, monkeypatch):

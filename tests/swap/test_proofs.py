@@ -351,13 +351,13 @@ class Almost(Siblings):
 
     def more(self, tensors):
         for t in tensors:
-            t *= 1.04
+            t *= 1.02
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("block", [Almost, Honest])
 def test_a_small_error_in_a_model_of_16_bits(block, dtype):
-    """Of 4 %: up to 10 % passed for rounding in bfloat16, up to 3 % in float16. In float32 nothing rounds so."""
+    """Of 2 %: up to 10 % passed for rounding in bfloat16, up to 3 % in float16. In float32 nothing rounds so."""
     model = type("Model", (Tokens,), {"Block": block})().eval().to(dtype)
     before = {name: (p, p.dtype, p._version) for name, p in model.named_parameters()}
     parameters = {id(m): m._parameters for m in model.modules()}
@@ -400,15 +400,11 @@ def test_embeddings_and_heads_of_many_rows_have_no_copy(monkeypatch):
     """What is looked up in them, or multiplied by them, is widened."""
     model, x = build("llama", ATTENTION).bfloat16(), batch("llama")
     monkeypatch.setattr(float32, "PIECE", 100)
-    with InFloat32.of(model):
-        expected = outputs(model, x)
-    monkeypatch.setattr(float32, "LARGE", model.lm_head.weight.numel())
-    wide = InFloat32.of(model)
-    assert not any(model.lm_head.weight is t or model.model.embed_tokens.weight is t for _, _, t, _ in wide._places)
-    with wide:
+    monkeypatch.setattr(float32, "LARGE", 1000)  # so that no matrix has a copy
+    with InFloat32.of(model) as wide:
         y = outputs(model, x)
-    assert y.dtype == torch.float32
-    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    assert {t.dim() for _, _, t, _ in wide._places} == {1}
+    torch.testing.assert_close(y, outputs(model.float(), x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

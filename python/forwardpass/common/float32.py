@@ -64,10 +64,11 @@ class InFloat32:
         except RuntimeError:  # out of memory
             return None
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> InFloat32:
         for table, name, _, new in self._places:
             table[name] = new
         self._widening.__enter__()
+        return self
 
     def __exit__(self, *error: Any) -> None:
         self._widening.__exit__(*error)
