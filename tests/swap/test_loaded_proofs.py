@@ -1,6 +1,7 @@
 """A model that is loaded computes together what the one that was saved did, where a run does not disprove it."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -66,10 +67,27 @@ def saved(block, folder):
 @torch.inference_mode()
 def test_what_its_swap_disproved_is_not_made(tmp_path):
     """It was joined by the load, and off by .7 under inference mode."""
-    model, loaded = saved(ThroughAView, tmp_path), fp.load_pretrained(tmp_path, model=Model(ThroughAView).eval())
+    model = saved(ThroughAView, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is another than it was
+        loaded = fp.load_pretrained(tmp_path, model=Model(ThroughAView).eval())
     assert not products(model) and not products(loaded)
     x = torch.randn(3, 5, SIZE)
     assert torch.equal(loaded(x.clone()), model(x.clone())) and made(tmp_path) == []
+
+
+class TheOtherFirst(Honest):
+    def forward(self, x):
+        z = self.b(x)
+        return self.a(x) * z
+
+
+@torch.inference_mode()
+def test_layers_that_are_called_in_another_order_than_they_are_held(tmp_path):
+    model = saved(TheOtherFirst, tmp_path)
+    loaded, x = fp.load_pretrained(tmp_path, model=Model(TheOtherFirst).eval()), torch.randn(3, 5, SIZE)
+    assert made(tmp_path) == ["block.b"] and len(products(model)) == len(products(loaded)) == 1
+    assert torch.equal(loaded(x), model(x))
 
 
 @torch.inference_mode()

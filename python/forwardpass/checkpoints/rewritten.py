@@ -45,15 +45,12 @@ class Changes:
 
 def rewritten(model: nn.Module) -> list[str]:
     """The first layers of products, and of MLPs that are one unit, and norms that quantise: for a record."""
-    names: dict[str, None] = {}
-    products: set[int] = set()
-    for fqn, module in quantised_layers(model).items():
-        if isinstance(module, TwoProducts):
-            names[f"{fqn}.{module.members[0]}"] = None
-        elif isinstance(module, QuantizedLinear) and module.joined is not None and id(module.joined) not in products:
-            products.add(id(module.joined))
-            names[fqn] = None
-    return [*names, *(fqn for fqn, m in model.named_modules() if isinstance(m, QuantizingNorm))]
+    layers = quantised_layers(model)
+    units = [f"{fqn}.{m.members[0]}" for fqn, m in layers.items() if isinstance(m, TwoProducts)]
+    joined = {m.joined for m in layers.values() if isinstance(m, QuantizedLinear) and m.joined is not None}
+    first = {id(product.members[0]) for product in joined}  # of those that its code calls
+    products = [fqn for fqn, m in layers.items() if id(m) in first]
+    return [*units, *products, *(fqn for fqn, m in model.named_modules() if isinstance(m, QuantizingNorm))]
 
 
 def proven(
@@ -79,11 +76,18 @@ def proven(
     if believed:
         verdicts = verdicts.but_unproven()
     decision = verdicts.applied(decision)
+    was = (
+        {fqn for fqn, (_, layer) in layers.items() if layer.activation is not None}
+        if made is not None
+        else layers.keys()
+    )
     remaining = {leaf.fqn: (leaf, layers[leaf.fqn][1]) for leaf, _ in decision.swapped}
     for leaf, layer in remaining.values():
         if leaf.fqn in verdicts.layers and not leaf.is_experts:
             layer.activation = None
-    _warn(model, [*verdicts.apart.items(), ("its attention", verdicts.attention), ("its padding", verdicts.unpadding)])
+    changed = [(fqn, reason) for fqn, reason in verdicts.layers.items() if fqn in was or fqn in (made or ())]
+    changed += [*verdicts.rotation.items(), ("its attention", verdicts.attention), ("its padding", verdicts.unpadding)]
+    _warn(model, changed)
     apart = {**verdicts.apart, **_not_made(remaining, made)}
     return JoinedSwap(remaining, apart), Changes(decision.attention, decision.unpadding, decision.kv_cache)
 
