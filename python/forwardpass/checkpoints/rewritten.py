@@ -4,7 +4,7 @@ did so, unless a run disproves it. The class that is loaded may be another one b
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -85,9 +85,9 @@ def proven(
     for leaf, layer in remaining.values():
         if leaf.fqn in verdicts.layers and not leaf.is_experts:
             layer.activation = None
-    changed = [(fqn, reason) for fqn, reason in verdicts.layers.items() if fqn in was or fqn in (made or ())]
-    changed += [*verdicts.rotation.items(), ("its attention", verdicts.attention), ("its padding", verdicts.unpadding)]
-    _warn(model, changed)
+    changed = {fqn: reason for fqn, reason in verdicts.layers.items() if fqn in was or fqn in (made or ())}
+    others = {"its attention": verdicts.attention, "its padding": verdicts.unpadding}
+    _warn(model, {**changed, **verdicts.rotation, **others})
     apart = {**verdicts.apart, **_not_made(remaining, made)}
     return JoinedSwap(remaining, apart), Changes(decision.attention, decision.unpadding, decision.kv_cache)
 
@@ -113,8 +113,8 @@ def _not_made(layers: Layers, made: Collection[str] | None) -> dict[str, Reason]
     return {leaf.fqn: _APART for run in runs for leaf in run if leaf.fqn not in made}
 
 
-def _warn(model: nn.Module, reasons: Iterable[tuple[str, Reason | None]]) -> None:
-    disproved = [(name, reason) for name, reason in reasons if reason is not None and reason.code == "disproved"]
+def _warn(model: nn.Module, reasons: Mapping[str, Reason | None]) -> None:
+    disproved = [(name, x) for name, x in reasons.items() if x is not None and x.code == "disproved"]
     if disproved:
         name, reason = disproved[0]
         more = f" (and {len(disproved) - 1} more)" if len(disproved) > 1 else ""
