@@ -278,9 +278,9 @@ def _below(
     in_8_bits = [
         {**x, "fqn": x["fqn"].removeprefix(prefix)} for x in record["attention_8bit"] if x["fqn"].startswith(prefix)
     ]
-    made = record["rewritten"]
-    if made is not None:
-        made = [name.removeprefix(prefix) for name in made if name.startswith(prefix)]
+    rewritings = record["rewritten"]
+    if rewritings is not None:
+        rewritings = [name.removeprefix(prefix) for name in rewritings if name.startswith(prefix)]
     shapes = {name.removeprefix(prefix): shape for name, shape in shapes.items()}
-    of_model = {"layers": layers, "attention": attention, "attention_8bit": in_8_bits, "rewritten": made}
+    of_model = {"layers": layers, "attention": attention, "attention_8bit": in_8_bits, "rewritten": rewritings}
     return {**record, **of_model}, shapes

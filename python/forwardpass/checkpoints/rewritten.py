@@ -54,63 +54,63 @@ def rewritten(model: nn.Module) -> list[str]:
 
 
 def proven(
-    model: nn.Module, layers: Layers, changes: Changes, made: Collection[str] | None, *, believed: bool
+    model: nn.Module, layers: Layers, changes: Changes, recorded: Collection[str] | None, *, believed: bool
 ) -> tuple[JoinedSwap, Changes]:
     """(layers and what they are together, the other changes), of both what a run of the model does not disprove.
 
     Args:
         model: all that is no layer has its values.
         layers: quantised, with values, by their names. Where a run disproves an activation, its layer computes none.
-        made: as `rewritten` has it: what else is found stays as the model has it. None: nobody knows.
+        recorded: as `rewritten` has it: what else is found stays as the model has it. None: nobody knows.
         believed: what cannot be run is made. Else it is not.
 
     Raises:
         ValueError: with its kv_cache the model computes something else.
     """
     stored = LayerPrecision(STORED)
-    swapped = tuple((_as_made(leaf, layer, made), stored) for leaf, layer in layers.values())
+    swapped = tuple((_as_made(leaf, layer, recorded), stored) for leaf, layer in layers.values())
     attention, unpadding, cache = changes.attention, changes.unpadding, changes.kv_cache
     leaves = tuple(leaf for leaf, _ in swapped)
     decision = Decision(Context(model), leaves, swapped, attention, unpadding, cache, (), ())
-    verdicts = prove(decision, True, made={fqn: layer for fqn, (_, layer) in layers.items()})
+    verdicts = prove(decision, True, replacements={fqn: layer for fqn, (_, layer) in layers.items()})
     if believed:
         verdicts = verdicts.but_unproven()
     decision = verdicts.applied(decision)
-    was = (
+    fused = (
         {fqn for fqn, (_, layer) in layers.items() if layer.activation is not None}
-        if made is not None
+        if recorded is not None
         else layers.keys()
     )
     remaining = {leaf.fqn: (leaf, layers[leaf.fqn][1]) for leaf, _ in decision.swapped}
     for leaf, layer in remaining.values():
         if leaf.fqn in verdicts.layers and not leaf.is_experts:
             layer.activation = None
-    changed = {fqn: reason for fqn, reason in verdicts.layers.items() if fqn in was or fqn in (made or ())}
+    changed = {fqn: reason for fqn, reason in verdicts.layers.items() if fqn in fused or fqn in (recorded or ())}
     others = {"its attention": verdicts.attention, "its padding": verdicts.unpadding}
     _warn(model, {**changed, **verdicts.rotation, **others})
-    apart = {**verdicts.apart, **_not_made(remaining, made)}
+    apart = {**verdicts.apart, **_not_made(remaining, recorded)}
     return JoinedSwap(remaining, apart), Changes(decision.attention, decision.unpadding, decision.kv_cache)
 
 
-def _as_made(leaf: Leaf, layer: QuantizedModule, made: Collection[str] | None) -> Leaf:
+def _as_made(leaf: Leaf, layer: QuantizedModule, recorded: Collection[str] | None) -> Leaf:
     """Without what the model that was saved did not compute so."""
     if leaf.is_experts:
         return leaf
     block = leaf.block
-    if made is not None and isinstance(block, Block):
-        if leaf.fqn not in made:
+    if recorded is not None and isinstance(block, Block):
+        if leaf.fqn not in recorded:
             block = None
-        elif block.norm is not None and block.norm.fqn not in made:
+        elif block.norm is not None and block.norm.fqn not in recorded:
             block = replace(block, norm=None)
     return replace(leaf, activation=leaf.activation if layer.activation is not None else None, block=block)
 
 
-def _not_made(layers: Layers, made: Collection[str] | None) -> dict[str, Reason]:
+def _not_made(layers: Layers, recorded: Collection[str] | None) -> dict[str, Reason]:
     """Layers that are the first of no product of the model that was saved."""
-    if made is None:
+    if recorded is None:
         return {}
     runs = siblings(leaf for leaf, _ in layers.values())
-    return {leaf.fqn: _APART for run in runs for leaf in run if leaf.fqn not in made}
+    return {leaf.fqn: _APART for run in runs for leaf in run if leaf.fqn not in recorded}
 
 
 def _warn(model: nn.Module, reasons: Mapping[str, Reason | None]) -> None:

@@ -99,16 +99,16 @@ class Prover:
         with self._running():
             self._wide = InFloat32.of(model)
             with self._wide if again and self._wide is not None else contextlib.nullcontext():
-                taken = [x for source in sources for x in _taken(model, source)]
+                results = [x for source in sources for x in _taken(model, source)]
             tolerance = max(_OF_16_BITS, self._rounding)
             if self._wide is None:
-                self._runs = [Run(call, outputs, self._tolerance) for call, outputs in taken]
+                self._runs = [Run(call, outputs, self._tolerance) for call, outputs in results]
             elif again:
-                self._in_float32 = [Run(call, outputs, tolerance) for call, outputs in taken]
+                self._in_float32 = [Run(call, outputs, tolerance) for call, outputs in results]
             else:
-                self._runs = [Run(call, outputs, self._tolerance) for call, outputs in taken]
+                self._runs = [Run(call, outputs, self._tolerance) for call, outputs in results]
                 with self._wide:
-                    calls = (call.in_float32() for call, _ in taken)
+                    calls = (call.in_float32() for call, _ in results)
                     tried = ((call, _tried(model, call)) for call in calls)
                     self._in_float32 = [Run(call, x, tolerance) for call, x in tried if x is not None]
 

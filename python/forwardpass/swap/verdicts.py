@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ..common.batches import Forward
 from ..common.modules import hooked, is_compressed
@@ -27,6 +28,7 @@ from .attention.kv_cache import CacheSwap
 from .attention.modules import AttentionDecision, AttentionSwap
 from .attention.unpadding import UnpaddingDecision, UnpaddingSwap
 from .decision import Decision
+from .precision import Early
 from .report import Skipped
 
 _RETURNED = Reason(
@@ -41,8 +43,6 @@ _UNSEEN = Reason(
 )
 
 
-#: Elements of a stand-in that has rows of its own: a product by others copies them first.
-_SMALL = 1 << 22
 _NO_LAYERS: Mapping[str, QuantizedModule] = {}
 
 
@@ -157,13 +157,13 @@ def prove(
     unpad: str | bool,
     batch: Any = None,
     forward: Forward | None = None,
-    made: Mapping[str, QuantizedModule] = _NO_LAYERS,
+    replacements: Mapping[str, QuantizedModule] = _NO_LAYERS,
 ) -> Verdicts:
     """Runs the model as it is and as it is to be: on a user's batch, and on what is made up.
 
     Args:
         unpad: of `fp.swap`.
-        made: layers that are quantised already, by name, whose floats are not at hand.
+        replacements: layers that are quantised already, by name, whose floats are not at hand.
 
     Raises:
         ValueError: with kv_cache= the model computes something else.
@@ -174,15 +174,15 @@ def prove(
         candidates.append(unpadded)
     if not candidates:
         return Verdicts()
-    stand_ins, runs_whole = _stand_ins(decision, made)
+    stand_ins, runs_whole = _stand_ins(decision, replacements)
 
     def prover_of(again: bool) -> run.Prover:
         users = inputs.of_batch(batch, forward) if batch is not None else ()
         sources = (users, inputs.made_up(decision.model)) if runs_whole else ()
         return run.Prover(decision.model, *sources, stand_ins=stand_ins, again=again)
 
-    prover = prover_of(bool(made))
-    if made and not prover.runs:  # its code may take no float32
+    prover = prover_of(bool(replacements))
+    if replacements and not prover.runs:  # its code may take no float32
         prover = prover_of(False)
     if prover.runs:
         try:
@@ -248,41 +248,51 @@ def _separately(decision: Decision, unpad: str | bool, prover: run.Prover, layer
 
 
 def _stand_ins(
-    decision: Decision, made: Mapping[str, QuantizedModule]
+    decision: Decision, replacements: Mapping[str, QuantizedModule]
 ) -> tuple[list[tuple[nn.Module, str, nn.Module]], bool]:
-    """(floats in the place of layers that a run would change, that are one of several processes together, or that are quantised
-    already; whether the model then runs). The same ones in all places that are alike. Quantised experts stand for themselves."""
+    """(floats in the place of layers that a run would change, that several processes are together, or that are quantised already;
+    whether the model then runs). The same ones in all places that are alike. Quantised experts stand for themselves."""
     model = decision.model
     kinds: dict[tuple[Any, ...], nn.Module] = {}
     dtype = next((p.dtype for p in model.parameters() if p.dtype in FLOATS), torch.get_default_dtype())
     stand_ins: list[tuple[nn.Module, str, nn.Module]] = []
     for leaf in decision.layers:
-        layer = made.get(leaf.fqn)
+        layer = replacements.get(leaf.fqn)
         if layer is not None and leaf.is_experts:
             stand_ins.append((leaf.parent, leaf.name, layer))
-        elif (layer is not None or _stays(leaf.module)) and not leaf.is_experts:
+        elif (layer is not None or _stays(leaf.module) or Early.of(leaf.module)) and not leaf.is_experts:
             values = leaf.module if layer is None else layer
-            device = next((t.device for t in (*values.buffers(), *values.parameters())), None)
-            of_layer = dtype if layer is None or layer.anchor.dtype not in FLOATS else layer.anchor.dtype
+            device = next((t.device for t in (*values.buffers(), *values.parameters())), torch.device("cpu"))
+            stated = layer.anchor.dtype if layer is not None else leaf.weight.dtype if Early.of(leaf.module) else dtype
+            of_layer = stated if stated in FLOATS else dtype
             sizes = leaf.in_features, leaf.out_features, leaf.has_bias
             key = type(leaf.parent), leaf.name, sizes, device, of_layer
             if key not in kinds:
-                kinds[key] = _floats(*sizes, device, of_layer, len(kinds))
+                kinds[key] = _StandIn(*sizes, device, of_layer, len(kinds))
             stand_ins.append((leaf.parent, leaf.name, kinds[key]))
-    replaced = {id(leaf.module) for leaf in decision.layers if not leaf.is_experts or leaf.fqn in made}
+    replaced = {id(leaf.module) for leaf in decision.layers if not leaf.is_experts or leaf.fqn in replacements}
     return stand_ins, not any(_stays(m) and id(m) not in replaced for m in model.modules())
 
 
-def _floats(
-    in_features: int, out_features: int, bias: bool, device: torch.device | None, dtype: torch.dtype, seed: int
-) -> nn.Linear:
-    """A layer of made-up values, a large one in a few kilobytes."""
-    layer, device = nn.Linear(in_features, out_features, bias, device="meta"), device or torch.device("cpu")
-    weight = inputs.made_up_weight(out_features, in_features, dtype, device, seed)
-    layer.weight = nn.Parameter(weight.contiguous() if weight.numel() <= _SMALL else weight, False)
-    if bias:
-        layer.bias = nn.Parameter(inputs.made_up_weight(1, out_features, dtype, device, seed).flatten(), False)
-    return layer
+class _StandIn(nn.Linear):
+    """A layer of made-up values in a few kilobytes, in the place of one whose floats are not at hand. It multiplies by few rows and
+    gives their results again and again: their number is prime, so that no two heads are alike."""
+
+    OWN = 127
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, device: torch.device, dtype: torch.dtype, seed: int
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device="meta")
+        weight = inputs.made_up_weight(out_features, in_features, dtype, device, seed)
+        self.weight = nn.Parameter(weight, False)
+        if bias:
+            self.bias = nn.Parameter(inputs.made_up_weight(1, out_features, dtype, device, seed).flatten(), False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = F.linear(input, self.weight[: self.OWN])
+        y = torch.cat([y] * -(-self.out_features // self.OWN), -1)[..., : self.out_features].contiguous()
+        return y if self.bias is None else y + self.bias
 
 
 def _stays(module: nn.Module) -> bool:
