@@ -50,8 +50,8 @@ def compiled(commands, output, *arches):
     nvcc = shlex.split(commands[0]["command"].lstrip("("))[0]
     flags = [f"-gencode=arch=compute_{a},code=[sm_{a},compute_{a}]" for a in arches]
     source = HERE / f"gate_kernels_sm{arches[0]}.cu"
-    subprocess.run([nvcc, "-std=c++17", "-Icsrc", *flags, "-c", source, "-o", output],
-                   cwd=gates.ROOT, check=True)  # fmt: skip
+    flags += ["-std=c++17", "-lineinfo", "-Xptxas", "--suppress-debug-info", "-Icsrc"]
+    subprocess.run([nvcc, *flags, "-c", source, "-o", output], cwd=gates.ROOT, check=True)
     return output
 
 
