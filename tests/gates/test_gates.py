@@ -292,6 +292,15 @@ def test_machine_code_has_no_copy_of_its_ptx(tmp_path):
     assert not any(name.startswith((".nv_debug", ".debug_line")) for i in images for name in cubin.sections(i))
 
 
+def test_machine_code_without_its_ptx_is_refused(commands, tmp_path):
+    nvcc = shlex.split(commands[0]["command"].lstrip("("))[0]
+    (source := tmp_path / "kernel_sm80.cu").write_text("__global__ void kernel() {}")
+    output = tmp_path / "kernel.o"
+    subprocess.run([nvcc, "-gencode=arch=compute_80,code=sm_80", "-c", source, "-o", output], check=True)
+    with pytest.raises(ValueError, match="it has none of _Z6kernelv"):
+        cubin.kernels(output)
+
+
 def test_dynamic_shared_memory_in_a_function_that_is_not_inlined():
     ptx = """
 .extern .shared .align 16 .b8 bytes[];
