@@ -32,25 +32,27 @@ class Table:
 def _row(row: tuple[str, ...] | str, tag: str, right: Sequence[int], columns: int) -> str:
     if isinstance(row, str):
         return f'<tr><td colspan="{columns}" style="text-align: left"><i>{escape(row)}</i></td></tr>'
+    number = "right" if tag == "th" else "right; white-space: nowrap"
+    whole = [cell.replace("-\n", "") for cell in row]  # a word that is divided to keep text narrow
     cells = (
-        f'<{tag} style="text-align: {"right" if i in right else "left"}">{escape(cell)}</{tag}>'
-        for i, cell in enumerate(row)
+        f'<{tag} style="text-align: {number if i in right else "left"}">{escape(cell)}</{tag}>'
+        for i, cell in enumerate(whole)
     )
     return f"<tr>{''.join(cells)}</tr>"
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Pictures side by side: a row for each, of its name and a PNG with a caption for each column. Text has the names alone."""
+    """Pictures side by side: a row for each, of what is said of it and a PNG with a caption for each column. Text has no PNG."""
 
     columns: Sequence[str]
-    rows: Sequence[tuple[str, Sequence[tuple[bytes, str]]]]
+    rows: Sequence[tuple[Sequence[str], Sequence[tuple[bytes, str]]]]
 
     def html(self) -> str:
         head = "".join(f'<th style="text-align: left">{escape(name)}</th>' for name in ("", *self.columns))
         body = "".join(
-            f"<tr><td>{escape(name)}</td>{''.join(_picture(png, caption) for png, caption in pictures)}</tr>"
-            for name, pictures in self.rows
+            f"<tr><td>{'<br>'.join(map(escape, said))}</td>{''.join(_picture(png, caption) for png, caption in pictures)}</tr>"
+            for said, pictures in self.rows
         )
         return f"<table><tr>{head}</tr>{body}</table>"
 
@@ -78,7 +80,7 @@ def as_text(blocks: Iterable[Block]) -> str:
         if isinstance(block, Table):
             lines += table(block.rows, block.right, block.heading)
         else:
-            for text in [block] if isinstance(block, str) else [name for name, _ in block.rows]:
+            for text in [block] if isinstance(block, str) else [", ".join(said) for said, _ in block.rows]:
                 lines += wrapped(text)
     return "\n".join(lines)
 

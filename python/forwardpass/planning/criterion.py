@@ -86,7 +86,9 @@ class Criterion:
             return math.log1p(self.bound)
         if self.kind == PSNR:
             return 10 ** (-self.bound / 10)
-        return {"min_cosine": 1 - self.bound, SSIM: 1 - self.bound, "max_error": self.bound**2, "metric": self.bound}[self.kind]
+        return {"min_cosine": 1 - self.bound, SSIM: 1 - self.bound, "max_error": self.bound**2, "metric": self.bound}[
+            self.kind
+        ]
 
     def compared(self, output: Tensor, batch: Any) -> Tensor:
         """What is kept and compared of a batch's output: all, or for perplexity the losses of its tokens, in nats [tokens, 1]."""
@@ -133,7 +135,9 @@ class Criterion:
             return math.expm1(worst)
         if self.kind == PSNR:
             return -10 * math.log10(max(worst, 1e-20))  # 200 dB where all are equal: JSON has no infinity
-        return {"min_cosine": 1 - worst, SSIM: 1 - worst, "max_error": math.sqrt(max(worst, 0.0)), "metric": worst}[self.kind]
+        return {"min_cosine": 1 - worst, SSIM: 1 - worst, "max_error": math.sqrt(max(worst, 0.0)), "metric": worst}[
+            self.kind
+        ]
 
     def __str__(self) -> str:
         return {

@@ -176,7 +176,8 @@ class ParityReport(Printed):
         """Writes one HTML file with the tables, and with the worst pictures side by side, which needs nothing else."""
         title = "How far the swapped model is from the original"
         body = f'<h1>{title}</h1><p class="soft">forwardpass {__version__}, torch {torch.__version__}, on {self.device}</p>'
-        pathlib.Path(path).write_text(page(f"{title}: forwardpass parity", [body, self._repr_html_()]), encoding="utf-8")
+        text = page(f"{title}: forwardpass parity", [body, self._repr_html_()], "table { margin: 1.5rem 0; }")
+        pathlib.Path(path).write_text(text, encoding="utf-8")
 
     def save_plot(self, path: str | os.PathLike[str]) -> None:
         """Error by depth, and a map of blocks by layers of a block, as an image; needs matplotlib (extra `cli`)."""
@@ -214,7 +215,7 @@ def parity(
         images: of a model that makes pictures: images(model, batch) draws with this model, from noise of a seed of its own, and
             returns a tensor [N, C, H, W], an array [N, H, W, C], or a list of pictures, in 0..1 or uint8. `batches` are then what
             it draws from, such as seeds or prompts. Pictures are the output that is compared, in PSNR and SSIM too (scikit-image),
-            and in LPIPS where lpips and its weights are installed. The original draws the first batch twice, to see that it repeats.
+            and in LPIPS where lpips and its weights are installed. The original draws the first batch twice: it must repeat.
         task: what the error means: "causal_lm" (perplexity, agreement of the next token; labels or input_ids), "embedding"
             (cosine and order of the samples), "classification" (agreement of the class; accuracy where there are labels),
             None; "auto": by the name of the model's class, as transformers calls them.
@@ -235,7 +236,9 @@ def parity(
     if images is not None:
         if compiled or task not in ("auto", None):
             name = "compiled" if compiled else "task"
-            raise ValueError(f"parity compares pictures with images=, and {name}= is for outputs of a forward: drop {name}=")
+            raise ValueError(
+                f"parity compares pictures with images=, and {name}= is for outputs of a forward: drop {name}="
+            )
         (forward, output), task = drawing(images, forward, output), None
     layers = quantised_layers(model)
     if not layers:

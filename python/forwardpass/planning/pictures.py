@@ -22,7 +22,7 @@ from ..common.text import count
 #: images(model, batch): what a caller draws with the model, as `pictures_of` takes it
 Images = Callable[[nn.Module, Any], Any]
 #: Pictures that a report shows, the worst first.
-SHOWN = 6
+SHOWN = 4
 #: Two drawings of one model are the same where their PSNR is above this, in dB: kernels on a GPU may add up in another order.
 REPEATABLE = 50.0
 #: The window that SSIM is computed in, in pixels.
@@ -38,7 +38,9 @@ def drawing(images: Images, forward: Forward | None, output: Output | None) -> t
         TypeError: `images` cannot be called.
     """
     if not callable(images):
-        raise TypeError(f"images= is a function images(model, batch) that returns pictures, not a {type(images).__name__}")
+        raise TypeError(
+            f"images= is a function images(model, batch) that returns pictures, not a {type(images).__name__}"
+        )
     if forward is not None or output is not None:
         name = "forward" if forward is not None else "output"
         raise ValueError(f"images= says how a batch goes through the model and what is compared, and {name}= says it too: drop "
@@ -58,8 +60,8 @@ def pictures_of(drawn: Any) -> Tensor:
     """Pictures as float32 [N, C, H, W] in 0..1, on the host.
 
     Args:
-        drawn: a tensor [N, C, H, W] or [N, H, W], as torch has pictures; or an array [N, H, W, C] or [N, H, W], as scikit-image and
-            PIL have them, or a list of pictures that numpy reads ([H, W, C] or [H, W] each). C is 1, 3 or 4. Floats in 0..1 or uint8.
+        drawn: floats in 0..1 or uint8: a tensor [N, C, H, W] or [N, H, W], as torch has pictures; an array [N, H, W, C] or
+            [N, H, W], as scikit-image has them; or a list of pictures [H, W, C] or [H, W] that numpy reads, as PIL's. C is 1, 3 or 4.
 
     Raises:
         TypeError, ValueError: it is none of those.
@@ -81,13 +83,20 @@ def pictures_of(drawn: Any) -> Tensor:
         pictures = pictures.unsqueeze(1)
     elif pictures.dim() == 4 and not channels_first:
         pictures = pictures.movedim(-1, 1)
-    if pictures.dim() != 4 or pictures.shape[1] not in (1, 3, 4) or min(pictures.shape[2:]) < _WINDOW or not len(pictures):
+    if (
+        pictures.dim() != 4
+        or pictures.shape[1] not in (1, 3, 4)
+        or min(pictures.shape[2:]) < _WINDOW
+        or not len(pictures)
+    ):
         raise ValueError(f"images= must return pictures {shape} with 1, 3 or 4 channels and at least {_WINDOW} x {_WINDOW} pixels, "
                          f"and returned {list(drawn.shape)}")  # fmt: skip
     if pictures.dtype == torch.uint8:
         return pictures.float() / 255
     if not pictures.is_floating_point():
-        raise TypeError(f"images= must return floats in 0..1 or uint8, and returned {pictures.dtype}: divide by its largest value")
+        raise TypeError(
+            f"images= must return floats in 0..1 or uint8, and returned {pictures.dtype}: divide by its largest value"
+        )
     pictures = pictures.float()
     low, high = pictures.min().item(), pictures.max().item()
     if low < -1e-3 or high > 1 + 1e-3:  # NaN passes: it shows as an error that is NaN
@@ -159,12 +168,12 @@ class Picture:
     before: Tensor
     after: Tensor
 
-    def row(self) -> tuple[str, list[tuple[bytes, str]]]:
-        """(what it is, PNG and caption of each column): before, after, and their difference, as bright as it can be."""
+    def row(self) -> tuple[list[str], list[tuple[bytes, str]]]:
+        """(what is said of it, PNG and caption of each column): before, after, and their difference, as bright as it can be."""
         difference = (self.after - self.before).abs()[:3]
         times = 1 / max(difference.max().item(), 1 / 255)
-        lpips = "" if self.lpips is None else f", LPIPS {self.lpips:.4f}"
-        return f"batch {self.batch}, picture {self.index}: {self.psnr:.2f} dB, SSIM {self.ssim:.4f}{lpips}", [
+        said = [f"batch {self.batch}, picture {self.index}", f"PSNR {self.psnr:.2f} dB", f"SSIM {self.ssim:.4f}"]
+        return said + ([] if self.lpips is None else [f"LPIPS {self.lpips:.4f}"]), [
             (_png(self.before), ""),
             (_png(self.after), ""),
             (_png(difference * times), f"times {times:.3g}"),
@@ -196,7 +205,10 @@ class PictureComparison:
         for gathered, more in zip((self.psnr, self.ssim, self.lpips), values):
             gathered += more
         pairs = enumerate(zip(actual.cpu(), expected.cpu()))
-        new = [Picture(batch, i, *(v[i] for v in values[:2]), values[2][i] if values[2:] else None, e, a) for i, (a, e) in pairs]
+        new = [
+            Picture(batch, i, *(v[i] for v in values[:2]), values[2][i] if values[2:] else None, e, a)
+            for i, (a, e) in pairs
+        ]
         self.worst = sorted(self.worst + new, key=lambda x: -math.inf if math.isnan(x.psnr) else x.psnr)[:SHOWN]
 
     def to_json(self) -> dict[str, Any]:

@@ -151,8 +151,9 @@ def plan(
 
     Raises:
         TypeError: `model` is no nn.Module, or `batches` is one batch and no iterable of them.
-        ValueError: not exactly one criterion is given, or one of pictures without images=; images= as in `fp.parity`; an unknown candidate, target or attention=; no batch; a file at `resume`
-            of another measurement; the model is of keras; attention is to be weighed in 8 bits, and fp.swap can swap none.
+        ValueError: not exactly one criterion is given, or one of pictures without images=; images= as in `fp.parity`; an unknown
+            candidate, target or attention=; no batch; a file at `resume` of another measurement; the model is of keras; attention
+            is to be weighed in 8 bits, and fp.swap can swap none.
         RuntimeError: the model is swapped already.
 
     Example:
