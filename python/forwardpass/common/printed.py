@@ -51,8 +51,8 @@ class Gallery:
     def html(self) -> str:
         head = "".join(f'<th style="text-align: left">{escape(name)}</th>' for name in ("", *self.columns))
         body = "".join(
-            f"<tr><td>{'<br>'.join(map(escape, said))}</td>{''.join(_picture(png, caption) for png, caption in pictures)}</tr>"
-            for said, pictures in self.rows
+            f"<tr><td>{'<br>'.join(map(escape, lines))}</td>{''.join(_picture(png, caption) for png, caption in pictures)}</tr>"
+            for lines, pictures in self.rows
         )
         return f"<table><tr>{head}</tr>{body}</table>"
 
@@ -80,7 +80,7 @@ def as_text(blocks: Iterable[Block]) -> str:
         if isinstance(block, Table):
             lines += table(block.rows, block.right, block.heading)
         else:
-            for text in [block] if isinstance(block, str) else [", ".join(said) for said, _ in block.rows]:
+            for text in [block] if isinstance(block, str) else [", ".join(words) for words, _ in block.rows]:
                 lines += wrapped(text)
     return "\n".join(lines)
 

@@ -61,7 +61,7 @@ def pictures_of(drawn: Any) -> Tensor:
 
     Args:
         drawn: floats in 0..1 or uint8: a tensor [N, C, H, W] or [N, H, W], as torch has pictures; an array [N, H, W, C] or
-            [N, H, W], as scikit-image has them; or a list of pictures [H, W, C] or [H, W] that numpy reads, as PIL's. C is 1, 3 or 4.
+            [N, H, W], as scikit-image has them; or a list of pictures [H, W, C] or [H, W] that numpy reads. C is 1, 3 or 4.
 
     Raises:
         TypeError, ValueError: it is none of those.
@@ -108,8 +108,8 @@ def pictures_of(drawn: Any) -> Tensor:
 def refuse_others(expected: Tensor, again: Tensor) -> None:
     """ValueError where one model drew two pictures of one batch: no difference would be the precision's."""
     if expected.shape != again.shape or (lowest := psnr(again, expected).min().item()) < REPEATABLE:
-        found = "other shapes" if expected.shape != again.shape else f"pictures {lowest:.1f} dB apart"
-        raise ValueError(f"images= drew {found} of the same batch with the same model: make its noise from a seed within it, as in "
+        drew = "other shapes" if expected.shape != again.shape else f"pictures {lowest:.1f} dB apart"
+        raise ValueError(f"images= drew {drew} of the same batch with the same model: make its noise from a seed within it, as in "
                          "generator=torch.Generator().manual_seed(0)")  # fmt: skip
 
 
@@ -172,8 +172,8 @@ class Picture:
         """(what is said of it, PNG and caption of each column): before, after, and their difference, as bright as it can be."""
         difference = (self.after - self.before).abs()[:3]
         times = 1 / max(difference.max().item(), 1 / 255)
-        said = [f"batch {self.batch}, picture {self.index}", f"PSNR {self.psnr:.2f} dB", f"SSIM {self.ssim:.4f}"]
-        return said + ([] if self.lpips is None else [f"LPIPS {self.lpips:.4f}"]), [
+        lines = [f"batch {self.batch}, picture {self.index}", f"PSNR {self.psnr:.2f} dB", f"SSIM {self.ssim:.4f}"]
+        return lines + ([] if self.lpips is None else [f"LPIPS {self.lpips:.4f}"]), [
             (_png(self.before), ""),
             (_png(self.after), ""),
             (_png(difference * times), f"times {times:.3g}"),
@@ -241,7 +241,7 @@ def _least(values: Sequence[float]) -> float:
 
 
 def _png(picture: Tensor) -> bytes:
-    """Of [C, H, W] in 0..1."""
+    """The file of a picture [C, H, W] in 0..1."""
     from PIL import Image
 
     pixels = (picture.nan_to_num(0) * 255).round().clamp(0, 255).to(torch.uint8).movedim(0, -1)

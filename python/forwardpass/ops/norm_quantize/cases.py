@@ -203,18 +203,34 @@ def ada_cases(rotations: tuple[int | None, ...] = ROTATIONS) -> Iterator[Case]:
         yield Case(**row, dtype=dtype, symmetric=symmetric, ada_scale=scale, ada_shift=shift)
 
 
-#: the norms of real models: MiniLM (8 x 128 tokens; layer norm with residual), BERT-large, Llama-8B, Llama-70B
-BENCHMARK_CASES = tuple(
+#: the norms of real models: MiniLM (8 x 128 tokens; layer norm with residual), BERT-large, Llama-8B, Llama-70B; adaLN of DiT-XL
+BENCHMARK_CASES = (
+    *(
+        Case(
+            shape,
+            dtype,
+            kind=kind,
+            weight=dtype,
+            bias=dtype if kind == "layer" else None,
+            residual=residual,
+            constant_rows=False,
+        )
+        for shape, kind in (
+            ((1024, 384), "layer"),
+            ((4096, 1024), "layer"),
+            ((2048, 4096), "rms"),
+            ((512, 8192), "rms"),
+        )
+        for dtype in (torch.float32, torch.bfloat16)
+        for residual in (False, True)
+    ),
     Case(
-        shape,
-        dtype,
-        kind=kind,
-        weight=dtype,
-        bias=dtype if kind == "layer" else None,
-        residual=residual,
+        (4, 256, 1152),
+        torch.bfloat16,
+        kind="layer",
+        weight=None,
+        ada_scale=torch.bfloat16,
+        ada_shift=torch.bfloat16,
         constant_rows=False,
-    )
-    for shape, kind in (((1024, 384), "layer"), ((4096, 1024), "layer"), ((2048, 4096), "rms"), ((512, 8192), "rms"))
-    for dtype in (torch.float32, torch.bfloat16)
-    for residual in (False, True)
+    ),
 )
