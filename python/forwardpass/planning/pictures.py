@@ -192,7 +192,7 @@ class PictureComparison:
 
     def add(self, actual: Tensor, expected: Tensor, batch: int) -> None:
         """Pictures [N, C, H, W] in 0..1 of one batch, whose number is `batch`."""
-        values = [psnr(actual, expected).tolist(), ssim(actual, expected).tolist()]
+        values: list[Any] = [psnr(actual, expected).tolist(), ssim(actual, expected).tolist()]
         distance = _lpips()
         if isinstance(distance, str):
             self.without_lpips = distance
@@ -204,11 +204,9 @@ class PictureComparison:
                 self.lpips.clear()
         for gathered, more in zip((self.psnr, self.ssim, self.lpips), values):
             gathered += more
-        pairs = enumerate(zip(actual.cpu(), expected.cpu()))
-        new = [
-            Picture(batch, i, *(v[i] for v in values[:2]), values[2][i] if values[2:] else None, e, a)
-            for i, (a, e) in pairs
-        ]
+        distances = values[2] if values[2:] else [None] * len(actual)
+        pairs = zip(values[0], values[1], distances, expected.cpu(), actual.cpu())
+        new = [Picture(batch, i, p, s, d, before, after) for i, (p, s, d, before, after) in enumerate(pairs)]
         self.worst = sorted(self.worst + new, key=lambda x: -math.inf if math.isnan(x.psnr) else x.psnr)[:SHOWN]
 
     def to_json(self) -> dict[str, Any]:
