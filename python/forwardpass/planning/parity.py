@@ -176,7 +176,8 @@ class ParityReport(Printed):
         """Writes one HTML file with the tables, and with the worst pictures side by side, which needs nothing else."""
         title = "How far the swapped model is from the original"
         body = f'<h1>{title}</h1><p class="soft">forwardpass {__version__}, torch {torch.__version__}, on {self.device}</p>'
-        text = page(f"{title}: forwardpass parity", [body, self._repr_html_()], "table { margin: 1.5rem 0; }")
+        style = "table { margin: 1.5rem 0; } td { overflow-wrap: anywhere; }"
+        text = page(f"{title}: forwardpass parity", [body, self._repr_html_()], style)
         pathlib.Path(path).write_text(text, encoding="utf-8")
 
     def save_plot(self, path: str | os.PathLike[str]) -> None:

@@ -172,7 +172,7 @@ class Picture:
         """(what is said of it, PNG and caption of each column): before, after, and their difference, as bright as it can be."""
         difference = (self.after - self.before).abs()[:3]
         times = 1 / max(difference.max().item(), 1 / 255)
-        lines = [f"batch {self.batch}, picture {self.index}", f"PSNR {self.psnr:.2f} dB", f"SSIM {self.ssim:.4f}"]
+        lines = [f"batch {self.batch}, picture {self.index}", f"PSNR {self.psnr:.2f} dB", f"SSIM {self.ssim:.5f}"]
         return lines + ([] if self.lpips is None else [f"LPIPS {self.lpips:.4f}"]), [
             (_png(self.before), ""),
             (_png(self.after), ""),
@@ -226,7 +226,7 @@ class PictureComparison:
         }
 
     def blocks(self) -> Iterator[Block]:
-        lowest = f"lowest PSNR {_least(self.psnr):.2f} dB, lowest SSIM {_least(self.ssim):.4f}"
+        lowest = f"lowest PSNR {_least(self.psnr):.2f} dB, lowest SSIM {_least(self.ssim):.5f}"
         largest = f", largest LPIPS {-_least([-v for v in self.lpips]):.4f}" if self.lpips else ""
         yield f"{count(len(self.psnr), 'picture')}: {lowest}{largest}"
         if self.without_lpips:
