@@ -37,6 +37,7 @@ WAYS: dict[str, tuple[dict[str, Any] | None, str | None]] = {
     "int8": ({"precision": "int8"}, None),
     "int8_rotated": ({"precision": "int8_rotated"}, None),
     "int8, calibrated": ({"precision": "int8", "calibrate": CALIBRATION}, None),
+    "int8_rotated, calibrated": ({"precision": "int8_rotated", "calibrate": CALIBRATION}, None),
     "fp8": ({"precision": "fp8"}, None),
     "8-bit attention": (None, "int8"),
     "int8, 8-bit attention": ({"precision": "int8"}, "int8"),
