@@ -98,6 +98,11 @@ int gpuless_cluster_occupancy(const void* host, const struct gpuless_launch_conf
 int gpuless_tensor_map_encode_tiled(void* map, int data_type, uint32_t rank, void* address, const uint64_t* dims,
                                     const uint64_t* strides_bytes, const uint32_t* box, const uint32_t* element_strides,
                                     int interleave, int swizzle, int l2_promotion, int oob_fill);
+// The same of cuTensorMapEncodeIm2col; the corners have rank - 2 entries, the innermost dimension first.
+int gpuless_tensor_map_encode_im2col(void* map, int data_type, uint32_t rank, void* address, const uint64_t* dims,
+                                     const uint64_t* strides_bytes, const int* lower, const int* upper,
+                                     uint32_t channels, uint32_t pixels, const uint32_t* element_strides,
+                                     int interleave, int swizzle, int l2_promotion, int oob_fill);
 const char* gpuless_tensor_map_error(void);
 
 // Why the last call of this thread that was refused with this cudaError_t was: what was asked for and what the limit

@@ -50,6 +50,29 @@ T saturated(int64_t value) {  // what does not fit is out of every limit
 std::string not_supported(const TensorMap& m) {
   if (m.interleave == 1 || m.interleave == 2) return "interleaved layouts are not supported; use INTERLEAVE_NONE";
   if (m.swizzle >= 4 && m.swizzle <= 6) return "128-byte swizzles of 32- and 64-byte atoms are not supported";
+  if (m.im2col && m.padded()) return "im2col of elements that are padded is not supported";
+  return "";
+}
+
+// Of an im2col map, its own limits: the corners have 16, 8 or 5 bits each, by how many there are.
+std::string column_problem(const TensorMap& m) {
+  if (m.rank < 3) return "tensorRank must be 3 to 5 for im2col, not " + number(m.rank);
+  if (m.column.channels < 1 || m.column.channels > 256) {
+    return "channelsPerPixel must be 1 to 256, not " + number(m.column.channels);
+  }
+  if (m.column.pixels < 1 || m.column.pixels > 1024) {
+    return "pixelsPerColumn must be 1 to 1024, not " + number(m.column.pixels);
+  }
+  const int most = m.rank == 3 ? 32767 : m.rank == 4 ? 127 : 15;
+  for (int d = 0; d < m.rank - 2; ++d) {
+    const int lower = m.column.lower[d], upper = m.column.upper[d];
+    if (std::min(lower, upper) < -most - 1 || std::max(lower, upper) > most) {
+      return "pixelBoxLowerCorner and pixelBoxUpperCorner must be " + std::to_string(-most - 1) + " to " +
+             std::to_string(most) + " for rank " + number(m.rank) + ", not " + std::to_string(lower) + " and " +
+             std::to_string(upper);
+    }
+    if (static_cast<int64_t>(m.dims[d + 1]) + upper <= lower) return "the bounding box of pixels must not be empty";
+  }
   return "";
 }
 
@@ -73,11 +96,16 @@ std::string TensorMap::problem() const {
   if (std::string s = not_supported(*this); !s.empty()) return s;
   const Element& element = kElements[type];
   if (address % 16) return "globalAddress must be aligned to 16 bytes";
+  if (im2col) {
+    if (std::string s = column_problem(*this); !s.empty()) return s;
+  }
   for (int d = 0; d < rank; ++d) {
     if (dims[d] < 1 || dims[d] > uint64_t{1} << 32) {
       return of_dim("globalDim", d) + " must be 1 to 2^32, not " + number(dims[d]);
     }
-    if (box[d] < 1 || box[d] > 256) return of_dim("boxDim", d) + " must be 1 to 256, not " + number(box[d]);
+    if (!im2col && (box[d] < 1 || box[d] > 256)) {
+      return of_dim("boxDim", d) + " must be 1 to 256, not " + number(box[d]);
+    }
     if (steps[d] < 1 || steps[d] > 8) return of_dim("elementStrides", d) + " must be 1 to 8, not " + number(steps[d]);
   }
   // The documentation also builds each stride from the one before it. Drivers take any, and tensors whose dimensions
@@ -99,11 +127,12 @@ std::string TensorMap::problem() const {
     if (swizzle && swizzle != 3) return "the swizzle must be none or of 128 bytes for elements that are padded";
   }
   if (element_bits() < 8 && dims[0] % 2) return "globalDim[0] must be even for elements of 4 bits";
+  const std::string width = im2col ? "channelsPerPixel" : "boxDim[0]";
   if (row_bytes() % 16) {
-    return "boxDim[0] times the element's size must be a multiple of 16 bytes, not " + number(row_bytes());
+    return width + " times the element's size must be a multiple of 16 bytes, not " + number(row_bytes());
   }
   if (swizzle && row_bytes() > 16u << swizzle) {
-    return "boxDim[0] times the element's size must be at most the swizzle's " + number(16u << swizzle) +
+    return width + " times the element's size must be at most the swizzle's " + number(16u << swizzle) +
            " bytes, not " + number(row_bytes());
   }
   if (fill && !element.nan) return "oobFill by NaN needs a floating-point tensorDataType";
@@ -146,11 +175,13 @@ void TensorMap::finish_row(uint8_t* row, uint32_t begin, uint32_t end) const {
 
 using namespace gpuless;
 
-extern "C" {
+namespace {
 
-int gpuless_tensor_map_encode_tiled(void* map, int data_type, uint32_t rank, void* address, const uint64_t* dims,
-                                    const uint64_t* strides_bytes, const uint32_t* box, const uint32_t* element_strides,
-                                    int interleave, int swizzle, int l2_promotion, int oob_fill) {
+// What both kinds of maps say; set_box(map) the rest. boxes: whether there are the arrays that it reads, by their name.
+template <class F>
+int encode(void* map, int data_type, uint32_t rank, void* address, const uint64_t* dims, const uint64_t* strides_bytes,
+           const uint32_t* element_strides, int interleave, int swizzle, int l2_promotion, int oob_fill, bool boxes,
+           const char* name, F set_box) {
   return guarded([&]() -> int {
     error.clear();
     TensorMap m{};
@@ -164,22 +195,51 @@ int gpuless_tensor_map_encode_tiled(void* map, int data_type, uint32_t rank, voi
     m.fill = saturated<uint8_t>(oob_fill);
     if (!map || reinterpret_cast<uint64_t>(map) % 64) {
       error = "tensorMap must point to 128 bytes aligned to 64";
-    } else if (!address || !dims || !box || !element_strides || (rank > 1 && !strides_bytes)) {
-      error = "globalAddress, globalDim, globalStrides, boxDim and elementStrides must not be null";
+    } else if (!address || !dims || !boxes || !element_strides || (rank > 1 && !strides_bytes)) {
+      error = std::string("globalAddress, globalDim, globalStrides, ") + name + " and elementStrides must not be null";
     } else {
       for (int d = 0; d < std::min<int>(m.rank, TensorMap::kMaxRank); ++d) {
         m.dims[d] = dims[d];
-        m.box[d] = box[d];
         // "ignored since TMA doesn't support the stride for dimension zero", but its limits hold
         m.steps[d] = saturated<uint16_t>(element_strides[d]);
         if (d) m.strides[d - 1] = strides_bytes[d - 1];
       }
+      set_box(m);
       error = m.problem();
     }
     if (!error.empty()) return not_supported(m).empty() ? kInvalidValue : kNotSupported;
     std::memcpy(map, &m, sizeof m);
     return kSuccess;
   });
+}
+
+}  // namespace
+
+extern "C" {
+
+int gpuless_tensor_map_encode_tiled(void* map, int data_type, uint32_t rank, void* address, const uint64_t* dims,
+                                    const uint64_t* strides_bytes, const uint32_t* box, const uint32_t* element_strides,
+                                    int interleave, int swizzle, int l2_promotion, int oob_fill) {
+  return encode(map, data_type, rank, address, dims, strides_bytes, element_strides, interleave, swizzle, l2_promotion,
+                oob_fill, box, "boxDim", [&](TensorMap& m) {
+                  for (int d = 0; d < std::min<int>(m.rank, TensorMap::kMaxRank); ++d) m.box[d] = box[d];
+                });
+}
+
+int gpuless_tensor_map_encode_im2col(void* map, int data_type, uint32_t rank, void* address, const uint64_t* dims,
+                                     const uint64_t* strides_bytes, const int* lower, const int* upper,
+                                     uint32_t channels, uint32_t pixels, const uint32_t* element_strides,
+                                     int interleave, int swizzle, int l2_promotion, int oob_fill) {
+  return encode(map, data_type, rank, address, dims, strides_bytes, element_strides, interleave, swizzle, l2_promotion,
+                oob_fill, lower && upper, "pixelBoxLowerCorner, pixelBoxUpperCorner", [&](TensorMap& m) {
+                  const auto corner = [](int c) { return static_cast<int16_t>(std::clamp(c, -32768, 32767)); };
+                  m.im2col = true;
+                  m.column = {channels, pixels, {}, {}};
+                  for (int d = 0; d < std::min<int>(m.rank, TensorMap::kMaxRank) - 2; ++d) {
+                    m.column.lower[d] = corner(lower[d]);
+                    m.column.upper[d] = corner(upper[d]);
+                  }
+                });
 }
 
 const char* gpuless_tensor_map_error(void) { return error.c_str(); }

@@ -285,14 +285,15 @@ def test_bulk_misused(body, kind, why):
 
 BYTES = "mbarrier::complete_tx::bytes"
 DIMENSIONS = "1d|2d|3d|4d|5d"
-MODES = "im2col|im2col::w|im2col::w::128|im2col_no_offs"
+OTHER_MODES = "im2col::w|im2col::w::128|im2col_no_offs"
+MODES = f"im2col|{OTHER_MODES}"
 OPERATIONS = "add|min|max|inc|dec|and|or|xor"
 
 
 @row(
     f"cp.reduce.async.bulk.tensor.{DIMENSIONS}.global.shared::cta.{OPERATIONS}.im2col_no_offs.bulk_group.L2::cache_hint?",
-    f"cp.async.bulk.tensor.{DIMENSIONS}.shared::cluster.global.{MODES}.{BYTES}.multicast::cluster.L2::cache_hint?",
-    f"cp.async.bulk.tensor.{DIMENSIONS}.shared::cluster|shared::cta.global.{MODES}.{BYTES}.L2::cache_hint?",
+    f"cp.async.bulk.tensor.{DIMENSIONS}.shared::cluster.global.{OTHER_MODES}.{BYTES}.multicast::cluster.L2::cache_hint?",
+    f"cp.async.bulk.tensor.{DIMENSIONS}.shared::cluster|shared::cta.global.{OTHER_MODES}.{BYTES}.L2::cache_hint?",
     f"cp.async.bulk.tensor.{DIMENSIONS}.global.shared::cta.{MODES}.bulk_group.L2::cache_hint?",
     f"cp.async.bulk.prefetch.tensor.{DIMENSIONS}.L2.global.{MODES}.L2::cache_hint?",
 )
@@ -301,13 +302,14 @@ OPERATIONS = "add|min|max|inc|dec|and|or|xor"
     [
         (f"cp.async.bulk.shared::cluster.global.{BYTES}.multicast::cluster [%s], [%a0], 16, [%s];", "mask of CTAs"),
         (f"cp.async.bulk.tensor.1d.shared::cluster.global.{BYTES}.multicast::cluster [%s], [%a0, {{0}}], [%s];", "mask of"),
-        (f"cp.async.bulk.tensor.3d.shared::cluster.global.im2col.{BYTES}.multicast::cluster [%s], [%a0, {{0, 0, 0}}], [%s],"
-         " {0}, %h1;", "im2col"),
+        (f"cp.async.bulk.tensor.3d.shared::cluster.global.im2col::w.{BYTES}.multicast::cluster [%s], [%a0, {{0, 0, 0}}],"
+         " [%s], {0}, %h1;", "im2col"),
         (f"cp.async.bulk.tensor.1d.shared::cluster.global.{BYTES}.cta_group::2 [%s], [%a0, {{0}}], [%s];", "sm_100"),
         ("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.bf16 [%a0], [%s], 16;", "not known"),
         (f"cp.reduce.async.bulk.shared::cluster.shared::cta.{BYTES}.add.f32 [%s], [%s], 16, [%s];", "not known"),
         ("cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.im2col_no_offs.bulk_group [%a0, {0, 0, 0}], [%s];", "im2col"),
-        (f"cp.async.bulk.tensor.3d.shared::cluster.global.im2col.{BYTES} [%s], [%a0, {{0, 0, 0}}], [%s], {{0}};", "im2col"),
+        (f"cp.async.bulk.tensor.3d.shared::cluster.global.im2col::w.{BYTES} [%s], [%a0, {{0, 0, 0}}], [%s], {{0}};",
+         "im2col"),
         ("cp.async.bulk.prefetch.tensor.3d.L2.global.im2col [%a0, {0, 0, 0}], {0};", "im2col"),
         (f"cp.async.bulk.tensor.2d.shared::cta.global.{BYTES} [%s], [%a0, {{0}}], [%s];", "2 coordinates"),
         (f"cp.async.bulk.tensor.2d.shared::cta.global.{BYTES} [%s], [%a0], [%s];", "coordinates"),

@@ -1,4 +1,4 @@
-// cp.async.bulk, cp.reduce.async.bulk and their tensor forms, tile modes (ISA 9.7.9.25.4, 9.7.9.25.5): transfers in the
+// cp.async.bulk, cp.reduce.async.bulk and their tensor forms, tile modes and im2col (ISA 9.7.9.25.4, 9.7.9.25.5): transfers in the
 // async proxy, to and from global memory and to other CTAs. To the race check those that one mbarrier is told of are a
 // series, and the stores of a thread, whose groups it waits for in order.
 #include "bulk.h"
@@ -24,6 +24,7 @@ struct Transfer : Pending {
   Reduce reduce = nullptr;    // store, distribute: in place of a copy
   TensorMap map;
   int32_t coordinates[TensorMap::kMaxRank];
+  uint16_t offsets[TensorMap::kMaxRank - 2];  // im2col
   int boxes = 1;  // gather4, scatter4: 4 of one row each, whose numbers are the coordinates from 1 on
   int series = 0;
   Clock issued = 0;       // its time: from when on it reads the shared memory of a store
@@ -35,6 +36,7 @@ struct Transfer : Pending {
   template <class F>
   void each_row(F f) const {
     if (!tensor) return f(0u, 0u, bytes, reinterpret_cast<uint64_t>(global));
+    if (map.im2col) return map.each_pixel(coordinates, offsets, f);
     if (boxes == 1) return map.each_row(coordinates, f);
     for (int k = 0; k < boxes; ++k) {
       const int32_t row[] = {coordinates[0], coordinates[1 + k]};
@@ -210,6 +212,20 @@ Reduce tensor_reduction(Warp& w, std::string_view operation, const TensorMap& ma
   return r;
 }
 
+// The offsets of an im2col copy, which share 16 bits.
+void read_offsets(Warp& w, const Instruction& i, const BulkForm& form, Transfer& t, int lane) {
+  const unsigned most = form.rank == 3 ? 0xffff : form.rank == 4 ? 0xff : 0x1f;
+  for (int d = 0; d < form.rank - 2; ++d) {
+    t.offsets[d] = w.operand<uint16_t>(i, form.offsets + d)[lane];
+    if (t.offsets[d] > most) {
+      w.fail(Kind::illegal,
+             "an im2col offset is at most " + std::to_string(most) + " for rank " + std::to_string(form.rank) +
+                 ", not " + std::to_string(t.offsets[d]),
+             lane);
+    }
+  }
+}
+
 // What the lane's instruction transfers, but for where to.
 Transfer described(Warp& w, const Instruction& i, const BulkForm& form, uint64_t global, int l) {
   Transfer t;
@@ -220,8 +236,9 @@ Transfer described(Warp& w, const Instruction& i, const BulkForm& form, uint64_t
   t.reduce = form.reduce;
   if (form.tensor) {
     t.tensor = true;
-    t.map = read_tensor_map(w, global, form.rank, l);
+    t.map = read_tensor_map(w, global, form.rank, form.offsets >= 0, l);
     for (int d = 0; d < coordinates_of(form); ++d) t.coordinates[d] = w.operand<int32_t>(i, form.coordinates + d)[l];
+    if (t.map.im2col) read_offsets(w, i, form, t, l);
     t.boxes = form.boxes;
     if (t.boxes > 1 && t.map.box[1] != 1) {
       w.fail(Kind::illegal,

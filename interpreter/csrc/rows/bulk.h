@@ -19,6 +19,7 @@ struct BulkForm {
   bool tensor = false;
   int rank = 0, coordinates = 0;       // coordinates: operand of the first
   int boxes = 1;                       // of a tensor
+  int offsets = -1;                    // operand of the first: im2col mode, a pixel's
   Place shared, global, mbarrier, to;  // global: the tensor map's, of a tensor; to: where it is distributed to
   int size = 0;                        // operand, of one that is not a tensor's
   int mask = -1;                       // operand: the CTAs of a multicast

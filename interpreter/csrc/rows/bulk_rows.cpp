@@ -102,6 +102,19 @@ void bind_prefetch(Bind& b) {
   bind_policy(b, 2, "[src], size");
 }
 
+// im2col: {offsets} behind the mbarrier.
+int bind_offsets(Bind& b, BulkForm& form, int next) {
+  if (!b.has("im2col")) return next;
+  if (form.rank < 3) b.refuse("im2col is for tensors of 3 to 5 dimensions");
+  const Operand& offsets = b.operand(next);
+  if (offsets.kind != Operand::Kind::vector || static_cast<int>(offsets.parts.size()) != form.rank - 2) {
+    b.refuse("expected " + std::to_string(form.rank - 2) + " im2col offsets behind the mbarrier");
+  }
+  form.offsets = b.instruction.sources;
+  for (const Operand& offset : offsets.parts) b.source(offset, Type::b16);
+  return next + 1;
+}
+
 void bind_tensor_load(Bind& b) {
   auto& form = b.data<BulkForm>();
   const bool cluster = b.has("shared::cluster");
@@ -111,8 +124,9 @@ void bind_tensor_load(Bind& b) {
   if (form.pair || b.has("cta_group::1") || form.boxes > 1) require_capability(b, 100);
   if (form.boxes > 1 && cluster) require_targets(b, {100});
   bind_place(b, form.mbarrier, b.operand(2), false, cluster);
-  bind_policy(b, bind_mask(b, form, 3),
-              "[dst], [tensor map, {coordinates}], [mbarrier], with .multicast::cluster a mask of CTAs");
+  bind_policy(b, bind_mask(b, form, bind_offsets(b, form, 3)),
+              "[dst], [tensor map, {coordinates}], [mbarrier], with .im2col {offsets}, with .multicast::cluster a mask "
+              "of CTAs");
 }
 
 void bind_tensor_store(Bind& b) {
@@ -143,12 +157,13 @@ void bind_wait(Bind& b) {
   b.run(&bulk_wait_group<read>);
 }
 
-void refuse_mode(Bind& b) { b.refuse("im2col modes are not supported; use tile mode"); }
+void refuse_mode(Bind& b) { b.refuse("of the im2col modes only loads in .im2col are supported"); }
 
 #define DIMENSIONS "1d|2d|3d|4d|5d"
 #define GROUP "cta_group::1|cta_group::2"
 #define MBARRIER "mbarrier::complete_tx::bytes"
-#define MODES "im2col|im2col::w|im2col::w::128|im2col_no_offs"
+#define OTHER_MODES "im2col::w|im2col::w::128|im2col_no_offs"
+#define MODES "im2col|" OTHER_MODES
 #define OPERATIONS "add|min|max|inc|dec|and|or|xor"
 #define REDUCE_GLOBAL "cp.reduce.async.bulk.global.shared::cta.bulk_group.L2::cache_hint?."
 const Row rows[] = {
@@ -200,10 +215,16 @@ const Row rows[] = {
     {"cp.reduce.async.bulk.tensor." DIMENSIONS ".global.shared::cta." OPERATIONS
      ".im2col_no_offs.bulk_group.L2::cache_hint?",
      "9.7.9.25.5.3", refuse_mode},
-    {"cp.async.bulk.tensor." DIMENSIONS ".shared::cluster.global." MODES "." MBARRIER
+    {"cp.async.bulk.tensor." DIMENSIONS ".shared::cluster.global.im2col." MBARRIER
+     ".multicast::cluster.L2::cache_hint?",
+     "9.7.9.25.5.2", bind_tensor_load},
+    {"cp.async.bulk.tensor." DIMENSIONS ".shared::cluster|shared::cta.global.im2col." MBARRIER ".L2::cache_hint?",
+     "9.7.9.25.5.2", bind_tensor_load},
+    {"cp.async.bulk.tensor." DIMENSIONS ".shared::cluster.global." OTHER_MODES "." MBARRIER
      ".multicast::cluster.L2::cache_hint?",
      "9.7.9.25.5.2", refuse_mode},
-    {"cp.async.bulk.tensor." DIMENSIONS ".shared::cluster|shared::cta.global." MODES "." MBARRIER ".L2::cache_hint?",
+    {"cp.async.bulk.tensor." DIMENSIONS ".shared::cluster|shared::cta.global." OTHER_MODES "." MBARRIER
+     ".L2::cache_hint?",
      "9.7.9.25.5.2", refuse_mode},
     {"cp.async.bulk.tensor." DIMENSIONS ".global.shared::cta." MODES ".bulk_group.L2::cache_hint?", "9.7.9.25.5.2",
      refuse_mode},

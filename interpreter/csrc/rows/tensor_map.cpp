@@ -6,7 +6,7 @@
 
 namespace gpuless {
 
-TensorMap read_tensor_map(Warp& w, uint64_t address, int rank, int lane) {
+TensorMap read_tensor_map(Warp& w, uint64_t address, int rank, bool im2col, int lane) {
   if (address & kWindowMask) {
     w.fail_at(Kind::illegal, "a tensor map must lie in the param, const or global space, not in shared or local memory",
               lane, address);
@@ -30,6 +30,12 @@ TensorMap read_tensor_map(Warp& w, uint64_t address, int rank, int lane) {
   }
   if (const std::string problem = map.problem(); !problem.empty()) {
     w.fail_at(Kind::illegal, "the tensor map is not valid: " + problem, lane, address);
+  }
+  if (map.im2col != im2col) {
+    w.fail_at(Kind::illegal,
+              std::string("the tensor map is ") + (map.im2col ? "of im2col mode" : "tiled") + ", the instruction " +
+                  (im2col ? "of im2col mode" : "tiled"),
+              lane, address);
   }
   if (map.rank != rank) {
     w.fail_at(Kind::illegal,

@@ -220,6 +220,7 @@ void* gpuless::standin::driver_function(const char* name) {
       ROW(cuOccupancyMaxPotentialClusterSize),
       ROW(cuOccupancyMaxActiveClusters),
       ROW(cuTensorMapEncodeTiled),
+      ROW(cuTensorMapEncodeIm2col),
       ROW(cuMemAlloc),
       ROW(cuMemAllocAsync),
       ROW(cuMemAllocPitch),

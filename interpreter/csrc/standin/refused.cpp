@@ -115,7 +115,6 @@ ACCEPT(cuMemPrefetchAsync_v2)
 ACCEPT(cuProfilerStart)
 ACCEPT(cuProfilerStop)
 
-REFUSE(cuTensorMapEncodeIm2col)
 REFUSE(cuTensorMapEncodeIm2colWide)
 REFUSE(cuTensorMapReplaceAddress)
 REFUSE(cuLinkCreate_v2)

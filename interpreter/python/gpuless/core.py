@@ -95,6 +95,11 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         [c_void_p, c_int, c_uint32, c_void_p, POINTER(c_uint64), POINTER(c_uint64), POINTER(c_uint32), POINTER(c_uint32),
          c_int, c_int, c_int, c_int],
     ),
+    "gpuless_tensor_map_encode_im2col": (
+        c_int,
+        [c_void_p, c_int, c_uint32, c_void_p, POINTER(c_uint64), POINTER(c_uint64), POINTER(c_int), POINTER(c_int),
+         c_uint32, c_uint32, POINTER(c_uint32), c_int, c_int, c_int, c_int],
+    ),
     "gpuless_tensor_map_error": (c_char_p, []),
     "gpuless_take_refusal": (c_char_p, [c_int]),
     "gpuless_finding_json": (c_char_p, []),

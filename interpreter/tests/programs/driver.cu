@@ -231,15 +231,6 @@ int broken(const char* what) {
   if (!std::strcmp(what, "syntax"))
     error = cuModuleLoadData(&module, ".version 8.7\n.target sm_80\n.address_size 64\nx\n");
   if (!std::strcmp(what, "nothing")) error = cuModuleLoadData(&module, "hello world");
-  if (!std::strcmp(what, "im2col")) {
-    alignas(64) CUtensorMap map;
-    const cuuint64_t sizes[] = {16, 4, 4}, strides[] = {64, 256};
-    const cuuint32_t ones[] = {1, 1, 1};
-    const int corner[] = {0};
-    error = cuTensorMapEncodeIm2col(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 3, &map, sizes, strides, corner, corner, 1,
-                                    1, ones, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE,
-                                    CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  }
   if (!std::strcmp(what, "unknown")) {
     void* function;
     error = cuGetProcAddress("cuCoffee", &function, CUDA_VERSION, 0, nullptr);

@@ -269,7 +269,7 @@ bool tensor_maps() {
   const bool right =
       status == cudaDriverEntryPointSuccess && make(x) == CUDA_SUCCESS && make(x + 1) == CUDA_ERROR_INVALID_VALUE;
   const cudaError_t refused =
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeIm2col", &unknown, 12000, cudaEnableDefault, &status);
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeIm2colWide", &unknown, 12000, cudaEnableDefault, &status);
   CHECK(cudaFree(x));
   return right && refused == cudaErrorNotSupported && !unknown && cudaGetLastError() == cudaErrorNotSupported;
 }
