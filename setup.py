@@ -229,6 +229,9 @@ def arches_of(text):
 OWN_CODE_ON_89 = ("activation_quantize", "append_kv", "dequant_activation", "gemv", "norm_quantize",
                   "permute_quantize", "quantize", "table_w8a16", "table_w8a16_grouped")  # fmt: skip
 
+#: Portable files whose kernels a GPU of 9.0 runs too, beside its own of the same name: of what TMA cannot load.
+CODE_BESIDE_90A = ("table_int8_conv2d",)
+
 
 def gencode(source):
     """-gencode flags of one file: its name says the lowest architecture that runs it (…_sm80.cu; …_sm90a.cu: that one only).
@@ -246,6 +249,7 @@ def gencode(source):
     # On 9.0 an operation's kernels for 9.0a run; of its portable ones there is PTX, for later GPUs and for builds without
     # 9.0a. The same of what begins at 8.9: fp8 mma.sync is emulated on 9.0, and spills.
     portable = minimum == "89" or source.with_name(re.sub(r"_sm\d+a?\.cu$", "_sm90a.cu", source.name)).exists()
+    portable = portable and source.name.removesuffix("_sm80.cu") not in CODE_BESIDE_90A
     if portable and arches()[0] == ["90a"]:  # a build for that GPU alone
         return []
     code = {a: [f"sm_{a}"] * (not (portable and a == 90)) for a in plain if a <= 90 or 90 not in plain}

@@ -71,6 +71,18 @@ __device__ inline void cp_async_16(uint32_t to, const void* from, int size) {
 __device__ inline void cp_async_16(uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
+// zeros, without a look at `from`, where it is `outside`; as a predicate of the instruction, where a size takes four
+// more
+__device__ inline void cp_async_16_or_zeros(uint32_t to, const void* from, bool outside) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %2, 0;\n"
+      "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, p;\n"
+      "}" ::"r"(to),
+      "l"(from), "r"(static_cast<int>(outside))
+      : "memory");
+}
 // 4 bytes, through L1
 __device__ inline void cp_async_4(uint32_t to, const void* from, int size) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(size) : "memory");

@@ -99,6 +99,16 @@ __device__ inline void tma_load(uint32_t to, const CUtensorMap& map, const int (
       "r"(coordinates[4]), "r"(barrier)
       : "memory");
 }
+// 5.5.4 im2col: a column of pixels from (channel, width, height, image) on, each read at so many pixels from its place
+__device__ inline void tma_load_pixels(uint32_t to, const CUtensorMap& map, const int (&coordinates)[4], int offset_w,
+                                       int offset_h, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3, %4, %5}], [%6], {%7, %8};" ::"r"(to),
+      "l"(&map), "r"(coordinates[0]), "r"(coordinates[1]), "r"(coordinates[2]), "r"(coordinates[3]), "r"(barrier),
+      "h"(static_cast<uint16_t>(offset_w)), "h"(static_cast<uint16_t>(offset_h))
+      : "memory");
+}
 // to the same place of every CTA that `ctas` has a bit for, and each one's mbarrier
 __device__ inline void tma_load_multicast(uint32_t to, const CUtensorMap& map, int column, int row, uint32_t barrier,
                                           uint16_t ctas) {

@@ -3,6 +3,7 @@
 // CUDA.
 #include "params/common.h"
 #include "params/device.h"
+#include "params/int8_conv2d.h"
 
 namespace forwardpass {
 
@@ -28,8 +29,12 @@ struct Groups {
   int64_t room;  // not sorted: rows for each
 };
 
-// What is multiplied: both operands int8, both e4m3, or an 8-bit weight and 16-bit activations.
-enum class GemmKind : int32_t { int8, fp8, w8a16 };
+// What is multiplied: both operands int8, both e4m3, an 8-bit weight and 16-bit activations; or int8 windows of images
+// and a convolution's weight.
+enum class GemmKind : int32_t { int8, fp8, w8a16, int8_conv2d };
+
+// The most rows and columns of a convolution's kernel: a bit of a word for each, and one behind them (window_copy.cuh).
+constexpr int kMostKernelSide = 15;
 
 // a [m, k] times b [n, k] transposed. group: columns of an output row that share a scale as the output is quantised:
 // 128, or the 256 of gate and up, or all; 0: it is not quantised in groups. gated_blocks: gate and up have block
@@ -40,6 +45,7 @@ struct GemmShape {
   int32_t group;
   bool gated_blocks;
   int32_t experts;
+  const Conv2dShape* windows;  // of a convolution, whose rows of a are windows; else null
 };
 
 // Which kernel computes a GEMM, and how the output is divided (kernels/gemm/select.cpp). With split-K there are
@@ -81,6 +87,8 @@ struct GemmParams {
   void* partial;  // [splits, M, N] accumulators, rows partial_stride elements apart; null if no kernel leaves any
   int64_t partial_stride;
   Groups groups;
+  // int8_conv2d: of one group, whose first channel a.data is. Strides are multiples of 16; a.stride is not used.
+  Conv2dShape windows;
 
   // Of the accumulators, of an expert if there are several.
   int64_t columns() const { return groups.ends ? b.rows / groups.experts : b.rows; }

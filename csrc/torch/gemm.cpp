@@ -16,8 +16,14 @@ int64_t padded_stride(const Matrix& m) { return round_up(m.columns, 16 / size_of
 KernelChoice select_kernel(Backend backend, const GemmParams& p, const Tensor& like, int32_t group) {
   static LibraryFunction<KernelSelector> selector(GemmParams::kSelector);
   const int32_t experts = p.groups.ends ? p.groups.experts : 0;
-  const GemmShape shape{ceil_div(p.a.rows, std::max(experts, 1)),      p.columns(), p.a.columns, p.kind, group,
-                        p.blocks.b && is_gated(p.epilogue.activation), experts};
+  const GemmShape shape{ceil_div(p.a.rows, std::max(experts, 1)),
+                        p.columns(),
+                        p.a.columns,
+                        p.kind,
+                        group,
+                        p.blocks.b && is_gated(p.epilogue.activation),
+                        experts,
+                        p.kind == GemmKind::int8_conv2d ? &p.windows : nullptr};
   const Device device = device_of(backend, like);
   KernelChoice choice{};
   const int error = selector.of(backend)(&shape, &device, &choice);

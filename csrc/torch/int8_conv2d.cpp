@@ -83,8 +83,8 @@ Tensor int8_conv2d(Backend backend, const Tensor& x, const Tensor& w, const Tens
   p.epilogue.a_scale =
       one_or_each_row<float>(x_scale, p.shape.images, ScalarType::Float, x, p.scale_per_image, kOp, "x_scale");
   const Tensor out = epilogue_output(p.epilogue, sizes, out_dtype, x);
-  STD_TORCH_CHECK(backend == Backend::cpu, kOp, ": this backend has no kernel");
-  if (out.numel()) int8_conv2d_cpu(x, p, packed);
+  if (out.numel() && backend == Backend::cpu) int8_conv2d_cpu(x, p, packed);
+  if (out.numel() && backend != Backend::cpu) int8_conv2d_gpu(backend, x, w, x_scale, p);
   return reshaped(out, {sizes[0], sizes[3], sizes[1], sizes[2]},
                   {out.stride(0), out.stride(3), out.stride(1), out.stride(2)});
 }

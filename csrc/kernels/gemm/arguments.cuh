@@ -32,6 +32,48 @@ struct E4m3OptionalBlocks : E4m3Blocks {
   static constexpr bool kOptionalBlocks = true;
 };
 
+// Of a convolution's windows what a kernel reads, in 32 bits.
+struct Windows {
+  int32_t height, width, out_height, out_width, channels, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w,
+      dilation_h, dilation_w;
+  int64_t image_stride, row_stride, pixel_stride;  // bytes
+  // From a tap's end to the next one's beginning, and as much more from the last column of the kernel to the next row.
+  int64_t to_next_tap, to_next_row;
+
+  Windows() = default;
+  explicit Windows(const Conv2dShape& s)
+      : height(s.height),
+        width(s.width),
+        out_height(s.out_height),
+        out_width(s.out_width),
+        channels(s.channels),
+        kernel_h(s.kernel_h),
+        kernel_w(s.kernel_w),
+        stride_h(s.stride_h),
+        stride_w(s.stride_w),
+        padding_h(s.padding_h),
+        padding_w(s.padding_w),
+        dilation_h(s.dilation_h),
+        dilation_w(s.dilation_w),
+        image_stride(s.image_stride),
+        row_stride(s.row_stride),
+        pixel_stride(s.pixel_stride),
+        to_next_tap(s.dilation_w * s.pixel_stride - s.channels),
+        to_next_row(s.dilation_h * s.row_stride - s.kernel_w * s.dilation_w * s.pixel_stride) {}
+};
+
+// An output pixel, and where its window begins, which may be outside of the image.
+struct WindowPlace {
+  int32_t image, y, x;
+
+  __device__ WindowPlace(const Windows& s, uint32_t pixel) {
+    const uint32_t row = pixel / s.out_width;
+    image = row / s.out_height;
+    y = static_cast<int32_t>(row - image * s.out_height) * s.stride_h - s.padding_h;
+    x = static_cast<int32_t>(pixel - row * s.out_width) * s.stride_w - s.padding_w;
+  }
+};
+
 // A launch of a kernel on mma.sync, or of a GEMV.
 struct GemmArguments {
   Matrix a, b;
@@ -40,6 +82,7 @@ struct GemmArguments {
   GemmOutput out;
   bool b_first;  // b may be read before earlier kernels have ended
   Groups groups;
+  Windows windows;
 
   GemmArguments(const GemmParams& p, int64_t tiles_m, int tile_n)
       : a(p.a),
@@ -48,7 +91,8 @@ struct GemmArguments {
         map(tiles_m, ceil_div(p.columns(), tile_n), p.choice.splits, p.a.columns, p.choice.split_k),
         out(p),
         b_first(p.b_first),
-        groups(p.groups) {}
+        groups(p.groups),
+        windows(p.windows) {}
   __device__ bool gated() const { return is_gated(out.epilogue.activation); }
 };
 

@@ -18,6 +18,15 @@ struct GemmLimits {
   int64_t tiles = (int64_t{1} << 31) - 1;  // blocks of a grid, or tiles that persistent blocks count
 };
 
+// Which windows of images a convolution's kernel takes as a's rows.
+struct WindowLimits {
+  int32_t tap_channels = 1;  // the channels of a tap are padded to a multiple, by zeros
+  int32_t side = kMostKernelSide;
+  // Of a step; of the bounding box's corners, which are the padding and what is left of it; of a tap's distance from
+  // the first one.
+  int32_t stride = INT32_MAX, corner = INT32_MAX, offset = INT32_MAX;
+};
+
 struct GemmKernel {
   Arch arch;
   int32_t tile_m, tile_n;  // of the output; no two kernels of a kind for an architecture have the same, grouped or not
@@ -30,6 +39,7 @@ struct GemmKernel {
   int32_t stage_clocks = 0;         // that a tile takes for 128 of K, modelled; 0: as its columns
   bool quantizes = false;           // it can quantise outputs in groups of 128 columns that a tile holds whole
   bool gated_blocks = true;         // it takes block scales of b where gates and ups alternate
+  WindowLimits windows = {};        // of a convolution's
   bool cluster_sums = false;        // it can add the splits of K in a cluster
   int32_t blocks_per_sm = 1;        // of a grouped one, which is persistent
   cudaError_t (*launch)(const GemmParams& p, cudaStream_t stream);

@@ -21,11 +21,28 @@ bool is_within(const GemmLimits& most, const GemmKernel& k, const GemmShape& s) 
          tile_rows * ceil_div(s.n, k.tile_n) <= most.tiles;
 }
 
+// Whether a kernel has a convolution's windows. No more than half of its products may be with the zeros that pad a
+// tap's channels: up to there wgmma takes no longer than mma.sync, which pads none and has half of its rate.
+bool has_windows(const WindowLimits& most, const Conv2dShape& s) {
+  const int64_t across = (s.kernel_w - 1) * s.dilation_w, down = (s.kernel_h - 1) * s.dilation_h;
+  return std::max(s.kernel_h, s.kernel_w) <= most.side && std::max(s.stride_h, s.stride_w) <= most.stride &&
+         std::max({s.padding_h, s.padding_w, down - s.padding_h, across - s.padding_w}) <= most.corner &&
+         std::max(down, across) <= most.offset &&
+         ceil_div(s.channels, most.tap_channels) * most.tap_channels <= 2 * s.channels;
+}
+
+// K, as a kernel goes through it.
+int64_t depth_of(const GemmKernel& k, const GemmShape& s) {
+  if (!s.windows) return s.k;
+  const Conv2dShape& w = *s.windows;
+  return w.kernel_h * w.kernel_w * ceil_div(w.channels, k.windows.tap_channels) * k.windows.tap_channels;
+}
+
 // A kernel's time, relative to others': rounds of tiles over the multiprocessors, times what a tile takes. Its epilogue
 // is about ten clocks for 128 outputs on an H100 (modelled).
 int64_t relative_time(const GemmKernel& k, const GemmShape& s, const Device& d) {
   const int64_t outputs = k.tile_m * k.tile_n, stage = k.stage_clocks ? k.stage_clocks : outputs / 32,
-                tile = ceil_div(s.k, kScaleBlock) * stage + outputs * 10 / 128;
+                tile = ceil_div(depth_of(k, s), kScaleBlock) * stage + outputs * 10 / 128;
   return ceil_div(products_of(s) * ceil_div(s.m, k.tile_m) * ceil_div(s.n, k.tile_n), d.sms) * tile;
 }
 
@@ -67,10 +84,11 @@ KernelChoice cut_up(const GemmKernel& kernel, const GemmShape& s, const Device& 
   // Split-K: fewer tiles than multiprocessors leave memory bandwidth unused, so there are as many splits as fill them
   // once. Partial sums in the workspace, 8 bytes per output and split, stay in L2; at 16 rows they are half of the
   // weight's bytes.
-  const int64_t most_splits = std::min(std::max<int64_t>(s.k / kernel.least_k, 1), int64_t{16});
+  const int64_t depth = depth_of(kernel, s),
+                most_splits = std::min(std::max<int64_t>(depth / kernel.least_k, 1), int64_t{16});
   c.splits = std::min(std::max<int64_t>(d.sms / (rows * columns), 1), most_splits);
-  c.split_k = ceil_div(ceil_div(s.k, c.splits), kScaleBlock) * kScaleBlock;
-  c.splits = ceil_div(s.k, c.split_k);
+  c.split_k = ceil_div(ceil_div(depth, c.splits), kScaleBlock) * kScaleBlock;
+  c.splits = ceil_div(depth, c.split_k);
   c.cluster_sums = kernel.cluster_sums && c.splits > 1 && c.splits <= kClusterBlocks;
   if (c.cluster_sums && c.cluster * c.splits > kClusterBlocks) c.cluster = 1;
   return c;
@@ -106,6 +124,7 @@ cudaError_t best_of(const GemmKernel*& best, bool quantizes, const GemmShape& s,
     if (k.kind != s.kind || !runs_on(k.arch, d)) return;
     is_any = true;
     if ((quantizes && !(k.quantizes && k.tile_n >= s.group)) || (s.gated_blocks && !k.gated_blocks)) return;
+    if (s.windows && !has_windows(k.windows, *s.windows)) return;
     if (is_within(k.limits, k, s) && (!best || preferred(k, *best, s, d))) best = &k;
   });
   return best ? cudaSuccess : is_any ? static_cast<cudaError_t>(kBeyondEveryKernel) : cudaErrorNoKernelImageForDevice;

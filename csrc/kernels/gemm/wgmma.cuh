@@ -111,8 +111,37 @@ struct WgmmaArguments {
   typename Config::Mainloop::Arguments mainloop;
 };
 
+// A matrix by boxes of rows, of as many bytes as the swizzle has.
+inline cudaError_t encode_operand(CUtensorMap& to, const Matrix& m, int box_rows, int box_bytes) {
+  const int64_t size = size_of(m.dtype);
+  return encode_boxes(to, size == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16, m.data, m.rows,
+                      m.columns, m.stride * size, box_rows, box_bytes / size,
+                      box_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B);
+}
+
+// Where a main loop's rows of a come from: its Rows. These are of a matrix; windows_tma.cuh has those of a convolution.
+struct MatrixRows {
+  static constexpr WindowLimits kWindows = {};
+  // On the host: a's map; the depth of the product, which the schedule cuts up.
+  static cudaError_t encode(CUtensorMap& to, const GemmParams&, const Matrix& a, int rows, int bytes) {
+    return encode_operand(to, a, rows, bytes);
+  }
+  static int64_t depth(const GemmParams&, const Matrix& a) { return a.columns; }
+
+  // The producer's, of a tile. advance() follows each stage.
+  int row;
+  template <class P, class Tile>
+  __device__ MatrixRows(const P&, const Tile& tile) : row(static_cast<int>(tile.row)) {}
+  __device__ void load(uint32_t to, const CUtensorMap& map, int k, uint32_t full) const {
+    ptx::tma_load(to, map, k, row, full);
+  }
+  __device__ int column_of_b(int k) const { return k; }
+  __device__ void advance() {}
+};
+
 // What a main loop has of the arguments and of the producer, where it has no scales of its own.
 struct NoScales {
+  using Rows = MatrixRows;
   struct Arguments {};
   static cudaError_t set_arguments(Arguments&, const GemmParams&, int) { return cudaSuccess; }
   // Before the first tile, by all threads.
@@ -141,6 +170,7 @@ __device__ inline void producer(const WgmmaArguments<Config>& p, typename Config
   const int bytes = sizeof(typename Config::Stage) + Config::Mainloop::scale_bytes(p);
   const int share = Config::share_of_b(p.map.share());
   typename Config::Pipeline pipeline(s.barriers());
+  using Rows = typename Config::Mainloop::Rows;
   const auto load_b = [&](const GemmTile& tile, int stage, int k, uint32_t full) {
     const int row = static_cast<int>(tile.b_row);
     int part = schedule.rank;
@@ -164,19 +194,21 @@ __device__ inline void producer(const WgmmaArguments<Config>& p, typename Config
     if (p.b_first) {
       const GemmTile tile = schedule.first();
       auto early = pipeline;
-      for (; ahead < min(Config::kStages, tile.slices(Config::kStageK)); ++ahead, early.advance())
-        load_b(tile, ahead, static_cast<int>(tile.k) + ahead * Config::kStageK, early.acquire(bytes));
+      Rows rows(p, tile);
+      for (; ahead < min(Config::kStages, tile.slices(Config::kStageK)); ++ahead, early.advance(), rows.advance())
+        load_b(tile, ahead, rows.column_of_b(static_cast<int>(tile.k) + ahead * Config::kStageK), early.acquire(bytes));
       ptx::wait_for_earlier_kernels();
     }
   schedule.for_each([&](const auto& tile) {
-    const int row = static_cast<int>(tile.row), end = static_cast<int>(tile.k_end);
+    const int end = static_cast<int>(tile.k_end);
+    Rows rows(p, tile);
     const auto scales = Config::Mainloop::scales_of(p, tile);
-    for (int k = static_cast<int>(tile.k); k < end; k += Config::kStageK, pipeline.advance()) {
+    for (int k = static_cast<int>(tile.k); k < end; k += Config::kStageK, pipeline.advance(), rows.advance()) {
       const bool has_b = kLoadsEarly<Config> && ahead-- > 0;
       const uint32_t full = has_b ? pipeline.full(pipeline.stage) : pipeline.acquire(bytes);
-      ptx::tma_load(ptx::shared_address(s.stage[pipeline.stage].a), p.a, k, row, full);
+      rows.load(ptx::shared_address(s.stage[pipeline.stage].a), p.a, k, full);
       scales.load(s, pipeline.stage, k, full);
-      if (!has_b) load_b(tile, pipeline.stage, k, full);
+      if (!has_b) load_b(tile, pipeline.stage, rows.column_of_b(k), full);
     }
   });
 }
@@ -290,18 +322,11 @@ cudaError_t resident_clusters(const Device& device, int size, int& count) {
   return error;
 }
 
-// A matrix by boxes of rows, of as many bytes as the swizzle has.
-inline cudaError_t encode_operand(CUtensorMap& to, const Matrix& m, int box_rows, int box_bytes) {
-  const int64_t size = size_of(m.dtype);
-  return encode_boxes(to, size == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16, m.data, m.rows,
-                      m.columns, m.stride * size, box_rows, box_bytes / size,
-                      box_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B);
-}
-
 template <class Config>
 cudaError_t launch_gemm_wgmma(const GemmParams& p, cudaStream_t stream) {
   using Element = typename Config::Element;
   using Schedule = typename Config::Schedule;
+  using Rows = typename Config::Mainloop::Rows;
   constexpr int kShared = sizeof(typename Config::SharedStorage);
   const int share = p.choice.cluster, share_bits = share - 1;  // one block or two
   const bool cluster_sums = p.choice.cluster_sums;
@@ -311,11 +336,11 @@ cudaError_t launch_gemm_wgmma(const GemmParams& p, cudaStream_t stream) {
   WgmmaArguments<Config> arguments{
       .out = GemmOutput(p),
       .map = TileMap(Schedule::tile_rows(p, a.rows, Config::kM * share), ceil_div(columns, Config::kN),
-                     cluster_sums ? 1 : splits, a.columns, p.choice.split_k, share_bits),
+                     cluster_sums ? 1 : splits, Rows::depth(p, a), p.choice.split_k, share_bits),
       .b_first = p.b_first,
       .cluster_sums = cluster_sums,
       .groups = p.groups};
-  if (auto e = encode_operand(arguments.a, a, Config::kM, Config::kStageK)) return e;
+  if (auto e = Rows::encode(arguments.a, p, a, Config::kM, Config::kStageK)) return e;
   if (auto e = encode_operand(arguments.b, b, Config::share_of_b(share), Config::kBoxBytes)) return e;
   if (auto e = Config::Mainloop::set_arguments(arguments.mainloop, p, Config::kM)) return e;
   if (auto e = allow_shared<gemm_wgmma_kernel<Config>>(kShared)) return e;
@@ -343,6 +368,7 @@ constexpr GemmKernel wgmma_row(GemmKind kind, int stage_clocks = 0) {
           .stage_clocks = stage_clocks,
           .quantizes = Config::Epilogue::kQuantizes,
           .gated_blocks = Element::kSwapAB || Config::kN % kScaleBlock == 0,  // else a tile has parts of four blocks
+          .windows = Config::Mainloop::Rows::kWindows,
           .cluster_sums = Config::Schedule::kClusterSums,
           .launch = launch_gemm_wgmma<Config>,
           .resident_clusters = resident_clusters<Config>};

@@ -111,6 +111,7 @@ struct BlockOrder {
 // are 1.
 template <class Config>
 struct BlockScaleLoads {
+  using Rows = MatrixRows;
   struct Arguments {
     bool scaled, gated;
     BlockOrder order;

@@ -18,6 +18,8 @@ from . import reference
 
 #: Channels of a group, in and out, from which on a product of matrices pays: the kernels' tiles are some 16 to 64 wide.
 LEAST_GROUP = 16
+#: The most rows and columns of the kernel w that CUDA's kernels take (kMostKernelSide in csrc/params/gemm.h).
+MOST_SIDE = 15
 
 
 def int8_conv2d(
@@ -221,6 +223,36 @@ def why_not_groups(x: Tensor, w: Tensor, *options: Any) -> Reason | None:
     )
 
 
+def _why_not_cuda(x: Tensor, w: Tensor, *options: Any) -> Reason | None:
+    if max(w.shape[2:]) > MOST_SIDE:
+        height, width = w.shape[2:]
+        return Reason(
+            "large_kernel",
+            f"it has kernels of at most {MOST_SIDE} x {MOST_SIDE}, and this one is {height} x {width}",
+            "leave this convolution in floats",
+        )
+    return why_not_groups(x, w, *options)
+
+
+def _notes(x: Tensor, w: Tensor, *options: Any) -> list[str]:
+    """What the copies of operands cost that are not aligned."""
+    channels = w.shape[1]
+    padded = -(-channels // 16) * 16
+    if padded != channels:
+        copied = x.numel() // channels * padded + w.numel() // channels * padded
+        return [f"{channels} channels, not a multiple of 16: CUDA and Triton kernels first copy x and w, padded to {padded}, "
+                f"{copied} bytes"]  # fmt: skip
+    strides = [x.stride(d) for d in (0, 2, 3) if x.shape[d] > 1]
+    if any(s % 16 for s in strides) or x.storage_offset() % 16:
+        return [f"pixels of x, not all at multiples of 16 bytes: CUDA and Triton kernels first copy it, {x.numel()} bytes"]
+    return []
+
+
 OPERATION = Operation(
-    int8_conv2d, _check, reference.int8_conv2d, _fake, backends=("cpu",), why_not={"cpu": why_not_groups}
+    int8_conv2d,
+    _check,
+    reference.int8_conv2d,
+    _fake,
+    why_not={"cpu": why_not_groups, "cuda": _why_not_cuda, "triton": why_not_groups},
+    notes=_notes,
 )
