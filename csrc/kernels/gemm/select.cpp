@@ -48,6 +48,8 @@ int64_t relative_time(const GemmKernel& k, const GemmShape& s, const Device& d) 
 
 // Whether a is preferred to b.
 bool preferred(const GemmKernel& a, const GemmKernel& b, const GemmShape& s, const Device& d) {
+  // Of a convolution 9.0 has tiles of 128 rows alone, and 64 on mma.sync.
+  if (s.windows && a.arch.number != b.arch.number) return a.arch.number > b.arch.number;
   // The tile with the fewest rows that hold M or, if none does, one for which the tensor cores bind. A tile's rows of a
   // go through shared memory even if they are zeros: modelled on an H100, int8 16 x 1024 x 1024 takes 1.68 us in tiles
   // of 128 rows, 0.58 in tiles of 16.

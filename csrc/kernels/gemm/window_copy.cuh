@@ -81,7 +81,8 @@ struct WindowCopy {
       tap = column | row;
       if (column >> windows.kernel_w) {
         distance += windows.to_next_row;
-        tap = 1 | min(row << 1, 1u << kRowBit << windows.kernel_h);
+        const uint32_t behind_last = 1u << kRowBit << windows.kernel_h;
+        tap = 1 | (row < behind_last ? row << 1 : behind_last);
       }
     } while (channel >= windows.channels);
 #pragma unroll
