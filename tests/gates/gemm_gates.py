@@ -41,6 +41,10 @@ class Loop:
 
 # The bars are of the tiles that large products take; smaller ones have less to reuse.
 LOOPS = [
+    # A convolution's windows: of three slices each has the way to the next tap beside it, which is taken once in C / 64 slices.
+    Loop(r"gemm_mma_kernel<MmaConfig<Int8, MmaTile\{m=128, n=128\b.*\bWindowMainloop\b", r"", 620, None),
+    Loop(r"gemm_mma_kernel<MmaConfig<Int8\b.*\bWindowMainloop\b", r"", None, None),
+    Loop(r"gemm_wgmma_kernel<WgmmaConfig<Int8, WgmmaTile\{m=128, n=64\b.*\bWindowMainloop\b", r"", None, None),
     Loop(r"gemm_mma_kernel<MmaConfig<Int8, MmaTile\{m=128, n=128\b", r"sm_80$", 450, SM80),
     Loop(r"gemm_mma_kernel<MmaConfig<Int8, MmaTile\{m=128, n=128\b", r"sm_89$", 450, SM89),
     Loop(r"gemm_mma_kernel<MmaConfig<Int8, MmaTile\{m=128, n=128\b", r"", 450, None),

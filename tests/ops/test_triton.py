@@ -32,6 +32,7 @@ from forwardpass.ops.common.quantized_rows import E4M3
 from forwardpass.ops.dequant_activation import cases as dequant_activation
 from forwardpass.ops.fp8_gemm import cases as fp8_gemm
 from forwardpass.ops.fp8_grouped_gemm import cases as fp8_grouped_gemm
+from forwardpass.ops.int8_conv2d import cases as int8_conv2d
 from forwardpass.ops.int8_gemm import cases as int8_gemm
 from forwardpass.ops.int8_grouped_gemm import cases as int8_grouped_gemm
 from forwardpass.ops.norm_quantize import cases as norm_quantize
@@ -164,9 +165,9 @@ def compile_for(architecture, name, case, launch=0):
     driver.active.architecture = architecture
     dispatch.interpret_everywhere(Triton(f"sm_{architecture}"))
     compiled.clear()
-    scales_of_groups = getattr(case, "blocks", False)  # have a layout of their own
+    own_layout = getattr(case, "blocks", False) or name == "int8_conv2d"  # of scales of groups, of images
     args = case.arguments()
-    run(name, case, args if scales_of_groups else [a.contiguous() if isinstance(a, torch.Tensor) else a for a in args])
+    run(name, case, args if own_layout else [a.contiguous() if isinstance(a, torch.Tensor) else a for a in args])
     kernel, assembler = compiled[launch], CUDABackend(driver.active.get_current_target())
     ptx, metadata = kernel.asm["ptx"], kernel.metadata._asdict()
     tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -312,6 +313,9 @@ COMPILED_GEMMS = [
     ("int8_gemm", int8_gemm.Case(64, 6912, 256)),
     ("int8_gemm", int8_gemm.Case(256, 6912, 256)),
     ("int8_gemm", int8_gemm.Case(256, 6912, 256, GATED)),
+    ("int8_conv2d", int8_conv2d.Case((1, 7, 7), 512, 64)),  # K in parts
+    ("int8_conv2d", int8_conv2d.Case((8, 28, 28), 128, 256, stride=(2, 1))),
+    ("int8_conv2d", int8_conv2d.Case((8, 56, 56), 64, 128)),
     ("int8_grouped_gemm", int8_grouped_gemm.Case((1, 3, 0, 5), 512, 256)),
     ("int8_grouped_gemm", int8_grouped_gemm.Case((100, 90, 200), 512, 256, GATED)),
     ("fp8_gemm", fp8_gemm.Case(256, 6912, 256)),
@@ -351,6 +355,7 @@ def test_gemms_compile_for_tensor_cores_without_spills(compiler, case, name, arc
     activation = getattr(case, "epilogue", case).activation
     assert stack in (0, expected_stack(f"{name} {activation}", architecture))
     types = {
+        "int8_conv2d": "s32.s8.s8",
         "int8_gemm": "s32.s8.s8",
         "int8_grouped_gemm": "s32.s8.s8",
         "fp8_gemm": "f32.e4m3.e4m3",
@@ -361,7 +366,7 @@ def test_gemms_compile_for_tensor_cores_without_spills(compiler, case, name, arc
     # few rows of 16 bits are the first operand, and a wgmma has 64
     wgmma = architecture == 90 and not (name == "w8a16_gemm" and case.lead == (16,))
     assert re.search(rf"wgmma\.mma_async.*{types}" if wgmma else rf"mma\.sync.*{types}", ptx)
-    if architecture == 90:
+    if architecture == 90 and name != "int8_conv2d":
         assert "cp.async.bulk.tensor.2d" in ptx
     else:
         assert "cp.async.cg.shared.global [ %r" in ptx  # 16 bytes each

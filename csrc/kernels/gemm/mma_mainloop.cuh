@@ -131,6 +131,7 @@ struct MatrixRowsCopy : OperandCopy<Config::kStageK, Config::kM, Config::kThread
   static constexpr bool kInOrder = false;  // a slice may be copied whichever one was before
   __device__ MatrixRowsCopy(const GemmArguments& p, int64_t first_row, int64_t k, int64_t k_end, uint8_t* stage)
       : Base(p.a, first_row, k, k_end, stage) {}
+  __device__ void next() const {}
 };
 
 // The mainloop of operands that mma takes as they are. RowsCopy: where a's rows come from.
@@ -164,7 +165,10 @@ struct MmaMainloopOf {
       ptx::cp_async_commit();
     };
 #pragma unroll
-    for (int i = 0; i < kStages - 1; ++i) copy_masked(i, i, i);
+    for (int i = 0; i < kStages - 1; ++i) {
+      copy_masked(i, i, i);
+      copy_a.next();
+    }
     copy_a.advance(kStages - 1), copy_b.advance(kStages - 1);
 
     acc.clear();
@@ -183,6 +187,7 @@ struct MmaMainloopOf {
         copy_a.whole(Pipeline::before(stage), stage), copy_b.whole(Pipeline::before(stage), stage);
         ptx::cp_async_commit();
         product(stage, acc, promote);
+        copy_a.next();
         if (kExits && slices_left == stage + 1) return;
       }
       copy_a.advance(kStages), copy_b.advance(kStages);
@@ -201,6 +206,7 @@ struct MmaMainloopOf {
       Pipeline::wait();
       copy_masked(Pipeline::before(stage), ahead, slice + kStages - 1);
       product(stage, acc, promote);
+      copy_a.next();
       stage = Pipeline::after(stage);
     }
     Pipeline::drain();

@@ -45,18 +45,22 @@ struct WindowCopy {
                    1u << kRowBit << s.kernel_h;  // behind the last row there is no tap
     }
   }
-  // Copies the next slice, which is `ahead` slices further than the last call of advance().
-  __device__ void whole(int stage, int ahead) {
+  // Copies the slice that next() has come to, which is `ahead` slices further than the last call of advance().
+  __device__ void whole(int stage, int ahead) const {
 #pragma unroll
     for (int i = 0; i < Share::kCount; ++i)
       ptx::cp_async_16_or_zeros(to + stage * kRows * kSliceK + i * Share::kStep * kSliceK, pixel[i] + ahead * kSliceK,
                                 outside[i] & tap);
+  }
+  // Of a slice that is not whole, what is beyond K has no tap.
+  __device__ void masked(int stage, int ahead) const { whole(stage, ahead); }
+  // On to the next slice. Behind the products of another: a branch before them keeps the loads of their operands behind
+  // it, and the model's A100 takes 45 us instead of 36 for 3 x 3 of 256 channels (64 images of 14 x 14).
+  __device__ void next() {
     channel += kSliceK;
     if (channel >= windows.channels) [[unlikely]]
       next_taps();
   }
-  // Of a slice that is not whole, what is beyond K has no tap.
-  __device__ void masked(int stage, int ahead) { whole(stage, ahead); }
   __device__ void advance(int slices) {
 #pragma unroll
     for (int i = 0; i < Share::kCount; ++i) pixel[i] += slices * kSliceK;
