@@ -13,12 +13,32 @@ import forwardpass as fp
 
 LIBRARY = pathlib.Path(fp.__file__).parent / "_kernels_interpreted.so"
 SUCCESS, INVALID_VALUE, NO_KERNEL = 0, 1, 209  # of cudaError_t
-KINDS = ("int8", "fp8", "w8a16")  # of GemmKind
+KINDS = ("int8", "fp8", "w8a16", "int8_conv2d")  # of GemmKind
 
 
 class Shape(ctypes.Structure):
     _fields_ = [("m", ctypes.c_int64), ("n", ctypes.c_int64), ("k", ctypes.c_int64), ("kind", ctypes.c_int32),
-                ("group", ctypes.c_int32), ("gated_blocks", ctypes.c_bool), ("experts", ctypes.c_int32)]  # fmt: skip
+                ("group", ctypes.c_int32), ("gated_blocks", ctypes.c_bool), ("experts", ctypes.c_int32),
+                ("windows", ctypes.c_void_p)]  # fmt: skip
+
+
+class Windows(ctypes.Structure):
+    """Conv2dShape (csrc/params/int8_conv2d.h)."""
+
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in (
+            "images", "height", "width", "channels", "image_stride", "row_stride", "pixel_stride", "kernel_h", "kernel_w", "stride_h",
+            "stride_w", "padding_h", "padding_w", "dilation_h", "dilation_w", "groups", "out_height", "out_width",
+        )
+    ]  # fmt: skip
+
+
+def every_second_pixel(m: int, channels: int) -> Windows:
+    """Of one row of pixels; a convolution of 1 x 1 with m outputs."""
+    width = 2 * m - 1
+    strides = (width * channels, width * channels, channels)
+    return Windows(1, 1, width, channels, *strides, 1, 1, 1, 2, 0, 0, 1, 1, 1, 1, m)
 
 
 class Device(ctypes.Structure):
@@ -67,10 +87,11 @@ def library() -> ctypes.CDLL:
 def select(
     kind: str, device: tuple[int, int], m: int, n: int, k: int, group: int = 0, experts: int = 0
 ) -> tuple[int, Choice]:
-    """(a cudaError_t, what is chosen); device: multiprocessors, architecture."""
+    """(a cudaError_t, what is chosen); device: multiprocessors, architecture. Of int8_conv2d windows are single pixels."""
     sms, arch = device
     choice = Choice()
-    shape = Shape(m, n, k, KINDS.index(kind), group, False, experts)
+    windows = ctypes.byref(every_second_pixel(m, k)) if kind == "int8_conv2d" else None
+    shape = Shape(m, n, k, KINDS.index(kind), group, False, experts, ctypes.cast(windows, ctypes.c_void_p))
     with contextlib.ExitStack() as stack:
         if arch == 90:  # how many clusters fit is asked of the device
             stack.enter_context(fp.interpret("sm_90a", multiprocessors=sms))

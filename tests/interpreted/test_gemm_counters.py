@@ -13,6 +13,7 @@ import forwardpass as fp
 from forwardpass import dispatch
 from forwardpass.dispatch.interpreted import KERNELS
 from forwardpass.ops.fp8_grouped_gemm import cases as fp8_grouped_gemm
+from forwardpass.ops.int8_conv2d import cases as int8_conv2d
 from forwardpass.ops.int8_grouped_gemm import cases as int8_grouped_gemm
 from forwardpass.ops.w8a16_grouped_gemm import cases as w8a16_grouped_gemm
 from gpuless import core
@@ -30,10 +31,28 @@ EXPERTS = (
     ((140, 130, 129, 128), 600),
     ((700, 0, 1, 300), 4090),
 )
+#: (output pixels, channels) of a convolution with steps, whose windows are of one tap: each tile, once for each multiprocessor
+WINDOWS = {
+    "sm_80": (((8, 8), 13824), ((32, 32), 1664), ((108, 128), 64)),
+    "sm_90a": (((32, 44), 3072), ((32, 44), 1536), ((128, 132), 64)),
+}
 DEPTH = 128
 #: of a third of the launches: each operation at two heights of tiles
 PARTS = [*itertools.product(ARCHITECTURES, range(3))]
 HALF = {"x_dtype": torch.float16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """A case of int8_conv2d by its depth, k channels."""
+
+    pixels: tuple[int, int]
+    out_channels: int
+    k: int
+
+    def arguments(self):
+        height, width = (2 * n - 1 for n in self.pixels)
+        return int8_conv2d.Case((1, height, width), self.k, self.out_channels, (1, 1), (2, 2), (0, 0)).arguments()
 
 
 def variants():
@@ -54,6 +73,8 @@ def launches(arch):
         yield from ((operation, gemm.make_case(operation, m, n, DEPTH, options)) for m, n in shapes)
     for name, cases in (("int8_grouped_gemm", int8_grouped_gemm), ("w8a16_grouped_gemm", w8a16_grouped_gemm)):
         yield from ((dispatch.operations[name], cases.Case(counts, n, DEPTH)) for counts, n in EXPERTS)
+    windows = WINDOWS.get(arch, WINDOWS["sm_80"])
+    yield from ((dispatch.operations["int8_conv2d"], Windows(*window, DEPTH)) for window in windows)
     grouped = dispatch.operations["fp8_grouped_gemm"]
     if arch != "sm_80":
         for blocks in (False, True):
@@ -74,7 +95,8 @@ def lines(device):
 
 
 def run(operation, case, arch):
-    call = gemm.bench.as_a_layer_has_them(case.arguments())
+    images = operation.name == "int8_conv2d"  # which have their channels last
+    call = case.arguments() if images else gemm.bench.as_a_layer_has_them(case.arguments())
     with torch.inference_mode(), fp.interpret(arch, counters=True, checks=False) as device, fp.use_backend("cuda"):
         operation(*call)
     return lines(device)

@@ -33,6 +33,7 @@ MULTIPROCESSORS = 2
 #: where the kernels of an architecture run
 DEVICES = {80: "sm_80", 89: "sm_89", 90: "sm_90a"}
 K = 48
+CHANNELS = 64  # of a convolution, the fewest that wgmma takes
 #: outputs that are made in every layout of the epilogue, with a residual and without one
 OUTPUTS = (
     (torch.bfloat16, "contiguous"),
@@ -139,11 +140,12 @@ def run(row, case):
 
 
 def operation(row):
-    return f"{row.kind}{'_grouped' if row.experts else ''}_gemm"
+    return row.kind if row.kind == "int8_conv2d" else f"{row.kind}{'_grouped' if row.experts else ''}_gemm"
 
 
 def chooses(row, m, n, experts=0):
-    error, choice = select(row.kind, (MULTIPROCESSORS, row.arch), m, n, K, experts=experts)
+    k = CHANNELS if row.kind == "int8_conv2d" else K
+    error, choice = select(row.kind, (MULTIPROCESSORS, row.arch), m, n, k, experts=experts)
     kernel = choice.kernel.contents if error == SUCCESS else None
     return kernel is not None and (kernel.arch, (kernel.tile_m, kernel.tile_n)) == (row.arch, row.tile)
 
@@ -172,6 +174,9 @@ def cases_of(row):
 def one_product(row, case, m, n, out_dtype, residual):
     if row.kind == "w8a16":
         return case((m,), n, K, residual=residual)
+    if row.kind == "int8_conv2d":
+        epilogue = EpilogueCase(out_dtype=out_dtype, residual=residual)
+        return case((1, 1, 2 * m - 1), CHANNELS, n, (1, 1), (1, 2), (0, 0), epilogue=epilogue)
     return case(m, n, K, EpilogueCase(out_dtype=out_dtype, residual=residual))
 
 
