@@ -44,9 +44,7 @@ class Im2colMap(gpuless.TensorMap):
 def windows(x, kernel, stride, padding, dilation):
     """[output pixels, taps, channels] of x [N, spatial..., C] as a convolution sees it, zeros outside; written as loops."""
     spatial = x.shape[1:-1]
-    outs = [
-        (n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(spatial, kernel, stride, padding, dilation)
-    ]
+    outs = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(spatial, kernel, stride, padding, dilation)]
     rows = []
     for n in range(x.shape[0]):
         for out in np.ndindex(*outs):
@@ -134,7 +132,13 @@ def test_multicast():
 )
 def test_limits(change, why):
     x = change.pop("tensor", torch.zeros(2, 4, 4, 16, dtype=torch.uint8))
-    good = {"lower": (0, 0)[: x.dim() - 2], "upper": (0, 0)[: x.dim() - 2], "channels": 16, "pixels": 8, "strides": (1, 1)}
+    good = {
+        "lower": (0, 0)[: x.dim() - 2],
+        "upper": (0, 0)[: x.dim() - 2],
+        "channels": 16,
+        "pixels": 8,
+        "strides": (1, 1),
+    }
     with pytest.raises(ValueError) as e:
         Im2colMap(x, **{**good, **change}).encode(x)
     assert why in str(e.value)

@@ -28,8 +28,8 @@ class Windows(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_int64)
         for name in (
-            "images", "height", "width", "channels", "image_stride", "row_stride", "pixel_stride", "kernel_h", "kernel_w", "stride_h",
-            "stride_w", "padding_h", "padding_w", "dilation_h", "dilation_w", "groups", "out_height", "out_width",
+            "images", "height", "width", "channels", "image_stride", "row_stride", "pixel_stride", "kernel_h", "kernel_w",
+            "stride_h", "stride_w", "padding_h", "padding_w", "dilation_h", "dilation_w", "groups", "out_height", "out_width",
         )
     ]  # fmt: skip
 

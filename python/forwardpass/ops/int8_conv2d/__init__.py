@@ -244,7 +244,9 @@ def _notes(x: Tensor, w: Tensor, *options: Any) -> list[str]:
                 f"{copied} bytes"]  # fmt: skip
     strides = [x.stride(d) for d in (0, 2, 3) if x.shape[d] > 1]
     if any(s % 16 for s in strides) or x.storage_offset() % 16:
-        return [f"pixels of x, not all at multiples of 16 bytes: CUDA and Triton kernels first copy it, {x.numel()} bytes"]
+        return [
+            f"pixels of x, not all at multiples of 16 bytes: CUDA and Triton kernels first copy it, {x.numel()} bytes"
+        ]
     return []
 
 

@@ -89,7 +89,9 @@ class Geometry(NamedTuple):
     def is_gemm(self, x: Tensor, w: Tensor) -> bool:
         """Whether the windows are single pixels, all of them, that lie at one distance."""
         height, width, pixel = x.shape[1], x.shape[2], x.stride(2)
-        together = (height == 1 or x.stride(1) == width * pixel) and (x.shape[0] == 1 or x.stride(0) == height * width * pixel)
+        together = (height == 1 or x.stride(1) == width * pixel) and (
+            x.shape[0] == 1 or x.stride(0) == height * width * pixel
+        )
         single = tuple(w.shape[1:3]) == (1, 1) and max(*self.stride, self.groups) == 1 and not any(self.padding)
         return single and together
 
@@ -113,7 +115,9 @@ def convolve(
     """One group: x [N, H, W, C], w [n, kh, kw, C], out and residual [N, Ho, Wo, n]."""
     (_, height, width, channels), (n, kernel_h, kernel_w, _) = x.shape, w.shape
     m, out_height, out_width = out.shape[0] * out.shape[1] * out.shape[2], out.shape[1], out.shape[2]
-    arguments = options(x_scale, w_scale, bias, activation, out, out_scale, residual=residual, residual_first=residual_first)
+    arguments = options(
+        x_scale, w_scale, bias, activation, out, out_scale, residual=residual, residual_first=residual_first
+    )
     taps = kernel_h * kernel_w
     machine = machine_of(driver.active.get_current_device())
     tiling = tiling_of(m, n, taps * channels, 1, False, False, False, machine)
