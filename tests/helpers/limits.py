@@ -20,6 +20,7 @@ from forwardpass.dispatch import BACKENDS, operations
 from forwardpass.ops.attention_8bit import MAX_COLUMNS
 from forwardpass.ops.common.experts import MOST_EXPERTS, MOST_ROWS
 from forwardpass.ops.dequant_activation.cases import EpilogueCase
+from forwardpass.ops.int8_conv2d import MOST_SIDE
 from forwardpass.ops.int8_gemm import MAX_K, MAX_K_ZERO_POINT
 
 RIGHT, REFUSED, NAN = "right", "refused", "NaN"
@@ -80,6 +81,10 @@ def convolution_depth(k: int) -> tuple[Any, ...]:
     args = case("int8_conv2d", images=(1, 1, 2), channels=k, out_channels=16, kernel=(1, 1), padding=(0, 0))
     full = {name: full_weight(*a.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2) for name, a in zip("xw", args)}
     return replaced("int8_conv2d", args, **full)
+
+
+def convolution_height(side: int) -> tuple[Any, ...]:
+    return case("int8_conv2d", images=(1, side, 2), channels=16, out_channels=16, kernel=(side, 1), padding=(0, 0))
 
 
 def full_weight(*shape: int) -> torch.Tensor:
@@ -422,6 +427,7 @@ def product_limits() -> Iterator[Limit]:
         of = "K" if zero_point is None else "K with a_zero_point"
         yield Limit("int8_gemm_quantize", of, last, last + 1, quantized_depth(zero_point))
     yield Limit("int8_conv2d", "K", MAX_K, MAX_K + 1, convolution_depth)
+    yield Limit("int8_conv2d", "rows of w", MOST_SIDE, MOST_SIDE + 1, convolution_height, refused_by("cuda"))
     yield Limit("int8_linear", "K", MAX_K, MAX_K + 1, linear_depth(True))
     yield Limit("int8_linear", "K with symmetric=False", MAX_K_ZERO_POINT, MAX_K_ZERO_POINT + 1, linear_depth(False))
     yield Limit("int8_grouped_gemm", "K", MAX_K, MAX_K + 1, grouped_depth)
