@@ -51,7 +51,10 @@ CASES = [
     ("int8_gemm", int8_gemm.Case(70, 64, 1030)),
     ("int8_gemm", int8_gemm.Case(70, 64, 1030, quantized=True)),
     ("int8_gemm", int8_gemm.Case(20, 48, 130, dequant_activation.EpilogueCase(residual="contiguous"))),
-    ("int8_conv2d", int8_conv2d.Case((2, 5, 7), 20, 33, groups=2, layout="crop")),
+    (
+        "int8_conv2d",
+        int8_conv2d.Case((2, 5, 7), 32, 33, groups=2, epilogue=dequant_activation.EpilogueCase(a_scale="tensor")),
+    ),
     ("int8_grouped_gemm", int8_grouped_gemm.Case((3, 0, 70), 33, 130, layouts=("apart", "apart"))),
     ("fp8_grouped_gemm", fp8_grouped_gemm.Case((3, 0, 70), 33, 130, blocks=True)),
     ("int8_linear", int8_linear.Case((5,), 33, 130, symmetric=False)),
