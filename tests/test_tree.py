@@ -31,6 +31,7 @@ TORCH, CUDA = {"torch", "cpu"}, {"device", "kernels"}
 COMPOSED = ("int8_linear", "fp8_linear")
 #: operations that are rows of one table of kernels (csrc/kernels/gemm), of which each has those of its kind
 GEMMS = {f"{kind}{form}_gemm": kind for kind in ("int8", "fp8", "w8a16") for form in ("", "_grouped")}
+GEMMS["int8_conv2d"] = "int8_conv2d"
 
 
 def family(op):

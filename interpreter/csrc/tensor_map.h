@@ -25,7 +25,7 @@ struct alignas(64) TensorMap {
     uint32_t box[kMaxRank];  // elements that a box spans
     Column column;           // im2col
   };
-  uint16_t steps[kMaxRank];        // of elements within the box (elementStrides); the first is ignored
+  uint16_t steps[kMaxRank];  // of elements within the box (elementStrides); the first is ignored
   // CUtensorMapDataType, Interleave, Swizzle, L2promotion, FloatOOBfill
   uint8_t type, rank, interleave, swizzle, promotion, fill;
   bool im2col;
@@ -61,9 +61,9 @@ struct alignas(64) TensorMap {
   void each_row(const int32_t* coordinates, F f) const {
     uint32_t index[kMaxRank] = {}, offset = 0;
     for (;;) {
-      int64_t at[kMaxRank];
-      for (int d = 1; d < rank; ++d) at[d] = int64_t{coordinates[d]} + int64_t{index[d]} * steps[d];
-      row_at(coordinates[0], at, offset, f);
+      int64_t place[kMaxRank];
+      for (int d = 1; d < rank; ++d) place[d] = int64_t{coordinates[d]} + int64_t{index[d]} * steps[d];
+      row_at(coordinates[0], place, offset, f);
       offset += row_bytes();
       int d = 1;
       while (d < rank && ++index[d] == box_elements(d)) index[d++] = 0;
@@ -74,17 +74,17 @@ struct alignas(64) TensorMap {
   // innermost dimension first, and from its end to the next image. A pixel is read at so many `offsets` from its place.
   template <class F>
   void each_pixel(const int32_t* coordinates, const uint16_t* offsets, F f) const {
-    int64_t at[kMaxRank], moved[kMaxRank];
-    for (int d = 1; d < rank; ++d) at[d] = coordinates[d];
+    int64_t place[kMaxRank], moved[kMaxRank];
+    for (int d = 1; d < rank; ++d) place[d] = coordinates[d];
     for (uint32_t pixel = 0; pixel < column.pixels; ++pixel) {
-      for (int d = 1; d < rank; ++d) moved[d] = at[d] + (d < rank - 1 ? offsets[d - 1] : 0);
+      for (int d = 1; d < rank; ++d) moved[d] = place[d] + (d < rank - 1 ? offsets[d - 1] : 0);
       row_at(coordinates[0], moved, pixel * row_bytes(), f);
       int d = 1;
-      while (d < rank - 1 && (at[d] += steps[d]) >= static_cast<int64_t>(dims[d]) + column.upper[d - 1]) {
-        at[d] = column.lower[d - 1];
+      while (d < rank - 1 && (place[d] += steps[d]) >= static_cast<int64_t>(dims[d]) + column.upper[d - 1]) {
+        place[d] = column.lower[d - 1];
         ++d;
       }
-      if (d == rank - 1) ++at[d];
+      if (d == rank - 1) ++place[d];
     }
   }
   // A row as it arrives in shared memory: `row` holds the tensor's bytes from begin to end; the rest is filled, and the
@@ -94,15 +94,15 @@ struct alignas(64) TensorMap {
  private:
   // The row at an innermost coordinate and those of the other dimensions.
   template <class F>
-  void row_at(int32_t innermost, const int64_t* at, uint32_t offset, F f) const {
+  void row_at(int32_t innermost, const int64_t* place, uint32_t offset, F f) const {
     const int64_t width = box[0], extent = static_cast<int64_t>(dims[0]);
     const int64_t first = std::clamp<int64_t>(-int64_t{innermost}, 0, width);
     const int64_t last = std::clamp<int64_t>(extent - innermost, first, width);
     bool inside = first < last;
     uint64_t row = address + static_cast<uint64_t>((innermost + first) * element_bits() / 8);
     for (int d = 1; d < rank; ++d) {
-      inside = inside && at[d] >= 0 && at[d] < static_cast<int64_t>(dims[d]);
-      row += static_cast<uint64_t>(at[d]) * strides[d - 1];
+      inside = inside && place[d] >= 0 && place[d] < static_cast<int64_t>(dims[d]);
+      row += static_cast<uint64_t>(place[d]) * strides[d - 1];
     }
     const auto at_edge = [&](int64_t n) { return inside ? in_global(static_cast<uint32_t>(n)) : 0; };
     f(offset, at_edge(first), at_edge(last), row);

@@ -1,6 +1,6 @@
-// cp.async.bulk, cp.reduce.async.bulk and their tensor forms, tile modes and im2col (ISA 9.7.9.25.4, 9.7.9.25.5): transfers in the
-// async proxy, to and from global memory and to other CTAs. To the race check those that one mbarrier is told of are a
-// series, and the stores of a thread, whose groups it waits for in order.
+// cp.async.bulk, cp.reduce.async.bulk and their tensor forms, tile modes and im2col (ISA 9.7.9.25.4, 9.7.9.25.5):
+// transfers in the async proxy, to and from global memory and to other CTAs. To the race check those that one mbarrier
+// is told of are a series, and the stores of a thread, whose groups it waits for in order.
 #include "bulk.h"
 
 #include <algorithm>

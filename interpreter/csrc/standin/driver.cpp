@@ -262,11 +262,10 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuui
   return static_cast<CUresult>(result);
 }
 CUresult cuTensorMapEncodeIm2col(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address,
-                                 const cuuint64_t* sizes, const cuuint64_t* strides, const int* lower,
-                                 const int* upper, cuuint32_t channels, cuuint32_t pixels,
-                                 const cuuint32_t* element_strides, CUtensorMapInterleave interleave,
-                                 CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
-                                 CUtensorMapFloatOOBfill fill) {
+                                 const cuuint64_t* sizes, const cuuint64_t* strides, const int* lower, const int* upper,
+                                 cuuint32_t channels, cuuint32_t pixels, const cuuint32_t* element_strides,
+                                 CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
+                                 CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
   const int result = gpuless_tensor_map_encode_im2col(
       map, type, rank, address, reinterpret_cast<const uint64_t*>(sizes), reinterpret_cast<const uint64_t*>(strides),
       lower, upper, channels, pixels, element_strides, interleave, swizzle, promotion, fill);

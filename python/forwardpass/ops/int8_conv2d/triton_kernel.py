@@ -79,7 +79,7 @@ def conv2d_kernel(
 
 
 class Geometry(NamedTuple):
-    """Of images [N, H, W, C] and a weight [C_out, kh, kw, C / groups]: pairs are of height and width."""
+    """Where windows of images [N, H, W, C] lie, and a weight [C_out, kh, kw, C / groups]; pairs are of height and width."""
 
     stride: Sequence[int]
     padding: Sequence[int]
@@ -179,7 +179,7 @@ def int8_conv2d(
         n = w.shape[0] // groups
 
         def of_group(v: Tensor | None, g: int) -> Tensor | None:
-            """Of the last dimension, if it is the columns'."""
+            """A part of the last dimension, if it is the columns'."""
             return v if v is None or v.numel() == 1 or groups == 1 else v[..., g * n : (g + 1) * n]
 
         for g in range(groups):
