@@ -159,6 +159,7 @@ def int8_conv2d(
     out_scale: Tensor | None,
     residual: Tensor | None = None,
     residual_first: bool = False,
+    packed: Tensor | None = None,
 ) -> Tensor:
     result = _fake(x, w, x_scale, w_scale, stride, padding, dilation, groups, bias, activation, out_dtype)
     if not result.numel():
