@@ -12,7 +12,12 @@ from gemm_gates import broken_claims, macs, without_bytes
 from kernel_names import values
 
 #: of kernels without mask, ALiBi and softcap, on 9.0 from 128 keys a block on, by the dtype of q k
-MOST = {("sm_90a", "f16", 128, 128): 6.5, ("sm_90a", "bf16", 128, 128): 6.5, ("sm_90a", "i8", 128, 128): 11.6}
+MOST = {
+    ("sm_90a", "f16", 128, 128): 6.5,
+    ("sm_90a", "bf16", 128, 128): 6.5,
+    ("sm_90a", "i8", 128, 128): 11.6,
+    ("sm_90a", "e4m3", 128, 128): 11.1,
+}
 
 
 @dataclasses.dataclass

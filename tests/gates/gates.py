@@ -47,6 +47,7 @@ TENSOR_CORE = [
     (r"gemv_kernel", r"", ["HMMA"]),
     (r"attention_mma_kernel<Int8AttentionConfig<AttentionInstance{dtype=e4m3", r"", ["IMMA", "QMMA"]),
     (r"attention_mma_kernel<Int8AttentionConfig", r"", ["IMMA"]),
+    (r"attention_wgmma_kernel<Int8WgmmaAttentionConfig<AttentionInstance{dtype=e4m3", r"", ["IGMMA", "QGMMA"]),
     (r"attention_wgmma_kernel<Int8WgmmaAttentionConfig", r"", ["IGMMA"]),
     (r"attention_8bit", r"", ["IG?MMA", "[QH]G?MMA"]),
     (r"attention", r"", ["HG?MMA"]),

@@ -18,22 +18,21 @@ constexpr int32_t kInt8MagicBits = 0x4b400000;
 struct Int8Operands {
   int32_t head_dim, value_dim;  // columns that there is room for: the kernel's, beyond the call's they are 0
   int64_t blocks;               // of keys of a kv head, of all sequences; of packed ones as many as there may be
-  bool for_wgmma;               // v as its kernel takes it
+  bool unsigned_v;              // v is 128 more
   int32_t chunks;               // of a sequence's keys, whose largest values are found separately
   int8_t* q;                    // [row, head_dim]; rows are in the order of the lse
   float *q_scale, *shift;       // of each row; shift: q times k's centre, what all scores of the row have lost
   int8_t* k;                    // [kv head, block, key, head_dim]; keys beyond the sequence's are 0
   float* k_scale;               // of each key: 22 bits of it, so that kInt8Magic times it is exact
-  int8_t* v;       // [kv head, block, value_dim, key]; keys in the order of `int8_key`; int8 or e4m3; of int8 for
-                   // wgmma unsigned, 128 more
+  int8_t* v;       // [kv head, block, value_dim, key]; keys in the order of `int8_key`; int8, unsigned or e4m3
   float* v_scale;  // [sequence, kv head, value_dim]
   float* centre;   // of k: [sequence, kv head, head_dim]
   float* largest;  // of v: [sequence, kv head, chunk, value_dim]
   int64_t bytes;   // of the workspace
 
   // Those of a call, for a kernel of so many columns.
-  static Int8Operands of(const AttentionParams& p, int head_dim, int value_dim, bool for_wgmma = false) {
-    Int8Operands x{.head_dim = head_dim, .value_dim = value_dim, .for_wgmma = for_wgmma};
+  static Int8Operands of(const AttentionParams& p, int head_dim, int value_dim, bool unsigned_v = false) {
+    Int8Operands x{.head_dim = head_dim, .value_dim = value_dim, .unsigned_v = unsigned_v};
     const bool varlen = p.cu_seqlens_q;
     const int64_t rows = int64_t{p.heads} * p.rows * (varlen ? 1 : p.batch);
     x.blocks = varlen ? p.keys / kInt8Keys + p.batch : int64_t{p.batch} * blocks_of(p.keys);

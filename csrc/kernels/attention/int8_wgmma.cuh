@@ -1,5 +1,5 @@
 #pragma once
-// attention_8bit on wgmma: attention's kernel of wgmma.cuh, of operands in int8.
+// attention_8bit on wgmma: attention's kernel of wgmma.cuh, of q and k in int8, and v in int8 or e4m3.
 //
 // Probabilities are whole 255ths of the largest of 64 keys, a unit, so that each unit's p v has a sum of its own, which
 // is added to the output in fp32. A score, of one row and one key, at head dim 128, of which a thread has 64 in a block
@@ -49,6 +49,7 @@ template <AttentionInstance kInstance, WgmmaAttentionTile kTile>
 struct Int8WgmmaAttentionConfig {
   static constexpr int kHeadDim = kInstance.head_dim, kValueDim = kInstance.value_dim;
   static constexpr bool kModified = kInstance.modified;
+  using Values = WgmmaValueArithmetic<kInstance.dtype>;
   static constexpr int kConsumers = kTile.consumers, kM = ptx::kWgmmaRows * kConsumers, kN = kTile.n, kStages = 4;
   static constexpr int kBlocksPerSm = 1, kThreads = ptx::kWarpgroup * (1 + kConsumers);
   static constexpr int kRowBytes = kHeadDim < 128 ? kHeadDim : 128, kPanelsD = kHeadDim / kRowBytes;
@@ -98,7 +99,7 @@ struct Int8WgmmaAttentionConfig {
 
 template <class Config>
 Int8Operands int8_wgmma_operands(const AttentionParams& p) {
-  return Int8Operands::of(p, Config::kHeadDim, Config::kValueDim, true);
+  return Int8Operands::of(p, Config::kHeadDim, Config::kValueDim, Config::Values::kUnsigned);
 }
 
 template <class Config>

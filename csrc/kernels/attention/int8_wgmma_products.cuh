@@ -1,9 +1,10 @@
 #pragma once
-// The products of attention_8bit on wgmma, and what a consumer makes of their sums. The integers are those of
+// The products of attention_8bit on wgmma, and what a consumer makes of their sums. The integers and e4m3 are those of
 // int8_consumer.cuh. Beside the Config, in int8_wgmma.cuh, is what that takes.
 #include "device/pipeline.cuh"
 #include "device/softmax.cuh"
-#include "device/wgmma_int8.cuh"
+#include "device/vec.cuh"
+#include "device/wgmma_8bit.cuh"
 #include "kernels/attention/int8_operands.h"
 #include "kernels/attention/wgmma_consumer.cuh"
 
@@ -30,7 +31,7 @@ struct Int8WgmmaArguments {
     };
     if (auto e = bytes(q, x.q, rows, x.head_dim, m, row_bytes)) return e;
     if (auto e = bytes(k, x.k, all * kInt8Keys, x.head_dim, n, row_bytes)) return e;
-    if (auto e = bytes(v, x.v, all * x.value_dim, kInt8Keys, together * x.value_dim, kInt8Keys)) return e;
+    if (auto e = bytes(v, x.v, all * x.value_dim, kInt8Keys, x.value_dim, kInt8Keys)) return e;
     const auto floats = [&](CUtensorMap& to, const float* data, int64_t rows, int columns, int box_rows, int box) {
       return encode_boxes(to, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, data, rows, columns, (columns + 3) / 4 * int64_t{16},
                           box_rows, box, CU_TENSOR_MAP_SWIZZLE_NONE);
@@ -44,9 +45,9 @@ struct Int8WgmmaArguments {
 // How the producer loads q, k and v: one lane loads whole blocks of keys.
 template <class Config>
 struct Int8Boxes {
-  // Which of all heads' blocks of keys is loaded, for k and then for v.
+  // Which of all heads' blocks of 64 keys is loaded first, for k and then for v; and how many of them the sequence has.
   struct Shared {
-    int block[Config::kStages];
+    int block[Config::kStages], units[Config::kStages];
   };
 
   template <class Storage>
@@ -54,10 +55,10 @@ struct Int8Boxes {
   template <class Storage>
   __device__ static void find(const Int8WgmmaArguments& a, Storage& s, const AttentionTile& t, int block, bool,
                               int stage) {
-    if (lane() == 0)
-      s.source.block[stage] =
-          static_cast<int>(t.kv_head(a.p) * a.x.blocks + Int8Operands::first_block(a.p, t.batch, t.first_key) +
-                           block * (Config::kN / kInt8Keys));
+    if (lane() > 0) return;
+    const int64_t first = t.kv_head(a.p) * a.x.blocks + Int8Operands::first_block(a.p, t.batch, t.first_key);
+    s.source.block[stage] = static_cast<int>(first + block * kUnits);
+    s.source.units[stage] = Int8Operands::blocks_of(t.keys) - block * kUnits;
   }
   template <class Query>
   __device__ static void load_q(const Int8WgmmaArguments& a, Query& to, const AttentionTile& t, uint32_t barrier) {
@@ -76,10 +77,17 @@ struct Int8Boxes {
   template <class Storage>
   __device__ static void load_v(const Int8WgmmaArguments& a, Storage& s, int stage, uint32_t barrier) {
     if (lane() > 0) return;
-    ptx::tma_load(ptx::shared_address(s.v[stage].row), a.v, 0, s.source.block[stage] * Config::kValueDim, barrier);
+    // Beyond the sequence's units zeros, which there are behind the columns: what lies there in e4m3 may be a NaN,
+    // which a probability of 0 does not take away.
+#pragma unroll
+    for (int unit = 0; unit < kUnits; ++unit)
+      ptx::tma_load(ptx::shared_address(s.v[stage].row[unit * Config::kValueDim]), a.v,
+                    unit < s.source.units[stage] ? 0 : kInt8Keys, (s.source.block[stage] + unit) * Config::kValueDim,
+                    barrier);
   }
 
  private:
+  static constexpr int kUnits = Config::kN / kInt8Keys;
   __device__ static int lane() { return static_cast<int>(threadIdx.x % 32); }
   template <int kPanels, int kRows, int kBytes>
   __device__ static void load(const uint8_t (&to)[kPanels][kRows][kBytes], const CUtensorMap& map, int row,
@@ -89,15 +97,53 @@ struct Int8Boxes {
   }
 };
 
-template <class Config>
-struct Int8Products {
-  static constexpr int kStep = 32 / ptx::kDescriptorUnit;  // 32 columns
-  static constexpr int kRowBytes = Config::kRowBytes;
+// Probabilities and v in 8 bits, and their product. kBelow: what the exponential of the largest score of a unit is
+// below 1, in powers of 2. A sum of p v as value() has it, times kOfSum, kOfOutput and its unit's weight, is in units
+// of v.
+template <Dtype kValues>
+struct WgmmaValueArithmetic;
+template <>
+struct WgmmaValueArithmetic<Dtype::i8> {
+  using Sum = int32_t;
   // p is in units of 2^-24, so that it is one of fp16's denormals once it is rounded to 16 bits, whose bits are the
   // whole number: 255 of them are 2^-kBelow.
-  static constexpr float kBelow = 16.0056467f;  // 24 - log2(255)
-  // What a sum of p v is multiplied by beside its block's unit, as a float of its bits; o is in units of it.
-  static constexpr float kOfBits = 0x1p109f, kOfOutput = 0x1p16f;  // 2^(149 - 109 - 24)
+  static constexpr float kBelow = 16.0056467f;                    // 24 - log2(255)
+  static constexpr float kOfSum = 0x1p109f, kOfOutput = 0x1p16f;  // 2^(149 - 109 - 24)
+  static constexpr bool kUnsigned = true;                         // v is 128 more
+  // Four bytes: elements e and e + 1 of two tiles.
+  __device__ static uint32_t pack(const float (&low)[4], const float (&high)[4], int e) {
+    return __byte_perm(forwardpass::pack<Dtype::f16>(low[e], low[e + 1]),
+                       forwardpass::pack<Dtype::f16>(high[e], high[e + 1]), 0x6420);
+  }
+  template <int kRowBytes, int kTiles>
+  __device__ static void multiply(Sum (&d)[kTiles][4], const uint32_t (&p)[4], uint32_t v, bool accumulate) {
+    ptx::wgmma_u8<kRowBytes>(d, p, v, accumulate);
+  }
+  __device__ static float value(Sum sum) { return __int_as_float(sum); }
+};
+// p's largest is 448. The sums of a unit are accumulators of their own, as tensor cores add with about 13 bits.
+template <>
+struct WgmmaValueArithmetic<Dtype::e4m3> {
+  using Sum = float;
+  static constexpr float kBelow = -8.80735492f;  // -log2(448)
+  static constexpr float kOfSum = 1, kOfOutput = 1;
+  static constexpr bool kUnsigned = false;
+  __device__ static uint32_t pack(const float (&low)[4], const float (&high)[4], int e) {
+    return to_e4m3x2(low[e + 1], low[e]) | uint32_t{to_e4m3x2(high[e + 1], high[e])} << 16;
+  }
+  template <int kRowBytes, int kTiles>
+  __device__ static void multiply(Sum (&d)[kTiles][4], const uint32_t (&p)[4], uint32_t v, bool accumulate) {
+    ptx::wgmma_e4m3<kRowBytes>(d, p, v, accumulate);
+  }
+  __device__ static float value(Sum sum) { return sum; }
+};
+
+template <class Config>
+struct Int8Products {
+  using Values = typename Config::Values;
+  static constexpr int kStep = 32 / ptx::kDescriptorUnit;  // 32 columns
+  static constexpr int kRowBytes = Config::kRowBytes;
+  static constexpr float kBelow = Values::kBelow;
   // A unit: 64 keys, which have a maximum of their own. A step: p v of a unit and kPart columns.
   static constexpr int kUnits = Config::kN / kInt8Keys, kParts = Config::kValueDim / Config::kPart,
                        kSteps = kUnits * kParts;
@@ -112,10 +158,10 @@ struct Int8Products {
   uint32_t q_rows, k_rows, v_rows;  // low halves of the wgmma descriptors: of this warpgroup's rows; in the first stage
   RowValues<1> scale;               // of a row's scores: with modifiers q's alone
   RowValues<1> shift;               // what all scores of a row lack
-  RowValues<kUnits> weight;         // of the units whose p v comes next, times kOfBits
-  RowValues<1> total;               // sums of this thread's p as whole numbers, in units of o
-  uint32_t packed[Config::kN / 32][4];   // p of the block of keys whose p v comes next: an mma's first operand
-  int32_t values[Config::kPart / 8][4];  // p v of a step
+  RowValues<kUnits> weight;         // of the units whose p v comes next, times kOfSum
+  RowValues<1> total;               // of unsigned v: sums of this thread's p as whole numbers, in units of o
+  uint32_t packed[Config::kN / 32][4];  // p of the block of keys whose p v comes next: an mma's first operand
+  typename Values::Sum values[Config::kPart / 8][4];  // p v of a step
 
   __device__ Int8Products(const Int8WgmmaArguments& a, const typename Config::SharedStorage& s, int warpgroup)
       : p(a.p) {
@@ -202,8 +248,9 @@ struct Int8Products {
       for (int half = 0; half < 2; ++half) {
         const float w = ptx::ex2(top[unit][half] - sums.max[0][half]);
         sums.sum[0][half] = fmaf(add[unit][half], w, sums.sum[0][half]);
-        weight[unit][half] = w * kOfBits;
-        total[0][half] = fmaf(__uint_as_float(pack_unit(s, unit, half)), weight[unit][half], total[0][half]);
+        weight[unit][half] = w * Values::kOfSum;
+        const float bytes = __uint_as_float(pack_unit(s, unit, half));
+        if (Values::kUnsigned) total[0][half] = fmaf(bytes, weight[unit][half], total[0][half]);
       }
     return grown;
   }
@@ -225,13 +272,15 @@ struct Int8Products {
   }
   // After all keys: takes off what the 128 of v have added.
   __device__ void end_tile(Output& o) {
+    if constexpr (Values::kUnsigned) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float& sum = total[0][half];
-      sum += __shfl_xor_sync(0xffffffff, sum, 1);
-      sum += __shfl_xor_sync(0xffffffff, sum, 2);
+      for (int half = 0; half < 2; ++half) {
+        float& sum = total[0][half];
+        sum += __shfl_xor_sync(0xffffffff, sum, 1);
+        sum += __shfl_xor_sync(0xffffffff, sum, 2);
+      }
+      o.for_each([&](float& v, int, int, int e) { v = fmaf(total[0][e / 2], -128, v); });
     }
-    o.for_each([&](float& v, int, int, int e) { v = fmaf(total[0][e / 2], -128, v); });
   }
 
  private:
@@ -292,17 +341,15 @@ struct Int8Products {
         sum = j == unit * kTiles && e % 2 == 0 ? s[0][j][e] : sum + s[0][j][e];
       }
   }
-  // Of a row's p of a unit. Four tiles, a byte each, are the first operand of an mma. Returns their sum.
+  // Of a row's p of a unit. Four tiles, a byte each, are the first operand of an mma. Returns the sum of whole numbers.
   __device__ uint32_t pack_unit(const Scores& s, int unit, int half) {
     uint32_t sum = 0;
 #pragma unroll
     for (int i = 0; i < kTiles / 2; ++i) {
-      const int j = unit * kTiles + 2 * i, e = half * 2;
-      const uint32_t first = forwardpass::pack<Dtype::f16>(s[0][j][e], s[0][j][e + 1]),
-                     second = forwardpass::pack<Dtype::f16>(s[0][j + 1][e], s[0][j + 1][e + 1]);
+      const int j = unit * kTiles + 2 * i;
       uint32_t& word = packed[j / 4][i % 2 * 2 + half];
-      word = __byte_perm(first, second, 0x6420);
-      sum = __dp4a(word, 0x01010101u, sum);
+      word = Values::pack(s[0][j], s[0][j + 1], half * 2);
+      if (Values::kUnsigned) sum = __dp4a(word, 0x01010101u, sum);
     }
     return sum;
   }
@@ -313,7 +360,7 @@ struct Int8Products {
     ptx::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 2; ++k)
-      ptx::wgmma_u8<kInt8Keys>(values, packed[step / kParts * 2 + k], rows + k * kStep, k > 0);
+      Values::template multiply<kInt8Keys>(values, packed[step / kParts * 2 + k], rows + k * kStep, k > 0);
     ptx::wgmma_commit();
   }
   // Waits for steps from `first` to `end`, adds them to o, and issues the next one each time.
@@ -333,7 +380,7 @@ struct Int8Products {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         float& to = o[0][i % kParts * (Config::kPart / 8) + j][e];
-        to = fmaf(__int_as_float(values[j][e]), weight[i / kParts][e / 2], to);
+        to = fmaf(Values::value(values[j][e]), weight[i / kParts][e / 2], to);
       }
     if (i + 1 < kSteps) issue(v_stage, i + 1);
   }
@@ -366,7 +413,7 @@ struct Int8WgmmaEpilogue : WgmmaAttentionEpilogue<Config> {
       const auto v = *reinterpret_cast<const float2*>(of_v + j * 8);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const float f = factor[0][e / 2] * Int8Products<Config>::kOfOutput;
+        const float f = factor[0][e / 2] * Config::Values::kOfOutput;
         o[0][j][e] = f == 0 ? 0 : o[0][j][e] * f * (e % 2 ? v.y : v.x);
       }
     }

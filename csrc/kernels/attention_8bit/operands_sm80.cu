@@ -320,7 +320,7 @@ __device__ inline void quantize_v(const QuantizeArguments& a, const KeysOf& keys
       if (stored && keys.first == 0 && word == 0) a.to.v_scale[sequence * a.to.value_dim + column + c] = s.scale;
     }
     uint32_t words[kVec] = {};
-    const uint32_t sign = a.to.for_wgmma ? 0x80808080 : 0;
+    const uint32_t sign = a.to.unsigned_v ? 0x80808080 : 0;
     const auto round = [&](auto to_byte) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -439,7 +439,7 @@ __device__ inline void exchange_v(const ExchangeArguments& e, const KeysOf& keys
       const int key = keys.first + int8_key(word, i);
       int8_t& kernels = a.to.v[(block * a.to.value_dim + c) * kInt8Keys + word * 4 + i];
       exchange<kGive>(bytes(p.v) + from + key * p.v.row + c, &kernels, is_column && key < keys.keys);
-      if (kGive && a.to.for_wgmma) kernels ^= -128;
+      if (kGive && a.to.unsigned_v) kernels ^= -128;
     }
   }
 }

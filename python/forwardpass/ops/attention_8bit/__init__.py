@@ -312,19 +312,13 @@ def _like(x: Tensor, dtype: torch.dtype) -> Tensor:
 def _why_not_gpu(
     backend: str, q: Tensor, k: Tensor, v: Tensor, dtype: str | None, rotates: bool, *options: Any
 ) -> Reason | None:
-    if dtype == "fp8" and (reason := _why_no_e4m3(backend, gpu_capability(q.device))):
+    if dtype == "fp8" and (reason := why_no_fp8(backend, gpu_capability(q.device))):
         return dataclasses.replace(reason, fix='use dtype="int8", which is also nearer to exact')
     scale = options[0]
     if backend == "cuda" and scale is not None and scale < LEAST_SCALE:
         text = f"scale={scale:.3g} times that of a row of q may be 0 in float32, which it takes for a row of zeros"
         return Reason("scale", text, "multiply q by it, and pass scale=1.0")
     return why_not_gpu(_of_out_dtype(q, (dtype, rotates, *options)), k, v, *options)
-
-
-def _why_no_e4m3(backend: str, capability: tuple[int, int]) -> Reason | None:
-    if backend == "cuda" and capability == (9, 0):
-        return Reason("emulated_fp8", "this GPU is sm_90, where the FP8 mma.sync of the CUDA kernels is emulated", "")
-    return why_no_fp8(backend, capability)
 
 
 def _why_not_cpu(q: Tensor, k: Tensor, v: Tensor, dtype: str | None, *options: Any) -> Reason | None:
