@@ -6,6 +6,7 @@ import torch
 from mutant_instances import Instance
 
 from forwardpass.ops.attention.cases import Case
+from forwardpass.ops.attention_8bit.cases import of_attention
 from forwardpass.ops.attention_decode.cases import Case as OfCache
 
 F16, BF16 = torch.float16, torch.bfloat16
@@ -117,6 +118,16 @@ def triton(cases):
     return Instance(("sm_80", "sm_90a"), "attention_kernel", cases, "triton")
 
 
+def in_8_bits(cases, products="int8"):
+    return tuple(of_attention(case, n % 2 == 0, products) for n, case in enumerate(cases))
+
+
+def of_8_bits(arch, kind, products, dim, cases):
+    name = {"int8": "i8", "fp8": "e4m3"}[products]
+    kernel = f"<Int8{kind}AttentionConfig<AttentionInstance{{dtype={name}, head_dim={dim},"
+    return Instance((arch,), kernel, in_8_bits(cases, products), clusters=2 * (arch == "sm_90a"))
+
+
 INSTANCES = {
     "attention_mma_64": sm80(F16, 64, plain(F16, 64, 40)),
     "attention_mma_128": sm80(BF16, 128, plain(BF16, 128, 104)),
@@ -130,6 +141,12 @@ INSTANCES = {
         64,
         (*general(BF16, 64, 40), *caches(BF16, 64, 40, alibi="batch"), *packed_heads(BF16, 64, 40, softcap=8.0)),
     ),
+    "attention_8bit_mma_64": of_8_bits("sm_80", "", "int8", 64, plain(F16, 64, 40)),
+    "attention_8bit_mma_general": of_8_bits("sm_80", "", "int8", 64, general(F16, 64, 40)),
+    "attention_8bit_mma_fp8": of_8_bits("sm_89", "", "fp8", 64, plain(BF16, 64, 40)),
+    "attention_8bit_wgmma_64": of_8_bits("sm_90a", "Wgmma", "int8", 64, plain(F16, 64, 40)),
+    "attention_8bit_wgmma_general": of_8_bits("sm_90a", "Wgmma", "int8", 64, general(BF16, 64, 40)),
+    "attention_8bit_wgmma_fp8": of_8_bits("sm_90a", "Wgmma", "fp8", 64, plain(BF16, 64, 40)),
     "attention_triton": triton(plain(F16, 64, 40)),
     "attention_triton_general": triton(general(BF16, 64, 40)),
 }

@@ -123,33 +123,145 @@ def test_what_they_are():
     assert (values - v).abs().max() <= v.abs().max() / 254
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def of_a_cache(
+    of_token=True, page=None, rows=40, lengths=(300, 120), head_dim=64, value_dim=None, dtype=torch.float16, seed=0
+):
+    """(q, cache, what attention_decode takes by name): as append_kv has written it, with numbers behind the lengths."""
+    batch, room, heads, value_dim = len(lengths), 320, 2, value_dim or head_dim
+    g = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(batch, n, h, d, generator=g).to(dtype)
+               for n, h, d in ((rows, 4, head_dim), (room, heads, head_dim), (room, heads, value_dim)))  # fmt: skip
+    v *= torch.logspace(-1, 1, room)[torch.randperm(room, generator=g), None, None].to(dtype)  # tokens' scales differ
+    pages, size = (batch, room) if page is None else (batch * room // page, page)
+    caches = [
+        torch.randint(-127, 128, (pages, size, heads, d), dtype=torch.int8, generator=g) for d in (head_dim, value_dim)
+    ]
+    scales = [torch.ones(pages, size, heads) if of_token else x.abs().amax((0, 1, 3)).float() / 127 for x in (k, v)]
+    table = None if page is None else torch.randperm(pages, generator=g).int().reshape(batch, -1)
+    full = torch.full((batch,), room, dtype=torch.int32)
+    fp.ops.append_kv(k, v, *caches, full, block_table=table, k_scale=scales[0], v_scale=scales[1])
+    given = {"k_scale": scales[0], "v_scale": scales[1], "block_table": table}
+    return q, (*caches, torch.tensor(lengths, dtype=torch.int32)), given
+
+
+@pytest.mark.parametrize(
+    ("backend", "arch"),
+    [("reference", None), ("cpu", None), ("cuda", "sm_80"), ("cuda", "sm_90a"), ("triton", "sm_80")],
+)
 @pytest.mark.parametrize("of_token", [False, True])
-def test_an_int8_cache_is_operands(backend, of_token):
-    """As append_kv has written it: k with a scale for each head or each token and head, v with one for each head."""
-    (batch, rows, room, heads, dim), lengths = (2, 4, 300, 2, 64), torch.tensor([300, 120], dtype=torch.int32)
-    q, k, v = (torch.randn(batch, n, h, dim) for n, h in ((rows, 4), (room, heads), (room, heads)))
-    k_cache, v_cache = torch.zeros(2, batch, room, heads, dim, dtype=torch.int8)
-    k_scale, v_scale = (x.abs().amax((0, 1, 3)) / 127 for x in (k, v))
-    if of_token:
-        k_scale, v_scale = torch.zeros(batch, room, heads), torch.zeros(batch, room, heads)
-    full = torch.full_like(lengths, room)
-    fp.ops.append_kv(k, v, k_cache, v_cache, full, k_scale=k_scale, v_scale=v_scale)
-    if of_token:  # v once more: operands have one scale for all of its tokens
-        v_scale = v.abs().amax((0, 1, 3)) / 127
-        v_cache = (v / v_scale[:, None]).round().to(torch.int8)
-    values = v_cache * v_scale[:, None]
-    keys = k_cache * (k_scale if of_token else k_scale.expand(batch, room, heads))[..., None]
-    exact = fp.ops.attention_decode(q, keys, values, lengths)
-    q8, q_scale, _ = fp.ops.quantize(q, torch.int8)
-    x = AttentionOperands(
-        q8, q_scale, torch.zeros_like(q_scale), k_cache, k_scale.expand(batch, room, heads).contiguous(), v_cache,
-        v_scale[:, None].expand(batch, heads, dim).contiguous(), "int8", rotate=False, out_dtype=q.dtype,
-    )  # fmt: skip
-    seen = torch.arange(room) < (lengths[:, None] - rows + 1 + torch.arange(rows))[..., None]  # as attention_decode
+@pytest.mark.parametrize("page", [None, 16])
+def test_an_int8_cache_is_operands(backend, arch, of_token, page):
+    """As append_kv has written it, contiguous and in pages, with scales of heads and of tokens."""
+    q, cache, given = of_a_cache(of_token, page)
+    with fp.use_backend("reference"):
+        exact, exact_lse = fp.ops.attention_decode_with_lse(q, *cache, window=(200, None), **given)
+    with on(backend, arch) if arch else on(backend):
+        x = AttentionOperands.of_cache(q, *cache, **given)
+        o, lse = fp.ops.attention_8bit_with_lse(x, rotate=False, causal=True, window=(200, None))
+    assert (o.shape, o.dtype) == (exact.shape, q.dtype) and (lse.shape, lse.dtype) == (exact_lse.shape, torch.float32)
+    assert (o - exact).float().norm() < 0.02 * exact.float().norm()
+    assert (lse - exact_lse).norm() < 2e-3 * exact_lse.norm()
+
+
+@pytest.mark.parametrize("page", [None, 64])
+def test_what_of_a_cache_is_kept(page):
+    """k's integers and scales, and v's of heads; of tokens v is that of quantize_attention."""
+    for of_token in (False, True):
+        q, (k_cache, v_cache, lengths), given = of_a_cache(of_token, page)
+        x = AttentionOperands.of_cache(q, k_cache, v_cache, lengths, **given)
+        scales = [s if of_token else s.expand(k_cache.shape[:3]) for s in (given["k_scale"], given["v_scale"])]
+        for b, (begin, n) in enumerate(zip(x.cu_seqlens_k.tolist(), lengths.tolist())):
+            pages = [b] if page is None else given["block_table"][b].tolist()
+            k, v, k_scale, v_scale = (torch.cat([t[i] for i in pages])[:n] for t in (k_cache, v_cache, *scales))
+            mine = slice(begin, begin + n)
+            assert_equal(x.k[mine], k)
+            assert_equal(x.k_scale[mine], k_scale.contiguous())
+            if of_token:
+                v, of_channel = reference.to_8bit(v * v_scale[..., None], 0, "int8")
+                assert_equal(x.v[mine].float(), v)
+                assert_equal(x.v_scale[b], of_channel[0])
+            else:
+                assert_equal(x.v[mine], v)
+                assert_equal(x.v_scale[b], given["v_scale"][:, None].expand(2, 64).contiguous())
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_cache_of_e4m3_products_and_options(backend):
+    """dtype="fp8" rounds v to e4m3; sinks, ALiBi and softcap as attention_decode has them; other columns of v."""
+    q, cache, given = of_a_cache(page=32, head_dim=96, value_dim=64, dtype=torch.float32)
+    options = {"sinks": torch.tensor([0.5, 1.0, -torch.inf, 2.0]), "softcap": 20.0}
+    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0])
+    exact = fp.ops.attention_decode(q, *cache, **given, alibi_slopes=slopes, **options)
+    for dtype, bound in (("int8", 0.02), *([("fp8", 0.05)] if backend == "reference" else [])):
+        with on(backend):
+            x = AttentionOperands.of_cache(q, *cache, **given, dtype=dtype)
+            o = fp.ops.attention_8bit(x, dtype=dtype, rotate=False, causal=True, alibi_slopes=slopes, **options)
+        assert (o - exact).norm() < bound * exact.norm()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_lengths_and_pages_that_are_none(backend):
+    """Rows are NaN as attention_decode's are: of lengths below 0 and beyond the cache, and where a key has no page. Others, and
+    sequences of no keys, are what they are alone."""
+    q, (k_cache, v_cache, _), given = of_a_cache(page=16, lengths=(300, 120, 0, 64, 100, 50), dtype=torch.float32)
+    lengths = torch.tensor([300, -1, 0, 10**6, 100, 50], dtype=torch.int32)
+    table = given.pop("block_table")
+    table[0, 2], table[4, 5], table[5, 4:] = -1, 10**6, -7  # keys 32 to 47 and 80 to 95; and none that counts
+    cache = k_cache, v_cache, lengths
     with on(backend):
-        o = fp.ops.attention_8bit(x, rotate=False, mask=seen[:, None])
-    assert (o - exact).norm() < 0.015 * exact.norm()
+        x = AttentionOperands.of_cache(q, *cache, block_table=table, **given)
+        for window in (None, (20, None)):
+            o = fp.ops.attention_8bit(x, rotate=False, causal=True, window=window)
+            expected = fp.ops.attention_decode(q, *cache, block_table=table, window=window, **given)
+            assert torch.equal(o.isnan(), expected.isnan()) and o[[1, 3]].isnan().all() and not o[2].any()
+            assert o[0].isnan().all() if window is None else o[0].isfinite().all()
+            assert (o - expected).nan_to_num(0).norm() < 0.02 * expected.nan_to_num(0).norm()
+
+
+def test_one_scale_for_a_whole_cache():
+    q, cache, _ = of_a_cache(False, dtype=torch.float32)
+    one = {"k_scale": torch.tensor([0.03]), "v_scale": torch.tensor([0.05])}
+    two = {name: scale.expand(2).contiguous() for name, scale in one.items()}
+    for dtype in ("int8", "fp8"):
+        x, y = (AttentionOperands.of_cache(q, *cache, **scales, dtype=dtype) for scales in (one, two))
+        for name in FIELDS:
+            assert_equal(*(getattr(t, name).view(torch.int8) if getattr(t, name).dtype == torch.float8_e4m3fn else
+                           getattr(t, name) for t in (x, y)), name)  # fmt: skip
+
+
+def test_refusals_of_a_cache():
+    q, (k_cache, v_cache, lengths), given = of_a_cache()
+    x = AttentionOperands.of_cache(q, k_cache, v_cache, lengths, **given)
+    of_cache = AttentionOperands.of_cache
+    e4m3 = [t.to(torch.float8_e4m3fn) for t in (k_cache, v_cache)]
+    starts = x.cu_seqlens_q
+    for call, error, text in (
+        (lambda: of_cache(q, *e4m3, lengths, **given), TypeError, "the cache must be int8.*use attention_decode"),
+        (lambda: of_cache(q, k_cache.half(), v_cache.half(), lengths, k_scale=None, v_scale=None), TypeError, "must be int8"),
+        (lambda: of_cache(q, k_cache, v_cache, lengths.long(), **given), TypeError, "seq_lens must be an int32"),
+        (lambda: of_cache(q, k_cache[:, :30], v_cache[:, :30], lengths, k_scale=given["k_scale"][:, :30],
+                          v_scale=given["v_scale"][:, :30]), ValueError, "q has 40 rows .* room for 30 keys"),
+        (lambda: of_cache(q, k_cache, v_cache, lengths, **given, dtype="int4"), ValueError, "dtype is 'int8' or 'fp8'"),
+        (lambda: of_cache(q[0], k_cache, v_cache, lengths, **given), ValueError, "q must be .B, S, heads, D."),
+        (lambda: fp.ops.attention_8bit(x, rotate=False, cu_seqlens_q=starts, cu_seqlens_k=starts), ValueError, "of a cache"),
+        (lambda: fp.ops.attention_8bit(x, rotate=True), ValueError, "quantised with rotate=False"),
+        (lambda: fp.ops.attention_8bit(x, rotate=False, mask=torch.ones(1, 1).bool()), ValueError, "mask"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=text):
+            call()
+
+
+def test_a_cache_compiles_whole():
+    def f(q, k_cache, v_cache, lengths, table, k_scale, v_scale):
+        x = AttentionOperands.of_cache(
+            q, k_cache, v_cache, lengths, k_scale=k_scale, v_scale=v_scale, block_table=table
+        )
+        return fp.ops.attention_8bit(x, rotate=False, causal=True)
+
+    q, cache, given = of_a_cache(page=16, dtype=torch.float32)
+    args = (q, *cache, given["block_table"], given["k_scale"], given["v_scale"])
+    with fp.use_backend("cpu"):
+        assert_equal(torch.compile(f, fullgraph=True, backend="aot_eager")(*args), f(*args))
 
 
 def test_compiles_whole():

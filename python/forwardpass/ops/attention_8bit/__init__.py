@@ -18,7 +18,7 @@ from ...dispatch import Operation, Reason, gpu_capability
 from ..attention import Window, check, fake, fake_with_lse, split_window, why_not_gpu
 from ..common.quantized_rows import E4M3, FLOATS
 from ..fp8_gemm import why_no_fp8
-from . import reference
+from . import cache, reference
 
 DTYPES = ("int8", "fp8")
 #: the dtype of v, by that of a call
@@ -33,7 +33,7 @@ LEAST_SCALE = 2.0**-42
 
 @dataclasses.dataclass(frozen=True)
 class AttentionOperands:
-    """q, k and v in 8 bits, as `quantize_attention` returns them and `attention_8bit` takes them in place of q, k and v.
+    """q, k and v in 8 bits, as `quantize_attention` and `of_cache` return them. `attention_8bit` takes them in place of q, k and v.
 
     Of row i and key j, `scale * (q_i k_j * q_scale_i * k_scale_j + q_shift_i)` is the score; v times v_scale are the values. With
     cu_seqlens B and S are one dimension, T, except in v_scale, whose B are the sequences. All are contiguous.
@@ -49,6 +49,7 @@ class AttentionOperands:
         dtype: "int8" or "fp8", of the probabilities and v.
         rotate: whether q and k are rotated.
         out_dtype: the dtype that q had, which the output has.
+        cu_seqlens_q, cu_seqlens_k: of `of_cache` alone, whose sequences are packed: where they begin.
     """
 
     q: Tensor
@@ -61,6 +62,53 @@ class AttentionOperands:
     dtype: str
     rotate: bool
     out_dtype: torch.dtype
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+
+    @classmethod
+    def of_cache(
+        cls,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        seq_lens: Tensor,
+        *,
+        k_scale: Tensor,
+        v_scale: Tensor,
+        block_table: Tensor | None = None,
+        dtype: str = "int8",
+    ) -> AttentionOperands:
+        """Those of a cache that `append_kv` has written in int8: for many new rows, such as chunks of a prompt, where
+        `attention_decode` would read the keys anew for every few rows.
+
+        `attention_8bit(x, rotate=False, causal=True)` then computes what `attention_decode` does with the same arguments, with both
+        products in 8 bits. k's integers and scales are the cache's. v's are too where a head has one scale and dtype is "int8";
+        else they are rounded again, to one scale for each channel of a sequence. A copy of the sequences' keys is made, of as many
+        as the cache has room for. No number of the device is looked at.
+
+        Args:
+            q, k_cache, v_cache, seq_lens, k_scale, v_scale, block_table: as `attention_decode` takes them; the cache is int8.
+            dtype: of the probabilities and v, as in `attention_8bit`.
+
+        Returns:
+            operands whose `attention_8bit` has q's shape, with v's columns. Rows whose sequence has no length within the cache are
+            NaN, and so are rows that attend to a key without a page.
+
+        Raises:
+            TypeError, ValueError: as attention_decode; the cache is not int8; q has more rows than the cache has room for keys.
+
+        Example:
+            >>> lengths = torch.tensor([300, 64], dtype=torch.int32)
+            >>> q, (k_cache, v_cache) = torch.randn(2, 50, 8, 64), torch.randint(-127, 128, (2, 2, 512, 4, 64), dtype=torch.int8)
+            >>> scales = {"k_scale": torch.full((4,), 0.02), "v_scale": torch.full((4,), 0.02)}
+            >>> x = fp.ops.AttentionOperands.of_cache(q, k_cache, v_cache, lengths, **scales)
+            >>> o = fp.ops.attention_8bit(x, rotate=False, causal=True)
+            >>> exact = fp.ops.attention_decode(q, k_cache, v_cache, lengths, **scales)
+            >>> o.shape == exact.shape and bool((o - exact).norm() < 0.02 * exact.norm())
+            True
+        """
+        _check_dtype("AttentionOperands.of_cache", dtype, False)
+        return cls(*cache.operands(q, k_cache, v_cache, seq_lens, block_table, k_scale, v_scale, dtype))
 
 
 def quantize_attention(
@@ -133,7 +181,8 @@ def attention_8bit(
     3.5 % with "fp8" (`python -m benchmarks.attention_8bit_error` has other data, and other arithmetics).
 
     Args:
-        q, k, v: as `attention` takes them; or q alone, the AttentionOperands that `quantize_attention` has returned.
+        q, k, v: as `attention` takes them; or q alone, the AttentionOperands that `quantize_attention` or
+            `AttentionOperands.of_cache` has returned.
         dtype: of the probabilities and v. "int8": probabilities are whole 255ths, and sums are exact. "fp8": both are e4m3,
             probabilities in 448ths, so that small ones keep three bits; the sums of 64 keys are added up in float32, as tensor
             cores add e4m3 products with fewer bits.
@@ -159,11 +208,13 @@ def attention_8bit(
         tensor(True)
     """
     left, right = split_window("attention_8bit", window)
+    sequences, of_cache = _sequences("attention_8bit", q, cu_seqlens_q, cu_seqlens_k)
     q, k, v, *quantized = _operands("attention_8bit", q, k, v, dtype, rotate)
-    return ATTENTION_8BIT(
-        q, k, v, dtype, rotate, scale, causal, left, right, softcap, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k,
-        batch_invariant, *quantized,
+    o = ATTENTION_8BIT(
+        q, k, v, dtype, rotate, scale, causal, left, right, softcap, mask, alibi_slopes, sinks, *sequences, batch_invariant,
+        *quantized,
     )  # fmt: skip
+    return cache.unpacked(o, 0, len(sequences[0]) - 1) if of_cache else o
 
 
 def attention_8bit_with_lse(
@@ -202,11 +253,18 @@ def attention_8bit_with_lse(
         (torch.Size([2, 16, 8, 64]), torch.Size([2, 8, 16]))
     """
     left, right = split_window("attention_8bit_with_lse", window)
+    sequences, of_cache = _sequences("attention_8bit_with_lse", q, cu_seqlens_q, cu_seqlens_k)
     q, k, v, *quantized = _operands("attention_8bit_with_lse", q, k, v, dtype, rotate)
-    return ATTENTION_8BIT_WITH_LSE(
-        q, k, v, dtype, rotate, scale, causal, left, right, softcap, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k,
-        batch_invariant, *quantized,
+    o, lse = ATTENTION_8BIT_WITH_LSE(
+        q, k, v, dtype, rotate, scale, causal, left, right, softcap, mask, alibi_slopes, sinks, *sequences, batch_invariant,
+        *quantized,
     )  # fmt: skip
+    batch = len(sequences[0]) - 1 if of_cache else 0
+    return (
+        (cache.unpacked(o, 0, batch), cache.unpacked(lse, 1, batch).transpose(0, 1).contiguous())
+        if of_cache
+        else (o, lse)
+    )
 
 
 def _check_dtype(op: str, dtype: object, rotate: object) -> None:
@@ -214,6 +272,17 @@ def _check_dtype(op: str, dtype: object, rotate: object) -> None:
         raise ValueError(f"{op}: dtype is {' or '.join(map(repr, DTYPES))}, not {dtype!r}")
     if not isinstance(rotate, bool):
         raise TypeError(f"{op}: rotate must be True or False, not {rotate!r}")
+
+
+def _sequences(op: str, q: object, *cu_seqlens: Tensor | None) -> tuple[tuple[Any, Any], bool]:
+    """cu_seqlens of a call, and whether they are those of a cache."""
+    if not isinstance(q, AttentionOperands) or q.cu_seqlens_q is None:
+        return cu_seqlens, False  # type: ignore[return-value]
+    if any(x is not None for x in cu_seqlens):
+        raise ValueError(
+            f"{op}: the operands are of a cache, whose sequences they know: leave out cu_seqlens_q and cu_seqlens_k"
+        )
+    return (q.cu_seqlens_q, q.cu_seqlens_k), True
 
 
 def _operands(op: str, q: Any, k: Any, v: Any, dtype: str, rotate: bool) -> tuple[Any, ...]:
