@@ -264,6 +264,69 @@ def test_wrong_choices():
     assert_same_objects(model, before)
 
 
+BY_NAME = {"encoder": {"layers.0.*": None, "*": "int8"}, "mistral": {"*.layers.0.*": None, "*": "int8"}}
+
+
+@pytest.mark.parametrize("which", BY_NAME)
+@torch.inference_mode()
+def test_patterns_of_names(which, tmp_path):
+    """The first that matches decides; what stays has its reason; plans, folders and a Config keep it."""
+    model, inputs = models()[which == "mistral"]
+    before, expected = objects(model), outputs(model, inputs)
+    config = fp.Config("int8", attention=BY_NAME[which], crossover=0)
+    report = fp.swap(model, config)
+    (swapped,), (stays,) = report.attention, [s for s in report.skipped if s.reason.code == "attention_off"]
+    assert "layers.1." in swapped.fqn and "layers.0." in stays.fqn
+    assert "patterns of attention= leave it as it is" in str(stays.reason)
+    assert swapped_in_8_bits(model) == {swapped.fqn: EightBits("int8", 0)}
+    with counted(Calls()) as calls:
+        got = outputs(model, inputs)
+    assert [n for call, n in calls.kernel_calls.items() if call.endswith("in int8")] == [1]
+    assert 0 < relative_error(got, expected) < 0.05
+    fp.save_pretrained(model, tmp_path)
+    loaded = fp.load_pretrained(tmp_path, None if which == "mistral" else encoder())
+    assert swapped_in_8_bits(loaded) == swapped_in_8_bits(model)
+    fp.restore(model)
+    assert_same_objects(model, before)
+    fp.swap(model, plan=report.plan)
+    assert swapped_in_8_bits(model) == {swapped.fqn: EightBits("int8", 0)}
+    assert torch.equal(outputs(model, inputs), got)
+
+
+def test_patterns_of_several_choices():
+    """16 bits and 8 side by side; a pattern that names no attention changes nothing; what no pattern names stays."""
+    model = build("mistral", ATTENTION)
+    fp.swap(model, attention={"*.layers.0.*": True, "lm_head": "int8", "layers.1": "int8"}, crossover=0)
+    (name,) = swapped_in_8_bits(model)
+    assert "layers.1." in name and len(fp.report(model).attention) == 2
+    fp.restore(model)
+    fp.swap(model, attention={"*.layers.0.*": True})
+    assert not swapped_in_8_bits(model) and len(fp.report(model).attention) == 1
+
+
+def test_wrong_patterns():
+    model = encoder()
+    before = objects(model)
+    for options, error, words in [
+        ({"attention": {}}, ValueError, "attention is an empty dict, which names none"),
+        (
+            {"attention": {"*": "int9"}},
+            ValueError,
+            "attention by name is one of 'auto', True, False, 'int8', 'fp8', None, not 'int9'",
+        ),
+        ({"attention": {"*": 1}}, ValueError, "not 1"),
+        ({"attention": {0: "int8"}}, TypeError, "attention: a pattern is a string"),
+        ({"attention": {"re:(": "int8"}}, ValueError, "is not a regular expression"),
+        ({"attention": {"*": True}, "crossover": 0}, ValueError, "crossover=0 is for attention in 8 bits"),
+        ({"attention": {"*.layers.0.*": None, "*": "int8"}, "kv_cache": "int8"}, ValueError, "drop attention="),
+    ]:
+        with pytest.raises(error, match=words):
+            fp.swap(model, **options)
+    with pytest.raises(ValueError, match="attention of a plan is 'auto'"):
+        fp.plan(model, [torch.randn(2, 9, 64)], max_error=1.0, attention={"*": "int8"})
+    assert_same_objects(model, before)
+
+
 def test_code_that_calls_sdpa_itself_is_told_of_8_bits():
     from small_models import VisionTransformer
 

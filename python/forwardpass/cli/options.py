@@ -15,7 +15,7 @@ import typer
 from ..common.files import why_not_writable
 from ..dispatch import only_reference_on
 from ..swap import Plan
-from ..swap.attention.modules import CHOICES
+from ..swap.attention.choices import CHOICES
 from ..swap.precision import PRECISIONS, find_precision
 
 #: name -> whether calibration texts change the result

@@ -12,8 +12,8 @@ from torch import nn
 
 from ..common.batches import check_several
 from ..common.patterns import Pattern, patterns
+from .attention.choices import Attention, Choice, check_choice, is_asked_for
 from .attention.kv_cache import check_kv_cache
-from .attention.modules import check_choice, is_asked_for
 from .attention.unpadding import check_unpad
 from .plan import Plan
 from .precision import ByHand, Presets
@@ -29,7 +29,7 @@ KEEP = ("auto", "device", "cpu", False)
 class Options(TypedDict, total=False):
     """The fields of `Config` that are passed by name, as `fp.swap` and `fp.plan` take them without one."""
 
-    attention: str | bool | Iterable[str]  #: several of `fp.plan` alone
+    attention: str | bool | Mapping[str, Choice] | Iterable[str]  #: several of `fp.plan` alone
     crossover: int | None
     unpad: str | bool
     kv_cache: str | Iterable[str] | None  #: of `fp.plan` alone, several
@@ -65,7 +65,9 @@ class Config:
             `fp.ops.attention_8bit` takes: wherever it can be, and calls of many keys are computed in 8 bits. In the place of
             `nn.MultiheadAttention` stands `fp.nn.MultiheadAttention`, whose projections are layers like others, in_proj and
             out_proj; models of transformers run theirs through the AttentionInterface, where their configs name it. Attention
-            that is called by name elsewhere takes `with fp.sdpa():`. A plan decides itself.
+            that is called by name elsewhere takes `with fp.sdpa():`. By name: a dict of patterns, as include has them, of which
+            the first that matches a module decides, {"layers.0": None, "**": "int8"}; None: it stays, and so does what no
+            pattern names. A plan decides itself.
         crossover: of attention in 8 bits: calls with fewer keys than this, or fewer rows of all query heads that share keys, are
             computed in the model's dtype. None: what is measured on CPUs and modelled for GPUs; the report says it. 0: all calls
             are in 8 bits, except a decoder's steps, which read a cache.
@@ -105,7 +107,7 @@ class Config:
     precision: ByHand | None = None
     plan: Plan | Mapping[str, Any] | str | os.PathLike[str] | None = None
     _: KW_ONLY
-    attention: str | bool = "auto"
+    attention: Attention = "auto"
     crossover: int | None = None
     unpad: str | bool = "auto"
     kv_cache: str | None = None

@@ -14,8 +14,9 @@ from ..nn.layer import is_conv1d
 from ..nn.mlp import quantised_layers
 from ..proofs.walker import Leaf
 from . import originals
+from .attention.choices import Attention, is_asked_for
 from .attention.kv_cache import CacheDecision, decide_kv_cache
-from .attention.modules import NOT_PLANNED, AttentionDecision, decide_attention, is_asked_for
+from .attention.modules import NOT_PLANNED, AttentionDecision, decide_attention
 from .attention.unpadding import UnpaddingDecision, decide_unpadding
 from .plan import UNPAD, Plan
 from .precision import STORED, Early, LayerPrecision, Presets
@@ -63,7 +64,7 @@ def decide(
     presets: Presets | None = None,
     plan: Plan | None = None,
     *,
-    attention: str | bool = "auto",
+    attention: Attention = "auto",
     crossover: int | None = None,
     unpad: str | bool = True,
     kv_cache: str | None = None,

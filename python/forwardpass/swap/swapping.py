@@ -26,8 +26,9 @@ from ..proofs.siblings import JoinedSwap
 from ..proofs.walker import Leaf, experts_leaves, linear_leaves, linear_like
 from ..version import __version__
 from . import originals
+from .attention.choices import is_asked_for
 from .attention.kv_cache import CacheSwap
-from .attention.modules import AttentionSwap, is_asked_for, notes_on_8_bits
+from .attention.modules import AttentionSwap, notes_on_8_bits
 from .attention.projections import Projections
 from .attention.unpadding import UnpaddingSwap
 from .config import Config, Options

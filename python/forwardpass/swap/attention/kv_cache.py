@@ -15,6 +15,7 @@ from ...integrations.transformers import attention as huggingface
 from ...integrations.transformers import rotary
 from ...integrations.transformers.cache_readers import why_not_read
 from ...integrations.transformers.kv_scales import KV_CACHES
+from .choices import Attention, AttentionChoices
 from .modules import AttentionDecision
 from .unpadding import is_pretrained
 
@@ -32,13 +33,13 @@ class CacheDecision:
     calibrated: tuple[str, ...] = ()  #: attention with scales of its own for an 8-bit cache, which are not used
 
 
-def check_kv_cache(kv_cache: str | None, attention: str | bool) -> None:
+def check_kv_cache(kv_cache: str | None, attention: Attention) -> None:
     if kv_cache is None:
         return
     if kv_cache not in KV_CACHES:
         raise ValueError(f"kv_cache is None or one of {', '.join(map(repr, KV_CACHES))}, not {kv_cache!r}")
-    if attention is False:
-        raise ValueError(f"kv_cache={kv_cache!r} needs swapped attention, which reads it: drop attention=False")
+    if any(not choice for choice in AttentionChoices(attention).all):
+        raise ValueError(f"kv_cache={kv_cache!r} needs swapped attention, which reads it: drop attention={attention!r}")
 
 
 def decide_kv_cache(model: nn.Module, attention: AttentionDecision, kv_cache: str | None) -> CacheDecision:

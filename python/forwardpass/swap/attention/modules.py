@@ -19,7 +19,7 @@ from ...dispatch import Reason, gpu_takes
 from ...integrations.transformers import attention as huggingface
 from ...integrations.transformers.attention import NAMES, PLACE, Place
 from ...nn import MultiheadAttention
-from ...nn.eight_bits import EightBits, check_crossover, why_no_kernel
+from ...nn.eight_bits import EightBits, why_no_kernel
 from ...ops.attention import ATTENTION, faster_than_torch
 from ...ops.attention_8bit import DTYPES
 from ...ops.common.quantized_rows import FLOATS
@@ -27,28 +27,10 @@ from ...proofs.walker import Leaf, leaves
 from .. import rules
 from ..originals import is_swapped_attention, living
 from ..report import Skipped, SwappedAttention
+from .choices import Attention, AttentionChoices, Choice
 from .projections import why_not_replaced
 
 NOT_PLANNED = Reason("not_planned", "the plan leaves it as it is", "plan again to change that")
-#: What `attention=` of a swap takes.
-CHOICES = ("auto", True, False, *DTYPES)
-
-
-def check_choice(attention: str | bool, crossover: int | None, planned: bool) -> None:
-    if attention not in CHOICES or (isinstance(attention, int) and not isinstance(attention, bool)):
-        raise ValueError(f"attention is one of {', '.join(map(repr, CHOICES))}, not {attention!r}")
-    for name, x, default in (("attention", attention, "auto"), ("crossover", crossover, None)):
-        if planned and x != default:
-            raise ValueError(f"{name}={x!r} does not go with plan=, which names what is swapped: drop it")
-    check_crossover(crossover)
-    if crossover is not None and attention not in DTYPES:
-        raise ValueError(f"crossover={crossover} is for attention in 8 bits, and attention is {attention!r}: pass "
-                         f"attention={DTYPES[0]!r}, or drop it")  # fmt: skip
-
-
-def is_asked_for(attention: str | bool) -> bool:
-    """Whether attention is swapped wherever it can be."""
-    return attention is True or attention in DTYPES
 
 
 def attention_like(model: nn.Module) -> list[Leaf]:
@@ -91,19 +73,19 @@ class AttentionDecision:
 
 def decide_attention(
     context: rules.Context,
-    attention: str | bool,
+    attention: Attention,
     planned: Collection[str] | None = None,
     crossover: int | None = None,
     bits: Mapping[str, EightBits] | None = None,
 ) -> AttentionDecision:
     """attention, crossover: of `fp.swap`; planned, bits: the names in a plan, which decides itself, and its 8 bits."""
     leaves, swapped, skipped = attention_like(context.model), [], []
-    units = holders_of_configs(context.model)
+    units, choices = holders_of_configs(context.model), AttentionChoices(attention)
     for leaf in leaves:
         if planned is not None and leaf.fqn not in planned:
             reason: Reason | None = NOT_PLANNED
         else:
-            reason = _why_skip(leaf, context, attention if planned is None else True, units)
+            reason = _why_skip(leaf, context, choices.find(leaf.fqn) if planned is None else True, units)
         if reason is None:
             swapped.append(leaf)
             continue
@@ -115,22 +97,25 @@ def decide_attention(
     if missing:
         raise ValueError(f"the plan is for another model than this {type(context.model).__name__}: it has no attention "
                          f"{min(missing)[:80]}; plan this model instead")  # fmt: skip
-    if attention in DTYPES:
-        bits = dict.fromkeys((leaf.fqn for leaf in swapped), EightBits(str(attention), crossover))
+    if any(choice in DTYPES for choice in choices.all):
+        chosen = ((leaf.fqn, choices.find(leaf.fqn)) for leaf in swapped)
+        bits = {fqn: EightBits(str(choice), crossover) for fqn, choice in chosen if choice in DTYPES}
     stays_swapped = {leaf.fqn for leaf in swapped}
     bits = {fqn: x for fqn, x in (bits or {}).items() if fqn in stays_swapped}
     return AttentionDecision(tuple(leaves), tuple(swapped), tuple(skipped), bits)
 
 
 def _why_skip(
-    leaf: Leaf, context: rules.Context, attention: str | bool, units: dict[int, list[nn.Module]]
+    leaf: Leaf, context: rules.Context, attention: Choice, units: dict[int, list[nn.Module]]
 ) -> Reason | None:
     module = leaf.module
     for name_rule in (rules.excluded, rules.not_included):
         if finding := name_rule(leaf, context, None):
             return Reason(name_rule.__name__, *finding)
     if attention is False:
-        return Reason("attention_off", "attention=False leaves all attention as it is", "drop it")
+        return Reason("attention_off", "attention=False leaves it as it is", "drop it")
+    if attention is None:
+        return Reason("attention_off", "the patterns of attention= leave it as it is", "name it there to swap it")
     named = any(p.spells_out(leaf.fqn) for p in context.include)
     no_kernel = _why_no_kernel(module, context.model) if attention == "auto" and not named else None
     if not _swappable(module):
@@ -145,7 +130,7 @@ def _why_skip(
     return why_not_named(module, units[id(module.config)])
 
 
-def _why_its_own(module: nn.Module, attention: str | bool) -> Reason:
+def _why_its_own(module: nn.Module, attention: Choice) -> Reason:
     """Why attention that neither torch nor transformers dispatches stays."""
     call = f'fp.sdpa("{attention}")' if attention in DTYPES else "fp.sdpa()"
     classes: list[Any] = [huggingface.class_of(module), type(getattr(module, "processor", None))]  # diffusers' have one
