@@ -118,14 +118,26 @@ def triton(cases):
     return Instance(("sm_80", "sm_90a"), "attention_kernel", cases, "triton")
 
 
-def in_8_bits(cases, products="int8"):
-    return tuple(of_attention(case, n % 2 == 0, products) for n, case in enumerate(cases))
+def of_8_bits(arch, kind, products, dim, cases, dtype, **every):
+    """The launches of 16 bits. Out's dtype is a branch of these kernels, so a few more have it otherwise: packed, several
+    sequences, rows of fewer columns. And on wgmma scores beyond 2^20."""
+    other = {F16: BF16, BF16: F16}[dtype]
 
+    def case(sizes, d, dtype, **options):
+        return Case(sizes, (d, d), dtype, **{"batch": 1, "heads": (1, 1), "lse": True, **every, **options})
 
-def of_8_bits(arch, kind, products, dim, cases):
+    more = (
+        case((280, 420), dim - 16, other, packed=True, causal=True, heads=(2, 1)),
+        case((150, 90), dim, other, causal=True, batch=2, sinks="dtype", heads=(2, 1)),
+        case((40, 70), dim, other, packed=True, batch=3, awkward=False, cu_seqlens=(IN_ORDER[0], (0, 70, 140, 211))),
+        *(case((70, 380), dim, dtype, scale=scale) for scale in ((3e4, 1e7) if arch == "sm_90a" else ())),
+    )
     name = {"int8": "i8", "fp8": "e4m3"}[products]
     kernel = f"<Int8{kind}AttentionConfig<AttentionInstance{{dtype={name}, head_dim={dim},"
-    return Instance((arch,), kernel, in_8_bits(cases, products), clusters=2 * (arch == "sm_90a"))
+    if every:  # score modifiers
+        more += (case((40, 90), dim, dtype, packed=True, softcap=8.0, sinks="float32", heads=(2, 1)),)
+    both = tuple(of_attention(case, n % 2 == 0, products) for n, case in enumerate((*cases, *more)))
+    return Instance((arch,), kernel, both, clusters=2 * (arch == "sm_90a"))
 
 
 INSTANCES = {
@@ -141,12 +153,12 @@ INSTANCES = {
         64,
         (*general(BF16, 64, 40), *caches(BF16, 64, 40, alibi="batch"), *packed_heads(BF16, 64, 40, softcap=8.0)),
     ),
-    "attention_8bit_mma_64": of_8_bits("sm_80", "", "int8", 64, plain(F16, 64, 40)),
-    "attention_8bit_mma_general": of_8_bits("sm_80", "", "int8", 64, general(F16, 64, 40)),
-    "attention_8bit_mma_fp8": of_8_bits("sm_89", "", "fp8", 64, plain(BF16, 64, 40)),
-    "attention_8bit_wgmma_64": of_8_bits("sm_90a", "Wgmma", "int8", 64, plain(F16, 64, 40)),
-    "attention_8bit_wgmma_general": of_8_bits("sm_90a", "Wgmma", "int8", 64, general(BF16, 64, 40)),
-    "attention_8bit_wgmma_fp8": of_8_bits("sm_90a", "Wgmma", "fp8", 64, plain(BF16, 64, 40)),
+    "attention_8bit_mma_64": of_8_bits("sm_80", "", "int8", 64, plain(F16, 64, 40), F16),
+    "attention_8bit_mma_general": of_8_bits("sm_80", "", "int8", 64, general(F16, 64, 40), F16, alibi="h"),
+    "attention_8bit_mma_fp8": of_8_bits("sm_89", "", "fp8", 64, plain(BF16, 64, 40), BF16),
+    "attention_8bit_wgmma_64": of_8_bits("sm_90a", "Wgmma", "int8", 64, plain(F16, 64, 40), F16),
+    "attention_8bit_wgmma_general": of_8_bits("sm_90a", "Wgmma", "int8", 64, general(BF16, 64, 40), BF16, alibi="h"),
+    "attention_8bit_wgmma_fp8": of_8_bits("sm_90a", "Wgmma", "fp8", 64, plain(BF16, 64, 40), BF16),
     "attention_triton": triton(plain(F16, 64, 40)),
     "attention_triton_general": triton(general(BF16, 64, 40)),
 }

@@ -23,7 +23,8 @@ pytestmark = [pytest.mark.interpreted, pytest.mark.usefixtures("poisoned")]
 
 ARCHES = {"int8": ("sm_80", "sm_90a", "sm_89", "sm_120"), "fp8": ("sm_89", "sm_90a", "sm_120")}
 #: one for each kernel
-on_each_kernel = pytest.mark.parametrize(("dtype", "arch"), [("int8", "sm_80"), ("int8", "sm_90a"), ("fp8", "sm_89"), ("fp8", "sm_90a")])
+KERNELS_OF = [("int8", "sm_80"), ("int8", "sm_90a"), ("fp8", "sm_89"), ("fp8", "sm_90a")]
+on_each_kernel = pytest.mark.parametrize(("dtype", "arch"), KERNELS_OF)
 
 
 def cases_of(products):
@@ -75,9 +76,9 @@ def test_what_no_kernel_takes_is_refused():
 
 def test_where_e4m3_is_refused():
     q = torch.randn(1, 3, 2, 64).half()
-    with fp.interpret("sm_80"), fp.use_backend("cuda"):
-        with pytest.raises(fp.Unsupported, match='from sm_89 on.*use dtype="int8"'):
-            fp.ops.attention_8bit(q, q, q, dtype="fp8")
+    refused = pytest.raises(fp.Unsupported, match=r'from sm_89 on.*use dtype="int8"')
+    with fp.interpret("sm_80"), fp.use_backend("cuda"), refused:
+        fp.ops.attention_8bit(q, q, q, dtype="fp8")
 
 
 class Call(ctypes.Structure):

@@ -109,7 +109,8 @@ struct WgmmaValueArithmetic<Dtype::i8> {
   // whole number: 255 of them are 2^-kBelow.
   static constexpr float kBelow = 16.0056467f;                    // 24 - log2(255)
   static constexpr float kOfSum = 0x1p109f, kOfOutput = 0x1p16f;  // 2^(149 - 109 - 24)
-  static constexpr bool kUnsigned = true;                         // v is 128 more
+  static constexpr float kFar = 0x1p20f;
+  static constexpr bool kUnsigned = true;  // v is 128 more
   // Four bytes: elements e and e + 1 of two tiles.
   __device__ static uint32_t pack(const float (&low)[4], const float (&high)[4], int e) {
     return __byte_perm(forwardpass::pack<Dtype::f16>(low[e], low[e + 1]),
@@ -127,6 +128,7 @@ struct WgmmaValueArithmetic<Dtype::e4m3> {
   using Sum = float;
   static constexpr float kBelow = -8.80735492f;  // -log2(448)
   static constexpr float kOfSum = 1, kOfOutput = 1;
+  static constexpr float kFar = 0x1p16f;  // beyond 2^18 the largest may be less than 432, which is rounded to 416
   static constexpr bool kUnsigned = false;
   __device__ static uint32_t pack(const float (&low)[4], const float (&high)[4], int e) {
     return to_e4m3x2(low[e + 1], low[e]) | uint32_t{to_e4m3x2(high[e + 1], high[e])} << 16;
@@ -287,7 +289,7 @@ struct Int8Products {
   // A finite maximum of no keys, below all scores: differences from it are no NaN.
   static constexpr float kNoKeys = -0x1.fffffep127f;
   // Beyond this kBelow is no longer exact enough as a part of the maximum, beyond 2^27 it is lost.
-  static constexpr float kFar = 0x1p20f;
+  static constexpr float kFar = Values::kFar;
   __device__ float of_row(int half) const { return Config::kModified ? 1 : scale[0][half]; }
   static constexpr int kTiles = kInt8Keys / 8;  // of a unit
   // Of a row's scores of a unit.
