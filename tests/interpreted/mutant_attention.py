@@ -127,10 +127,10 @@ def of_8_bits(arch, kind, products, dim, cases, dtype, **every):
         return Case(sizes, (d, d), dtype, **{"batch": 1, "heads": (1, 1), "lse": True, **every, **options})
 
     more = (
-        case((280, 420), dim - 16, other, packed=True, causal=True, heads=(2, 1)),
+        case((280, 420), dim - 16, other, packed=True, causal=True, sinks="float32", heads=(2, 1)),
         case((150, 90), dim, other, causal=True, batch=2, sinks="dtype", heads=(2, 1)),
         case((40, 70), dim, other, packed=True, batch=3, awkward=False, cu_seqlens=(IN_ORDER[0], (0, 70, 140, 211))),
-        *(case((70, 380), dim, dtype, scale=scale) for scale in ((3e4, 1e7) if arch == "sm_90a" else ())),
+        *(case((150, 380), dim, dtype, scale=s, causal=s > 1e6) for s in ((3e4, 1e7) if arch == "sm_90a" else ())),
     )
     name = {"int8": "i8", "fp8": "e4m3"}[products]
     kernel = f"<Int8{kind}AttentionConfig<AttentionInstance{{dtype={name}, head_dim={dim},"

@@ -293,26 +293,26 @@ def test_rows_of_zeros_and_large_scores(dtype, arch):
         cases.assert_matches(*args)
 
 
-@pytest.mark.parametrize("dims", [64, 128, 256])
-def test_scores_beyond_the_steps_of_their_exponents(dims):
-    """On wgmma p is 2^x with 24 - log2(255) taken from x, which scores of 10^9 would swallow: rows that are masked whole by such
-    a number are means of their values, and of products so large the largest is taken."""
+@pytest.mark.parametrize(("dims", "dtype"), [(64, "int8"), (128, "int8"), (256, "int8"), (64, "fp8"), (128, "fp8")])
+def test_scores_beyond_the_steps_of_their_exponents(dims, dtype):
+    """On wgmma p is 2^x with 24 - log2(255) taken from x, or -log2(448), which scores of 10^9 would swallow: rows that are masked
+    whole by such a number are means of their values, and of products so large the largest is taken."""
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 150, 2, dims, generator=g).half() for _ in range(3))
     mask = torch.zeros(150, 150)
     mask[:50], mask[50:80], mask[80:90], mask[:, 120:] = -1e9, -1e38, -3e4, -1e9
-    result, args = with_lse("sm_90a", q, k, v, mask=mask)
+    result, args = with_lse("sm_90a", q, k, v, mask=mask, dtype=dtype)
     cases.assert_matches(result, args)
     for row, first in ((10, 0), (60, 120)):
         torch.testing.assert_close(result[0][0, row].float(), v[0, first:].float().mean(0), rtol=0, atol=1e-2)
     mask = torch.zeros(150, 150)
-    near, _ = with_lse("sm_90a", q, k, v, mask=mask)
+    near, _ = with_lse("sm_90a", q, k, v, mask=mask, dtype=dtype)
     mask[100] = -1e9
-    beside, _ = with_lse("sm_90a", q, k, v, mask=mask)
+    beside, _ = with_lse("sm_90a", q, k, v, mask=mask, dtype=dtype)
     others = torch.arange(150) != 100
     assert_equal(beside[0][:, others], near[0][:, others], "rows beside one that is far")
-    for times in (300, 5000):
-        cases.assert_matches(*with_lse("sm_90a", q * times, k * times, v, causal=True, scale=100.0))
+    for times in (30, 300, 5000):
+        cases.assert_matches(*with_lse("sm_90a", q * times, k * times, v, causal=True, scale=100.0, dtype=dtype))
 
 
 @on_each_kernel
