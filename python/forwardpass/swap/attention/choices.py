@@ -23,7 +23,6 @@ class AttentionChoices:
     """
 
     def __init__(self, attention: Attention):
-        self.given = attention
         self.by_name = isinstance(attention, Mapping)
         named = dict(attention) if isinstance(attention, Mapping) else {"**": attention}
         if not named:

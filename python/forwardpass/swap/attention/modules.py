@@ -98,8 +98,8 @@ def decide_attention(
         raise ValueError(f"the plan is for another model than this {type(context.model).__name__}: it has no attention "
                          f"{min(missing)[:80]}; plan this model instead")  # fmt: skip
     if any(choice in DTYPES for choice in choices.all):
-        chosen = ((leaf.fqn, choices.find(leaf.fqn)) for leaf in swapped)
-        bits = {fqn: EightBits(str(choice), crossover) for fqn, choice in chosen if choice in DTYPES}
+        names = ((leaf.fqn, choices.find(leaf.fqn)) for leaf in swapped)
+        bits = {fqn: EightBits(str(choice), crossover) for fqn, choice in names if choice in DTYPES}
     stays_swapped = {leaf.fqn for leaf in swapped}
     bits = {fqn: x for fqn, x in (bits or {}).items() if fqn in stays_swapped}
     return AttentionDecision(tuple(leaves), tuple(swapped), tuple(skipped), bits)
