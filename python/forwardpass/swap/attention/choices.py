@@ -23,12 +23,12 @@ class AttentionChoices:
     """
 
     def __init__(self, attention: Attention):
-        self.by_name = isinstance(attention, Mapping)
+        by_name = isinstance(attention, Mapping)
         named = dict(attention) if isinstance(attention, Mapping) else {"**": attention}
         if not named:
             raise ValueError("attention is an empty dict, which names none: pass False to leave all attention as it is")
         for choice in named.values():
-            _check(choice, self.by_name)
+            _check(choice, by_name)
         self._of = [*zip(patterns("attention", named), named.values())]
 
     def find(self, fqn: str) -> Choice:
