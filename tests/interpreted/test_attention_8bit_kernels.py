@@ -304,7 +304,9 @@ def test_scores_beyond_the_steps_of_their_exponents(dims, dtype):
     result, args = with_lse("sm_90a", q, k, v, mask=mask, dtype=dtype)
     cases.assert_matches(result, args)
     for row, first in ((10, 0), (60, 120)):
-        torch.testing.assert_close(result[0][0, row].float(), v[0, first:].float().mean(0), rtol=0, atol=1e-2)
+        expected = v[0, first:].float().mean(0)
+        atol = 1e-2 if dtype == "int8" else 3e-2  # v has three bits
+        torch.testing.assert_close(result[0][0, row].float(), expected, rtol=0, atol=atol)
     mask = torch.zeros(150, 150)
     near, _ = with_lse("sm_90a", q, k, v, mask=mask, dtype=dtype)
     mask[100] = -1e9
