@@ -49,7 +49,7 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _ASK = ("super", "isinstance", "type", "hasattr", "getattr")
 
 #: Attributes by which our own modules know what is around them.
-_OF_OURS = ("applied", "_of", "_written", "_uncalled", "_in_epilogue")
+_OF_OURS = ("applied", "_of", "_written", "_uncalled", "_in_epilogue", "norm", "normed", "shared")
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
