@@ -71,23 +71,21 @@ INLINE void store_block(const Epilogue& e, const float* y, int64_t row, int64_t 
   }
 }
 
-// Stores a row of n outputs plus the residual.
+// Adds the residual to n outputs from column `first` on.
 template <class V>
-INLINE void store_sum(const Epilogue& e, const float* y, int64_t row, int64_t n) {
+INLINE void add_residual(const Epilogue& e, float* y, int64_t row, int64_t first, int64_t n) {
   with_float_dtype(e.out_dtype, [&](auto D) __attribute__((always_inline)) {
-    auto residual = static_cast<const char*>(e.residual) + row * e.residual_stride * size_of(D);
-    auto out = static_cast<char*>(e.out) + row * e.out_stride * size_of(D);
+    auto residual = static_cast<const char*>(e.residual) + (row * e.residual_stride + first) * size_of(D);
     for_each_vector<V>(
         0, n, VECTOR_BODY(&) {
-          store<decltype(D)::value>(load<V, Dtype::f32>(y, c, n) + load<V, decltype(D)::value>(residual, c, n), out, c,
-                                    n);
+          store<Dtype::f32>(load<V, Dtype::f32>(y, c, n) + load<V, decltype(D)::value>(residual, c, n), y, c, n);
         });
   });
 }
 
-// All but the residual and the scales of rows. acc: a row of `columns` int32 or float accumulators; row: its row of the
-// output.
-template <class V, Dtype Acc>
+// All but the scales of rows. acc: a row of `columns` int32 or float accumulators; row: its row of the output. A
+// residual, where there is one, is a constant: looked for in each block it would cost all others.
+template <class V, Dtype Acc, bool kResidual>
 INLINE void epilogue_row(const Epilogue& e, const void* acc, int64_t row, int64_t columns) {
   float buffer[kBlock];
   for (int64_t c = 0; c < columns; c += kBlock) {
@@ -95,7 +93,9 @@ INLINE void epilogue_row(const Epilogue& e, const void* acc, int64_t row, int64_
     const bool direct = e.out_dtype == Dtype::f32 && columns_per_output == 1;
     float* y = direct ? static_cast<float*>(e.out) + row * e.out_stride + c : buffer;
     dequantize<V, Acc>(e, acc, row, c, n, y);
+    if (kResidual && e.residual_first) add_residual<V>(e, y, row, c, n);
     activate_block<V>(e.activation, y, n);
+    if (kResidual && !e.residual_first) add_residual<V>(e, y, row, c / columns_per_output, n / columns_per_output);
     if (!direct) store_block<V>(e, y, row, c / columns_per_output, n / columns_per_output);
   }
 }

@@ -1,8 +1,8 @@
 #pragma once
 // Activations in fp32, chosen at run time: the branch is the same for all threads of a launch. Errors in units of |x|,
 // from those that the CUDA guide and the PTX ISA give for the functions used: gelu 2^-22.3 (erff: 2 ulp), gelu_tanh and
-// silu 2^-21.6 (ex2.approx 2^-22, div.approx 2 ulp). NaN gives NaN, +infinity itself, -infinity NaN, as torch's fp64
-// formulas do.
+// silu 2^-21.6 (ex2.approx 2^-22, div.approx 2 ulp), hard_swish 2^-22. NaN gives NaN, +infinity itself (relu6: 6),
+// -infinity NaN, as torch's fp64 formulas do.
 #include "device/ptx_sm80.cuh"
 #include "params/common.h"
 
@@ -24,6 +24,11 @@ __device__ inline float gelu_tanh(float x) { return times_sigmoid(x, x * fmaf(x 
 __device__ inline float gelu(float x) { return 0.5f * x * (1.0f + erff(x * 0.707106781f)); }
 
 __device__ inline float relu(float x) { return x < 0 ? 0.0f : x; }
+
+__device__ inline float relu6(float x) { return x > 6 ? 6.0f : relu(x); }
+
+// x relu6(x + 3) / 6, the same operations as on a CPU, and so the same bits.
+__device__ inline float hard_swish(float x) { return __fmul_rn(x, __fmul_rn(relu6(__fadd_rn(x, 3.0f)), 1.0f / 6)); }
 
 // v = f(v) for each of N values.
 template <int N, class F>
@@ -50,6 +55,10 @@ __device__ inline void activate(Activation activation, float (&v)[N]) {
     case Activation::silu:
     case Activation::silu_mul:
       return apply(v, silu);
+    case Activation::relu6:
+      return apply(v, relu6);
+    case Activation::hard_swish:
+      return apply(v, hard_swish);
   }
 }
 

@@ -21,7 +21,18 @@ constexpr int64_t size_of(Dtype t) {
 }
 
 // From silu_mul on they are gated: activation(gate) * up.
-enum class Activation : int32_t { none, relu, gelu, gelu_tanh, silu, silu_mul, gelu_mul, gelu_tanh_mul };
+enum class Activation : int32_t {
+  none,
+  relu,
+  gelu,
+  gelu_tanh,
+  silu,
+  relu6,
+  hard_swish,
+  silu_mul,
+  gelu_mul,
+  gelu_tanh_mul
+};
 HOST_DEVICE constexpr bool is_gated(Activation a) { return a >= Activation::silu_mul; }
 
 // A matrix in memory: rows of `columns` elements with last stride 1, rows `stride` elements apart.
@@ -54,6 +65,7 @@ struct QuantizedRows {
 //   y = fma(float(acc - zero_point * b_sum), a_scale * b_scale, bias)    each operation rounded once to fp32
 //   out = activation(y), gated: activation(gate) * up, gates and ups in blocks of 8 columns each, [rows, columns / 2]
 //   out + residual, if there is one; rounded to fp32
+//   residual_first, of no gated activation: activation(y + residual), the sum rounded to fp32, in place of the last two
 //   16-bit or fp32: one rounding; i8 and e4m3: sat(rne(out / out_scale))
 //   group_scale: e4m3 or i8 as QuantizedRows has it, of what one tile has whole: groups of 128 columns of out or, if
 //   group_scale_stride is 0, rows (GEMMs on wgmma and int8 on a CPU only)
@@ -74,6 +86,7 @@ struct Epilogue {
   Dtype bias_dtype, out_dtype;
   Activation activation;
   bool a_scale_per_row, b_scale_per_column, zero_point_per_row, out_scale_per_column;
+  bool residual_first;
 };
 
 // The least range of a segment: of a smaller one, such as a row of zeros, the reciprocal of the scale would overflow.

@@ -79,6 +79,8 @@ inline Activation activation_of(const std::optional<std::string>& name, const ch
       {"gelu", Activation::gelu},
       {"gelu_tanh", Activation::gelu_tanh},
       {"silu", Activation::silu},
+      {"relu6", Activation::relu6},
+      {"hard_swish", Activation::hard_swish},
       {"silu_mul", Activation::silu_mul},
       {"gelu_mul", Activation::gelu_mul},
       {"gelu_tanh_mul", Activation::gelu_tanh_mul},

@@ -14,6 +14,7 @@ struct EpilogueOptions {
   OptionalTensorRef a_zero_point = {};
   OptionalTensorRef b_sum = {};
   OptionalTensorRef residual = {};
+  bool residual_first = false;
 };
 
 // One element for all rows, or one for each of n, in the shape of the rows or flat.
@@ -63,7 +64,7 @@ inline Epilogue epilogue_options(std::vector<int64_t>& sizes, int64_t rows, cons
                     op, ": residual must be as the output: of its shape, its float dtype and its device");
     if (o.residual->numel()) {
       const Matrix residual = matrix(*o.residual, op, "residual");
-      e.residual = residual.data, e.residual_stride = residual.stride;
+      e.residual = residual.data, e.residual_stride = residual.stride, e.residual_first = o.residual_first;
     }
   }
   return e;

@@ -1,6 +1,7 @@
 #pragma once
 // Torch side of what int8_gemm and int8_linear share: a check, and the GEMM on the CPU.
 #include "params/gemm.h"
+#include "params/int8_conv2d.h"
 #include "params/quantize.h"
 #include "torch/ops.h"
 
@@ -15,6 +16,9 @@ void check_int8_depth(int64_t k, bool zero_point, const char* op);
 // pack_int8_weight returned for b, or none.
 void int8_gemm_cpu(const Tensor& x, const Matrix& a, const Matrix& b, const Epilogue& epilogue,
                    const QuantizeParams* quantize, OptionalTensorRef packed = {});
+
+// int8_conv2d on the CPU. x: the tensor that p.x is of.
+void int8_conv2d_cpu(const Tensor& x, const Int8Conv2dParams& p);
 
 // Whether it computes whole rows of so many, so that its epilogue may quantise them.
 bool int8_gemm_has_whole_rows(const Matrix& a);

@@ -44,6 +44,12 @@ Tensor int8_grouped_gemm(Backend backend, const Tensor& a, const Tensor& b, cons
                          const OptionalTensor& out_scale, const OptionalTensor& a_zero_point,
                          const OptionalTensor& b_sum);
 
+Tensor int8_conv2d(Backend backend, const Tensor& x, const Tensor& w, const Tensor& x_scale, const Tensor& w_scale,
+                   const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                   const std::vector<int64_t>& dilation, int64_t groups, const OptionalTensor& bias,
+                   const std::optional<std::string>& activation, ScalarType out_dtype, const OptionalTensor& out_scale,
+                   const OptionalTensor& residual, bool residual_first);
+
 Tensor int8_linear(Backend backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
                    const OptionalTensor& bias, const std::optional<std::string>& activation, ScalarType out_dtype,
                    const OptionalTensor& scale, const OptionalTensor& zero_point, bool symmetric,

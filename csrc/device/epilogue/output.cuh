@@ -9,8 +9,8 @@ namespace forwardpass {
 struct GemmOutput {
   Epilogue epilogue;
   EpilogueAccess access;
-  bool direct;  // the outputs are made in the fragments' layout (fragment.cuh); a residual is aligned there, and not
-                // gated
+  bool direct;  // the outputs are made in the fragments' layout (fragment.cuh); a residual is aligned there, not gated,
+                // and follows the activation
   bool plain;   // there is nothing to multiply by or to add: block scales are in the accumulators already
   int64_t rows, columns;
   void* partial;
@@ -19,9 +19,10 @@ struct GemmOutput {
   explicit GemmOutput(const GemmParams& p)
       : epilogue(p.epilogue),
         access(p.epilogue),
-        direct(p.choice.splits == 1 && !p.epilogue.zero_point &&
-               (size_of(p.epilogue.out_dtype) == 2 || p.epilogue.group_scale) &&
-               (!p.epilogue.residual || (access.out && !is_gated(p.epilogue.activation)))),
+        direct(
+            p.choice.splits == 1 && !p.epilogue.zero_point &&
+            (size_of(p.epilogue.out_dtype) == 2 || p.epilogue.group_scale) &&
+            (!p.epilogue.residual || (access.out && !is_gated(p.epilogue.activation) && !p.epilogue.residual_first))),
         plain(!p.epilogue.a_scale && !p.epilogue.b_scale && !p.epilogue.bias),
         rows(p.a.rows),
         columns(p.columns()),

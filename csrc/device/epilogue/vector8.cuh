@@ -95,21 +95,26 @@ __device__ inline void store_quantized(const float (&y)[kVec], const Epilogue& e
   store_vec(q, static_cast<uint8_t*>(e.out) + offset, n, access.out);
 }
 
-// The residual, and one rounding to the output's type; or that to the nearest step of out_scale. At columns
-// [column, column + n) of the output. k16Bits: outputs of 16 bits are all that there are.
+// y + residual, at columns [column, column + n) of the output. k16Bits: outputs of 16 bits are all that there are.
+template <bool k16Bits>
+__device__ inline void add_residual(float (&y)[kVec], const Epilogue& e, const EpilogueAccess& access, int64_t row,
+                                    int64_t column, int n) {
+  const int64_t offset = row * e.residual_stride + column;
+  float residual[kVec];
+  if constexpr (k16Bits) {
+    load_16_bits(residual, e.residual, e.out_dtype, offset, n, access.out);
+  } else {
+    load_typed(residual, e.residual, e.out_dtype, offset, n, access.out);
+  }
+  add_residual(y, residual);
+}
+
+// The residual that follows the activation, and one rounding to the output's type; or that to the nearest step of
+// out_scale.
 template <bool k16Bits>
 __device__ inline void store_output(float (&y)[kVec], const Epilogue& e, const EpilogueAccess& access, int64_t row,
                                     int64_t column, int n) {
-  if (e.residual) {
-    const int64_t offset = row * e.residual_stride + column;
-    float residual[kVec];
-    if constexpr (k16Bits) {
-      load_16_bits(residual, e.residual, e.out_dtype, offset, n, access.out);
-    } else {
-      load_typed(residual, e.residual, e.out_dtype, offset, n, access.out);
-    }
-    add_residual(y, residual);
-  }
+  if (e.residual && !e.residual_first) add_residual<k16Bits>(y, e, access, row, column, n);
   const int64_t offset = row * e.out_stride + column;
   if (!k16Bits && e.out_dtype == Dtype::f32)
     return store_vec(reinterpret_cast<const Vec<float>&>(y), static_cast<float*>(e.out) + offset, n, access.out);
@@ -136,6 +141,7 @@ __device__ inline void epilogue_values(float (&y)[kVec], const Epilogue& e, cons
   float y_up[kVec];
   if (gated) dequantize(y_up, up, e, EpilogueColumns<Acc>(e, access, column + kVec, n), row);
   dequantize(y, acc, e, columns(), row);
+  if (e.residual && e.residual_first) add_residual<false>(y, e, access, row, column, n);
   activate(e.activation, y);
   if (gated) multiply_by_up(y, y_up);
 }

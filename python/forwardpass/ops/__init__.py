@@ -11,6 +11,7 @@ from .dequant_activation import dequant_activation
 from .fp8_gemm import fp8_gemm, fp8_gemm_quantize
 from .fp8_grouped_gemm import fp8_grouped_gemm
 from .fp8_linear import fp8_linear
+from .int8_conv2d import int8_conv2d
 from .int8_gemm import int8_gemm, int8_gemm_quantize
 from .int8_grouped_gemm import int8_grouped_gemm
 from .int8_linear import int8_linear, pack_int8_weight
@@ -36,6 +37,7 @@ __all__ = [
     "fp8_gemm_quantize",
     "fp8_grouped_gemm",
     "fp8_linear",
+    "int8_conv2d",
     "int8_gemm",
     "int8_gemm_quantize",
     "int8_grouped_gemm",

@@ -26,8 +26,8 @@ def activation_quantize(
 
     Args:
         x: float32, float16 or bfloat16, [..., N], or, gated, [..., 2N] of gate and up; last stride 1, any row stride.
-        activation: "gelu" (with erf), "gelu_tanh", "silu", "relu", or gated, activation(gate) * up: "silu_mul",
-            "gelu_mul", "gelu_tanh_mul".
+        activation: "gelu" (with erf), "gelu_tanh", "silu", "relu", "relu6", "hard_swish", or gated, activation(gate) * up:
+            "silu_mul", "gelu_mul", "gelu_tanh_mul".
         dtype: torch.int8 (symmetric -127..127, asymmetric -128..127) or torch.float8_e4m3fn (-448..448).
         group_size: columns of the result that share a scale; None: the whole row.
         layout: of a gated x: "halves", columns [0, N) gate and [N, 2N) up; "interleaved8", 8 columns of gate, 8 of up,

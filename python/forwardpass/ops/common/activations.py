@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PLAIN = ("relu", "gelu", "gelu_tanh", "silu")
+PLAIN = ("relu", "gelu", "gelu_tanh", "silu", "relu6", "hard_swish")
+#: Those of which no value is rounded: every backend has the reference's bits.
+EXACT = (None, "relu", "relu6")
 #: activation(gate) * up
 GATED = ("silu_mul", "gelu_mul", "gelu_tanh_mul")
 LAYOUTS = ("halves", "interleaved8")
@@ -23,10 +25,12 @@ _FORMULAS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
     "silu": F.silu,
+    "relu6": F.relu6,
+    "hard_swish": F.hardswish,
 }
 
-#: The steepest slope of any of them (GELU's, at sqrt 2): an error of the input grows by this at most.
-LIPSCHITZ = 1.13
+#: The steepest slope of any of them (hard swish's, below 3; GELU's is 1.13): an error of the input grows by this at most.
+LIPSCHITZ = 1.5
 
 
 def is_gated(name: str | None) -> bool:
@@ -53,10 +57,10 @@ def element_bound(
 ) -> Tensor:
     """How far a kernel's fp32 activation may be from the fp64 one, element by element, its inputs off by these errors.
 
-    2^-21 |x| is above the bounds that csrc/device/activation.cuh states, product and final rounding included; ReLU and
-    None round nothing of their own.
+    2^-21 |x| is above the bounds that csrc/device/activation.cuh states, product and final rounding included; those of
+    EXACT round nothing of their own.
     """
-    x, plain = x.double(), name in (None, "relu")
+    x, plain = x.double(), name in EXACT
     error = (1.0 if plain else LIPSCHITZ) * x_error + (0.0 if plain else 2.0**-21) * x.abs() + 2.0**-149
     if up is None:
         return error

@@ -22,16 +22,18 @@ def apply_epilogue(
     a_zero_point: Tensor | None = None,
     b_sum: Tensor | None = None,
     residual: Tensor | None = None,
+    residual_first: bool = False,
 ) -> Tensor:
     """acc [..., N], exact (int64 or fp64) or floats, to the output: the formula that every backend follows, a scale of None 1::
 
         y = fma(fp32(acc - a_zero_point * b_sum), fp32(a_scale * b_scale), bias)      one rounding each, to fp32
         out = activation(y) in fp32, gated activation(gate) * up                      then one rounding to out_dtype
         out = activation(y) + residual, likewise in fp32, where there is one          before that rounding
+        out = activation(fp32(y + residual)), of residual_first                       in place of both
         int8, e4m3: sat(rne(fp32(out / out_scale))), int8 in -127..127
 
     The fma is computed in fp64 and rounded: the product of two fp32 is exact there, and the sum is off by less than 2^-52,
-    which moves the fp32 result once in some 10^8 elements. Activations other than None and relu are computed in fp64.
+    which moves the fp32 result once in some 10^8 elements. Activations other than None, relu and relu6 are computed in fp64.
     """
     if a_zero_point is not None and b_sum is not None:
         acc = acc.long() - a_zero_point.long().reshape(per_row(a_zero_point, acc)) * b_sum.long()
@@ -40,13 +42,16 @@ def apply_epilogue(
     y = acc.float().double() * (a_scale.reshape(per_row(a_scale, acc)) * b_scale).double()
     if bias is not None:
         y = y + bias.double()
-    y = y.float().double()
+    y = y.float()
+    if residual is not None and residual_first:
+        y = y + residual.float()
+    y = y.double()
     if is_gated(activation):
         gate, up = separate_gate_up(y, -1)
         y = activate(activation, gate, up)
     else:
         y = activate(activation, y)
-    if residual is not None:
+    if residual is not None and not residual_first:
         y = y.float() + residual.float()
     if out_scale is None:
         return y.to(out_dtype)

@@ -18,10 +18,21 @@ def times_sigmoid(x, z):
 
 
 @triton.jit
+def hard_swish(x):
+    """x relu6(x + 3) / 6, the same operations as in C++, and so the same bits."""
+    shifted = x + 3.0
+    return x * (tl.where(shifted < 0, 0.0, tl.where(shifted > 6, 6.0, shifted)) * 0.1666666716337204)
+
+
+@triton.jit
 def activate(x, NAME: tl.constexpr):
     """The activation of fp32 x, or that of a gate; NAME is None or one of forwardpass.activations."""
     if NAME == "relu":
         x = tl.where(x < 0, 0.0, x)
+    elif NAME == "relu6":
+        x = tl.where(x < 0, 0.0, tl.where(x > 6, 6.0, x))
+    elif NAME == "hard_swish":
+        x = hard_swish(x)
     elif NAME == "gelu" or NAME == "gelu_mul":
         x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif NAME == "gelu_tanh" or NAME == "gelu_tanh_mul":

@@ -3,8 +3,8 @@
 Launched with enable_fp_fusion=False: the fma is where the formula (forwardpass.ops.common.epilogue) has one, and nowhere else.
 
 Every option is a number, so that a kernel has it as a constant or at run time: dequant_activation is bound by memory, and
-moves 16 bytes at a time only with constants; a GEMM compiles once for all of them. With a residual it compiles once more, so
-that the kernel without one keeps its registers.
+moves 16 bytes at a time only with constants; a GEMM compiles once for all of them. RESIDUAL is 0 without one, 1 behind the
+activation and 2 before it: a GEMM compiles once for each, so that the kernel without one keeps its registers.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .quantized_rows import E4M3, matrix_shape
-from .triton_activations import activate, times_sigmoid
+from .triton_activations import activate, hard_swish, times_sigmoid
 from .triton_rows import at_least_smallest, magnitudes, to_e4m3_bits, to_int
 
 _TYPES = {None: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.int8: 4, E4M3: 5}
-_ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+_ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4, "relu6": 5, "hard_swish": 6}
 
 
 def options(
@@ -35,6 +35,7 @@ def options(
     b_sum: Tensor | None = None,
     residual: Tensor | None = None,
     scaled: bool = False,
+    residual_first: bool = False,
 ) -> dict[str, Any]:
     """The arguments of a kernel that ends in `activated` and `store_output`; `scaled`: its accumulators are already."""
 
@@ -61,7 +62,8 @@ def options(
         "bias_type": _TYPES[None if bias is None else bias.dtype],
         "activation": _ACTIVATIONS[activation and activation.removesuffix("_mul")],
         "out_scale_ptr": unread if out_scale is None else out_scale, "out_scale_step": step(out_scale),
-        "residual_ptr": residual_bytes, "residual_stride": residual_stride, "RESIDUAL": residual is not None,
+        "residual_ptr": residual_bytes, "residual_stride": residual_stride,
+        "RESIDUAL": 0 if residual is None else 1 + residual_first,
         "out_ptr": out_bytes, "out_type": _TYPES[out.dtype], "out_stride": out_stride, "out_columns": columns,
     }  # fmt: skip
 
@@ -104,6 +106,10 @@ def activate_numbered(y, activation):
         y = activate(y, "relu")
     elif activation == 2:
         y = activate(y, "gelu")
+    elif activation == 5:
+        y = activate(y, "relu6")
+    elif activation == 6:
+        y = hard_swish(y)
     elif activation >= 3:
         # gelu_tanh and silu are one formula, of other constants: half the code. 1e30 * 0 is 0, infinity * 0 would be NaN.
         cubic, linear = 0.0, 1.0
@@ -116,9 +122,11 @@ def activate_numbered(y, activation):
 @triton.jit
 def activated(
     acc, up, row, rows, column, columns, a_scale_ptr, a_scale_step, b_scale_ptr, b_scale_step, zero_ptr, zero_step,
-    b_sum_ptr, bias_ptr, bias_type, activation, GATED: tl.constexpr,
+    b_sum_ptr, bias_ptr, bias_type, activation, residual_ptr, residual_stride, out_type, RESIDUAL: tl.constexpr,
+    GATED: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """The fp32 outputs [M, N] at row [M], column [N] of `rows` x `columns`; acc is the gate's and `up` its factor's where GATED."""
+    """The fp32 outputs [M, N] at row [M], column [N] of `rows` x `columns`, but for a residual that follows the activation; acc
+    is the gate's and `up` its factor's where GATED."""
     a_scale = load_each(a_scale_ptr, row, row < rows, a_scale_step, 1.0)
     zero_point = load_each(zero_ptr, row, row < rows, zero_step, 0)
     inside = column < columns
@@ -126,6 +134,8 @@ def activated(
         column += column // 8 * 8  # 8 of gate, then 8 of up
     y = dequantized(acc, a_scale, zero_point, column, inside, b_scale_ptr, b_scale_step, zero_step, b_sum_ptr,
                     bias_ptr, bias_type)  # fmt: skip
+    if RESIDUAL == 2:
+        y += load_residual(residual_ptr, out_type, row, rows, column, columns, residual_stride, ALIGNED)
     y = activate_numbered(y, activation)
     if GATED:
         y *= dequantized(up, a_scale, zero_point, column + 8, inside, b_scale_ptr, b_scale_step, zero_step, b_sum_ptr,
@@ -188,8 +198,8 @@ def store_output(
     y, row, rows, column, columns, residual_ptr, residual_stride, out_ptr, out_type, stride, out_scale_ptr, out_scale_step,
     RESIDUAL: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """fp32 [M, N], plus the residual if there is one, to the output's type."""
-    if RESIDUAL:
+    """fp32 [M, N], plus the residual where one follows the activation, to the output's type."""
+    if RESIDUAL == 1:
         y += load_residual(residual_ptr, out_type, row, rows, column, columns, residual_stride, ALIGNED)
     if out_type == 1:
         store_as(out_ptr.to(tl.pointer_type(tl.float32)), y, row, rows, column, columns, stride, ALIGNED)

@@ -319,7 +319,8 @@ def gemm_kernel(
             store_part(acc, parts_ptr, part_stride, row, rows, column, columns)
     else:
         y = activated(acc, up, row, rows, out_column, out_columns, a_scale_ptr, a_scale_step, b_scale_ptr, b_scale_step,
-                      zero_ptr, zero_step, b_sum_ptr, bias_ptr, bias_type, activation, GATED)  # fmt: skip
+                      zero_ptr, zero_step, b_sum_ptr, bias_ptr, bias_type, activation, residual_ptr, residual_stride, out_type,
+                      RESIDUAL, GATED, None)  # fmt: skip
         if EXPERTS:
             y = tl.where(unknown, float("nan"), y)
         if GROUPED:
@@ -370,6 +371,7 @@ def gemm(
     residual: Tensor | None = None,
     group_scale: Tensor | None = None,
     ends: Tensor | None = None,
+    residual_first: bool = False,
 ) -> Tensor:
     """Fills `out`, and returns it. a is int8, e4m3 or (without a_scale) of 16 bits; `group_scale` is filled with the scales of an
     e4m3 output in groups of 128. ends: b is [E, N, K], as are its scales and bias; which rows are an expert's, see `experts.py`."""
@@ -378,7 +380,8 @@ def gemm(
     experts, room = 0 if ends is None else b.shape[0], 0 if ends is None or a.dim() == 2 else a.shape[1]
     wide, scaled, gated = a.element_size() == 2, b_scale.dim() >= (3 if experts else 2), is_gated(activation)
     promoted = wide or b.dtype is E4M3
-    arguments = options(a_scale, b_scale, bias, activation, out, out_scale, a_zero_point, b_sum, residual, scaled)
+    arguments = options(a_scale, b_scale, bias, activation, out, out_scale, a_zero_point, b_sum, residual, scaled,
+                        residual_first)  # fmt: skip
     if group_scale is not None:
         arguments |= {"out_scale_ptr": group_scale, "out_scale_step": group_scale.stride(-1)}
     with torch.cuda.device_of(a):

@@ -30,8 +30,8 @@ def dequant_activation(
         acc: int32, float32, float16 or bfloat16 [..., N], last stride 1, any row stride.
         a_scale, b_scale: float32; one element, or one a row [...] and one a column [N]. None: 1.
         bias: float32, float16 or bfloat16 [N].
-        activation: None, relu, gelu, gelu_tanh, silu; or silu_mul, gelu_mul, gelu_tanh_mul: columns are then blocks of 8
-            gate and 8 up (`interleave_gate_up`), N a multiple of 16, and the result has N / 2 columns.
+        activation: None, relu, gelu, gelu_tanh, silu, relu6, hard_swish; or silu_mul, gelu_mul, gelu_tanh_mul: columns are then
+            blocks of 8 gate and 8 up (`interleave_gate_up`), N a multiple of 16, and the result has N / 2 columns.
         out_dtype: float32, float16, bfloat16; or int8 (-127..127) or float8_e4m3fn, with out_scale.
         out_scale: float32, one element or one an output column: what a step of the 8-bit output stands for.
         a_zero_point: int32, one element or one a row; with int32 accumulators. From -128 to 127, as those of `quantize` are, or

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...testing import apart, assert_close, assert_equal, assert_quantized_close, laid_out, pairwise
-from ..common.activations import GATED, PLAIN, element_bound, is_gated, separate_gate_up
+from ..common.activations import EXACT, GATED, PLAIN, element_bound, is_gated, separate_gate_up
 from ..common.quantized_rows import E4M3, FLOATS
 from . import reference
 
@@ -134,25 +134,23 @@ class Case:
 
 
 def assert_epilogue_matches(actual: Tensor, specification: Callable[..., Tensor], args: tuple[Any, ...]) -> None:
-    """Bit for bit without an activation and behind relu; behind another one within that one's bound and a rounding."""
+    """Bit for bit without an activation and behind an exact one; behind another one within that one's bound and a rounding."""
     args = tuple(a.cpu() if isinstance(a, Tensor) else a for a in args)
     expected = specification(*args)
     named = dict(zip(inspect.signature(specification).parameters, args))
     activation, out_dtype = named["activation"], named["out_dtype"]
-    if activation in (None, "relu"):
+    if activation in EXACT:
         return assert_equal(actual, expected)
     assert actual.stride() == expected.stride()
     # the fp32 values before the activation are equal bit for bit, so only the activation and what follows it is off
-    plain = (
-        named
-        | {"activation": None, "out_dtype": torch.float32}
-        | {name: None for name in ("out_scale", "residual") if name in named}
-    )
+    first = named.get("residual_first", False)  # the residual is in those values
+    without = ("out_scale",) if first else ("out_scale", "residual")
+    plain = named | {"activation": None, "out_dtype": torch.float32} | {name: None for name in without if name in named}
     y = specification(*plain.values())
     gate, up = separate_gate_up(y, -1) if is_gated(activation) else (y, None)
     exact = specification(*(plain | {"activation": activation, "out_dtype": torch.float64}).values())
     bound = element_bound(activation, gate, up)
-    if (added := named.get("residual")) is not None:
+    if (added := named.get("residual")) is not None and not first:
         bound = bound + ULP[torch.float32] * exact.abs()  # which the sum may cancel
         exact = exact + added.double()
         bound = bound + ULP[torch.float32] * exact.abs()

@@ -44,7 +44,8 @@ def dequantize_block(
         acc = load_sum(acc_ptr, column, mask, parts, part_stride)
         up = acc
     y = activated(acc, up, row, rows, column, out_columns, a_scale_ptr, a_scale_step, b_scale_ptr, b_scale_step,
-                  zero_ptr, zero_step, b_sum_ptr, bias_ptr, bias_type, activation, GATED)  # fmt: skip
+                  zero_ptr, zero_step, b_sum_ptr, bias_ptr, bias_type, activation, residual_ptr, residual_stride, out_type,
+                  RESIDUAL, GATED, ALIGNED)  # fmt: skip
     store_output(
         y, row, rows, column, out_columns, residual_ptr, residual_stride, out_ptr, out_type, out_stride, out_scale_ptr,
         out_scale_step, RESIDUAL, ALIGNED,

@@ -21,7 +21,7 @@ from ...testing import (
     laid_out,
     pairwise,
 )
-from ..common.activations import element_bound, is_gated, separate_gate_up
+from ..common.activations import EXACT, element_bound, is_gated, separate_gate_up
 from ..common.quantized_rows import LEAST_RANGE
 from ..dequant_activation.cases import (
     RESIDUAL_KERNEL,
@@ -81,7 +81,7 @@ def assert_matches(actual: Tensor | tuple[Tensor, Tensor], args: tuple[Any, ...]
     args = tuple(a.cpu() if isinstance(a, Tensor) else a for a in args)
     a, b, a_scale, b_scale, bias, activation, a_zero_point, b_sum = args
     expected = reference.int8_gemm_quantize(*args)
-    if activation in (None, "relu"):  # the fp32 values are equal bit for bit, and so is what becomes of them
+    if activation in EXACT:  # the fp32 values are equal bit for bit, and so is what becomes of them
         for got, e in zip(actual, expected, strict=True):
             assert_equal(got, e)
         return

@@ -1,10 +1,10 @@
-#include "cpu/finish_rows.h"
+#include "cpu/quantize_outputs.h"
 
 #include <torch/csrc/stable/ops.h>
 
-#include "cpu/epilogue.h"
 #include "cpu/memory.h"
 #include "cpu/row_chunks.h"
+#include "cpu/vector.h"
 
 namespace forwardpass {
 namespace {
@@ -21,24 +21,20 @@ void rows(const DequantActivationParams& p, int64_t first, int64_t last) {
   QuantizeParams q{};
   q.x = {y, Dtype::f32, 1, columns, columns};
   q.out.dtype = to.out_dtype, q.out.symmetric = true, q.out.columns = q.out.group = columns;
-  unfinished.epilogue.residual = nullptr, unfinished.epilogue.group_scale = nullptr, unfinished.acc.rows = 1;
+  unfinished.epilogue.group_scale = nullptr, unfinished.acc.rows = 1;
   for (int64_t r = first; r < last; ++r) {
     const Epilogue of_row = rows_from(to, r);
     unfinished.epilogue.a_scale = of_row.a_scale, unfinished.epilogue.zero_point = of_row.zero_point;
     unfinished.acc.data = static_cast<const char*>(p.acc.data) + r * p.acc.stride * size_of(p.acc.dtype);
     dequant_activation_cpu(unfinished);
-    if (to.residual) {
-      cpu::with_vectors(VECTOR_CODE { cpu::store_sum<V>(to, y, r, columns); });
-    } else {
-      q.out.q = static_cast<uint8_t*>(to.out) + r * to.out_stride, q.out.scale = to.group_scale + r;
-      quantize_cpu(q);
-    }
+    q.out.q = static_cast<uint8_t*>(to.out) + r * to.out_stride, q.out.scale = to.group_scale + r;
+    quantize_cpu(q);
   }
 }
 
 }  // namespace
 
-void finish_rows(const DequantActivationParams& p) {
+void quantize_outputs(const DequantActivationParams& p) {
   torch::stable::parallel_for(0, p.acc.rows, cpu::grain(p.acc.columns),
                               [&](int64_t first, int64_t last) { rows(p, first, last); });
 }

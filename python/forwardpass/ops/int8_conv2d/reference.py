@@ -1,0 +1,37 @@
+"""int8_conv2d in plain torch: the specification. Sums of int8 products are exact in fp64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..common.epilogue import apply_epilogue
+
+
+def int8_conv2d(
+    x: Tensor,
+    w: Tensor,
+    x_scale: Tensor,
+    w_scale: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    bias: Tensor | None,
+    activation: str | None,
+    out_dtype: torch.dtype,
+    out_scale: Tensor | None,
+    residual: Tensor | None = None,
+    residual_first: bool = False,
+) -> Tensor:
+    acc = F.conv2d(x.double(), w.double(), None, list(stride), list(padding), list(dilation), groups).permute(
+        0, 2, 3, 1
+    )
+    of_pixels = x_scale if x_scale.numel() == 1 else x_scale.reshape(-1, 1, 1).expand(acc.shape[:-1])
+    added = None if residual is None else residual.permute(0, 2, 3, 1)
+    out = apply_epilogue(acc.contiguous(), of_pixels, w_scale, bias, activation, out_dtype, out_scale, residual=added,
+                         residual_first=residual_first)  # fmt: skip
+    return out.permute(0, 3, 1, 2)
