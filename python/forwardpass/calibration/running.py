@@ -18,7 +18,7 @@ from ..common.batches import Forward, evaluating, padding_mask, run, several
 from ..common.modules import hooked
 from ..nn.layer import linear_weight
 from ..proofs.walker import Leaf
-from .formulas import LayerStatistics, round_weight, smoothing_scale
+from .formulas import Largest, LayerStatistics, round_weight, smoothing_scale
 
 #: Rows that a layer must have seen: fewer mislead. all-MiniLM-L6-v2 in int8, the relative error of token embeddings on 48 texts,
 #: the lowest and highest of three starts in other texts: not calibrated .049; on 1 token 1.27, 4 tokens .099 to .122, 8 tokens
@@ -29,8 +29,8 @@ LEAST_ROWS = 32
 def calibration_arguments(
     model: nn.Module, leaves: list[Leaf], batches: Iterable[Any], forward: Forward | None
 ) -> tuple[dict[str, dict[str, Any]], list[str], list[str]]:
-    """For every leaf of which enough was seen, arguments of `Int8Linear.from_torch`; the names of those that no batch reached; and
-    notes on the others.
+    """For every leaf of which enough was seen, arguments of `from_torch` of `Int8Linear`, or of a convolution of `Int8Conv2d`; the
+    names of those that no batch reached; and notes on the others.
 
     Raises ValueError where there is no batch. The model is left as it was, after an error too: its hooks are removed
     and every module's training flag put back.
@@ -44,8 +44,10 @@ def calibration_arguments(
             unseen.append(leaf.fqn)
         elif layer_statistics.rows < LEAST_ROWS:
             few.append(leaf.fqn)
-        elif not (layer_statistics.absmax.isfinite().all() and layer_statistics.second_moment.isfinite().all()):
+        elif not layer_statistics.is_finite():
             broken.append(leaf.fqn)
+        elif isinstance(layer_statistics, Largest):
+            arguments[leaf.fqn] = {"input_scale": layer_statistics.scale()}
         else:
             arguments[leaf.fqn] = _arguments(leaf.module, layer_statistics)
     return (
@@ -65,15 +67,21 @@ def calibration_arguments(
 
 def observe(
     model: nn.Module, leaves: list[Leaf], batches: Iterable[Any], forward: Forward | None
-) -> dict[str, LayerStatistics]:
+) -> dict[str, LayerStatistics | Largest]:
     """What each leaf is fed, padding left out."""
-    statistics = {leaf.fqn: LayerStatistics(leaf.in_features) for leaf in leaves}
+    statistics: dict[str, LayerStatistics | Largest] = {
+        leaf.fqn: Largest() if leaf.is_convolution else LayerStatistics(leaf.in_features) for leaf in leaves
+    }
     batch: Any = None
 
     def watch(leaf: Leaf, module: nn.Module, x: Tensor) -> None:
+        so_far = statistics[leaf.fqn]
+        if isinstance(so_far, Largest):
+            so_far.update(x)
+            return
         # the products where the activations are, the sums on the host
         on_device = LayerStatistics(leaf.in_features, x.device)
-        statistics[leaf.fqn].merge(on_device.update(x, padding_mask(batch, x.shape[:-1], leaf.fqn)))
+        so_far.merge(on_device.update(x, padding_mask(batch, x.shape[:-1], leaf.fqn)))
 
     with hooked(((leaf, leaf.module) for leaf in leaves), before=watch), evaluating(model):
         for batch in several("calibrate", batches):

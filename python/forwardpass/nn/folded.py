@@ -45,7 +45,9 @@ class FoldedNorm(InConvolution):
     def _attach(self, layer: nn.Module) -> None:
         norm = self._of[0]
         state = vars(self)
-        state.update((key, value) for key, value in vars(norm).items() if key not in state)  # what others may ask it for
+        state.update(
+            (key, value) for key, value in vars(norm).items() if key not in state
+        )  # what others may ask it for
         #: the same dicts: what is put into one, by a cast or a checkpoint, is in both
         state.update(
             _parameters=norm._parameters,
@@ -87,8 +89,8 @@ class FoldedNorm(InConvolution):
 
 
 class SharedActivation(nn.Identity):
-    """In the place of an activation that stands behind several convolutions, and behind what else: what a convolution has applied it
-    to passes, by the very tensor, and all else is activated.
+    """In the place of an activation that stands behind several convolutions, and behind what else: what a convolution has applied
+    it to passes, by the very tensor, and all else is activated.
 
     Of those for which twice is once (ReLU, ReLU6), so that where a tensor is not known again, in another thread or compiled code,
     the result is the same.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..dispatch import Reason, operations
 from ..ops.common.activations import PLAIN, activate, check_activation
 from ..ops.common.quantized_rows import FLOATS, LEAST_RANGE
-from ..ops.int8_conv2d import MAX_K, OPERATION
+from ..ops.int8_conv2d import OPERATION
+from ..ops.int8_gemm import MAX_K
 from ..ops.quantize import OPERATION as QUANTIZE
 from ..ops.quantize.reference import quantize as quantize_reference
 from .dequantized_weight import ReadableWeight
@@ -22,6 +23,7 @@ from .layer import QuantizedModule, as_autocast, as_dtype, forward_is_elsewhere,
 #: What a layer is normalised by, once it is folded: a BatchNorm2d, or what has its tensors.
 Norm = nn.Module
 Pair = tuple[int, int]
+Size = int | list[int] | tuple[int, int]  #: of height and width
 
 
 class Int8Conv2d(ReadableWeight, QuantizedModule):
@@ -81,10 +83,10 @@ class Int8Conv2d(ReadableWeight, QuantizedModule):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int | Sequence[int],
-        stride: int | Sequence[int] = 1,
-        padding: int | Sequence[int] = 0,
-        dilation: int | Sequence[int] = 1,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size = 0,
+        dilation: Size = 1,
         groups: int = 1,
         bias: bool = True,
         *,
@@ -96,9 +98,13 @@ class Int8Conv2d(ReadableWeight, QuantizedModule):
     ) -> None:
         super().__init__()
         check_activation(type(self).__name__, activation, (None, *PLAIN))
+        if groups < 1 or in_channels % groups or out_channels % groups:
+            raise ValueError(
+                f"{type(self).__name__}: groups must divide {in_channels} and {out_channels} channels, and is {groups}"
+            )
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size, self.stride = pair(kernel_size), pair(stride)
-        self.padding, self.dilation = pair(padding), pair(dilation)
+        self.kernel_size, self.stride = pair("kernel_size", kernel_size, 1), pair("stride", stride, 1)
+        self.padding, self.dilation = pair("padding", padding, 0), pair("dilation", dilation, 1)
         self.activation, self.folds_norm = activation, folds_norm
         shape, dtype = (out_channels, in_channels // groups, *self.kernel_size), as_dtype(dtype)
         qweight = torch.empty(shape, dtype=torch.int8, device=device, memory_format=torch.channels_last)
@@ -173,7 +179,8 @@ class Int8Conv2d(ReadableWeight, QuantizedModule):
         self.folds_norm, self.norm, self._folded = True, (norm,), None
 
     def forward(self, input: Tensor, residual: Tensor | None = None, residual_first: bool = False) -> Tensor:
-        """input: by nn.Conv2d's name for it. residual: as the output, and added to it; before the activation with residual_first."""
+        """input: by nn.Conv2d's name for it. residual: as the output, and added to it, with residual_first before the
+        activation."""
         x, b = input, self._buffers
         device = b["qweight"].device.type  # type: ignore[union-attr]
         if device != "meta" and torch.is_autocast_enabled(device):
@@ -184,7 +191,7 @@ class Int8Conv2d(ReadableWeight, QuantizedModule):
         weight_scale, bias, activation = self._epilogue()
         y = OPERATION(
             q, b["qweight"], scale, weight_scale, self.stride, self.padding, self.dilation, self.groups, bias, activation,
-            residual, residual_first, x.dtype, None,
+            x.dtype, None, residual, residual_first,
         )  # fmt: skip
         if activation is not None and self.applied is not None and not torch.compiler.is_compiling():
             self.applied[0].give(y)
@@ -219,10 +226,9 @@ class Int8Conv2d(ReadableWeight, QuantizedModule):
         tensors = [b["weight_scale"], b["bias"], *_tensors(norm)]
         compiling = torch.compiler.is_compiling()
         versions = [] if compiling else [0 if t is None or t.is_inference() else t._version for t in tensors]
-        before = self._folded
-        if before is not None and not compiling and before[1] == versions:
-            if all(a is t for a, t in zip(before[0], tensors)):
-                return before[2]
+        before = None if compiling else self._folded
+        if before is not None and before[1] == versions and all(a is t for a, t in zip(before[0], tensors)):
+            return before[2]
         folded = folded_norm(norm, *tensors)  # type: ignore[arg-type]
         if not compiling:
             self._folded = tensors, versions, folded
@@ -289,6 +295,12 @@ class Int8Conv2d(ReadableWeight, QuantizedModule):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_weight": None, "_folded": None}
 
+    def window(self) -> str:
+        """In words: "3 x 3 / 2", with the stride where there is one."""
+        kernel, stride = (" x ".join(map(str, p)) for p in (self.kernel_size, self.stride))
+        shown = stride if self.stride[0] != self.stride[1] else str(self.stride[0])
+        return kernel if self.stride == (1, 1) else f"{kernel} / {shown}"
+
     def config(self) -> dict[str, Any]:
         return {
             "in_channels": self.in_channels,
@@ -316,17 +328,20 @@ class Int8Conv2d(ReadableWeight, QuantizedModule):
         return ", ".join([*parts, f"activations=int8 {'dynamic' if self.input_scale is None else 'static'}"])
 
 
-def pair(x: int | Sequence[int]) -> Pair:
-    height, width = (x, x) if isinstance(x, int) else x
-    return int(height), int(width)
+def pair(name: str, x: Any, least: int) -> Pair:
+    """(of height, of width)."""
+    both = (x, x) if type(x) is int else x
+    if not isinstance(both, tuple | list) or len(both) != 2 or any(type(n) is not int or n < least for n in both):
+        raise ValueError(f"Int8Conv2d: {name} must be an integer from {least} on, or two of them, not {x!r}")
+    return both[0], both[1]
 
 
 def _check_scale(name: str, scale: Tensor) -> None:
     if not isinstance(scale, Tensor) or not scale.is_floating_point():
         raise TypeError(f"{name}.from_torch: input_scale must be a tensor of floats, not {type(scale).__name__}")
     if scale.numel() != 1:
-        raise ValueError(f"{name}.from_torch: input_scale must have one element, and has shape {tuple(scale.shape)}: a window mixes "
-                         "pixels, so that all have one scale")  # fmt: skip
+        raise ValueError(f"{name}.from_torch: input_scale must have one element, and has shape {tuple(scale.shape)}: a window "
+                         "mixes pixels, so that all have one scale")  # fmt: skip
 
 
 def quantize_convolution(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -381,18 +396,18 @@ def _own_padding(module: Any) -> Pair | None:
     if module.padding == "same":
         total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size)]
         return None if any(n % 2 for n in total) else (total[0] // 2, total[1] // 2)
-    return pair(module.padding)
+    return pair("padding", module.padding, 0)
 
 
 def _same_padding(module: Any) -> Pair | None:
     """Of those that pad as TensorFlow does, by the size of the input where they stride."""
     total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size)]
-    return None if any(n % 2 for n in total) or pair(module.stride) != (1, 1) else (total[0] // 2, total[1] // 2)
+    return None if any(n % 2 for n in total) or tuple(module.stride) != (1, 1) else (total[0] // 2, total[1] // 2)
 
 
 def _static_padding(module: Any) -> Pair | None:
     """Of those that call a member `static_padding` first: with one size of input they pad as TensorFlow does."""
-    pads, own = module.static_padding, pair(module.padding)
+    pads, own = module.static_padding, pair("padding", module.padding, 0)
     if type(pads) is nn.Identity:
         return own
     if type(pads) is not nn.ZeroPad2d:

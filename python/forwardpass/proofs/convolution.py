@@ -1,8 +1,8 @@
 """Which norm and which activation are applied to a convolution's output, and to nothing else: the swapped layer computes them.
 
-Read as `activation` reads it: `x = self.conv(x)`, `x = self.bn(x)`, `x = self.act(x)`, in lines of their own, as calls within calls,
-or as members of an nn.Sequential. An activation that is called more than once (a block's ReLU) may be among them where to apply it
-twice is to apply it once.
+Read as `activation` reads it: `x = self.conv(x)`, `x = self.bn(x)`, `x = self.act(x)`, in lines of their own, as calls within
+calls, or as members of an nn.Sequential. An activation that is called more than once (a block's ReLU) may be among them where to
+apply it twice is to apply it once.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def _from_forward(methods: tuple[Function, ...]) -> tuple[Function, ...]:
 
 @lru_cache(maxsize=4096)
 def called_next(methods: tuple[Function, ...], name: str) -> tuple[str | None, bool]:
-    """(the member that forward calls on what `self.<name>` gives, which is mentioned nowhere else; whether the other is not either)."""
+    """(the member that forward calls on what `self.<name>` gives, which is mentioned nowhere else; whether the other is so too)."""
     forwards = [m for m in methods if isinstance(m, ast.FunctionDef) and m.name == "forward"]
     behind = [other for forward in forwards for other in pairs(forward, name)]
     mentioned = [word for method in methods for word in words(method)]
@@ -182,4 +182,3 @@ def stand_ins(
     applied.shared = (shared.setdefault(act.fqn, SharedActivation(act.module)),)
     replaced = Replaced(act.fqn, act.module, applied.shared[0]) if is_first else None
     yield replaced, weakref.ref(holder), applied.begin
-

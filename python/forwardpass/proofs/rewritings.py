@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .inputs import features_in, pictures_in
 from .activation import is_sequence
+from .inputs import features_in, pictures_in
 from .mlp import Block
 from .norms import NormBefore
 from .siblings import siblings

@@ -30,7 +30,7 @@ class Decision:
     """What becomes of each Linear-like layer, each module of experts and each attention of a model."""
 
     context: Context
-    layers: tuple[Leaf, ...]  #: every Linear-like layer, and every module of experts
+    layers: tuple[Leaf, ...]  #: every Linear-like layer, every convolution, and every module of experts
     swapped: tuple[tuple[Leaf, LayerPrecision], ...]
     attention: AttentionDecision
     unpadding: UnpaddingDecision

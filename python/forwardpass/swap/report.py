@@ -35,11 +35,15 @@ class Swapped:
     bytes_after: int
     activation: str | None = None  #: that stood behind it, and is computed in it
     tied_to: str | None = None  #: the embedding's weight that was its own too, and stays as it is
+    window: str | None = None  #: of a convolution, in words: "3 x 3 / 2"
+    norm: bool = False  #: whether a BatchNorm stood behind it, and is computed in it
 
     @property
     def computes(self) -> str:
-        """In words: "int8 v2", and the activation."""
-        return f"{self.precision} v{self.version}" + (f" + {self.activation}" if self.activation else "")
+        """In words: "int8 v2", of a convolution its window, and what it computes besides."""
+        besides = ["batch norm"] * self.norm + ([self.activation] if self.activation else [])
+        window = f", {self.window}" if self.window else ""
+        return " + ".join([f"{self.precision} v{self.version}{window}", *besides])
 
 
 #: Which calls stay as they are where attention computes in 8 bits.

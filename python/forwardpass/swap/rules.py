@@ -29,12 +29,13 @@ from ..common.modules import (
     moves_nothing_but_inputs,
 )
 from ..common.patterns import Pattern
-from ..dispatch import Reason, gpu_takes, operations
+from ..dispatch import Reason, gpu_takes, only_reference_on, operations
 from ..integrations.tensor_parallel import sharding_of, whole
 from ..nn import Experts, Int8Linear, MultiheadAttention
 from ..nn.experts import experts_operation, is_experts
 from ..nn.layer import has_other_forward, is_linear
 from ..ops.common.quantized_rows import FLOATS
+from ..ops.int8_conv2d import LEAST_GROUP
 from ..proofs.adapters import BASE, reads_base
 from ..proofs.classes import classes_asked
 from ..proofs.parameters import values_read
@@ -168,8 +169,12 @@ def moe_router(leaf: Leaf, context: Context, precision: Precision) -> Finding | 
 
 
 def _multiplies_int8_on_cpu(leaf: Leaf, precision: Precision) -> bool:
+    return precision.module is Int8Linear and _is_on_cpu(leaf)
+
+
+def _is_on_cpu(leaf: Leaf) -> bool:
     device = next((p.device for p in leaf.module.parameters()), torch.device("cpu"))
-    return precision.module is Int8Linear and device.type == "cpu" and not gpu_takes(device)
+    return device.type == "cpu" and not gpu_takes(device)
 
 
 def too_small(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
@@ -188,6 +193,39 @@ def no_int8_instructions(leaf: Leaf, context: Context, precision: Precision) -> 
         return ("this CPU multiplies int8 as fp32 (AVX2, AVX-VNNI, VNNI or AMX would be faster), with a quantisation on top",
                 f"add {leaf.fqn!r} to include to swap it all the same")  # fmt: skip
     return None
+
+
+def depthwise(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
+    groups = leaf.module.groups
+    if groups > 1 and groups == leaf.module.in_channels:
+        return ("it is depthwise: it multiplies each value it reads a few times, and reading binds it",
+                f"add {leaf.fqn!r} to include to swap it all the same")  # fmt: skip
+    return None
+
+
+def narrow(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
+    module: Any = leaf.module
+    inside, outside = module.in_channels // module.groups, module.out_channels // module.groups
+    if min(inside, outside) >= LEAST_GROUP:
+        return None
+    return (f"it has {inside} channels{' of a group' * (module.groups > 1)} and makes {outside} of them, and below {LEAST_GROUP} "
+            "nothing is gained", f"add {leaf.fqn!r} to include to swap it all the same")  # fmt: skip
+
+
+def unmeasured(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
+    if _is_on_cpu(leaf):
+        return None
+    return ("no GPU has shown what convolutions gain in 8 bits",
+            f"measure it with fp.plan, or add {leaf.fqn!r} to include to swap it all the same")  # fmt: skip
+
+
+def reference(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
+    operation, w = precision.operation(leaf), leaf.module.weight
+    assert operation is not None and isinstance(w, Tensor)
+    if not only_reference_on(operation, w.device, w.dtype):
+        return None
+    return (f"{operation} has no kernel for {str(w.dtype).removeprefix('torch.')} on {w.device} in this installation",
+            f"see `forwardpass doctor`; add {leaf.fqn!r} to include to swap it all the same")  # fmt: skip
 
 
 def shared(leaf: Leaf, context: Context, precision: Precision | None) -> Finding | None:
@@ -379,10 +417,11 @@ class Rule:
 
 _USER = (excluded, not_included)
 #: What somebody who names a layer by hand knows.
-_OF_SPEED = (too_small, no_int8_instructions)
+_OF_SPEED = (too_small, no_int8_instructions, depthwise, narrow, unmeasured, reference)
 #: Without these there is nothing to ask the others about.
 _FIRST = (uninitialized, dotted)
 _DEFAULT = (lm_head, moe_router, too_small, no_int8_instructions)
+_OF_CONVOLUTIONS = (depthwise, narrow, unmeasured, reference)
 #: Of what a Linear has alone, or of what it is called by.
 _OF_LINEARS = (lm_head, moe_router, parametrized, subclass, weight_read, parameters_read, class_read)
 #: Of what is quantised here: a layer that holds 8 bits already is taken over as it is.
@@ -390,7 +429,9 @@ _OF_FLOATS = (*_DEFAULT, subclass, tensor_class, dtype, not_finite)
 #: The last one reads the weight.
 _MODEL = (shared, adapter, parametrized, subclass, tensor_class, offloaded, meta, hooks, tied,
           weight_read, parameters_read, class_read, dtype, not_finite)  # fmt: skip
-_KINDS = (("user", _USER), ("model", _FIRST), ("default", _DEFAULT), ("model", _MODEL))
+#: Of the form of a Linear.
+_NOT_OF_CONVOLUTIONS = (lm_head, moe_router, too_small, subclass)
+_KINDS = (("user", _USER), ("model", _FIRST), ("default", (*_DEFAULT, *_OF_CONVOLUTIONS)), ("model", _MODEL))
 RULES = tuple(Rule(kind, ask) for kind, rules in _KINDS for ask in rules)
 KINDS = {rule.code: rule.kind for rule in RULES} | {
     "attention_off": "user",
@@ -398,6 +439,7 @@ KINDS = {rule.code: rule.kind for rule in RULES} | {
     "floats": "user",
     "not_planned": "user",
     "attention_on_cpu": "default",
+    "convolution": "default",
 }
 
 
@@ -408,8 +450,12 @@ def why_skip(leaf: Leaf, context: Context, precision: Precision, defaults: bool)
     names = {leaf.fqn, leaf.outermost.fqn}
     by_hand = context.by_hand.patterns if context.by_hand is not None else ()
     named = any(p.spells_out(name) for name in names for p in (*context.include, *by_hand))
+    if leaf.is_convolution and precision.convolution is None:
+        return Reason("convolution", f"there is no {precision.name} for convolutions", "use int8 for them")
     for rule in RULES:
         if leaf.is_experts and rule.ask in _OF_LINEARS:
+            continue
+        if rule.ask in (_NOT_OF_CONVOLUTIONS if leaf.is_convolution else _OF_CONVOLUTIONS):
             continue
         if rule.kind == "default" and (named or not defaults):
             continue
@@ -419,6 +465,8 @@ def why_skip(leaf: Leaf, context: Context, precision: Precision, defaults: bool)
             continue
         if finding := rule.ask(leaf, context, precision):
             return Reason(rule.code, *finding)
+    if leaf.is_convolution and precision.convolution is not None:
+        return precision.convolution.why_not(leaf.module)
     if not leaf.is_experts or precision is STORED:
         return precision.module.why_not(leaf.module)
     if precision.experts is None:
