@@ -39,6 +39,18 @@ Tensor multiply_as_floats(const Tensor& a, const Matrix& b) {
   return acc;
 }
 
+// Rows of a from `first` on, int8, to `to`: copied or, with `quantize`, made of x.
+void load_rows(const Matrix& a, const QuantizeParams* quantize, int64_t first, int64_t count, uint8_t* to,
+               int64_t stride) {
+  if (quantize) {
+    QuantizeParams q = rows_from(*quantize, first, count);
+    q.out.q = to, q.out.q_stride = stride;
+    return quantize_cpu(q);
+  }
+  auto from = static_cast<const uint8_t*>(a.data) + first * a.stride;
+  for (int64_t i = 0; i < count; ++i) std::memcpy(to + i * stride, from + i * a.stride, a.columns);
+}
+
 Tensor quantized(QuantizeParams quantize, const Tensor& x) {
   const Tensor q = padded_rows({quantize.x.rows, quantize.x.columns}, ScalarType::Char, 1, x);
   quantize.out.q = q.mutable_data_ptr();
@@ -58,7 +70,11 @@ void int8_gemm_cpu(const Tensor& x, const Matrix& a, const Matrix& b, const Epil
                    const QuantizeParams* quantize, OptionalTensorRef packed) {
   if (const cpu::Int8Kernel* kernel = cpu::int8_kernel(cpu::tier())) {
     const auto data = static_cast<const uint8_t*>(packed ? packed->const_data_ptr() : nullptr);
-    return cpu::int8_product(*kernel, a, {b, data, packed ? packed->numel() : 0}, epilogue, quantize);
+    const auto load = [&](int64_t first, int64_t count, uint8_t* to, int64_t stride) {
+      load_rows(a, quantize, first, count, to, stride);
+    };
+    return cpu::int8_product(*kernel, {a.rows, a.columns, std::ref(load)}, {b, data, packed ? packed->numel() : 0},
+                             epilogue);
   }
   const Tensor q = quantize ? quantized(*quantize, x) : as_matrix(x, a);
   dequant_activation_cpu({matrix(multiply_as_floats(q, b), "int8_gemm", "acc"), epilogue});

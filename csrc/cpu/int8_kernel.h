@@ -86,11 +86,16 @@ struct Int8Weight {
   int64_t packed_bytes;
 };
 
-// a int8 [M, K] or, with `quantize`, its x, times b int8 [N, K], through the epilogue. With `quantize`, a.data is not
-// read and quantize->out.q is not written. What is packed is used where it is of this kernel and of these very bytes of
-// b, which are read to know it.
-void int8_product(const Int8Kernel& kernel, const Matrix& a, const Int8Weight& weight, const Epilogue& epilogue,
-                  const QuantizeParams* quantize);
+// The first operand, int8 [rows, columns], as a function that writes `count` of its rows from `first` on, `stride`
+// bytes apart: copied, quantised or gathered.
+struct Int8Rows {
+  int64_t rows, columns;
+  std::function<void(int64_t first, int64_t count, uint8_t* to, int64_t stride)> load;
+};
+
+// a int8 [M, K] times b int8 [N, K], through the epilogue. What is packed is used where it is of this kernel and of
+// these very bytes of b, which are read to know it.
+void int8_product(const Int8Kernel& kernel, const Int8Rows& a, const Int8Weight& weight, const Epilogue& epilogue);
 
 // How many bytes a packed b takes is known when it is packed; then `allocate` is called, for memory aligned to 64. It
 // is not where the tier has no kernel.

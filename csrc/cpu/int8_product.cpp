@@ -128,18 +128,6 @@ std::optional<PackedWeight> packed_weight(const Int8Weight& w) {
   return layout.view(w.packed, reinterpret_cast<const ExcessPair*>(w.packed + layout.bytes));
 }
 
-// Rows of a from `first` on, int8, to `to`: copied or, with `quantize`, made of x.
-void load_rows(const Matrix& a, const QuantizeParams* quantize, int64_t first, int64_t count, uint8_t* to,
-               int64_t stride) {
-  if (quantize) {
-    QuantizeParams q = rows_from(*quantize, first, count);
-    q.out.q = to, q.out.q_stride = stride;
-    return quantize_cpu(q);
-  }
-  auto from = static_cast<const uint8_t*>(a.data) + first * a.stride;
-  for (int64_t i = 0; i < count; ++i) std::memcpy(to + i * stride, from + i * a.stride, a.columns);
-}
-
 // How many of b's columns a thread takes at a time: all, but where there are few blocks of rows so many that threads
 // have equal shares. They are 2^20 multiply-adds at least, about 5 us. Rows that are quantised are whole.
 int64_t columns_of_part(int64_t blocks, const PackedWeight& b, bool whole) {
@@ -159,8 +147,8 @@ int64_t columns_of_part(int64_t blocks, const PackedWeight& b, bool whole) {
 // blocks' intermediates in the same 32 rows, which nothing can beat, 1024 and 4096 rows times 384 x 1536 and 768 x 3072
 // and back took one thread 6 to 8 % less time with VNNI and 3 to 5 % less with AVX2, two threads less than that. One
 // quantisation for q, k and v in place of three is 1.4 % of a MiniLM layer's time.
-void multiply_blocks(const Int8Kernel& kernel, const Matrix& a, int64_t n, const PackedWeight& b,
-                     const Epilogue& epilogue, const QuantizeParams* quantize) {
+void multiply_blocks(const Int8Kernel& kernel, const Int8Rows& a, int64_t n, const PackedWeight& b,
+                     const Epilogue& epilogue) {
   const int64_t m = a.rows, blocks = (m + kBlockRows - 1) / kBlockRows;
   const int64_t a_stride = b.depth + kTileBytes;  // no power of two, as 16 rows would then share a set of L1
   const int64_t block_bytes = kBlockRows * a_stride, scratch_bytes = kernel.scratch_bytes_per_column * b.depth;
@@ -183,14 +171,14 @@ void multiply_blocks(const Int8Kernel& kernel, const Matrix& a, int64_t n, const
     return torch::stable::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
       const CacheLines rows = allocate(block_bytes), scratch = allocate(scratch_bytes), sums = allocate_sums();
       for (int64_t i = first; i < last; ++i) {
-        load_rows(a, quantize, i * kBlockRows, std::min(kBlockRows, m - i * kBlockRows), rows[0].bytes, a_stride);
+        a.load(i * kBlockRows, std::min(kBlockRows, m - i * kBlockRows), rows[0].bytes, a_stride);
         kernel.prepare_block(b, rows[0].bytes, a_stride, scratch[0].bytes);
         multiply(i, 0, b.columns, rows[0].bytes, scratch[0].bytes, sums);
       }
     });
   }
   const CacheLines rows = allocate(blocks * block_bytes), scratch = allocate(blocks * scratch_bytes);
-  load_rows(a, quantize, 0, m, rows[0].bytes, a_stride);
+  a.load(0, m, rows[0].bytes, a_stride);
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i)
       kernel.prepare_block(b, rows[0].bytes + i * block_bytes, a_stride, scratch[0].bytes + i * scratch_bytes);
@@ -206,11 +194,10 @@ void multiply_blocks(const Int8Kernel& kernel, const Matrix& a, int64_t n, const
   });
 }
 
-void multiply_rows(const Int8Kernel& kernel, const Matrix& a, const Matrix& b, const Epilogue& epilogue,
-                   const QuantizeParams* quantize) {
+void multiply_rows(const Int8Kernel& kernel, const Int8Rows& a, const Matrix& b, const Epilogue& epilogue) {
   const int64_t m = a.rows, k = a.columns, depth = round_up(k, kTileBytes), bytes = m * depth;
   const CacheLines rows = allocate(bytes), prepared = allocate(bytes * kernel.few_bytes), corrections = allocate(m * 4);
-  load_rows(a, quantize, 0, m, rows[0].bytes, depth);
+  a.load(0, m, rows[0].bytes, depth);
   for (int64_t r = 0; r < m; ++r) std::memset(rows[0].bytes + r * depth + k, 0, depth - k);
   const FewRows few{prepared[0].bytes, m, depth * kernel.few_bytes, reinterpret_cast<uint32_t*>(corrections[0].bytes)};
   kernel.prepare_few(rows[0].bytes, m, depth, prepared[0].bytes, reinterpret_cast<uint32_t*>(corrections[0].bytes));
@@ -240,13 +227,12 @@ const Int8Kernel* int8_kernel([[maybe_unused]] Tier t) {
   return nullptr;
 }
 
-void int8_product(const Int8Kernel& kernel, const Matrix& a, const Int8Weight& weight, const Epilogue& epilogue,
-                  const QuantizeParams* quantize) {
+void int8_product(const Int8Kernel& kernel, const Int8Rows& a, const Int8Weight& weight, const Epilogue& epilogue) {
   const Matrix& b = weight.b;
-  if (a.rows <= kernel.few_rows) return multiply_rows(kernel, a, b, epilogue, quantize);
-  if (const auto packed = packed_weight(weight)) return multiply_blocks(kernel, a, b.rows, *packed, epilogue, quantize);
-  if (a.rows <= kernel.few_rows_unpacked) return multiply_rows(kernel, a, b, epilogue, quantize);
-  multiply_blocks(kernel, a, b.rows, Packed(kernel, b).weight(), epilogue, quantize);
+  if (a.rows <= kernel.few_rows) return multiply_rows(kernel, a, b, epilogue);
+  if (const auto packed = packed_weight(weight)) return multiply_blocks(kernel, a, b.rows, *packed, epilogue);
+  if (a.rows <= kernel.few_rows_unpacked) return multiply_rows(kernel, a, b, epilogue);
+  multiply_blocks(kernel, a, b.rows, Packed(kernel, b).weight(), epilogue);
 }
 
 void pack_weight(Tier t, const Matrix& b, const std::function<uint8_t*(int64_t bytes)>& allocate) {

@@ -20,6 +20,7 @@ from forwardpass.ops.attention_8bit import cases as attention_8bit_cases
 from forwardpass.ops.attention_decode import cases as decode_cases
 from forwardpass.ops.common.quantized_rows import E4M3
 from forwardpass.ops.common.rotation import SIZES
+from forwardpass.ops.int8_conv2d import cases as conv_cases
 from forwardpass.ops.int8_gemm import cases as int8_gemm_cases
 from forwardpass.ops.int8_linear import cases as int8_linear_cases
 from forwardpass.ops.w8a16_gemm import cases as w8a16_cases
@@ -71,6 +72,16 @@ def int8_gemm(parts):
     exact_sums(SHAPES)
     check("int8_gemm", int8_gemm_cases, some_of(int8_gemm_cases.cases(), parts))
     check("int8_linear", int8_linear_cases, some_of(int8_linear_cases.cases(), parts))
+
+
+def int8_conv2d(parts):
+    check("int8_conv2d", conv_cases, some_of(conv_cases.cases(), parts))
+
+
+def small_convolutions():
+    """Of few multiplications, for instructions that are emulated: in blocks of pixels, and of few pixels."""
+    sizes = (((1, 5, 9), 20, 17, (3, 3)), ((2, 4, 3), 7, 3, (2, 1)), ((1, 6, 6), 64, 33, (1, 1)))
+    check("int8_conv2d", conv_cases, [conv_cases.Case(images, *rest) for images, *rest in sizes])
 
 
 def few_rows():
@@ -145,7 +156,7 @@ def rotation(parts):
             assert torch.equal(got, expected), (size, symmetric)
 
 
-GEMMS = (int8_gemm, w8a16_gemm, w8a16_grouped_gemm)
+GEMMS = (int8_gemm, int8_conv2d, w8a16_gemm, w8a16_grouped_gemm)
 OF_WIDTHS = (attention, attention_8bit, attention_decode, rotation)
 
 

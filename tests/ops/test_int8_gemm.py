@@ -204,7 +204,7 @@ def test_tiers_that_the_cpu_may_lack_are_exact(tier, least, shapes, emulated_cpu
         pytest.skip(f"the tier {tier} needs instructions of {least} that are not emulated")
     if tier == "amx" and "amx_int8" in cpu_flags() and "amx" not in TIERS:
         pytest.skip("the kernel lets no process use this CPU's AMX tiles, whose instructions then trap in part")
-    code = f"import cpu_tiers as c; c.exact_sums({shapes}); print(c.environment.cpu_tier())"
+    code = f"import cpu_tiers as c; c.exact_sums({shapes}); c.small_convolutions(); print(c.environment.cpu_tier())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                           env=two_threads({"FORWARDPASS_CPU": tier, "LD_PRELOAD": emulated_cpu}))  # fmt: skip
     assert done.stdout.strip() == tier, done.stderr
