@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..common.batches import Forward, evaluating, padding_mask, run, several
 from ..common.modules import hooked
+from ..nn.int8_conv2d import is_pointwise
 from ..nn.layer import linear_weight
 from ..proofs.walker import Leaf
 from .formulas import Largest, LayerStatistics, round_weight, smoothing_scale
@@ -70,7 +71,10 @@ def observe(
 ) -> dict[str, LayerStatistics | Largest]:
     """What each leaf is fed, padding left out."""
     statistics: dict[str, LayerStatistics | Largest] = {
-        leaf.fqn: Largest() if leaf.is_convolution else LayerStatistics(leaf.in_features) for leaf in leaves
+        leaf.fqn: Largest()
+        if leaf.is_convolution and not is_pointwise(leaf.module)
+        else LayerStatistics(leaf.in_features)
+        for leaf in leaves
     }
     batch: Any = None
 
@@ -79,6 +83,8 @@ def observe(
         if isinstance(so_far, Largest):
             so_far.update(x)
             return
+        if leaf.is_convolution:
+            x = x.movedim(-3, -1)
         # the products where the activations are, the sums on the host
         on_device = LayerStatistics(leaf.in_features, x.device)
         so_far.merge(on_device.update(x, padding_mask(batch, x.shape[:-1], leaf.fqn)))
@@ -90,7 +96,7 @@ def observe(
 
 
 def _arguments(layer: nn.Module, statistics: LayerStatistics) -> dict[str, Any]:
-    weight = linear_weight(layer).float()
+    weight = linear_weight(layer).float().flatten(1)  # of a convolution of 1 x 1 too
     channel_scale = smoothing_scale(statistics, weight)
     smoothed, channel_scale = statistics.scaled(channel_scale), channel_scale.to(weight.device)
     weight = weight / channel_scale

@@ -11,13 +11,16 @@ from torch import Tensor, nn
 
 from ..dispatch import Reason, operations
 from ..ops.common.activations import PLAIN, activate, check_activation
-from ..ops.common.quantized_rows import FLOATS, LEAST_RANGE
+from ..ops.common.quantized_rows import FLOATS, LEAST_RANGE, pad_rows
 from ..ops.int8_conv2d import OPERATION
-from ..ops.int8_gemm import MAX_K
+from ..ops.int8_gemm import MAX_K, MAX_K_ZERO_POINT
+from ..ops.int8_linear import OPERATION as LINEAR
+from ..ops.int8_linear.reference import quantized_input
 from ..ops.quantize import OPERATION as QUANTIZE
 from ..ops.quantize.reference import quantize as quantize_reference
 from .dequantized_weight import ReadableWeight
 from .guard import InEpilogue
+from .int8_linear import packed_weight
 from .layer import QuantizedModule, as_autocast, as_dtype, forward_is_elsewhere, qualified
 
 #: What a layer is normalised by, once it is folded: a BatchNorm2d, or what has its tensors.
@@ -30,7 +33,9 @@ class Int8Conv2d(ReadableWeight, QuantizedModule):
     """`y = conv2d(x, W) + b` with W in int8, scaled per output channel, and x quantised to int8 on the way in.
 
     Activations are symmetric, and so zeros that pad an input are zeros. Each sample has a scale of its own as it comes (dynamic),
-    as a window mixes pixels; or there is one for all, that calibration found (static).
+    as a window mixes pixels; or there is one for all, that calibration found (static). A convolution of 1 x 1 that pads nothing
+    mixes none: it is the product of `Int8Linear`, with a scale and a zero point for each pixel, and what calibration finds for
+    that: a smoothed input and compensated rounding.
 
     Inputs and outputs are as nn.Conv2d's. The output is in channels_last memory, whatever the input is in. An input that is not in
     channels_last is copied into it first: of layers in a row the first copies, and what the others get is theirs already. A model
@@ -43,12 +48,13 @@ class Int8Conv2d(ReadableWeight, QuantizedModule):
             many on either side.
         dtype: of the bias, and of the weight that the layer stands for; outputs have the dtype of the input.
         static: whether there is one scale for all inputs.
+        channel_scale: whether inputs are multiplied by a scale per channel first (`Int8Linear`); of those of 1 x 1.
         activation: "relu", "gelu", "gelu_tanh", "silu", "relu6" or "hard_swish", applied in the epilogue; None: none.
         folds_norm: whether a BatchNorm2d behind it is computed here too, once `fold` has said which.
 
     Shapes: input [N, C_in, H, W] or [C_in, H, W], output [N, C_out, H_out, W_out] or [C_out, H_out, W_out]. Buffers: qweight int8
     [C_out, C_in / groups, kh, kw], in channels_last memory; weight_scale fp32 [C_out]; bias [C_out] or None; input_scale fp32 [1]
-    (static) or None.
+    (static) or None; of 1 x 1 also weight_sum int32 [C_out], and channel_scale fp32 [C_in] or None.
 
     Depthwise convolutions and groups of few channels are computed too, and are not faster so: `fp.swap` leaves them in floats.
     Inference only: raises under grad when the input requires it.
@@ -70,6 +76,8 @@ class Int8Conv2d(ReadableWeight, QuantizedModule):
     weight_scale: Tensor
     bias: Tensor | None
     input_scale: Tensor | None
+    weight_sum: Tensor | None
+    channel_scale: Tensor | None
     #: what stands in the place of the activation that it computes, and of the norm; in tuples, which hold no children
     applied: tuple[InEpilogue] | None = None
     normed: tuple[InEpilogue] | None = None
@@ -78,6 +86,10 @@ class Int8Conv2d(ReadableWeight, QuantizedModule):
     transposed: bool = False
     #: tensors, how often each had been written to, and what was made of them
     _folded: tuple[list[Tensor | None], list[int], tuple[Tensor, Tensor]] | None = None
+    _packed: tuple[Tensor | None, Tensor | None] = (
+        None,
+        None,
+    )  #: of 1 x 1, a weight, and that weight as a CPU reads it
 
     def __init__(
         self,
@@ -92,6 +104,7 @@ class Int8Conv2d(ReadableWeight, QuantizedModule):
         *,
         dtype: torch.dtype | str = torch.float32,
         static: bool = False,
+        channel_scale: bool = False,
         activation: str | None = None,
         folds_norm: bool = False,
         device: torch.device | str | None = None,
@@ -111,8 +124,20 @@ class Int8Conv2d(ReadableWeight, QuantizedModule):
         self.register_buffer("qweight", qweight)
         self.register_buffer("weight_scale", torch.empty(out_channels, dtype=torch.float32, device=device))
         self.register_buffer("bias", torch.empty(out_channels, dtype=dtype, device=device) if bias else None)
-        scale = torch.empty(1, dtype=torch.float32, device=device) if static else None
-        self.register_buffer("input_scale", scale)
+        one = (1, 1)
+        is_product = (self.kernel_size, self.padding, groups) == (one, (0, 0), 1) and in_channels <= MAX_K_ZERO_POINT
+        #: whether it is the product of a Linear
+        self.is_pointwise = is_product and not static
+        if channel_scale and not self.is_pointwise:
+            raise ValueError(f"{type(self).__name__}: channel_scale goes with a kernel of 1 x 1, no padding, one group and "
+                             "static=False, and only with them")  # fmt: skip
+        optional = {
+            "input_scale": (static, 1, torch.float32),
+            "weight_sum": (self.is_pointwise, out_channels, torch.int32),
+            "channel_scale": (channel_scale, in_channels, torch.float32),
+        }
+        for name, (present, size, kind) in optional.items():
+            self.register_buffer(name, torch.empty(size, dtype=kind, device=device) if present else None)
         self._put_anchor(dtype, device)
 
     @classmethod
@@ -139,33 +164,55 @@ class Int8Conv2d(ReadableWeight, QuantizedModule):
 
     @classmethod
     def from_torch(
-        cls, module: nn.Module, *, input_scale: Tensor | None = None, activation: str | None = None
+        cls,
+        module: nn.Module,
+        *,
+        input_scale: Tensor | None = None,
+        channel_scale: Tensor | None = None,
+        quantized: tuple[Tensor, Tensor] | None = None,
+        activation: str | None = None,
     ) -> Int8Conv2d:
         """The int8 form of an nn.Conv2d, on its device.
 
         Args:
             module: its weight is read, not kept and not changed.
             input_scale: fp32 [1], positive, of static activations: an input beyond 127 of it saturates.
+            channel_scale: fp32 [C_in], what x is multiplied by; the weight is divided by it here. Of 1 x 1.
+            quantized: (int8 [C_out, C_in], fp32 [C_out]) in place of nearest rounding, for a weight already divided by
+                channel_scale. Of 1 x 1.
             activation: what the layer applies to its output, see above.
 
         Raises:
-            TypeError: input_scale is no tensor of floats.
+            TypeError: a scale is no tensor of floats.
             ValueError: the module or an argument does not fit, and how. A BatchNorm is folded into a convolution by
                 `torch.nn.utils.fuse_conv_bn_eval`, before.
         """
         if reason := cls.why_not(module):
             raise ValueError(f"{cls.__name__}.from_torch: {reason}")
-        if input_scale is not None:
-            _check_scale(cls.__name__, input_scale)
         source: Any = module
+        for name, scale, size in (
+            ("input_scale", input_scale, 1),
+            ("channel_scale", channel_scale, source.in_channels),
+        ):
+            _check_scale(cls.__name__, name, scale, size)
         weight = source.weight.detach()
         padding = padding_of(module)
         assert padding is not None
         layer = cls(
             source.in_channels, source.out_channels, source.kernel_size, source.stride, padding, source.dilation, source.groups,
-            source.bias is not None, dtype=weight.dtype, static=input_scale is not None, activation=activation, device="meta",
+            source.bias is not None, dtype=weight.dtype, static=input_scale is not None,
+            channel_scale=channel_scale is not None, activation=activation, device="meta",
         )  # fmt: skip
-        layer.qweight, layer.weight_scale = quantize_convolution(weight)
+        if channel_scale is not None:
+            layer.channel_scale = channel_scale.detach().to(weight.device, torch.float32).reshape(-1).clone()
+            weight = weight.float() / layer.channel_scale[:, None, None]
+        layer.qweight, layer.weight_scale = quantize_convolution(weight) if quantized is None else quantized
+        if quantized is not None and (not layer.is_pointwise or tuple(layer.qweight.shape) != tuple(weight.shape[:2])):
+            raise ValueError(f"{cls.__name__}.from_torch: quantized goes with a kernel of 1 x 1, as int8 "
+                             f"{list(weight.shape[:2])} and float32 [{len(weight)}]")  # fmt: skip
+        layer.qweight = layer.qweight.reshape(weight.shape)
+        if layer.is_pointwise:
+            layer.weight_sum = layer.qweight.sum((1, 2, 3), dtype=torch.int32)
         if source.bias is not None:
             layer.bias = source.bias.detach().clone()
         if input_scale is not None:
@@ -187,21 +234,57 @@ class Int8Conv2d(ReadableWeight, QuantizedModule):
             x = as_autocast(x)
         if x.dim() == 3:
             return self(x[None], None if residual is None else residual[None], residual_first)[0]
-        q, scale = self._quantized(x)
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f"Int8Conv2d takes an input [N, {self.in_channels}, H, W], or without N, not {list(x.shape)}: "
+                             "reshape it")  # fmt: skip
         weight_scale, bias, activation = self._epilogue()
-        y = OPERATION(
-            q, b["qweight"], scale, weight_scale, self.stride, self.padding, self.dilation, self.groups, bias, activation,
-            x.dtype, None, residual, residual_first,
-        )  # fmt: skip
+        if self.is_pointwise:
+            y = self._product(x, weight_scale, bias, activation, residual, residual_first)
+        else:
+            q, scale = self._quantized(x)
+            y = OPERATION(
+                q, b["qweight"], scale, weight_scale, self.stride, self.padding, self.dilation, self.groups, bias, activation,
+                x.dtype, None, residual, residual_first,
+            )  # fmt: skip
         if activation is not None and self.applied is not None and not torch.compiler.is_compiling():
             self.applied[0].give(y)
         return y
 
+    def _product(
+        self,
+        x: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        activation: str | None,
+        residual: Tensor | None,
+        residual_first: bool,
+    ) -> Tensor:
+        """Of 1 x 1: the linear layer of each pixel."""
+        b, packed = self._buffers, self._packed
+        if torch.compiler.is_compiling():
+            packed = (None, None) if torch.compiler.is_exporting() else packed
+        elif packed[0] is not b["qweight"]:
+            packed = self._pack()
+        added = residual.permute(0, 2, 3, 1) if residual is not None and not residual_first else None
+        y = LINEAR(
+            self._pixels(x), self.qweight.flatten(1), weight_scale, bias, None if residual_first else activation, x.dtype, None,
+            None, False, b["channel_scale"], b["weight_sum"], packed[1], *(() if added is None else (added,)),
+        ).permute(0, 3, 1, 2)  # fmt: skip
+        return activate(activation, y + residual) if residual is not None and residual_first else y
+
+    def _pixels(self, x: Tensor) -> Tensor:
+        """Those that a kernel of 1 x 1 looks at, contiguous: [N, H_out, W_out, C]."""
+        height, width = self.stride
+        x = x if self.stride == (1, 1) else x[:, :, ::height, ::width]
+        return x.permute(0, 2, 3, 1).contiguous()
+
+    def _pack(self) -> tuple[Tensor | None, Tensor | None]:
+        weight = self.qweight
+        self._packed = packed = (weight, packed_weight(weight.flatten(1)))
+        return packed
+
     def _quantized(self, x: Tensor, quantize: Callable[..., Any] = QUANTIZE) -> tuple[Tensor, Tensor]:
         """(x in int8, in channels_last; its scale, [N] or [1])."""
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f"Int8Conv2d takes an input [N, {self.in_channels}, H, W], or without N, not {list(x.shape)}: "
-                             "reshape it")  # fmt: skip
         pixels = x.permute(0, 2, 3, 1)
         given = self._buffers["input_scale"]
         if not pixels.is_contiguous():
@@ -249,10 +332,17 @@ class Int8Conv2d(ReadableWeight, QuantizedModule):
     def exact(self, x: Tensor) -> Tensor:  # type: ignore[override]
         if x.dim() == 3:
             return self.exact(x[None])[0]
-        q, scale = self._quantized(x, quantize_reference)
         weight_scale, bias, activation = self._epilogue()
-        sums = F.conv2d(q.double(), self.qweight.double(), None, self.stride, self.padding, self.dilation, self.groups)
-        y = sums * scale.double()[:, None, None, None] * weight_scale.double()[:, None, None]
+        if self.is_pointwise:
+            q, scale, zero = quantized_input(self._pixels(x), None, None, False, self.channel_scale)
+            assert zero is not None
+            of_pixels = (q.double() - zero.double()[..., None]) * scale.double()[..., None]
+            sums = (of_pixels @ self.qweight.flatten(1).double().t()).permute(0, 3, 1, 2)
+        else:
+            q, scale = self._quantized(x, quantize_reference)
+            geometry = self.stride, self.padding, self.dilation, self.groups
+            sums = F.conv2d(q.double(), self.qweight.double(), None, *geometry) * scale.double()[:, None, None, None]
+        y = sums * weight_scale.double()[:, None, None]
         return activate(activation, y if bias is None else y + bias.double()[:, None, None])
 
     def _reading(self) -> tuple[Callable[[], Tensor], tuple[int, ...]]:
@@ -261,7 +351,8 @@ class Int8Conv2d(ReadableWeight, QuantizedModule):
         def read() -> Tensor:
             q, scale = buffers["qweight"], buffers["weight_scale"]
             assert q is not None and scale is not None
-            return q.double() * scale.double()[:, None, None, None]
+            weight, smoothing = q.double() * scale.double()[:, None, None, None], buffers["channel_scale"]
+            return weight if smoothing is None else weight * smoothing.double()[:, None, None]
 
         return read, tuple(self.qweight.shape)
 
@@ -276,7 +367,12 @@ class Int8Conv2d(ReadableWeight, QuantizedModule):
         self.stand_for(module)
 
     def _lay_out(self, name: str) -> None:
-        if name == "qweight":
+        if name != "qweight":
+            return
+        if self.is_pointwise:  # rows of 16 bytes, as a Linear's
+            q = self.qweight.flatten(1)
+            self.qweight = q.unflatten(1, (-1, 1, 1)) if q.stride(0) % 16 == 0 else pad_rows(q).unflatten(1, (-1, 1, 1))
+        else:
             self.qweight = self.qweight.contiguous(memory_format=torch.channels_last)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedModule:
@@ -287,13 +383,15 @@ class Int8Conv2d(ReadableWeight, QuantizedModule):
         super().settle()
         self._folded = None
         self._lay_out("qweight")
+        if self.is_pointwise:
+            self._pack()
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *others: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *others)
         self.settle()  # with assign=True the buffers are the file's
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_weight": None, "_folded": None}
+        return {**super().__getstate__(), "_weight": None, "_folded": None, "_packed": (None, None)}
 
     def window(self) -> str:
         """In words: "3 x 3 / 2", with the stride where there is one."""
@@ -313,6 +411,7 @@ class Int8Conv2d(ReadableWeight, QuantizedModule):
             "bias": self.bias is not None,
             "dtype": str(self.anchor.dtype if self.bias is None else self.bias.dtype).removeprefix("torch."),
             "static": self.input_scale is not None,
+            "channel_scale": self.channel_scale is not None,
             "folds_norm": self.folds_norm,
             **({} if self.activation is None else {"activation": self.activation}),
         }
@@ -325,7 +424,8 @@ class Int8Conv2d(ReadableWeight, QuantizedModule):
         parts += ["bias=False"] if self.bias is None else []
         parts += ["norm"] if self.folds_norm else []
         parts += [f"activation={self.activation}"] if self.activation else []
-        return ", ".join([*parts, f"activations=int8 {'dynamic' if self.input_scale is None else 'static'}"])
+        how = "a pixel" if self.is_pointwise else "a sample" if self.input_scale is None else "static"
+        return ", ".join([*parts, f"activations=int8, {how}{', smoothed' if self.channel_scale is not None else ''}"])
 
 
 def pair(name: str, x: Any, least: int) -> Pair:
@@ -336,12 +436,20 @@ def pair(name: str, x: Any, least: int) -> Pair:
     return both[0], both[1]
 
 
-def _check_scale(name: str, scale: Tensor) -> None:
+def is_pointwise(module: nn.Module) -> bool:
+    """Whether a convolution is the product of a Linear for each pixel."""
+    m: Any = module
+    forms = tuple(m.kernel_size), padding_of(m), m.groups
+    return forms == ((1, 1), (0, 0), 1) and m.in_channels <= MAX_K_ZERO_POINT
+
+
+def _check_scale(cls: str, name: str, scale: Tensor | None, size: int) -> None:
+    if scale is None:
+        return
     if not isinstance(scale, Tensor) or not scale.is_floating_point():
-        raise TypeError(f"{name}.from_torch: input_scale must be a tensor of floats, not {type(scale).__name__}")
-    if scale.numel() != 1:
-        raise ValueError(f"{name}.from_torch: input_scale must have one element, and has shape {tuple(scale.shape)}: a window "
-                         "mixes pixels, so that all have one scale")  # fmt: skip
+        raise TypeError(f"{cls}.from_torch: {name} must be a tensor of floats, not {type(scale).__name__}")
+    if scale.numel() != size:
+        raise ValueError(f"{cls}.from_torch: {name} must have {size} elements, and has shape {tuple(scale.shape)}")
 
 
 def quantize_convolution(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -408,7 +516,7 @@ def _same_padding(module: Any) -> Pair | None:
 def _static_padding(module: Any) -> Pair | None:
     """Of those that call a member `static_padding` first: with one size of input they pad as TensorFlow does."""
     pads, own = module.static_padding, pair("padding", module.padding, 0)
-    if type(pads) is nn.Identity:
+    if qualified(type(pads)) in _PAD_NOTHING:
         return own
     if type(pads) is not nn.ZeroPad2d:
         return None
@@ -416,6 +524,9 @@ def _static_padding(module: Any) -> Pair | None:
     return (own[0] + top, own[1] + left) if (left, top) == (right, bottom) else None
 
 
+_PAD_NOTHING = (
+    "torch.nn.modules.linear.Identity", "efficientnet_lite_pytorch.utils.Identity", "efficientnet_pytorch.utils.Identity",
+)  # fmt: skip
 #: By what a class pads, those of which it was read that they compute a convolution and nothing else.
 _CONVOLUTIONS: Mapping[str, Callable[[Any], Pair | None]] = {
     "torch.nn.modules.conv.Conv2d": _own_padding,

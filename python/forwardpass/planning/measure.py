@@ -25,6 +25,7 @@ from ..common.modules import hooked, tensor_bytes
 from ..common.timing import Timing, Track, beyond_caches, interleave
 from ..dispatch import Reason, only_reference_on
 from ..nn import Int8Conv2d
+from ..nn.int8_conv2d import is_pointwise
 from ..nn.layer import QuantizedLinear
 from ..proofs.walker import ConvolutionLeaf, Leaf
 from ..swap.attention.kv_cache import kv_cache_of
@@ -239,12 +240,12 @@ def calibrated_arguments(
     """
     names = [name for name, p in candidates.items() if p.calibrated]
     passes: list[list[Leaf]] = []
-    size_so_far = STATISTICS_BYTES
+    size_so_far = 0
     for layer in layers:
         if not any(layer.candidates[name].refusal is None for name in names):
             continue
-        size = 4 * layer.leaf.in_features**2 * (not layer.leaf.is_convolution)
-        if size_so_far + size > STATISTICS_BYTES:
+        size = 4 * layer.leaf.in_features**2 * (not layer.leaf.is_convolution or is_pointwise(layer.leaf.module))
+        if not passes or size_so_far + size > STATISTICS_BYTES:
             passes.append([])
             size_so_far = 0
         passes[-1].append(layer.leaf)

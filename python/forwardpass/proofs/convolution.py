@@ -73,7 +73,7 @@ def chain_behind(leaf: Leaf, reach: Reach) -> tuple[NormBehind | None, Activatio
     used = [m for name in names if (m := parent._modules[name]) is not None]
     in_sequence = is_sequence(type(parent))
     proven = all(map(reach.has_one_place, used)) and (
-        called_as_a_whole(leaf, reach) if in_sequence else reach.only_named_by(parent, names)
+        called_as_a_whole(leaf, reach) if in_sequence else reach.only_named_by(parent, names, in_forward=True)
     )
     return (norm, found) if proven else (None, None)
 

@@ -21,7 +21,7 @@ from ..integrations.tensor_parallel import refuse_divided, sharding_of, whole
 from ..nn import Experts, Int8Conv2d, QuantizedModule
 from ..nn.eight_bits import EightBits
 from ..nn.experts import experts_sizes
-from ..nn.int8_conv2d import padding_of
+from ..nn.int8_conv2d import is_pointwise, padding_of
 from ..nn.mlp import quantised_layers
 from ..ops.common.quantized_rows import FLOATS
 from ..proofs.siblings import JoinedSwap
@@ -387,14 +387,15 @@ def _empty(leaf: Leaf, planned: LayerPrecision) -> QuantizedModule:
     return empty
 
 
-def empty_convolution(leaf: ConvolutionLeaf, static: bool) -> Int8Conv2d:
+def empty_convolution(leaf: ConvolutionLeaf, calibrated: bool) -> Int8Conv2d:
     """The replacement of a convolution without values, on the meta device."""
     m: Any = leaf.module
     padding = padding_of(m)
     assert padding is not None
     new = Int8Conv2d(
         m.in_channels, m.out_channels, m.kernel_size, m.stride, padding, m.dilation, m.groups, leaf.has_bias,
-        dtype=leaf.weight.dtype, static=static, device="meta", **_fused(leaf),
+        dtype=leaf.weight.dtype, device="meta",
+        **({"channel_scale" if is_pointwise(m) else "static": True} if calibrated else {}), **_fused(leaf),
     )  # fmt: skip
     if leaf.norm is not None:
         new.fold(leaf.norm.module)
