@@ -74,7 +74,7 @@ class Taps {
 
 }  // namespace
 
-void int8_conv2d_cpu(const Tensor& x, const Int8Conv2dParams& p) {
+void int8_conv2d_cpu(const Tensor& x, const Int8Conv2dParams& p, OptionalTensorRef packed) {
   const int64_t m = p.shape.out_pixels(), k = p.w.columns, columns = p.w.rows / p.shape.groups;
   Epilogue all = p.epilogue;
   std::vector<float> scales(p.scale_per_image ? m : 0);
@@ -93,7 +93,9 @@ void int8_conv2d_cpu(const Tensor& x, const Int8Conv2dParams& p) {
     w.data = static_cast<const int8_t*>(w.data) + group * columns * w.stride, w.rows = columns;
     const Epilogue e = columns_from(all, group * columns);
     if (kernel) {
-      cpu::int8_product(*kernel, {m, k, std::ref(load)}, {w, nullptr, 0}, e);
+      const bool whole = packed && p.shape.groups == 1;  // packed is all of w
+      const auto data = static_cast<const uint8_t*>(whole ? packed->const_data_ptr() : nullptr);
+      cpu::int8_product(*kernel, {m, k, std::ref(load)}, {w, data, whole ? packed->numel() : 0}, e);
       continue;
     }
     // torch multiplies matrices that are in memory: as many rows at a time as are some MB.

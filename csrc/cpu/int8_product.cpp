@@ -123,7 +123,7 @@ std::optional<PackedWeight> packed_weight(const Int8Weight& w) {
   if (has_header) std::memcpy(&header, w.packed, sizeof(header));
   STD_TORCH_CHECK(header.magic == kMagic && header.rows == w.b.rows && header.columns == w.b.columns &&
                       w.packed_bytes == layout.bytes + header.excess_pairs * int64_t{sizeof(ExcessPair)},
-                  "int8_linear: packed must be what pack_int8_weight returned for this weight");
+                  "packed must be what pack_int8_weight returned for this weight");
   if (header.tier != int64_t(tier()) || header.checksum != checksum(w.b)) return {};
   return layout.view(w.packed, reinterpret_cast<const ExcessPair*>(w.packed + layout.bytes));
 }

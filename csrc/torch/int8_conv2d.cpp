@@ -54,7 +54,7 @@ Tensor int8_conv2d(Backend backend, const Tensor& x, const Tensor& w, const Tens
                    const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                    const std::vector<int64_t>& dilation, int64_t groups, const OptionalTensor& bias,
                    const std::optional<std::string>& activation, ScalarType out_dtype, const OptionalTensor& out_scale,
-                   const OptionalTensor& residual, bool residual_first) {
+                   const OptionalTensor& residual, bool residual_first, const OptionalTensor& packed) {
   Int8Conv2dParams p{};
   p.shape = shape_of(x, w, stride, padding, dilation, groups);
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Char, kOp, ": x must be int8");
@@ -63,6 +63,7 @@ Tensor int8_conv2d(Backend backend, const Tensor& x, const Tensor& w, const Tens
   p.x = static_cast<const int8_t*>(x.const_data_ptr());
   p.w = operand(reshaped(w_last, {w.size(0), p.shape.depth()}, {p.shape.depth(), 1}), Dtype::i8, x, kOp, "w");
   check_int8_depth(p.w.columns, false, kOp);
+  check_packed(packed, x, kOp);
   STD_TORCH_CHECK(!residual_first || residual, kOp, ": residual_first goes with a residual");
   OptionalTensor residual_last;
   if (residual) residual_last = channels_last(*residual, "residual");
@@ -83,7 +84,7 @@ Tensor int8_conv2d(Backend backend, const Tensor& x, const Tensor& w, const Tens
       one_or_each_row<float>(x_scale, p.shape.images, ScalarType::Float, x, p.scale_per_image, kOp, "x_scale");
   const Tensor out = epilogue_output(p.epilogue, sizes, out_dtype, x);
   STD_TORCH_CHECK(backend == Backend::cpu, kOp, ": this backend has no kernel");
-  if (out.numel()) int8_conv2d_cpu(x, p);
+  if (out.numel()) int8_conv2d_cpu(x, p, packed);
   return reshaped(out, {sizes[0], sizes[3], sizes[1], sizes[2]},
                   {out.stride(0), out.stride(3), out.stride(1), out.stride(2)});
 }

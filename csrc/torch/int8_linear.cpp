@@ -19,8 +19,7 @@ Tensor int8_linear(Backend backend, const Tensor& x, const Tensor& weight, const
   p.b = b_operand(weight, Dtype::i8, q.x.columns, x, op, "weight");
   STD_TORCH_CHECK(is_float(q.x.dtype), op, ": x must be float32, float16 or bfloat16");
   STD_TORCH_CHECK(weight_sum.has_value() == !symmetric, op, ": weight_sum goes with symmetric=False, and only with it");
-  STD_TORCH_CHECK(!packed || (packed->scalar_type() == ScalarType::Char && same_device(*packed, x)), op,
-                  ": packed must be int8, on the input's device");
+  check_packed(packed, x, op);
   check_int8_depth(p.b.columns, !symmetric, op);
 
   const QuantizeOptions x_options{.dtype = ScalarType::Char,

@@ -18,7 +18,13 @@ void int8_gemm_cpu(const Tensor& x, const Matrix& a, const Matrix& b, const Epil
                    const QuantizeParams* quantize, OptionalTensorRef packed = {});
 
 // int8_conv2d on the CPU. x: the tensor that p.x is of.
-void int8_conv2d_cpu(const Tensor& x, const Int8Conv2dParams& p);
+void int8_conv2d_cpu(const Tensor& x, const Int8Conv2dParams& p, OptionalTensorRef packed);
+
+// What pack_int8_weight returned, or none, beside an input x.
+inline void check_packed(OptionalTensorRef packed, const Tensor& x, const char* op) {
+  STD_TORCH_CHECK(!packed || (packed->scalar_type() == ScalarType::Char && same_device(*packed, x)), op,
+                  ": packed must be int8, on the input's device");
+}
 
 // Whether it computes whole rows of so many, so that its epilogue may quantise them.
 bool int8_gemm_has_whole_rows(const Matrix& a);

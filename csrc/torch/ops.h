@@ -48,7 +48,7 @@ Tensor int8_conv2d(Backend backend, const Tensor& x, const Tensor& w, const Tens
                    const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                    const std::vector<int64_t>& dilation, int64_t groups, const OptionalTensor& bias,
                    const std::optional<std::string>& activation, ScalarType out_dtype, const OptionalTensor& out_scale,
-                   const OptionalTensor& residual, bool residual_first);
+                   const OptionalTensor& residual, bool residual_first, const OptionalTensor& packed);
 
 Tensor int8_linear(Backend backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
                    const OptionalTensor& bias, const std::optional<std::string>& activation, ScalarType out_dtype,

@@ -161,7 +161,7 @@ def test_narrow_groups_have_a_reason():
     assert table.backend == "reference"
     assert table["cpu"].code == "narrow_groups"
     assert "of 1 and 1" in str(table["cpu"])
-    with fp.use_backend("cpu"), pytest.raises(fp.Unsupported, match="narrow_groups|groups of at least"):
+    with fp.use_backend("cpu"), pytest.raises(fp.Unsupported, match="groups of at least"):
         fp.ops.int8_conv2d(x, w, ONE, ONE, groups=32, out_dtype=torch.float32)
     wide = images(2 * LEAST_GROUP, LEAST_GROUP, 3, 3)
     assert why_not_groups(x, wide, *[None] * 5) is None  # who asks before there is a call

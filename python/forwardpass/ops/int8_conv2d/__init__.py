@@ -13,7 +13,7 @@ from ...dispatch.reason import Reason
 from ..common.activations import PLAIN, check_activation
 from ..common.epilogue import check_epilogue, fake_output
 from ..common.quantized_rows import FLOATS, check_8bit, check_vector
-from ..int8_gemm import check_int8_depth
+from ..int8_gemm import check_int8_depth, check_packed
 from . import reference
 
 #: Channels of a group, in and out, from which on a product of matrices pays: the kernels' tiles are some 16 to 64 wide.
@@ -36,6 +36,7 @@ def int8_conv2d(
     residual_first: bool = False,
     out_dtype: torch.dtype,
     out_scale: Tensor | None = None,
+    packed: Tensor | None = None,
 ) -> Tensor:
     """`activation(conv2d(x, w) * x_scale * w_scale + bias) + residual`; int32 accumulators exact, epilogue as in `int8_gemm`.
 
@@ -56,6 +57,7 @@ def int8_conv2d(
         residual_first: activation(... + residual), as a ResNet has it.
         out_dtype: float32, float16, bfloat16; or int8 (-127..127), with out_scale.
         out_scale: float32, one element or [C_out]: what a step of the int8 output stands for, a next convolution's static scale.
+        packed: `pack_int8_weight(w)`, as in `int8_linear`; of one group.
 
     Returns:
         [N, C_out, H_out, W_out] of out_dtype in channels_last memory; int8 ones with pixels padded to 16 bytes.
@@ -78,6 +80,8 @@ def int8_conv2d(
     """
     geometry = (pair("stride", stride), pair("padding", padding), pair("dilation", dilation), groups)
     args = (x, w, x_scale, w_scale, *geometry, bias, activation, out_dtype, out_scale)
+    if packed is not None:
+        return OPERATION(*args, residual, residual_first, packed)
     if residual_first:
         return OPERATION(*args, residual, residual_first)
     return OPERATION(*args) if residual is None else OPERATION(*args, residual)
@@ -180,9 +184,11 @@ def _check(
     out_scale: Tensor | None,
     residual: Tensor | None = None,
     residual_first: bool = False,
+    packed: Tensor | None = None,
 ) -> None:
     op = "int8_conv2d"
     _check_images(x, w, groups)
+    check_packed(op, packed, x)
     check_int8_depth(op, w.shape[1] * w.shape[2] * w.shape[3], False)
     shape = _check_geometry(x, w, stride, padding, dilation)
     _check_outputs(x, w, shape, activation, out_dtype, residual, residual_first)

@@ -13,6 +13,7 @@ from ...testing import MOST_MACS, laid_out, pairwise
 from ..common.activations import PLAIN
 from ..common.quantized_rows import FLOATS
 from ..dequant_activation.cases import RESIDUALS, EpilogueCase, assert_epilogue_matches, epilogue_factors
+from ..int8_linear import pack_int8_weight
 from . import LEAST_GROUP, output_size, reference
 
 #: of x: those of `laid_out`, and a crop of larger images, whose rows do not collapse
@@ -32,6 +33,7 @@ class Case:
     epilogue: EpilogueCase = EpilogueCase()  # a_scale "row": one an image
     residual_first: bool = False
     layout: str = "contiguous"  # of x
+    packed: bool = False
 
     @property
     def out_size(self) -> tuple[int, int]:
@@ -63,10 +65,12 @@ class Case:
         count, size = self.images[0], self.out_size
         e = self.epilogue.arguments((count,), n, 1 / (5000 * self.gemm[2] ** 0.5), device, seed)
         added = self.epilogue.residual_of((count, *size), n, device, seed)
+        w = w.to(device).permute(0, 3, 1, 2)
+        packed = pack_int8_weight(w) if self.packed and device == "cpu" else None
         return (
-            self._laid_out(x, device).permute(0, 3, 1, 2), w.to(device).permute(0, 3, 1, 2), e["a_scale"], e["b_scale"],
+            self._laid_out(x, device).permute(0, 3, 1, 2), w, e["a_scale"], e["b_scale"],
             self.stride, self.padding, self.dilation, self.groups, e["bias"], e["activation"], e["out_dtype"], e["out_scale"],
-            None if added is None else added.permute(0, 3, 1, 2), self.residual_first and added is not None,
+            None if added is None else added.permute(0, 3, 1, 2), self.residual_first and added is not None, packed,
         )  # fmt: skip
 
     def _laid_out(self, x: Tensor, device: str) -> Tensor:
@@ -125,6 +129,7 @@ def cases() -> Iterator[Case]:
         "out_dtype": (*FLOATS, torch.int8),
         "residual": RESIDUALS,
         "residual_first": (False, True),
+        "packed": (False, True),
     }
     for row in pairwise(factors):
         options = {name: row.pop(name) for name in list(row) if name in EpilogueCase.__dataclass_fields__}

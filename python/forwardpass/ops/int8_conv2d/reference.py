@@ -26,6 +26,7 @@ def int8_conv2d(
     out_scale: Tensor | None,
     residual: Tensor | None = None,
     residual_first: bool = False,
+    packed: Tensor | None = None,
 ) -> Tensor:
     acc = F.conv2d(x.double(), w.double(), None, list(stride), list(padding), list(dilation), groups).permute(
         0, 2, 3, 1

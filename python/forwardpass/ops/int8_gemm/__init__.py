@@ -120,6 +120,17 @@ def check_int8_depth(op: str, k: int, zero_point: bool) -> None:
         )
 
 
+def check_packed(op: str, packed: Tensor | None, x: Tensor) -> None:
+    """packed is what pack_int8_weight may have returned, beside an input x."""
+    if packed is not None and not (isinstance(packed, Tensor) and packed.dtype == torch.int8):
+        raise TypeError(f"{op}: packed must be an int8 tensor, not {getattr(packed, 'dtype', type(packed).__name__)}: pass what "
+                        "pack_int8_weight returned for this weight")  # fmt: skip
+    if packed is not None and packed.device != x.device:
+        raise ValueError(
+            f"{op}: packed is on {packed.device} and x on {x.device}: leave it out, other backends read weight"
+        )
+
+
 def _check(
     a: Tensor,
     b: Tensor,

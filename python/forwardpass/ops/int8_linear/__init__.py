@@ -8,7 +8,7 @@ from torch import Tensor
 from ...dispatch import Operation, library
 from ..common.epilogue import check_epilogue, fake_linear
 from ..common.quantized_rows import FLOATS, check_float_rows, check_quantized, copy_notes
-from ..int8_gemm import check_int8_weight
+from ..int8_gemm import check_int8_weight, check_packed
 from . import reference
 
 
@@ -84,12 +84,12 @@ def int8_linear(
 
 
 def pack_int8_weight(weight: Tensor) -> Tensor:
-    """A weight as this process's int8 GEMM on the CPU reads it, for `int8_linear(packed=)`.
+    """A weight as this process's int8 GEMM on the CPU reads it, for `int8_linear(packed=)` and `int8_conv2d(packed=)`.
 
-    It holds a checksum of the weight, by which `int8_linear` knows whether it is still the same.
+    It holds a checksum of the weight, by which those know whether it is still the same.
 
     Args:
-        weight: int8 [N, K] on the CPU, last stride 1, any row stride.
+        weight: int8 [N, K] on the CPU, last stride 1, any row stride; or [C_out, C, kh, kw] in channels_last memory.
 
     Returns:
         int8 [bytes], of no form to rely on: of this version and of the instructions that `forwardpass doctor` names. On AVX2 up
@@ -106,6 +106,8 @@ def pack_int8_weight(weight: Tensor) -> Tensor:
         >>> torch.equal(y, fp.ops.int8_linear(x, weight, weight_scale))
         True
     """
+    if isinstance(weight, Tensor) and weight.dim() == 4 and weight.permute(0, 2, 3, 1).is_contiguous():
+        weight = weight.permute(0, 2, 3, 1).flatten(1)
     check_int8_weight("pack_int8_weight", "weight", weight, "weight", weight, False)
     if weight.device.type != "cpu":
         raise ValueError(f"pack_int8_weight: weight must be on the CPU, and is on {weight.device}")
@@ -140,13 +142,7 @@ def _check(
         raise TypeError(
             f"{op}: out_dtype must be float32, float16 or bfloat16, not {out_dtype}: for 8 bits use int8_gemm"
         )
-    if packed is not None and not (isinstance(packed, Tensor) and packed.dtype == torch.int8):
-        raise TypeError(f"{op}: packed must be an int8 tensor, not {getattr(packed, 'dtype', type(packed).__name__)}: pass what "
-                        "pack_int8_weight returned for this weight")  # fmt: skip
-    if packed is not None and packed.device != x.device:
-        raise ValueError(
-            f"{op}: packed is on {packed.device} and x on {x.device}: leave it out, other backends read weight"
-        )
+    check_packed(op, packed, x)
     if not isinstance(weight_scale, Tensor):
         raise TypeError(f"{op}: weight_scale must be a float32 tensor, not {type(weight_scale).__name__}")
     lead, n, unit = (
