@@ -125,8 +125,8 @@ def test_a_folder_of_another_model_is_refused(tmp_path):
 # ---- what stays, and why
 
 
-def codes(model, **options):
-    report = fp.swap(model, "int8", dry_run=True, **options)
+def codes(model, precision="int8", **options):
+    report = fp.swap(model, precision, dry_run=True, **options)
     return {s.fqn: s.reason.code for s in report.skipped}
 
 
@@ -152,18 +152,21 @@ class Kinds(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:swap")
 def test_what_stays_says_why():
-    stays = codes(Kinds().eval())
-    wide = stays.pop("wide", None)
-    assert wide in (None, "reference")  # an installation without kernels
     by_default = {"stem": "narrow", "narrow": "narrow", "depthwise": "depthwise", "grouped": "narrow"}
     of_model = {"reflect": "padding_mode", "normed": "parametrized", "read": "weight_read", "hooked": "hooks", "double": "dtype",
                 "own": "subclass"}  # fmt: skip
-    if wide == "reference":
-        of_model = dict.fromkeys(of_model, "reference") | {"normed": stays["normed"]}
-    assert {n: c for n, c in stays.items() if n in by_default} == by_default
-    assert wide == "reference" or {n: stays.get(n) for n in of_model} == of_model
+    assert codes(Kinds().eval(), calibrate=[(picture(),)]) == by_default | of_model
     others = fp.swap(Kinds().eval(), "int8", dry_run=True).other_layers
     assert ("ConvTranspose2d", "convolution") in [(x.module, x.reason.code) for x in others]
+
+
+def test_by_default_convolutions_wait_for_calibration():
+    model = build("yolo")
+    assert codes(model) == {"stem.conv": "narrow"} | dict.fromkeys(WIDE["yolo"], "uncalibrated")
+    assert codes(model, calibrate=[(picture(),)]) == {"stem.conv": "narrow"}
+    assert codes(model, precision={"down.*": "int8"}).keys() == {"stem.conv", *WIDE["yolo"]} - {"down.conv"}
+    with pytest.raises(fp.Unsupported, match="hooks are registered"):
+        fp.swap(Kinds().eval(), "int8", strict=True, include=["hooked"])
 
 
 @pytest.mark.parametrize("precision", ["fp8", "w8a16", "bf16", "int8_rotated"])

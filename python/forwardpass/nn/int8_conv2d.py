@@ -89,7 +89,7 @@ class Int8Conv2d(ReadableWeight, QuantizedModule):
     _packed: tuple[Tensor | None, Tensor | None] = (
         None,
         None,
-    )  #: of 1 x 1, a weight, and that weight as a CPU reads it
+    )  #: a weight, and that weight as a CPU reads it
 
     def __init__(
         self,
@@ -244,7 +244,7 @@ class Int8Conv2d(ReadableWeight, QuantizedModule):
             q, scale = self._quantized(x)
             y = OPERATION(
                 q, b["qweight"], scale, weight_scale, self.stride, self.padding, self.dilation, self.groups, bias, activation,
-                x.dtype, None, residual, residual_first,
+                x.dtype, None, residual, residual_first, self._as_read(),
             )  # fmt: skip
         if activation is not None and self.applied is not None and not torch.compiler.is_compiling():
             self.applied[0].give(y)
@@ -260,15 +260,11 @@ class Int8Conv2d(ReadableWeight, QuantizedModule):
         residual_first: bool,
     ) -> Tensor:
         """Of 1 x 1: the linear layer of each pixel."""
-        b, packed = self._buffers, self._packed
-        if torch.compiler.is_compiling():
-            packed = (None, None) if torch.compiler.is_exporting() else packed
-        elif packed[0] is not b["qweight"]:
-            packed = self._pack()
+        b = self._buffers
         added = residual.permute(0, 2, 3, 1) if residual is not None and not residual_first else None
         y = LINEAR(
             self._pixels(x), self.qweight.flatten(1), weight_scale, bias, None if residual_first else activation, x.dtype, None,
-            None, False, b["channel_scale"], b["weight_sum"], packed[1], *(() if added is None else (added,)),
+            None, False, b["channel_scale"], b["weight_sum"], self._as_read(), *(() if added is None else (added,)),
         ).permute(0, 3, 1, 2)  # fmt: skip
         return activate(activation, y + residual) if residual is not None and residual_first else y
 
@@ -278,9 +274,17 @@ class Int8Conv2d(ReadableWeight, QuantizedModule):
         x = x if self.stride == (1, 1) else x[:, :, ::height, ::width]
         return x.permute(0, 2, 3, 1).contiguous()
 
-    def _pack(self) -> tuple[Tensor | None, Tensor | None]:
+    def _as_read(self) -> Tensor | None:
+        """The weight packed, where this machine's kernel reads another than qweight."""
+        packed = self._packed
+        if torch.compiler.is_compiling():
+            return None if torch.compiler.is_exporting() else packed[1]  # exported for other machines
+        return packed[1] if packed[0] is self._buffers["qweight"] else self._pack()
+
+    def _pack(self) -> Tensor | None:
         weight = self.qweight
-        self._packed = packed = (weight, packed_weight(weight.flatten(1)))
+        packed = packed_weight(weight.permute(0, 2, 3, 1).flatten(1)) if self.groups == 1 else None
+        self._packed = weight, packed
         return packed
 
     def _quantized(self, x: Tensor, quantize: Callable[..., Any] = QUANTIZE) -> tuple[Tensor, Tensor]:
@@ -383,8 +387,7 @@ class Int8Conv2d(ReadableWeight, QuantizedModule):
         super().settle()
         self._folded = None
         self._lay_out("qweight")
-        if self.is_pointwise:
-            self._pack()
+        self._pack()
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *others: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *others)

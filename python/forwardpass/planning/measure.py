@@ -271,7 +271,7 @@ def eligible(leaf: Leaf, context: Context, planned: LayerPrecision) -> Reason | 
     if leaf.is_experts and planned.calibrated:
         return Reason("not_calibrated", f"experts take no calibration: {candidate.name} is the same for them", "")
     reason = why_skip(leaf, context, candidate, defaults=True)
-    if reason and reason.code in ("too_small", "lm_head", "unmeasured"):
+    if reason and reason.code in ("too_small", "lm_head", "unmeasured", "uncalibrated"):
         reason = why_skip(leaf, context, candidate, defaults=False)
     operation, w = candidate.operation(leaf), leaf.weight
     if reason is None and operation and only_reference_on(operation, w.device, w.dtype):

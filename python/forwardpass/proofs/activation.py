@@ -107,8 +107,9 @@ def called_behind(methods: tuple[Function, ...], name: str) -> str | None:
     """The member that forward calls on what `self.<name>` gives, and neither anywhere else in these methods."""
     forwards = [m for m in methods if isinstance(m, ast.FunctionDef) and m.name == "forward"]
     activations = [behind for forward in forwards for behind in pairs(forward, name)]
-    words = [word for method in methods for word in words(method)]
-    return activations[0] if len(activations) == 1 and words.count(name) == words.count(activations[0]) == 1 else None
+    all_words = [word for method in methods for word in words(method)]
+    is_once = len(activations) == 1 and all_words.count(name) == all_words.count(activations[0]) == 1
+    return activations[0] if is_once else None
 
 
 def words(method: Function) -> Iterator[Any]:

@@ -67,9 +67,10 @@ class Skipped:
 
     fqn: str
     reason: Reason
+    bytes: int | None = None  #: of a convolution's parameters
 
-    def to_json(self) -> dict[str, str]:
-        return {"fqn": self.fqn, **vars(self.reason)}
+    def to_json(self) -> dict[str, Any]:
+        return {"fqn": self.fqn, **vars(self.reason), **({} if self.bytes is None else {"bytes": self.bytes})}
 
 
 @dataclass(frozen=True)
@@ -275,7 +276,9 @@ class Report(Printed):
         verb = "would be swapped" if self.dry_run else "swapped"
         attention = f", {count(len(self.attention), 'attention module')}" if self.attention else ""
         parts = [f"{count(len(self.swapped), 'layer')}{attention} {verb}, {len(self.skipped)} skipped"]
-        if line := mostly(((x.reason.code, x.module, x.bytes) for x in self.other_layers), b.before):
+        others = [(x.reason.code, x.module, x.bytes) for x in self.other_layers]
+        convolutions = [("convolution", "", x.bytes) for x in self.skipped if x.bytes is not None]
+        if line := mostly([*others, *convolutions], b.before):
             parts.append(line)
         originals = (
             f"originals {megabytes(b.originals)} on {b.originals_device}"

@@ -107,7 +107,7 @@ def swap(
     refuse_inference_mode(model)
     with KerasLinears(model) as keras, Projections(model) as projections:
         keep = keras.where_kept(config.keep)
-        context = Context(model, config.included, config.excluded, config.presets)
+        context = Context(model, config.included, config.excluded, config.presets, config.calibrate is not None)
         leaves = linear_like(model)
         refuse_model(model, leaves)
         again = bool(quantised_layers(model) or originals.swapped_attention(model))

@@ -21,7 +21,7 @@ from ..ops.common.quantized_rows import FLOATS
 from ..proofs import inputs, run
 from ..proofs.mlp import Block
 from ..proofs.rewritings import Rewriting, rewritings
-from ..proofs.walker import Leaf
+from ..proofs.walker import ConvolutionLeaf, Leaf
 from .attention.kv_cache import CacheSwap
 from .attention.modules import AttentionDecision, AttentionSwap
 from .attention.unpadding import UnpaddingDecision, UnpaddingSwap
@@ -62,6 +62,8 @@ class Verdicts:
                 leaf = replace(leaf, block=replace(block, norm=None))
             if reason is None or leaf.is_experts:
                 return leaf
+            if isinstance(leaf, ConvolutionLeaf):
+                leaf = replace(leaf, norm=None)
             return replace(leaf, activation=None, block=reason if block is not None else None)
 
         attention, cache = decision.attention, decision.kv_cache
@@ -222,14 +224,14 @@ def _stand_ins(decision: Decision) -> tuple[list[tuple[nn.Module, str, nn.Module
     dtype = next((p.dtype for p in model.parameters() if p.dtype in FLOATS), torch.get_default_dtype())
     stand_ins: list[tuple[nn.Module, str, nn.Module]] = []
     for leaf in decision.layers:
-        if _stays(leaf.module) and not leaf.is_experts:
+        if _stays(leaf.module) and not (leaf.is_experts or leaf.is_convolution):
             device = next((t.device for t in (*leaf.module.parameters(), *leaf.module.buffers())), None)
             sizes = leaf.in_features, leaf.out_features, leaf.has_bias
             key = type(leaf.parent), leaf.name, sizes, device
             if key not in kinds:
                 kinds[key] = _floats(*sizes, device, dtype, len(kinds))
             stand_ins.append((leaf.parent, leaf.name, kinds[key]))
-    replaced = {id(leaf.module) for leaf in decision.layers if not leaf.is_experts}
+    replaced = {id(leaf.module) for leaf in decision.layers if not (leaf.is_experts or leaf.is_convolution)}
     return stand_ins, not any(_stays(m) and id(m) not in replaced for m in model.modules())
 
 
