@@ -293,8 +293,8 @@ def put_changes(model: nn.Module, changes: Changes) -> None:
 def _sizes(leaf: Leaf, config: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[Any, ...], str]:
     """(its weight's shape, the same by what is recorded of it, that weight's name)."""
     if leaf.is_convolution:
-        names = ("out_channels", "in_channels", "groups", "kernel_size")
-        return tuple(leaf.weight.shape), _window_of(*(config.get(name) for name in names)), "qweight"
+        window = _window_of(*map(config.get, ("out_channels", "in_channels", "groups", "kernel_size")))
+        return tuple(leaf.weight.shape), window, "qweight"
     if not leaf.is_experts:
         return (leaf.out_features, leaf.in_features), (config.get("out_features"), config.get("in_features")), "qweight"
     experts, intermediate, hidden = experts_sizes(leaf.module)

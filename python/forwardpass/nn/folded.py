@@ -21,7 +21,7 @@ class InConvolution(InEpilogue):
     passed: tuple[str, ...] = ()  #: members between the two that are nn.Identity, of what holds them
 
     @property
-    def is_apart(self) -> bool:  # type: ignore[override]
+    def is_apart(self) -> bool:
         normed = self._of[1].normed
         return self._apart or (normed is not None and normed[0] is not self and normed[0].is_apart)  # type: ignore[union-attr, index]
 
@@ -58,7 +58,7 @@ class FoldedNorm(InConvolution):
         layer.normed = (self,)
 
     @property
-    def is_apart(self) -> bool:  # type: ignore[override]
+    def is_apart(self) -> bool:
         return self._apart or self.training
 
     @is_apart.setter
@@ -70,7 +70,7 @@ class FoldedNorm(InConvolution):
 
     def train(self, mode: bool = True) -> FoldedNorm:
         self._of[0].train(mode)
-        return super().train(mode)  # type: ignore[return-value]
+        return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FoldedNorm:
         super()._apply(fn, recurse)

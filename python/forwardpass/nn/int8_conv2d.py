@@ -231,7 +231,7 @@ class Int8Conv2d(ReadableWeight, QuantizedModule):
         x, b = input, self._buffers
         device = b["qweight"].device.type  # type: ignore[union-attr]
         if device != "meta" and torch.is_autocast_enabled(device):
-            x = as_autocast(x)
+            x = as_autocast(x)  # type: ignore[assignment]
         if x.dim() == 3:
             return self(x[None], None if residual is None else residual[None], residual_first)[0]
         if x.dim() != 4 or x.shape[1] != self.in_channels:

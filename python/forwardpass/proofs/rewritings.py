@@ -173,8 +173,8 @@ def rewritings(leaves: Sequence[Leaf]) -> Iterator[Rewriting]:
             yield Rewriting(norm.fqn, key, _handed(norm), None)
     for leaf in leaves:
         if isinstance(leaf, ConvolutionLeaf) and (leaf.norm or leaf.activation):
-            norm = leaf.norm and type(leaf.norm.module)
-            key = "convolution", type(leaf.parent), leaf.name, norm, leaf.formula  # type: ignore[assignment]
+            kind = None if leaf.norm is None else type(leaf.norm.module)
+            key = "convolution", type(leaf.parent), leaf.name, kind, leaf.formula  # type: ignore[assignment]
             yield Rewriting(leaf.fqn, key, _convolved(leaf), _alone(leaf), not is_sequence(type(leaf.parent)))
     others = [leaf for leaf in leaves if leaf.fqn not in within and not leaf.is_convolution]
     for leaf in others:

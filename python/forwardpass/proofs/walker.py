@@ -110,7 +110,7 @@ class ConvolutionLeaf(Leaf):
     @property
     def weight(self) -> Tensor:
         """[C_out, C_in / groups, kh, kw]"""
-        return self.module.weight.detach()  # type: ignore[union-attr, operator]
+        return self.module.weight.detach()  # type: ignore[operator]
 
     @property
     def in_features(self) -> int:
@@ -159,10 +159,12 @@ def experts_leaves(model: nn.Module) -> list[Leaf]:
 
 def linear_leaves(model: nn.Module) -> list[Leaf]:
     """The same without their activations, whose proof reads the model's code: for names and shapes."""
-    return leaves(model, lambda m: (isinstance(m, nn.Linear) or is_conv1d(m)) and BASE not in m._modules)  # no adapter
+    return leaves(
+        model, lambda m: (isinstance(m, nn.Linear) or is_conv1d(m)) and BASE not in m._modules, Leaf
+    )  # no adapter
 
 
-def leaves(model: nn.Module, predicate: Callable[[nn.Module], bool], kind: type[L] = Leaf) -> list[L]:  # type: ignore[assignment]
+def leaves(model: nn.Module, predicate: Callable[[nn.Module], bool], kind: type[L]) -> list[L]:
     """The modules below `model` for which `predicate` holds, as `linear_like` has them."""
     first_places: dict[int, tuple[str, nn.Module, nn.Module, str, tuple[Any, ...]]] = {}
     places: dict[int, list[str]] = {}

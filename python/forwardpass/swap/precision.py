@@ -162,8 +162,8 @@ def register_precision(precision: Precision) -> None:
 
 def modules() -> dict[str, type[QuantizedModule]]:
     """The module classes of all precisions, by the name that a checkpoint has."""
-    of_convolutions = {p.convolution.__name__: p.convolution for p in PRECISIONS if p.convolution}
-    return {p.module.__name__: p.module for p in PRECISIONS} | {Experts.__name__: Experts} | of_convolutions
+    classes: list[type[QuantizedModule]] = [p.module for p in PRECISIONS]
+    return {c.__name__: c for c in (*classes, Experts, *(p.convolution for p in PRECISIONS if p.convolution))}
 
 
 def find_precision(name: str, version: int | None = None) -> Precision:

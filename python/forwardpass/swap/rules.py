@@ -197,8 +197,8 @@ def no_int8_instructions(leaf: Leaf, context: Context, precision: Precision) -> 
 
 
 def depthwise(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
-    groups = leaf.module.groups
-    if groups > 1 and groups == leaf.module.in_channels:
+    module: Any = leaf.module
+    if module.groups > 1 and module.groups == module.in_channels:
         return ("it is depthwise: it multiplies each value it reads a few times, and reading binds it",
                 f"add {leaf.fqn!r} to include to swap it all the same")  # fmt: skip
     return None

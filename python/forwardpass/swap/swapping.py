@@ -392,10 +392,12 @@ def empty_convolution(leaf: ConvolutionLeaf, calibrated: bool) -> Int8Conv2d:
     m: Any = leaf.module
     padding = padding_of(m)
     assert padding is not None
+    options: dict[str, Any] = _fused(leaf)  # type: ignore[assignment]
+    if calibrated:
+        options["channel_scale" if is_pointwise(m) else "static"] = True
     new = Int8Conv2d(
         m.in_channels, m.out_channels, m.kernel_size, m.stride, padding, m.dilation, m.groups, leaf.has_bias,
-        dtype=leaf.weight.dtype, device="meta",
-        **({"channel_scale" if is_pointwise(m) else "static": True} if calibrated else {}), **_fused(leaf),
+        dtype=leaf.weight.dtype, device="meta", **options,
     )  # fmt: skip
     if leaf.norm is not None:
         new.fold(leaf.norm.module)
