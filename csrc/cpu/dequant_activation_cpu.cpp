@@ -2,6 +2,7 @@
 
 #include "cpu/epilogue.h"
 #include "cpu/quantize_outputs.h"
+#include "cpu/row_chunks.h"
 #include "params/dequant_activation.h"
 
 namespace forwardpass {
@@ -21,8 +22,15 @@ INLINE void rows(const DequantActivationParams& p, int64_t first, int64_t last) 
   }
 }
 
+// Rows from which on it pays to prepare what the columns have.
+constexpr int64_t kLeastClamped = 4;
+
 void dequant_activation_rows(const DequantActivationParams& p, int64_t first, int64_t last) {
-  if (p.epilogue.residual) {
+  if (last - first >= kLeastClamped && cpu::is_clamped(p.epilogue, p.acc.dtype)) {
+    const auto acc = static_cast<const int32_t*>(p.acc.data) + first * p.acc.stride;
+    const Epilogue e = rows_from(p.epilogue, first);
+    cpu::with_vectors(VECTOR_CODE { cpu::clamped_rows<V>(e, acc, p.acc.stride, last - first, p.acc.columns); });
+  } else if (p.epilogue.residual) {
     cpu::with_vectors(VECTOR_CODE { rows<V, true>(p, first, last); });
   } else {
     cpu::with_vectors(VECTOR_CODE { rows<V, false>(p, first, last); });
