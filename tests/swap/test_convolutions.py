@@ -14,6 +14,7 @@ from forwardpass.nn import Int8Conv2d
 from forwardpass.nn.folded import FoldedNorm, SharedActivation
 from forwardpass.proofs import convolution
 from forwardpass.proofs.walker import convolutions
+from forwardpass.swap import rules
 
 pytestmark = pytest.mark.filterwarnings("ignore:swap. int8_conv2d has no kernel")
 
@@ -125,6 +126,12 @@ def test_a_folder_of_another_model_is_refused(tmp_path):
 # ---- what stays, and why
 
 
+@pytest.fixture
+def whatever_size(monkeypatch):
+    monkeypatch.setattr(rules, "LEAST_CONVOLUTIONS_ON_CPU", {})
+    monkeypatch.setattr(rules, "LEAST_SIZE", rules.LeastSize(0, 1))
+
+
 def codes(model, precision="int8", **options):
     report = fp.swap(model, precision, dry_run=True, **options)
     return {s.fqn: s.reason.code for s in report.skipped}
@@ -151,7 +158,7 @@ class Kinds(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:swap")
-def test_what_stays_says_why():
+def test_what_stays_says_why(whatever_size):
     by_default = {"stem": "narrow", "narrow": "narrow", "depthwise": "depthwise", "grouped": "narrow"}
     of_model = {"reflect": "padding_mode", "normed": "parametrized", "read": "weight_read", "hooked": "hooks", "double": "dtype",
                 "own": "subclass"}  # fmt: skip
@@ -160,13 +167,24 @@ def test_what_stays_says_why():
     assert ("ConvTranspose2d", "convolution") in [(x.module, x.reason.code) for x in others]
 
 
-def test_by_default_convolutions_wait_for_calibration():
+def test_by_default_convolutions_wait_for_calibration(whatever_size):
     model = build("yolo")
     assert codes(model) == {"stem.conv": "narrow"} | dict.fromkeys(WIDE["yolo"], "uncalibrated")
     assert codes(model, calibrate=[(picture(),)]) == {"stem.conv": "narrow"}
     assert codes(model, precision={"down.*": "int8"}).keys() == {"stem.conv", *WIDE["yolo"]} - {"down.conv"}
     with pytest.raises(fp.Unsupported, match="hooks are registered"):
         fp.swap(Kinds().eval(), "int8", strict=True, include=["hooked"])
+
+
+@pytest.mark.parametrize(
+    ("tier", "swapped"), [("avx512_vnni", ["1", "3"]), ("avx2", ["3"]), ("avx512", ["3"]), ("amx", ["1", "3"])]
+)
+def test_a_cpu_keeps_convolutions_that_int8_would_slow_down(monkeypatch, tier, swapped):
+    monkeypatch.setattr(rules, "cpu_tier", lambda: tier)
+    convs = [nn.Conv2d(24, 144, 1), nn.Conv2d(144, 48, 1), nn.Conv2d(48, 64, 1), nn.Conv2d(64, 64, 3)]
+    report = fp.swap(nn.Sequential(*convs).eval(), "int8", dry_run=True, calibrate=[(picture(),)])
+    assert [s.fqn for s in report.swapped] == swapped
+    assert {s.reason.code for s in report.skipped} == {"too_small"}
 
 
 @pytest.mark.parametrize("precision", ["fp8", "w8a16", "bf16", "int8_rotated"])

@@ -71,6 +71,33 @@ LEAST_SIZE = LeastSize(64 * 64, 1)
 _VNNI, _AVX2 = LeastSize(256 * 256, 64), LeastSize(320 * 320, 256)
 LEAST_SIZES_ON_CPU = {"avx2": _AVX2, "avx_vnni": _VNNI, "avx512": _AVX2, "avx512_vnni": _VNNI, "amx": _VNNI}
 
+#: The same for convolutions, whose product has K = channels times the pixels of a window, and a row per pixel. Time of torch in
+#: fp32, channels_last or not, whichever is faster, with a BatchNorm and a ReLU behind it, over that of the Int8Conv2d that computes all
+#: three; and the same where the norm was folded before. One picture, one thread's time on the CPU, the least of 7 calls, a shared
+#: machine, 2026-12-01:
+#:
+#:                                     avx512_vnni         avx2
+#:       16 ->   96, 1 x 1, 112 x 112  6.7   0.55      3.1   0.29
+#:       96 ->   24, 1 x 1,  56 x 56   0.58  0.60      0.52  0.58
+#:       24 ->  144, 1 x 1,  56 x 56   0.95  0.64      0.74  0.43
+#:      144 ->   40, 1 x 1,  28 x 28   0.87  0.87      0.72  0.71
+#:       40 ->  240, 1 x 1,  28 x 28   1.35  1.07      0.92  0.71
+#:       64 ->   64, 1 x 1,  56 x 56   1.71  1.43      0.97  0.80
+#:      240 ->   80, 1 x 1,  14 x 14   1.67  1.56      1.10  0.88
+#:      320 -> 1280, 1 x 1,   7 x 7    3.19  2.97      1.76  1.55
+#:     1024 ->  256, 1 x 1,  14 x 14   3.29  3.43      1.80  1.73
+#:       16 ->   16, 3 x 3,  56 x 56   0.95  0.79      0.58  0.47
+#:       32 ->   32, 3 x 3,  56 x 56   2.03  1.87      1.10  0.97
+#:       64 ->   64, 3 x 3,  56 x 56   3.46  3.21      1.17  1.13
+#:      256 ->  256, 3 x 3,  14 x 14   3.68  3.98      1.54  1.51
+#:
+#: AVX-VNNI and AMX were not there to be measured.
+_VNNI_CONVOLUTIONS, _AVX2_CONVOLUTIONS = LeastSize(64 * 64, 48), LeastSize(128 * 128, 64)
+LEAST_CONVOLUTIONS_ON_CPU = {
+    "avx2": _AVX2_CONVOLUTIONS, "avx_vnni": _VNNI_CONVOLUTIONS, "avx512": _AVX2_CONVOLUTIONS,
+    "avx512_vnni": _VNNI_CONVOLUTIONS, "amx": _VNNI_CONVOLUTIONS,
+}  # fmt: skip
+
 Finding = tuple[str, str]
 
 
@@ -180,7 +207,8 @@ def _is_on_cpu(leaf: Leaf) -> bool:
 
 def too_small(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
     n, k = leaf.out_features, leaf.in_features
-    on_cpu = _multiplies_int8_on_cpu(leaf, precision) and LEAST_SIZES_ON_CPU.get(cpu_tier() or "")
+    sizes = LEAST_CONVOLUTIONS_ON_CPU if leaf.is_convolution else LEAST_SIZES_ON_CPU
+    on_cpu = _multiplies_int8_on_cpu(leaf, precision) and sizes.get(cpu_tier() or "")
     least = on_cpu or LEAST_SIZE
     if n * k >= least.elements and min(n, k) >= least.side:
         return None
@@ -430,7 +458,7 @@ _OF_SPEED = (too_small, no_int8_instructions, depthwise, narrow, unmeasured, ref
 #: Without these there is nothing to ask the others about.
 _FIRST = (uninitialized, dotted)
 _DEFAULT = (lm_head, moe_router, too_small, no_int8_instructions)
-_OF_CONVOLUTIONS = (depthwise, narrow, unmeasured, reference, uncalibrated)
+_OF_CONVOLUTIONS = (depthwise, narrow, unmeasured, reference)
 #: Of what a Linear has alone, or of what it is called by.
 _OF_LINEARS = (lm_head, moe_router, parametrized, subclass, weight_read, parameters_read, class_read)
 #: Of what is quantised here: a layer that holds 8 bits already is taken over as it is.
@@ -439,8 +467,13 @@ _OF_FLOATS = (*_DEFAULT, subclass, tensor_class, dtype, not_finite)
 _MODEL = (shared, adapter, parametrized, subclass, tensor_class, offloaded, meta, hooks, tied,
           weight_read, parameters_read, class_read, dtype, not_finite)  # fmt: skip
 #: Of the form of a Linear.
-_NOT_OF_CONVOLUTIONS = (lm_head, moe_router, too_small, subclass)
-_KINDS = (("user", _USER), ("model", _FIRST), ("default", (*_DEFAULT, *_OF_CONVOLUTIONS)), ("model", _MODEL))
+_NOT_OF_CONVOLUTIONS = (lm_head, moe_router, subclass)
+_KINDS = (
+    ("user", _USER),
+    ("model", _FIRST),
+    ("default", (*_OF_CONVOLUTIONS, *_DEFAULT, uncalibrated)),
+    ("model", _MODEL),
+)
 RULES = tuple(Rule(kind, ask) for kind, rules in _KINDS for ask in rules)
 KINDS = {rule.code: rule.kind for rule in RULES} | {
     "attention_off": "user",
@@ -464,7 +497,7 @@ def why_skip(leaf: Leaf, context: Context, precision: Precision, defaults: bool)
     for rule in RULES:
         if leaf.is_experts and rule.ask in _OF_LINEARS:
             continue
-        if rule.ask in (_NOT_OF_CONVOLUTIONS if leaf.is_convolution else _OF_CONVOLUTIONS):
+        if rule.ask in (_NOT_OF_CONVOLUTIONS if leaf.is_convolution else (*_OF_CONVOLUTIONS, uncalibrated)):
             continue
         if rule.kind == "default" and (named or not defaults):
             continue
