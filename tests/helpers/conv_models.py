@@ -21,13 +21,16 @@ def randomised(model: nn.Module) -> nn.Module:
 class Block(nn.Module):
     """A ResNet's: its ReLU is called twice."""
 
-    def __init__(self, c: int) -> None:
+    def __init__(self, c: int, downsample: nn.Module | None = None) -> None:
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(c, c, 3, padding=1, bias=False), nn.BatchNorm2d(c)
         self.conv2, self.bn2 = nn.Conv2d(c, c, 3, padding=1, bias=False), nn.BatchNorm2d(c)
         self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
 
     def forward(self, x):
+        if self.downsample is not None:
+            x = self.downsample(x)
         out = self.conv1(x)
         out = self.bn1(out)
         out = self.relu(out)
@@ -41,7 +44,8 @@ class ResNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 32, 3, 2, 1), nn.BatchNorm2d(32), nn.ReLU6())
-        self.blocks, self.fc = nn.Sequential(Block(32), Block(32)), nn.Linear(32, 10)
+        downsample = nn.Sequential(nn.Conv2d(32, 32, 1, 2, bias=False), nn.BatchNorm2d(32))
+        self.blocks, self.fc = nn.Sequential(Block(32), Block(32, downsample)), nn.Linear(32, 10)
 
     def forward(self, x):
         return self.fc(self.blocks(self.stem(x)).mean((2, 3)))
@@ -129,7 +133,7 @@ class Plain(nn.Module):
 MODELS = {"resnet": ResNet, "yolo": YOLO, "mobilenet": MobileNet, "plain": Plain}
 #: Convolutions of each that are wide enough.
 WIDE = {
-    "resnet": [f"blocks.{i}.conv{n}" for i in (0, 1) for n in (1, 2)],
+    "resnet": ["blocks.0.conv1", "blocks.0.conv2", "blocks.1.conv1", "blocks.1.conv2", "blocks.1.downsample.0"],
     "yolo": ["down.conv", "c2f.cv1.conv", "c2f.cv2.conv", "c2f.m.0.0.conv", "c2f.m.0.1.conv", "detect"],
     "mobilenet": ["block.conv.0.0", "block.conv.2"],
     "plain": ["second"],

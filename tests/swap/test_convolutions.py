@@ -181,7 +181,7 @@ def test_by_default_convolutions_wait_for_calibration(whatever_size):
 )
 def test_a_cpu_keeps_convolutions_that_int8_would_slow_down(monkeypatch, tier, swapped):
     monkeypatch.setattr(rules, "cpu_tier", lambda: tier)
-    convs = [nn.Conv2d(24, 144, 1), nn.Conv2d(144, 48, 1), nn.Conv2d(48, 64, 1), nn.Conv2d(64, 64, 3)]
+    convs = [nn.Conv2d(24, 144, 1), nn.Conv2d(144, 64, 1), nn.Conv2d(64, 64, 1), nn.Conv2d(64, 64, 3)]
     report = fp.swap(nn.Sequential(*convs).eval(), "int8", dry_run=True, calibrate=[(picture(),)])
     assert [s.fqn for s in report.swapped] == swapped
     assert {s.reason.code for s in report.skipped} == {"too_small"}
@@ -350,7 +350,10 @@ def test_parity_compares_pixels():
     result = fp.parity(model, [x])
     assert [layer.fqn for layer in result.layers] == WIDE["resnet"]
     for layer in result.layers:
-        assert layer.total.samples == 2 * 12 * 12 and 1e-4 < layer.total.relative_error < 0.02
+        assert (
+            layer.total.samples == 2 * (6 * 6 if "blocks.1" in layer.fqn else 12 * 12)
+            and 1e-4 < layer.total.relative_error < 0.02
+        )
         assert layer.kernel.relative_error < 1e-5
     reference = build("resnet")
     fp.restore(model)

@@ -249,6 +249,8 @@ def _uses_whole(method: Function, name: str, kinds: list[type[nn.Module]]) -> bo
         parent = parents[id(node)]
         if isinstance(parent, ast.Call) and parent.func is node:
             return kinds[0] is nn.Sequential
+        if isinstance(parent, ast.Compare) and all(isinstance(op, ast.Is | ast.IsNot) for op in parent.ops):
+            return True  # whether there is one
         if len(kinds) == 1:
             return False
         if isinstance(parent, ast.Subscript) and parent.value is node and not isinstance(parent.slice, ast.Slice):

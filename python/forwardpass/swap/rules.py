@@ -72,9 +72,9 @@ _VNNI, _AVX2 = LeastSize(256 * 256, 64), LeastSize(320 * 320, 256)
 LEAST_SIZES_ON_CPU = {"avx2": _AVX2, "avx_vnni": _VNNI, "avx512": _AVX2, "avx512_vnni": _VNNI, "amx": _VNNI}
 
 #: The same for convolutions, whose product has K = channels times the pixels of a window, and a row per pixel. Time of torch in
-#: fp32, channels_last or not, whichever is faster, with a BatchNorm and a ReLU behind it, over that of the Int8Conv2d that computes all
-#: three; and the same where the norm was folded before. One picture, one thread's time on the CPU, the least of 7 calls, a shared
-#: machine, 2026-12-01:
+#: fp32, channels_last or not, whichever is faster, with a BatchNorm and a ReLU behind it, over that of the Int8Conv2d that computes
+#: all three; and the same where the norm was folded before. One picture, one thread's time on the CPU, the least of 7 calls, a
+#: shared machine, 2026-12-01:
 #:
 #:                                     avx512_vnni         avx2
 #:       16 ->   96, 1 x 1, 112 x 112  6.7   0.55      3.1   0.29
@@ -92,7 +92,7 @@ LEAST_SIZES_ON_CPU = {"avx2": _AVX2, "avx_vnni": _VNNI, "avx512": _AVX2, "avx512
 #:      256 ->  256, 3 x 3,  14 x 14   3.68  3.98      1.54  1.51
 #:
 #: AVX-VNNI and AMX were not there to be measured.
-_VNNI_CONVOLUTIONS, _AVX2_CONVOLUTIONS = LeastSize(64 * 64, 48), LeastSize(128 * 128, 64)
+_VNNI_CONVOLUTIONS, _AVX2_CONVOLUTIONS = LeastSize(8192, 32), LeastSize(16384, 64)
 LEAST_CONVOLUTIONS_ON_CPU = {
     "avx2": _AVX2_CONVOLUTIONS, "avx_vnni": _VNNI_CONVOLUTIONS, "avx512": _AVX2_CONVOLUTIONS,
     "avx512_vnni": _VNNI_CONVOLUTIONS, "amx": _VNNI_CONVOLUTIONS,
