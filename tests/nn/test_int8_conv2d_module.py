@@ -66,7 +66,7 @@ def test_it_computes_what_the_convolution_does(options):
 @pytest.mark.parametrize("activation", PLAIN)
 @torch.inference_mode()
 def test_activations_and_residuals(activation):
-    module, residual = conv(32, 32, 1), torch.randn(2, 32, 13, 9).contiguous(memory_format=torch.channels_last)
+    module, residual = conv(32, 32, 1), torch.randn(2, 32, 13, 9)
     layer = Int8Conv2d.from_torch(module, activation=activation)
     of = {"gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "hard_swish": F.hardswish}.get(activation) or getattr(
         F, activation

@@ -104,7 +104,8 @@ class SharedActivation(nn.Identity):
 
     def give(self, y: Tensor) -> None:
         """A tensor that it was applied to."""
-        self._given = y
+        if not torch.compiler.is_compiling():
+            self._given = y
 
     def forward(self, input: Any) -> Any:
         if not torch.compiler.is_compiling():

@@ -86,10 +86,8 @@ class Int8Conv2d(ReadableWeight, QuantizedModule):
     transposed: bool = False
     #: tensors, how often each had been written to, and what was made of them
     _folded: tuple[list[Tensor | None], list[int], tuple[Tensor, Tensor]] | None = None
-    _packed: tuple[Tensor | None, Tensor | None] = (
-        None,
-        None,
-    )  #: a weight, and that weight as a CPU reads it
+    #: a weight, and that weight as a CPU reads it
+    _packed: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def __init__(
         self,
@@ -124,10 +122,9 @@ class Int8Conv2d(ReadableWeight, QuantizedModule):
         self.register_buffer("qweight", qweight)
         self.register_buffer("weight_scale", torch.empty(out_channels, dtype=torch.float32, device=device))
         self.register_buffer("bias", torch.empty(out_channels, dtype=dtype, device=device) if bias else None)
-        one = (1, 1)
-        is_product = (self.kernel_size, self.padding, groups) == (one, (0, 0), 1) and in_channels <= MAX_K_ZERO_POINT
+        form = self.kernel_size, self.padding, groups
         #: whether it is the product of a Linear
-        self.is_pointwise = is_product and not static
+        self.is_pointwise = form == ((1, 1), (0, 0), 1) and in_channels <= MAX_K_ZERO_POINT and not static
         if channel_scale and not self.is_pointwise:
             raise ValueError(f"{type(self).__name__}: channel_scale goes with a kernel of 1 x 1, no padding, one group and "
                              "static=False, and only with them")  # fmt: skip
@@ -237,6 +234,8 @@ class Int8Conv2d(ReadableWeight, QuantizedModule):
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"Int8Conv2d takes an input [N, {self.in_channels}, H, W], or without N, not {list(x.shape)}: "
                              "reshape it")  # fmt: skip
+        if residual is not None:
+            residual = residual.contiguous(memory_format=torch.channels_last)
         weight_scale, bias, activation = self._epilogue()
         if self.is_pointwise:
             y = self._product(x, weight_scale, bias, activation, residual, residual_first)
@@ -246,7 +245,7 @@ class Int8Conv2d(ReadableWeight, QuantizedModule):
                 q, b["qweight"], scale, weight_scale, self.stride, self.padding, self.dilation, self.groups, bias, activation,
                 x.dtype, None, residual, residual_first, self._as_read(),
             )  # fmt: skip
-        if activation is not None and self.applied is not None and not torch.compiler.is_compiling():
+        if activation is not None and self.applied is not None and residual is None:
             self.applied[0].give(y)
         return y
 
@@ -295,9 +294,9 @@ class Int8Conv2d(ReadableWeight, QuantizedModule):
             pixels = pixels.contiguous()
         rows = pixels.flatten(1) if given is None else pixels.flatten(0, 2)
         q, scale, _ = quantize(rows, torch.int8, given, None, None, True, None)
-        return q.unflatten(-1 if given is None else 0, pixels.shape[1:] if given is None else pixels.shape[:3]).permute(
-            0, 3, 1, 2
-        ), scale if given is None else given
+        if given is None:
+            return q.unflatten(-1, pixels.shape[1:]).permute(0, 3, 1, 2), scale
+        return q.unflatten(0, pixels.shape[:3]).permute(0, 3, 1, 2), given
 
     def _epilogue(self) -> tuple[Tensor, Tensor | None, str | None]:
         """(scales of the weight, bias, activation), with the norm in them where it is computed here."""
