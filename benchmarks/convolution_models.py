@@ -59,7 +59,7 @@ class Subject:
         return torch.cat([self.model(x) for x in self.batches])
 
     def errors(self) -> dict[str, Any]:
-        """Of the model as it is now."""
+        """Those of the model as it is now."""
         actual, expected = self.logits(), self.expected
         agrees = actual.argmax(1) == expected.argmax(1)
         best = expected.softmax(1).topk(2).values

@@ -258,7 +258,7 @@ class Int8Conv2d(ReadableWeight, QuantizedModule):
         residual: Tensor | None,
         residual_first: bool,
     ) -> Tensor:
-        """Of 1 x 1: the linear layer of each pixel."""
+        """The linear layer of each pixel, of a kernel of 1 x 1."""
         b = self._buffers
         added = residual.permute(0, 2, 3, 1) if residual is not None and not residual_first else None
         y = LINEAR(
@@ -289,14 +289,14 @@ class Int8Conv2d(ReadableWeight, QuantizedModule):
     def _quantized(self, x: Tensor, quantize: Callable[..., Any] = QUANTIZE) -> tuple[Tensor, Tensor]:
         """(x in int8, in channels_last; its scale, [N] or [1])."""
         pixels = x.permute(0, 2, 3, 1)
-        given = self._buffers["input_scale"]
+        static = self._buffers["input_scale"]
         if not pixels.is_contiguous():
             pixels = pixels.contiguous()
-        rows = pixels.flatten(1) if given is None else pixels.flatten(0, 2)
-        q, scale, _ = quantize(rows, torch.int8, given, None, None, True, None)
-        if given is None:
+        rows = pixels.flatten(1) if static is None else pixels.flatten(0, 2)
+        q, scale, _ = quantize(rows, torch.int8, static, None, None, True, None)
+        if static is None:
             return q.unflatten(-1, pixels.shape[1:]).permute(0, 3, 1, 2), scale
-        return q.unflatten(0, pixels.shape[:3]).permute(0, 3, 1, 2), given
+        return q.unflatten(0, pixels.shape[:3]).permute(0, 3, 1, 2), static
 
     def _epilogue(self) -> tuple[Tensor, Tensor | None, str | None]:
         """(scales of the weight, bias, activation), with the norm in them where it is computed here."""
@@ -483,7 +483,7 @@ def folded_norm(
 
 
 def _tensors(norm: Norm) -> list[Tensor | None]:
-    """Of a BatchNorm, of which a frozen one has all as buffers: weight, bias, mean, variance."""
+    """Those of a BatchNorm, of which a frozen one has all as buffers: weight, bias, mean, variance."""
     p, s = norm._parameters, norm._buffers
     return [p.get(name, s.get(name)) for name in ("weight", "bias", "running_mean", "running_var")]
 
@@ -500,7 +500,7 @@ def normed(norm: Norm, y: Tensor) -> Tensor:
 
 
 def _own_padding(module: Any) -> Pair | None:
-    """Of an nn.Conv2d. torch pads with "same" one more behind than before where a kernel is even."""
+    """That of an nn.Conv2d. torch pads with "same" one more behind than before where a kernel is even."""
     if module.padding == "valid":
         return 0, 0
     if module.padding == "same":
@@ -510,20 +510,20 @@ def _own_padding(module: Any) -> Pair | None:
 
 
 def _same_padding(module: Any) -> Pair | None:
-    """Of those that pad as TensorFlow does, by the size of the input where they stride."""
+    """That of classes that pad as TensorFlow does, by the size of the input where they stride."""
     total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size)]
     return None if any(n % 2 for n in total) or tuple(module.stride) != (1, 1) else (total[0] // 2, total[1] // 2)
 
 
 def _static_padding(module: Any) -> Pair | None:
-    """Of those that call a member `static_padding` first: with one size of input they pad as TensorFlow does."""
-    pads, own = module.static_padding, pair("padding", module.padding, 0)
+    """That of classes that call a member `static_padding` first: with one size of input they pad as TensorFlow does."""
+    pads, (height, width) = module.static_padding, pair("padding", module.padding, 0)
     if qualified(type(pads)) in _PAD_NOTHING:
-        return own
+        return height, width
     if type(pads) is not nn.ZeroPad2d:
         return None
     left, right, top, bottom = pads.padding
-    return (own[0] + top, own[1] + left) if (left, top) == (right, bottom) else None
+    return (height + top, width + left) if (left, top) == (right, bottom) else None
 
 
 _PAD_NOTHING = (

@@ -61,7 +61,10 @@ def _module_of(function: FunctionType) -> str:
 
 def generic(module: str) -> bool:
     """Whether a module of transformers or timm is written for all models, and so knows the parts of none by name."""
-    return re.match(r"transformers(\.(?!models\.[\w.]+\.modeling_)|$)|timm\.models\._", module) is not None
+    return (
+        re.match(r"transformers(\.(?!models\.[\w.]+\.modeling_)|$)|timm\.models\._(?!efficientnet_blocks)", module)
+        is not None
+    )
 
 
 def _only_calls(module: str) -> bool:

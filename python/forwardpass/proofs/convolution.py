@@ -53,7 +53,7 @@ def chain_behind(leaf: Leaf, reach: Reach) -> tuple[NormBehind | None, Activatio
     """What a convolution can compute itself; `reach` looks through its model."""
     parent = leaf.parent
     follows = _follower(leaf, reach)
-    names, norm, found = [leaf.name], None, None
+    names, norm, act = [leaf.name], None, None
     name, is_alone = follows(leaf.name)
     if name and (within := _norm(parent, name)) and is_alone:
         norm = NormBehind(_beside(leaf, name), within[0], within[1])
@@ -66,7 +66,7 @@ def chain_behind(leaf: Leaf, reach: Reach) -> tuple[NormBehind | None, Activatio
     module = parent._modules.get(name) if name else None
     formula = None if module is None or is_watched(module) else formula_of(module)
     if name and module is not None and formula in PLAIN and (is_alone or formula in _IDEMPOTENT):
-        found = Activation(_beside(leaf, name), module, formula, not is_alone, tuple(passed))
+        act = Activation(_beside(leaf, name), module, formula, not is_alone, tuple(passed))
         names += [*passed, name]
     if len(names) == 1:
         return None, None
@@ -75,7 +75,7 @@ def chain_behind(leaf: Leaf, reach: Reach) -> tuple[NormBehind | None, Activatio
     proven = all(map(reach.has_one_place, used)) and (
         called_as_a_whole(leaf, reach) if in_sequence else reach.only_named_by(parent, names, in_forward=True)
     )
-    return (norm, found) if proven else (None, None)
+    return (norm, act) if proven else (None, None)
 
 
 def _beside(leaf: Leaf, name: str) -> str:

@@ -114,7 +114,7 @@ class ConvolutionLeaf(Leaf):
 
     @property
     def in_features(self) -> int:
-        """Of the product that it is: channels of a group times the pixels of a window."""
+        """K of the product that it is: channels of a group times the pixels of a window."""
         return self.weight[0].numel()
 
     @property
@@ -147,9 +147,9 @@ def _proven(leaf: Leaf, reach: Reach) -> Leaf:
 def convolutions(model: nn.Module) -> list[ConvolutionLeaf]:
     """Every nn.Conv2d below `model`, with what it can compute besides, as `linear_like` has Linears."""
     reach = Reach(model)
-    found = leaves(model, lambda m: isinstance(m, nn.Conv2d) and BASE not in m._modules, ConvolutionLeaf)
-    chains = (chain_behind(leaf, reach) for leaf in found)
-    return [replace(leaf, norm=norm, activation=act) for leaf, (norm, act) in zip(found, chains)]
+    modules = leaves(model, lambda m: isinstance(m, nn.Conv2d) and BASE not in m._modules, ConvolutionLeaf)
+    chains = (chain_behind(leaf, reach) for leaf in modules)
+    return [replace(leaf, norm=norm, activation=act) for leaf, (norm, act) in zip(modules, chains)]
 
 
 def experts_leaves(model: nn.Module) -> list[Leaf]:

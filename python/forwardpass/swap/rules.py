@@ -37,8 +37,7 @@ from ..nn.layer import has_other_forward, is_linear
 from ..ops.common.quantized_rows import FLOATS
 from ..ops.int8_conv2d import LEAST_GROUP
 from ..proofs.adapters import BASE, reads_base
-from ..proofs.classes import classes_asked
-from ..proofs.parameters import values_read
+from ..proofs.asked import classes_asked, values_read
 from ..proofs.walker import Leaf
 from .precision import STORED, Precision, Presets
 
