@@ -94,12 +94,12 @@ struct Int8Rows {
 };
 
 // a int8 [M, K] times b int8 [N, K], through the epilogue. What is packed is used where it is of this kernel and of
-// these very bytes of b, which are read to know it.
+// these very bytes of b, which are read to know it unless it was packed without `verify`.
 void int8_product(const Int8Kernel& kernel, const Int8Rows& a, const Int8Weight& weight, const Epilogue& epilogue);
 
 // How many bytes a packed b takes is known when it is packed; then `allocate` is called, for memory aligned to 64. It
-// is not where the tier has no kernel.
-void pack_weight(Tier t, const Matrix& b, const std::function<uint8_t*(int64_t bytes)>& allocate);
+// is not where the tier has no kernel, or where to verify it takes as long as to pack b anew.
+void pack_weight(Tier t, const Matrix& b, bool verify, const std::function<uint8_t*(int64_t bytes)>& allocate);
 
 // Elements outside of b are zero.
 template <class V>

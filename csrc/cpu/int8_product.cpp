@@ -24,6 +24,7 @@ struct PackedHeader {
   uint64_t magic;
   int64_t tier, rows, columns, excess_pairs;
   uint64_t checksum;  // of b
+  int64_t verify;     // whether the checksum is looked at
 };
 constexpr uint64_t kMagic = 0x3130'6465'6b63'6170;  // "packed01"
 static_assert(sizeof(PackedHeader) <= 64);
@@ -124,7 +125,7 @@ std::optional<PackedWeight> packed_weight(const Int8Weight& w) {
   STD_TORCH_CHECK(header.magic == kMagic && header.rows == w.b.rows && header.columns == w.b.columns &&
                       w.packed_bytes == layout.bytes + header.excess_pairs * int64_t{sizeof(ExcessPair)},
                   "packed must be what pack_int8_weight returned for this weight");
-  if (header.tier != int64_t(tier()) || header.checksum != checksum(w.b)) return {};
+  if (header.tier != int64_t(tier()) || (header.verify && header.checksum != checksum(w.b))) return {};
   return layout.view(w.packed, reinterpret_cast<const ExcessPair*>(w.packed + layout.bytes));
 }
 
@@ -235,15 +236,15 @@ void int8_product(const Int8Kernel& kernel, const Int8Rows& a, const Int8Weight&
   multiply_blocks(kernel, a, b.rows, Packed(kernel, b).weight(), epilogue);
 }
 
-void pack_weight(Tier t, const Matrix& b, const std::function<uint8_t*(int64_t bytes)>& allocate) {
+void pack_weight(Tier t, const Matrix& b, bool verify, const std::function<uint8_t*(int64_t bytes)>& allocate) {
   const Int8Kernel* kernel = int8_kernel(t);
-  if (!kernel || !kernel->keeps_packed) return;
+  if (!kernel || (verify && !kernel->keeps_packed)) return;
   const Packed packed(*kernel, b);
   const int64_t bytes = packed.layout.bytes, excess = packed.excess.size() * sizeof(ExcessPair);
   uint8_t* to = allocate(bytes + excess);
   std::memcpy(to, packed.memory[0].bytes, bytes);
   std::memcpy(to + bytes, packed.excess.data(), excess);
-  const PackedHeader header{kMagic, int64_t(t), b.rows, b.columns, int64_t(packed.excess.size()), checksum(b)};
+  const PackedHeader header{kMagic, int64_t(t), b.rows, b.columns, int64_t(packed.excess.size()), checksum(b), verify};
   std::memset(to, 0, packed.layout.tiles);  // the same weight has the same bytes
   std::memcpy(to, &header, sizeof(header));
 }

@@ -162,7 +162,7 @@ STABLE_TORCH_LIBRARY(forwardpass, m) {
     m.def(op.definition("_triton").c_str());
     m.def(op.definition("_cuda").c_str());
   });
-  m.def("pack_int8_weight(Tensor weight) -> Tensor");
+  m.def("pack_int8_weight(Tensor weight, bool verify=True) -> Tensor");
   m.def("_cpu_tiers() -> str");
   m.def("_cpu_tier() -> str");
   m.def("_cpu_has_attention(ScalarType dtype, int head_dim, int rows) -> bool");

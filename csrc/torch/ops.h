@@ -56,8 +56,9 @@ Tensor int8_linear(Backend backend, const Tensor& x, const Tensor& weight, const
                    const OptionalTensor& channel_scale, const OptionalTensor& weight_sum, const OptionalTensor& packed,
                    const OptionalTensor& residual, std::optional<int64_t> rotate);
 
-// weight as the int8 GEMM of this CPU reads it, int8; empty where it reads it as it is.
-Tensor pack_int8_weight(const Tensor& weight);
+// weight as the int8 GEMM of this CPU reads it, int8; empty where it reads it as it is. Without `verify` it is used
+// without a look at the weight.
+Tensor pack_int8_weight(const Tensor& weight, bool verify);
 // The names of the tiers that the CPU kernels may use, in rising order with commas, and of the one that they use.
 std::string cpu_tiers();
 std::string cpu_tier();

@@ -3,7 +3,7 @@
 
 namespace forwardpass {
 
-Tensor pack_int8_weight(const Tensor& weight) {
+Tensor pack_int8_weight(const Tensor& weight, bool verify) {
   const Matrix b = operand(weight, Dtype::i8, weight, "pack_int8_weight", "weight");
   STD_TORCH_CHECK(weight.dim() == 2, "pack_int8_weight: weight must be [N, K]");
   Tensor packed = contiguous_rows({0}, ScalarType::Char, weight);
@@ -11,7 +11,7 @@ Tensor pack_int8_weight(const Tensor& weight) {
     packed = contiguous_rows({bytes}, ScalarType::Char, weight);
     return static_cast<uint8_t*>(packed.mutable_data_ptr());
   };
-  if (weight.numel()) cpu::pack_weight(cpu::tier(), b, allocate);
+  if (weight.numel()) cpu::pack_weight(cpu::tier(), b, verify, allocate);
   return packed;
 }
 

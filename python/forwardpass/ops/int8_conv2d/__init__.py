@@ -57,7 +57,7 @@ def int8_conv2d(
         residual_first: activation(... + residual), as a ResNet has it.
         out_dtype: float32, float16, bfloat16; or int8 (-127..127), with out_scale.
         out_scale: float32, one element or [C_out]: what a step of the int8 output stands for, a next convolution's static scale.
-        packed: `pack_int8_weight(w)`, as in `int8_linear`; of one group.
+        packed: `pack_int8_weight(w)`, which the cpu backend then does not pack anew on each call; used with one group alone.
 
     Returns:
         [N, C_out, H_out, W_out] of out_dtype in channels_last memory; int8 ones with pixels padded to 16 bytes.

@@ -83,13 +83,16 @@ def int8_linear(
     return OPERATION(*args) if residual is None else OPERATION(*args, residual)
 
 
-def pack_int8_weight(weight: Tensor) -> Tensor:
+def pack_int8_weight(weight: Tensor, *, verify: bool = True) -> Tensor:
     """A weight as this process's int8 GEMM on the CPU reads it, for `int8_linear(packed=)` and `int8_conv2d(packed=)`.
 
-    It holds a checksum of the weight, by which those know whether it is still the same.
+    It holds a checksum of the weight, by which those know whether it is still the same. To compute that reads the weight once
+    more on each call; on AVX-512 VNNI it takes as long as packing, and nothing is packed.
 
     Args:
         weight: int8 [N, K] on the CPU, last stride 1, any row stride; or [C_out, C, kh, kw] in channels_last memory.
+        verify: False: the packed weight is used as it is, without a look at the weight. Whoever changes the weight packs it anew,
+            or results are those of the weight before.
 
     Returns:
         int8 [bytes], of no form to rely on: of this version and of the instructions that `forwardpass doctor` names. On AVX2 up
@@ -111,7 +114,9 @@ def pack_int8_weight(weight: Tensor) -> Tensor:
     check_int8_weight("pack_int8_weight", "weight", weight, "weight", weight, False)
     if weight.device.type != "cpu":
         raise ValueError(f"pack_int8_weight: weight must be on the CPU, and is on {weight.device}")
-    return torch.ops.forwardpass.pack_int8_weight(weight)
+    if not isinstance(verify, bool):
+        raise TypeError(f"pack_int8_weight: verify must be True or False, not {verify!r}")
+    return torch.ops.forwardpass.pack_int8_weight(weight, verify)
 
 
 def _check(
@@ -162,7 +167,7 @@ def _notes(x: Tensor, weight: Tensor, *options: object) -> list[str]:
 if library.load_error is None:
 
     @torch.library.register_fake("forwardpass::pack_int8_weight")
-    def _(weight: Tensor) -> Tensor:
+    def _(weight: Tensor, verify: bool = True) -> Tensor:
         return weight.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int8)
 
 
