@@ -76,6 +76,12 @@ def int8_depth(k: int) -> tuple[Any, ...]:
     return replaced("int8_gemm", args, a=torch.full((2, k), -128, dtype=torch.int8), b=full_weight(16, k))
 
 
+def convolution_depth(k: int) -> tuple[Any, ...]:
+    args = case("int8_conv2d", images=(1, 1, 2), channels=k, out_channels=16, kernel=(1, 1), padding=(0, 0))
+    full = {name: full_weight(*a.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2) for name, a in zip("xw", args)}
+    return replaced("int8_conv2d", args, **full)
+
+
 def full_weight(*shape: int) -> torch.Tensor:
     return torch.full(shape, -128, dtype=torch.int8)
 
@@ -415,6 +421,7 @@ def product_limits() -> Iterator[Limit]:
     for zero_point, last in ((None, MAX_K), ("row", MAX_K_ZERO_POINT)):
         of = "K" if zero_point is None else "K with a_zero_point"
         yield Limit("int8_gemm_quantize", of, last, last + 1, quantized_depth(zero_point))
+    yield Limit("int8_conv2d", "K", MAX_K, MAX_K + 1, convolution_depth)
     yield Limit("int8_linear", "K", MAX_K, MAX_K + 1, linear_depth(True))
     yield Limit("int8_linear", "K with symmetric=False", MAX_K_ZERO_POINT, MAX_K_ZERO_POINT + 1, linear_depth(False))
     yield Limit("int8_grouped_gemm", "K", MAX_K, MAX_K + 1, grouped_depth)

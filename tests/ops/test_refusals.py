@@ -41,6 +41,13 @@ DECODE = {"q": Q, "k_cache": CACHE, "v_cache": CACHE, "seq_lens": ints(3, 2), **
           "alibi_slopes": torch.ones(2, 4)}  # fmt: skip
 ATTENTION = {"q": torch.ones(2, 3, 4, 8), "k": torch.ones(2, 5, 2, 8), "v": torch.ones(2, 5, 2, 8), **SCORES, "causal": True,
              "mask": torch.ones(3, 5, dtype=torch.bool), "alibi_slopes": torch.ones(2, 4)}  # fmt: skip
+
+
+def images(dtype, *shape):
+    return torch.zeros(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+
+IMAGES, WINDOWS, ADDED = images(INT8, 2, 8, 5, 6), images(INT8, 16, 8, 3, 2), images(F32, 2, 16, 3, 4)
 CALLS = {
     "activation_quantize": {"x": torch.ones(4, 64), "activation": "silu_mul", "dtype": INT8, "group_size": 16, "layout": "halves",
                             "symmetric": True, "channel_scale": torch.ones(32)},
@@ -59,6 +66,9 @@ CALLS = {
     "fp8_gemm_quantize": {"a": A8, "b": B8, "a_scale": A8_SCALE, "b_scale": B8_SCALE, **BIAS, "group_size": 128},
     "fp8_grouped_gemm": {"a": A8, "b": EXPERTS8, "a_scale": A8_SCALE, "b_scale": EXPERTS8_SCALE, **OF_EXPERTS, "out_dtype": F32},
     "fp8_linear": {"x": X, "weight": B8, "weight_scale": B8_SCALE, **BIAS, **FLOAT, "scale": ONE, "channel_scale": torch.ones(32)},
+    "int8_conv2d": {"x": IMAGES, "w": WINDOWS, "x_scale": torch.ones(2), "w_scale": torch.ones(16), "stride": (2, 1),
+                    "padding": (1, 0), "dilation": (1, 2), "groups": 1, "bias": torch.zeros(16), "activation": "relu6",
+                    "out_dtype": F32, "residual": ADDED, "residual_first": True, "packed": fp.ops.pack_int8_weight(WINDOWS)},
     "int8_gemm": {"a": A, "b": B, "a_scale": A_SCALE, "b_scale": B_SCALE, **BIAS, **FLOAT, **SHIFT},
     "int8_gemm_quantize": {"a": A, "b": B, "a_scale": A_SCALE, "b_scale": B_SCALE, **BIAS, **SHIFT},
     "int8_grouped_gemm": {"a": A, "b": EXPERTS, "a_scale": A_SCALE, "b_scale": EXPERTS_SCALE, **OF_EXPERTS, "out_dtype": F32,
@@ -67,7 +77,7 @@ CALLS = {
                     "packed": fp.ops.pack_int8_weight(B)},
     "interleave_gate_up": {"gate": torch.ones(16, 3), "up": torch.ones(16, 3), "dim": 0},
     "norm_quantize": {"x": X, **NORM},
-    "pack_int8_weight": {"weight": B},
+    "pack_int8_weight": {"weight": B, "verify": True},
     "permute_quantize": {"x": X, "index": torch.zeros(4, 2, dtype=torch.int64), "num_experts": 3, "dtype": INT8, "group_size": 16,
                          "channel_scale": torch.ones(32)},
     "quantize": {"x": X, "dtype": INT8, **STATIC},
@@ -121,6 +131,7 @@ def is_right(op, name, other):
         ("unpermute", "y"): other.dim() > 1,
         ("pack_int8_weight", "weight"): other.dim() == 2,
         ("w8a16_gemm", "weight_scale"): tuple(other.shape) == (48, 1),  # a group of columns
+        ("int8_conv2d", "packed"): other.dtype == INT8,
         ("int8_linear", "packed"): other.dtype == INT8,  # of no form to rely on; not read where weight is
     }
     return free.get((op, name), False) or (name in ("scale", "zero_point") and other.numel() == 1)
