@@ -216,7 +216,8 @@ def planned(subject: Subject) -> dict[str, Any]:
             "fqn": row["fqn"],
             "index": order.index(row["fqn"]),
             "chosen": row["fqn"] in chosen,
-            "refused": sorted({c["refusal"]["code"] for c in row["candidates"].values() if c["refusal"]}),
+            "refused": sorted({c["refused"]["code"] for c in row["candidates"].values() if c["refused"]}),
+            "output_error": {name: c["output"]["mean"] for name, c in row["candidates"].items() if c["output"]},
         }
         for row in plan.evidence["layers"]
         if row["fqn"] in order

@@ -43,9 +43,13 @@ def test_wide_convolutions_are_swapped_with_what_is_behind_them(name):
     assert (
         computes
         == {
-            "resnet": dict(
-                zip(WIDE["resnet"], 2 * ["int8 v1, 3 x 3 + batch norm + relu", "int8 v1, 3 x 3 + batch norm"])
-            ),
+            "resnet": {
+                "blocks.0.conv1": "int8 v1, 3 x 3 + batch norm + relu",
+                "blocks.0.conv2": "int8 v1, 3 x 3 + batch norm",
+                "blocks.1.conv1": "int8 v1, 3 x 3 + batch norm + relu",
+                "blocks.1.conv2": "int8 v1, 3 x 3 + batch norm",
+                "blocks.1.downsample.0": "int8 v1, 1 x 1 / 2 + batch norm",
+            },
             "yolo": {
                 "down.conv": "int8 v1, 3 x 3 / 2 + batch norm + silu",
                 "c2f.cv1.conv": "int8 v1, 1 x 1 + batch norm + silu",

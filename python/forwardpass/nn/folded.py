@@ -100,22 +100,22 @@ class SharedActivation(nn.Identity):
         super().__init__()
         self.training = activation.training
         self._of = (activation,)  # in a tuple, which holds no children
-        self._given: Tensor | None = None
+        self._activated: Tensor | None = None
 
     def give(self, y: Tensor) -> None:
         """A tensor that it was applied to."""
         if not torch.compiler.is_compiling():
-            self._given = y
+            self._activated = y
 
     def forward(self, input: Any) -> Any:
         if not torch.compiler.is_compiling():
-            given, self._given = self._given, None
-            if given is not None and given is input:
+            y, self._activated = self._activated, None
+            if y is not None and y is input:
                 return input
         return self._of[0](input)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_given": None}
+        return {**vars(self), "_activated": None}
 
     def extra_repr(self) -> str:
         return f"{type(self._of[0]).__name__}, by layers before it"
