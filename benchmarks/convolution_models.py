@@ -39,9 +39,11 @@ PHOTOGRAPHS = (
     "motorcycle_left.png",
     "hubble_deep_field.jpg",
 )
-#: Sides of a photograph that its crops have, in turn: all of it, its middle, its corners.
-CROPS = ((1.0, 0.5, 0.5), (0.75, 0.5, 0.5), (0.75, 0.0, 0.0), (0.75, 0.0, 1.0), (0.75, 1.0, 0.0), (0.75, 1.0, 1.0),
-         (0.5, 0.5, 0.5), (0.6, 0.3, 0.7))  # fmt: skip
+#: (the side of a crop as a share of the photograph's shorter one, how far down it is, how far to the right).
+CROPS = [
+    (1.0, 0.5, 0.5),
+    *((share, y, x) for share in (0.9, 0.75, 0.6) for y in (0.0, 0.5, 1.0) for x in (0.0, 0.4, 0.8)),
+]
 CALIBRATED = "int8+calibrated"
 PARTS = ("layers", "agreement", "plan", "time")
 ALIKE = 0.999
@@ -271,7 +273,7 @@ def main() -> None:
     p: argparse.ArgumentParser = bench.parser(__doc__)
     p.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     p.add_argument("--models", nargs="+", help="of the three, by name")
-    p.add_argument("--images", type=int, default=32, help="of each model, at most; as many others calibrate")
+    p.add_argument("--images", type=int, default=112, help="of each model, at most; as many others calibrate")
     p.add_argument("--plot", metavar="FILE", help="draw the errors of layers")
     args = p.parse_args()
     if args.plot:
