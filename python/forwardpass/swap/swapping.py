@@ -392,7 +392,7 @@ def empty_convolution(leaf: ConvolutionLeaf, calibrated: bool) -> Int8Conv2d:
     m: Any = leaf.module
     padding = padding_of(m)
     assert padding is not None
-    options: dict[str, Any] = _fused(leaf)  # type: ignore[assignment]
+    options: dict[str, Any] = _fused(leaf)
     if calibrated:
         options["channel_scale" if is_pointwise(m) else "static"] = True
     new = Int8Conv2d(
