@@ -120,14 +120,16 @@ INLINE void clamped_rows(const Epilogue& e, const int32_t* acc, int64_t stride, 
         const int32_t* from = acc + row * stride + first;
         const float a_scale = e.a_scale ? e.a_scale[e.a_scale_per_row ? row : 0] : 1.0f;
         auto to = static_cast<char*>(e.out) + (row * e.out_stride + first) * size_of(e.out_dtype);
-        for_each_vector<V>(
-            0, n, VECTOR_BODY(&) {
-              V y = fma(load<V, Dtype::i32>(from, c, n), a_scale * load<V, Dtype::f32>(scale, c),
-                        load<V, Dtype::f32>(bias, c));
-              y = select_less(y, splat<V>(low), splat<V>(low), y);
-              y = select_less(splat<V>(high), y, splat<V>(high), y);
-              put(y, to, c, n);
-            });
+        const auto vector = VECTOR_BODY(&) {
+          V y = fma(load<V, Dtype::i32>(from, c, n), a_scale * load<V, Dtype::f32>(scale, c),
+                    load<V, Dtype::f32>(bias, c));
+          y = select_less(y, splat<V>(low), splat<V>(low), y);
+          y = select_less(splat<V>(high), y, splat<V>(high), y);
+          put(y, to, c, n);
+        };
+        // A rest is made anew with what is before it: parts of vectors are loaded and stored by calls of memcpy.
+        for_each_vector<V>(0, n < kLanes<V> ? n : n / kLanes<V> * kLanes<V>, vector);
+        if (n > kLanes<V> && n % kLanes<V>) vector(n - kLanes<V>, kLanes<V>);
       }
     };
     if (e.out_dtype == Dtype::i8) {

@@ -138,11 +138,12 @@ AVX2 void prepare_block(const PackedWeight& b, uint8_t* a, int64_t a_stride, uin
 AVX2 void multiply_block(const PackedWeight& b, const uint8_t* a, int64_t a_stride, int64_t rows,
                          const uint8_t* transposed, int64_t first_strip, int64_t strips, int32_t* sums) {
   const int64_t stride = strips * kTileRows;
-  for (int64_t s = 0; s < strips; ++s) {
+  const int64_t used = std::min(strips, b.used_columns / kTileRows - first_strip);
+  for (int64_t s = 0; s < used; ++s) {
     const int64_t column = (first_strip + s) * kTileRows;
     int32_t* to = sums + s * kTileRows;
     for (int64_t r = 0; r < rows; r += kRows)
-      multiply_rows(a + r * a_stride, a_stride, b.tiles + column * b.depth, b.depth, b.corrections + column,
+      multiply_rows(a + r * a_stride, a_stride, b.tiles + column * b.depth, b.used_depth, b.corrections + column,
                     to + r * stride, stride);
     const uint32_t begin = column ? b.ends[column - 1] : 0;
     if (begin != b.ends[column + kTileRows - 1])

@@ -36,10 +36,11 @@ struct StripExcess {
 
 // b, packed.
 struct PackedWeight {
-  int64_t columns, depth;      // N and K, padded
-  const uint8_t* tiles;        // [columns / 16][depth / 64][16][64]
-  const int32_t* corrections;  // [columns], what the sums begin with
-  const uint32_t* ends;        // [columns], of each row's pairs in `excess`
+  int64_t columns, depth;            // N and K, padded
+  int64_t used_columns, used_depth;  // the same, padded to a strip and to four: beyond them all is zero
+  const uint8_t* tiles;              // [columns / 16][depth / 64][16][64]
+  const int32_t* corrections;        // [columns], what the sums begin with
+  const uint32_t* ends;              // [columns], of each row's pairs in `excess`
   const ExcessPair* excess;
 };
 

@@ -31,10 +31,12 @@ static_assert(sizeof(PackedHeader) <= 64);
 
 // Where the parts of a packed weight are. The excess follows them.
 struct Layout {
-  int64_t columns, depth, tiles, corrections, ends, bytes;
+  int64_t columns, depth, used_columns, used_depth, tiles, corrections, ends, bytes;
   explicit Layout(const Matrix& b)
       : columns(round_up(b.rows, kColumnStep)),
         depth(round_up(b.columns, kTileBytes)),
+        used_columns(round_up(b.rows, kTileRows)),
+        used_depth(round_up(b.columns, 4)),
         tiles(64),
         corrections(tiles + columns * depth),
         ends(corrections + columns * 4),
@@ -43,6 +45,8 @@ struct Layout {
   PackedWeight view(const uint8_t* memory, const ExcessPair* excess) const {
     return {columns,
             depth,
+            used_columns,
+            used_depth,
             memory + tiles,
             reinterpret_cast<const int32_t*>(memory + corrections),
             reinterpret_cast<const uint32_t*>(memory + ends),

@@ -24,9 +24,9 @@ INLINE void pack(const Matrix& b, int64_t strip, int64_t depth, uint8_t* tiles, 
   for (int j = 0; j < kParts; ++j) Isa::store(corrections + j * Isa::kWidth, sums[j] * -128);
 }
 
-// kRows rows by kStrips strips. `stride`: of the sums.
+// kRows rows by kStrips strips, of which b's depth is that of memory. `stride`: of the sums.
 template <class Isa, int kRows, int kStrips>
-INLINE void multiply_rows(const uint8_t* a, int64_t a_stride, const uint8_t* b, int64_t depth,
+INLINE void multiply_rows(const uint8_t* a, int64_t a_stride, const uint8_t* b, int64_t depth, int64_t used_depth,
                           const int32_t* corrections, int32_t* sums, int64_t stride) {
   constexpr int kParts = kStrips * kTileRows / Isa::kWidth, kPartsOfStrip = kParts / kStrips;
   typename Isa::Ints acc[kRows][kParts];
@@ -34,7 +34,7 @@ INLINE void multiply_rows(const uint8_t* a, int64_t a_stride, const uint8_t* b, 
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
     for (int j = 0; j < kParts; ++j) acc[i][j] = Isa::load(corrections + j * Isa::kWidth);
-  for (int64_t d = 0; d < depth; d += 4, b += kTileBytes) {
+  for (int64_t d = 0; d < used_depth; d += 4, b += kTileBytes) {
     typename Isa::Ints columns[kParts];
 #pragma GCC unroll 2
     for (int j = 0; j < kParts; ++j)
@@ -59,7 +59,7 @@ INLINE void multiply(const PackedWeight& b, const uint8_t* a, int64_t a_stride, 
   for (int64_t s = 0; s < strips; s += kStrips)
     for (int64_t r = 0; r < rows; r += kRows)
       multiply_rows<Isa, kRows, kStrips>(a + r * a_stride, a_stride, b.tiles + (first_strip + s) * b.depth * kTileRows,
-                                         b.depth, b.corrections + (first_strip + s) * kTileRows,
+                                         b.depth, b.used_depth, b.corrections + (first_strip + s) * kTileRows,
                                          sums + (r * strips + s) * kTileRows, strips * kTileRows);
 }
 
