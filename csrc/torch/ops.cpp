@@ -73,9 +73,10 @@ constexpr std::tuple kOps{
         "int8_grouped_gemm(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor offs, Tensor? bias, "
         "str? activation, ScalarType out_dtype, Tensor? out_scale, Tensor? a_zero_point, Tensor? b_sum) -> Tensor"},
 
-    Op<int8_conv2d>{"int8_conv2d(Tensor x, Tensor w, Tensor x_scale, Tensor w_scale, int[] stride, int[] padding, "
-                    "int[] dilation, int groups, Tensor? bias, str? activation, ScalarType out_dtype, "
-                    "Tensor? out_scale, Tensor? residual=None, bool residual_first=False, Tensor? packed=None) -> Tensor"},
+    Op<int8_conv2d>{
+        "int8_conv2d(Tensor x, Tensor w, Tensor x_scale, Tensor w_scale, int[] stride, int[] padding, "
+        "int[] dilation, int groups, Tensor? bias, str? activation, ScalarType out_dtype, "
+        "Tensor? out_scale, Tensor? residual=None, bool residual_first=False, Tensor? packed=None) -> Tensor"},
 
     Op<int8_linear>{"int8_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, str? activation, "
                     "ScalarType out_dtype, Tensor? scale, Tensor? zero_point, bool symmetric, Tensor? channel_scale, "
