@@ -56,7 +56,9 @@ class Subject:
     def __init__(self, model: nn.Module, batches: list[Batch], calibration: list[Batch], evidence: dict[str, Any]):
         self.model, self.batches, self.rows = model, batches, {x["fqn"]: x for x in evidence["layers"]}
         self.leaves = {leaf.fqn: leaf for leaf in linear_like(model)}
-        self.arguments, _ = calibration_arguments(model, list(self.leaves.values()), calibration, None)
+        candidates = [find_candidate(name) for name in evidence["candidates"]]
+        rotations = {fqn: {p.rotate for p in candidates if p.calibrated} for fqn in self.leaves}
+        self.arguments, *_ = calibration_arguments(model, [*self.leaves.values()], calibration, None, rotations)
         self.expected = embedding.embed(embedding.hidden_states(model), batches)
         self.current: Plan | None = None
 

@@ -16,6 +16,7 @@ try:
     from .dispatch.calls import call_counts
     from .dispatch.interpreted import follow as _follow_interpreter
     from .dispatch.interpreted import interpret
+    from .integrations.accelerate import register_when_imported as _keep_tensors_when_imported
     from .integrations.flash_attention import register_flash_attention_impl
     from .integrations.peft import register_when_imported as _check_adapters_when_imported
     from .integrations.sdpa import sdpa
@@ -68,4 +69,5 @@ def __getattr__(name: str) -> _Any:
 
 _register_when_imported()
 _check_adapters_when_imported()
+_keep_tensors_when_imported()
 _follow_interpreter()

@@ -15,6 +15,7 @@ from huggingface_hub import errors
 from forwardpass.cli import comparison, embedding, source
 from forwardpass.common import quiet
 from forwardpass.nn import Int8Linear
+from forwardpass.planning.parity import ParityReport
 
 
 @pytest.mark.parametrize("option", ["--save", "--json"])
@@ -39,6 +40,21 @@ def test_a_model_of_which_nothing_is_swapped_has_no_parity(folder, tmp_path):
         done,
         "no layer of this model is swapped, so there is nothing to compare: too_small: 32 x 32 is too small to gain",
     )
+
+
+def test_options_that_do_not_go_together_are_refused_before_a_model_is_read(folder, monkeypatch):
+    """They were refused once the model was loaded, and twice in memory."""
+    monkeypatch.setattr(embedding, "load", lambda *a: pytest.fail("refused after the work, not before"))
+    words = "kv_cache='int8' needs swapped attention, which reads it: drop attention=False"
+    refused(run("swap", folder, "--kv-cache", "int8", "--attention", "false"), words)
+    refused(run("swap", folder, "--kv-cache", "int4"), "kv_cache is None or one of")
+
+
+def test_a_layer_that_no_text_reaches_fails(folder, monkeypatch):
+    """Its error is unknown: it was a line of the report, and the command's status was 0."""
+    monkeypatch.setattr(ParityReport, "unreached", property(lambda report: [report.layers[0].fqn]))
+    done = run("parity", folder, "--precision", "int8", "--calibrate", "none")
+    assert done.exit_code == 1 and "no text reaches encoder.layer.0." in done.stderr
 
 
 def test_trying_a_path_leaves_nothing_behind(folder, tmp_path, monkeypatch):

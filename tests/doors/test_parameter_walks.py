@@ -1,8 +1,11 @@
 """What goes over the parameters of a model finds a swapped one as it finds its Linears: FSDP, accelerate, optimizers."""
 
+import copy
+
 import pytest
 import ranks
 import torch
+from small_models import MLPS, batch, build, outputs
 from torch import nn
 
 import forwardpass as fp
@@ -48,6 +51,23 @@ def test_accelerate():
     assert torch.equal(dispatched(X), expected)
     assert torch.equal(accelerate.cpu_offload(model(), torch.device("cpu"))(X), expected)
     assert accelerate.infer_auto_device_map(model(), {"cpu": 10**9}) == {"": "cpu"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2"])
+def test_accelerate_offloads_integers(name, tmp_path):
+    """A gated MLP raised KeyError: 'model.layers.0.mlp.gate_up.qweight'."""
+    accelerate = pytest.importorskip("accelerate")
+    model, x = build(name, MLPS), batch(name)
+    fp.swap(model, "int8", include="**", exclude="lm_head", attention=False)
+    expected = outputs(model, x)
+    offloaded = accelerate.cpu_offload(copy.deepcopy(model), torch.device("cpu"), offload_buffers=True)
+    integers = [t for layer in offloaded.modules() for n, t in layer._buffers.items() if n == "qweight"]
+    assert integers and all(t.is_meta for t in integers)
+    for _ in range(2):
+        assert torch.equal(outputs(offloaded, x), expected)
+    on_disk = accelerate.disk_offload(model, tmp_path, torch.device("cpu"), offload_buffers=True)
+    assert torch.equal(outputs(on_disk, x), expected)
 
 
 def test_optimizers_and_flags():

@@ -216,8 +216,8 @@ VIEWS = ("{f}({v}.transpose(0, 1)).transpose(0, 1)", "{f}({v}.view(-1, {v}.shape
          "{f}({v}.view_as({v}))", "torch.stack([{f}(part) for part in {v}.unbind()])", "{f}({v}.mT.mT)",
          "{f}({v}.unsqueeze(0).expand(2, *{v}.shape))[1]", "{f}({v}.float()).to({v}.dtype)", "{f}({v}.clone())", "{f}({v} + 0)",
          "{f}({v}.detach())", "{f}({v}.as_strided({v}.shape, {v}.stride()))", "{f}({v}).contiguous()", "{f}({v}).clone()",
-         "{f}({v}.to(torch.float64).to({v}.dtype))", "{f}({v}[..., :])", "{f}(2 * {v}) / 2")  # fmt: skip
-FLOW = ("({f}({v}) + {f}({v})) / 2", "{f}(input={v})", "{f}.forward({v})", "{f}.__call__({v})", "nn.Linear.forward({f}, {v})",
+         "{f}({v}.to(torch.float64).to({v}.dtype))", "{f}({v}[..., :])", "({f}(2 * {v}) / 2)")  # fmt: skip
+FLOW = ("(({f}({v}) + {f}({v})) / 2)", "{f}(input={v})", "{f}.forward({v})", "{f}.__call__({v})", "nn.Linear.forward({f}, {v})",
         "type({f}).forward({f}, {v})", "torch.utils.checkpoint.checkpoint({f}, {v}, use_reentrant=False)",
         "functools.partial({f})({v})", "[g({v}) for g in [{f}]][0]", "(lambda t: {f}(t))({v})", "call({f}, {v})",
         "self.run({f}, {v})", "copy.deepcopy({f})({v})", "next(iter([{f}]))({v})", "torch.vmap({f})({v})",

@@ -347,3 +347,25 @@ def test_nothing_but_the_cpu_has_kernels_for_it():
     q = torch.randn(1, 3, 2, 8)
     assert fp.explain("attention_8bit", q, q, q).backend == "cpu"
     assert fp.explain("attention_8bit", q, q, q, dtype="fp8").backend == "reference"
+
+
+@torch.inference_mode()
+def test_a_scale_that_underflows_beside_a_rows():
+    """q's scales times 1e-20 are 0 in float32, which the CUDA kernels take for a row of zeros: they leave such calls to others."""
+    q, k, v = (torch.randn(1, 40, 2, 64).bfloat16() for _ in range(3))
+    q, k, scale = q * 1e-28, k * 50, 1e-20
+    even = v.mean(1, keepdim=True).expand_as(v)  # all scores are 0 as far as float32 can say
+    with fp.interpret("sm_80"):
+        torch.testing.assert_close(fp.ops.attention_8bit(q, k, v, scale=scale), even, rtol=0, atol=0.02)
+        with (
+            fp.use_backend("cuda"),
+            pytest.raises(fp.Unsupported, match=r"scale=1e-20 times that of a row of q may be 0"),
+        ):
+            fp.ops.attention_8bit(q, k, v, scale=scale)
+        with fp.use_backend("cuda"):  # the least that a kernel takes, and the least q with integers that are not 0
+            q = q / q.abs().amax(-1, keepdim=True) * 2.0**-100
+            least = fp.ops.attention_8bit(q, k, v, scale=2.0**-42)
+    torch.testing.assert_close(least, even, rtol=0, atol=0.02)
+    for backend in BACKENDS:
+        with fp.use_backend(backend):
+            torch.testing.assert_close(fp.ops.attention_8bit(q, k, v, scale=scale), even, rtol=0, atol=0.02)

@@ -9,6 +9,7 @@ from every_backend import interpreted
 from torch import nn
 
 import forwardpass as fp
+from forwardpass.calibration.formulas import LayerStatistics, rotated_moment
 from forwardpass.dispatch import operations
 from forwardpass.ops.common.quantized_rows import E4M3
 from forwardpass.ops.common.rotation import SIZES, fitting, hadamard, rotate
@@ -150,6 +151,35 @@ def test_layers(cls):
     assert cls.from_torch(nn.Linear(100, 16), rotate=256).rotate is None
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@torch.inference_mode()
+def test_beside_static_scales_and_smoothing(symmetric):
+    """x times channel_scale, rotated, by one scale: each part shows where it is left out."""
+    torch.manual_seed(1)
+    linear, x = nn.Linear(512, 96), outliers(64, 512)
+    channel_scale = x.abs().amax(0).rsqrt()
+    scaled = rotate(x * channel_scale, 256)
+    low, high = scaled.min().clamp(max=0), scaled.max().clamp(min=0)
+    scale = (scaled.abs().max() / 127 if symmetric else (high - low) / 255).reshape(1)
+    zero_point = None if symmetric else (-128 - low / scale).round().int()
+    static = {"input_scale": scale, "input_zero_point": zero_point}
+    layer = fp.nn.Int8Linear.from_torch(linear, symmetric=symmetric, channel_scale=channel_scale, rotate=256, **static)
+
+    def error(layer):
+        return float((layer(x) - linear(x)).norm() / linear(x).norm())
+
+    assert error(layer) < 0.02 and (layer.exact(x) - layer(x)).norm() < 1e-3 * layer(x).norm()
+    assert (layer.weight - linear.weight).norm() < 0.02 * linear.weight.norm()
+    for name in ("rotate", "channel_scale"):
+        other = copy.deepcopy(layer)
+        setattr(other, name, None)
+        assert error(other) > 0.5
+    fp8 = fp.nn.Fp8Linear.from_torch(
+        linear, channel_scale=channel_scale, rotate=256, input_scale=scaled.abs().max().reshape(1) / 448
+    )
+    assert error(fp8) < 0.05
+
+
 def test_a_rotation_that_is_forgotten_is_seen():
     linear, x = nn.Linear(256, 64, bias=False), torch.randn(8, 256)
     layer = fp.nn.Int8Linear.from_torch(linear, rotate=256)
@@ -174,6 +204,67 @@ def test_swap_and_folder(tmp_path):
     assert torch.equal(fp.load_pretrained(tmp_path, model=empty)(x), y)
     fp.restore(model)
     assert torch.equal(model(x), expected)
+
+
+@torch.inference_mode()
+def test_calibrated(tmp_path):
+    """Smoothed, rotated, rounded with the rotated inputs' second moment: better than any of these alone, on other inputs."""
+    torch.manual_seed(0)
+    mixing = torch.randn(384, 384) / 384**0.5  # inputs whose channels go together, as those of models do
+    model = nn.Sequential(nn.Linear(384, 256), nn.GELU(), nn.Linear(256, 192)).eval()
+    data = [torch.randn(512, 96) @ mixing[:96] * (1 + 40 * (torch.arange(384) % 97 == 0)) for _ in range(2)]
+    expected, errors = model(data[1]), {}
+    for name in ("int8", "int8_rotated"):
+        for calibrate in (None, data[:1]):
+            swapped = copy.deepcopy(model)
+            fp.swap(swapped, name, calibrate=calibrate)
+            y = swapped(data[1])
+            errors[name, calibrate is not None] = float((y - expected).norm() / expected.norm())
+    best = errors.pop(("int8_rotated", True))
+    assert best < 0.95 * errors["int8", True] and best < 0.6 * errors["int8_rotated", False], (best, errors)
+    assert swapped[0].channel_scale is not None and [swapped[0].rotate, swapped[2].rotate] == [128, 256]
+    fp.save_pretrained(swapped, tmp_path)
+    empty = nn.Sequential(nn.Linear(384, 256), nn.GELU(), nn.Linear(256, 192)).eval()
+    assert torch.equal(fp.load_pretrained(tmp_path, model=empty)(data[1]), y)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_second_moment_of_rotated_rows(size):
+    x = torch.randn(50, 512) * torch.linspace(0.1, 9, 512)
+    moments = [LayerStatistics(512).update(y).second_moment for y in (x, rotate(x, size))]
+    torch.testing.assert_close(
+        rotated_moment(moments[0], size), moments[1], rtol=1e-4, atol=1e-5 * float(moments[1].abs().max())
+    )
+
+
+def test_a_precision_by_its_size():
+    """The same as the preset of that name, in every place where one is given."""
+    linear = nn.Linear(512, 128)
+    for size, name in ((256, "int8_rotated"), (128, "int8_rotated_128"), (64, "int8_rotated_64")):
+        preset = fp.Precision("int8", rotate=size)
+        assert preset.name == name and preset.options["rotate"] == size
+        for given in (preset, name, {"0": preset}, lambda fqn, module, preset=preset: preset):
+            model = nn.Sequential(copy.deepcopy(linear)).eval()
+            report = fp.swap(model, given)
+            assert model[0].rotate == size and report.swapped[0].precision == name
+        again = nn.Sequential(copy.deepcopy(linear)).eval()
+        fp.swap(again, plan=report.plan)
+        assert again[0].rotate == size
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: fp.Precision("fp8", rotate=256), "no precision 'fp8' with rotate=256: use \"int8\""),
+        (lambda: fp.Precision("int8", rotate=32), "no precision 'int8' with rotate=32"),
+        (lambda: fp.Precision("int8", 1, fp.nn.Int8Linear, rotate=64), "goes with the name of a preset alone"),
+        (lambda: fp.Config(fp.Precision("mine", 1, fp.nn.Int8Linear)), "'mine' .version 1. is not registered"),
+        (lambda: fp.Config("int8_rotated_32"), "there is no precision 'int8_rotated_32'"),
+    ],
+)
+def test_refuses_precisions(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
 
 
 @pytest.mark.parametrize("columns", [*range(60, 70), 384, 4096])

@@ -27,7 +27,9 @@ def test_bits_are_those_of_load_pretrained(precision, tmp_path):
     model = llama(hidden_size=200, num_attention_heads=5, num_key_value_heads=5)  # rows that are padded
     fp.swap(model, precision, include="**")
     fp.save_pretrained(model, tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded, about = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(about.values()), about  # it printed that it did not expect original_inv_freq
+    assert "_keys_to_ignore_on_load_unexpected" not in vars(loaded) or not loaded._keys_to_ignore_on_load_unexpected
     assert isinstance(loaded.model.layers[0].mlp, GatedMLP) and not loaded.training
     assert torch.equal(outputs(loaded, X), outputs(fp.load_pretrained(tmp_path), X))
     assert not hasattr(loaded.config, "quantization_config") and not hasattr(loaded, "hf_quantizer")

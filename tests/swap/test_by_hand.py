@@ -64,7 +64,7 @@ def test_with_include_exclude_and_calibration():
         ({"mlp": "int9"}, ValueError, "no precision 'int9'"),
         (lambda fqn, module: "int9", ValueError, "no precision 'int9'"),
         ({3: "int8"}, TypeError, "precision: a pattern is a string"),
-        (["int8"], TypeError, "a name, a dict of patterns and names, or a function"),
+        (["int8"], TypeError, "a name, a preset, a dict of patterns and these, or a function"),
         ({"mlp": "w8a16"}, ValueError, "w8a16 takes no calibration"),
     ],
 )

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from small_models import batch, build, outputs
 
 import forwardpass as fp
+from forwardpass.checkpoints.record import EARLIER, names_now
 
 
 def as_before(folder):
@@ -48,3 +49,19 @@ def test_both_readers(name, precision, tmp_path):
         assert torch.equal(outputs(again, batch(name)), expected)
         assert {n: p.dtype for n, p in again.named_parameters()} == dtypes
         assert not any(t.is_meta for t in (*again.parameters(), *again.buffers()))
+
+
+def test_names_are_found_in_one_look_at_the_layers():
+    """All layers were looked through for each tensor."""
+    looks = []
+
+    class Layer(dict):
+        def __getitem__(self, key):
+            looks.append(key)
+            return super().__getitem__(key)
+
+    record = {"schema": EARLIER, "layers": [Layer(fqn=f"layers.{i}") for i in range(500)]}
+    now = names_now(record)
+    names = [now(f"layers.{i}.{name}") for i in range(500) for name in ("weight", "bias")]
+    assert names[:2] == ["layers.0.qweight", "layers.0.bias"] and now("norm.weight") == "norm.weight"
+    assert len(looks) == 500

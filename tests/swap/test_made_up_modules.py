@@ -24,6 +24,12 @@ def test_a_few_modules_that_are_made_up():
     run(number() % MANY, FEW)
 
 
+def test_a_module_that_was_calibrated_on_other_inputs():
+    """A hook adds 1 to the input of an activation since: rounding made for other inputs has 4 times the error of the nearest."""
+    (case,) = cases(7524, 1)
+    assert judge(case).outcome == "right"
+
+
 @pytest.mark.slow
 def test_many_modules_that_are_made_up():
     run(0, MANY)

@@ -4,15 +4,17 @@ import copy
 import dataclasses
 import itertools
 import pickle
+import types
 
 import pytest
 import torch
 from rotation import in_turn, paired
-from small_models import MLPS, assert_same_objects, batch, build, objects, outputs
+from small_models import ATTENTION, MLPS, assert_same_objects, batch, build, objects, outputs
 from small_models import TwoLayers as Mlp
 from torch import nn
 
 import forwardpass as fp
+from forwardpass.common import quiet
 from forwardpass.nn import QuantizingNorm, norm
 from forwardpass.nn.layer import Quantized
 from forwardpass.ops.common.quantized_rows import E4M3
@@ -302,3 +304,41 @@ def test_under_grad_it_refuses_as_layers_do(x):
     model, _ = model_of(Layer)
     with fp.interpret("sm_80"), fp.use_backend("cuda"), pytest.raises(RuntimeError, match="inference"):
         model(x.requires_grad_())
+
+
+def other_norm(self, x):
+    return 2 * nn.functional.layer_norm(x, (WIDTH,), self.weight, self.bias)
+
+
+def other_holder(self, x):
+    y = self.norm(x)
+    return x + self.mlp(y) * (y * y).mean()
+
+
+@pytest.mark.parametrize(
+    ("patched", "text"),
+    [(other_norm, "LayerNorm.forward"), (other_holder, "Layer.forward"), (types.MethodType, "the forward of a Layer")],
+)
+@torch.no_grad()
+def test_code_that_is_patched_after_the_swap_counts_on_a_gpu(patched, text, x, monkeypatch):
+    """As Liger and Unsloth do. It counted on a CPU alone: a GPU computed the norm that was read (off by .5), or gave rows of 8 bits
+    to code that nobody had read (TypeError)."""
+    quiet.warn_once.cache_clear()
+    model, _ = model_of(Layer)
+    if patched is other_norm:
+        monkeypatch.setattr(nn.LayerNorm, "forward", patched)
+    elif patched is other_holder:
+        monkeypatch.setattr(Layer, "forward", patched)
+    else:
+        model.layer.forward = types.MethodType(other_holder, model.layer)
+    with fp.interpret("sm_80"), fp.use_backend("cuda"), pytest.warns(UserWarning, match=f"{text} is another function"):
+        y = model(x)
+    torch.testing.assert_close(y, model(x), rtol=0, atol=0.1)
+
+
+def test_functions_of_ours_are_no_patches():
+    """Those of a cache that norms the heads of queries and keys, by the class of the norms before MLPs."""
+    model = build("qwen3", ATTENTION)
+    fp.swap(model, "int8", include="**", exclude="lm_head", attention=True, kv_cache="auto")
+    norms = [m for m in model.modules() if isinstance(m, QuantizingNorm)]
+    assert norms and all(m._is_as_proven() for m in norms)

@@ -340,23 +340,20 @@ def test_damaged_files(name, tmp_path):
 
 
 _OUTPUTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False}
-_ROTATION = {
-    "config_groups": {"u": {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": "weight_input"}]}}
-}
 
 
-@pytest.mark.parametrize("name", ["output_activations", "transform_config"])
-def test_what_compressed_tensors_would_compute_besides_is_refused(name, tmp_path):
+def test_what_compressed_tensors_would_compute_besides_is_refused(tmp_path):
     write(tmp_path, "int8_asymmetric")
     config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
-    if name == "transform_config":
-        harmless, config = {**config, name: {}, "sparsity_config": {}}, {**config, name: _ROTATION}
-    else:
-        group = config["config_groups"]["group_0"]
-        harmless, config = ({**config, "config_groups": {"group_0": {**group, name: x}}} for x in (None, _OUTPUTS))
+    group = config["config_groups"]["group_0"]
+    harmless, config = (
+        {**config, "config_groups": {"group_0": {**group, "output_activations": x}}, "sparsity_config": {}}
+        for x in (None, _OUTPUTS)
+    )
     edit(tmp_path, quantization_config=harmless)
     fp.load_pretrained(tmp_path)
     edit(tmp_path, quantization_config=config)
-    with pytest.raises(ValueError, match=rf"model\.layers\.0\.\S+: {name} .*load it with transformers instead") as e:
+    words = r"model\.layers\.0\.\S+: output_activations .*load it with transformers instead"
+    with pytest.raises(ValueError, match=words) as e:
         fp.load_pretrained(tmp_path)
     assert "\n" not in str(e.value)

@@ -34,6 +34,8 @@ import math
 
 import torch
 
+from ..ops.common.rotation import rotate
+
 # Share of the mean diagonal that is added to the second moment before it is inverted. Output error by the weights on 64
 # texts not calibrated on, as a share of plain rounding's, geometric mean over 14 MiniLM linears: 0.516 at 0.001, 0.509
 # at 0.01, 0.495 at 0.05, 0.497 at 0.2.
@@ -137,6 +139,12 @@ class Largest:
     def scale(self) -> torch.Tensor:
         """fp32 [1]"""
         return torch.tensor([self.absmax / 127 if self.absmax > 0 else 1.0])
+
+
+@torch.no_grad()
+def rotated_moment(second_moment: torch.Tensor, size: int) -> torch.Tensor:
+    """The second moment [K, K] of an x whose columns are rotated, `size` at a time: rows keep their length, and their weight."""
+    return rotate(rotate(second_moment, size).T.contiguous(), size)  # the matrix is symmetric
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ input was changed in between.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,9 +17,13 @@ from torch import Tensor, nn
 from ..common.batches import Forward, evaluating, padding_mask, run, several
 from ..common.modules import hooked
 from ..nn.int8_conv2d import is_pointwise
-from ..nn.layer import linear_weight
+from ..nn.layer import as_multiplied, linear_weight
+from ..ops.common.rotation import fitting
 from ..proofs.walker import Leaf
-from .formulas import Largest, LayerStatistics, round_weight, smoothing_scale
+from .formulas import Largest, LayerStatistics, rotated_moment, round_weight, smoothing_scale
+
+#: by layer and its `rotate`, arguments of `from_torch` of `Int8Linear` or `Int8Conv2d`
+Arguments = dict[str, dict[int | None, dict[str, Any]]]
 
 #: Rows that a layer must have seen: fewer mislead. all-MiniLM-L6-v2 in int8, the relative error of token embeddings on 48 texts,
 #: the lowest and highest of three starts in other texts: not calibrated .049; on 1 token 1.27, 4 tokens .099 to .122, 8 tokens
@@ -28,16 +32,22 @@ LEAST_ROWS = 32
 
 
 def calibration_arguments(
-    model: nn.Module, leaves: list[Leaf], batches: Iterable[Any], forward: Forward | None
-) -> tuple[dict[str, dict[str, Any]], list[str], list[str]]:
-    """For every leaf of which enough was seen, arguments of `from_torch` of `Int8Linear`, or of a convolution of `Int8Conv2d`; the
-    names of those that no batch reached; and notes on the others.
+    model: nn.Module,
+    leaves: list[Leaf],
+    batches: Iterable[Any],
+    forward: Forward | None,
+    rotations: Mapping[str, Iterable[int | None]] | None = None,
+) -> tuple[Arguments, list[str], list[str]]:
+    """For every leaf of which enough was seen, arguments of `from_torch` of `Int8Linear` by its `rotate`, or of a convolution of
+    `Int8Conv2d`; the names of those that no batch reached; and notes on the others.
+
+    rotations: by leaf, what it may be rotated by; None: nothing is rotated.
 
     Raises ValueError where there is no batch. The model is left as it was, after an error too: its hooks are removed
     and every module's training flag put back.
     """
     statistics = observe(model, leaves, batches, forward)
-    arguments: dict[str, dict[str, Any]] = {}
+    arguments: Arguments = {}
     unseen, few, broken = [], [], []
     for leaf in leaves:
         layer_statistics = statistics.pop(leaf.fqn)  # gone as soon as it is used
@@ -48,9 +58,10 @@ def calibration_arguments(
         elif not layer_statistics.is_finite():
             broken.append(leaf.fqn)
         elif isinstance(layer_statistics, Largest):
-            arguments[leaf.fqn] = {"input_scale": layer_statistics.scale()}
+            arguments[leaf.fqn] = {None: {"input_scale": layer_statistics.scale()}}
         else:
-            arguments[leaf.fqn] = _arguments(leaf.module, layer_statistics)
+            of_leaf = [None] if rotations is None or leaf.is_convolution else rotations[leaf.fqn]
+            arguments[leaf.fqn] = {size: _arguments(leaf.module, layer_statistics, size) for size in of_leaf}
     return (
         arguments,
         unseen,
@@ -95,9 +106,15 @@ def observe(
     return statistics
 
 
-def _arguments(layer: nn.Module, statistics: LayerStatistics) -> dict[str, Any]:
+def _arguments(layer: nn.Module, statistics: LayerStatistics, rotate: int | None) -> dict[str, Any]:
+    """Rotation leaves what `smoothing_scale` balances as it is: it keeps the energy of rows of x, from which their steps follow,
+    and that of the weight."""
     weight = linear_weight(layer).float().flatten(1)  # of a convolution of 1 x 1 too
     channel_scale = smoothing_scale(statistics, weight)
     smoothed, channel_scale = statistics.scaled(channel_scale), channel_scale.to(weight.device)
-    weight = weight / channel_scale
-    return {"channel_scale": channel_scale, "quantized": round_weight(weight, smoothed.second_moment)}
+    size = fitting(weight.shape[1], rotate)
+    moment = smoothed.second_moment if size is None else rotated_moment(smoothed.second_moment, size)
+    return {
+        "channel_scale": channel_scale,
+        "quantized": round_weight(as_multiplied(weight, channel_scale, size), moment),
+    }

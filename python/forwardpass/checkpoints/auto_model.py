@@ -11,6 +11,7 @@ import copy
 import functools
 import importlib.util
 import pathlib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -22,7 +23,6 @@ from ..common.imports import when_imported
 from ..common.tensor_files import TensorFiles
 from ..integrations.tensor_parallel import take_over
 from ..nn import QuantizedModule
-from ..proofs.siblings import JoinedSwap
 from ..swap import methods
 from ..swap.attention.projections import Projections
 from ..swap.config import METHOD, Config
@@ -37,11 +37,12 @@ from .floats import (
     swap_loaded,
     while_loading,
 )
-from .load import decide_changes, empty_layers, put_changes
-from .record import EARLIER, checked, renamed, weights_of
+from .load import as_recorded, decide_changes, empty_layers
+from .record import EARLIER, checked, names_now, weights_of
 
 _QUANTIZERS = "transformers.quantizers.auto"
-_ENTRIES = ("schema", "forwardpass", "weights", "layers", "attention", "unpad", "kv_cache", "attention_8bit", "aliases")
+_ENTRIES = ("schema", "forwardpass", "weights", "layers", "attention", "unpad", "kv_cache", "attention_8bit", "aliases",
+            "rewritten")  # fmt: skip
 _NO_MODEL = {"class": "", "attention": None, "config": None, "generation_config": None}
 _FIX = "load it with fp.load_pretrained, or save it again"
 
@@ -186,12 +187,14 @@ class _Filled:
     def __init__(self, model: Any, record: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.model = model
         record, shapes = _below(model, record, shapes)
-        shapes = {renamed(record, name): shape for name, shape in shapes.items()}
+        now = names_now(record)
+        shapes = {now(name): shape for name, shape in shapes.items()}
+        self.record = record
         projections = Projections(model, on_meta=True)
         projections.put()
         leaves, layers = empty_layers(model, record, shapes, lambda t: torch.device("meta"), self._fail)
         self.changes = decide_changes(model, leaves, record, self._fail)
-        projections.narrow(leaf.module for leaf in (*leaves, *self.changes[0].swapped))
+        projections.narrow(leaf.module for leaf in (*leaves, *self.changes.attention.swapped))
         for module in projections.places():  # else transformers initialises in_proj_weight, which is not there
             vars(module)["_is_hf_initialized"] = True
         self.layers = {leaf.fqn: (leaf, layers[id(leaf.module)]) for leaf in leaves}
@@ -202,11 +205,18 @@ class _Filled:
             fqn, _, tensor = name.rpartition(".")
             if fqn in self.layers and tensor not in self.layers[fqn][1].state_dict():
                 raise self._fail(f"{name[:80]!r} has no place in the layer that is recorded")
+        # Our files have buffers that are no part of a state dict (rotary frequencies): transformers computes them, and would say
+        # that it did not expect them.
+        self.expected = model._keys_to_ignore_on_load_unexpected
+        computed = {name for name, _ in model.named_buffers()} - model.state_dict().keys()
+        patterns = {rf"(^|\.){re.escape(name)}$" for name in computed & shapes.keys()}
+        model._keys_to_ignore_on_load_unexpected = {*(self.expected or ()), *patterns}
 
     def _fail(self, text: str) -> ValueError:
         return ValueError(f"config.json does not fit this {type(self.model).__name__}: {text}; {_FIX}")
 
     def finish(self) -> None:
+        self.model._keys_to_ignore_on_load_unexpected = self.expected
         for fqn, (leaf, layer) in self.layers.items():
             if isinstance(there := leaf.parent._modules[leaf.name], _Earlier):
                 there.fill(layer)
@@ -226,10 +236,11 @@ class _Filled:
             raise self._fail(f"{eight_bits[0]} has 8 bits in the file, and no layer of it is recorded")
         take_over({fqn: layer for fqn, (_, layer) in self.layers.items()})
         layers, self.layers = self.layers, {}
-        joined = JoinedSwap(layers)
+        joined, changes = as_recorded(self.model, layers, self.changes, self.record, self._fail)
+        layers.clear()
         in_place = [x for part in joined.build() for x in part if not _is_there(self.model, x.fqn, x.replacement)]
         put_in_place(self.model, in_place)
-        put_changes(self.model, self.changes)
+        changes.put(self.model)
         joined.put()
         methods.put(self.model)
 
@@ -266,5 +277,9 @@ def _below(
     in_8_bits = [
         {**x, "fqn": x["fqn"].removeprefix(prefix)} for x in record["attention_8bit"] if x["fqn"].startswith(prefix)
     ]
+    rewritings = record["rewritten"]
+    if rewritings is not None:
+        rewritings = [name.removeprefix(prefix) for name in rewritings if name.startswith(prefix)]
     shapes = {name.removeprefix(prefix): shape for name, shape in shapes.items()}
-    return {**record, "layers": layers, "attention": attention, "attention_8bit": in_8_bits}, shapes
+    of_model = {"layers": layers, "attention": attention, "attention_8bit": in_8_bits, "rewritten": rewritings}
+    return {**record, **of_model}, shapes

@@ -6,6 +6,7 @@ import copy
 import os
 import pathlib
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -52,8 +53,9 @@ def export_pretrained(
 
     compressed-tensors, for models of transformers: a group of config_groups for each kind of layer; int8 and e4m3 weights by row,
     tensor or block, inputs by token or static, weights alone packed. Layers of bf16 and those that were not swapped are stored as
-    floats. The model's classes in transformers, and vLLM, read the folder; `load_pretrained` too. Its tokenizer is not in it.
-    README.md is a model card with what the report of the swap says; one that is there, and was not written so, stays as it is.
+    floats. Rotated inputs are a transform_config, which transformers 5.24 passes over: a warning says so. The model's classes in
+    transformers, and vLLM, read the folder; `load_pretrained` too. Its tokenizer is not in it. README.md is a model card with what
+    the report of the swap says; one that is there, and was not written so, stays as it is.
 
     comfyui, for models of any class: one file of the model's own names, int8 weights by row, rotated ones (`convrot`) of 64 and 256
     columns, and e4m3 weights with one scale. ComfyUI quantises inputs of int8 layers symmetrically, and those of e4m3 layers where
@@ -102,9 +104,14 @@ def export_pretrained(
     shard_bytes(max_shard_size)
     tensors = {**dict(_tensors(model, layers, schemes)), **norms}
     names = _as_on_the_hub(model, tensors)
-    tensors = {names[name]: t for name, t in tensors.items()}
     layer_names = {name.rpartition(".")[0]: in_file.rpartition(".")[0] for name, in_file in names.items()}
+    rotated = {fqn: layer for fqn, layer in layers.items() if isinstance(layer, QuantizedLinear) and layer.rotate}
+    transforms, matrices = compressed_tensors.transforms_of(rotated, lambda fqns: _both_names(fqns, layer_names))
+    names |= {name: _in_file(name, layer_names) for name in matrices}
+    tensors = {names[name]: t for name, t in {**tensors, **matrices}.items()}
     config["quantization_config"] = _quantization_config(built, schemes, layer_names)
+    if transforms:
+        config["quantization_config"]["transform_config"] = transforms
     try:
         compressed_tensors.read_config(config["quantization_config"])
     except Refused as e:
@@ -112,6 +119,9 @@ def export_pretrained(
     readback.check(built, config, tensors, schemes)
     with saving(folder, sources, overwrite, replaces=False) as folder:
         _put(folder, tensors, max_shard_size, config, generation)
+        if rotated:
+            warnings.warn(f"export_pretrained: the inputs of {len(rotated)} layers are rotated (transform_config): a reader that "
+                          "does not know it, as transformers 5.24, gives wrong results", stacklevel=2)  # fmt: skip
         card.write(folder, _card(model, layers, sum(t.nbytes for t in tensors.values())))
 
 
@@ -200,9 +210,6 @@ def _scheme(fqn: str, layer: QuantizedModule) -> dict[str, Any]:
     def inputs(kind: str, static: bool, symmetric: bool = True) -> dict[str, Any]:
         return args(kind, "tensor" if static else "token", not static, symmetric)
 
-    if isinstance(layer, QuantizedLinear) and layer.rotate is not None:
-        raise Unsupported(f"{fqn} has a rotated weight, whose inputs others would not rotate: exclude it, swap with another "
-                          "precision, or use fp.save_pretrained", {})  # fmt: skip
     if isinstance(layer, Int8Linear):
         of_inputs = inputs("int", layer.input_scale is not None, layer.symmetric)
         return {"format": "int-quantized", "weights": args("int", "channel"), "input_activations": of_inputs}
@@ -251,14 +258,24 @@ def _as_on_the_hub(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     return {name: apply_renamings(name, renamings) for name in names}
 
 
+def _both_names(fqns: Iterable[str], names_in_file: Mapping[str, str]) -> list[str]:
+    """Layers go by both of their names: transformers compares those of its modules, and vLLM those in the file."""
+    return [*dict.fromkeys(name for fqn in fqns for name in (names_in_file.get(fqn, fqn), fqn))]
+
+
+def _in_file(name: str, names_in_file: Mapping[str, str]) -> str:
+    """The name of a transform's matrix, beside its layer's there."""
+    fqn, part, tensor = name.rsplit(".", 2)
+    return f"{names_in_file[fqn]}.{part}.{tensor}"
+
+
 def _quantization_config(
     built: nn.Module, schemes: Mapping[str, dict[str, Any]], names_in_file: Mapping[str, str]
 ) -> dict[str, Any]:
-    """built: the model as readers build it. Layers go by both of their names: transformers compares those of its modules, and
-    vLLM those in the file."""
+    """built: the model as readers build it."""
 
     def both(fqns: Iterable[str]) -> list[str]:
-        return [*dict.fromkeys(name for fqn in fqns for name in (names_in_file.get(fqn, fqn), fqn))]
+        return _both_names(fqns, names_in_file)
 
     groups: list[tuple[dict[str, Any], list[str]]] = []
     for fqn, scheme in schemes.items():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..common.tensor_files import TensorFiles
 from ..proofs.walker import experts_leaves, linear_leaves
 from ..swap.config import Config
-from ..swap.precision import STORED, find_precision
+from ..swap.precision import STORED, Precision, known
 from ..swap.swapping import swap
 from ..swap.while_loading import WhileLoading
 
@@ -26,14 +26,14 @@ def check_config(config: Config) -> None:
     """ValueError, before anything is loaded, where this is nothing for a model of floats."""
     config.check_complete()
     precision = config.precision
-    names = (
-        [precision] if isinstance(precision, str) else [*precision.values()] if isinstance(precision, Mapping) else []
-    )
-    if STORED.name in names:
+    alone = [precision] if isinstance(precision, str | Precision) else []
+    presets = [known(x) for x in ([*precision.values()] if isinstance(precision, Mapping) else alone)]
+    if STORED in presets:
         raise ValueError(f"the precision {STORED.name!r} is for what another library has stored: load without this, and call "
                          "fp.swap(model)")  # fmt: skip
-    if config.calibrate is not None and names and not any(find_precision(name).takes_calibration for name in names):
-        raise ValueError(f'{", ".join(names)} takes no calibration: drop calibrate=, or use precision="int8"')
+    if config.calibrate is not None and presets and not any(p.takes_calibration for p in presets):
+        names = ", ".join(p.name for p in presets)
+        raise ValueError(f'{names} takes no calibration: drop calibrate=, or use precision="int8"')
 
 
 def swap_loaded(model: nn.Module, config: Config) -> None:

@@ -25,10 +25,10 @@ from ..nn.mlp import quantised_layers
 from ..proofs.siblings import JoinedSwap
 from ..proofs.walker import ConvolutionLeaf, Leaf, convolutions, experts_leaves, linear_like
 from ..swap import methods, originals
-from ..swap.attention.kv_cache import CacheDecision, CacheSwap, decide_kv_cache
-from ..swap.attention.modules import AttentionDecision, AttentionSwap, decide_attention
+from ..swap.attention.kv_cache import decide_kv_cache
+from ..swap.attention.modules import decide_attention
 from ..swap.attention.projections import Projections
-from ..swap.attention.unpadding import UnpaddingDecision, UnpaddingSwap, decide_unpadding
+from ..swap.attention.unpadding import decide_unpadding
 from ..swap.plan import attention_8bit_of
 from ..swap.precision import modules
 from ..swap.rules import Context
@@ -37,10 +37,10 @@ from .folder import (
     RECORD,
     local_folder,
 )
-from .record import FIX, SCHEMA, read_record, renamed, slots, weights_of
+from .record import FIX, SCHEMA, names_now, read_record, slots, weights_of
+from .rewritten import Changes, Layers, proven
 
 Fail = Callable[[str], ValueError]
-Changes = tuple[AttentionDecision, UnpaddingDecision, CacheDecision]
 
 
 def load_pretrained(
@@ -108,7 +108,8 @@ def _load(
         return stored_checkpoint.load(other, torch.device(device))
     record = read_record(folder)
     with TensorFiles([folder / name for name in weights_of(record)], FIX) as files:
-        in_file = {renamed(record, name): name for name in files.shapes()}
+        now = names_now(record)
+        in_file = {now(name): name for name in files.shapes()}
         shapes = {name: files.header(stored)[0] for name, stored in in_file.items()}
         if model is None:
             model = _build(folder, record["model"], len(shapes))
@@ -174,7 +175,7 @@ def _fill_layers(
 ) -> None:
     layers, replacements = empty_layers(model, record, shapes, place, fail)
     changes = decide_changes(model, layers, record, fail)
-    projections.narrow(leaf.module for leaf in (*layers, *changes[0].swapped))
+    projections.narrow(leaf.module for leaf in (*layers, *changes.attention.swapped))
     named_slots = dict(slots(model, replacements))
     aliases = record["aliases"]
     if unknown := [name for name in (*aliases, *aliases.values()) if name not in named_slots]:
@@ -205,17 +206,35 @@ def _fill_layers(
             value = value.to(place(slot.tensor), copy=True)  # the file may be mapped into memory, and may change later
             values[key] = nn.Parameter(value, slot.tensor.requires_grad) if slot.is_parameter else value
         assignments.append((slot.holder, slot.name, values[key]))
-    joined = JoinedSwap({leaf.fqn: (leaf, replacements.pop(id(leaf.module))) for leaf in layers})
+    named = {leaf.fqn: (leaf, replacements.pop(id(leaf.module))) for leaf in layers}
     named_slots.clear()  # which hold the layers too
-    in_place = [x for part in joined.build() for x in part]
-    put_in_place(model, in_place)
-    for holder, name, value in assignments:
-        holder[name] = value
-    for module, name, buffer in buffers:
-        setattr(module, name, module._buffers[buffer])
-    put_changes(model, changes)
+    before = [(holder, name, holder[name]) for holder, name, _ in assignments]
+    before += [(vars(module), name, vars(module)[name]) for module, name, _ in buffers]
+    try:
+        for holder, name, value in assignments:
+            holder[name] = value
+        for module, name, buffer in buffers:
+            vars(module)[name] = module._buffers[buffer]
+        joined, changes = as_recorded(model, named, changes, record, fail)
+        named.clear()
+        put_in_place(model, [x for part in joined.build() for x in part])
+    except BaseException:
+        for holder, name, value in before:
+            holder[name] = value
+        raise
+    changes.put(model)
     joined.put()
     methods.put(model)
+
+
+def as_recorded(
+    model: nn.Module, layers: Layers, changes: Changes, record: Mapping[str, Any], fail: Fail
+) -> tuple[JoinedSwap, Changes]:
+    """What the record says that the layers are together, where a run does not disprove it: its swap has proven it."""
+    try:
+        return proven(model, layers, changes, record.get("rewritten"), believed=True)
+    except ValueError as e:
+        raise fail(str(e)) from None
 
 
 def _same_as_buffers(model: nn.Module, fail: Fail) -> list[tuple[nn.Module, str, str]]:
@@ -277,17 +296,9 @@ def decide_changes(model: nn.Module, layers: list[Leaf], record: Mapping[str, An
         bits = {x.fqn: EightBits(x.dtype, x.crossover) for x in attention_8bit_of(record)}
         attention = decide_attention(context, True, record["attention"], bits=bits)
         unpadding = decide_unpadding(context, layers, attention, True, record["unpad"])
-        return attention, unpadding, decide_kv_cache(model, attention, record["kv_cache"])
+        return Changes(attention, unpadding, decide_kv_cache(model, attention, record["kv_cache"]))
     except ValueError as e:
         raise fail(str(e)) from None
-
-
-def put_changes(model: nn.Module, changes: Changes) -> None:
-    """Attention, unpadding and caches, after layers."""
-    attention, unpadding, caches = changes
-    AttentionSwap(model, attention, unpadding.named).put()
-    UnpaddingSwap(unpadding).put()
-    CacheSwap(caches).put()
 
 
 def _sizes(leaf: Leaf, config: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[Any, ...], str]:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..dispatch import Unsupported
-from ..formats import Header, Refused
+from ..formats import Header, Refused, compressed_tensors
 from ..formats.layer import StoredLinear
 from ..integrations.transformers import model_config
 from ..nn.layer import is_conv1d, is_linear
@@ -71,8 +71,11 @@ def check(
     if halves := next(_halved(built), None):
         raise Unsupported(f"the files of a {name} hold {halves} as one, which transformers' reader of compressed-tensors (5.24) "
                           "does not divide: use fp.save_pretrained", {})  # fmt: skip
-    headers = {tensor: Header(tuple(t.shape), t.dtype) for tensor, t in tensors.items()}
-    stored = StoredCheckpoint(pathlib.Path(), config, {**config["quantization_config"], "header": {}}, headers)
+    quantization = config["quantization_config"]
+    matrices = {tensor: t for tensor, t in tensors.items() if compressed_tensors.is_matrix(quantization, tensor)}
+    headers = {tensor: Header(tuple(t.shape), t.dtype) for tensor, t in tensors.items() if tensor not in matrices}
+    quantization = {**quantization, "header": {}, "matrices": matrices}
+    stored = StoredCheckpoint(pathlib.Path(), config, quantization, headers)
     renamed = stored.renamed(built)
     _check_places(built, renamed, headers, with_those_of_layers=False)
     try:

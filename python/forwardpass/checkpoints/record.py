@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,10 @@ _FORM = {
     "kv_cache": OneOf(None, *KV_CACHES),
     "attention_8bit": [ATTENTION_8BIT],
     "aliases": {"*": str},
+    "rewritten": (
+        [str],
+        None,
+    ),  # first layers of products and of MLPs that are one unit, and norms that quantise for these
     "around": dict | None,
 }
 
@@ -83,7 +87,8 @@ def read_record(folder: pathlib.Path) -> dict[str, Any]:
 def checked(content: Mapping[str, Any], path: str | pathlib.Path) -> dict[str, Any]:
     """A record with every entry of the type that `save_pretrained` writes. Raises ValueError, which names its place."""
     # older ones do not say these
-    record: dict[str, Any] = {"unpad": None, "kv_cache": None, "attention_8bit": [], "around": None, **content}
+    record: dict[str, Any] = {"unpad": None, "kv_cache": None, "attention_8bit": [], "around": None, "rewritten": None,
+                              **content}  # fmt: skip
     if record.get("schema") not in (SCHEMA, EARLIER):
         raise ValueError(
             f"{path} has the schema {str(record.get('schema'))[:60]!r}, and this version reads {SCHEMA!r}: {FIX}"
@@ -120,15 +125,20 @@ def _as_now(record: dict[str, Any]) -> dict[str, Any]:
     for layer in record["layers"]:
         if dtype is not None and layer["config"].get("bias") is False:
             layer["config"]["dtype"] = dtype
-    aliases = {renamed(record, name): renamed(record, stored) for name, stored in record["aliases"].items()}
+    now = names_now(record)
+    aliases = {now(name): now(stored) for name, stored in record["aliases"].items()}
     return {**record, "aliases": aliases}
 
 
-def renamed(record: Mapping[str, Any], name: str) -> str:
-    """The name that a tensor of a record's files has now."""
-    fqn, _, tensor = name.rpartition(".")
-    is_earlier = record["schema"] == EARLIER and tensor == "weight"
-    return f"{fqn}.qweight" if is_earlier and any(layer["fqn"] == fqn for layer in record["layers"]) else name
+def names_now(record: Mapping[str, Any]) -> Callable[[str], str]:
+    """What gives the name that a tensor of a record's files has now."""
+    layers = {layer["fqn"] for layer in record["layers"]} if record["schema"] == EARLIER else ()
+
+    def now(name: str) -> str:
+        fqn, _, tensor = name.rpartition(".")
+        return f"{fqn}.qweight" if tensor == "weight" and fqn in layers else name
+
+    return now
 
 
 def weights_of(record: Mapping[str, Any]) -> list[str]:

@@ -32,6 +32,7 @@ from .folder import (
     saving,
 )
 from .record import SCHEMA, slots, weights_of
+from .rewritten import rewritten
 
 
 def save_pretrained(
@@ -86,7 +87,7 @@ def write(
 ) -> None:
     """`save_pretrained` of a model that is, or for its names stands for, what `around` describes; `processor` writes its tokenizer
     into the folder."""
-    layers, separate = originals.separate_layers(model)
+    layers, separate = originals.separate_layers(model, on_meta=True)
     if not layers:
         raise ValueError("save_pretrained stores swapped models, and this one holds no quantised layer: call fp.swap "
                          "first, or use the model's own save method")  # fmt: skip
@@ -99,6 +100,9 @@ def write(
     shard_bytes(max_shard_size)
     safetensors_module()
     tensors: dict[str, Tensor] = {}
+    copies: dict[
+        str, Callable[[], Tensor]
+    ] = {}  #: of tensors that are copied as they are written, on the meta device here
     aliases: dict[str, str] = {}
     stored: dict[Any, str] = {}
     for fqn, module in model.named_modules():
@@ -106,7 +110,10 @@ def write(
             raise ValueError(f"{fqn} ({type(module).__name__}) has extra state that is no tensor, which safetensors "
                              f"cannot hold: save that model with its own method")  # fmt: skip
     for name, slot in slots(model, separate):
-        t = slot.tensor.detach()
+        t, values = slot.tensor.detach(), getattr(slot.module, "values", None)
+        if t.is_meta and values is not None:
+            tensors[name], copies[name] = t, functools.partial(values, slot.name)
+            continue
         if type(t) is not Tensor or t.is_meta:
             raise ValueError(f"{name} is {'on the meta device' if t.is_meta else f'a {type(t).__name__}'}, and only "
                              f"plain tensors with values can be saved: load or gather it first")  # fmt: skip
@@ -137,10 +144,11 @@ def write(
         "kv_cache": kv_cache_of(model),
         "attention_8bit": [{"fqn": fqn, **vars(bits)} for fqn, bits in bits_of(model).items()],
         "aliases": aliases,
+        "rewritten": rewritten(model),
         "around": around,
     }  # fmt: skip
     with saving(folder, sources, overwrite) as folder:
-        record = {**record_but_weights, "weights": _put_shards(folder, tensors, max_shard_size)}
+        record = {**record_but_weights, "weights": _put_shards(folder, tensors, copies, max_shard_size)}
         write_json(folder / RECORD, record)
         if config is not None:  # which transformers reads where forwardpass is imported: see auto_model.py
             config = config | {"quantization_config": auto_model.entry(record)}
@@ -155,21 +163,27 @@ def write(
             processor(folder)
 
 
-def _put_shards(folder: pathlib.Path, tensors: dict[str, Tensor], max_shard_size: int | str) -> str | list[str]:
+def _put_shards(
+    folder: pathlib.Path,
+    tensors: dict[str, Tensor],
+    copies: Mapping[str, Callable[[], Tensor]],
+    max_shard_size: int | str,
+) -> str | list[str]:
     """The name of the file of weights, or of the files."""
     save_file = functools.partial(safetensors_module().torch.save_file, metadata={"format": "pt"})
     names = [
-        put_weights(folder, lambda path, shard=shard: save_file(_gathered(shard), path))  # type: ignore[misc]
+        put_weights(folder, lambda path, shard=shard: save_file(_gathered(shard, copies), path))  # type: ignore[misc]
         for shard in split(tensors, max_shard_size)
     ]
     return names[0] if len(names) == 1 else names
 
 
-def _gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _gathered(tensors: Mapping[str, Tensor], copies: Mapping[str, Callable[[], Tensor]]) -> dict[str, Tensor]:
     """The tensors of one file as safetensors takes them: on the CPU, contiguous, each in a storage of its own."""
     gathered: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, t in tensors.items():
+        t = copies[name]() if name in copies else t
         storage = t.untyped_storage()
         alone = storage.nbytes() == t.nbytes and storage._cdata not in storages
         storages.add(storage._cdata)

@@ -27,7 +27,8 @@ from ..common.modules import hooked
 from ..dispatch import Unsupported
 from ..integrations.transformers.norm_formulas import norm_formula
 from ..nn import Int8Linear, QuantizedModule
-from ..nn.layer import is_linear, linear_weight
+from ..nn.layer import as_multiplied, is_linear, linear_weight
+from ..ops.common.rotation import rotate
 from ..swap import originals
 
 _FIX = "swap without calibrate=, exclude it from the swap, or use fp.save_pretrained"
@@ -69,6 +70,8 @@ def fold(model: Any, layers: Mapping[str, QuantizedModule]) -> tuple[dict[str, Q
             raise _refusal(fqn, "it is part of an MLP that became one module")
         if modules[fqn].input_scale is not None:
             raise _refusal(fqn, "its input has a static scale")
+        if not bool((modules[fqn].channel_scale > 0).all()):
+            raise _refusal(fqn, "channels change their signs before they are rotated")
     alone = {fqn: m for fqn, m in modules.items() if isinstance(m, QuantizedModule) and fqn in layers}
     observed = _observe(model, alone, smoothed[0])
     scales = _scales(smoothed, alone, modules, observed)
@@ -183,7 +186,9 @@ def _common(layers: list[Int8Linear]) -> Tensor:
 
 
 def _dequantised(layer: Int8Linear) -> Tensor:
-    return layer.qweight.float() * layer.weight_scale[:, None]
+    """As it multiplies the smoothed input, before that is rotated."""
+    weight = layer.qweight.float() * layer.weight_scale[:, None]
+    return weight if layer.rotate is None else rotate(weight, layer.rotate)  # the matrix is its own inverse
 
 
 def _floats(model: nn.Module, alone: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -204,7 +209,7 @@ def _rescaled(layer: Int8Linear, inputs: Tensor | None, rows: Tensor | None, flo
     weight, scale, bias, smoothing = layer.qweight, layer.weight_scale, layer.bias, layer.channel_scale
     if inputs is not None and smoothing is not None and not torch.equal(inputs, smoothing):
         whole = _dequantised(layer) * smoothing if floats is None else linear_weight(floats).to(inputs.device).float()
-        weight, scale = round_weight(whole / inputs)
+        weight, scale = round_weight(as_multiplied(whole, inputs, layer.rotate))
     if rows is not None:
         scale, bias = scale * rows, None if bias is None else (bias * rows).to(bias.dtype)
     options = layer.config() | {"channel_scale": inputs is None and smoothing is not None}

@@ -13,12 +13,12 @@ import os
 import pathlib
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..common.exchange import put_in_place
 from ..common.extras import pip_install
@@ -34,13 +34,16 @@ from ..nn import QuantizedModule
 from ..nn.experts import experts_sizes, is_experts
 from ..nn.layer import is_linear
 from ..ops.common.quantized_rows import FLOATS
-from ..proofs.siblings import JoinedSwap
+from ..ops.common.rotation import SIZES
 from ..proofs.walker import Leaf, linear_like
 from ..swap import methods
-from ..swap.attention.modules import AttentionSwap, decide_attention
+from ..swap.attention.kv_cache import CacheDecision
+from ..swap.attention.modules import decide_attention
 from ..swap.attention.projections import Projections
+from ..swap.attention.unpadding import UnpaddingDecision
 from ..swap.rules import Context
 from .auto_model import reading_quantizer
+from .rewritten import Changes, proven
 
 _METHOD = "forwardpass-stored"
 _FIX = "load it with transformers instead"
@@ -56,8 +59,9 @@ class StoredCheckpoint:
 
     folder: pathlib.Path
     config: Mapping[str, Any]  #: what config.json says
-    quantization: Mapping[str, Any]  #: and as "header" what the files themselves say
-    headers: Mapping[str, Header]  #: of every tensor, by the file's names
+    #: and as "header" what the files themselves say, as "matrices" those of transforms by the file's names
+    quantization: Mapping[str, Any]
+    headers: Mapping[str, Header]  #: of every other tensor, by the file's names
 
     def put_layers(self, model: Any) -> None:
         """StoredLinears into the places of the Linears of which the file holds 8 bits."""
@@ -97,6 +101,9 @@ class StoredCheckpoint:
             else stacked([self.headers[name] for name in of_tensor], experts)
             for tensor, of_tensor in names.items()
         }
+        in_file = {n for of_tensor in names.values() for name in of_tensor for n in (name, name.rpartition(".")[0])}
+        if any(compressed_tensors.rotates_inputs(self.quantization, name) for name in in_file):
+            raise Refused("inputs of its experts are to be rotated (transform_config), for which there is no kernel")
         recipe = read_experts(module, tensors, self.quantization, _layer_name(names), self._format)
         if recipe is not None:
             put_tensors(module, tensors, recipe)
@@ -164,8 +171,9 @@ def find(folder: str | os.PathLike[str]) -> StoredCheckpoint | None:
             quantization = compressed_tensors.read_config(quantization)
         except Refused as e:
             raise ValueError(f"{folder}: {e}; {_FIX}") from None
-    headers, metadata = _headers(folder)
-    return StoredCheckpoint(folder, config, {**quantization, "header": metadata}, headers)
+    is_matrix = functools.partial(compressed_tensors.is_matrix, quantization if method == "compressed-tensors" else {})
+    headers, metadata, matrices = _headers(folder, is_matrix)
+    return StoredCheckpoint(folder, config, {**quantization, "header": metadata, "matrices": matrices}, headers)
 
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -184,10 +192,17 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
     return [folder / name for name in files]
 
 
-def _headers(folder: pathlib.Path) -> tuple[dict[str, Header], dict[str, str]]:
-    """Those of every tensor, and what the files say besides."""
+def _headers(
+    folder: pathlib.Path, is_matrix: Callable[[str], bool]
+) -> tuple[dict[str, Header], dict[str, str], dict[str, Tensor]]:
+    """Those of every tensor, what the files say besides, and matrices of transforms, as far as they are small."""
     with TensorFiles(_files(folder), _FIX) as files:
-        return {name: header_of(files, name, _FIX) for name in files.shapes()}, files.metadata()
+        headers = {name: header_of(files, name, _FIX) for name in files.shapes()}
+        names = [name for name in headers if is_matrix(name)]
+        small = [name for name in names if max(headers[name].shape, default=0) <= max(SIZES)]
+        matrices = {name: files.read(name) for name in small}
+        headers = {name: header for name, header in headers.items() if name not in names}
+        return headers, files.metadata(), matrices
 
 
 def load(stored: StoredCheckpoint, device: torch.device) -> nn.Module:
@@ -231,7 +246,9 @@ def load(stored: StoredCheckpoint, device: torch.device) -> nn.Module:
     except Exception as e:  # transformers raises many kinds
         why = f"{type(e).__name__}: {e}".splitlines()[0][:160]
         raise ValueError(f"transformers cannot load {folder} ({why})") from None
-    _check_loaded(folder, about)
+    is_matrix = functools.partial(compressed_tensors.is_matrix, stored.quantization)
+    unexpected = {name for name in about["unexpected_keys"] if not is_matrix(name)}
+    _check_loaded(folder, {**about, "unexpected_keys": unexpected})
     if note := NOTES.get(stored.quantization["quant_method"]):
         warnings.warn(f"load_pretrained: {note}", stacklevel=4)
     return _finish(model.to(device).eval())
@@ -269,15 +286,15 @@ def _finish(model: nn.Module) -> nn.Module:
             raise ValueError(f"{leaf.fqn}: {e}; {_FIX}") from None
         module._parameters = dict.fromkeys(module._parameters)
         layers[leaf.fqn] = leaf, new
-    joined = JoinedSwap(layers)
-    layers.clear()
-    in_place = [x for part in joined.build() for x in part]
-    put_in_place(model, in_place)
     projections = Projections(model)
     projections.put()
     attention = decide_attention(Context(model), "auto")
     projections.narrow(leaf.module for leaf in attention.swapped)
-    AttentionSwap(model, attention, ()).put()
+    changes = Changes(attention, UnpaddingDecision((), None), CacheDecision(None))
+    joined, changes = proven(model, layers, changes, None, believed=False)
+    layers.clear()
+    put_in_place(model, [x for part in joined.build() for x in part])
+    changes.put(model)
     joined.put()
     methods.put(model)
     return model

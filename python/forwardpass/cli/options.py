@@ -86,8 +86,8 @@ Steps = Annotated[int, number("Of a decoder: tokens that it generates after a pr
 Calibration = Annotated[
     str | None,
     typer.Option(
-        help="Texts to calibrate with: a file, builtin or none; default: builtin for what is calibrated (int8, and plans "
-        "with it). In Python nothing is calibrated without calibrate=batches."
+        help="Texts to calibrate with: a file, builtin or none; default: builtin for what is calibrated (int8, "
+        "int8_rotated, and plans with them). In Python nothing is calibrated without calibrate=batches."
     ),
 ]
 #: --attention -> `attention=` of `fp.swap`

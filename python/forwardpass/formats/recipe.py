@@ -58,7 +58,7 @@ class EightBits:
     input_scale: Tensor | None = None  #: float32 [1]
     input_zero_point: Tensor | None = None  #: int32 [1]
     channel_scale: Tensor | None = None  #: float32 [K]
-    rotate: int | None = None  #: of int8: columns that were rotated together
+    rotate: int | None = None  #: columns that were rotated together
 
     @property
     def multiplies_as_8_bits(self) -> bool:
@@ -89,6 +89,9 @@ class EightBits:
         options: dict[str, Any] = {"activation": activation, "dtype": dtype, "device": "meta"}
         static = self.input_scale is not None
         if not self.multiplies_as_8_bits:
+            if self.rotate is not None:
+                raise Refused(f"its inputs are rotated, and stay floats on {self.weight.device.type}: kernels rotate inputs that "
+                              "they quantise")  # fmt: skip
             kind = "group" if self.kind in ("block", "group") else "row"
             weights = W8A16Linear(k, n, bias is not None, weight_dtype=self.weight.dtype, scales=kind, **options)
             return weights.filled(self.weight, self.scale_of(kind), bias)
@@ -100,8 +103,22 @@ class EightBits:
             )  # fmt: skip
             return int8.filled(self.weight, self.scale_of("row"), bias, input_scale=self.input_scale,
                                input_zero_point=self.input_zero_point, channel_scale=self.channel_scale)  # fmt: skip
-        fp8 = Fp8Linear(k, n, bias is not None, scales=self.kind, static=static, **options)
-        return fp8.filled(self.weight, self.scale_of(self.kind), bias, input_scale=self.input_scale)
+        smoothed = self.channel_scale is not None
+        fp8 = Fp8Linear(
+            k,
+            n,
+            bias is not None,
+            scales=self.kind,
+            static=static,
+            channel_scale=smoothed,
+            rotate=self.rotate,
+            **options,
+        )
+        if fp8.rotate != self.rotate:
+            raise Refused(f"its inputs are rotated {self.rotate} at a time, of which {fp8.rotate} share a scale")
+        return fp8.filled(
+            self.weight, self.scale_of(self.kind), bias, input_scale=self.input_scale, channel_scale=self.channel_scale
+        )
 
 
 #: The tensors of a layer, by their names behind the layer's -> what is stored in them. Raises Refused.

@@ -119,7 +119,7 @@ class Fp8Linear(QuantizedLinear):
         Args:
             scales: of the weight, "tensor", "row" or "block".
             channel_scale: fp32 [K], what x is multiplied by; the weight is divided by it here.
-            input_scale: fp32 [1] for static activations, of the scaled x: its largest magnitude over 448.
+            input_scale: fp32 [1] for static activations, of the scaled and rotated x: its largest magnitude over 448.
             rotate: as the constructor's; the weight is rotated here, in fp32.
             activation: what the layer applies to its output, see above.
 

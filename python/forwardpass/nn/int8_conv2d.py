@@ -217,10 +217,10 @@ class Int8Conv2d(ReadableWeight, QuantizedModule):
         layer.settle()
         return layer.train(module.training)
 
-    def fold(self, norm: Norm) -> None:
-        """Computes this norm too, by its statistics, from here on. Its tensors stay its own: this layer reads them, and where it is
-        cast, loaded or written into the results follow."""
-        self.folds_norm, self.norm, self._folded = True, (norm,), None
+    def fold(self, norm: Norm | None) -> None:
+        """Computes this norm too, by its statistics, from here on; None: no norm. Its tensors stay its own: this layer reads them,
+        and where it is cast, loaded or written into the results follow."""
+        self.folds_norm, self.norm, self._folded = norm is not None, None if norm is None else (norm,), None
 
     def forward(self, input: Tensor, residual: Tensor | None = None, residual_first: bool = False) -> Tensor:
         """input: by nn.Conv2d's name for it. residual: as the output, and added to it, with residual_first before the

@@ -115,7 +115,7 @@ class Int8Linear(QuantizedLinear):
             module: its weight is read, not kept and not changed.
             symmetric: how activations are quantised.
             channel_scale: fp32 [K], what x is multiplied by; the weight is divided by it here.
-            input_scale, input_zero_point: fp32 [1] and (asymmetric) int32 [1] for static activations, of the scaled x.
+            input_scale, input_zero_point: fp32 [1] and (asymmetric) int32 [1] for static activations, of the scaled and rotated x.
             quantized: (int8 [N, K], fp32 [N]) in place of nearest rounding, for a weight already divided by channel_scale, and
                 rotated.
             bias: in place of the module's own, as a correction of the mean error leaves it.

@@ -315,6 +315,8 @@ class QuantizedLinear(ReadableWeight, QuantizedModule):
     sharding: Sharding | None = None  #: where it is one process's part of a layer
     #: columns of its inputs, and of qweight, that are rotated together
     rotate: int | None = None
+    #: of a part of another layer on the meta device: a copy of that part's buffer of a name
+    values: Callable[[str], Tensor] | None = None
     is_transposed: bool = False  #: whether the weight that it stands for is [K, N], as in transformers' Conv1D
     #: input_scale and channel_scale, and the one over the other
     _divided: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)

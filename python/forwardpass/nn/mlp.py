@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
@@ -55,6 +56,8 @@ class TwoProducts(QuantizedModule):
         for name, module in (*layers.items(), *between.items(), *behind.items(), *uncalled.items()):
             self.add_module(name, module)
         self._first, self._second = layers
+        #: names of the layers in the module that it stands for
+        self.members = tuple(layers)
         self._between, self._behind = tuple(between), tuple(behind)
 
     def stands_for(self, module: nn.Module) -> None:
@@ -86,8 +89,9 @@ class TwoProducts(QuantizedModule):
         """The one that has the activation, and the other."""
         return self._modules[self._first], self._modules[self._second]  # type: ignore[return-value]
 
-    def separate(self) -> dict[str, QuantizedLinear]:
-        """The layers as they were given, by the names that a checkpoint has for them."""
+    def separate(self, on_meta: bool = False) -> dict[str, QuantizedLinear]:
+        """The layers as they were given, by the names that a checkpoint has for them. on_meta: without copies, those that would be
+        copies have `values` instead."""
         raise NotImplementedError
 
     def _hands_over(self, x: Tensor | Quantized) -> bool:
@@ -190,7 +194,7 @@ class MLP(TwoProducts):
         instead.is_apart = instead.is_between(self._modules) or super().is_apart
         return instead.is_apart
 
-    def separate(self) -> dict[str, QuantizedLinear]:
+    def separate(self, on_meta: bool = False) -> dict[str, QuantizedLinear]:
         return dict(zip((self._first, self._second), self.layers))
 
 
@@ -227,8 +231,7 @@ class GatedMLP(TwoProducts):
         } | ({activation[0]: activation[1]} if activation else {})
         name = "gate_up" if "gate_up" not in members else "gate_up_interleaved"
         super().__init__({name: gate_up, members[-1]: down}, between, behind, uncalled)
-        #: names of the layers in the module that it stands for: three, or two where gate and up were one
-        self.members = members
+        self.members = members  # three, or two where gate and up were one
         self._applied = activation[0] if activation else None
         self._uncalled = tuple(uncalled.items())
         self._of_activation = CodeGuard(type(activation[1])) if activation else None
@@ -335,11 +338,11 @@ class GatedMLP(TwoProducts):
         interleaved = _like(gate_up, gate_up.out_features, f"{activation}_mul", _together(gate_up, halves))
         return cls(_settled(interleaved), down, names, between, behind, module)
 
-    def separate(self) -> dict[str, QuantizedLinear]:
+    def separate(self, on_meta: bool = False) -> dict[str, QuantizedLinear]:
         first, second = self.layers
         assert first.activation is not None
         activations = (first.activation.removesuffix("_mul"), None) if len(self._indices) == 2 else (None,)
-        layers = [_part(first, i, activation) for i, activation in zip(self._indices, activations)]
+        layers = [_part(first, i, activation, on_meta) for i, activation in zip(self._indices, activations)]
         return dict(zip(self.members, (*layers, second)))
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
@@ -412,14 +415,26 @@ def _like(layer: L, outputs: int, activation: str | None, by_output: Mapping[str
     return new.train(layer.training)
 
 
-def _part(layer: L, index: int | None, activation: str | None) -> L:
+def _part(layer: L, index: int | None, activation: str | None, on_meta: bool = False) -> L:
     """A copy of the gate (0) or of the up (1) of a layer that is both, or of both as halves (None)."""
-    halves = {n: t.unbind() if n in _of_blocks(layer) else separate_gate_up(t) for n, t in _by_output(layer).items()}
     outputs = layer.out_features // (1 if index is None else 2)
-    by_output = {name: torch.cat(both) if index is None else both[index] for name, both in halves.items()}
-    part = _like(layer, outputs, activation, by_output)
+    device = "meta" if on_meta else None
+    part = _like(
+        layer, outputs, activation, {name: _values_of(layer, index, name, device) for name in _by_output(layer)}
+    )
     part.adopt(layer)
+    if on_meta:
+        part.values = functools.partial(_values_of, layer, index)
     return part
+
+
+def _values_of(layer: QuantizedLinear, index: int | None, name: str, device: str | None = None) -> Tensor:
+    """A copy of one buffer of such a part, on the layer's device or on another."""
+    t = layer._buffers[name]
+    assert t is not None
+    both = t.to(device or t.device)
+    halves = both.unbind() if name in _of_blocks(layer) else separate_gate_up(both)
+    return torch.cat(halves) if index is None else halves[index]
 
 
 def _of_parts(layer: QuantizedLinear, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..common.modules import is_watched
 from ..dispatch import gpu_takes
 from ..ops.norm_quantize import NORM_QUANTIZE
+from .guard import CodeGuard, is_as_proven
 from .layer import Quantized, rows
 from .mlp import TwoProducts
 
@@ -20,7 +21,8 @@ class QuantizingNorm(nn.Module):
     and a quantisation of one pass each move 7.
 
     Elsewhere it is the norm that it was made from, and so it is where something may look at what it returns: hooks on it or on the
-    MLP, autocast, another module in the MLP's place. On a CPU the first layer quantises rows while they are in cache.
+    MLP, autocast, another module in the MLP's place, other code in the class of the norm or of what calls it. On a CPU the first
+    layer quantises rows while they are in cache.
 
     `fp.swap` makes it. It has the very parameters of the other norm, by the same names.
 
@@ -52,6 +54,8 @@ class QuantizingNorm(nn.Module):
         self._norm = (norm,)  # in tuples, which hold no children
         self._reader = (holder, name)
         self._computes: tuple[str, float, float] = (kind, eps, offset)
+        #: of the code whose formula this is, and of the code that hands what it gives to the MLP alone
+        self._guards = CodeGuard(type(norm)), CodeGuard(type(holder))
 
     def _quantization(self, x: Tensor) -> tuple[torch.dtype, bool, Tensor | None, int | None] | None:
         """How the one layer that reads it quantises rows; None where the result is to be floats."""
@@ -62,7 +66,15 @@ class QuantizingNorm(nn.Module):
         if not isinstance(mlp, TwoProducts) or is_watched(mlp) or mlp.is_apart or is_watched(self):
             return None
         promotes = weight is not None and weight.dtype != x.dtype  # and the result has another dtype than x
-        return None if promotes else mlp.layers[0].row_quantization()
+        return None if promotes or not self._is_as_proven() else mlp.layers[0].row_quantization()
+
+    def _is_as_proven(self) -> bool:
+        """Whether both still run the code that was read. What is compiled is not asked: it is traced with the code of now."""
+        if torch.compiler.is_compiling():
+            return True
+        modules = self._norm[0], self._reader[0]
+        then = "it gives floats, and no rows in 8 bits,"
+        return all(is_as_proven(guard, module, then) for guard, module in zip(self._guards, modules))
 
     def forward(self, x: Tensor) -> Any:
         how = self._quantization(x)

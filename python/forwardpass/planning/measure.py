@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration.running import LEAST_ROWS, calibration_arguments
+from ..calibration.running import LEAST_ROWS, Arguments, calibration_arguments
 from ..common.batches import Fingerprint, Forward, Output, evaluating, main_output, padding_mask, run
 from ..common.decoding import Decoding, Generation, clock_of, logits_by_steps
 from ..common.files import read_json, write_json
@@ -50,8 +50,6 @@ ROUNDS, WARMUP = 15, 3
 #: Copies of a layer that steps are timed with: of one of 64 KiB they fill 16 MiB.
 MOST_TWINS = 256
 PARTIAL = "forwardpass.plan.partial/3"
-#: arguments of `from_torch` of calibrated layers, by layer
-Arguments = Mapping[str, Mapping[str, Any]]
 
 
 def find_candidate(name: str) -> LayerPrecision:
@@ -250,11 +248,12 @@ def calibrated_arguments(
             size_so_far = 0
         passes[-1].append(layer.leaf)
         size_so_far += size
-    arguments: dict[str, dict[str, Any]] = {}
+    arguments: Arguments = {}
+    rotations = {x.leaf.fqn: {candidates[n].rotate for n in names if x.candidates[n].refusal is None} for x in layers}
     if passes:
         advance = track("calibrating", len(passes))
     for leaves in passes:
-        arguments |= calibration_arguments(subject.model, leaves, batches, subject.forward)[0]
+        arguments |= calibration_arguments(subject.model, leaves, batches, subject.forward, rotations)[0]
         advance()
     for layer in layers:
         for name in names:
@@ -449,14 +448,13 @@ class Measurer:
     def built(self, leaf: Leaf, name: str) -> Any:
         """What a layer becomes."""
         candidate = self.candidates[name]
-        return build(leaf, candidate.precision, self.arguments.get(leaf.fqn, {}) if candidate.calibrated else {}).eval()
+        return build(leaf, candidate.precision, candidate.calibration_of(self.arguments.get(leaf.fqn))).eval()
 
     def local_errors(self, layers: list[Layer], batch: Any, track: Track) -> None:
         """Fills in each candidate's error at its layer, on rows of the input that the layer has in the batch."""
         errors = self.content["local"]
         if errors is None:
-            with annotated("while measuring errors of layers; the model is as it was"):
-                errors = self.content["local"] = self._local_errors(layers, batch, track)
+            errors = self.content["local"] = self._local_errors(layers, batch, track)
             self.measurements.keep()
         for layer in layers:
             for name in layer.open():
@@ -478,9 +476,10 @@ class Measurer:
                 stride = max(1, len(rows[0]) // ROWS)  # exact products are in fp64
                 *inputs_of_rows, expected = (t[::stride].contiguous() for t in rows)
             for name, parity in parities[leaf.fqn].items():
-                candidate = self.built(leaf, name)
-                actual = candidate(*inputs_of_rows)
-                parity.add(candidate, tuple(inputs_of_rows), actual, candidate.activated(expected), None)
+                with annotated(f"while measuring the error of {leaf.fqn} in {name}; the model is as it was"):
+                    candidate = self.built(leaf, name)
+                    actual = candidate(*inputs_of_rows)
+                    parity.add(candidate, tuple(inputs_of_rows), actual, candidate.activated(expected), None)
             advance()
 
         with hooked(((layer.leaf, layer.leaf.module) for layer in layers), after=compare, every=True):

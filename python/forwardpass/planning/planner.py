@@ -60,7 +60,8 @@ from .verify import Verdict, Verifier
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-CANDIDATES = ("fp8", "int8", f"int8{CALIBRATED}", "w8a16", "bf16")
+#: Rotated ones are tried in the layers where outliers show (`_refuse_rotation`), with calibration where there is one.
+CANDIDATES = ("fp8", "int8", f"int8{CALIBRATED}", "int8_rotated", f"int8_rotated{CALIBRATED}", "w8a16", "bf16")
 TARGETS = ("latency", "memory")
 #: Whole plans that are run before the best of those that held the budget is taken; and changes of one layer that are tried on it.
 ATTEMPTS, CHANGES = 10, 8
@@ -109,7 +110,9 @@ def plan(
         batches: real input to hold the budget on (see `forwardpass.common.batches`), other than calibrate's. Their outputs are
             kept on the host. Errors of single layers are measured on some of them, of 32 samples or a batch the worst quarter.
             A layer that none of them reaches stays as it is: nothing would hold it to the budget.
-        candidates: of "fp8", "int8", "int8+calibrated", "w8a16", "bf16"; None: all, the calibrated one with calibrate= alone.
+        candidates: of "fp8", "int8", "int8+calibrated", "int8_rotated", "int8_rotated+calibrated", "w8a16", "bf16"; None: all, the
+            calibrated ones with calibrate= alone. A rotated one is timed in layers in which outliers show: where it errs less on
+            the layer's own input than the same without rotation.
         max_error: the most relative L2 error of the output, worst of the batches; or
         min_cosine: the least cosine of an output sample with the model's own; or
         metric, tolerance: metric(output, reference, batch) is at most tolerance in every batch; or
@@ -219,8 +222,10 @@ def plan(
         ]  # fmt: skip
         arguments = calibrated_arguments(subject, layers, tried, calibration, progress)
         measurer = Measurer(subject, tried, arguments, measurements, workload)
-        measurer.time(layers, progress)
         measurer.local_errors(layers, samples[0], progress)
+        for layer in layers:
+            _refuse_rotation(layer, tried)
+        measurer.time(layers, progress)
         if eights.layers:
             all_swapped = planned(model, [], [x.leaf.fqn for x in eights.layers], None, unpads)
             with subject.swapped(all_swapped, {}):
@@ -339,7 +344,10 @@ def _config_of(config: Config | None, **options: Unpack[Options]) -> tuple[Confi
 def _candidates(names: Iterable[str] | None, calibrates: bool) -> dict[str, LayerPrecision]:
     if isinstance(names, str):
         names = [names]
-    selection = [n for n in CANDIDATES if calibrates or not n.endswith(CALIBRATED)] if names is None else list(names)
+    known = (
+        [n for n in CANDIDATES if n != "int8_rotated"] if calibrates else [n for n in CANDIDATES if CALIBRATED not in n]
+    )
+    selection = known if names is None else list(names)
     if not selection or not all(isinstance(n, str) for n in selection):
         raise ValueError(f"candidates names at least one of {', '.join(CANDIDATES)}, and is {names!r}")
     tried = {name: find_candidate(name) for name in selection}
@@ -370,6 +378,19 @@ def _refuse_costly(layer: Layer, target: str, saved: Saved, workload: Workload) 
             if phase.startswith("decode") and c.phases[phase].low - half.get(phase, 0.0) >= ms.low:
                 text = f"it makes a step slower: {c.phases[phase].low:.3g} ms, {ms.low:.3g} as it is"
                 c.refusal = Reason("slower_step", text, "")
+
+
+def _refuse_rotation(layer: Layer, tried: Mapping[str, LayerPrecision]) -> None:
+    """Where no outliers show: the same kind of layer errs no more without the rotation, which takes time besides."""
+    open_candidates = [(layer.candidates[name], tried[name]) for name in layer.open()]
+    for c, p in open_candidates:
+        plain = [
+            other.error
+            for other, q in open_candidates
+            if q.rotate is None and q.precision.module is p.precision.module and other.error is not None
+        ]
+        if p.rotate is not None and c.error is not None and plain and min(plain) <= c.error:
+            c.refusal = Reason("no_outliers", "no outliers show at its input: without rotation it errs no more", "")
 
 
 def _refuse_dominated(layer: Layer, target: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..swap.plan import Plan
-from .measure import SAMPLES, Subject, annotated
+from .measure import SAMPLES, Arguments, Subject, annotated
 
 #: The share of the samples in the measured batches that effects on the output are averaged over.
 BINDING = 0.25
@@ -36,7 +35,7 @@ class Verifier:
     def __init__(
         self,
         subject: Subject,
-        arguments: Mapping[str, Mapping[str, Any]],
+        arguments: Arguments,
         batches: list[Any],
         references: list[Tensor],
     ) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..common.batches import Forward, device_of, map_tensors, run, tensors
+from ..common.float32 import in_float32
 from ..integrations.sentence_transformers import class_of, transformer_of
 from ..nn.layer import is_conv1d
 
@@ -52,6 +53,11 @@ class Call:
     batch: Any
     forward: Forward | None = None
     step: Mapping[str, Tensor] | None = None  #: the arguments of the step, without the cache
+
+    def in_float32(self) -> Call:
+        """The same for a model whose 16 bits are float32 meanwhile."""
+        step = None if self.step is None else map_tensors(self.step, in_float32)
+        return Call(map_tensors(self.batch, in_float32), self.forward, step)
 
     def outputs(self, model: nn.Module) -> list[Output]:
         """The floating tensors that both return. The batch is copied, for models that write into it."""
@@ -194,6 +200,13 @@ def _noise(model: nn.Module, *shape: int) -> Tensor:
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     return x.to(device_of(model), dtype)
+
+
+def made_up_weight(n: int, k: int, dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
+    """[n, k], random, of the size that a layer is initialised with, in the memory of one short vector: rows are parts of it, of
+    which each begins one element after the one before."""
+    vector = torch.empty(n + k).normal_(std=k**-0.5, generator=torch.Generator().manual_seed(seed))
+    return vector.to(device, dtype).as_strided((n, k), (1, 1))
 
 
 # ---- other models

@@ -4,6 +4,8 @@ An activation that a layer computes itself, an MLP as one unit, layers of one in
 the model runs as it is, and then so rewritten, in its own floats: the same operations on the same values, in the order that the
 rewriting has. Where the two differ, code does something that was not seen, and that rewriting is not made. `inputs` has what it
 runs on. A model that runs on none of these is not believed: of its modules those that take one tensor run alone.
+
+A model of 16 bits runs in its own dtype and, as its rounding would hide an error of a few percent, in float32 besides.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 
 from ..common.batches import device_of, evaluating
 from ..common.compare import relative_error
+from ..common.float32 import InFloat32
 from ..dispatch import Reason
 from ..dispatch.choice import choosing, interpreter
 from ..nn import QuantizedModule
@@ -29,6 +32,8 @@ from .rewritings import Rewriting, put
 #: Relative errors up to which results are those of the same operations. Our attention instead of torch's in 30 layers of a Llama of
 #: random weights, of a deviation of .02 and .1: float32 4e-7 and 3e-6, float16 1.6e-3 and 5.3e-3, bfloat16 .010 and .035.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+#: Of a model of 16 bits that runs in float32: its code may name the 16 bits in places, where an error of 1e-6 flips a rounding.
+_OF_16_BITS = 1e-3
 #: Where layers of a model round to 8 bits already, sums in another order flip roundings: 2e-3.
 _ROUNDING = 2e-2
 #: Elements of a buffer that is put back where a model writes into it as it runs.
@@ -50,13 +55,26 @@ class Candidate(Protocol):
 
 
 class Error(NamedTuple):
-    """Relative errors: at what is no padding, and everywhere."""
+    """How far results are off, in units of what may be: at what is no padding, and everywhere. Up to 1 it is the order of sums."""
 
     tokens: float
     everywhere: float
+    relative: float  #: the relative error of what is off the most
 
 
-_INFINITE = Error(math.inf, math.inf)
+class Run(NamedTuple):
+    """A call, what the model gave for it, and what is relatively as far off as may be."""
+
+    call: Call
+    expected: list[Output]
+    tolerance: float
+
+    def error(self, outputs: Sequence[Output]) -> Error:
+        if len(outputs) != len(self.expected):
+            return Error(math.inf, math.inf, math.inf)
+        tokens = max(_off(y.rows, e.rows) for y, e in zip(outputs, self.expected))
+        everywhere = max(_off(y.value, e.value) for y, e in zip(outputs, self.expected))
+        return Error(tokens / self.tolerance, everywhere / self.tolerance, tokens)
 
 
 class Prover:
@@ -67,52 +85,76 @@ class Prover:
         model: nn.Module,
         *sources: Iterable[list[Call]],
         stand_ins: Sequence[tuple[nn.Module, str, nn.Module]] = (),
+        again: bool = False,
     ) -> None:
-        """sources: lists of calls, of each source of which the first that the model takes is run; stand_ins: (holder, name, module
-        that stands there for as long as the model runs)."""
+        """
+        Args:
+            sources: lists of calls, of each source of which the first that the model takes is run.
+            stand_ins: (holder, name, module that stands there for as long as the model runs).
+            again: it has been proven elsewhere. One of 16 bits then runs in float32 alone, which halves the time.
+        """
         self.model, self._stand_ins = model, stand_ins
-        self._runs: list[tuple[Call, list[Output]]] = []
+        self._runs: list[Run] = []
+        self._in_float32: list[Run] = []
         with self._running():
-            for source in sources:
-                self._runs += _taken(model, source)
+            self._wide = InFloat32.of(model)
+            with self._wide if again and self._wide is not None else contextlib.nullcontext():
+                results = [x for source in sources for x in _taken(model, source)]
+            tolerance = max(_OF_16_BITS, self._rounding)
+            if self._wide is None:
+                self._runs = [Run(call, outputs, self._tolerance) for call, outputs in results]
+            elif again:
+                self._in_float32 = [Run(call, outputs, tolerance) for call, outputs in results]
+            else:
+                self._runs = [Run(call, outputs, self._tolerance) for call, outputs in results]
+                with self._wide:
+                    calls = (call.in_float32() for call, _ in results)
+                    tried = ((call, _tried(model, call)) for call in calls)
+                    self._in_float32 = [Run(call, x, tolerance) for call, x in tried if x is not None]
 
     @property
     def runs(self) -> bool:
-        return bool(self._runs)
+        return bool(self._runs or self._in_float32)
 
     @property
-    def tolerance(self) -> float:
+    def _tolerance(self) -> float:
         """By the coarsest of its weights."""
         dtypes = {p.dtype for p in self.model.parameters()}
-        rounds = any(isinstance(m, QuantizedModule) for m in self.model.modules())
-        return max(*(_TOLERANCE.get(dtype, 0.0) for dtype in dtypes), _TOLERANCE[torch.float32], _ROUNDING * rounds)
+        return max(*(_TOLERANCE.get(dtype, 0.0) for dtype in dtypes), _TOLERANCE[torch.float32], self._rounding)
+
+    @property
+    def _rounding(self) -> float:
+        return _ROUNDING * any(isinstance(m, QuantizedModule) for m in self.model.modules())
 
     def error(self, candidates: Sequence[Candidate] = ()) -> Error:
         """The model's with these in place. What its code raises is raised."""
         with self._running(), ExitStack() as stack:
             for candidate in candidates:
                 stack.enter_context(candidate.in_place())
-            errors = [_error(_outputs(self.model, call), expected) for call, expected in self._runs]
+            errors = [run.error(_outputs(self.model, run.call)) for run in self._runs]
+            if self._in_float32 and self._wide is not None:
+                with self._wide:
+                    errors += [run.error(_outputs(self.model, run.call)) for run in self._in_float32]
         return Error(*(max(x) for x in zip(*errors)))
 
     def why_not(self, candidates: Sequence[Candidate]) -> Reason | None:
         """None where the model is what it was with all of these in place, but for the order of sums."""
         try:
-            error = self.error(candidates).tokens
+            error = self.error(candidates)
         except Exception as e:
             return Reason("disproved", f"run so, its code raises {type(e).__name__}", "leave it")
-        if error <= self.tolerance:
+        if error.tokens <= 1:
             return None
         return Reason(
             "disproved",
-            f"run so, the model gives something else (off by {error:.2g}): its code does more than was read",
+            f"run so, the model gives something else (off by {error.relative:.2g}): its code does more than was read",
             "leave it",
         )
 
     def is_steady(self) -> bool:
         """Whether it computes the same each time, from the same random numbers."""
         try:
-            return self.error().tokens <= self.tolerance
+            return self.error().tokens <= 1
         except Exception:  # as it may, where it counts its calls in something outside
             return False
 
@@ -163,13 +205,6 @@ def _seed() -> None:
     torch.default_generator.manual_seed(0)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(0)
-
-
-def _error(outputs: Sequence[Output], expected: Sequence[Output]) -> Error:
-    if len(outputs) != len(expected):
-        return _INFINITE
-    errors = [(_off(y.rows, e.rows), _off(y.value, e.value)) for y, e in zip(outputs, expected)]
-    return Error(*(max(x) for x in zip(*errors)))
 
 
 def _off(y: Tensor, expected: Tensor) -> float:

@@ -50,7 +50,8 @@ class Config:
     memory, unless calibrate= or keep= needs them. A model over several devices, or with weights on a disk, is refused there.
 
     Args:
-        precision: a preset, "int8", "int8_rotated", "fp8", "w8a16" or "bf16" (none, and attention=True: attention alone); or
+        precision: a preset, "int8", "int8_rotated", "fp8", "w8a16" or "bf16" (none, and attention=True: attention alone), or a
+            `fp.Precision`, as `fp.Precision("int8", rotate=128)`; or
             "stored", for a model that another library has loaded in 8 bits (transformers' FP8Linear and
             CompressedTensorsFP8Linear, bitsandbytes' Linear8bitLt): these layers' bytes are taken over, which they are in
             other presets too. Such a model needs neither precision nor plan. By hand: a dict of patterns, as include has
@@ -81,11 +82,11 @@ class Config:
             layer's default skips.
         strict: raise `fp.Unsupported` where a layer is skipped for a reason of its own: not one that include, exclude
             or the defaults (lm_head, MoE routers, too small) give.
-        calibrate: batches (see `forwardpass.common.batches`) to calibrate on, "int8" only: a few dozen samples of real input.
-            They run through the model in eval mode; one K x K float32 matrix is held for each layer of K inputs. A layer that no
-            batch reaches stays as it is. What is read from the model's code is run on the first of them. None:
+        calibrate: batches (see `forwardpass.common.batches`) to calibrate on, of int8 and its rotated forms: a few dozen samples
+            of real input. They run through the model in eval mode; one K x K float32 matrix is held for each layer of K inputs.
+            A layer that no batch reaches stays as it is. What is read from the model's code is run on the first of them. None:
             uncalibrated, weights are rounded to nearest and outliers not smoothed, which loses more (all-MiniLM-L6-v2: a
-            lowest cosine of .9984 to .9988, calibrated .9994). The command line calibrates int8 by default.
+            lowest cosine of .9984 to .9988, calibrated .9994). The command line calibrates these by default.
         keep: where the originals stay: "device", "cpu", "auto" (cpu where the layer is on a GPU), or False: freed
             once all is in place, and `fp.restore` cannot bring them back, which is also what "auto" means of a model that
             from_pretrained loads. Layers of keras hold theirs, on the device.

@@ -236,15 +236,15 @@ def _cast_since(layer: Replaced) -> torch.dtype | None:
     return now.pop() if len(now) == len(before) == 1 and now != before and before <= {*FLOATS} else None
 
 
-def separate_layers(model: nn.Module) -> tuple[dict[str, QuantizedModule], dict[int, nn.Module]]:
-    """(the same as a checkpoint has them, those of an MLP one by one; what stands for an MLP then, by the MLP's id).
-    ValueError where they are parts."""
+def separate_layers(model: nn.Module, on_meta: bool = False) -> tuple[dict[str, QuantizedModule], dict[int, nn.Module]]:
+    """(the quantised layers as a checkpoint has them, those of an MLP one by one; what stands for an MLP then, by the MLP's id).
+    on_meta: gate and up of an MLP, which are copies, without values. ValueError where they are parts."""
     refuse_divided("a checkpoint", model, "store the model before it is divided")
     layers: dict[str, QuantizedModule] = {}
     instead: dict[int, nn.Module] = {}
     for fqn, module in quantised_layers(model).items():
         if isinstance(module, TwoProducts):
-            parts = module.separate()
+            parts = module.separate(on_meta)
             instead[id(module)] = nn.ModuleDict(parts)
             layers |= {f"{fqn}.{name}": layer for name, layer in parts.items()}
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -12,6 +12,7 @@ from ..common.patterns import Pattern, patterns
 from ..formats.loaded import TakenOver
 from ..nn import Bf16Linear, Experts, Fp8Linear, Int8Conv2d, Int8Linear, QuantizedLinear, QuantizedModule, W8A16Linear
 from ..nn.experts import experts_operation
+from ..ops.common.rotation import SIZES
 
 if TYPE_CHECKING:
     from ..proofs.walker import Leaf
@@ -19,15 +20,39 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Precision:
-    """What a Linear-like layer becomes. A change of meaning is a new version beside the old one."""
+    """What a Linear-like layer becomes. A change of meaning is a new version beside the old one.
+
+    With `rotate`, 64, 128 or 256, and a preset's name alone: that preset with inputs and weights rotated, up to so many columns
+    at a time. "int8" has such a form, "int8_rotated" (256), "int8_rotated_128" and "int8_rotated_64".
+
+    Raises:
+        ValueError: there is no rotated form of that preset, or of that size; more than a name is given beside rotate.
+
+    Example:
+        >>> fp.Precision("int8", rotate=64).name
+        'int8_rotated_64'
+        >>> report = fp.swap(model, fp.Precision("int8", rotate=256))
+    """
 
     name: str
-    version: int
-    module: type[QuantizedLinear]
+    version: int = 1
+    module: type[QuantizedLinear] = QuantizedLinear
     options: Mapping[str, Any] = field(default_factory=dict)  #: arguments of `module.from_torch`
     takes_calibration: bool = False  #: whether calibration batches change the result of a Linear-like layer
     experts: str | None = None  #: the `kind` of `fp.nn.Experts` that modules of experts become; None: they stay
     convolution: type[Int8Conv2d] | None = None  #: what an nn.Conv2d becomes; None: it stays
+    rotate: InitVar[int | None] = None
+
+    def __post_init__(self, rotate: int | None) -> None:
+        if rotate is None:
+            return
+        others = self.version, self.module, self.options, self.takes_calibration, self.experts, self.convolution
+        if others != (1, QuantizedLinear, {}, False, None, None):
+            raise ValueError(f"rotate={rotate!r} goes with the name of a preset alone: give a precision of your own "
+                             f'options={{"rotate": {rotate!r}}}')  # fmt: skip
+        preset = _rotated(self.name, rotate)
+        for x in fields(preset):
+            object.__setattr__(self, x.name, getattr(preset, x.name))
 
     def operation(self, leaf: Leaf | None = None) -> str | None:
         """What its module of a layer, by default of a Linear, calls for its products; None: torch's own."""
@@ -44,6 +69,15 @@ class LayerPrecision:
 
     precision: Precision
     calibrated: bool = False
+
+    @property
+    def rotate(self) -> int | None:
+        """The most columns that are rotated together."""
+        return self.precision.options.get("rotate")
+
+    def calibration_of(self, arguments: Mapping[int | None, Mapping[str, Any]] | None) -> Mapping[str, Any]:
+        """The arguments of `from_torch`, from a layer's `calibration_arguments` by rotation; none where it is not calibrated."""
+        return arguments[self.rotate] if self.calibrated and arguments else {}
 
 
 #: Where a layer holds what it became while its model was loaded.
@@ -80,7 +114,9 @@ PRECISIONS = [
         "int8", 1, Int8Linear, {"symmetric": False}, takes_calibration=True, experts="int8", convolution=Int8Conv2d
     ),
     # The same of weights and activations that a Hadamard matrix multiplies, up to 256 columns at a time: for outliers.
-    Precision("int8_rotated", 1, Int8Linear, {"symmetric": False, "rotate": 256}, experts="int8"),
+    Precision(
+        "int8_rotated", 1, Int8Linear, {"symmetric": False, "rotate": 256}, takes_calibration=True, experts="int8"
+    ),
     # e4m3 weights per channel, e4m3 activations dynamic per token.
     Precision("fp8", 1, Fp8Linear, {"scales": "row"}, experts="fp8"),
     # int8 weights per channel, activations as they are.
@@ -92,8 +128,9 @@ PRECISIONS = [
 STORED = Precision("stored", 1, TakenOver)
 
 
-#: By name; by pattern of layers' names, of which the first that matches decides; or as a function of a layer's name and module.
-ByHand = str | Mapping[str, str] | Callable[[str, nn.Module], str | None]
+#: One preset; by pattern of layers' names, of which the first that matches decides; or as a function of a layer's name and module.
+Preset = str | Precision
+ByHand = Preset | Mapping[str, Preset] | Callable[[str, nn.Module], Preset | None]
 
 
 class Presets:
@@ -101,20 +138,21 @@ class Presets:
 
     def __init__(self, precision: ByHand) -> None:
         self.patterns: tuple[Pattern, ...] = ()  #: those that say it
-        self._of: Callable[[str, nn.Module], str | None]
-        self.is_function = not isinstance(precision, str | Mapping)
-        if isinstance(precision, str):
-            find_precision(precision)
-            self._of = lambda fqn, module: precision
+        self._of: Callable[[str, nn.Module], Preset | None]
+        self.is_function = not isinstance(precision, Preset | Mapping)
+        if isinstance(precision, Preset):
+            preset = known(precision)
+            self._of = lambda fqn, module: preset
         elif isinstance(precision, Mapping):
             self.patterns = patterns("precision", precision)
-            names = [find_precision(name).name for name in precision.values()]
-            pairs = [*zip(self.patterns, names)]
-            self._of = lambda fqn, module: next((name for p, name in pairs if p.matches(fqn)), None)
+            pairs = [*zip(self.patterns, map(known, precision.values()))]
+            self._of = lambda fqn, module: next((preset for p, preset in pairs if p.matches(fqn)), None)
         elif callable(precision):
             self._of = precision
         else:
-            raise TypeError(f"precision is a name, a dict of patterns and names, or a function, not {precision!r}")
+            raise TypeError(
+                f"precision is a name, a preset, a dict of patterns and these, or a function, not {precision!r}"
+            )
 
     def names(self, fqn: str) -> bool:
         """Whether it says this of the layer, and not of all that nothing else is said of."""
@@ -123,8 +161,8 @@ class Presets:
 
     def find(self, fqn: str, module: nn.Module) -> Precision | None:
         """None for a layer that stays as it is. ValueError where there is none of that name."""
-        name = self._of(fqn, module)
-        return None if name is None else find_precision(name)
+        preset = self._of(fqn, module)
+        return None if preset is None else known(preset)
 
 
 def register_precision(precision: Precision) -> None:
@@ -170,9 +208,44 @@ def find_precision(name: str, version: int | None = None) -> Precision:
     """The preset of this name, its newest version where none is given; ValueError in one sentence where there is
     none.
     """
-    matches = [p for p in (*PRECISIONS, STORED) if p.name == name and version in (None, p.version)]
+    forms = (form for p in (*PRECISIONS, STORED) for form in (p, *_smaller(p)))
+    matches = [p for p in forms if p.name == name and version in (None, p.version)]
     if not matches:
         label = repr(name) if version is None else f"{name!r} version {version}"
         have = ", ".join(f"{p.name!r} (version {p.version})" for p in PRECISIONS)
         raise ValueError(f"there is no precision {label}: use one of {have}")
     return matches[-1]
+
+
+def _smaller(preset: Precision) -> list[Precision]:
+    """The same of fewer columns that are rotated together."""
+    most = preset.options.get("rotate") or 0
+    sizes = (size for size in SIZES if size < most)
+    return [replace(preset, name=f"{preset.name}_{n}", options={**preset.options, "rotate": n}) for n in sizes]
+
+
+def _rotated(name: str, size: int) -> Precision:
+    """The rotated form of a preset."""
+    for form in (f"{name}_rotated", f"{name}_rotated_{size}"):
+        try:
+            preset = find_precision(form)
+        except ValueError:
+            continue
+        if preset.options.get("rotate") == size:
+            return preset
+    raise ValueError(f"there is no precision {name!r} with rotate={size!r}: use "
+                     f'"int8" with one of {", ".join(map(str, SIZES))}, or register one whose options have rotate')  # fmt: skip
+
+
+def known(preset: Preset) -> Precision:
+    """A preset by its name, or itself; ValueError where plans and checkpoints could not tell it by its name."""
+    if not isinstance(preset, Precision):
+        return find_precision(preset)
+    try:
+        registered = find_precision(preset.name, preset.version) == preset
+    except ValueError:
+        registered = False
+    if not registered:
+        raise ValueError(f"the precision {preset.name!r} (version {preset.version}) is not registered: call "
+                         "fp.register_precision with it first")  # fmt: skip
+    return preset

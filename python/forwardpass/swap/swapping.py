@@ -44,6 +44,8 @@ from .verdicts import Verdicts, prove
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from ..calibration.running import Arguments
+
 #: Of a model's bytes, what the layers of a class have at least for the report to speak of them.
 WEIGHS = 0.01
 _NONE = Verdicts()
@@ -71,7 +73,8 @@ def swap(
     together. Each layer is gathered, quantised as in one process, and divided again; what crosses processes is what it was.
 
     Args:
-        precision: a preset, "int8", "int8_rotated", "fp8", "w8a16" or "bf16", or one by hand, as `fp.Config` has it; or a Config.
+        precision: a preset, "int8", "int8_rotated", "fp8", "w8a16" or "bf16", a `fp.Precision`, or one by hand, as `fp.Config` has
+            it; or a Config.
         plan: a Plan, its JSON as a dict, or the path of its file; refused where it does not fit the model.
         dry_run: report what would be done, change nothing. Batches are not read.
         options: the other fields of `fp.Config`: attention, unpad, kv_cache, include, exclude, strict, calibrate, keep, forward.
@@ -142,7 +145,7 @@ def swap(
         if config.strict:
             refuse_skips(decision.skipped)
         notes = _warnings(decision, model.training and not keras.is_all)
-        arguments: Mapping[str, dict[str, Any]] = {}
+        arguments: Arguments = {}
         calibration = None
         if calibrated and not dry_run:
             decision, arguments, calibration, calibration_notes = _calibrate(decision, config, batches)
@@ -154,14 +157,15 @@ def swap(
 
 def _calibrate(
     decision: Decision, config: Config, batches: Iterable[Any]
-) -> tuple[Decision, Mapping[str, dict[str, Any]], str | None, list[str]]:
+) -> tuple[Decision, Arguments, str | None, list[str]]:
     """(the decision without layers that no batch reaches, for each other layer the arguments of `from_torch`, the batches'
     fingerprint, notes)"""
     from ..calibration.running import calibration_arguments
 
     fingerprint, plan = Fingerprint(), config.stored_plan
+    rotations = {leaf.fqn: (p.rotate,) for leaf, p in decision.swapped}
     arguments, unreached, notes = calibration_arguments(
-        decision.model, decision.calibrated, fingerprint.reading(batches), config.forward
+        decision.model, decision.calibrated, fingerprint.reading(batches), config.forward, rotations
     )
     if plan is not None and plan.calibration not in (None, fingerprint.value):
         raise ValueError("the plan was calibrated on other batches than calibrate= gives, and would give other results: "
@@ -185,24 +189,23 @@ def _refuse_divided(model: nn.Module, calibrates: bool, keep: str | bool) -> Non
 def swap_planned(
     model: nn.Module,
     plan: Plan,
-    arguments: Mapping[str, Mapping[str, Any]],
+    arguments: Arguments,
     keep: str | bool = "auto",
     verdicts: Verdicts = _NONE,
 ) -> Report:
-    """`swap(model, plan=plan)` where the calibration is done and the model was run: `arguments` has, for each calibrated layer,
-    those of its module's `from_torch`. Without the warnings.
+    """`swap(model, plan=plan)` where the calibration is done and the model was run: `arguments` has, for each calibrated layer and
+    its rotation, those of its module's `from_torch`. Without the warnings.
     """
     with Projections(model) as projections:
         layers = [*linear_like(model), *convolutions(model), *experts_leaves(model)]
         decision = verdicts.applied(decide(Context(model), layers, None, plan, calibrated=plan.calibrated))
-        arguments = {leaf.fqn: arguments.get(leaf.fqn, {}) for leaf in decision.calibrated}
         return _carry_out(decision, [], arguments, plan.calibration, keep, False, projections, verdicts=verdicts)
 
 
 def _carry_out(
     decision: Decision,
     notes: list[str],
-    arguments: Mapping[str, Mapping[str, Any]],
+    arguments: Arguments,
     calibration: str | None,
     keep: str | bool,
     dry_run: bool,
@@ -215,7 +218,7 @@ def _carry_out(
     if dry_run:
         replacements = [_empty(leaf, p) for leaf, p in swapped]
     else:
-        replacements = [build(leaf, p.precision, arguments.get(leaf.fqn, {})) for leaf, p in swapped]
+        replacements = [build(leaf, p.precision, p.calibration_of(arguments.get(leaf.fqn))) for leaf, p in swapped]
     joined = JoinedSwap({leaf.fqn: (leaf, new) for (leaf, _), new in zip(swapped, replacements)}, verdicts.apart)
     change = AttentionSwap(model, decision.attention, decision.unpadding.named)
     in_report = {

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ..common.batches import Forward
 from ..common.modules import hooked, is_compressed
@@ -17,6 +18,7 @@ from ..formats.loaded import is_stored
 from ..integrations.sentence_transformers import class_of
 from ..integrations.tensor_parallel import sharding_of
 from ..integrations.transformers.unpadding import current
+from ..nn import QuantizedModule
 from ..ops.common.quantized_rows import FLOATS
 from ..proofs import inputs, run
 from ..proofs.mlp import Block
@@ -26,6 +28,7 @@ from .attention.kv_cache import CacheSwap
 from .attention.modules import AttentionDecision, AttentionSwap
 from .attention.unpadding import UnpaddingDecision, UnpaddingSwap
 from .decision import Decision
+from .precision import Early
 from .report import Skipped
 
 _RETURNED = Reason(
@@ -40,6 +43,9 @@ _UNSEEN = Reason(
 )
 
 
+_NO_LAYERS: Mapping[str, QuantizedModule] = {}
+
+
 @dataclass(frozen=True)
 class Verdicts:
     """What is not made, and why."""
@@ -52,6 +58,17 @@ class Verdicts:
     @property
     def apart(self) -> dict[str, Reason]:
         return {**self.layers, **self.rotation}
+
+    def but_unproven(self) -> Verdicts:
+        """The same where what cannot be run is believed."""
+
+        def known(reasons: Mapping[str, Reason]) -> dict[str, Reason]:
+            return {fqn: reason for fqn, reason in reasons.items() if reason.code != run.UNPROVEN.code}
+
+        attention, unpadding = (
+            r if r and r.code != run.UNPROVEN.code else None for r in (self.attention, self.unpadding)
+        )
+        return Verdicts(known(self.layers), attention, unpadding, known(self.rotation))
 
     def applied(self, decision: Decision) -> Decision:
         """The decision without it."""
@@ -127,7 +144,7 @@ class _Unpadded(_Change):
         """Where tokens are what they were. A call of sentence-transformers gives its users no padding."""
         if not all(x.layers[0] in self.seen for x in self.decision.stacks):
             return _UNSEEN
-        returned = error.everywhere > prover.tolerance and class_of(prover.model) is None
+        returned = error.everywhere > 1 and class_of(prover.model) is None
         return _RETURNED if unpad == "auto" and returned else None
 
 
@@ -137,8 +154,18 @@ def _cached(decision: Decision, rotating: Iterable[nn.Module]) -> _Change:
     return _Change([AttentionSwap(decision.model, decision.attention.in_floats), CacheSwap(cache)])
 
 
-def prove(decision: Decision, unpad: str | bool, batch: Any = None, forward: Forward | None = None) -> Verdicts:
-    """Runs the model as it is and as it is to be: on a user's batch, and on what is made up. unpad: of `fp.swap`.
+def prove(
+    decision: Decision,
+    unpad: str | bool,
+    batch: Any = None,
+    forward: Forward | None = None,
+    replacements: Mapping[str, QuantizedModule] = _NO_LAYERS,
+) -> Verdicts:
+    """Runs the model as it is and as it is to be: on a user's batch, and on what is made up.
+
+    Args:
+        unpad: of `fp.swap`.
+        replacements: layers that are quantised already, by name, whose floats are not at hand.
 
     Raises:
         ValueError: with kv_cache= the model computes something else.
@@ -149,16 +176,22 @@ def prove(decision: Decision, unpad: str | bool, batch: Any = None, forward: For
         candidates.append(unpadded)
     if not candidates:
         return Verdicts()
-    stand_ins, runs_whole = _stand_ins(decision)
-    users = inputs.of_batch(batch, forward) if batch is not None else ()
-    sources = (users, inputs.made_up(decision.model)) if runs_whole else ()
-    prover = run.Prover(decision.model, *sources, stand_ins=stand_ins)
+    stand_ins, runs_whole = _stand_ins(decision, replacements)
+
+    def prover_of(again: bool) -> run.Prover:
+        users = inputs.of_batch(batch, forward) if batch is not None else ()
+        sources = (users, inputs.made_up(decision.model)) if runs_whole else ()
+        return run.Prover(decision.model, *sources, stand_ins=stand_ins, again=again)
+
+    prover = prover_of(bool(replacements))
+    if replacements and not prover.runs:  # its code may take no float32
+        prover = prover_of(False)
     if prover.runs:
         try:
             error = prover.error(candidates)
         except Exception:  # whatever its code raises so
             error = None
-        if error is not None and error.tokens <= prover.tolerance:
+        if error is not None and error.tokens <= 1:
             return Verdicts(unpadding=unpadded.verdict(error, prover, unpad) if stacks else None)
         if not prover.is_steady():
             prover = prover.of(decision.model)
@@ -216,34 +249,54 @@ def _separately(decision: Decision, unpad: str | bool, prover: run.Prover, layer
     return Verdicts(layers, attention, unpadding, rotation)
 
 
-def _stand_ins(decision: Decision) -> tuple[list[tuple[nn.Module, str, nn.Module]], bool]:
-    """(floats in the place of layers that a run would change, or that are one of several processes together; whether the model then
-    runs). The same ones in all places that are alike."""
+def _stand_ins(
+    decision: Decision, replacements: Mapping[str, QuantizedModule]
+) -> tuple[list[tuple[nn.Module, str, nn.Module]], bool]:
+    """(floats in the place of layers that a run would change, that several processes are together, or that are quantised already;
+    whether the model then runs). The same ones in all places that are alike. Quantised experts stand for themselves."""
     model = decision.model
     kinds: dict[tuple[Any, ...], nn.Module] = {}
     dtype = next((p.dtype for p in model.parameters() if p.dtype in FLOATS), torch.get_default_dtype())
     stand_ins: list[tuple[nn.Module, str, nn.Module]] = []
     for leaf in decision.layers:
-        if _stays(leaf.module) and not (leaf.is_experts or leaf.is_convolution):
-            device = next((t.device for t in (*leaf.module.parameters(), *leaf.module.buffers())), None)
+        layer = replacements.get(leaf.fqn)
+        if layer is not None and leaf.is_experts:
+            stand_ins.append((leaf.parent, leaf.name, layer))
+        elif (layer is not None or _stays(leaf.module) or Early.of(leaf.module)) and not (
+            leaf.is_experts or leaf.is_convolution
+        ):
+            values = leaf.module if layer is None else layer
+            device = next((t.device for t in (*values.buffers(), *values.parameters())), torch.device("cpu"))
+            stated = layer.anchor.dtype if layer is not None else leaf.weight.dtype if Early.of(leaf.module) else dtype
+            of_layer = stated if stated in FLOATS else dtype
             sizes = leaf.in_features, leaf.out_features, leaf.has_bias
-            key = type(leaf.parent), leaf.name, sizes, device
+            key = type(leaf.parent), leaf.name, sizes, device, of_layer
             if key not in kinds:
-                kinds[key] = _floats(*sizes, device, dtype, len(kinds))
+                kinds[key] = _StandIn(*sizes, device, of_layer, len(kinds))
             stand_ins.append((leaf.parent, leaf.name, kinds[key]))
-    replaced = {id(leaf.module) for leaf in decision.layers if not (leaf.is_experts or leaf.is_convolution)}
+    replaced = {id(leaf.module) for leaf in decision.layers if not leaf.is_experts or leaf.fqn in replacements}
     return stand_ins, not any(_stays(m) and id(m) not in replaced for m in model.modules())
 
 
-def _floats(
-    in_features: int, out_features: int, bias: bool, device: torch.device | None, dtype: torch.dtype, seed: int
-) -> nn.Linear:
-    layer = nn.Linear(in_features, out_features, bias, device="meta").to_empty(device=device or "cpu").to(dtype)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator) * in_features**-0.5)
-    return layer
+class _StandIn(nn.Linear):
+    """A layer of made-up values in a few kilobytes, in the place of one whose floats are not at hand. It multiplies by few rows and
+    gives their results again and again: their number is prime, so that no two heads are alike."""
+
+    OWN = 127
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, device: torch.device, dtype: torch.dtype, seed: int
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device="meta")
+        weight = inputs.made_up_weight(out_features, in_features, dtype, device, seed)
+        self.weight = nn.Parameter(weight, False)
+        if bias:
+            self.bias = nn.Parameter(inputs.made_up_weight(1, out_features, dtype, device, seed).flatten(), False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = F.linear(input, self.weight[: self.OWN])
+        y = torch.cat([y] * -(-self.out_features // self.OWN), -1)[..., : self.out_features].contiguous()
+        return y if self.bias is None else y + self.bias
 
 
 def _stays(module: nn.Module) -> bool:

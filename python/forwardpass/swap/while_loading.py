@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.modules import tensor_bytes
+from ..proofs.inputs import made_up_weight
 from ..proofs.walker import Leaf, experts_leaves, linear_like
 from .config import Config
 from .decision import precision_of
@@ -102,16 +103,16 @@ class WhileLoading:
 
     def _made_up(self, p: Tensor) -> Tensor:
         """Random values as large as those of a layer that was just initialised, others for each layer: a proof would not see else
-        that two of them are exchanged. Rows of a matrix are parts of one short vector, of which each begins one element after the
-        one before. Those of experts are apart, as the products of torch and transformers want it, and alike in all experts.
+        that two of them are exchanged. Rows of experts are apart, as the products of torch and transformers want it, and alike in
+        all experts.
         """
         *experts, n, k = p.shape
-        generator = torch.Generator().manual_seed(len(self._early))
+        seed = len(self._early)
         if not experts:
-            vector = torch.empty(n + k).normal_(std=k**-0.5, generator=generator).to(p.device, p.dtype)
-            return vector.as_strided(p.shape, (1, 1))
+            return made_up_weight(n, k, p.dtype, p.device, seed)
         key = n, k, p.dtype, p.device
         if key not in self._one_expert:
+            generator = torch.Generator().manual_seed(seed)
             matrix = torch.empty(n, k, dtype=p.dtype).normal_(std=k**-0.5, generator=generator)
             self._one_expert[key] = matrix.to(p.device)
         return self._one_expert[key].expand(p.shape)

@@ -11,7 +11,7 @@ from rich.console import Console
 import forwardpass as fp
 
 from ...common.plots import require as require_plot
-from ...common.text import wrapped
+from ...common.text import count, wrapped
 from ...swap.report import by_reason
 from .. import comparison
 from ..console import describe_calibration, say, tracking
@@ -57,9 +57,7 @@ def parity(
         subject = load(model, where, text, calibrate, calibrates, console)
         with tracking() as track:
             track(subject.swapping(), None)
-            report = fp.swap(
-                subject.model, precision=precision, plan=planned, unpad=True, calibrate=subject.calibration
-            )
+            report = fp.swap(subject.model, fp.Config(precision, planned, unpad=True, calibrate=subject.calibration))
             if not report.swapped:
                 reasons = [why for why, _ in by_reason((s.fqn, s.reason.code, s.reason.text) for s in report.skipped)]
                 raise ValueError(
@@ -83,3 +81,11 @@ def parity(
         write_json({**parity_report.to_json(), **about}, json)
     if plot:
         parity_report.save_plot(plot)
+    if unreached := parity_report.unreached:
+        swapped = count(len(parity_report.layers), "swapped layer")
+        typer.echo(
+            f"forwardpass: no text reaches {unreached[0]} ({len(unreached)} of {swapped}), and nobody knows how far it is from the "
+            "original: pass texts that do, or leave it in floats by a plan",
+            err=True,
+        )
+        raise typer.Exit(1)

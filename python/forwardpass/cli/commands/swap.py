@@ -20,7 +20,6 @@ from ...common.patterns import patterns
 from ...common.text import together
 from ...integrations import sentence_transformers as sentences
 from ...integrations.transformers.kv_scales import KV_CACHES
-from ...swap.attention.modules import check_choice
 from ...swap.precision import STORED
 from .. import comparison, embedding
 from ..console import print_swap, tracking
@@ -102,8 +101,10 @@ def swap(
         if stored and (any(x is not None for x in options_of_floats) or attention != "auto"):
             raise ValueError(f"{model} holds a model whose layers have 8 bits already, which are taken over as they are: drop "
                              "--precision, --plan, --calibrate, --include, --kv-cache, --attention and --crossover")  # fmt: skip
-        check_choice(ATTENTION[attention], crossover, plan is not None)
     precision, planned, calibrates = (STORED.name, None, False) if stored else precision_or_plan(precision, plan)
+    with refusing(ValueError):
+        config = fp.Config(precision, planned, include=include or (), kv_cache=kv_cache, attention=ATTENTION[attention],
+                           crossover=crossover, unpad=True)  # fmt: skip  # a readout leaves padding out
     limit_of_perplexity = share_of(max_perplexity_increase) or 0.0
     where = prepare(device, json, read=(model, plan, text, calibrate))
     if not stored:
@@ -129,16 +130,13 @@ def swap(
             reported, padding = as_reported(swapped, original), ""
         else:
             original, swapped = subject.model, copy.deepcopy(subject.model)  # both at once: their timing takes turns
-            options: dict[str, Any] = {"precision": precision, "plan": planned, "calibrate": subject.calibration,
-                                       "include": include or (), "kv_cache": kv_cache,
-                                       "attention": ATTENTION[attention], "crossover": crossover,
-                                       "unpad": True}  # fmt: skip  # a readout leaves padding out
             with refusing(ValueError, TypeError, OSError, fp.Unsupported), warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # the report has them too
+                config = dataclasses.replace(config, calibrate=subject.calibration)
                 if include:
-                    refuse_unmatched(include, fp.swap(swapped, **options, dry_run=True))
+                    refuse_unmatched(include, fp.swap(swapped, config, dry_run=True))
                 track(subject.swapping(), None)
-                report = fp.swap(swapped, **options)
+                report = fp.swap(swapped, config)
             reported, padding = report.to_json(), str(report.unpadding)
         if decoder:
             compared = comparison.compare_decoding(

@@ -27,6 +27,8 @@ VALUES = {"int8": torch.int8, "fp8": E4M3}
 MODIFIERS = 11
 #: of q and k: 127^2 * 2^17 < 2^31
 MAX_COLUMNS = 2**17
+#: of the softmax: times the least scale of a row whose integers are not 0, 2^-107, it is no less than float32's least number
+LEAST_SCALE = 2.0**-42
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,6 +314,10 @@ def _why_not_gpu(
 ) -> Reason | None:
     if dtype == "fp8" and (reason := _why_no_e4m3(backend, gpu_capability(q.device))):
         return dataclasses.replace(reason, fix='use dtype="int8", which is also nearer to exact')
+    scale = options[0]
+    if backend == "cuda" and scale is not None and scale < LEAST_SCALE:
+        text = f"scale={scale:.3g} times that of a row of q may be 0 in float32, which it takes for a row of zeros"
+        return Reason("scale", text, "multiply q by it, and pass scale=1.0")
     return why_not_gpu(_of_out_dtype(q, (dtype, rotates, *options)), k, v, *options)
 
 
