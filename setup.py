@@ -323,9 +323,11 @@ def rules(out, obj, home):
     if home:
         cu = sorted(p for p in csrc.glob("kernels/**/*_sm*.cu") if gencode(p))
         lib = next(p for p in (home / "lib64", home / "lib") if p.is_dir())
+        # -lineinfo: gpuless reads lines of the source from the PTX. ptxas would copy that PTX, compressed 40 % of the library,
+        # into the machine code for each architecture.
         nvcc = (f"{q(f'{home}/bin/nvcc')}{nvcc_host(obj / 'host-c++')} {common} -Icsrc -O3 -lineinfo --compress-mode=size"
-                f"{' -Werror all-warnings' * STRICT} -Xptxas -warn-spills,-warn-lmem-usage{',-Werror' * STRICT} "
-                f"-Xcompiler -fPIC,-fvisibility=hidden $flags -c $in -o $out")  # fmt: skip
+                f"{' -Werror all-warnings' * STRICT} -Xptxas --suppress-debug-info,-warn-spills,-warn-lmem-usage"
+                f"{',-Werror' * STRICT} -Xcompiler -fPIC,-fvisibility=hidden $flags -c $in -o $out")  # fmt: skip
         # Strict: any ptxas warning fails the build: a spill (-warn-spills, -warn-lmem-usage), or C75xx, which is only an "info".
         checked = (
             f"({nvcc}) > $out.log 2>&1 && ! grep -q 'C75[0-9][0-9]' $out.log || (cat $out.log; rm -f $out; false)"

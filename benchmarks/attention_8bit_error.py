@@ -1,6 +1,6 @@
 """What attention in 8 bits loses: each arithmetic in plain torch, in float64, against float64 on the operands as they were.
 
-python -m benchmarks.attention_8bit_error [--keys 1024 16384 131072] [--models] [--json FILE]
+python -m benchmarks.attention_8bit_error [--keys 1024 16384 131072] [--models [minilm smollm2 dit]] [--json FILE]
 
 Rounding and scales are those of kernels; sums are exact. So it is what a kernel can reach, before there is one. The formulas of
 others are read from their kernels: SageAttention 2.2 on sm_90, FlashAttention-3's fp8, comfy-kitchen 0.2.31 (7d86acf).
@@ -12,8 +12,10 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import bench
@@ -210,8 +212,8 @@ def made_up(kind: str, keys: int, head_dim: int, seed: int = 0) -> tuple[Tensor,
 KINDS = ("normal", "outliers", "bias", "peaked", "peak and tail")
 
 
-def of_model(name: str) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor]]]:
-    """(which head, its q, k, v) of a packaged model on the texts of the command line: of the first, middle and last layer."""
+def of_text(name: str) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """q, k, v [B, H, S, D] of each layer of a packaged model, on the texts of the command line."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
@@ -236,6 +238,35 @@ def of_model(name: str) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor]]]:
     limit = 512 if name == "minilm" else 2048
     with torch.inference_mode():
         model(**tokenizer(text, return_tensors="pt", truncation=True, max_length=limit))
+    return captured
+
+
+def of_pictures(name: str) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The same of the diffusion transformer of `benchmarks.dit`, half-way from noise to a picture."""
+    from benchmarks import dit
+
+    captured: list[tuple[Tensor, Tensor, Tensor]] = []
+    attention = F.scaled_dot_product_attention
+
+    def capture(q: Tensor, k: Tensor, v: Tensor, *args: Any, **options: Any) -> Tensor:
+        captured.append((q, k, v))
+        return attention(q, k, v, *args, **options)
+
+    model, _ = dit.trained()
+    layers = len(model.transformer_blocks)  # type: ignore[arg-type]
+    with mock.patch.object(F, "scaled_dot_product_attention", capture):
+        dit.draw(model, 0)
+    middle = dit.STEPS // 2 * layers
+    return captured[middle : middle + layers]
+
+
+#: Models, and what takes their q, k and v.
+MODELS = {"minilm": of_text, "smollm2": of_text, "dit": of_pictures}
+
+
+def of_model(name: str) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor]]]:
+    """(which head, its q, k, v) of a model: of the first, middle and last layer."""
+    captured = MODELS[name](name)
     for layer in (0, len(captured) // 2, len(captured) - 1):
         q, k, v = captured[layer]
         for head in (0, q.shape[1] // 2, q.shape[1] - 1):
@@ -259,7 +290,10 @@ def main() -> None:
     p.add_argument("--keys", type=int, nargs="*", default=[1024, 16384])
     p.add_argument("--head-dims", type=int, nargs="*", default=[64, 128])
     p.add_argument(
-        "--models", action="store_true", help="also q, k and v of MiniLM's and SmolLM2's layers on real text"
+        "--models",
+        nargs="*",
+        choices=list(MODELS),
+        help="also q, k and v of these models' layers, of all where none is named",
     )
     args = p.parse_args()
     result = bench.header("attention-8bit", "cpu", []) | {"results": []}
@@ -277,7 +311,7 @@ def main() -> None:
         for keys in args.keys:
             for kind in KINDS:
                 add(f"{kind}, {keys} keys, {d} columns", made_up(kind, keys, d))
-    for model in ("minilm", "smollm2") if args.models else ():
+    for model in () if args.models is None else args.models or MODELS:
         for name, operands in of_model(model):
             add(name, operands)
     bench.write(result, args.json)

@@ -12,6 +12,8 @@ ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda v: F.gelu(v, approximate="tanh"),
     "silu": F.silu,
+    "relu6": F.relu6,
+    "hard_swish": F.hardswish,
 }
 
 

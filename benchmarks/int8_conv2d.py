@@ -52,6 +52,9 @@ def baseline(
     return eager.dequantize(acc, of_pixels, w_scale, **options).permute(0, 3, 1, 2)
 
 
+BASELINES = {OPERATION: baseline}
+
+
 @dataclass(frozen=True)
 class Layer:
     """A convolution of an image of `size` squared, with padding of half a kernel; `count` of them in a network."""
@@ -330,4 +333,4 @@ def add_options(p: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    bench.main({OPERATION: baseline}, __doc__, add_options, of_layers)
+    bench.main(BASELINES, __doc__, add_options, of_layers)

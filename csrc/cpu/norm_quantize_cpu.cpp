@@ -52,6 +52,8 @@ INLINE void rows(const NormQuantizeParams& p, float* v, int64_t first, int64_t l
           const V d = cpu::first_lanes(cpu::load<V, Dtype::f32>(v, c, n) - mean, n);
           squares = cpu::fma(d, d, squares);
         });
+    const int64_t sample = row / p.rows_per_sample;
+    const Affine ada_scale = p.ada_scale.of(sample), ada_shift = p.ada_shift.of(sample);
     const float total = cpu::sum(squares);
     // total * 0: squares that overflow show as NaN, not as values of 0
     const float inverse = 1.0f / std::sqrt(total / columns + p.eps) + total * 0.0f;
@@ -60,6 +62,8 @@ INLINE void rows(const NormQuantizeParams& p, float* v, int64_t first, int64_t l
           V y = (cpu::load<V, Dtype::f32>(v, c, n) - mean) * inverse;
           if (p.weight.data) y *= load_affine<V, D>(p.weight, c, n);
           if (p.bias.data) y += load_affine<V, D>(p.bias, c, n);
+          if (ada_scale.data) y *= 1.0f + load_affine<V, D>(ada_scale, c, n);
+          if (ada_shift.data) y += load_affine<V, D>(ada_shift, c, n);
           cpu::store<Dtype::f32>(y, v, c, n);
         });
     cpu::quantize_row<V>(p.out, row, VECTOR_BODY(=) { return cpu::load<V, Dtype::f32>(v, c, n); });

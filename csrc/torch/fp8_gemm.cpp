@@ -84,8 +84,7 @@ Tensor fp8_gemm(Backend backend, const Tensor& a, const Tensor& b, const Tensor&
   return out;
 }
 
-// On wgmma a block has all columns of a group, or of a row of up to 256 columns, and quantises them. Elsewhere, and
-// with split-K, the GEMM in fp32 comes first, which moves 8 more bytes per output.
+// On wgmma a block has all columns of a group, or of a row of up to 256 columns, unless there is split-K.
 std::tuple<Tensor, Tensor> fp8_gemm_quantize(Backend backend, const Tensor& a, const Tensor& b, const Tensor& a_scale,
                                              const Tensor& b_scale, const OptionalTensor& bias,
                                              const std::optional<std::string>& activation,
@@ -97,25 +96,15 @@ std::tuple<Tensor, Tensor> fp8_gemm_quantize(Backend backend, const Tensor& a, c
   auto [sizes, p] =
       check_gemm(a, b, a_scale, b_scale,
                  {.bias = bias, .activation = activation_of(activation, op), .out_dtype = ScalarType::Float}, op);
-  Epilogue& e = p.epilogue;
   STD_TORCH_CHECK(group_size || p.b.rows, op, ": b must have at least one row");
   const bool empty = p.a.rows == 0 || p.b.rows == 0;
-  const bool gated = is_gated(e.activation);
+  const bool gated = is_gated(p.epilogue.activation);
   int64_t group = kScaleBlock * (gated ? 2 : 1);
   if (!group_size && (!gated || p.b.rows > group)) group = std::min<int64_t>(p.b.rows, INT32_MAX);
   const KernelChoice choice = empty ? KernelChoice{} : select_kernel(backend, p, a, static_cast<int32_t>(group));
-  if (empty || (choice.quantizes && choice.splits == 1)) {
-    auto [quantized, rows] = quantized_rows(sizes, options, a, op);
-    p.choice = choice;
-    e.out = rows.q, e.out_stride = rows.q_stride, e.out_dtype = Dtype::e4m3;
-    e.group_scale = rows.scale, e.group_scale_stride = group_size ? rows.scale_stride : 0;
-    run_gemm(backend, p, a);
-    return {std::get<0>(quantized), std::get<1>(quantized)};
-  }
-  const Tensor out = epilogue_output(e, sizes, ScalarType::Float, a);
-  run_gemm(backend, p, a);
-  auto [q, scale, zero_point] = run_quantize(backend, out, options, op);
-  return {q, scale};
+  const bool whole = empty || (choice.quantizes && choice.splits == 1);
+  if (whole) p.choice = choice;
+  return quantized_gemm(backend, p, whole, sizes, options, a, op);
 }
 
 }  // namespace forwardpass

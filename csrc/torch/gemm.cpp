@@ -1,5 +1,7 @@
 #include "torch/gemm.h"
 
+#include "torch/epilogue.h"
+
 namespace forwardpass {
 namespace {
 
@@ -59,6 +61,23 @@ void run_gemm(Backend backend, GemmParams p, const Tensor& like) {
   GemmCall call(backend, p, like, workspace);
   workspace.allocate(like);
   call.run();
+}
+
+std::tuple<Tensor, Tensor> quantized_gemm(Backend backend, GemmParams p, bool epilogue_quantizes,
+                                          const std::vector<int64_t>& sizes, const QuantizeOptions& options,
+                                          const Tensor& a, const char* op, decltype(run_gemm)* multiply) {
+  if (!epilogue_quantizes) {
+    const Tensor out = epilogue_output(p.epilogue, sizes, ScalarType::Float, a);
+    multiply(backend, p, a);
+    auto [q, scale, zero_point] = run_quantize(backend, out, options, op);
+    return {q, scale};
+  }
+  auto [quantized, rows] = quantized_rows(sizes, options, a, op);
+  Epilogue& e = p.epilogue;
+  e.out = rows.q, e.out_stride = rows.q_stride, e.out_dtype = rows.dtype;
+  e.group_scale = rows.scale, e.group_scale_stride = options.group_size ? rows.scale_stride : 0;
+  multiply(backend, p, a);
+  return {std::get<0>(quantized), std::get<1>(quantized)};
 }
 
 void quantize_and_multiply(Backend backend, QuantizeParams q, GemmParams p, const Tensor& x) {

@@ -54,6 +54,13 @@ class GemmCall {
 // A GEMM of the operands in p. Selects the kernel, unless p.choice has one.
 void run_gemm(Backend backend, GemmParams p, const Tensor& like);
 
+// A GEMM with the options of an operation, but for its output of q and scales. The epilogue quantises where it has each
+// segment whole, of which p.choice has the kernel; otherwise the GEMM in fp32 comes first, which moves 8 more bytes per
+// output. multiply: of `a`, as run_gemm.
+std::tuple<Tensor, Tensor> quantized_gemm(Backend backend, GemmParams p, bool epilogue_quantizes,
+                                          const std::vector<int64_t>& sizes, const QuantizeOptions& options,
+                                          const Tensor& a, const char* op, decltype(run_gemm)* multiply = run_gemm);
+
 // A Linear: quantises x into the workspace, as q.out says, and multiplies it by the weight, which is p.b. Fills in p.a
 // and its scales.
 void quantize_and_multiply(Backend backend, QuantizeParams q, GemmParams p, const Tensor& x);

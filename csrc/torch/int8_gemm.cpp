@@ -25,7 +25,7 @@ std::vector<int64_t> check_gemm(GemmParams& p, const Tensor& a, const Tensor& b,
   return sizes;
 }
 
-void multiply(Backend backend, const GemmParams& p, const Tensor& a) {
+void multiply(Backend backend, GemmParams p, const Tensor& a) {
   if (backend != Backend::cpu) return run_gemm(backend, p, a);
   if (p.a.rows && p.b.rows) int8_gemm_cpu(a, p.a, p.b, p.epilogue, nullptr);
 }
@@ -71,7 +71,6 @@ std::tuple<Tensor, Tensor> int8_gemm_quantize(Backend backend, const Tensor& a, 
                                               const std::optional<std::string>& activation,
                                               const OptionalTensor& a_zero_point, const OptionalTensor& b_sum) {
   const char* op = "int8_gemm_quantize";
-  const QuantizeOptions options{.dtype = ScalarType::Char};
   GemmParams p{};
   const auto sizes = check_gemm(p, a, b,
                                 {.a_scale = a_scale,
@@ -83,18 +82,8 @@ std::tuple<Tensor, Tensor> int8_gemm_quantize(Backend backend, const Tensor& a, 
                                  .b_sum = b_sum},
                                 op);
   STD_TORCH_CHECK(p.b.rows, op, ": b must have at least one row");
-  Epilogue& e = p.epilogue;
-  if (quantizes_rows(backend, p, a)) {
-    auto [quantized, rows] = quantized_rows(sizes, options, a, op);
-    e.out = rows.q, e.out_stride = rows.q_stride, e.out_dtype = Dtype::i8;
-    e.group_scale = rows.scale;
-    multiply(backend, p, a);
-    return {std::get<0>(quantized), std::get<1>(quantized)};
-  }
-  const Tensor out = epilogue_output(e, sizes, ScalarType::Float, a);
-  multiply(backend, p, a);
-  auto [q, scale, zero_point] = run_quantize(backend, out, options, op);
-  return {q, scale};
+  const bool whole = quantizes_rows(backend, p, a);
+  return quantized_gemm(backend, p, whole, sizes, {.dtype = ScalarType::Char}, a, op, multiply);
 }
 
 }  // namespace forwardpass

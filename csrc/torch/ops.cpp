@@ -49,7 +49,8 @@ constexpr std::tuple kOps{
 
     Op<norm_quantize>{
         "norm_quantize(Tensor x, Tensor? weight, float eps, ScalarType dtype, str kind, Tensor? bias, bool symmetric, "
-        "Tensor? channel_scale, int? rotate=None) -> (Tensor q, Tensor scale, Tensor zero_point)"},
+        "Tensor? channel_scale, int? rotate=None, Tensor? ada_scale=None, Tensor? ada_shift=None) -> "
+        "(Tensor q, Tensor scale, Tensor zero_point)"},
 
     Op<add_norm_quantize>{
         "add_norm_quantize(Tensor x, Tensor residual, Tensor? weight, float eps, ScalarType dtype, str kind, "

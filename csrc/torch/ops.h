@@ -91,7 +91,8 @@ Tensor w8a16_grouped_gemm(Backend backend, const Tensor& x, const Tensor& weight
 
 Quantized norm_quantize(Backend backend, const Tensor& x, const OptionalTensor& weight, double eps, ScalarType dtype,
                         const std::string& kind, const OptionalTensor& bias, bool symmetric,
-                        const OptionalTensor& channel_scale, std::optional<int64_t> rotate);
+                        const OptionalTensor& channel_scale, std::optional<int64_t> rotate,
+                        const OptionalTensor& ada_scale, const OptionalTensor& ada_shift);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_quantize(Backend backend, const Tensor& x, const Tensor& residual,
                                                              const OptionalTensor& weight, double eps, ScalarType dtype,

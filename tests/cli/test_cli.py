@@ -506,13 +506,14 @@ def test_profile_refuses(folder, tmp_path):
 
 
 def test_parity_lists_layers_and_draws(folder, tmp_path):
-    files = {"json": tmp_path / "parity.json", "plot": tmp_path / "parity.png"}
+    files = {"json": tmp_path / "parity.json", "html": tmp_path / "parity.html", "plot": tmp_path / "parity.png"}
     result = run("parity", folder, "--precision", "int8", *(x for n, f in files.items() for x in (f"--{n}", f)))
     assert result.exit_code == 0, result.output
     assert "layer, worst first" in result.stdout and "as embedding: samples 32" in result.stdout
     written = json.loads(files["json"].read_text())
     assert written["schema"] == "forwardpass.parity/1" and written["agreement"]["samples"] == 32
     assert written["precision"] == "int8" and written["layers"]
+    assert files["html"].read_text().count("<tr>") == 1 + len(written["layers"])
     assert files["plot"].read_bytes()[:4] == b"\x89PNG"
     refused(run("parity", folder, "--precision", "int8", "--plan", "x"), "pass either --precision or --plan")
     refused(run("parity", folder, "--precision", "int9"), "--precision is one of")

@@ -137,4 +137,7 @@ def test_a_result_is_text_one_screen_and_html():
     assert len(shown) == SCREEN and shown[-1] == f"… and {more} lines more: print it to see all"
     html = Result(2)._repr_html_()
     assert html.count("<tr>") == 4 and "<p>a &lt;sentence&gt; of words</p>" in html and "why &lt;so&gt;" in html
-    assert '<td style="text-align: right">1</td>' in html and '<th style="text-align: left">name</th>' in html
+    assert (
+        '<td style="text-align: right; white-space: nowrap">1</td>' in html
+        and '<th style="text-align: left">name</th>' in html
+    )

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from rotation import paired
+from small_models import assert_same_objects, objects
 
 import forwardpass as fp
 
@@ -195,13 +196,40 @@ def test_attention_that_is_fused_in_diffusers_way():
     assert torch.equal(run(model, inputs), fused)
 
 
-def test_a_pipeline():
+def pipeline():
     model, _ = built(dit)
+    torch.manual_seed(0)
     vae = diffusers.AutoencoderKL(
         block_out_channels=(32,), down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",)
     )
     pipe = diffusers.DiTPipeline(model, vae.eval(), diffusers.DDIMScheduler())
     pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_pictures_of_a_pipeline():
+    pytest.importorskip("skimage", reason="the extra images is not installed")
+    pipe = pipeline()
+
+    def draw(model, labels):
+        assert model is pipe.transformer
+        return pipe(labels, num_inference_steps=3, generator=torch.Generator().manual_seed(3)).images  # PIL's
+
+    before = objects(pipe.transformer)
+    fp.swap(pipe.transformer, "int8")
+    report = fp.parity(pipe.transformer, [[1, 2], [3]], images=draw)
+    assert len(report.images.psnr) == 3 and not report.unreached
+    assert 30 < min(report.images.psnr) < 80 and 0.9 < min(report.images.ssim) <= 1
+    fp.restore(pipe.transformer)
+    plan = fp.plan(
+        pipe.transformer, [[1, 2]], images=draw, min_psnr=25, candidates="int8", exclude="**.emb.**", target="memory"
+    )
+    assert plan.layers and "lowest PSNR in dB >= 25" in str(plan)
+    assert_same_objects(pipe.transformer, before)
+
+
+def test_a_pipeline():
+    pipe = pipeline()
 
     def image():
         generator = torch.Generator().manual_seed(3)

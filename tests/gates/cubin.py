@@ -1,7 +1,7 @@
 """What a compiled library says of its kernels: resources, launch bounds, machine code. The tools are those of Triton's wheel.
 
 Registers and memory are what the assembler reports (`cuobjdump --dump-resource-usage`). The rest is read from the cubin
-itself: the launch bounds are attributes in .nv.info, and the PTX that -lineinfo keeps names the dynamic shared memory.
+itself: the launch bounds are attributes in .nv.info. The PTX beside it names the dynamic shared memory.
 """
 
 import dataclasses
@@ -137,11 +137,13 @@ def launch_threads(attributes: bytes) -> int | None:
     return None
 
 
-def users_of_dynamic_shared(elf: dict[str, bytes]) -> set[str]:
-    """Mangled names of the kernels whose PTX names an `extern __shared__` array; functions beside them count for all."""
-    if ".nv_debug_ptx_txt" not in elf:
-        raise ValueError("a cubin without its PTX: compile with -lineinfo, dynamic shared memory is looked for there")
-    text = elf[".nv_debug_ptx_txt"].replace(b"\0", b"\n").decode()
+def entries(ptx: str) -> set[str]:
+    """Mangled names of the kernels that a module has."""
+    return set(re.findall(r"^(?:\.visible |\.weak )?\.entry ([\w$]+)", ptx, re.M))
+
+
+def users_of_dynamic_shared(text: str) -> set[str]:
+    """Those of a module's kernels whose PTX names an `extern __shared__` array; functions beside them count for all."""
     declaration = r"\.extern \.shared [^;]*?([\w$]+)(?:\[\d*\])?;"
     names = "|".join(map(re.escape, re.findall(declaration, text)))
     if not names:
@@ -156,16 +158,26 @@ def users_of_dynamic_shared(elf: dict[str, bytes]) -> set[str]:
 def kernels(library: pathlib.Path) -> list[Kernel]:
     """Every kernel in a shared library or object that nvcc made, once for each architecture."""
     with tempfile.TemporaryDirectory() as folder:
+        tool("cuobjdump", "-xptx", "all", library.resolve(), cwd=folder)
+        modules = [path.read_text() for path in pathlib.Path(folder).glob("*.ptx")]
+        known = set().union(*map(entries, modules))
+        dynamic = set().union(*map(users_of_dynamic_shared, modules))
         listed = tool("cuobjdump", "-xelf", "all", library.resolve(), cwd=folder)
         cubins = [pathlib.Path(folder, name) for name in re.findall(r"^Extracting ELF file +\d+: (.*)$", listed, re.M)]
         # in the order of the listing; only here is the "a" of sm_90a, which a cubin's header lacks
         usages = re.split(r"^Fatbin elf code:$", tool("cuobjdump", "--dump-resource-usage", library), flags=re.M)[1:]
         if len(cubins) != len(usages):
             raise ValueError(f"{library}: cuobjdump lists {len(usages)} cubins and extracts {len(cubins)}")
-        return [kernel for cubin, usage in zip(cubins, usages) for kernel in kernels_of_cubin(cubin, usage)]
+        found = [kernel for cubin, usage in zip(cubins, usages) for kernel in kernels_of_cubin(cubin, usage, dynamic)]
+    if unknown := {k.mangled for k in found} - known:
+        raise ValueError(
+            f"{library}: dynamic shared memory is looked for in PTX, and it has none of {sorted(unknown)[0]}"
+        )
+    return found
 
 
-def kernels_of_cubin(cubin: pathlib.Path, usage: str) -> list[Kernel]:
+def kernels_of_cubin(cubin: pathlib.Path, usage: str, dynamic: set[str]) -> list[Kernel]:
+    """dynamic: mangled names of the kernels that use dynamic shared memory."""
     head, _, body = usage.partition("Resource usage:")
     fields = dict(re.findall(r"^(\w+) = (.*)$", head, re.M))
     resources = {
@@ -176,7 +188,6 @@ def kernels_of_cubin(cubin: pathlib.Path, usage: str) -> list[Kernel]:
         return []
     image = cubin.read_bytes()
     elf, disassembly = sections(image), Disassembly(image)
-    dynamic = users_of_dynamic_shared(elf)
     kernels = []
     for mangled, name in zip(resources, demangle(list(resources))):
         use = resources[mangled]

@@ -48,10 +48,10 @@ def commands():
 def compiled(commands, output, *arches):
     """gate_kernels_*.cu of these architectures, without the build's own checks."""
     nvcc = shlex.split(commands[0]["command"].lstrip("("))[0]
-    flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in arches]
+    flags = [f"-gencode=arch=compute_{a},code=[sm_{a},compute_{a}]" for a in arches]
     source = HERE / f"gate_kernels_sm{arches[0]}.cu"
-    subprocess.run([nvcc, "-std=c++17", "-lineinfo", "-Icsrc", *flags, "-c", source, "-o", output],
-                   cwd=gates.ROOT, check=True)  # fmt: skip
+    flags += ["-std=c++17", "-lineinfo", "-Xptxas", "--suppress-debug-info", "-Icsrc"]
+    subprocess.run([nvcc, *flags, "-c", source, "-o", output], cwd=gates.ROOT, check=True)
     return output
 
 
@@ -283,6 +283,24 @@ def test_what_is_read_of_a_kernel(bad):
     assert re.search(r"int8_gemm_kernel .* 4 IMMA.16832.S8.S8$", table, re.M)
 
 
+def test_machine_code_has_no_copy_of_its_ptx(tmp_path):
+    if not LIBRARY.exists():
+        pytest.skip("this build has no CUDA kernels")
+    cubin.tool("cuobjdump", "-xelf", "unpermute_sm80", LIBRARY.resolve(), cwd=tmp_path)
+    images = [path.read_bytes() for path in tmp_path.iterdir()]
+    assert images
+    assert not any(name.startswith((".nv_debug", ".debug_line")) for i in images for name in cubin.sections(i))
+
+
+def test_machine_code_without_its_ptx_is_refused(commands, tmp_path):
+    nvcc = shlex.split(commands[0]["command"].lstrip("("))[0]
+    (source := tmp_path / "kernel_sm80.cu").write_text("__global__ void kernel() {}")
+    output = tmp_path / "kernel.o"
+    subprocess.run([nvcc, "-gencode=arch=compute_80,code=sm_80", "-c", source, "-o", output], check=True)
+    with pytest.raises(ValueError, match="it has none of _Z6kernelv"):
+        cubin.kernels(output)
+
+
 def test_dynamic_shared_memory_in_a_function_that_is_not_inlined():
     ptx = """
 .extern .shared .align 16 .b8 bytes[];
@@ -293,12 +311,9 @@ def test_dynamic_shared_memory_in_a_function_that_is_not_inlined():
 .entry second()
 { mov.u32 %r1, bytes_of_another; }
 """
-    sections = {".nv_debug_ptx_txt": ptx.encode()}
-    assert cubin.users_of_dynamic_shared(sections) == {"first", "second"}, "either may call it"
-    sections[".nv_debug_ptx_txt"] = ptx.replace("%r1, bytes; }", "%r1, 0; }").encode()
-    assert cubin.users_of_dynamic_shared(sections) == set()
-    with pytest.raises(ValueError, match="compile with -lineinfo"):
-        cubin.users_of_dynamic_shared({})
+    assert cubin.entries(ptx) == {"first", "second"}
+    assert cubin.users_of_dynamic_shared(ptx) == {"first", "second"}, "either may call it"
+    assert cubin.users_of_dynamic_shared(ptx.replace("%r1, bytes; }", "%r1, 0; }")) == set()
 
 
 # Of the CUDA occupancy calculator's rules, worked out by hand: the limit that binds is named.

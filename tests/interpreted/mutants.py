@@ -77,7 +77,7 @@ def operation_launches(name, arch):
     rotations = ((SIZES if rotated else (None,)),) if hasattr(module, "ROTATIONS") else ()
     cases = [dataclasses.replace(c, **OPERATIONS[name]) for c in module.cases(*rotations) if math.prod(c.shape)]
     if name == "norm_quantize":
-        cases = [c for c in cases if torch.bfloat16 not in (c.weight, c.bias)]
+        cases = [c for c in cases if torch.bfloat16 not in (c.weight, c.bias, c.ada_scale, c.ada_shift)]
     torch.use_deterministic_algorithms(True)
     with recording() as launches, poisoned_outputs(), fp.interpret(arch, approximate=False), fp.use_backend("cuda"):
         for case in cases:

@@ -45,6 +45,39 @@ def test_reference_is_torchs_norm():
         assert ((q * s[:, None] - expected).abs() <= s[:, None] / 2 * 1.0001).all()
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_adaptive_norm_is_that_of_a_diffusion_transformer(backend):
+    """As its blocks write it, of chunks of one projection."""
+    x = torch.randn(3, 5, 300)
+    shift, scale, _ = torch.randn(3, 900).chunk(3, dim=1)
+    expected = torch.nn.functional.layer_norm(x, (300,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+    with fp.use_backend(backend):
+        q, s, _ = fp.ops.norm_quantize(x, None, 1e-6, torch.int8, kind="layer", ada_scale=scale, ada_shift=shift)
+        neither = fp.ops.norm_quantize(x, None, 1e-6, torch.int8, kind="layer")
+        zeros = torch.zeros(3, 300)
+        none_of_both = fp.ops.norm_quantize(x, None, 1e-6, torch.int8, kind="layer", ada_scale=zeros, ada_shift=zeros)
+    assert ((q * s[..., None] - expected).abs() <= s[..., None] / 2 * 1.001).all()
+    for g, e in zip(none_of_both, neither):
+        assert torch.equal(g, e)
+
+
+@pytest.mark.parametrize(
+    ("x", "ada", "error", "words"),
+    [
+        (torch.ones(2, 3, 8), torch.ones(3, 8), ValueError, r"must be \[B, K\], \[2, 8\] for x \(2, 3, 8\).*expand it"),
+        (torch.ones(2, 3, 8), torch.ones(2, 1, 8), ValueError, r"has shape \(2, 1, 8\)"),
+        (torch.ones(2, 3, 8), torch.ones(8), ValueError, r"has shape \(8,\)"),
+        (torch.ones(8), torch.ones(1, 8), ValueError, r"pass x.unsqueeze\(0\)"),
+        (torch.ones(2, 3, 8), torch.ones(8, 2).t(), ValueError, "must have stride 1"),
+        (torch.ones(2, 3, 8).half(), torch.ones(2, 8).bfloat16(), TypeError, "torch.float16 or torch.float32"),
+    ],
+)
+@pytest.mark.parametrize("name", ["ada_scale", "ada_shift"])
+def test_refusals_of_an_adaptive_norm(x, ada, error, words, name):
+    with pytest.raises(error, match=f"norm_quantize: .*{name}.*{words}" if "unsqueeze" not in words else words):
+        fp.ops.norm_quantize(x, None, 1e-6, torch.int8, **{name: ada})
+
+
 def test_the_bound_can_fail():
     """An error of a few times what fp32 allows is found."""
     case = cases.Case((64, 384), torch.float32, kind="layer")

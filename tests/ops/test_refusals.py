@@ -76,7 +76,7 @@ CALLS = {
     "int8_linear": {"x": X, "weight": B, "weight_scale": B_SCALE, **BIAS, **FLOAT, **STATIC, "weight_sum": SUM,
                     "packed": fp.ops.pack_int8_weight(B)},
     "interleave_gate_up": {"gate": torch.ones(16, 3), "up": torch.ones(16, 3), "dim": 0},
-    "norm_quantize": {"x": X, **NORM},
+    "norm_quantize": {"x": X, **NORM, "ada_scale": X, "ada_shift": X},
     "pack_int8_weight": {"weight": B, "verify": True},
     "permute_quantize": {"x": X, "index": torch.zeros(4, 2, dtype=torch.int64), "num_experts": 3, "dtype": INT8, "group_size": 16,
                          "channel_scale": torch.ones(32)},

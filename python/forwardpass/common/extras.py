@@ -9,6 +9,7 @@ PACKAGES = {
     "triton": ("triton>=3.6",),
     "hf": ("transformers>=5.24", "safetensors>=0.4"),
     "cli": ("typer>=0.12", "rich>=13", "matplotlib>=3.8"),
+    "images": ("scikit-image>=0.22",),
     "generate": ("gguf>=0.10", "accelerate>=1.0"),
 }
 

@@ -14,7 +14,10 @@ from torch import Tensor
 from ..common.batches import padding_mask
 from ..common.compare import squared_relative_error
 from .agreement import next_tokens
+from .pictures import psnr, ssim
 
+#: Of pictures.
+PSNR, SSIM = "min_psnr", "min_ssim"
 PERPLEXITY = "max_perplexity_increase"
 #: metric(output, reference, batch): how much worse the output is, 0 where it is the reference
 Metric = Callable[[Tensor, Tensor, Any], float]
@@ -23,14 +26,15 @@ Metric = Callable[[Tensor, Tensor, Any], float]
 @dataclass(frozen=True)
 class Criterion:
     """One of: the lowest cosine over samples (a norm that is off counts as well), the largest relative L2 error over batches, the
-    largest value of a metric, the rise of a decoder's perplexity over all batches together.
+    largest value of a metric, the rise of a decoder's perplexity over all batches together, the lowest PSNR or SSIM of a picture.
 
     Errors that layers bring are small and independent of each other, so their squares add up at the output: 1 - cosine, which
-    is half of the squared error across the output, and the squared relative error. Those are `additive`; `budget` and `worst`
-    are in the same units but for a metric, whose own are unknown, and perplexity, of which they are the logarithm.
+    is half of the squared error across the output, the squared relative error, the squared error of a picture's pixels, and
+    1 - SSIM. Those are `additive`; `budget` and `worst` are in the same units but for a metric, whose own are unknown, and
+    perplexity, of which they are the logarithm.
     """
 
-    kind: str  #: min_cosine, max_error, metric or max_perplexity_increase
+    kind: str  #: min_cosine, max_error, metric, max_perplexity_increase, min_psnr or min_ssim
     bound: float
     metric: Metric | None = None
 
@@ -41,21 +45,25 @@ class Criterion:
         metric: Metric | None,
         tolerance: float | None,
         max_perplexity_increase: float | None = None,
+        min_psnr: float | None = None,
+        min_ssim: float | None = None,
     ) -> Criterion:
         criteria = {
             "max_error": max_error,
             "min_cosine": min_cosine,
             "metric": metric,
             PERPLEXITY: max_perplexity_increase,
+            PSNR: min_psnr,
+            SSIM: min_ssim,
         }
         named = [name for name, value in criteria.items() if value is not None]
         if len(named) != 1 or (metric is None) != (tolerance is None):
-            raise ValueError("plan takes exactly one criterion, max_error=, min_cosine=, metric= with tolerance=, or "
-                             "max_perplexity_increase=, and got "
+            raise ValueError("plan takes exactly one criterion, max_error=, min_cosine=, metric= with tolerance=, "
+                             "max_perplexity_increase=, or of images= min_psnr= or min_ssim=, and got "
                              f"{', '.join([*named, *(['tolerance'] if tolerance is not None else [])]) or 'none'}: pass one, "
                              "e.g. min_cosine=0.9995")  # fmt: skip
-        bound = next(v for v in (max_error, min_cosine, tolerance, max_perplexity_increase) if v is not None)
-        low, high = (-1, 1) if min_cosine is not None else (0, math.inf)
+        bound = tolerance if metric is not None else criteria[named[0]]
+        low, high = (-1, 1) if named[0] in ("min_cosine", SSIM) else (0, math.inf)
         if (
             isinstance(bound, bool)
             or not isinstance(bound, int | float)
@@ -76,7 +84,11 @@ class Criterion:
     def budget(self) -> float:
         if self.kind == PERPLEXITY:
             return math.log1p(self.bound)
-        return {"min_cosine": 1 - self.bound, "max_error": self.bound**2, "metric": self.bound}[self.kind]
+        if self.kind == PSNR:
+            return 10 ** (-self.bound / 10)
+        return {"min_cosine": 1 - self.bound, SSIM: 1 - self.bound, "max_error": self.bound**2, "metric": self.bound}[
+            self.kind
+        ]
 
     def compared(self, output: Tensor, batch: Any) -> Tensor:
         """What is kept and compared of a batch's output: all, or for perplexity the losses of its tokens, in nats [tokens, 1]."""
@@ -87,7 +99,12 @@ class Criterion:
 
     def additive(self, actual: Tensor, expected: Tensor, batch: Any) -> Tensor:
         """fp64 on the host: for min_cosine 1 - cosine of every sample and, as no cosine sees it, half of the square of its norm's
-        relative error, together half of its squared relative error. Else the batch's squared relative error [1]."""
+        relative error, together half of its squared relative error. Of pictures the mean squared error, or 1 - SSIM, of each. Else
+        the batch's squared relative error [1]."""
+        if self.kind == PSNR:
+            return 10 ** (-psnr(actual, expected) / 10)
+        if self.kind == SSIM:
+            return 1 - ssim(actual, expected)
         mask = padding_mask(batch, expected.shape[:-1])
         actual, expected = samples(actual, mask).double(), samples(expected.to(actual.device), mask).double()
         if self.kind == "min_cosine":
@@ -116,13 +133,19 @@ class Criterion:
         """What `together` found in the units of `bound`."""
         if self.kind == PERPLEXITY:
             return math.expm1(worst)
-        return {"min_cosine": 1 - worst, "max_error": math.sqrt(max(worst, 0.0)), "metric": worst}[self.kind]
+        if self.kind == PSNR:
+            return -10 * math.log10(max(worst, 1e-20))  # 200 dB where all are equal: JSON has no infinity
+        return {"min_cosine": 1 - worst, SSIM: 1 - worst, "max_error": math.sqrt(max(worst, 0.0)), "metric": worst}[
+            self.kind
+        ]
 
     def __str__(self) -> str:
         return {
             "min_cosine": "lowest cosine >= ",
             "max_error": "relative error <= ",
             "metric": "metric <= ",
+            PSNR: "lowest PSNR in dB >= ",
+            SSIM: "lowest SSIM >= ",
             PERPLEXITY: "perplexity's increase <= ",
         }[self.kind] + f"{self.bound:g}"
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import pathlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from ..common.batches import Forward, Output, device_of, eval_mode, evaluating, main_output, padding_mask, run, several
 from ..common.compare import relative_error
 from ..common.modules import hooked, plain_module
-from ..common.printed import Block, Printed, Table
+from ..common.printed import Block, Printed, Table, page
 from ..common.text import count
 from ..nn import QuantizedModule
 from ..nn.mlp import quantised_layers
@@ -23,6 +24,7 @@ from ..swap import originals
 from ..version import __version__
 from .agreement import TASKS, task_of
 from .criterion import cosines, norm_errors, samples
+from .pictures import Images, PictureComparison, drawing, refuse_others
 
 SCHEMA = "forwardpass.parity/1"
 
@@ -109,6 +111,7 @@ class ParityReport(Printed):
     compiled: Comparison | None = None  #: of the output of the model under torch.compile
     task: str | None = None  #: a name of agreement.TASKS
     agreement: dict[str, float | int] = field(default_factory=dict)  #: what the error means for the task
+    images: PictureComparison | None = None  #: of the pictures that `images=` drew
 
     @property
     def unreached(self) -> list[str]:
@@ -125,9 +128,10 @@ class ParityReport(Printed):
             "compiled": self.compiled and self.compiled.to_json(),
             "task": self.task,
             "agreement": {k: v if math.isfinite(v) else None for k, v in self.agreement.items()},
+            "images": self.images and self.images.to_json(),
             "unreached": self.unreached,
             "measured": ["samples", "cosine_min", "norm_error", "relative_error", "max_abs_error", "compiled", "agreement",
-                         "layers"],
+                         "images", "layers"],
             "layers": [
                 {"fqn": x.fqn, "precision": x.precision, **x.total.to_json(),
                  "quantisation": x.quantisation.to_json(), "kernel": x.kernel.to_json()}
@@ -156,6 +160,8 @@ class ParityReport(Printed):
         if self.task is not None:
             figures = (f"{k.replace('_', ' ')} {v:.6g}" for k, v in self.agreement.items())
             yield f"as {self.task.replace('_', ' ')}: {', '.join(figures)}"
+        if self.images is not None:
+            yield from self.images.blocks()
         rows = [(
             "layer, worst first", "precision", "lowest\ncosine", "relative\nerror", "largest\nerror",
             "quanti-\nsation", "kernel",
@@ -165,6 +171,14 @@ class ParityReport(Printed):
         yield from ("", Table(rows, right=range(2, 7)), "")
         yield "worst first: by the relative error of a batch, or by that of a row, sqrt(1 - cosine²), where it is larger"
         yield "quantisation, kernel: the relative error that rounding alone brings, and the kernel's own"
+
+    def save_html(self, path: str | os.PathLike[str]) -> None:
+        """Writes one HTML file with the tables, and with the worst pictures side by side, which needs nothing else."""
+        title = "How far the swapped model is from the original"
+        body = f'<h1>{title}</h1><p class="soft">forwardpass {__version__}, torch {torch.__version__}, on {self.device}</p>'
+        style = "table { margin: 1.5rem 0; } td { overflow-wrap: anywhere; }"
+        text = page(f"{title}: forwardpass parity", [body, self._repr_html_()], style)
+        pathlib.Path(path).write_text(text, encoding="utf-8")
 
     def save_plot(self, path: str | os.PathLike[str]) -> None:
         """Error by depth, and a map of blocks by layers of a block, as an image; needs matplotlib (extra `cli`)."""
@@ -186,6 +200,7 @@ def parity(
     *,
     forward: Forward | None = None,
     output: Output | None = None,
+    images: Images | None = None,
     task: str | None = "auto",
     compiled: bool = False,
 ) -> ParityReport:
@@ -198,13 +213,18 @@ def parity(
             originals that the swap kept, put in the layers' places for a second pass over each batch; where they wait
             on another device they visit one layer at a time, so that no second model is ever in memory.
         forward, output: forward(model, batch) and output(result), where the defaults do not fit.
+        images: of a model that makes pictures: images(model, batch) draws with this model, from noise of a seed of its own, and
+            returns a tensor [N, C, H, W], an array [N, H, W, C], or a list of pictures, in 0..1 or uint8. `batches` are then what
+            it draws from, such as seeds or prompts. Pictures are the output that is compared, in PSNR and SSIM too (scikit-image),
+            and in LPIPS where lpips and its weights are installed. The original draws the first batch twice: it must repeat.
         task: what the error means: "causal_lm" (perplexity, agreement of the next token; labels or input_ids), "embedding"
             (cosine and order of the samples), "classification" (agreement of the class; accuracy where there are labels),
             None; "auto": by the name of the model's class, as transformers calls them.
         compiled: compares the output of `torch.compile(model)` too, with the same originals.
 
     Raises:
-        ValueError: there is no batch, nothing to compare with, or an output that is none of the task.
+        ValueError: there is no batch, nothing to compare with, or an output that is none of the task; images= with forward=,
+            output=, task= or compiled=, without scikit-image, or that draws other pictures of the same batch.
         TypeError: `batches` is one batch and no iterable of them; a batch or a result is of a type that nothing is known about.
 
     Example:
@@ -214,6 +234,13 @@ def parity(
         True
     """
     model = plain_module("parity", model)
+    if images is not None:
+        if compiled or task not in ("auto", None):
+            name = "compiled" if compiled else "task"
+            raise ValueError(
+                f"parity compares pictures with images=, and {name}= is for outputs of a forward: drop {name}="
+            )
+        (forward, output), task = drawing(images, forward, output), None
     layers = quantised_layers(model)
     if not layers:
         raise ValueError(
@@ -227,22 +254,23 @@ def parity(
     agreement = None if result.task is None else TASKS[result.task]()
     compiled_model: Any = torch.compile(model) if compiled else None
     result.compiled = Comparison() if compiled else None
+    result.images = None if images is None else PictureComparison()
+    original = model if reference is None else plain_module("parity", reference)
     for batch in several("batches", batches):
-        with evaluating(model):
-            with _compared(layers, pairs, parities, batch):
-                actual = select(run(model, batch, forward))
-            if reference is None:
-                with _originals_in_place(model):
-                    expected = select(run(model, batch, forward))
-        if reference is not None:
-            with evaluating(reference):
-                expected = select(run(reference, batch, forward))
+        with evaluating(model), _compared(layers, pairs, parities, batch):
+            actual = select(run(model, batch, forward))
+        with evaluating(original), nullcontext() if reference is not None else _originals_in_place(model):
+            expected = select(run(original, batch, forward))
+            if result.images is not None and not result.batches:
+                refuse_others(expected, select(run(original, batch, forward)))
         if actual.shape != expected.shape:
             raise ValueError(f"the outputs have different shapes, {tuple(actual.shape)} and {tuple(expected.shape)}: pass "
                              f"output=fn(result) that gives tensors to compare")  # fmt: skip
         mask = padding_mask(batch, expected.shape[:-1])
         expected = expected.to(actual.device)
         result.output.add(samples(actual, mask), samples(expected, mask))
+        if result.images is not None:
+            result.images.add(actual, expected, result.batches)
         if agreement is not None:
             try:
                 agreement.add(actual, expected, batch)

@@ -37,7 +37,7 @@ from . import evidence
 from .attention import NOT_OF_LAYERS, Attention, AttentionLayer, attention_candidates
 from .caches import kv_cache_candidates, with_cache
 from .choose import Choice, Frontier, Option
-from .criterion import Criterion, Metric
+from .criterion import PSNR, SSIM, Criterion, Metric
 from .measure import (
     CALIBRATED,
     ROUNDS,
@@ -54,6 +54,7 @@ from .measure import (
     find_candidate,
     identity,
 )
+from .pictures import Images, drawing, refuse_others
 from .together import Saved, options_of, pairs_of, time_pairs, units_of
 from .verify import Verdict, Verifier
 
@@ -88,6 +89,9 @@ def plan(
     metric: Metric | None = None,
     tolerance: float | None = None,
     max_perplexity_increase: float | None = None,
+    min_psnr: float | None = None,
+    min_ssim: float | None = None,
+    images: Images | None = None,
     target: str = "latency",
     shapes: Iterable[Any] | None = None,
     output: Output | None = None,
@@ -117,7 +121,10 @@ def plan(
         min_cosine: the least cosine of an output sample with the model's own; or
         metric, tolerance: metric(output, reference, batch) is at most tolerance in every batch; or
         max_perplexity_increase: of a decoder, the share by which the perplexity of all batches together may rise: 0.005 is half a
-            per cent. Exactly one of the four.
+            per cent; or
+        min_psnr, min_ssim: of what images= draws, the least PSNR of a picture, in dB, or the least SSIM. Exactly one of the six.
+        images: images(model, batch), as `fp.parity` takes it: draws pictures with the model, which are then the output that any
+            criterion bounds. `batches`, `shapes` and `calibrate` are what it draws from; swaps of the plan take it as forward=.
         target: "latency" or "memory": what is minimised; a candidate that does not reduce it is refused.
         shapes: batches of the shapes to time on, and of decoders also `fp.Decoding`s: prompts of a length, then steps of some
             tokens, each timed apart, steps with weights from memory. A candidate that makes steps slower is refused, whatever it
@@ -144,8 +151,9 @@ def plan(
 
     Raises:
         TypeError: `model` is no nn.Module, or `batches` is one batch and no iterable of them.
-        ValueError: not exactly one criterion is given; an unknown candidate, target or attention=; no batch; a file at `resume`
-            of another measurement; the model is of keras; attention is to be weighed in 8 bits, and fp.swap can swap none.
+        ValueError: not exactly one criterion is given, or one of pictures without images=; images= as in `fp.parity`; an unknown
+            candidate, target or attention=; no batch; a file at `resume` of another measurement; the model is of keras; attention
+            is to be weighed in 8 bits, and fp.swap can swap none.
         RuntimeError: the model is swapped already.
 
     Example:
@@ -154,13 +162,17 @@ def plan(
         >>> report = fp.swap(model, plan="plan.json")
     """
     began = time.perf_counter()
-    criterion = Criterion.of(max_error, min_cosine, metric, tolerance, max_perplexity_increase)
+    criterion = Criterion.of(max_error, min_cosine, metric, tolerance, max_perplexity_increase, min_psnr, min_ssim)
+    if criterion.kind in (PSNR, SSIM) and images is None:
+        raise ValueError(f"{criterion.kind}= bounds pictures, and nothing draws them: pass images=fn(model, batch)")
     if target not in TARGETS:
         raise ValueError(f"target is one of {', '.join(TARGETS)}, not {target!r}")
     model = plain_module("plan", model)
     kv_cache = options.pop("kv_cache", config.kv_cache if config else None)
     config, in_8_bits, crossover = _config_of(config, **options)
     attention, calibrate, forward = config.attention, config.calibrate, config.forward
+    if images is not None:
+        forward, output = drawing(images, forward, output)
     if keras_layers.roots(model):
         raise ValueError(
             "plan measures no layers of keras: choose a precision for them, as fp.swap(model, precision) takes it"
@@ -209,6 +221,8 @@ def plan(
         reached: set[str] = set()
         with hooked(((leaf.fqn, leaf.module) for leaf in leaves), before=lambda fqn, *_: reached.add(fqn)):
             references = subject.reference(samples, progress)
+        if images is not None:
+            refuse_others(references[0], next(subject.outputs(samples[:1])))
         calls = workload.calls(leaves)
         never = {
             x.fqn: _NEVER_CALLED if not calls[x.fqn] else _NOT_REACHED if x.fqn not in reached else None for x in leaves

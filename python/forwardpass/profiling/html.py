@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
+from ..common.printed import page
 from ..common.text import count
 from .layers import BEYOND, Row
 
@@ -20,18 +21,6 @@ _COLOURS = {
 }  # fmt: skip
 _BOUNDS = {"compute": "#0072b2", "memory": "#d55e00", "overhead": "#888888"}
 _STYLE = """
-:root { --ink: #1b1f24; --soft: #667080; --line: #dfe3e8; --paper: #ffffff; --panel: #f6f8fa; color-scheme: light dark; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e9ee; --soft: #9aa4b2; --line: #333a45; --paper: #14171c; --panel: #1c2027; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2rem 1.5rem 4rem; max-width: 66rem; color: var(--ink); background: var(--paper);
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; }
-h1 { font-size: 1.5rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2.2rem 0 .7rem; }
-p { margin: .4rem 0; } .soft { color: var(--soft); } small { color: var(--soft); }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .9rem; }
-th { text-align: left; font-weight: 600; color: var(--soft); border-bottom: 1px solid var(--line); }
-th, td { padding: .28rem .9rem .28rem 0; vertical-align: top; } td { border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { min-width: 6rem; } th { white-space: nowrap; }
 th.n, td.n { text-align: right; white-space: nowrap; } td.name { overflow-wrap: anywhere; }
 .bar { display: flex; height: 2.2rem; border-radius: .3rem; overflow: hidden; background: var(--panel); }
@@ -86,11 +75,7 @@ def render(profile: Profile) -> str:
             "a tenth of what memory and arithmetic allow. "
             f"{BEYOND}.</p>",
         ]
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(p.model)}: forwardpass profile</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>'
-        f"<body>{''.join(body)}</body></html>\n"
-    )
+    return page(f"{p.model}: forwardpass profile", body, _STYLE)
 
 
 def _dot(colour: str, text: str) -> str:

@@ -115,6 +115,8 @@ _MEANING = {
     "min_cosine": "mean of 1 - cosine",
     "max_error": "mean of the squared relative error",
     "metric": "mean of the metric",
+    "min_psnr": "mean squared error of a pixel",
+    "min_ssim": "mean of 1 - SSIM",
     "max_perplexity_increase": "squared relative error of the tokens' losses",
 }
 

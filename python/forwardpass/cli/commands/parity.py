@@ -43,12 +43,13 @@ def parity(
     device: Device = None,
     yes: Yes = False,
     json: Json = None,
+    html: Annotated[str | None, typer.Option(help="Also write the report to this file, for a browser.")] = None,
     plot: Annotated[str | None, typer.Option(help="Draw the errors by depth: a .png, .svg or .pdf file.")] = None,
 ) -> None:  # fmt: skip
     """Shows how far each swapped layer of a model is from the original, the worst first."""
     console = Console(stderr=json == "-")
     precision, planned, calibrates = precision_or_plan(precision, plan)
-    where = prepare(device, json, plot, read=(model, plan, text, calibrate))
+    where = prepare(device, json, html, plot, read=(model, plan, text, calibrate))
     refuse_slow(precision, planned, where, yes)
     with refusing(ValueError, TypeError, OSError, fp.Unsupported), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the report has them too
@@ -79,6 +80,8 @@ def parity(
         about = {"model": {"name": model, "origin": subject.source.origin}, "precision": precision, "plan": plan}
         about["readout"] = subject.readout.describe()
         write_json({**parity_report.to_json(), **about}, json)
+    if html:
+        parity_report.save_html(html)
     if plot:
         parity_report.save_plot(plot)
     if unreached := parity_report.unreached:

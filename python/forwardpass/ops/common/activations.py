@@ -29,8 +29,8 @@ _FORMULAS: dict[str, Callable[[Tensor], Tensor]] = {
     "hard_swish": F.hardswish,
 }
 
-#: The steepest slope of any of them (hard swish's, below 3; GELU's is 1.13): an error of the input grows by this at most.
-LIPSCHITZ = 1.5
+#: The steepest slope of each (GELU's at sqrt 2, hard swish's below 3): an error of the input grows by this at most.
+LIPSCHITZ = {**dict.fromkeys(EXACT, 1.0), "gelu": 1.13, "gelu_tanh": 1.13, "silu": 1.13, "hard_swish": 1.5001}
 
 
 def is_gated(name: str | None) -> bool:
@@ -61,7 +61,8 @@ def element_bound(
     EXACT round nothing of their own.
     """
     x, plain = x.double(), name in EXACT
-    error = (1.0 if plain else LIPSCHITZ) * x_error + (0.0 if plain else 2.0**-21) * x.abs() + 2.0**-149
+    slope = LIPSCHITZ[name and name.removesuffix("_mul")]
+    error = slope * x_error + (0.0 if plain else 2.0**-21) * x.abs() + 2.0**-149
     if up is None:
         return error
     up = up.double()

@@ -96,7 +96,7 @@ def pair(name: str, v: int | Sequence[int]) -> tuple[int, int]:
 
 
 def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    """Of one of both dimensions; below 1 where the kernel does not fit."""
+    """The height or the width of the output; below 1 where the kernel does not fit."""
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...dispatch import Operation
-from ..common.quantized_rows import check_float_rows, check_quantized, check_vector, fake_quantized
+from ..common.quantized_rows import check_float_rows, check_quantized, check_rows, check_vector, fake_quantized
 from . import reference
 
 KINDS = ("rms", "layer")
@@ -28,6 +28,8 @@ def norm_quantize(
     symmetric: bool = True,
     channel_scale: Tensor | None = None,
     rotate: int | None = None,
+    ada_scale: Tensor | None = None,
+    ada_shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalises x [..., K] along its last dimension and quantises each row; `q * scale` is the normalised row.
 
@@ -45,6 +47,9 @@ def norm_quantize(
         rotate: 64, 128 or 256: so many columns at a time are multiplied by a Hadamard matrix, after channel_scale, which spreads
             outliers over them; K is a multiple of it. A weight whose columns were rotated alike (`fp.ops.rotate`) gives the same
             product. Kernels on GPUs round sums within it to tf32: their q may be a step off the reference's.
+        ada_scale, ada_shift: [B, K] in x's dtype or float32, any row stride, for an x [B, ..., K]: adaptive layer norm (adaLN,
+            arXiv 2212.09748). After weight and bias, each row of sample b is multiplied by 1 + ada_scale[b], and ada_shift[b] is
+            added. Each may be left out.
 
     Returns:
         q [..., K] of dtype, its rows padded to 16 bytes; scale, float32 [...]; zero_point, int32 [...], or empty when
@@ -64,6 +69,8 @@ def norm_quantize(
         True
     """
     args = (x, weight, eps, dtype, kind, bias, symmetric, channel_scale)
+    if ada_scale is not None or ada_shift is not None:
+        return NORM_QUANTIZE(*args, rotate, ada_scale, ada_shift)
     return NORM_QUANTIZE(*args) if rotate is None else NORM_QUANTIZE(*args, rotate)
 
 
@@ -143,8 +150,29 @@ def _check_norm(
     symmetric: bool,
     channel_scale: Tensor | None,
     rotate: int | None = None,
+    ada_scale: Tensor | None = None,
+    ada_shift: Tensor | None = None,
 ) -> None:
     _check("norm_quantize", x, weight, eps, dtype, kind, bias, symmetric, channel_scale, rotate)
+    for name, v in (("ada_scale", ada_scale), ("ada_shift", ada_shift)):
+        if v is not None:
+            _check_of_samples("norm_quantize", name, v, x)
+
+
+def _check_of_samples(op: str, name: str, v: Tensor, x: Tensor) -> None:
+    """v is [B, K] for an x [B, ..., K], in x's dtype or float32, on its device."""
+    if not isinstance(v, Tensor) or v.dtype not in (x.dtype, torch.float32):
+        dtypes = " or ".join(map(str, dict.fromkeys((x.dtype, torch.float32))))
+        raise TypeError(f"{op}: {name} must be a tensor of {dtypes}, not {getattr(v, 'dtype', type(v).__name__)}")
+    if x.dim() < 2:
+        raise ValueError(f"{op}: {name} is one row a sample of x [B, ..., K], and x has shape {tuple(x.shape)}: pass "
+                         "x.unsqueeze(0)")  # fmt: skip
+    if v.shape != (x.shape[0], x.shape[-1]):
+        raise ValueError(f"{op}: {name} must be [B, K], {[x.shape[0], x.shape[-1]]} for x {tuple(x.shape)}, and has shape "
+                         f"{tuple(v.shape)}: expand it to one row a sample")  # fmt: skip
+    check_rows(op, name, v)
+    if v.device != x.device:
+        raise ValueError(f"{op}: {name} is on {v.device} and x on {x.device}: move one of them")
 
 
 def _check_add_norm(
@@ -179,6 +207,8 @@ def _fake_norm(
     symmetric: bool,
     channel_scale: Tensor | None,
     rotate: int | None = None,
+    ada_scale: Tensor | None = None,
+    ada_shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return fake_quantized(x, tuple(x.shape), dtype, False, None, symmetric)
 

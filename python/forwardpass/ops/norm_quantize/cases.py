@@ -15,6 +15,7 @@ from torch import Tensor
 from ...testing import (
     AWKWARD_SHAPES,
     EMPTY_SHAPES,
+    apart,
     assert_close,
     assert_equal,
     assert_quantized_close,
@@ -37,6 +38,8 @@ class Case:
     channel_scale: bool = False
     rotate: int | None = None
     residual: bool = False
+    ada_scale: torch.dtype | None = None
+    ada_shift: torch.dtype | None = None
     eps: float = 1e-5
     constant_rows: bool = True  # rows whose variance is nothing but rounding errors, in implementations that keep those
 
@@ -62,18 +65,34 @@ class Case:
         sources = (x, awkward(self.shape, self.x_dtype, seed + 7, device)) if self.residual else (x,)
         channel = (torch.rand(self.shape[-1], generator=g) / 2 + 0.25).to(device) if self.channel_scale else None
         weight, bias = vector(self.weight, 1), vector(self.bias, 0)
-        return (*sources, weight, self.eps, self.dtype, self.kind, bias, self.symmetric, channel, self.rotate)
+
+        def of_samples(dtype: torch.dtype | None) -> Tensor | None:
+            if dtype is None:
+                return None
+            return apart((torch.randn(self.shape[0], self.shape[-1], generator=g) / 2).to(dtype), device)
+
+        ada = of_samples(self.ada_scale), of_samples(self.ada_shift)
+        options = (self.rotate, *ada) if self.ada_scale or self.ada_shift else (self.rotate,)
+        return (*sources, weight, self.eps, self.dtype, self.kind, bias, self.symmetric, channel, *options)
 
     def bytes(self) -> int:
         """Read once, written once."""
         n, size = math.prod(self.shape), self.x_dtype.itemsize
         vectors = sum(d.itemsize for d in (self.weight, self.bias) if d is not None) + 4 * self.channel_scale
+        ada = sum(d.itemsize for d in (self.ada_scale, self.ada_shift) if d is not None)
         scales = n // self.shape[-1] * (4 if self.symmetric else 8)
-        return n * (size * (3 if self.residual else 1) + 1) + self.shape[-1] * vectors + scales
+        return n * (size * (3 if self.residual else 1) + 1) + self.shape[-1] * (vectors + self.shape[0] * ada) + scales
 
 
 def expected_values(
-    x: Tensor, weight: Tensor | None, eps: float, kind: str, bias: Tensor | None, channel_scale: Tensor | None
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    kind: str,
+    bias: Tensor | None,
+    channel_scale: Tensor | None,
+    ada_scale: Tensor | None = None,
+    ada_shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What norm_quantize quantises, in fp64, and how far an implementation in fp32 may be from each of the values.
 
@@ -81,7 +100,7 @@ def expected_values(
     longest chain of additions, K / 16 + 32 here (the CPU's 16 lanes, which then are added up; the GPU's chains are
     shorter). So the inverse root of the mean square is off by a relative r = (depth / 2 + 5) u. A layer norm's centred
     values are off by e = (depth + 3) u mean|x - x_0| + 2 u |x - x_0|, as they are taken from the row's first value on,
-    and, by the triangle inequality, its standard deviation by rms(e). Four roundings follow.
+    and, by the triangle inequality, its standard deviation by rms(e). Four roundings follow, and of adaLN three more.
     """
     u, v, k = 2.0**-24, x.double(), x.shape[-1]
     depth = k / 16 + 32
@@ -96,6 +115,12 @@ def expected_values(
     bound = gain * inverse * (e + v.abs() * (r + 2 * u))
     values = reference.normalize(x, weight, eps, kind, bias)
     bound = bound + 2 * u * values.abs()
+    if ada_scale is not None:
+        bound = bound * (1 + reference.of_samples(ada_scale, x)).abs()
+    if ada_scale is not None or ada_shift is not None:
+        scaled = reference.normalize(x, weight, eps, kind, bias, ada_scale)
+        values = reference.normalize(x, weight, eps, kind, bias, ada_scale, ada_shift)
+        bound = bound + u * (2 * scaled.abs() + values.abs())
     if channel_scale is not None:
         values, bound = values * channel_scale, bound * channel_scale
     return values, bound
@@ -113,10 +138,10 @@ def assert_matches(actual: tuple[Tensor, ...], args: tuple[Any, ...]) -> None:
     if residual_out:
         assert_equal(residual_out[0], expected[3], "residual_out")
         args = (expected[3], *args[2:])
-    x, weight, eps, dtype, kind, bias, symmetric, channel_scale, rotate = args
+    x, weight, eps, dtype, kind, bias, symmetric, channel_scale, rotate, *ada = args
     if x.numel() == 0:
         return
-    values, bound = expected_values(x, weight, eps, kind, bias, channel_scale)
+    values, bound = expected_values(x, weight, eps, kind, bias, channel_scale, *ada)
     values, bound = rotated_within(values, bound, rotate)
     steps = 448 if dtype is torch.float8_e4m3fn else 127 if symmetric else 255
     worst = bound.amax(-1)  # of the range; that of an asymmetric one is the sum of two
@@ -156,20 +181,56 @@ def cases(rotations: tuple[int | None, ...] = ROTATIONS) -> Iterator[Case]:
         weight, bias = ({"x": row["x_dtype"], "float32": torch.float32}.get(v) for v in vectors)
         row["shape"] = whole_blocks(row["shape"], row["rotate"])
         yield Case(**row, dtype=dtype, symmetric=symmetric, kind=kind, weight=weight, bias=bias)
+    yield from ada_cases(rotations)
 
 
-#: the norms of real models: MiniLM (8 x 128 tokens; layer norm with residual), BERT-large, Llama-8B, Llama-70B
-BENCHMARK_CASES = tuple(
+def ada_cases(rotations: tuple[int | None, ...] = ROTATIONS) -> Iterator[Case]:
+    """adaLN: one row a sample, several in one or two dimensions, rows that are aligned or not."""
+    factors = {
+        "shape": ((7, 203), (3, 5, 130), (2, 3, 4, 256), (1, 9, 70)),
+        "x_dtype": (torch.float32, torch.float16, torch.bfloat16),
+        "quantization": ((torch.int8, True), (torch.int8, False), (torch.float8_e4m3fn, True)),
+        "kind": ("layer", "rms"),
+        "weight": (None, torch.float32),
+        "ada": (("x", "x"), ("float32", "x"), ("x", "float32"), ("x", None), (None, "float32")),
+        "rotate": rotations,
+        "channel_scale": (False, True),
+    }
+    for row in pairwise(factors):
+        (dtype, symmetric), ada = row.pop("quantization"), row.pop("ada")
+        scale, shift = ({"x": row["x_dtype"], "float32": torch.float32}.get(v) for v in ada)
+        row["shape"] = whole_blocks(row["shape"], row["rotate"])
+        yield Case(**row, dtype=dtype, symmetric=symmetric, ada_scale=scale, ada_shift=shift)
+
+
+#: the norms of real models: MiniLM (8 x 128 tokens; layer norm with residual), BERT-large, Llama-8B, Llama-70B; adaLN of DiT-XL
+BENCHMARK_CASES = (
+    *(
+        Case(
+            shape,
+            dtype,
+            kind=kind,
+            weight=dtype,
+            bias=dtype if kind == "layer" else None,
+            residual=residual,
+            constant_rows=False,
+        )
+        for shape, kind in (
+            ((1024, 384), "layer"),
+            ((4096, 1024), "layer"),
+            ((2048, 4096), "rms"),
+            ((512, 8192), "rms"),
+        )
+        for dtype in (torch.float32, torch.bfloat16)
+        for residual in (False, True)
+    ),
     Case(
-        shape,
-        dtype,
-        kind=kind,
-        weight=dtype,
-        bias=dtype if kind == "layer" else None,
-        residual=residual,
+        (4, 256, 1152),
+        torch.bfloat16,
+        kind="layer",
+        weight=None,
+        ada_scale=torch.bfloat16,
+        ada_shift=torch.bfloat16,
         constant_rows=False,
-    )
-    for shape, kind in (((1024, 384), "layer"), ((4096, 1024), "layer"), ((2048, 4096), "rms"), ((512, 8192), "rms"))
-    for dtype in (torch.float32, torch.bfloat16)
-    for residual in (False, True)
+    ),
 )

@@ -11,7 +11,15 @@ from torch import Tensor
 from ..common.quantized_rows import quantize_values
 
 
-def normalize(x: Tensor, weight: Tensor | None, eps: float, kind: str, bias: Tensor | None) -> Tensor:
+def normalize(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    kind: str,
+    bias: Tensor | None,
+    ada_scale: Tensor | None = None,
+    ada_shift: Tensor | None = None,
+) -> Tensor:
     """The normalised x [..., K], fp64."""
     v = x.double()
     if kind == "layer":
@@ -21,7 +29,16 @@ def normalize(x: Tensor, weight: Tensor | None, eps: float, kind: str, bias: Ten
     v = v / (squares / x.shape[-1] + eps).sqrt()
     if weight is not None:
         v = v * weight
-    return v if bias is None else v + bias
+    if bias is not None:
+        v = v + bias
+    if ada_scale is not None:
+        v = v * (1 + of_samples(ada_scale, x))
+    return v if ada_shift is None else v + of_samples(ada_shift, x)
+
+
+def of_samples(v: Tensor, x: Tensor) -> Tensor:
+    """v [B, K] in fp64 as it is broadcast over an x [B, ..., K]."""
+    return v.double().reshape(v.shape[0], *(1,) * (x.dim() - 2), v.shape[1])
 
 
 def norm_quantize(
@@ -34,8 +51,10 @@ def norm_quantize(
     symmetric: bool,
     channel_scale: Tensor | None,
     rotate: int | None = None,
+    ada_scale: Tensor | None = None,
+    ada_shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    v = normalize(x, weight, eps, kind, bias).float()
+    v = normalize(x, weight, eps, kind, bias, ada_scale, ada_shift).float()
     return quantize_values(v, dtype, symmetric=symmetric, channel_scale=channel_scale, rotate=rotate)
 
 

@@ -49,8 +49,9 @@ def centered_squares(v, mean, start, columns, BLOCK: tl.constexpr):
 
 @triton.jit
 def normalize(
-    v, mean, inverse, weight_ptr, bias_ptr, channel_ptr, start, columns, BLOCK: tl.constexpr, WEIGHT: tl.constexpr,
-    BIAS: tl.constexpr, CHANNEL_SCALE: tl.constexpr, ROTATE: tl.constexpr,
+    v, mean, inverse, weight_ptr, bias_ptr, ada_scale_ptr, ada_shift_ptr, channel_ptr, start, columns, BLOCK: tl.constexpr,
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr, ADA_SCALE: tl.constexpr, ADA_SHIFT: tl.constexpr, CHANNEL_SCALE: tl.constexpr,
+    ROTATE: tl.constexpr,
 ):  # fmt: skip
     c = start + tl.arange(0, BLOCK)
     mask = c < columns
@@ -59,6 +60,10 @@ def normalize(
         y = y * tl.load(weight_ptr + c, mask=mask, other=0.0).to(tl.float32)
     if BIAS:
         y = y + tl.load(bias_ptr + c, mask=mask, other=0.0).to(tl.float32)
+    if ADA_SCALE:
+        y = y * (1.0 + tl.load(ada_scale_ptr + c, mask=mask, other=0.0).to(tl.float32))
+    if ADA_SHIFT:
+        y = y + tl.load(ada_shift_ptr + c, mask=mask, other=0.0).to(tl.float32)
     if CHANNEL_SCALE:
         y = y * tl.load(channel_ptr + c, mask=mask, other=0.0)
     if ROTATE:
@@ -68,12 +73,16 @@ def normalize(
 
 @triton.jit(do_not_specialize=["scale_stride"])
 def norm_quantize_kernel(
-    x_ptr, x_stride, residual_ptr, residual_stride, residual_out_ptr, weight_ptr, bias_ptr, eps, q_ptr, q_stride,
-    scale_ptr, zero_ptr, scale_stride, channel_ptr, columns, LAYER: tl.constexpr, RESIDUAL: tl.constexpr,
-    WEIGHT: tl.constexpr, BIAS: tl.constexpr, CHANNEL_SCALE: tl.constexpr, ROTATE: tl.constexpr, E4M3: tl.constexpr,
-    SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, x_stride, residual_ptr, residual_stride, residual_out_ptr, weight_ptr, bias_ptr, ada_scale_ptr, ada_scale_stride,
+    ada_shift_ptr, ada_shift_stride, rows_per_sample, eps, q_ptr, q_stride, scale_ptr, zero_ptr, scale_stride, channel_ptr, columns,
+    LAYER: tl.constexpr, RESIDUAL: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, ADA_SCALE: tl.constexpr,
+    ADA_SHIFT: tl.constexpr, CHANNEL_SCALE: tl.constexpr, ROTATE: tl.constexpr, E4M3: tl.constexpr, SYMMETRIC: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    sample = row // rows_per_sample
+    ada_scale_ptr += sample * ada_scale_stride
+    ada_shift_ptr += sample * ada_shift_stride
     x_ptr += row * x_stride
     residual_ptr += row * residual_stride
     out_ptr = residual_out_ptr + row * columns
@@ -100,14 +109,15 @@ def norm_quantize_kernel(
     inverse += total * 0.0  # squares that overflow show as NaN, not as values of 0
 
     first = normalize(
-        first, mean, inverse, weight_ptr, bias_ptr, channel_ptr, 0, columns, BLOCK, WEIGHT, BIAS, CHANNEL_SCALE, ROTATE
-    )
+        first, mean, inverse, weight_ptr, bias_ptr, ada_scale_ptr, ada_shift_ptr, channel_ptr, 0, columns, BLOCK, WEIGHT, BIAS,
+        ADA_SCALE, ADA_SHIFT, CHANNEL_SCALE, ROTATE,
+    )  # fmt: skip
     high, low = magnitudes(first)
     for start in range(BLOCK, columns, BLOCK):
         v = load_values(x_ptr, residual_ptr, out_ptr, pivot, start, columns, BLOCK, RESIDUAL, False)
         v = normalize(
-            v, mean, inverse, weight_ptr, bias_ptr, channel_ptr, start, columns, BLOCK, WEIGHT, BIAS, CHANNEL_SCALE,
-            ROTATE,
+            v, mean, inverse, weight_ptr, bias_ptr, ada_scale_ptr, ada_shift_ptr, channel_ptr, start, columns, BLOCK, WEIGHT,
+            BIAS, ADA_SCALE, ADA_SHIFT, CHANNEL_SCALE, ROTATE,
         )  # fmt: skip
         h, n = magnitudes(v)
         high, low = tl.maximum(high, h), tl.maximum(low, n)
@@ -119,8 +129,8 @@ def norm_quantize_kernel(
     for start in range(BLOCK, columns, BLOCK):
         v = load_values(x_ptr, residual_ptr, out_ptr, pivot, start, columns, BLOCK, RESIDUAL, False)
         v = normalize(
-            v, mean, inverse, weight_ptr, bias_ptr, channel_ptr, start, columns, BLOCK, WEIGHT, BIAS, CHANNEL_SCALE,
-            ROTATE,
+            v, mean, inverse, weight_ptr, bias_ptr, ada_scale_ptr, ada_shift_ptr, channel_ptr, start, columns, BLOCK, WEIGHT,
+            BIAS, ADA_SCALE, ADA_SHIFT, CHANNEL_SCALE, ROTATE,
         )  # fmt: skip
         store_quantized(v, q_ptr + start + c, start + c < columns, scale, zero_point, E4M3, SYMMETRIC)
 
@@ -137,6 +147,8 @@ def _run(
     channel_scale: Tensor | None,
     rotate: int | None,
     residual_out: Tensor | None,
+    ada_scale: Tensor | None = None,
+    ada_shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     result, arguments = triton_rows.allocate(
         x, tuple(x.shape), dtype, None, None, None, symmetric, channel_scale, rotate
@@ -150,10 +162,17 @@ def _run(
         "residual_out_ptr": x if residual_out is None else residual_out,
         "weight_ptr": x if weight is None else weight,
         "bias_ptr": x if bias is None else bias,
+        "ada_scale_ptr": x if ada_scale is None else ada_scale,
+        "ada_scale_stride": 0 if ada_scale is None else matrix_shape(ada_scale)[2],
+        "ada_shift_ptr": x if ada_shift is None else ada_shift,
+        "ada_shift_stride": 0 if ada_shift is None else matrix_shape(ada_shift)[2],
+        "rows_per_sample": rows // x.shape[0] if x.dim() > 1 and rows else 1,
         "LAYER": kind == "layer",
         "RESIDUAL": residual is not None,
         "WEIGHT": weight is not None,
         "BIAS": bias is not None,
+        "ADA_SCALE": ada_scale is not None,
+        "ADA_SHIFT": ada_shift is not None,
     }
     if rows:
         with torch.cuda.device_of(x):
@@ -179,8 +198,10 @@ def norm_quantize(
     symmetric: bool,
     channel_scale: Tensor | None,
     rotate: int | None = None,
+    ada_scale: Tensor | None = None,
+    ada_shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _run(x, None, weight, eps, dtype, kind, bias, symmetric, channel_scale, rotate, None)
+    return _run(x, None, weight, eps, dtype, kind, bias, symmetric, channel_scale, rotate, None, ada_scale, ada_shift)
 
 
 def add_norm_quantize(
