@@ -98,7 +98,8 @@ def test_swapped_and_restored(make, precision, tmp_path):
     before = run(model, inputs)
     report = fp.swap(model, precision)
     assert len(report.swapped) == MODELS[make][0]
-    attention = {s.reason.code: s.reason.fix for s in report.skipped if s.reason.code != "too_small"}
+    others = [s for s in report.skipped if s.bytes is None]  # convolutions wait for calibrate=
+    attention = {s.reason.code: s.reason.fix for s in others if s.reason.code != "too_small"}
     assert attention == {"attention_on_cpu": "run the model within `with fp.sdpa():`"}
     during = run(model, inputs)
     assert (during - before).norm() < 0.01 * before.norm() and not torch.equal(during, before)

@@ -113,7 +113,10 @@ def test_the_dtype_is_the_models_and_not_what_its_config_said(tmp_path):
     ("change", "words"),
     [
         (lambda q: q["layers"].pop(), r"down_proj\.weight is missing from the file"),
-        (lambda q: q["layers"][0].update(fqn="model.nothing"), "no Linear layer or experts 'model.nothing'"),
+        (
+            lambda q: q["layers"][0].update(fqn="model.nothing"),
+            "no Linear layer, convolution or experts 'model.nothing'",
+        ),
         (lambda q: q["layers"][0].update(module="os.system"), "unknown module"),
         (lambda q: q["layers"][0]["config"].update(in_features=2**50), "recorded as"),
         (lambda q: q["layers"][0]["config"].update(symmetric=True), "weight_sum' has no place in the layer"),

@@ -137,6 +137,8 @@ def shared():
         (lambda: Mlp(nn.GELU("tanh")), {"fc1": "gelu_tanh"}),
         (lambda: Mlp(nn.ReLU(inplace=True)), {"fc1": "relu"}),
         (lambda: Mlp(nn.SiLU()), {"fc1": "silu"}),
+        (lambda: Mlp(nn.ReLU6()), {"fc1": "relu6"}),
+        (lambda: Mlp(nn.Hardswish()), {"fc1": "hard_swish"}),
         (Nested, {"fc1": "gelu"}),
         (Returned, {"fc1": "gelu"}),
         (BoundAnew, {"fc1": "gelu"}),

@@ -79,7 +79,7 @@ def edited(**changes):
 
 
 BAD_PLANS = [
-    (edited(fqn="nowhere"), "another model .*no Linear layer or experts nowhere"),
+    (edited(fqn="nowhere"), "another model .*no Linear layer, convolution or experts nowhere"),
     (edited(in_features=65), r"first has \(in_features, out_features, bias\) \(64, 128, True\)"),
     (edited(bias=False), "another model"),
     (edited(schema="forwardpass.plan/9"), "schema 'forwardpass.plan/9', and this version reads"),

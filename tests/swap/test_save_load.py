@@ -292,7 +292,7 @@ DAMAGE = {
     "unknown layer": (
         lambda f: edit(f, lambda r: r["layers"][0].update(fqn="../x")),
         ValueError,
-        r"no Linear layer or experts '\.\./x'",
+        r"no Linear layer, convolution or experts '\.\./x'",
     ),
     "absurd size": (
         lambda f: edit(f, lambda r: r["layers"][0]["config"].update(in_features=10**15)),
@@ -361,7 +361,7 @@ def test_another_model_is_refused(saved):
     folder, _, _ = saved
     for model, words in (
         (block(width=96), "recorded as"),
-        (nn.Sequential(block()), "no Linear layer or experts 'first'"),
+        (nn.Sequential(block()), "no Linear layer, convolution or experts 'first'"),
     ):
         before = objects(model)
         with pytest.raises(ValueError, match=words):

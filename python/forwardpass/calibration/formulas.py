@@ -104,6 +104,9 @@ class LayerStatistics:
         self.second_moment.lerp_(other.second_moment.to(device), other.rows / self.rows)
         return self
 
+    def is_finite(self) -> bool:
+        return bool(self.absmax.isfinite().all() and self.second_moment.isfinite().all())
+
     @torch.no_grad()
     def scaled(self, channel_scale: torch.Tensor) -> LayerStatistics:
         """The statistics of x * channel_scale [K], all positive. In the second moment rows keep their weight."""
@@ -112,6 +115,30 @@ class LayerStatistics:
         result.minimum, result.maximum = self.minimum * channel_scale, self.maximum * channel_scale
         result.second_moment = self.second_moment * channel_scale * channel_scale[:, None]
         return result
+
+
+class Largest:
+    """What calibration remembers of a convolution's input: the largest magnitude, and how many pixels there were. A window mixes
+    pixels, so that one scale is for all."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.absmax = 0.0
+
+    @torch.no_grad()
+    def update(self, x: torch.Tensor) -> None:
+        """Adds images x [N, C, H, W], or [C, H, W]."""
+        if x.numel():
+            self.rows += x.numel() // x.shape[-3]
+            largest = x.abs().amax().item()
+            self.absmax = largest if math.isnan(largest) else max(self.absmax, largest)
+
+    def is_finite(self) -> bool:
+        return math.isfinite(self.absmax)
+
+    def scale(self) -> torch.Tensor:
+        """fp32 [1]"""
+        return torch.tensor([self.absmax / 127 if self.absmax > 0 else 1.0])
 
 
 @torch.no_grad()

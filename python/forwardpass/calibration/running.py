@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from ..common.batches import Forward, evaluating, padding_mask, run, several
 from ..common.modules import hooked
+from ..nn.int8_conv2d import is_pointwise
 from ..nn.layer import as_multiplied, linear_weight
 from ..ops.common.rotation import fitting
 from ..proofs.walker import Leaf
-from .formulas import LayerStatistics, rotated_moment, round_weight, smoothing_scale
+from .formulas import Largest, LayerStatistics, rotated_moment, round_weight, smoothing_scale
 
-#: by layer and its `rotate`, arguments of `Int8Linear.from_torch`
+#: by layer and its `rotate`, arguments of `from_torch` of `Int8Linear` or `Int8Conv2d`
 Arguments = dict[str, dict[int | None, dict[str, Any]]]
 
 #: Rows that a layer must have seen: fewer mislead. all-MiniLM-L6-v2 in int8, the relative error of token embeddings on 48 texts,
@@ -37,8 +38,8 @@ def calibration_arguments(
     forward: Forward | None,
     rotations: Mapping[str, Iterable[int | None]] | None = None,
 ) -> tuple[Arguments, list[str], list[str]]:
-    """For every leaf of which enough was seen, arguments of `Int8Linear.from_torch` by its `rotate`; the names of those that no
-    batch reached; and notes on the others.
+    """For every leaf of which enough was seen, arguments of `from_torch` of `Int8Linear` by its `rotate`, or of a convolution of
+    `Int8Conv2d`; the names of those that no batch reached; and notes on the others.
 
     rotations: by leaf, what it may be rotated by; None: nothing is rotated.
 
@@ -54,10 +55,12 @@ def calibration_arguments(
             unseen.append(leaf.fqn)
         elif layer_statistics.rows < LEAST_ROWS:
             few.append(leaf.fqn)
-        elif not (layer_statistics.absmax.isfinite().all() and layer_statistics.second_moment.isfinite().all()):
+        elif not layer_statistics.is_finite():
             broken.append(leaf.fqn)
+        elif isinstance(layer_statistics, Largest):
+            arguments[leaf.fqn] = {None: {"input_scale": layer_statistics.scale()}}
         else:
-            of_leaf = [None] if rotations is None else rotations[leaf.fqn]
+            of_leaf = [None] if rotations is None or leaf.is_convolution else rotations[leaf.fqn]
             arguments[leaf.fqn] = {size: _arguments(leaf.module, layer_statistics, size) for size in of_leaf}
     return (
         arguments,
@@ -76,15 +79,26 @@ def calibration_arguments(
 
 def observe(
     model: nn.Module, leaves: list[Leaf], batches: Iterable[Any], forward: Forward | None
-) -> dict[str, LayerStatistics]:
+) -> dict[str, LayerStatistics | Largest]:
     """What each leaf is fed, padding left out."""
-    statistics = {leaf.fqn: LayerStatistics(leaf.in_features) for leaf in leaves}
+    statistics: dict[str, LayerStatistics | Largest] = {
+        leaf.fqn: Largest()
+        if leaf.is_convolution and not is_pointwise(leaf.module)
+        else LayerStatistics(leaf.in_features)
+        for leaf in leaves
+    }
     batch: Any = None
 
     def watch(leaf: Leaf, module: nn.Module, x: Tensor) -> None:
+        so_far = statistics[leaf.fqn]
+        if isinstance(so_far, Largest):
+            so_far.update(x)
+            return
+        if leaf.is_convolution:
+            x = x.movedim(-3, -1)
         # the products where the activations are, the sums on the host
         on_device = LayerStatistics(leaf.in_features, x.device)
-        statistics[leaf.fqn].merge(on_device.update(x, padding_mask(batch, x.shape[:-1], leaf.fqn)))
+        so_far.merge(on_device.update(x, padding_mask(batch, x.shape[:-1], leaf.fqn)))
 
     with hooked(((leaf, leaf.module) for leaf in leaves), before=watch), evaluating(model):
         for batch in several("calibrate", batches):
@@ -95,7 +109,7 @@ def observe(
 def _arguments(layer: nn.Module, statistics: LayerStatistics, rotate: int | None) -> dict[str, Any]:
     """Rotation leaves what `smoothing_scale` balances as it is: it keeps the energy of rows of x, from which their steps follow,
     and that of the weight."""
-    weight = linear_weight(layer).float()
+    weight = linear_weight(layer).float().flatten(1)  # of a convolution of 1 x 1 too
     channel_scale = smoothing_scale(statistics, weight)
     smoothed, channel_scale = statistics.scaled(channel_scale), channel_scale.to(weight.device)
     size = fitting(weight.shape[1], rotate)

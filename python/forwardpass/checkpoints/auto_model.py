@@ -22,7 +22,7 @@ from ..common.exchange import put_in_place
 from ..common.imports import when_imported
 from ..common.tensor_files import TensorFiles
 from ..integrations.tensor_parallel import take_over
-from ..nn import QuantizedLinear, QuantizedModule
+from ..nn import QuantizedModule
 from ..swap import methods
 from ..swap.attention.projections import Projections
 from ..swap.config import METHOD, Config
@@ -226,8 +226,7 @@ class _Filled:
                     raise self._fail(f"{fqn}.{name} is missing from the file")
             layer._parameters["anchor"] = vars(layer).pop("anchor")
             layer._apply(lambda t: t)  # rows of 16 bytes
-            if isinstance(layer, QuantizedLinear):
-                layer.settle()
+            layer.settle()
         anchors = {id(layer.anchor) for _, layer in self.layers.values()}
         if is_as_saved(self.model):
             for name, t in self.model.named_parameters():

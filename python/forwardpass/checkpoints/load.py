@@ -18,12 +18,12 @@ from ..common.tensor_files import TensorFiles
 from ..formats import comfyui
 from ..integrations import sentence_transformers as sentences
 from ..integrations.transformers import model_config
-from ..nn import Experts, QuantizedLinear, QuantizedModule
+from ..nn import Experts, Int8Conv2d, QuantizedLinear, QuantizedModule
 from ..nn.eight_bits import EightBits
 from ..nn.experts import experts_sizes
 from ..nn.mlp import quantised_layers
 from ..proofs.siblings import JoinedSwap
-from ..proofs.walker import Leaf, experts_leaves, linear_like
+from ..proofs.walker import ConvolutionLeaf, Leaf, convolutions, experts_leaves, linear_like
 from ..swap import methods, originals
 from ..swap.attention.kv_cache import decide_kv_cache
 from ..swap.attention.modules import decide_attention
@@ -260,25 +260,30 @@ def empty_layers(
     fail: Fail,
 ) -> tuple[list[Leaf], dict[int, QuantizedModule]]:
     """(the layers that a record names, quantised layers without values by the ids of those)."""
-    leaves = {leaf.fqn: leaf for leaf in (*linear_like(model), *experts_leaves(model))}
+    leaves: dict[str, Leaf] = {x.fqn: x for x in (*linear_like(model), *convolutions(model), *experts_leaves(model))}
     replacements: dict[int, QuantizedModule] = {}
     says_dtypes = record.get("schema") == SCHEMA or record.get("model", {}).get("config") is not None
     for layer in record["layers"]:
         leaf = leaves.get(layer["fqn"])
         if leaf is None:
-            raise fail(f"it has no Linear layer or experts {layer['fqn'][:80]!r}")
+            raise fail(f"it has no Linear layer, convolution or experts {layer['fqn'][:80]!r}")
         size, recorded, name = _sizes(leaf, layer["config"])
         in_file = shapes.get(f"{leaf.fqn}.{name}", size)
         if not size == recorded == in_file:  # before memory of that size is asked for
             raise fail(f"{leaf.fqn} is {size}, recorded as {recorded}, and {leaf.fqn}.{name} in the file is {in_file}")
-        if (layer["module"] == Experts.__name__) != leaf.is_experts:
+        kinds = Experts.__name__, Int8Conv2d.__name__
+        if tuple(layer["module"] == kind for kind in kinds) != (leaf.is_experts, leaf.is_convolution):
             raise fail(f"{leaf.fqn} is recorded as {layer['module']}, and is a {type(leaf.module).__name__}")
         new = _empty_layer(layer, place(leaf.weight), fail).train(leaf.module.training)
         if new.activation not in (None, leaf.formula):
             raise fail(f"{leaf.fqn} computes {new.activation}, and {leaf.formula or 'no such activation'} is behind it")
+        if isinstance(leaf, ConvolutionLeaf) and isinstance(new, Int8Conv2d) and new.folds_norm:
+            if leaf.norm is None:
+                raise fail(f"{leaf.fqn} computes the norm behind it, and none is there")
+            new.fold(leaf.norm.module)
         if isinstance(new, Experts):
             new.adopt(leaf.module)
-        elif isinstance(new, QuantizedLinear):
+        elif isinstance(new, QuantizedLinear | Int8Conv2d):
             new.stand_for(leaf.module, dtype_too=not says_dtypes)
         replacements[id(leaf.module)] = new
     return [leaves[layer["fqn"]] for layer in record["layers"]], replacements
@@ -298,11 +303,25 @@ def decide_changes(model: nn.Module, layers: list[Leaf], record: Mapping[str, An
 
 def _sizes(leaf: Leaf, config: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[Any, ...], str]:
     """(its weight's shape, the same by what is recorded of it, that weight's name)."""
+    if leaf.is_convolution:
+        window = _window_of(*map(config.get, ("out_channels", "in_channels", "groups", "kernel_size")))
+        return tuple(leaf.weight.shape), window, "qweight"
     if not leaf.is_experts:
         return (leaf.out_features, leaf.in_features), (config.get("out_features"), config.get("in_features")), "qweight"
     experts, intermediate, hidden = experts_sizes(leaf.module)
     names = ("num_experts", "hidden_features", "intermediate_features")
     return (experts, hidden, intermediate), tuple(config.get(name) for name in names), "down_weight"
+
+
+def _window_of(out_channels: Any, in_channels: Any, groups: Any, kernel: Any) -> tuple[Any, ...]:
+    """The weight's shape by what is recorded of a convolution; nothing that is one where that is none."""
+    if (
+        not all(type(x) is int for x in (out_channels, in_channels, groups))
+        or not isinstance(kernel, list)
+        or groups < 1
+    ):
+        return (out_channels, in_channels, groups, kernel)
+    return (out_channels, in_channels // groups, *kernel)
 
 
 def _build(folder: pathlib.Path, model: Mapping[str, Any], tensors: int) -> nn.Module:

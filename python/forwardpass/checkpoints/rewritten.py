@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from ..dispatch import Reason
-from ..nn import QuantizedLinear, QuantizedModule, QuantizingNorm
+from ..nn import Int8Conv2d, QuantizedLinear, QuantizedModule, QuantizingNorm
 from ..nn.mlp import TwoProducts, quantised_layers
 from ..proofs.mlp import Block
 from ..proofs.siblings import JoinedSwap, siblings
-from ..proofs.walker import Leaf
+from ..proofs.walker import ConvolutionLeaf, Leaf
 from ..swap.attention.kv_cache import CacheDecision, CacheSwap
 from ..swap.attention.modules import AttentionDecision, AttentionSwap
 from ..swap.attention.unpadding import UnpaddingDecision, UnpaddingSwap
@@ -77,7 +77,7 @@ def proven(
         verdicts = verdicts.but_unproven()
     decision = verdicts.applied(decision)
     fused = (
-        {fqn for fqn, (_, layer) in layers.items() if layer.activation is not None}
+        {fqn for fqn, (_, x) in layers.items() if x.activation is not None or getattr(x, "folds_norm", False)}
         if recorded is not None
         else layers.keys()
     )
@@ -85,6 +85,8 @@ def proven(
     for leaf, layer in remaining.values():
         if leaf.fqn in verdicts.layers and not leaf.is_experts:
             layer.activation = None
+            if isinstance(layer, Int8Conv2d):
+                layer.fold(None)
     changed = {fqn: reason for fqn, reason in verdicts.layers.items() if fqn in fused or fqn in (recorded or ())}
     others = {"its attention": verdicts.attention, "its padding": verdicts.unpadding}
     _warn(model, {**changed, **verdicts.rotation, **others})
@@ -96,6 +98,8 @@ def _as_made(leaf: Leaf, layer: QuantizedModule, recorded: Collection[str] | Non
     """Without what the model that was saved did not compute so."""
     if leaf.is_experts:
         return leaf
+    if isinstance(leaf, ConvolutionLeaf) and not getattr(layer, "folds_norm", False):
+        leaf = replace(leaf, norm=None)
     block = leaf.block
     if recorded is not None and isinstance(block, Block):
         if leaf.fqn not in recorded:

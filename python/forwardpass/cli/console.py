@@ -184,7 +184,8 @@ def print_swap(result: dict[str, Any], console: Console) -> None:
         (s["fqn"], s["code"], "; ".join(filter(None, (s["text"], s["fix"])))) for s in result["skipped"]
     )
     facts += [("skipped", f"{', '.join(names)} ({reason})") for reason, names in reasons]
-    others = ((x["code"], x["module"], x["bytes"]) for x in result["other_layers"])
+    others = [(x["code"], x["module"], x["bytes"]) for x in result["other_layers"]]
+    others += [("convolution", "", x["bytes"]) for x in result["skipped"] if "bytes" in x]
     stays = mostly(others, weights["before"])
     facts += [
         ("other layers", f"{x['module']} ({x['first']}, {x['count']} in all, {megabytes(x['bytes'])}): {x['text']}")

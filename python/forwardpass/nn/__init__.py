@@ -5,6 +5,7 @@ from typing import Any as _Any
 from .bf16_linear import Bf16Linear
 from .experts import Experts
 from .fp8_linear import Fp8Linear
+from .int8_conv2d import Int8Conv2d
 from .int8_linear import Int8Linear
 from .layer import QuantizedLinear, QuantizedModule
 from .mlp import MLP, GatedMLP
@@ -19,6 +20,7 @@ __all__ = [
     "Experts",
     "Fp8Linear",
     "GatedMLP",
+    "Int8Conv2d",
     "Int8Linear",
     "MultiheadAttention",
     "QuantizedLinear",

@@ -1,4 +1,4 @@
-"""DequantizedWeight: the weight of a quantised layer, for code that reads it."""
+"""The weight of a quantised layer, for code that reads it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 
@@ -126,3 +126,40 @@ def _warn_of_cost(weight: Tensor) -> None:
         shape = " x ".join(map(str, weight.shape))
         warnings.warn(f"code reads the weight of a quantised layer ({shape}), which is dequantised anew each time: have it call "
                       "the layer, or exclude the layer from the swap", stacklevel=5)  # fmt: skip
+
+
+class ReadableWeight(nn.Module):
+    """Base of the layers whose integers are a buffer `qweight`, beside which stands a `weight` for code that reads it."""
+
+    qweight: Tensor
+    anchor: nn.Parameter
+    _weight: DequantizedWeight | None = None
+
+    def _reading(self) -> tuple[Callable[[], Tensor], tuple[int, ...]]:
+        """(what computes the weight, its shape)"""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:
+        """Values, of the shape and dtype of the weight that was replaced: qweight times its scales, and what inputs are multiplied
+        by besides."""
+        weight, q, dtype = self._weight, self.qweight, self.anchor.dtype
+        if torch.compiler.is_compiling():
+            return self._reading()[0]().to(dtype)
+        if type(weight) is not DequantizedWeight or (weight.dtype, weight.device, weight.numel()) != (
+            dtype, q.device, q.numel(),
+        ):  # fmt: skip
+            read, shape = self._reading()
+            like = torch.empty(shape, dtype=dtype, device="meta")
+            self._weight = weight = DequantizedWeight(read, like, q.device)
+        return weight
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        raise AttributeError(f"the weight of {type(self).__name__} is computed from its {self.qweight.dtype} values, and cannot be "
+                             "set: restore the layer (fp.restore), set its weight, and swap it again")  # fmt: skip
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight":  # nn.Module asks no property
+            type(self).weight.fset(self, param)  # type: ignore[attr-defined]
+        super().register_parameter(name, param)

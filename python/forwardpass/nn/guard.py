@@ -102,7 +102,14 @@ class InEpilogue(nn.Identity):
         self._of = (activation, layer)  # in a tuple, which holds no children
         self._guards = (CodeGuard(type(activation)), None if holder is None else CodeGuard(holder))
         self._names, self._path = names, path
+        self._attach(layer)
+
+    def _attach(self, layer: nn.Module) -> None:
+        """Tells the layer of itself."""
         layer.applied = (self,)  # type: ignore[assignment]
+
+    def give(self, y: torch.Tensor) -> None:
+        """What the layer has applied the activation to."""
 
     def is_between(self, modules: Mapping[str, nn.Module | None]) -> bool:
         """Whether something is between the two, but for their holder's code. modules: those of what holds them."""

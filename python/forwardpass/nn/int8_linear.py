@@ -18,6 +18,12 @@ from ..ops.quantize import OPERATION as QUANTIZE
 from .layer import Quantized, QuantizedLinear, as_dtype, as_multiplied, linear_weight, quantize_weight, rows
 
 
+def packed_weight(weight: Tensor) -> Tensor | None:
+    """weight [N, K] as this CPU's kernel reads it; None where none reads another than weight."""
+    on_cpu = type(weight) is Tensor and weight.device.type == "cpu" and library.load_error is None
+    return pack_int8_weight(weight) if on_cpu else None
+
+
 class Int8Linear(QuantizedLinear):
     """`y = x W^T + b` with W in int8, scaled per channel, and x quantised to int8 on the way in.
 
@@ -209,8 +215,7 @@ class Int8Linear(QuantizedLinear):
 
     def _pack(self) -> tuple[Tensor | None, Tensor | None]:
         weight = self.qweight
-        on_cpu = type(weight) is Tensor and weight.device.type == "cpu" and library.load_error is None
-        self._packed = packed = (weight, pack_int8_weight(weight) if on_cpu else None)
+        self._packed = packed = (weight, packed_weight(weight))
         return packed
 
     def _load_from_state_dict(self, *args: Any) -> None:

@@ -19,7 +19,7 @@ from ..ops.common.quantized_rows import E4M3, FLOATS, LEAST_RANGE, empty_q, pad_
 from ..ops.common.rotation import rotate as rotated
 from ..ops.fp8_gemm import BLOCK
 from ..ops.w8a16_gemm.reference import dequantize_weight
-from .dequantized_weight import DequantizedWeight
+from .dequantized_weight import ReadableWeight
 from .guard import InEpilogue
 from .joined import Joined
 
@@ -31,14 +31,15 @@ _NOT_ADOPTED = (HOOK, OLD_FORWARD, "quantization_scheme", "quantization_status",
 CONV1D = "transformers.pytorch_utils.Conv1D"
 
 
-def _qualified(cls: type) -> str:
+def qualified(cls: type) -> str:
+    """The name of a class, with its module's."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether it is transformers' Conv1D, a Linear with its weight transposed (GPT-2), or derives from it. Does not import
     transformers."""
-    return any(_qualified(cls) == CONV1D for cls in type(module).__mro__)
+    return any(qualified(cls) == CONV1D for cls in type(module).__mro__)
 
 
 #: Classes that compute x W^T + b and nothing else, as read from their code; what another subclass computes is not known.
@@ -72,18 +73,21 @@ def register_linear(cls: type[nn.Linear]) -> None:
     """
     if not (isinstance(cls, type) and issubclass(cls, nn.Linear)):
         raise TypeError(f"register_linear takes a subclass of torch.nn.Linear, not {cls!r}")
-    _LINEAR.add(_qualified(cls))
+    _LINEAR.add(qualified(cls))
 
 
 def is_linear(module: nn.Module) -> bool:
     """Whether it computes x W^T + b and nothing else: of nn.Linear, of Conv1D, or of a class that is registered."""
-    return _qualified(type(module)) in _LINEAR and not has_other_forward(type(module))
+    return qualified(type(module)) in _LINEAR and not has_other_forward(type(module))
 
 
 def has_other_forward(cls: type) -> bool:
     """Whether the forward of a library's Linear is not in that library's file: somebody has put another function there."""
-    if _qualified(cls) not in _OF_LIBRARIES:
-        return False
+    return qualified(cls) in _OF_LIBRARIES and forward_is_elsewhere(cls)
+
+
+def forward_is_elsewhere(cls: type) -> bool:
+    """Whether the function that is its forward is from another file than the class that has it."""
     owner = next(base for base in cls.__mro__ if "forward" in vars(base))
     code = getattr(vars(owner)["forward"], "__code__", None)
     return code is None or code.co_filename != getattr(sys.modules.get(owner.__module__), "__file__", None)
@@ -159,6 +163,10 @@ class QuantizedModule(nn.Module):
         if anchor is not None and anchor.device != device:
             self._put_anchor(anchor.dtype, device, anchor.requires_grad)
 
+    def as_rows(self, y: Tensor) -> Tensor:
+        """An output as tokens or pixels are rows of it."""
+        return y
+
     def exact(self, *args: Tensor) -> Tensor:
         """What forward gives, but for the error of its kernels: in fp64 on the operands that its input is quantised to."""
         raise NotImplementedError
@@ -190,11 +198,20 @@ class QuantizedModule(nn.Module):
             new = getattr(self, name)
             if new.dtype != old.dtype:
                 setattr(self, name, new := old.to(new.device))
-            if new.itemsize == 1 and new.stride(-2) % 16:  # .to() makes it contiguous
-                setattr(self, name, pad_rows(new))
+            self._lay_out(name)
         if before:
             self._move_anchor()
         return self
+
+    def _lay_out(self, name: str) -> None:
+        """As kernels read a buffer, where it was replaced: .to() makes rows contiguous."""
+        t = getattr(self, name)
+        if t.itemsize == 1 and t.stride(-2) % 16:
+            setattr(self, name, pad_rows(t))
+
+    def settle(self) -> None:
+        """Makes what the module keeps beside its buffers, which now have their values."""
+        self._move_anchor()
 
     def _as_now(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
         """A state dict by today's names: an earlier version, as a model of floats, has a `weight`."""
@@ -263,7 +280,7 @@ class Quantized(NamedTuple):
 L = TypeVar("L", bound="QuantizedLinear")
 
 
-class QuantizedLinear(QuantizedModule):
+class QuantizedLinear(ReadableWeight, QuantizedModule):
     """Base of the layers: qweight [N, K], of 8 bits or bfloat16, weight_scale fp32 (`scales_shape`; None for bfloat16), bias [N] or
     None.
 
@@ -301,7 +318,6 @@ class QuantizedLinear(QuantizedModule):
     #: of a part of another layer on the meta device: a copy of that part's buffer of a name
     values: Callable[[str], Tensor] | None = None
     is_transposed: bool = False  #: whether the weight that it stands for is [K, N], as in transformers' Conv1D
-    _weight: DequantizedWeight | None = None
     #: input_scale and channel_scale, and the one over the other
     _divided: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
 
@@ -406,7 +422,7 @@ class QuantizedLinear(QuantizedModule):
                       "before it was put there do not call it")  # fmt: skip
         device = self._buffers["qweight"].device.type  # type: ignore[union-attr]
         if device != "meta" and torch.is_autocast_enabled(device):
-            x = _as_autocast(x)
+            x = as_autocast(x)
         if then is not None:
             return self.quantized_product(x, then)
         sharding = self.sharding
@@ -461,30 +477,11 @@ class QuantizedLinear(QuantizedModule):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_divided": (None, None, None), "_weight": None}
 
-    @property
-    def weight(self) -> Tensor:
-        """Values: qweight times its scales and channel_scale, which is what x is multiplied by. [N, K], or [K, N]."""
-        if torch.compiler.is_compiling():
-            return self._read_weight(self._buffers, self.is_transposed, self.rotate)().to(self.anchor.dtype)
-        weight, q, dtype = self._weight, self.qweight, self.anchor.dtype
-        if type(weight) is not DequantizedWeight or (weight.dtype, weight.device, weight.numel()) != (
-            dtype, q.device, q.numel(),
-        ):  # fmt: skip
-            like = torch.empty(q.shape[::-1] if self.is_transposed else q.shape, dtype=dtype, device="meta")
-            self._weight = weight = DequantizedWeight(
-                self._read_weight(self._buffers, self.is_transposed, self.rotate), like, q.device
-            )
-        return weight
-
-    @weight.setter
-    def weight(self, value: Tensor) -> None:
-        raise AttributeError(f"the weight of {type(self).__name__} is computed from its {self.qweight.dtype} values, and cannot be "
-                             "set: restore the layer (fp.restore), set its weight, and swap it again")  # fmt: skip
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        if name == "weight":  # nn.Module asks no property
-            type(self).weight.fset(self, param)  # type: ignore[attr-defined]
-        super().register_parameter(name, param)
+    def _reading(self) -> tuple[Callable[[], Tensor], tuple[int, ...]]:
+        q = self.qweight
+        return self._read_weight(self._buffers, self.is_transposed, self.rotate), tuple(
+            q.shape[::-1] if self.is_transposed else q.shape
+        )
 
     @classmethod
     def _read_weight(
@@ -512,9 +509,8 @@ class QuantizedLinear(QuantizedModule):
         self.is_transposed = module.is_transposed if isinstance(module, QuantizedLinear) else is_conv1d(module)
 
     def settle(self, alone: bool = True) -> None:
-        """Makes what the layer keeps beside its buffers, which now have their values; not alone: drops it, as another layer
-        computes for this one."""
-        self._move_anchor()
+        """As the base's; not alone: drops what there is beside buffers, as another layer computes for this one."""
+        super().settle()
 
     def outputs(self: L, start: int, size: int) -> L | None:
         """A layer of `size` outputs of this one from `start` on, on views of its buffers; None where they cannot be views."""
@@ -570,7 +566,7 @@ class QuantizedLinear(QuantizedModule):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}{activation}{rotate}"
 
 
-def _as_autocast(x: Tensor | Quantized) -> Tensor | Quantized:
+def as_autocast(x: Tensor | Quantized) -> Tensor | Quantized:
     """As nn.Linear takes it under torch.autocast."""
     if isinstance(x, Quantized):
         return x._replace(dtype=torch.get_autocast_dtype(x.values.device.type))

@@ -24,8 +24,10 @@ from ..common.files import read_json, write_json
 from ..common.modules import hooked, tensor_bytes
 from ..common.timing import Timing, Track, beyond_caches, interleave
 from ..dispatch import Reason, only_reference_on
+from ..nn import Int8Conv2d
+from ..nn.int8_conv2d import is_pointwise
 from ..nn.layer import QuantizedLinear
-from ..proofs.walker import Leaf
+from ..proofs.walker import ConvolutionLeaf, Leaf
 from ..swap.attention.kv_cache import kv_cache_of
 from ..swap.plan import Plan
 from ..swap.precision import LayerPrecision, find_precision
@@ -40,6 +42,8 @@ CALIBRATED = "+calibrated"
 SAMPLES = 32
 #: Rows of a layer's input that candidates are compared with the layer on, about.
 ROWS = 512
+#: The same of a convolution.
+IMAGES = 4
 #: Calibration statistics of so many bytes are held at once; a model that has more is calibrated in several passes.
 STATISTICS_BYTES = 1 << 30
 ROUNDS, WARMUP = 15, 3
@@ -234,12 +238,12 @@ def calibrated_arguments(
     """
     names = [name for name, p in candidates.items() if p.calibrated]
     passes: list[list[Leaf]] = []
-    size_so_far = STATISTICS_BYTES
+    size_so_far = 0
     for layer in layers:
         if not any(layer.candidates[name].refusal is None for name in names):
             continue
-        size = 4 * layer.leaf.in_features**2
-        if size_so_far + size > STATISTICS_BYTES:
+        size = 4 * layer.leaf.in_features**2 * (not layer.leaf.is_convolution or is_pointwise(layer.leaf.module))
+        if not passes or size_so_far + size > STATISTICS_BYTES:
             passes.append([])
             size_so_far = 0
         passes[-1].append(layer.leaf)
@@ -266,9 +270,9 @@ def eligible(leaf: Leaf, context: Context, planned: LayerPrecision) -> Reason | 
     if leaf.is_experts and planned.calibrated:
         return Reason("not_calibrated", f"experts take no calibration: {candidate.name} is the same for them", "")
     reason = why_skip(leaf, context, candidate, defaults=True)
-    if reason and reason.code in ("too_small", "lm_head"):
+    if reason and reason.code in ("too_small", "lm_head", "unmeasured", "uncalibrated"):
         reason = why_skip(leaf, context, candidate, defaults=False)
-    operation, w = candidate.operation(leaf.is_experts), leaf.weight
+    operation, w = candidate.operation(leaf), leaf.weight
     if reason is None and operation and only_reference_on(operation, w.device, w.dtype):
         return Reason("reference", f"{operation} has no kernel for {str(w.dtype).removeprefix('torch.')} on "
                       f"{w.device}, and its reference is slower than what it replaces", "")  # fmt: skip
@@ -289,19 +293,27 @@ def annotated(text: str) -> Iterator[None]:
 def form_of(leaf: Leaf) -> tuple[Any, ...]:
     """What the time of a layer depends on."""
     weight = leaf.weight
-    return (
-        leaf.out_features,
-        leaf.in_features,
-        leaf.has_bias,
-        str(weight.dtype),
-        str(weight.device),
-        leaf.formula,
-    )
+    form = leaf.out_features, leaf.in_features, leaf.has_bias, str(weight.dtype), str(weight.device), leaf.formula
+    if not isinstance(leaf, ConvolutionLeaf):
+        return form
+    m: Any = leaf.module
+    return (*form, *weight.shape, m.stride, m.padding, m.dilation, m.groups, leaf.norm is not None)
+
+
+def _behind(leaf: Leaf) -> nn.Module | None:
+    """What a replacement computes besides, as one module."""
+    norm = leaf.norm if isinstance(leaf, ConvolutionLeaf) else None
+    behind = [x.module for x in (norm, leaf.activation) if x is not None]
+    return behind[0] if len(behind) == 1 else nn.Sequential(*behind) if behind else None
 
 
 def sample_inputs(leaf: Leaf, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
     """What a layer is timed on; experts on tokens that choose among them at random."""
     options: dict[str, Any] = {"dtype": leaf.weight.dtype, "device": leaf.weight.device}
+    if (
+        leaf.is_convolution and len(shape) == 4
+    ):  # as the swapped layers before it leave it, and torch's are no slower so
+        return (torch.randn(shape, **options).contiguous(memory_format=torch.channels_last),)
     if not leaf.is_experts:
         return (torch.randn(shape, **options),)
     scores = torch.rand(*shape[:-2], leaf.weight.shape[0], **options)
@@ -410,14 +422,17 @@ class Measurer:
     def _time(self, layer: Layer) -> dict[str, Any]:
         weight = layer.leaf.weight
         modules = {"before": layer.leaf.module} | {name: self.built(layer.leaf, name) for name in layer.open()}
-        behind = None if layer.leaf.activation is None else layer.leaf.activation.module
+        behind = _behind(layer.leaf)
 
         def call(modules: list[nn.Module], inputs: list[tuple[Tensor, ...]]) -> Callable[[], object]:
-            fused = behind is None or (isinstance(modules[0], QuantizedLinear) and modules[0].activation is not None)
+            first: Any = modules[0]
+            fused = isinstance(first, QuantizedLinear | Int8Conv2d) and (
+                first.activation or getattr(first, "norm", None)
+            )
             turns = itertools.cycle(modules)
-            if fused:
+            if behind is None or fused:
                 return lambda: [next(turns)(*x) for x in inputs]
-            return lambda: [behind(next(turns)(*x)) for x in inputs]  # type: ignore[misc]  # which a fused layer saves
+            return lambda: [behind(next(turns)(*x)) for x in inputs]  # which a fused layer saves
 
         measured: dict[str, Any] = {n: {"phases": {}, "bytes": tensor_bytes([m])} for n, m in modules.items()}
         for phase, shapes in layer.calls.items():
@@ -451,10 +466,15 @@ class Measurer:
         advance = track("measuring errors of layers", len(layers))
 
         def compare(leaf: Leaf, module: nn.Module, inputs: tuple[Tensor, ...], expected: Tensor) -> None:
-            mask = padding_mask(batch, expected.shape[:-1], leaf.fqn)
-            rows = [t.reshape(-1, t.shape[-1]) if mask is None else t[mask.to(t.device)] for t in (*inputs, expected)]
-            stride = max(1, len(rows[0]) // ROWS)  # exact products are in fp64
-            *inputs_of_rows, expected = (t[::stride].contiguous() for t in rows)
+            if leaf.is_convolution:  # whole images, as windows mix pixels
+                *inputs_of_rows, expected = (t if t.dim() == 3 else t[:IMAGES] for t in (*inputs, expected))
+            else:
+                mask = padding_mask(batch, expected.shape[:-1], leaf.fqn)
+                rows = [
+                    t.reshape(-1, t.shape[-1]) if mask is None else t[mask.to(t.device)] for t in (*inputs, expected)
+                ]
+                stride = max(1, len(rows[0]) // ROWS)  # exact products are in fp64
+                *inputs_of_rows, expected = (t[::stride].contiguous() for t in rows)
             for name, parity in parities[leaf.fqn].items():
                 with annotated(f"while measuring the error of {leaf.fqn} in {name}; the model is as it was"):
                     candidate = self.built(leaf, name)
@@ -538,7 +558,7 @@ def identity(
     fingerprint = Fingerprint()
     for leaf in leaves:
         weight = leaf.weight
-        flat = weight.reshape(-1) if weight.is_contiguous() else weight.t().reshape(-1)
+        flat = weight.t().reshape(-1) if weight.dim() == 2 and not weight.is_contiguous() else weight.reshape(-1)
         fingerprint.add([leaf.fqn, list(weight.shape), flat[:: max(1, flat.numel() // 4096)]])
     fingerprint.add(
         [

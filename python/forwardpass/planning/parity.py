@@ -77,7 +77,7 @@ def _largest(a: float, b: float) -> float:
 @dataclass
 class LayerParity:
     """One swapped layer, or module of experts, all three on the very input that it gets in the swapped model; a sample is a row
-    (a token).
+    (a token; of a convolution a pixel).
 
     `total` compares the layer with the original, `kernel` with the exact product of the same quantised operands
     (fp64), and `quantisation` that exact product with the original. No batch reached the layer where they have no
@@ -94,7 +94,7 @@ class LayerParity:
         self, module: QuantizedModule, inputs: tuple[Any, ...], y: Tensor, expected: Tensor, mask: Tensor | None
     ) -> None:
         """One call: what the layer made of its inputs, and what the original does; rows that the mask leaves out do not count."""
-        y, expected, exact = (_rows(t, mask) for t in (y, expected, module.exact(*inputs)))
+        y, expected, exact = (_rows(module.as_rows(t), mask) for t in (y, expected, module.exact(*inputs)))
         self.total.add(y, expected)
         self.quantisation.add(exact, expected)
         self.kernel.add(y, exact)
@@ -322,7 +322,7 @@ def _compared(
         assert isinstance(module, QuantizedModule)
         with _on_device(pairs[fqn], y.device):
             expected = module.activated(pairs[fqn](*inputs))
-        parities[fqn].add(module, inputs, y, expected, padding_mask(batch, y.shape[:-1], fqn))
+        parities[fqn].add(module, inputs, y, expected, padding_mask(batch, module.as_rows(y).shape[:-1], fqn))
 
     with hooked(layers.items(), after=compare, every=True):
         yield

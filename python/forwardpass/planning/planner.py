@@ -20,7 +20,7 @@ from ..common.text import megabytes
 from ..common.timing import Timing, Track, interleave, untracked
 from ..dispatch import Reason
 from ..integrations.tensor_parallel import refuse_divided
-from ..proofs.walker import experts_leaves, linear_like
+from ..proofs.walker import convolutions, experts_leaves, linear_like
 from ..swap import keras_layers, originals
 from ..swap.attention.kv_cache import decide_kv_cache
 from ..swap.attention.modules import decide_attention
@@ -182,7 +182,7 @@ def plan(
         leaves = linear_like(model)
         refuse_swapped(model)
         refuse_model(model, leaves)
-        leaves += experts_leaves(model)
+        leaves += [*convolutions(model), *experts_leaves(model)]
         samples = list(several("batches", batches))
         default = Decoding.default_of(model)
         timed = list(several("shapes", shapes)) if shapes is not None else [default] if default else samples[:1]

@@ -25,6 +25,7 @@ from .code import CONTAINERS, SETUP, Function, Reach, is_attribute_of, self_of
 if TYPE_CHECKING:
     from .walker import Leaf
 
+_TORCH = {nn.ReLU: "relu", nn.SiLU: "silu", nn.ReLU6: "relu6", nn.Hardswish: "hard_swish"}
 #: of transformers.activations, by class; what is not here has another formula or constants of its own
 _TRANSFORMERS = {"GELUActivation": "gelu", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh",
                  "NewGELUActivation": "gelu_tanh", "SiLUActivation": "silu"}  # fmt: skip
@@ -39,6 +40,8 @@ class Activation:
     fqn: str
     module: nn.Module
     formula: str
+    is_shared: bool = False  #: whether code calls it elsewhere too
+    passed: tuple[str, ...] = ()  #: members between the two that are nn.Identity
 
 
 def formula_of(module: nn.Module) -> str | None:
@@ -46,8 +49,8 @@ def formula_of(module: nn.Module) -> str | None:
     cls = type(module)
     if cls is nn.GELU:
         formula = "gelu" if module.approximate == "none" else "gelu_tanh"
-    elif cls in (nn.ReLU, nn.SiLU):
-        formula = cls.__name__.lower()
+    elif cls in _TORCH:
+        formula = _TORCH[cls]
     elif cls.__module__ == "transformers.activations" and cls.__name__ in _TRANSFORMERS:
         formula = _TRANSFORMERS[cls.__name__]
     else:
@@ -86,7 +89,7 @@ def activation_behind(leaf: Leaf, reach: Reach) -> Activation | None:
     module = parent._modules[behind]
     assert module is not None
     proven = reach.has_one_place(leaf.module) and reach.has_one_place(module) and (
-        _called_as_a_whole(leaf, reach) if in_sequence else reach.only_named_by(parent, (leaf.name, behind))
+        called_as_a_whole(leaf, reach) if in_sequence else reach.only_named_by(parent, (leaf.name, behind))
     )  # fmt: skip
     return Activation(leaf.fqn.removesuffix(leaf.name) + behind, module, beside[behind]) if proven else None
 
@@ -103,12 +106,13 @@ def _fusible(module: nn.Module) -> str | None:
 def called_behind(methods: tuple[Function, ...], name: str) -> str | None:
     """The member that forward calls on what `self.<name>` gives, and neither anywhere else in these methods."""
     forwards = [m for m in methods if isinstance(m, ast.FunctionDef) and m.name == "forward"]
-    activations = [behind for forward in forwards for behind in _pairs(forward, name)]
-    words = [word for method in methods for word in _words(method)]
-    return activations[0] if len(activations) == 1 and words.count(name) == words.count(activations[0]) == 1 else None
+    activations = [behind for forward in forwards for behind in pairs(forward, name)]
+    all_words = [word for method in methods for word in words(method)]
+    is_once = len(activations) == 1 and all_words.count(name) == all_words.count(activations[0]) == 1
+    return activations[0] if is_once else None
 
 
-def _words(method: Function) -> Iterator[Any]:
+def words(method: Function) -> Iterator[Any]:
     """Every attribute's name, of whatever it is one, and every constant."""
     for node in ast.walk(method):
         if isinstance(node, ast.Attribute):
@@ -130,7 +134,8 @@ def called(node: ast.AST | None, self_name: str | None) -> tuple[str, ast.expr] 
     return None if isinstance(node.args[0], ast.Starred) else (node.func.attr, node.args[0])
 
 
-def _pairs(function: ast.FunctionDef, name: str) -> Iterator[str]:
+def pairs(function: ast.FunctionDef, name: str) -> Iterator[str]:
+    """The members that a function calls on what `self.<name>` gives, and on nothing else with that."""
     self_name = self_of(function)
     for node in ast.walk(function):
         outer = called(node, self_name)
@@ -211,7 +216,7 @@ def _is_container(module: nn.Module) -> bool:
     return type(module) in CONTAINERS or is_sequence(type(module))
 
 
-def _called_as_a_whole(leaf: Leaf, reach: Reach) -> bool:
+def called_as_a_whole(leaf: Leaf, reach: Reach) -> bool:
     """Whether the Sequential that holds a layer is, by the code that holds it and by what holds that: other Sequentials, lists."""
     chain = list(leaf.ancestors)
     containers: list[tuple[str, nn.Module]] = []
@@ -244,6 +249,8 @@ def _uses_whole(method: Function, name: str, kinds: list[type[nn.Module]]) -> bo
         parent = parents[id(node)]
         if isinstance(parent, ast.Call) and parent.func is node:
             return kinds[0] is nn.Sequential
+        if isinstance(parent, ast.Compare) and all(isinstance(op, ast.Is | ast.IsNot) for op in parent.ops):
+            return True  # whether there is one
         if len(kinds) == 1:
             return False
         if isinstance(parent, ast.Subscript) and parent.value is node and not isinstance(parent.slice, ast.Slice):

@@ -49,7 +49,7 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _ASK = ("super", "isinstance", "type", "hasattr", "getattr")
 
 #: Attributes by which our own modules know what is around them.
-_OF_OURS = ("applied", "_of", "_written", "_uncalled", "_in_epilogue")
+_OF_OURS = ("applied", "_of", "_written", "_uncalled", "_in_epilogue", "norm", "normed", "shared")
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
@@ -61,7 +61,10 @@ def _module_of(function: FunctionType) -> str:
 
 def generic(module: str) -> bool:
     """Whether a module of transformers or timm is written for all models, and so knows the parts of none by name."""
-    return re.match(r"transformers(\.(?!models\.[\w.]+\.modeling_)|$)|timm\.models\._", module) is not None
+    return (
+        re.match(r"transformers(\.(?!models\.[\w.]+\.modeling_)|$)|timm\.models\._(?!efficientnet_blocks)", module)
+        is not None
+    )
 
 
 def _only_calls(module: str) -> bool:
@@ -90,15 +93,39 @@ class Reach:
         """Whether it is one module's child, once, and nothing else refers to it."""
         return self._places[id(module)] <= (module is not self.model) and id(module) not in self._references[0]
 
-    def only_named_by(self, holder: nn.Module, names: Iterable[str]) -> bool:
+    def only_named_by(self, holder: nn.Module, names: Iterable[str], in_forward: bool = False) -> bool:
         """Whether code that is not the holder's own takes no attribute of these names, but of a `self`, and no module without
-        its name.
+        its name. in_forward: methods of modules that no forward leads to, which users call by hand, are not looked at.
         """
         bases, name_set = type(holder).__mro__, frozenset(names)
         return self._references[2] and all(
-            owner in bases or _leaves_alone(function.__code__, name_set, _is_method(function, owner))
+            owner in bases
+            or _leaves_alone(function.__code__, name_set, _is_method(function, owner))
+            or (in_forward and self._is_by_hand(function, owner))
             for function, owner in self._references[1]
         )
+
+    def _is_by_hand(self, function: FunctionType, owner: type | None) -> bool:
+        is_of_module = owner is not None and issubclass(owner, nn.Module) and not function.__name__.startswith("__")
+        return is_of_module and function.__name__ not in self._called
+
+    @cached_property
+    def _called(self) -> set[str]:
+        """Names of methods that a forward calls, or what that calls, and of those that torch does."""
+        methods: dict[str, list[FunctionType]] = {}
+        called, todo = {"forward", "extra_repr", "train", "_apply"}, ["forward"]
+        for function, owner in self._references[1]:
+            if owner is not None and issubclass(owner, nn.Module):
+                methods.setdefault(function.__name__, []).append(function)
+            else:
+                todo += mentioned(function.__code__)
+        called.update(todo)
+        while todo:
+            for function in methods.get(todo.pop(), ()):
+                names = mentioned(function.__code__) - called
+                called |= names
+                todo += names
+        return called
 
     def methods(self, cls: type[nn.Module]) -> tuple[Function, ...] | None:
         """As written, but for those that set a module up; of what it derives from those that it does not override, or all where

@@ -248,6 +248,11 @@ def features_in(model: nn.Module, features: int) -> Iterable[list[Tensor]]:
     return [x, x[:1, :ALONE]], [x.flatten(0, 1), x[0, :ALONE]]
 
 
+def pictures_in(model: nn.Module, channels: int) -> Iterable[list[Tensor]]:
+    """Two small pictures."""
+    return ([_noise(model, ROWS, channels, SIDES[0], SIDES[0])],)
+
+
 def _sides(model: Any) -> list[int]:
     """Sides of pictures, first the one that a model of timm or torchvision states."""
     stated = (getattr(model, name, None) for name in ("pretrained_cfg", "default_cfg"))

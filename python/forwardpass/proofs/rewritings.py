@@ -12,10 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .activation import is_sequence
+from .inputs import features_in, pictures_in
 from .mlp import Block
 from .norms import NormBefore
 from .siblings import siblings
-from .walker import Leaf
+from .walker import ConvolutionLeaf, Leaf
+
+#: (holder, name of a module, what makes lists of inputs for the module)
+_Alone = tuple[nn.Module, str, Callable[[nn.Module], Iterable[list[Tensor]]]]
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,7 @@ class Rewriting:
     fqn: str
     key: tuple[Any, ...]
     modules: Callable[[], Iterable[tuple[nn.Module, str, nn.Module]]]  #: makes (holder, name, module)
-    alone: tuple[nn.Module, str, int] | None  #: (holder, name of a module that may run alone, features of its input)
+    alone: _Alone | None  #: (holder, name of a module that may run alone, what makes inputs for it)
     needs_proof: bool = True
 
     @contextmanager
@@ -166,7 +171,12 @@ def rewritings(leaves: Sequence[Leaf]) -> Iterator[Rewriting]:
         if (norm := block.norm) is not None:
             key = "norm", type(norm.holder), type(norm.module), norm.mlp, norm.formula
             yield Rewriting(norm.fqn, key, _handed(norm), None)
-    others = [leaf for leaf in leaves if leaf.fqn not in within]
+    for leaf in leaves:
+        if isinstance(leaf, ConvolutionLeaf) and (leaf.norm or leaf.activation):
+            kind = None if leaf.norm is None else type(leaf.norm.module)
+            key = "convolution", type(leaf.parent), leaf.name, kind, leaf.formula  # type: ignore[assignment]
+            yield Rewriting(leaf.fqn, key, _convolved(leaf), _alone(leaf), not is_sequence(type(leaf.parent)))
+    others = [leaf for leaf in leaves if leaf.fqn not in within and not leaf.is_convolution]
     for leaf in others:
         if leaf.activation is not None and not leaf.is_experts:
             key = "activation", type(leaf.parent), leaf.name  # type: ignore[assignment]
@@ -202,6 +212,19 @@ def _activated(leaf: Leaf) -> _Modules:
     ]
 
 
+def _convolved(leaf: ConvolutionLeaf) -> _Modules:
+    """A convolution with the norm and the activation behind it. One that is called elsewhere too stays in its place."""
+
+    def modules() -> Iterator[tuple[nn.Module, str, nn.Module]]:
+        behind = [(x.fqn.rpartition(".")[2], x.module) for x in (leaf.norm, leaf.activation) if x is not None]
+        yield leaf.parent, leaf.name, _WithActivation(_member(leaf), nn.Sequential(*(m for _, m in behind)))
+        for name, module in behind:
+            if not (leaf.activation is not None and leaf.activation.is_shared and module is leaf.activation.module):
+                yield leaf.parent, name, nn.Identity()
+
+    return modules
+
+
 def _one_product(run: Sequence[Leaf]) -> _Modules:
     def modules() -> Iterator[tuple[nn.Module, str, nn.Module]]:
         product = _Product([_member(leaf) for leaf in run])
@@ -218,5 +241,8 @@ def _member(leaf: Leaf) -> nn.Module:
     return module
 
 
-def _alone(leaf: Leaf) -> tuple[nn.Module, str, int] | None:
-    return None if len(leaf.ancestors) < 2 else (leaf.ancestors[-2][1], leaf.ancestors[-1][0], leaf.in_features)
+def _alone(leaf: Leaf) -> _Alone | None:
+    if len(leaf.ancestors) < 2:
+        return None
+    make, size = (pictures_in, leaf.module.in_channels) if leaf.is_convolution else (features_in, leaf.in_features)
+    return leaf.ancestors[-2][1], leaf.ancestors[-1][0], lambda module: make(module, size)  # type: ignore[arg-type]

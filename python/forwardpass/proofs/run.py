@@ -26,7 +26,7 @@ from ..common.float32 import InFloat32
 from ..dispatch import Reason
 from ..dispatch.choice import choosing, interpreter
 from ..nn import QuantizedModule
-from .inputs import Call, Output, features_in
+from .inputs import Call, Output
 from .rewritings import Rewriting, put
 
 #: Relative errors up to which results are those of the same operations. Our attention instead of torch's in 30 layers of a Llama of
@@ -262,7 +262,7 @@ def _why_not_alone(prover: Prover, rewriting: Rewriting) -> Reason | None:
         return None
     if rewriting.alone is None:
         return UNPROVEN
-    holder, name, features = rewriting.alone
+    holder, name, inputs_of = rewriting.alone
     module: Any = holder._modules[name]
     if device_of(module).type == "meta":
         return UNPROVEN
@@ -272,6 +272,6 @@ def _why_not_alone(prover: Prover, rewriting: Rewriting) -> Reason | None:
         member: Any = holder._modules[name]
         return member(x.clone(), *[None] * (len(required) - 1))
 
-    calls = ([Call(x, forward) for x in inputs] for inputs in features_in(module, features))
+    calls = ([Call(x, forward) for x in inputs] for inputs in inputs_of(module))
     alone = prover.of(holder, calls)
     return alone.why_not([rewriting]) if alone.runs and alone.is_steady() else UNPROVEN

@@ -22,12 +22,14 @@ from torch.utils.hooks import RemovableHandle
 from ..common.exchange import Replaced
 from ..common.modules import tensor_bytes
 from ..dispatch import Reason
-from ..nn import QuantizedModule
+from ..nn import Int8Conv2d, QuantizedModule
+from ..nn.folded import SharedActivation
 from ..nn.guard import InEpilogue
 from ..nn.joined import Joined, why_apart
 from .code import CONTAINERS, definition, functions_in, is_attribute_of, self_of
+from .convolution import stand_ins
 from .mlp import MLPs
-from .walker import Leaf
+from .walker import ConvolutionLeaf, Leaf
 
 #: What is asked of a tensor without reading or writing it.
 _ASKED = ("shape", "size", "dtype", "device", "dim", "ndim")
@@ -43,7 +45,7 @@ def siblings(leaves: Iterable[L]) -> list[tuple[L, ...]]:
     """The layers of each run of two and more, in the order of their calls."""
     holders: dict[int, dict[str, L]] = {}
     for leaf in leaves:
-        if len(leaf.places) == 1 and not leaf.is_experts:
+        if len(leaf.places) == 1 and not leaf.is_experts and not leaf.is_convolution:
             holders.setdefault(id(leaf.parent), {})[leaf.name] = leaf
     groups = []
     for members in holders.values():
@@ -183,8 +185,14 @@ class JoinedSwap:
 
     def _in_epilogues(self, layers: Iterable[tuple[Leaf, QuantizedModule]]) -> list[Replaced]:
         """For the activations that the replacements of these layers compute themselves."""
-        replaced = []
+        replaced: list[Replaced] = []
+        shared: dict[str, SharedActivation] = {}
         for leaf, new in layers:
+            if isinstance(leaf, ConvolutionLeaf) and isinstance(new, Int8Conv2d):
+                for behind, begins, begin in stand_ins(leaf, new, shared):
+                    replaced += [] if behind is None else [behind]
+                    self._begun.append((begins, begin))
+                continue
             if leaf.activation is None or new.activation is None:
                 continue
             chain, path = [m for _, m in leaf.ancestors], [name for name, _ in leaf.ancestors]

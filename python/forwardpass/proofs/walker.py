@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
@@ -16,6 +16,7 @@ from ..nn.experts import experts_sizes, is_experts
 from ..nn.layer import is_conv1d, linear_weight
 from .activation import Activation, activation_behind, activation_within
 from .code import Reach
+from .convolution import NormBehind, chain_behind
 from .mlp import Block, block_of
 
 
@@ -33,6 +34,7 @@ class Leaf:
     block: Block | Reason | None = None  #: the MLP whose first layer it is, or why that is no module of its own
 
     is_experts: ClassVar[bool] = False
+    is_convolution: ClassVar[bool] = False
 
     @property
     def outermost(self) -> Leaf:
@@ -66,6 +68,9 @@ class Leaf:
         return self.activation.formula if self.activation is not None else None
 
 
+L = TypeVar("L", bound=Leaf)
+
+
 class ExpertsLeaf(Leaf):
     """A module of experts."""
 
@@ -94,6 +99,34 @@ class ExpertsLeaf(Leaf):
         return activation_within(self.module)
 
 
+@dataclass(frozen=True)
+class ConvolutionLeaf(Leaf):
+    """An nn.Conv2d, or what derives from it."""
+
+    norm: NormBehind | None = None  #: what its output goes into, before the activation
+
+    is_convolution: ClassVar[bool] = True
+
+    @property
+    def weight(self) -> Tensor:
+        """[C_out, C_in / groups, kh, kw]"""
+        return self.module.weight.detach()  # type: ignore[operator]
+
+    @property
+    def in_features(self) -> int:
+        """K of the product that it is: channels of a group times the pixels of a window."""
+        return self.weight[0].numel()
+
+    @property
+    def out_features(self) -> int:
+        return self.module.out_channels  # type: ignore[return-value]
+
+    @property
+    def formula(self) -> str | None:
+        within = self.norm.activation if self.norm is not None else None
+        return within if self.activation is None else self.activation.formula
+
+
 def linear_like(model: nn.Module) -> list[Leaf]:
     """Every Linear-like module below `model`, once, under its first name, in the model's order."""
     reach = Reach(model)
@@ -111,6 +144,14 @@ def _proven(leaf: Leaf, reach: Reach) -> Leaf:
     return replace(leaf, activation=activation, block=block) if activation or block else leaf
 
 
+def convolutions(model: nn.Module) -> list[ConvolutionLeaf]:
+    """Every nn.Conv2d below `model`, with what it can compute besides, as `linear_like` has Linears."""
+    reach = Reach(model)
+    modules = leaves(model, lambda m: isinstance(m, nn.Conv2d) and BASE not in m._modules, ConvolutionLeaf)
+    chains = (chain_behind(leaf, reach) for leaf in modules)
+    return [replace(leaf, norm=norm, activation=act) for leaf, (norm, act) in zip(modules, chains)]
+
+
 def experts_leaves(model: nn.Module) -> list[Leaf]:
     """The modules of experts below `model`, as `linear_like` has Linears."""
     return leaves(model, is_experts, ExpertsLeaf)
@@ -118,10 +159,12 @@ def experts_leaves(model: nn.Module) -> list[Leaf]:
 
 def linear_leaves(model: nn.Module) -> list[Leaf]:
     """The same without their activations, whose proof reads the model's code: for names and shapes."""
-    return leaves(model, lambda m: (isinstance(m, nn.Linear) or is_conv1d(m)) and BASE not in m._modules)  # no adapter
+    return leaves(
+        model, lambda m: (isinstance(m, nn.Linear) or is_conv1d(m)) and BASE not in m._modules, Leaf
+    )  # no adapter
 
 
-def leaves(model: nn.Module, predicate: Callable[[nn.Module], bool], kind: type[Leaf] = Leaf) -> list[Leaf]:
+def leaves(model: nn.Module, predicate: Callable[[nn.Module], bool], kind: type[L]) -> list[L]:
     """The modules below `model` for which `predicate` holds, as `linear_like` has them."""
     first_places: dict[int, tuple[str, nn.Module, nn.Module, str, tuple[Any, ...]]] = {}
     places: dict[int, list[str]] = {}

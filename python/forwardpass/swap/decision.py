@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from ..common.modules import tensor_bytes
 from ..common.text import count
 from ..dispatch import Reason, Unsupported
 from ..formats.loaded import is_stored
@@ -31,7 +32,7 @@ class Decision:
     """What becomes of each Linear-like layer, each module of experts and each attention of a model."""
 
     context: Context
-    layers: tuple[Leaf, ...]  #: every Linear-like layer, and every module of experts
+    layers: tuple[Leaf, ...]  #: every Linear-like layer, every convolution, and every module of experts
     swapped: tuple[tuple[Leaf, LayerPrecision], ...]
     attention: AttentionDecision
     unpadding: UnpaddingDecision
@@ -125,7 +126,8 @@ def _decide_layers(
         ):
             if plan is not None and KINDS.get(reason.code) != "user":
                 raise ValueError(f"the plan does not fit this {name}: it names {leaf.fqn}, and {reason}")
-            skipped.append(Skipped(leaf.fqn, reason))
+            size = tensor_bytes([leaf.module]) if leaf.is_convolution else None
+            skipped.append(Skipped(leaf.fqn, reason, size))
         else:
             swapped.append((leaf, precisions[leaf.fqn]))
     return swapped, skipped

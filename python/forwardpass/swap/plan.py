@@ -183,12 +183,12 @@ class Plan(Printed):
         for layer in self.layers:
             leaf = leaves.get(layer.fqn)
             if leaf is None:
-                raise self._misfit(model, f"it has no Linear layer or experts {layer.fqn}")
+                raise self._misfit(model, f"it has no Linear layer, convolution or experts {layer.fqn}")
             has = (leaf.in_features, leaf.out_features, leaf.has_bias)
             if has != (layer.in_features, layer.out_features, layer.bias):
                 raise self._misfit(model, f"{layer.fqn} has (in_features, out_features, bias) {has}, not "
                                           f"{(layer.in_features, layer.out_features, layer.bias)}")  # fmt: skip
-        linear = [leaf for leaf in leaves.values() if not leaf.is_experts]
+        linear = [leaf for leaf in leaves.values() if not (leaf.is_experts or leaf.is_convolution)]
         if (has_layers := layers_of(linear)) != self.linear_layers:
             raise self._misfit(model, f"it has {has_layers}, not {self.linear_layers[:100]}")
 

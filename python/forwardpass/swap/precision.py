@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass, field, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..common.patterns import Pattern, patterns
 from ..formats.loaded import TakenOver
-from ..nn import Bf16Linear, Experts, Fp8Linear, Int8Linear, QuantizedLinear, QuantizedModule, W8A16Linear
+from ..nn import Bf16Linear, Experts, Fp8Linear, Int8Conv2d, Int8Linear, QuantizedLinear, QuantizedModule, W8A16Linear
 from ..nn.experts import experts_operation
 from ..ops.common.rotation import SIZES
+
+if TYPE_CHECKING:
+    from ..proofs.walker import Leaf
 
 
 @dataclass(frozen=True)
@@ -37,22 +40,27 @@ class Precision:
     options: Mapping[str, Any] = field(default_factory=dict)  #: arguments of `module.from_torch`
     takes_calibration: bool = False  #: whether calibration batches change the result of a Linear-like layer
     experts: str | None = None  #: the `kind` of `fp.nn.Experts` that modules of experts become; None: they stay
+    convolution: type[Int8Conv2d] | None = None  #: what an nn.Conv2d becomes; None: it stays
     rotate: InitVar[int | None] = None
 
     def __post_init__(self, rotate: int | None) -> None:
         if rotate is None:
             return
-        others = self.version, self.module, self.options, self.takes_calibration, self.experts
-        if others != (1, QuantizedLinear, {}, False, None):
+        others = self.version, self.module, self.options, self.takes_calibration, self.experts, self.convolution
+        if others != (1, QuantizedLinear, {}, False, None, None):
             raise ValueError(f"rotate={rotate!r} goes with the name of a preset alone: give a precision of your own "
                              f'options={{"rotate": {rotate!r}}}')  # fmt: skip
         preset = _rotated(self.name, rotate)
         for x in fields(preset):
             object.__setattr__(self, x.name, getattr(preset, x.name))
 
-    def operation(self, experts: bool = False) -> str | None:
-        """What its modules call for their products; None: torch's own."""
-        return experts_operation(self.experts) if experts and self.experts else self.module.operation
+    def operation(self, leaf: Leaf | None = None) -> str | None:
+        """What its module of a layer, by default of a Linear, calls for its products; None: torch's own."""
+        if leaf is not None and leaf.is_experts and self.experts:
+            return experts_operation(self.experts)
+        if leaf is not None and leaf.is_convolution and self.convolution:
+            return self.convolution.operation
+        return self.module.operation
 
 
 @dataclass(frozen=True)
@@ -100,8 +108,11 @@ class Early:
 #: The newest version of a name comes last.
 PRECISIONS = [
     # W8A8, activations asymmetric and dynamic per token, weights symmetric per channel; with calibration batches also
-    # smoothing, error-compensated rounding of the weights.
-    Precision("int8", 1, Int8Linear, {"symmetric": False}, takes_calibration=True, experts="int8"),
+    # smoothing, error-compensated rounding of the weights. Convolutions symmetric, dynamic per sample; with calibration batches one
+    # scale for all samples.
+    Precision(
+        "int8", 1, Int8Linear, {"symmetric": False}, takes_calibration=True, experts="int8", convolution=Int8Conv2d
+    ),
     # The same of weights and activations that a Hadamard matrix multiplies, up to 256 columns at a time: for outliers.
     Precision(
         "int8_rotated", 1, Int8Linear, {"symmetric": False, "rotate": 256}, takes_calibration=True, experts="int8"
@@ -189,7 +200,8 @@ def register_precision(precision: Precision) -> None:
 
 def modules() -> dict[str, type[QuantizedModule]]:
     """The module classes of all precisions, by the name that a checkpoint has."""
-    return {p.module.__name__: p.module for p in PRECISIONS} | {Experts.__name__: Experts}
+    classes: list[type[QuantizedModule]] = [p.module for p in PRECISIONS]
+    return {c.__name__: c for c in (*classes, Experts, *(p.convolution for p in PRECISIONS if p.convolution))}
 
 
 def find_precision(name: str, version: int | None = None) -> Precision:

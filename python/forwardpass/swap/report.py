@@ -35,11 +35,15 @@ class Swapped:
     bytes_after: int
     activation: str | None = None  #: that stood behind it, and is computed in it
     tied_to: str | None = None  #: the embedding's weight that was its own too, and stays as it is
+    window: str | None = None  #: of a convolution, in words: "3 x 3 / 2"
+    norm: bool = False  #: whether a BatchNorm stood behind it, and is computed in it
 
     @property
     def computes(self) -> str:
-        """In words: "int8 v2", and the activation."""
-        return f"{self.precision} v{self.version}" + (f" + {self.activation}" if self.activation else "")
+        """In words: "int8 v2", of a convolution its window, and what it computes besides."""
+        besides = ["batch norm"] * self.norm + ([self.activation] if self.activation else [])
+        window = f", {self.window}" if self.window else ""
+        return " + ".join([f"{self.precision} v{self.version}{window}", *besides])
 
 
 #: Which calls stay as they are where attention computes in 8 bits.
@@ -63,9 +67,10 @@ class Skipped:
 
     fqn: str
     reason: Reason
+    bytes: int | None = None  #: of a convolution's parameters
 
-    def to_json(self) -> dict[str, str]:
-        return {"fqn": self.fqn, **vars(self.reason)}
+    def to_json(self) -> dict[str, Any]:
+        return {"fqn": self.fqn, **vars(self.reason), **({} if self.bytes is None else {"bytes": self.bytes})}
 
 
 @dataclass(frozen=True)
@@ -271,7 +276,9 @@ class Report(Printed):
         verb = "would be swapped" if self.dry_run else "swapped"
         attention = f", {count(len(self.attention), 'attention module')}" if self.attention else ""
         parts = [f"{count(len(self.swapped), 'layer')}{attention} {verb}, {len(self.skipped)} skipped"]
-        if line := mostly(((x.reason.code, x.module, x.bytes) for x in self.other_layers), b.before):
+        others = [(x.reason.code, x.module, x.bytes) for x in self.other_layers]
+        convolutions = [("convolution", "", x.bytes) for x in self.skipped if x.bytes is not None]
+        if line := mostly([*others, *convolutions], b.before):
             parts.append(line)
         originals = (
             f"originals {megabytes(b.originals)} on {b.originals_device}"

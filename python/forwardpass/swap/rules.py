@@ -29,15 +29,15 @@ from ..common.modules import (
     moves_nothing_but_inputs,
 )
 from ..common.patterns import Pattern
-from ..dispatch import Reason, gpu_takes, operations
+from ..dispatch import Reason, gpu_takes, only_reference_on, operations
 from ..integrations.tensor_parallel import sharding_of, whole
 from ..nn import Experts, Int8Linear, MultiheadAttention
 from ..nn.experts import experts_operation, is_experts
 from ..nn.layer import has_other_forward, is_linear
 from ..ops.common.quantized_rows import FLOATS
+from ..ops.int8_conv2d import LEAST_GROUP
 from ..proofs.adapters import BASE, reads_base
-from ..proofs.classes import classes_asked
-from ..proofs.parameters import values_read
+from ..proofs.asked import classes_asked, values_read
 from ..proofs.walker import Leaf
 from .precision import STORED, Precision, Presets
 
@@ -70,6 +70,33 @@ LEAST_SIZE = LeastSize(64 * 64, 1)
 _VNNI, _AVX2 = LeastSize(256 * 256, 64), LeastSize(320 * 320, 256)
 LEAST_SIZES_ON_CPU = {"avx2": _AVX2, "avx_vnni": _VNNI, "avx512": _AVX2, "avx512_vnni": _VNNI, "amx": _VNNI}
 
+#: The same for convolutions, whose product has K = channels times the pixels of a window, and a row per pixel. Time of torch in
+#: fp32, channels_last or not, whichever is faster, with a BatchNorm and a ReLU behind it, over that of the Int8Conv2d that computes
+#: all three; and the same where the norm was folded before. One picture, one thread's time on the CPU, the least of 7 calls, a
+#: shared machine, 2026-12-01:
+#:
+#:                                     avx512_vnni         avx2
+#:       16 ->   96, 1 x 1, 112 x 112  6.7   0.55      3.1   0.29
+#:       96 ->   24, 1 x 1,  56 x 56   0.58  0.60      0.52  0.58
+#:       24 ->  144, 1 x 1,  56 x 56   0.95  0.64      0.74  0.43
+#:      144 ->   40, 1 x 1,  28 x 28   0.87  0.87      0.72  0.71
+#:       40 ->  240, 1 x 1,  28 x 28   1.35  1.07      0.92  0.71
+#:       64 ->   64, 1 x 1,  56 x 56   1.71  1.43      0.97  0.80
+#:      240 ->   80, 1 x 1,  14 x 14   1.67  1.56      1.10  0.88
+#:      320 -> 1280, 1 x 1,   7 x 7    3.19  2.97      1.76  1.55
+#:     1024 ->  256, 1 x 1,  14 x 14   3.29  3.43      1.80  1.73
+#:       16 ->   16, 3 x 3,  56 x 56   0.95  0.79      0.58  0.47
+#:       32 ->   32, 3 x 3,  56 x 56   2.03  1.87      1.10  0.97
+#:       64 ->   64, 3 x 3,  56 x 56   3.46  3.21      1.17  1.13
+#:      256 ->  256, 3 x 3,  14 x 14   3.68  3.98      1.54  1.51
+#:
+#: AVX-VNNI and AMX were not there to be measured.
+_VNNI_CONVOLUTIONS, _AVX2_CONVOLUTIONS = LeastSize(8192, 32), LeastSize(16384, 64)
+LEAST_CONVOLUTIONS_ON_CPU = {
+    "avx2": _AVX2_CONVOLUTIONS, "avx_vnni": _VNNI_CONVOLUTIONS, "avx512": _AVX2_CONVOLUTIONS,
+    "avx512_vnni": _VNNI_CONVOLUTIONS, "amx": _VNNI_CONVOLUTIONS,
+}  # fmt: skip
+
 Finding = tuple[str, str]
 
 
@@ -91,6 +118,7 @@ class Context:
     include: tuple[Pattern, ...] = ()
     exclude: tuple[Pattern, ...] = ()
     by_hand: Presets | None = None  #: what says which precision a layer gets
+    calibrated: bool = False  #: whether there are batches to calibrate with
     memory: dict[int, list[Memory]] = field(init=False)
     output_layers: set[int] = field(init=False)
 
@@ -168,13 +196,18 @@ def moe_router(leaf: Leaf, context: Context, precision: Precision) -> Finding | 
 
 
 def _multiplies_int8_on_cpu(leaf: Leaf, precision: Precision) -> bool:
+    return precision.module is Int8Linear and _is_on_cpu(leaf)
+
+
+def _is_on_cpu(leaf: Leaf) -> bool:
     device = next((p.device for p in leaf.module.parameters()), torch.device("cpu"))
-    return precision.module is Int8Linear and device.type == "cpu" and not gpu_takes(device)
+    return device.type == "cpu" and not gpu_takes(device)
 
 
 def too_small(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
     n, k = leaf.out_features, leaf.in_features
-    on_cpu = _multiplies_int8_on_cpu(leaf, precision) and LEAST_SIZES_ON_CPU.get(cpu_tier() or "")
+    sizes = LEAST_CONVOLUTIONS_ON_CPU if leaf.is_convolution else LEAST_SIZES_ON_CPU
+    on_cpu = _multiplies_int8_on_cpu(leaf, precision) and sizes.get(cpu_tier() or "")
     least = on_cpu or LEAST_SIZE
     if n * k >= least.elements and min(n, k) >= least.side:
         return None
@@ -188,6 +221,47 @@ def no_int8_instructions(leaf: Leaf, context: Context, precision: Precision) -> 
         return ("this CPU multiplies int8 as fp32 (AVX2, AVX-VNNI, VNNI or AMX would be faster), with a quantisation on top",
                 f"add {leaf.fqn!r} to include to swap it all the same")  # fmt: skip
     return None
+
+
+def depthwise(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
+    module: Any = leaf.module
+    if module.groups > 1 and module.groups == module.in_channels:
+        return ("it is depthwise: it multiplies each value it reads a few times, and reading binds it",
+                f"add {leaf.fqn!r} to include to swap it all the same")  # fmt: skip
+    return None
+
+
+def narrow(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
+    module: Any = leaf.module
+    inside, outside = module.in_channels // module.groups, module.out_channels // module.groups
+    if min(inside, outside) >= LEAST_GROUP:
+        return None
+    return (f"it has {inside} channels{' of a group' * (module.groups > 1)} and makes {outside} of them, and below {LEAST_GROUP} "
+            "nothing is gained", f"add {leaf.fqn!r} to include to swap it all the same")  # fmt: skip
+
+
+def unmeasured(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
+    if _is_on_cpu(leaf):
+        return None
+    return ("no GPU has shown what convolutions gain in 8 bits",
+            f"measure it with fp.plan, or add {leaf.fqn!r} to include to swap it all the same")  # fmt: skip
+
+
+def uncalibrated(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
+    if context.calibrated:
+        return None
+    return ("without calibration a stack of convolutions loses more than one of linear layers: the lowest cosine of "
+            "EfficientNet-Lite0's logits is .991, and .998 with it",
+            f"pass calibrate=batches, or add {leaf.fqn!r} to include to swap it all the same")  # fmt: skip
+
+
+def reference(leaf: Leaf, context: Context, precision: Precision) -> Finding | None:
+    operation, w = precision.operation(leaf), leaf.module.weight
+    assert operation is not None and isinstance(w, Tensor)
+    if not only_reference_on(operation, w.device, w.dtype):
+        return None
+    return (f"{operation} has no kernel for {str(w.dtype).removeprefix('torch.')} on {w.device} in this installation",
+            f"see `forwardpass doctor`; add {leaf.fqn!r} to include to swap it all the same")  # fmt: skip
 
 
 def shared(leaf: Leaf, context: Context, precision: Precision | None) -> Finding | None:
@@ -379,10 +453,11 @@ class Rule:
 
 _USER = (excluded, not_included)
 #: What somebody who names a layer by hand knows.
-_OF_SPEED = (too_small, no_int8_instructions)
+_OF_SPEED = (too_small, no_int8_instructions, depthwise, narrow, unmeasured, reference, uncalibrated)
 #: Without these there is nothing to ask the others about.
 _FIRST = (uninitialized, dotted)
 _DEFAULT = (lm_head, moe_router, too_small, no_int8_instructions)
+_OF_CONVOLUTIONS = (depthwise, narrow, unmeasured, reference)
 #: Of what a Linear has alone, or of what it is called by.
 _OF_LINEARS = (lm_head, moe_router, parametrized, subclass, weight_read, parameters_read, class_read)
 #: Of what is quantised here: a layer that holds 8 bits already is taken over as it is.
@@ -390,7 +465,14 @@ _OF_FLOATS = (*_DEFAULT, subclass, tensor_class, dtype, not_finite)
 #: The last one reads the weight.
 _MODEL = (shared, adapter, parametrized, subclass, tensor_class, offloaded, meta, hooks, tied,
           weight_read, parameters_read, class_read, dtype, not_finite)  # fmt: skip
-_KINDS = (("user", _USER), ("model", _FIRST), ("default", _DEFAULT), ("model", _MODEL))
+#: Of the form of a Linear.
+_NOT_OF_CONVOLUTIONS = (lm_head, moe_router, subclass)
+_KINDS = (
+    ("user", _USER),
+    ("model", _FIRST),
+    ("default", (*_OF_CONVOLUTIONS, *_DEFAULT, uncalibrated)),
+    ("model", _MODEL),
+)
 RULES = tuple(Rule(kind, ask) for kind, rules in _KINDS for ask in rules)
 KINDS = {rule.code: rule.kind for rule in RULES} | {
     "attention_off": "user",
@@ -398,6 +480,7 @@ KINDS = {rule.code: rule.kind for rule in RULES} | {
     "floats": "user",
     "not_planned": "user",
     "attention_on_cpu": "default",
+    "convolution": "default",
 }
 
 
@@ -408,8 +491,12 @@ def why_skip(leaf: Leaf, context: Context, precision: Precision, defaults: bool)
     names = {leaf.fqn, leaf.outermost.fqn}
     by_hand = context.by_hand.patterns if context.by_hand is not None else ()
     named = any(p.spells_out(name) for name in names for p in (*context.include, *by_hand))
+    if leaf.is_convolution and precision.convolution is None:
+        return Reason("convolution", f"there is no {precision.name} for convolutions", "use int8 for them")
     for rule in RULES:
         if leaf.is_experts and rule.ask in _OF_LINEARS:
+            continue
+        if rule.ask in (_NOT_OF_CONVOLUTIONS if leaf.is_convolution else (*_OF_CONVOLUTIONS, uncalibrated)):
             continue
         if rule.kind == "default" and (named or not defaults):
             continue
@@ -419,6 +506,8 @@ def why_skip(leaf: Leaf, context: Context, precision: Precision, defaults: bool)
             continue
         if finding := rule.ask(leaf, context, precision):
             return Reason(rule.code, *finding)
+    if leaf.is_convolution and precision.convolution is not None:
+        return precision.convolution.why_not(leaf.module)
     if not leaf.is_experts or precision is STORED:
         return precision.module.why_not(leaf.module)
     if precision.experts is None:

@@ -14,16 +14,18 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..common.batches import Fingerprint, device_of, first_of
 from ..common.modules import plain_module, tensor_bytes
+from ..common.text import count
 from ..dispatch import Reason, only_reference_on
 from ..formats.loaded import Decompression, is_stored, note_on, refuse_inference_mode
 from ..integrations.tensor_parallel import refuse_divided, sharding_of, whole
-from ..nn import Experts, QuantizedModule
+from ..nn import Experts, Int8Conv2d, QuantizedModule
 from ..nn.eight_bits import EightBits
 from ..nn.experts import experts_sizes
+from ..nn.int8_conv2d import is_pointwise, padding_of
 from ..nn.mlp import quantised_layers
 from ..ops.common.quantized_rows import FLOATS
 from ..proofs.siblings import JoinedSwap
-from ..proofs.walker import Leaf, experts_leaves, linear_leaves, linear_like
+from ..proofs.walker import ConvolutionLeaf, Leaf, convolutions, experts_leaves, linear_leaves, linear_like
 from ..version import __version__
 from . import originals
 from .attention.choices import is_asked_for
@@ -109,7 +111,7 @@ def swap(
     refuse_inference_mode(model)
     with KerasLinears(model) as keras, Projections(model) as projections:
         keep = keras.where_kept(config.keep)
-        context = Context(model, config.included, config.excluded, config.presets)
+        context = Context(model, config.included, config.excluded, config.presets, config.calibrate is not None)
         leaves = linear_like(model)
         refuse_model(model, leaves)
         again = bool(quantised_layers(model) or originals.swapped_attention(model))
@@ -121,7 +123,7 @@ def swap(
                     model, f", with their attention, and attention={asked!r} and kv_cache= belong to that call"
                 )
             attention, unpad = False, False
-        leaves += experts_leaves(model)
+        leaves += [*convolutions(model), *experts_leaves(model)]
         calibrated = config.calibrate is not None
         decision = decide(
             context,
@@ -196,7 +198,7 @@ def swap_planned(
     its rotation, those of its module's `from_torch`. Without the warnings.
     """
     with Projections(model) as projections:
-        layers = [*linear_like(model), *experts_leaves(model)]
+        layers = [*linear_like(model), *convolutions(model), *experts_leaves(model)]
         decision = verdicts.applied(decide(Context(model), layers, None, plan, calibrated=plan.calibrated))
         return _carry_out(decision, [], arguments, plan.calibration, keep, False, projections, verdicts=verdicts)
 
@@ -224,6 +226,7 @@ def _carry_out(
         *(s.fqn for s in decision.skipped),
         *(leaf.fqn for leaf in decision.attention.leaves),
         *(leaf.fqn for leaf, _ in swapped),
+        *(leaf.norm.fqn for leaf, _ in swapped if isinstance(leaf, ConvolutionLeaf) and leaf.norm is not None),
     }
     report = Report(
         [_swapped(leaf, p.precision, new, decision.context) for (leaf, p), new in zip(swapped, replacements)],
@@ -275,9 +278,11 @@ def _carry_out(
 
 def _warnings(decision: Decision, training: bool) -> list[str]:
     model, context, leaves, attention = decision.model, decision.context, decision.layers, decision.attention
+    linears = [leaf for leaf in leaves if not leaf.is_convolution]
+    also = f" or {count(n, 'convolution')}" if (n := len(leaves) - len(linears)) else ""
     names = [*(leaf.fqn for leaf in leaves), *decision.experts, *(leaf.fqn for leaf in attention.leaves)]
     notes = [
-        f"{argument}={pattern.text!r} matches none of the {len(leaves)} Linear layers"
+        f"{argument}={pattern.text!r} matches none of the {len(linears)} Linear layers{also}"
         for argument, patterns in (
             ("include", context.include),
             ("exclude", context.exclude),
@@ -287,13 +292,13 @@ def _warnings(decision: Decision, training: bool) -> list[str]:
         if not any(pattern.matches(fqn) for fqn in names)
     ]
     if not leaves and not attention.swapped:
-        notes.append("the model has no Linear layer, so nothing is swapped")
+        notes.append("the model has no Linear layer and no convolution, so nothing is swapped")
     elif not decision.swapped and not attention.swapped:
         notes.append("no layer is swapped; the report has each one's reason")
     if (decision.swapped or attention.swapped) and training:
         notes.append("the model is in training mode and swapped layers are for inference: call model.eval()")
     weights: set[tuple[Any, ...]] = {
-        (p.precision.operation(leaf.is_experts), leaf.weight.device, leaf.weight.dtype) for leaf, p in decision.swapped
+        (p.precision.operation(leaf), leaf.weight.device, leaf.weight.dtype) for leaf, p in decision.swapped
     }
     weights |= {
         ("attention", p.device, p.dtype)
@@ -326,6 +331,8 @@ def build(leaf: Leaf, precision: Precision, arguments: Mapping[str, Any]) -> Qua
         new.activation = new.activation if leaf.is_experts else leaf.formula  # None where a run disproved it
     else:
         new = quantised(leaf, precision, arguments)
+    if isinstance(leaf, ConvolutionLeaf) and isinstance(new, Int8Conv2d) and leaf.norm is not None:
+        new.fold(leaf.norm.module)
     new.adopt(leaf.module)
     vars(new).pop(EARLY, None)
     vars(new).update(precision=precision.name, precision_version=precision.version)
@@ -335,6 +342,8 @@ def build(leaf: Leaf, precision: Precision, arguments: Mapping[str, Any]) -> Qua
 def quantised(leaf: Leaf, precision: Precision, arguments: Mapping[str, Any]) -> QuantizedModule:
     """The values of one layer in the module of a precision."""
     module: Any = Experts if leaf.is_experts and precision is not STORED else precision.module
+    if leaf.is_convolution:
+        module = precision.convolution
     sharding = sharding_of(leaf.module)
     try:
         original = leaf.module if sharding is None else whole(leaf.module)
@@ -350,10 +359,8 @@ def quantised(leaf: Leaf, precision: Precision, arguments: Mapping[str, Any]) ->
 
 def _options(leaf: Leaf, precision: Precision) -> dict[str, Any]:
     """The arguments of `from_torch`."""
-    return {
-        **({"kind": precision.experts} if leaf.is_experts and precision is not STORED else precision.options),
-        **_fused(leaf),
-    }
+    options = {"kind": precision.experts} if leaf.is_experts and precision is not STORED else precision.options
+    return {**({} if leaf.is_convolution else options), **_fused(leaf)}
 
 
 def _fused(leaf: Leaf) -> dict[str, str]:
@@ -371,6 +378,8 @@ def _empty(leaf: Leaf, planned: LayerPrecision) -> QuantizedModule:
         sizes = (experts, hidden, intermediate)
         gated, dtype = bool(leaf.module.has_gate), leaf.weight.dtype
         return Experts(*sizes, gated=gated, bias=leaf.has_bias, dtype=dtype, device="meta", **options)
+    if isinstance(leaf, ConvolutionLeaf):
+        return empty_convolution(leaf, planned.calibrated)
     if planned.calibrated:
         options["channel_scale"] = True
     dtype, bias = leaf.weight.dtype, leaf.has_bias
@@ -380,6 +389,23 @@ def _empty(leaf: Leaf, planned: LayerPrecision) -> QuantizedModule:
     if sharding := sharding_of(leaf.module):
         sharding.divide(empty)
     return empty
+
+
+def empty_convolution(leaf: ConvolutionLeaf, calibrated: bool) -> Int8Conv2d:
+    """The replacement of a convolution without values, on the meta device."""
+    m: Any = leaf.module
+    padding = padding_of(m)
+    assert padding is not None
+    options: dict[str, Any] = _fused(leaf)
+    if calibrated:
+        options["channel_scale" if is_pointwise(m) else "static"] = True
+    new = Int8Conv2d(
+        m.in_channels, m.out_channels, m.kernel_size, m.stride, padding, m.dilation, m.groups, leaf.has_bias,
+        dtype=leaf.weight.dtype, device="meta", **options,
+    )  # fmt: skip
+    if leaf.norm is not None:
+        new.fold(leaf.norm.module)
+    return new
 
 
 def _install(model: nn.Module, changed: originals.Originals, keep: str | bool) -> originals.Originals:
@@ -433,7 +459,7 @@ def _float_bytes(modules: Iterable[nn.Module]) -> int:
 
 #: What takes time whatever it weighs: (class, code, why it stays, what to do).
 _COMPUTING: tuple[tuple[Any, str, str, str], ...] = (
-    (_ConvNd, "convolution", "convolutions have no kernel here", "write one of 1 x 1 as an nn.Linear to swap it"),
+    (_ConvNd, "convolution", "only nn.Conv2d has a kernel here", "write one of 1 x 1 as an nn.Linear to swap it"),
     (nn.ParameterDict, "held", "it holds weights that code elsewhere computes with", "leave it"),
     ((nn.RNNBase, nn.RNNCellBase), "recurrent", "recurrent layers have no kernel here", "leave it"),
     ((nn.Embedding, nn.EmbeddingBag), "embedding", "rows are looked up in it, and nothing is multiplied", "leave it"),
@@ -460,8 +486,9 @@ def _other_layers(model: nn.Module, reported: set[str]) -> list[OtherLayers]:
 def _swapped(leaf: Leaf, precision: Precision, new: QuantizedModule, context: Context) -> Swapped:
     tied = () if Early.of(leaf.module) else ties(leaf, context)  # the memory of what was quantised early says nothing
     tied_to = next((other.name for _, other in tied), None)
-    return Swapped(leaf.fqn, precision.name, precision.version, leaf.in_features, leaf.out_features,
-                   _float_bytes([leaf.module]), tensor_bytes([new]), new.activation, tied_to)  # fmt: skip
+    return Swapped(leaf.fqn, precision.name, precision.version, leaf.in_features, leaf.out_features, _float_bytes([leaf.module]),
+                   tensor_bytes([new]), new.activation, tied_to, new.window() if isinstance(new, Int8Conv2d) else None,
+                   isinstance(new, Int8Conv2d) and new.folds_norm)  # fmt: skip
 
 
 def planned(

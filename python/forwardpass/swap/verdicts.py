@@ -23,7 +23,7 @@ from ..ops.common.quantized_rows import FLOATS
 from ..proofs import inputs, run
 from ..proofs.mlp import Block
 from ..proofs.rewritings import Rewriting, rewritings
-from ..proofs.walker import Leaf
+from ..proofs.walker import ConvolutionLeaf, Leaf
 from .attention.kv_cache import CacheSwap
 from .attention.modules import AttentionDecision, AttentionSwap
 from .attention.unpadding import UnpaddingDecision, UnpaddingSwap
@@ -79,6 +79,8 @@ class Verdicts:
                 leaf = replace(leaf, block=replace(block, norm=None))
             if reason is None or leaf.is_experts:
                 return leaf
+            if isinstance(leaf, ConvolutionLeaf):
+                leaf = replace(leaf, norm=None)
             return replace(leaf, activation=None, block=reason if block is not None else None)
 
         attention, cache = decision.attention, decision.kv_cache
@@ -260,7 +262,9 @@ def _stand_ins(
         layer = replacements.get(leaf.fqn)
         if layer is not None and leaf.is_experts:
             stand_ins.append((leaf.parent, leaf.name, layer))
-        elif (layer is not None or _stays(leaf.module) or Early.of(leaf.module)) and not leaf.is_experts:
+        elif (layer is not None or _stays(leaf.module) or Early.of(leaf.module)) and not (
+            leaf.is_experts or leaf.is_convolution
+        ):
             values = leaf.module if layer is None else layer
             device = next((t.device for t in (*values.buffers(), *values.parameters())), torch.device("cpu"))
             stated = layer.anchor.dtype if layer is not None else leaf.weight.dtype if Early.of(leaf.module) else dtype

@@ -37,7 +37,7 @@ def attention_like(model: nn.Module) -> list[Leaf]:
     """Modules that compute attention: torch's, those that transformers dispatches, and others that are called Attention and
     have no attention below. Not what is swapped already."""
     has_attention_below: set[int] = set()
-    looks_like_attention = leaves(model, _by_its_looks)
+    looks_like_attention = leaves(model, _by_its_looks, Leaf)
     for leaf in looks_like_attention:
         has_attention_below.update(id(ancestor) for _, ancestor in leaf.ancestors)
     return [

@@ -87,7 +87,7 @@ class Projections:
         self._model = weakref.ref(model)
         self.stays = False
         self._is_put = False
-        attention_leaves = leaves(model, lambda m: isinstance(m, nn.MultiheadAttention))
+        attention_leaves = leaves(model, lambda m: isinstance(m, nn.MultiheadAttention), Leaf)
         context = rules.Context(model) if attention_leaves else None
         for leaf in attention_leaves:
             assert context is not None

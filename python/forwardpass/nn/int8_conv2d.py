@@ -1,0 +1,548 @@
+"""Int8Conv2d: a drop-in for nn.Conv2d with int8 weights and int8 activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..dispatch import Reason, operations
+from ..ops.common.activations import PLAIN, activate, check_activation
+from ..ops.common.quantized_rows import FLOATS, LEAST_RANGE, pad_rows
+from ..ops.int8_conv2d import OPERATION
+from ..ops.int8_gemm import MAX_K, MAX_K_ZERO_POINT
+from ..ops.int8_linear import OPERATION as LINEAR
+from ..ops.int8_linear.reference import quantized_input
+from ..ops.quantize import OPERATION as QUANTIZE
+from ..ops.quantize.reference import quantize as quantize_reference
+from .dequantized_weight import ReadableWeight
+from .guard import InEpilogue
+from .int8_linear import packed_weight
+from .layer import QuantizedModule, as_autocast, as_dtype, forward_is_elsewhere, qualified
+
+#: What a layer is normalised by, once it is folded: a BatchNorm2d, or what has its tensors.
+Norm = nn.Module
+Pair = tuple[int, int]
+Size = int | list[int] | tuple[int, int]  #: of height and width
+
+
+class Int8Conv2d(ReadableWeight, QuantizedModule):
+    """`y = conv2d(x, W) + b` with W in int8, scaled per output channel, and x quantised to int8 on the way in.
+
+    Activations are symmetric, and so zeros that pad an input are zeros. Each sample has a scale of its own as it comes (dynamic),
+    as a window mixes pixels; or there is one for all, that calibration found (static). A convolution of 1 x 1 that pads nothing
+    mixes none: it is the product of `Int8Linear`, with a scale and a zero point for each pixel, and what calibration finds for
+    that: a smoothed input and compensated rounding.
+
+    Inputs and outputs are as nn.Conv2d's. The output is in channels_last memory, whatever the input is in. An input that is not in
+    channels_last is copied into it first: of layers in a row the first copies, and what the others get is theirs already. A model
+    that is in channels_last as a whole copies nothing.
+
+    Made by `from_torch`; the constructor makes an empty layer of the same form, for `load_state_dict`.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as in nn.Conv2d; padding is with zeros, as
+            many on either side.
+        dtype: of the bias, and of the weight that the layer stands for; outputs have the dtype of the input.
+        static: whether there is one scale for all inputs.
+        channel_scale: whether inputs are multiplied by a scale per channel first (`Int8Linear`); of those of 1 x 1.
+        activation: "relu", "gelu", "gelu_tanh", "silu", "relu6" or "hard_swish", applied in the epilogue; None: none.
+        folds_norm: whether a BatchNorm2d behind it is computed here too, once `fold` has said which.
+
+    Shapes: input [N, C_in, H, W] or [C_in, H, W], output [N, C_out, H_out, W_out] or [C_out, H_out, W_out]. Buffers: qweight int8
+    [C_out, C_in / groups, kh, kw], in channels_last memory; weight_scale fp32 [C_out]; bias [C_out] or None; input_scale fp32 [1]
+    (static) or None; of 1 x 1 also weight_sum int32 [C_out], and channel_scale fp32 [C_in] or None.
+
+    Depthwise convolutions and groups of few channels are computed too, and are not faster so: `fp.swap` leaves them in floats.
+    Inference only: raises under grad when the input requires it.
+
+    Raises:
+        ValueError: there is no such activation. Calls raise what `fp.ops.int8_conv2d` raises.
+
+    Example:
+        >>> conv, x = torch.nn.Conv2d(32, 64, 3, padding=1), torch.randn(2, 32, 14, 14)
+        >>> layer = fp.nn.Int8Conv2d.from_torch(conv)
+        >>> y = layer(x)
+        >>> y.shape, y.is_contiguous(memory_format=torch.channels_last), bool((y - conv(x)).norm() < 0.02 * y.norm())
+        (torch.Size([2, 64, 14, 14]), True, True)
+    """
+
+    operation: ClassVar[str] = "int8_conv2d"
+
+    qweight: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+    input_scale: Tensor | None
+    weight_sum: Tensor | None
+    channel_scale: Tensor | None
+    #: what stands in the place of the activation that it computes, and of the norm; in tuples, which hold no children
+    applied: tuple[InEpilogue] | None = None
+    normed: tuple[InEpilogue] | None = None
+    norm: tuple[Norm] | None = None  #: what it computes behind the convolution, whose tensors stay where they are
+    padding_mode: str = "zeros"
+    transposed: bool = False
+    #: tensors, how often each had been written to, and what was made of them
+    _folded: tuple[list[Tensor | None], list[int], tuple[Tensor, Tensor]] | None = None
+    #: a weight, and that weight as a CPU reads it
+    _packed: tuple[Tensor | None, Tensor | None] = (None, None)
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+        *,
+        dtype: torch.dtype | str = torch.float32,
+        static: bool = False,
+        channel_scale: bool = False,
+        activation: str | None = None,
+        folds_norm: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        check_activation(type(self).__name__, activation, (None, *PLAIN))
+        if groups < 1 or in_channels % groups or out_channels % groups:
+            raise ValueError(
+                f"{type(self).__name__}: groups must divide {in_channels} and {out_channels} channels, and is {groups}"
+            )
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size, self.stride = pair("kernel_size", kernel_size, 1), pair("stride", stride, 1)
+        self.padding, self.dilation = pair("padding", padding, 0), pair("dilation", dilation, 1)
+        self.activation, self.folds_norm = activation, folds_norm
+        shape, dtype = (out_channels, in_channels // groups, *self.kernel_size), as_dtype(dtype)
+        qweight = torch.empty(shape, dtype=torch.int8, device=device, memory_format=torch.channels_last)
+        self.register_buffer("qweight", qweight)
+        self.register_buffer("weight_scale", torch.empty(out_channels, dtype=torch.float32, device=device))
+        self.register_buffer("bias", torch.empty(out_channels, dtype=dtype, device=device) if bias else None)
+        form = self.kernel_size, self.padding, groups
+        #: whether it is the product of a Linear
+        self.is_pointwise = form == ((1, 1), (0, 0), 1) and in_channels <= MAX_K_ZERO_POINT and not static
+        if channel_scale and not self.is_pointwise:
+            raise ValueError(f"{type(self).__name__}: channel_scale goes with a kernel of 1 x 1, no padding, one group and "
+                             "static=False, and only with them")  # fmt: skip
+        optional = {
+            "input_scale": (static, 1, torch.float32),
+            "weight_sum": (self.is_pointwise, out_channels, torch.int32),
+            "channel_scale": (channel_scale, in_channels, torch.float32),
+        }
+        for name, (present, size, kind) in optional.items():
+            self.register_buffer(name, torch.empty(size, dtype=kind, device=device) if present else None)
+        self._put_anchor(dtype, device)
+
+    @classmethod
+    def why_not(cls, module: nn.Module) -> Reason | None:
+        """None where `from_torch` takes this module, else the reason."""
+        if not is_convolution(module):
+            text = f"it is a {type(module).__name__}, not an nn.Conv2d, and may compute something else"
+            return Reason("subclass", text, "replace it by a plain nn.Conv2d if it does not")
+        weight: Any = module.weight
+        if module.padding_mode != "zeros":
+            return Reason("padding_mode", f"it pads with {module.padding_mode}, and here zeros are outside", "leave it")
+        if padding_of(module) is None:
+            text = "it pads one side more than the other, or as its input's size asks for"
+            return Reason("padding", text, "pad its input, and let it pad nothing")
+        if weight.is_meta:
+            return Reason("meta", "its weight is on the meta device", "load the weights first")
+        if weight.dtype not in FLOATS:
+            return Reason("dtype", f"its weight is {weight.dtype}", "use float32, float16 or bfloat16")
+        if not weight.numel():
+            return Reason("empty", f"its weight is {' x '.join(map(str, weight.shape))}", "nothing is to be gained")
+        if (k := weight[0].numel()) > MAX_K:
+            return Reason("too_deep", f"K = {k} could overflow int32 accumulators, the limit is {MAX_K}", "leave it")
+        return operations[cls.operation].too_old(weight.device)
+
+    @classmethod
+    def from_torch(
+        cls,
+        module: nn.Module,
+        *,
+        input_scale: Tensor | None = None,
+        channel_scale: Tensor | None = None,
+        quantized: tuple[Tensor, Tensor] | None = None,
+        activation: str | None = None,
+    ) -> Int8Conv2d:
+        """The int8 form of an nn.Conv2d, on its device.
+
+        Args:
+            module: its weight is read, not kept and not changed.
+            input_scale: fp32 [1], positive, of static activations: an input beyond 127 of it saturates.
+            channel_scale: fp32 [C_in], what x is multiplied by; the weight is divided by it here. Of 1 x 1.
+            quantized: (int8 [C_out, C_in], fp32 [C_out]) in place of nearest rounding, for a weight already divided by
+                channel_scale. Of 1 x 1.
+            activation: what the layer applies to its output, see above.
+
+        Raises:
+            TypeError: a scale is no tensor of floats.
+            ValueError: the module or an argument does not fit, and how. A BatchNorm is folded into a convolution by
+                `torch.nn.utils.fuse_conv_bn_eval`, before.
+        """
+        if reason := cls.why_not(module):
+            raise ValueError(f"{cls.__name__}.from_torch: {reason}")
+        source: Any = module
+        for name, scale, size in (
+            ("input_scale", input_scale, 1),
+            ("channel_scale", channel_scale, source.in_channels),
+        ):
+            _check_scale(cls.__name__, name, scale, size)
+        weight = source.weight.detach()
+        padding = padding_of(module)
+        assert padding is not None
+        layer = cls(
+            source.in_channels, source.out_channels, source.kernel_size, source.stride, padding, source.dilation, source.groups,
+            source.bias is not None, dtype=weight.dtype, static=input_scale is not None,
+            channel_scale=channel_scale is not None, activation=activation, device="meta",
+        )  # fmt: skip
+        if channel_scale is not None:
+            layer.channel_scale = channel_scale.detach().to(weight.device, torch.float32).reshape(-1).clone()
+            weight = weight.float() / layer.channel_scale[:, None, None]
+        layer.qweight, layer.weight_scale = quantize_convolution(weight) if quantized is None else quantized
+        if quantized is not None and (not layer.is_pointwise or tuple(layer.qweight.shape) != tuple(weight.shape[:2])):
+            raise ValueError(f"{cls.__name__}.from_torch: quantized goes with a kernel of 1 x 1, as int8 "
+                             f"{list(weight.shape[:2])} and float32 [{len(weight)}]")  # fmt: skip
+        layer.qweight = layer.qweight.reshape(weight.shape)
+        if layer.is_pointwise:
+            layer.weight_sum = layer.qweight.sum((1, 2, 3), dtype=torch.int32)
+        if source.bias is not None:
+            layer.bias = source.bias.detach().clone()
+        if input_scale is not None:
+            layer.input_scale = input_scale.detach().to(weight.device, torch.float32).reshape(1).clone()
+        layer.settle()
+        return layer.train(module.training)
+
+    def fold(self, norm: Norm | None) -> None:
+        """Computes this norm too, by its statistics, from here on; None: no norm. Its tensors stay its own: this layer reads them,
+        and where it is cast, loaded or written into the results follow."""
+        self.folds_norm, self.norm, self._folded = norm is not None, None if norm is None else (norm,), None
+
+    def forward(self, input: Tensor, residual: Tensor | None = None, residual_first: bool = False) -> Tensor:
+        """input: by nn.Conv2d's name for it. residual: as the output, and added to it, with residual_first before the
+        activation."""
+        x, b = input, self._buffers
+        device = b["qweight"].device.type  # type: ignore[union-attr]
+        if device != "meta" and torch.is_autocast_enabled(device):
+            x = as_autocast(x)  # type: ignore[assignment]
+        if x.dim() == 3:
+            return self(x[None], None if residual is None else residual[None], residual_first)[0]
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f"Int8Conv2d takes an input [N, {self.in_channels}, H, W], or without N, not {list(x.shape)}: "
+                             "reshape it")  # fmt: skip
+        if residual is not None:
+            residual = residual.contiguous(memory_format=torch.channels_last)
+        weight_scale, bias, activation = self._epilogue()
+        if self.is_pointwise:
+            y = self._product(x, weight_scale, bias, activation, residual, residual_first)
+        else:
+            q, scale = self._quantized(x)
+            y = OPERATION(
+                q, b["qweight"], scale, weight_scale, self.stride, self.padding, self.dilation, self.groups, bias, activation,
+                x.dtype, None, residual, residual_first, self._as_read(),
+            )  # fmt: skip
+        if activation is not None and self.applied is not None and residual is None:
+            self.applied[0].give(y)
+        return y
+
+    def _product(
+        self,
+        x: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        activation: str | None,
+        residual: Tensor | None,
+        residual_first: bool,
+    ) -> Tensor:
+        """The linear layer of each pixel, of a kernel of 1 x 1."""
+        b = self._buffers
+        added = residual.permute(0, 2, 3, 1) if residual is not None and not residual_first else None
+        y = LINEAR(
+            self._pixels(x), self.qweight.flatten(1), weight_scale, bias, None if residual_first else activation, x.dtype, None,
+            None, False, b["channel_scale"], b["weight_sum"], self._as_read(), *(() if added is None else (added,)),
+        ).permute(0, 3, 1, 2)  # fmt: skip
+        return activate(activation, y + residual) if residual is not None and residual_first else y
+
+    def _pixels(self, x: Tensor) -> Tensor:
+        """Those that a kernel of 1 x 1 looks at, contiguous: [N, H_out, W_out, C]."""
+        height, width = self.stride
+        x = x if self.stride == (1, 1) else x[:, :, ::height, ::width]
+        return x.permute(0, 2, 3, 1).contiguous()
+
+    def _as_read(self) -> Tensor | None:
+        """The weight packed, where this machine's kernel reads another than qweight."""
+        packed = self._packed
+        if torch.compiler.is_compiling():
+            return None if torch.compiler.is_exporting() else packed[1]  # exported for other machines
+        return packed[1] if packed[0] is self._buffers["qweight"] else self._pack()
+
+    def _pack(self) -> Tensor | None:
+        weight = self.qweight
+        packed = packed_weight(weight.permute(0, 2, 3, 1).flatten(1)) if self.groups == 1 else None
+        self._packed = weight, packed
+        return packed
+
+    def _quantized(self, x: Tensor, quantize: Callable[..., Any] = QUANTIZE) -> tuple[Tensor, Tensor]:
+        """(x in int8, in channels_last; its scale, [N] or [1])."""
+        pixels = x.permute(0, 2, 3, 1)
+        static = self._buffers["input_scale"]
+        if not pixels.is_contiguous():
+            pixels = pixels.contiguous()
+        rows = pixels.flatten(1) if static is None else pixels.flatten(0, 2)
+        q, scale, _ = quantize(rows, torch.int8, static, None, None, True, None)
+        if static is None:
+            return q.unflatten(-1, pixels.shape[1:]).permute(0, 3, 1, 2), scale
+        return q.unflatten(0, pixels.shape[:3]).permute(0, 3, 1, 2), static
+
+    def _epilogue(self) -> tuple[Tensor, Tensor | None, str | None]:
+        """(scales of the weight, bias, activation), with the norm in them where it is computed here."""
+        b = self._buffers
+        is_folded = self.norm is not None and (self.normed is None or not self.normed[0].is_apart)
+        scale, bias = self._with_norm() if is_folded else (b["weight_scale"], b["bias"])
+        is_apart = (self.folds_norm and not is_folded) or (self.applied is not None and self.applied[0].is_apart)
+        return scale, bias, None if is_apart else self.activation  # type: ignore[return-value]
+
+    def _with_norm(self) -> tuple[Tensor, Tensor]:
+        assert self.norm is not None
+        b, norm = self._buffers, self.norm[0]
+        tensors = [b["weight_scale"], b["bias"], *_tensors(norm)]
+        compiling = torch.compiler.is_compiling()
+        versions = [] if compiling else [0 if t is None or t.is_inference() else t._version for t in tensors]
+        before = None if compiling else self._folded
+        if before is not None and before[1] == versions and all(a is t for a, t in zip(before[0], tensors)):
+            return before[2]
+        folded = folded_norm(norm, *tensors)  # type: ignore[arg-type]
+        if not compiling:
+            self._folded = tensors, versions, folded
+        return folded
+
+    def unfold(self) -> None:
+        """Forgets what was made of the norm's tensors: they may be others by the same name."""
+        self._folded = None
+
+    def activated(self, y: Tensor) -> Tensor:
+        if self.norm is not None:
+            y = normed(self.norm[0], y)
+        return activate(self.activation, y)
+
+    def as_rows(self, y: Tensor) -> Tensor:
+        return y.movedim(-3, -1)
+
+    def exact(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        if x.dim() == 3:
+            return self.exact(x[None])[0]
+        weight_scale, bias, activation = self._epilogue()
+        if self.is_pointwise:
+            q, scale, zero = quantized_input(self._pixels(x), None, None, False, self.channel_scale)
+            assert zero is not None
+            of_pixels = (q.double() - zero.double()[..., None]) * scale.double()[..., None]
+            sums = (of_pixels @ self.qweight.flatten(1).double().t()).permute(0, 3, 1, 2)
+        else:
+            q, scale = self._quantized(x, quantize_reference)
+            geometry = self.stride, self.padding, self.dilation, self.groups
+            sums = F.conv2d(q.double(), self.qweight.double(), None, *geometry) * scale.double()[:, None, None, None]
+        y = sums * weight_scale.double()[:, None, None]
+        return activate(activation, y if bias is None else y + bias.double()[:, None, None])
+
+    def _reading(self) -> tuple[Callable[[], Tensor], tuple[int, ...]]:
+        buffers = self._buffers
+
+        def read() -> Tensor:
+            q, scale = buffers["qweight"], buffers["weight_scale"]
+            assert q is not None and scale is not None
+            weight, smoothing = q.double() * scale.double()[:, None, None, None], buffers["channel_scale"]
+            return weight if smoothing is None else weight * smoothing.double()[:, None, None]
+
+        return read, tuple(self.qweight.shape)
+
+    def stand_for(self, module: nn.Module, dtype_too: bool = True) -> None:
+        """Gives `weight` the dtype that it has in the module that is replaced, where that is of floats."""
+        weight = module.weight
+        if dtype_too and isinstance(weight, Tensor) and weight.dtype in FLOATS:
+            self._put_anchor(weight.dtype, self.qweight.device, weight.requires_grad)
+
+    def adopt(self, module: nn.Module) -> None:
+        super().adopt(module)
+        self.stand_for(module)
+
+    def _lay_out(self, name: str) -> None:
+        if name != "qweight":
+            return
+        if self.is_pointwise:  # rows of 16 bytes, as a Linear's
+            q = self.qweight.flatten(1)
+            self.qweight = q.unflatten(1, (-1, 1, 1)) if q.stride(0) % 16 == 0 else pad_rows(q).unflatten(1, (-1, 1, 1))
+        else:
+            self.qweight = self.qweight.contiguous(memory_format=torch.channels_last)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedModule:
+        self._folded = None
+        return super()._apply(fn, recurse)
+
+    def settle(self) -> None:
+        super().settle()
+        self._folded = None
+        self._lay_out("qweight")
+        self._pack()
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *others: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *others)
+        self.settle()  # with assign=True the buffers are the file's
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_weight": None, "_folded": None, "_packed": (None, None)}
+
+    def window(self) -> str:
+        """In words: "3 x 3 / 2", with the stride where there is one."""
+        kernel, stride = (" x ".join(map(str, p)) for p in (self.kernel_size, self.stride))
+        shown = stride if self.stride[0] != self.stride[1] else str(self.stride[0])
+        return kernel if self.stride == (1, 1) else f"{kernel} / {shown}"
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "kernel_size": list(self.kernel_size),
+            "stride": list(self.stride),
+            "padding": list(self.padding),
+            "dilation": list(self.dilation),
+            "groups": self.groups,
+            "bias": self.bias is not None,
+            "dtype": str(self.anchor.dtype if self.bias is None else self.bias.dtype).removeprefix("torch."),
+            "static": self.input_scale is not None,
+            "channel_scale": self.channel_scale is not None,
+            "folds_norm": self.folds_norm,
+            **({} if self.activation is None else {"activation": self.activation}),
+        }
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.in_channels}, {self.out_channels}", f"kernel_size={self.kernel_size}", f"stride={self.stride}"]
+        parts += [f"padding={self.padding}"] if any(self.padding) else []
+        parts += [f"dilation={self.dilation}"] if self.dilation != (1, 1) else []
+        parts += [f"groups={self.groups}"] if self.groups > 1 else []
+        parts += ["bias=False"] if self.bias is None else []
+        parts += ["norm"] if self.folds_norm else []
+        parts += [f"activation={self.activation}"] if self.activation else []
+        how = "a pixel" if self.is_pointwise else "a sample" if self.input_scale is None else "static"
+        return ", ".join([*parts, f"activations=int8, {how}{', smoothed' if self.channel_scale is not None else ''}"])
+
+
+def pair(name: str, x: Any, least: int) -> Pair:
+    """(of height, of width)."""
+    both = (x, x) if type(x) is int else x
+    if not isinstance(both, tuple | list) or len(both) != 2 or any(type(n) is not int or n < least for n in both):
+        raise ValueError(f"Int8Conv2d: {name} must be an integer from {least} on, or two of them, not {x!r}")
+    return both[0], both[1]
+
+
+def is_pointwise(module: nn.Module) -> bool:
+    """Whether a convolution is the product of a Linear for each pixel."""
+    m: Any = module
+    forms = tuple(m.kernel_size), padding_of(m), m.groups
+    return forms == ((1, 1), (0, 0), 1) and m.in_channels <= MAX_K_ZERO_POINT
+
+
+def _check_scale(cls: str, name: str, scale: Tensor | None, size: int) -> None:
+    if scale is None:
+        return
+    if not isinstance(scale, Tensor) or not scale.is_floating_point():
+        raise TypeError(f"{cls}.from_torch: {name} must be a tensor of floats, not {type(scale).__name__}")
+    if scale.numel() != size:
+        raise ValueError(f"{cls}.from_torch: {name} must have {size} elements, and has shape {tuple(scale.shape)}")
+
+
+def quantize_convolution(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight [C_out, C, kh, kw] to int8 -127..127, in channels_last memory, and fp32 scales [C_out], nearest rounding."""
+    rows = weight.float().permute(0, 2, 3, 1).flatten(1)
+    scale = rows.abs().amax(1)
+    scale = torch.where(scale < LEAST_RANGE, torch.ones_like(scale), scale / 127)
+    q = (rows / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8)
+    n, c, kh, kw = weight.shape
+    return q.view(n, kh, kw, c).permute(0, 3, 1, 2), scale
+
+
+def folded_norm(
+    norm: Norm,
+    scale: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """(scales of a weight, bias), both fp32 [C_out], with which a convolution gives what the norm makes of its output."""
+    factor = torch.rsqrt(variance.float() + norm.eps)  # type: ignore[operator]
+    if gamma is not None:
+        factor = factor * gamma.float()
+    shift = -mean.float() if bias is None else bias.float() - mean.float()
+    shift = shift * factor
+    return scale * factor, shift if beta is None else shift + beta.float()
+
+
+def _tensors(norm: Norm) -> list[Tensor | None]:
+    """Those of a BatchNorm, of which a frozen one has all as buffers: weight, bias, mean, variance."""
+    p, s = norm._parameters, norm._buffers
+    return [p.get(name, s.get(name)) for name in ("weight", "bias", "running_mean", "running_var")]
+
+
+def normed(norm: Norm, y: Tensor) -> Tensor:
+    """What the norm makes of y, in y's dtype."""
+    gamma, beta, mean, variance = (None if t is None else t.to(y.dtype) for t in _tensors(norm))
+    single = y.dim() == 3
+    y = F.batch_norm(y[None] if single else y, mean, variance, gamma, beta, False, 0.0, norm.eps)  # type: ignore[arg-type]
+    return y[0] if single else y
+
+
+# ---- which classes are convolutions and nothing else
+
+
+def _own_padding(module: Any) -> Pair | None:
+    """That of an nn.Conv2d. torch pads with "same" one more behind than before where a kernel is even."""
+    if module.padding == "valid":
+        return 0, 0
+    if module.padding == "same":
+        total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size)]
+        return None if any(n % 2 for n in total) else (total[0] // 2, total[1] // 2)
+    return pair("padding", module.padding, 0)
+
+
+def _same_padding(module: Any) -> Pair | None:
+    """That of classes that pad as TensorFlow does, by the size of the input where they stride."""
+    total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size)]
+    return None if any(n % 2 for n in total) or tuple(module.stride) != (1, 1) else (total[0] // 2, total[1] // 2)
+
+
+def _static_padding(module: Any) -> Pair | None:
+    """That of classes that call a member `static_padding` first: with one size of input they pad as TensorFlow does."""
+    pads, (height, width) = module.static_padding, pair("padding", module.padding, 0)
+    if qualified(type(pads)) in _PAD_NOTHING:
+        return height, width
+    if type(pads) is not nn.ZeroPad2d:
+        return None
+    left, right, top, bottom = pads.padding
+    return (height + top, width + left) if (left, top) == (right, bottom) else None
+
+
+_PAD_NOTHING = (
+    "torch.nn.modules.linear.Identity", "efficientnet_lite_pytorch.utils.Identity", "efficientnet_pytorch.utils.Identity",
+)  # fmt: skip
+#: By what a class pads, those of which it was read that they compute a convolution and nothing else.
+_CONVOLUTIONS: Mapping[str, Callable[[Any], Pair | None]] = {
+    "torch.nn.modules.conv.Conv2d": _own_padding,
+    "timm.layers.conv2d_same.Conv2dSame": _same_padding,
+    "efficientnet_lite_pytorch.utils.Conv2dStaticSamePadding": _static_padding,
+    "efficientnet_pytorch.utils.Conv2dStaticSamePadding": _static_padding,
+}
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """Whether it computes a convolution and nothing else but to pad with what `padding_of` has."""
+    return qualified(type(module)) in _CONVOLUTIONS and not forward_is_elsewhere(type(module))
+
+
+def padding_of(module: nn.Module) -> Pair | None:
+    """Zeros on either side of an input's height and width; None where they are not as many on both."""
+    return _CONVOLUTIONS[qualified(type(module))](module)
