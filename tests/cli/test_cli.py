@@ -47,8 +47,8 @@ def stub_swap(monkeypatch):
     """fp.swap that multiplies weights by the factor it is told, and remembers its arguments."""
     seen = {}
 
-    def swap(model, **kwargs):
-        seen.update(kwargs)
+    def swap(model, config, **kwargs):
+        seen.update(vars(config))
         with torch.no_grad():
             for layer in (m for m in model.modules() if isinstance(m, torch.nn.Linear)):
                 layer.weight.mul_(seen.get("factor", 1.0))
