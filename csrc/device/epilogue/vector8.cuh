@@ -141,7 +141,9 @@ __device__ inline void epilogue_values(float (&y)[kVec], const Epilogue& e, cons
   float y_up[kVec];
   if (gated) dequantize(y_up, up, e, EpilogueColumns<Acc>(e, access, column + kVec, n), row);
   dequantize(y, acc, e, columns(), row);
-  if (e.residual && e.residual_first) add_residual<false>(y, e, access, row, column, n);
+  // Of int8's products alone, as convolutions are; in e4m3's kernels it would spill.
+  if constexpr (std::is_same_v<Acc, int>)
+    if (e.residual && e.residual_first) add_residual<false>(y, e, access, row, column, n);
   activate(e.activation, y);
   if (gated) multiply_by_up(y, y_up);
 }
