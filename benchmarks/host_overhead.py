@@ -80,6 +80,11 @@ def calls() -> dict[str, Callable[[], Any]]:
     acc, out = torch.ones(M, N, dtype=torch.int32), torch.bfloat16
     experts, ends = torch.stack([b] * 4), torch.tensor([4, 4, 9, M], dtype=torch.int32)
     experts8, experts_scale = experts.to(a8.dtype), b_scale.expand(4, N).contiguous()
+    image, window = (
+        torch.ones(n, K, *side, dtype=torch.int8).contiguous(memory_format=torch.channels_last)
+        for n, side in ((1, (4, M // 4)), (N, (3, 3)))
+    )
+    one = torch.ones(1)
     experts_bias, one_q, one_kv = bias.expand(4, N).contiguous(), q[:, :1], kv[:, :1]
     return {
         "quantize": lambda: ops.quantize(x, torch.int8),
@@ -97,6 +102,7 @@ def calls() -> dict[str, Callable[[], Any]]:
             a8, experts8, a_scale, experts_scale, ends, bias=experts_bias, out_dtype=out
         ),
         "fp8_gemm_quantize": lambda: ops.fp8_gemm_quantize(a8, b8, a_scale, b_scale, bias=bias),
+        "int8_conv2d": lambda: ops.int8_conv2d(image, window, one, b_scale, padding=1, bias=bias, out_dtype=out),
         "int8_linear": lambda: ops.int8_linear(x, b, b_scale, bias=bias),
         "fp8_linear": lambda: ops.fp8_linear(x, b8, b_scale, bias=bias),
         "w8a16_gemm": lambda: ops.w8a16_gemm(x, b, b_scale, bias=bias),
@@ -111,12 +117,17 @@ def calls() -> dict[str, Callable[[], Any]]:
         "append_kv": lambda: ops.append_kv(one_kv, one_kv, cache, v_cache, length),
         "permute_quantize": lambda: ops.permute_quantize(x, index, 8, torch.int8),
         "unpermute": lambda: ops.unpermute(x, position, weights),
-        **{name: module(name, x) for name in fp.nn.__all__ if getattr(getattr(fp.nn, name), "operation", None)},
+        **{name: module(name) for name in fp.nn.__all__ if getattr(getattr(fp.nn, name), "operation", None)},
     }
 
 
-def module(name: str, x: torch.Tensor) -> Callable[[], Any]:
-    layer = getattr(fp.nn, name).from_torch(torch.nn.Linear(K, N).bfloat16())
+def module(name: str) -> Callable[[], Any]:
+    x: torch.Tensor = torch.randn(M, K, dtype=torch.bfloat16)
+    original: torch.nn.Module = torch.nn.Linear(K, N).bfloat16()
+    if name == "Int8Conv2d":
+        x = torch.randn(1, K, 4, M // 4, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+        original = torch.nn.Conv2d(K, N, 3, padding=1).bfloat16()
+    layer = getattr(fp.nn, name).from_torch(original)
     return lambda: layer(x)
 
 

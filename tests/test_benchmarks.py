@@ -107,13 +107,13 @@ class Recorded(TorchDispatchMode):
 
 
 def test_host_time_is_of_the_call_alone(host_overhead):
-    """A conversion of the experts' weights was timed with one: 208 us in place of 4.5. A layer may look at its input as rows."""
+    """A conversion of the experts' weights was timed with one: 208 us in place of 4.5. Inputs are looked at in other shapes."""
     with torch.inference_mode(), host_overhead.launching_nothing():
         for name, call in host_overhead.calls().items():
             call()
             with Recorded() as recorded:
                 call()
-            assert recorded.names <= {"empty", "view", "empty_strided"}, name
+            assert recorded.names <= {"empty", "empty_strided", "view", "permute", "flatten", "unflatten", "contiguous"}, name
 
 
 def test_kernels_run_again_once_host_time_was_measured(host_overhead):

@@ -283,7 +283,7 @@ def test_swap_says_what_it_calibrated_on_and_how_steady_the_times_are(folder, st
 def test_an_unchanged_model_has_no_speed_up(folder, monkeypatch):
     unchanged = Report().to_json() | {"swapped": [], "attention": []}
     monkeypatch.setattr(
-        fp, "swap", lambda model, **_: types.SimpleNamespace(to_json=lambda: unchanged, unpadding="", kv_cache=None)
+        fp, "swap", lambda model, config: types.SimpleNamespace(to_json=lambda: unchanged, unpadding="", kv_cache=None)
     )
     result = run("swap", folder, "--precision", "int8", "--batch", 1, "--length", 8, "--json", "-")
     written = json.loads(result.stdout)
@@ -298,9 +298,9 @@ def test_what_takes_long_says_so_where_there_is_no_terminal(folder, stub_swap, m
     monkeypatch.setattr(console, "EVERY", 0.01)
     calls = fp.swap
 
-    def slow(model, **kwargs):
+    def slow(model, config):
         time.sleep(0.3)
-        return calls(model, **kwargs)
+        return calls(model, config)
 
     monkeypatch.setattr(fp, "swap", slow)
     result = run("swap", folder, "--precision", "int8", "--batch", 1, "--length", 8)
@@ -415,7 +415,7 @@ def test_refuses_text_that_is_not_utf8_or_empty_or_too_long(folder, tmp_path):
 
 
 def test_refuses_what_swap_refuses(folder, monkeypatch):
-    def swap(model, **kwargs):
+    def swap(model, config):
         raise ValueError("the plan is for\nanother model")
 
     monkeypatch.setattr(fp, "swap", swap)

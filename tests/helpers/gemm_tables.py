@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import importlib
 import pathlib
 from collections.abc import Iterator
+
+import torch
 
 import forwardpass as fp
 
@@ -78,7 +79,9 @@ class Choice(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    importlib.import_module("gpuless.core").load()  # it is linked to that
+    """Opened by the package first: opened here first, a process that launches kernels later ends with a broken heap."""
+    with fp.interpret("sm_80"), fp.use_backend("cuda"):
+        fp.ops.quantize(torch.ones(1, 16), dtype=torch.int8)
     opened = ctypes.CDLL(str(LIBRARY))
     opened.forwardpass_gemm_row.restype = ctypes.POINTER(Kernel)
     return opened

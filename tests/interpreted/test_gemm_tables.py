@@ -7,12 +7,7 @@ its list has room for.
 import dataclasses
 import importlib
 import itertools
-import os
-import pathlib
-import subprocess
-import sys
 
-import gemm_tables
 import numpy
 import pytest
 import torch
@@ -185,27 +180,3 @@ def test_every_row_is_right_at_its_limits(row):
     tried = cases_of(row)
     assert len(tried) >= 2, "too few of the shapes take this row"
     assert all(run(row, case) for case in tried)
-
-
-OPENED_FIRST = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import gemm_tables
-assert sum(1 for _ in gemm_tables.rows()) and gemm_tables.select("int8", (108, 80), 64, 64, 64)[0] == 0
-import torch
-import forwardpass as fp
-x = torch.ones(4, 64, dtype=torch.int8)
-for arch in ("sm_80", "sm_90a"):
-    with fp.interpret(arch, threads=1), fp.use_backend("cuda"):
-        fp.ops.int8_gemm(x, x, torch.ones(4), torch.ones(4), out_dtype=torch.float32)
-"""
-
-
-def test_the_library_may_be_opened_before_the_package_opens_it():
-    # glibc looks at each block that is freed; without its debugging library at the ends of freed chunks alone
-    debug = {"LD_PRELOAD": "libc_malloc_debug.so.0", "GLIBC_TUNABLES": "glibc.malloc.check=3"}
-    helpers = pathlib.Path(gemm_tables.__file__).parent
-    done = subprocess.run(
-        [sys.executable, "-c", OPENED_FIRST, helpers], env=os.environ | debug, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr

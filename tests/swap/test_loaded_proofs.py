@@ -13,7 +13,7 @@ from torch import nn
 
 import forwardpass as fp
 from forwardpass.nn.mlp import TwoProducts
-from forwardpass.proofs import inputs, rewritings, run
+from forwardpass.proofs import inputs, rewritings
 
 SIZE = 64
 
@@ -111,7 +111,7 @@ def test_what_cannot_be_run_is_believed_as_it_was_saved(block, tmp_path, monkeyp
     """Its swap may have proven it by a batch to calibrate with."""
     model = saved(block, tmp_path)
     monkeypatch.setattr(inputs, "made_up", lambda model: [])
-    monkeypatch.setattr(run, "features_in", lambda *args: [])
+    monkeypatch.setattr(rewritings, "features_in", lambda *args: [])
     loaded, x = fp.load_pretrained(tmp_path, model=Model(block).eval()), torch.randn(3, 5, SIZE)
     assert len(products(loaded)) == len(products(model)) == (block is Honest)
     assert torch.equal(loaded(x.clone()), model(x.clone()))

@@ -383,11 +383,16 @@ def _why_not_gpu(
 ) -> Reason | None:
     if dtype == "fp8" and (reason := why_no_fp8(backend, gpu_capability(q.device))):
         return dataclasses.replace(reason, fix='use dtype="int8", which is also nearer to exact')
-    scale = options[0]
-    if backend == "cuda" and scale is not None and scale < LEAST_SCALE:
+    return why_not_gpu(_of_out_dtype(q, (dtype, rotates, *options)), k, v, *options)
+
+
+def _why_not_cuda(
+    q: Tensor, k: Tensor, v: Tensor, dtype: str | None, rotates: bool, scale: float | None, *options: Any
+) -> Reason | None:
+    if scale is not None and scale < LEAST_SCALE:
         text = f"scale={scale:.3g} times that of a row of q may be 0 in float32, which it takes for a row of zeros"
         return Reason("scale", text, "multiply q by it, and pass scale=1.0")
-    return why_not_gpu(_of_out_dtype(q, (dtype, rotates, *options)), k, v, *options)
+    return _why_not_gpu("cuda", q, k, v, dtype, rotates, scale, *options)
 
 
 def _why_not_cpu(q: Tensor, k: Tensor, v: Tensor, dtype: str | None, *options: Any) -> Reason | None:
@@ -429,7 +434,7 @@ def _operation(
     function: Callable[..., Any], run: Callable[..., Any], fake: Callable[..., Any], check: Callable[..., None]
 ) -> Operation:
     limits: dict[str, Callable[..., Reason | None]] = {
-        "cuda": functools.partial(_why_not_gpu, "cuda"),
+        "cuda": functools.partial(_why_not_gpu, "cuda") if function is quantize_attention else _why_not_cuda,
         "triton": functools.partial(_why_not_gpu, "triton"),
         "cpu": _why_not_cpu,
     }

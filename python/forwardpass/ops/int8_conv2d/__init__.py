@@ -211,10 +211,10 @@ def _fake(
     return fake_output(x, (*shape, w.shape[0]), activation, out_dtype).permute(0, 3, 1, 2)
 
 
-def why_not_groups(x: Tensor, w: Tensor, *options: Any) -> Reason | None:
-    """Groups that are narrower than a kernel's tiles: depthwise convolutions among them."""
+def why_not_groups(x: Tensor, w: Tensor | None, *options: Any) -> Reason | None:
+    """Groups that are narrower than a kernel's tiles: depthwise convolutions among them. w is None before there is a call."""
     groups = options[5]
-    if groups in (None, 1) or min(w.shape[1], w.shape[0] // groups) >= LEAST_GROUP:
+    if w is None or groups in (None, 1) or min(w.shape[1], w.shape[0] // groups) >= LEAST_GROUP:
         return None
     return Reason(
         "narrow_groups",
@@ -223,8 +223,8 @@ def why_not_groups(x: Tensor, w: Tensor, *options: Any) -> Reason | None:
     )
 
 
-def _why_not_cuda(x: Tensor, w: Tensor, *options: Any) -> Reason | None:
-    if max(w.shape[2:]) > MOST_SIDE:
+def _why_not_cuda(x: Tensor, w: Tensor | None, *options: Any) -> Reason | None:
+    if w is not None and max(w.shape[2:]) > MOST_SIDE:
         height, width = w.shape[2:]
         return Reason(
             "large_kernel",
