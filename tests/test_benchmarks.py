@@ -111,9 +111,9 @@ def test_host_time_is_of_the_call_alone(host_overhead):
     with torch.inference_mode(), host_overhead.launching_nothing():
         for name, call in host_overhead.calls().items():
             call()
-            with Recorded() as recorded:
+            with Recorded() as r:
                 call()
-            assert recorded.names <= {"empty", "empty_strided", "view", "permute", "flatten", "unflatten", "contiguous"}, name
+            assert r.names <= {"empty", "empty_strided", "view", "permute", "flatten", "unflatten", "contiguous"}, name
 
 
 def test_kernels_run_again_once_host_time_was_measured(host_overhead):
