@@ -106,7 +106,11 @@ def rules(out, home, version):
     if HOST:
         import pybind11
 
-        include = " ".join(f"-isystem {q(p)}" for p in (sysconfig.get_path("include"), pybind11.get_include()))
+        python = sysconfig.get_path("include")
+        if not pathlib.Path(python, "Python.h").exists():
+            sys.exit(f"gpuless: GPULESS_BUILD_HOST=1 needs Python's headers, and {python} has no Python.h: install them "
+                     "(apt install python3-dev), or leave the variable out")  # fmt: skip
+        include = " ".join(f"-isystem {q(p)}" for p in (python, pybind11.get_include()))
         parser = " ".join(f"build/ninja/csrc.{name}.cpp.o" for name in ("parser", "types"))
         name = out / f"_host{sysconfig.get_config_var('EXT_SUFFIX')}"
         text.append(

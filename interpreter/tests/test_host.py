@@ -1,5 +1,8 @@
 """The interpreter's host-only objects in Python (the optional _host): formats against torch's, the tree against its text."""
 
+import pathlib
+import runpy
+
 import numpy as np
 import pytest
 import torch
@@ -74,3 +77,14 @@ def test_the_tree_has_the_text():
     assert (len(body), last.opcode) == (12, "ret")  # the end of a body returns
     with pytest.raises(ValueError, match="PTX line 3"):
         host.parse(".version 8.0\n.target sm_80\n.nonsense 5\n")
+
+
+def test_a_python_without_headers_is_one_sentence(tmp_path, monkeypatch):
+    pytest.importorskip("setuptools")
+    monkeypatch.setenv("GPULESS_BUILD_HOST", "1")
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    setup = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "setup.py"))
+    assert "_host" in setup["rules"](tmp_path, None, "0")[0]
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    with pytest.raises(SystemExit, match=f"Python's headers, and {tmp_path} has no Python.h: .*python3-dev"):
+        setup["rules"](tmp_path, None, "0")
