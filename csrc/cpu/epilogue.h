@@ -146,21 +146,29 @@ INLINE void clamped_rows(const Epilogue& e, const int32_t* acc, int64_t stride, 
   }
 }
 
-// All but the scales of rows. acc: a row of `columns` int32 or float accumulators; row: its row of the output. A
-// residual, where there is one, is a constant: looked for in each block it would cost all others.
-template <class V, Dtype Acc, bool kResidual>
-INLINE void epilogue_row(const Epilogue& e, const void* acc, int64_t row, int64_t columns) {
+// All but the scales of rows. dequantize(c, n, y): y[i] of n columns from c on; row: its row of the output. A residual,
+// where there is one, is a constant: looked for in each block it would cost all others.
+template <class V, bool kResidual, class F>
+INLINE void epilogue_blocks(const Epilogue& e, int64_t row, int64_t columns, F dequantize) {
   float buffer[kBlock];
   for (int64_t c = 0; c < columns; c += kBlock) {
     const int64_t n = columns - c < kBlock ? columns - c : kBlock, columns_per_output = is_gated(e.activation) ? 2 : 1;
     const bool direct = e.out_dtype == Dtype::f32 && columns_per_output == 1;
     float* y = direct ? static_cast<float*>(e.out) + row * e.out_stride + c : buffer;
-    dequantize<V, Acc>(e, acc, row, c, n, y);
+    dequantize(c, n, y);
     if (kResidual && e.residual_first) add_residual<V>(e, y, row, c, n);
     activate_block<V>(e.activation, y, n);
     if (kResidual && !e.residual_first) add_residual<V>(e, y, row, c / columns_per_output, n / columns_per_output);
     if (!direct) store_block<V>(e, y, row, c / columns_per_output, n / columns_per_output);
   }
+}
+
+// acc: a row of `columns` int32 or float accumulators.
+template <class V, Dtype Acc, bool kResidual>
+INLINE void epilogue_row(const Epilogue& e, const void* acc, int64_t row, int64_t columns) {
+  epilogue_blocks<V, kResidual>(e, row, columns, [&](int64_t c, int64_t n, float* y) __attribute__((always_inline)) {
+    dequantize<V, Acc>(e, acc, row, c, n, y);
+  });
 }
 
 }  // namespace forwardpass::cpu
