@@ -297,7 +297,8 @@ def rules(out, obj, home):
     # Everything is compiled from the root by its relative name: messages, line tables and depfiles name no folder of ours.
     common = "-MD -MF $out.d -std=c++20"
     include = f"{t}/include"  # torch's headers put __FILE__ into messages too
-    # -iquote, as <torch/…> is torch's and "torch/…" is csrc's; -ffp-contract=off, because the formulas say where an fma is
+    # -iquote, as <torch/…> is torch's and "torch/…" is csrc's; -ffp-contract=off, because the formulas say where an fma is.
+    # -O2 compiles in 9 tenths of the time, but g++ unrolls loops over vectors at -O3 alone: attention took 7 times as long.
     compile_cxx = (f"{compiler} {common} -iquote csrc -O3 -fPIC -fvisibility=hidden -Wall -Wextra{' -Werror' * STRICT} -Wno-psabi "
                    f"-fno-math-errno -fno-trapping-math -ffp-contract=off -DTORCH_TARGET_VERSION=0x020b000000000000 "
                    f"-isystem {q(include)} {q(f'-ffile-prefix-map={include}/=')} $flags -c $in -o $out")  # fmt: skip
