@@ -62,6 +62,23 @@ def test_a_row_has_every_figure():
     assert row["case"] in bench.table_row(row)
 
 
+def test_a_case_that_nothing_of_ours_runs_is_left_out_with_the_reasons():
+    """FP8 on a CPU: plain torch alone took 20 minutes of one operation's cases."""
+    op = dispatch.operations["fp8_grouped_gemm"]
+    row = bench.run_case(op, min(benchmark_cases(op), key=lambda c: c.bytes()), BASELINES[op], "cpu", rounds=2)
+    assert "timings" not in row and all(f"{b}: " in row["left_out"] for b in ("cuda", "triton", "cpu"))
+
+
+def test_slow_cases_have_fewer_rounds(monkeypatch):
+    op, asked = dispatch.operations["quantize"], []
+    monkeypatch.setattr(
+        bench, "interleave", lambda calls, device, rounds, on_round: asked.extend(map(rounds, (1, 4, 60))) or {}
+    )
+    with pytest.raises(KeyError):  # there are no timings
+        bench.run_case(op, min(benchmark_cases(op), key=lambda c: c.bytes()), BASELINES[op], "cpu", rounds=15)
+    assert asked == [15, 8, 5]
+
+
 def test_the_clock_of_a_row_is_the_median_of_those_that_are_known():
     assert bench.median_clock([None, None]) is None and bench.median_clock([1500, None, 1700, 1600]) == 1600
 
