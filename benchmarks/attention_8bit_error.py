@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import bench
-from forwardpass.common.compare import relative_error
+from forwardpass.common.models.compare import relative_error
 
 E4M3, LARGEST_E4M3 = torch.float8_e4m3fn, 448.0
 ROWS = 256

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from forwardpass.common import environment
-from forwardpass.common.compare import finite_relative_error
+from forwardpass.common.models.compare import finite_relative_error
 from forwardpass.common.timing import interleave, sustained
 from forwardpass.dispatch import BACKENDS, Operation, use_backend
 from forwardpass.testing import benchmark_cases

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import forwardpass as fp
 from benchmarks import bench
-from forwardpass.common import plots
+from forwardpass.common.printing import plots
 from forwardpass.common.timing import interleave
 from forwardpass.nn import Int8Conv2d
 from forwardpass.nn.int8_conv2d import padding_of

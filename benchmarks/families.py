@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import forwardpass as fp
 from benchmarks import bench
 from forwardpass.common.batches import main_output
-from forwardpass.common.compare import relative_error
+from forwardpass.common.models.compare import relative_error
 
 Inputs = dict[str, Any] | tuple[Any, ...]
 

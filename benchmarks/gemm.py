@@ -3,7 +3,7 @@
     python -m benchmarks.gemm --interpret sm_90a [--op int8_gemm ...] [--json FILE]
     python -m benchmarks.gemm --device cuda [--op int8_gemm ...] [--m 1 16 ...] [--rounds N] [--json FILE]
 
-Interpreted figures are counts of PTX; times are modelled from them (interpreter/python/gpuless/model.py), no measurement.
+Interpreted figures are counts of PTX; times are modelled from them (interpreter/python/gpuless/timing/model.py), no measurement.
 On a GPU each is timed from a cold L2, by itself and with the host's part, beside torch's kernels for the same product.
 """
 

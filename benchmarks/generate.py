@@ -27,8 +27,8 @@ from forwardpass.cli import embedding
 from forwardpass.cli.console import tracking
 from forwardpass.cli.readout import NextTokens
 from forwardpass.cli.source import find_model
-from forwardpass.common import decoding
-from forwardpass.common.decoding import Decoding, Run
+from forwardpass.common.models import decoding
+from forwardpass.common.models.decoding import Decoding, Run
 from forwardpass.common.timing import Track, keep_freed_memory
 from forwardpass.integrations.transformers.kv_scales import KV_CACHES
 from forwardpass.profiling.roofline import roofline

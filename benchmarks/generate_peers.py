@@ -24,8 +24,8 @@ from benchmarks.peers import Missing, need
 from forwardpass.cli import embedding
 from forwardpass.cli.readout import NextTokens
 from forwardpass.cli.source import Source
-from forwardpass.common.decoding import Decoding, Generation, Run, run_of
-from forwardpass.common.modules import tensor_bytes
+from forwardpass.common.models.decoding import Decoding, Generation, Run, run_of
+from forwardpass.common.models.modules import tensor_bytes
 from forwardpass.integrations.transformers.kv_scales import KV_CACHES
 from forwardpass.proofs.walker import linear_like
 from forwardpass.swap.plan import PlannedLayer

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 import forwardpass as fp
 from benchmarks import bench, eager, tiers
 from forwardpass.common import environment
-from forwardpass.common.compare import finite_relative_error
+from forwardpass.common.models.compare import finite_relative_error
 from forwardpass.common.timing import Timing, interleave, keep_freed_memory
 from forwardpass.ops.int8_conv2d import OPERATION
 

@@ -12,7 +12,7 @@ from benchmarks import bench
 from forwardpass import interpret
 from forwardpass.dispatch import Operation
 from gpuless import core
-from gpuless.profile import Counts, KernelProfile
+from gpuless.timing.profile import Counts, KernelProfile
 
 IMPLEMENTATIONS = ("cuda", "triton")
 

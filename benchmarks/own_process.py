@@ -18,8 +18,8 @@ from torch import Tensor
 from benchmarks import generate_peers
 from benchmarks.generate_peers import Candidate, Failed, Subject
 from benchmarks.peers import Missing
-from forwardpass.common.decoding import Decoding, Run
 from forwardpass.common.memory import give_back_freed
+from forwardpass.common.models.decoding import Decoding, Run
 from forwardpass.common.timing import keep_freed_memory
 
 #: Prompts of more tokens together leave gigabytes to an allocator that keeps what is freed: all candidates' do not fit into 24 GiB.

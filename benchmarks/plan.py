@@ -26,9 +26,9 @@ from forwardpass.calibration.running import calibration_arguments
 from forwardpass.cli import embedding
 from forwardpass.cli.embedding import Batch
 from forwardpass.cli.readout import Embeddings
-from forwardpass.common import plots
+from forwardpass.common.printing import plots
 from forwardpass.common.timing import interleave, keep_freed_memory
-from forwardpass.planning.measure import CALIBRATED, find_candidate
+from forwardpass.planning.candidates.measure import CALIBRATED, find_candidate
 from forwardpass.proofs.walker import linear_like
 from forwardpass.swap.plan import Plan
 from forwardpass.swap.swapping import planned, swap_planned

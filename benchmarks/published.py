@@ -23,7 +23,7 @@ from forwardpass.ops.dequant_activation.cases import EpilogueCase
 from forwardpass.ops.fp8_gemm import cases as fp8_gemm
 from forwardpass.ops.int8_gemm import cases as int8_gemm
 from gpuless import core
-from gpuless.timeline import ERROR
+from gpuless.timing.timeline import ERROR
 
 _EPILOGUE = EpilogueCase(bias=None, out_dtype=torch.bfloat16)
 

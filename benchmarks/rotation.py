@@ -21,7 +21,7 @@ from benchmarks import bench
 from forwardpass.cli import embedding
 from forwardpass.cli.readout import readout_of
 from forwardpass.cli.source import find_model
-from forwardpass.common.compare import relative_error
+from forwardpass.common.models.compare import relative_error
 
 #: name -> precision, and whether it is calibrated
 WAYS = {

@@ -492,7 +492,7 @@ def generated(model, *options, module="generate_peers"):
 
 
 def test_generate_beside_its_peers(small_decoder, monkeypatch):
-    from forwardpass.common.decoding import Decoding
+    from forwardpass.common.models.decoding import Decoding
 
     peers = importlib.import_module("benchmarks.generate_peers")
 
@@ -539,7 +539,7 @@ def test_generate_beside_its_peers(small_decoder, monkeypatch):
 def test_candidates_have_processes_of_their_own(small_decoder, tmp_path):
     own, peers = (importlib.import_module(f"benchmarks.{name}") for name in ("own_process", "generate_peers"))
     from forwardpass.cli.source import find_model
-    from forwardpass.common.decoding import Decoding
+    from forwardpass.common.models.decoding import Decoding
 
     subject, rows = peers.Subject(find_model(small_decoder), tmp_path), torch.arange(2, 34).view(2, 16)
     here, there = peers.make("eager fp32", subject), own.make("eager fp32", subject)

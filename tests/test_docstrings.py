@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import forwardpass as fp
-from forwardpass.nn import layer
+from forwardpass.nn.linear import quantized_linear as layer
 from forwardpass.swap import precision
 
 WITH_EXAMPLE = (

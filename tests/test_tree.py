@@ -1,6 +1,7 @@
 """The rules that make the tree findable, and those that keep its layers apart."""
 
 import ast
+import collections
 import inspect
 import pathlib
 import re
@@ -125,12 +126,20 @@ def test_packages_import_what_stands_before_them():
     assert len(found) > 100
 
 
-def test_folders_of_the_package_are_small():
+@pytest.mark.parametrize("package", [PYTHON, INTERPRETER / "python/gpuless"], ids=lambda p: p.name)
+def test_folders_of_a_package_are_small(package):
     """A newcomer has a folder's names on one screen."""
-    names = ("proofs", "formats", "calibration", "swap", "checkpoints", "integrations")
-    folders = [d for name in names for d in (PYTHON / name, *(PYTHON / name).rglob("*/")) if d.name != "__pycache__"]
-    assert len(folders) > 8
+    folders = [d for d in (package, *package.rglob("*/")) if any(d.glob("*.py"))]
+    assert len(folders) >= 6
     assert not [(str(d), n) for d in folders if (n := len([*d.glob("[!_]*.py")])) > 12]
+
+
+def test_a_file_is_found_by_its_name_alone():
+    """Except the files that each operation has: there its folder is its name."""
+    each_has = {"__init__.py", "reference.py", "cases.py", "triton_kernel.py"}
+    counts = collections.Counter(p.name for p in PYTHON.rglob("*.py") if p.name not in each_has)
+    assert len(counts) > 150
+    assert not [name for name, n in counts.items() if n > 1]
 
 
 def test_the_public_names_are_all_there_is():

@@ -13,7 +13,7 @@ import pytest
 
 from gpuless import core
 from gpuless.__main__ import main
-from gpuless.build import command
+from gpuless.commands.build import command
 
 pytestmark = pytest.mark.interpreted
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")

@@ -13,8 +13,8 @@ from ptx import MBARRIER, WAIT, integers, kernel
 
 import gpuless
 from gpuless import core
-from gpuless.model import PIPES
 from gpuless.rates import RATES, rates
+from gpuless.timing.model import PIPES
 
 pytestmark = pytest.mark.interpreted
 

@@ -93,7 +93,7 @@ def build(sources, path, architecture, *before):
     flags = ["-std=c++17", "-O2", "--expt-relaxed-constexpr", "-w", f"-arch={architecture}"]
     flags += [f"-I{folder}" for folder in before]
     state = hashlib.sha256(" ".join((CUTLASS, NVCC, str(package), *flags)).encode())
-    for file in (path, package / "_standin.a", package / "build.py"):
+    for file in (path, package / "_standin.a", package / "commands/build.py"):
         state.update(file.read_bytes())
     program = BUILD / f"{path.stem}-{state.hexdigest()[:16]}"
     if not program.exists():

@@ -275,7 +275,9 @@ print(seen == [gpu, gpu])
 
 
 def test_no_torch_comes_with_the_import():
-    done = python("import sys, gpuless, gpuless.core, gpuless.build, gpuless.__main__; print('torch' in sys.modules)")
+    done = python(
+        "import sys, gpuless, gpuless.core, gpuless.commands.build, gpuless.__main__; print('torch' in sys.modules)"
+    )
     assert done.stdout == "False\n", done.stderr
     assert {*dir(gpuless)} == {*gpuless.__all__, "__version__"}
     assert all(getattr(gpuless, name) for name in gpuless.__all__)

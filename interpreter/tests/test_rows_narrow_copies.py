@@ -8,7 +8,7 @@ from ptx import MBARRIER, ONE, WAIT, copied, finding, run
 from rows import row
 
 import gpuless
-from gpuless.tensor_maps import encode
+from gpuless.memory.tensor_maps import encode
 
 pytestmark = pytest.mark.interpreted
 

@@ -12,7 +12,7 @@ from tensor_maps import in_shared_memory, noise, raw
 
 import gpuless
 from gpuless import core
-from gpuless.tensor_maps import encode
+from gpuless.memory.tensor_maps import encode
 
 pytestmark = pytest.mark.interpreted
 

@@ -11,7 +11,7 @@ try:
     from . import nn, ops, types
     from .checkpoints import export_pretrained, load_pretrained, save_pretrained
     from .checkpoints.auto_model import register_when_imported as _register_when_imported
-    from .common.decoding import Decoding
+    from .common.models.decoding import Decoding
     from .dispatch import Unsupported, explain, use_backend
     from .dispatch.calls import call_counts
     from .dispatch.interpreted import follow as _follow_interpreter
@@ -20,7 +20,7 @@ try:
     from .integrations.flash_attention import register_flash_attention_impl
     from .integrations.peft import register_when_imported as _check_adapters_when_imported
     from .integrations.sdpa import sdpa
-    from .nn.layer import register_linear
+    from .nn.linear.quantized_linear import register_linear
     from .planning.parity import parity
     from .planning.planner import plan
     from .profiling.profile import profile

@@ -13,7 +13,7 @@ from command_line import refused, run
 from huggingface_hub import errors
 
 from forwardpass.cli import comparison, embedding, source
-from forwardpass.common import quiet
+from forwardpass.common.printing import quiet
 from forwardpass.nn import Int8Linear
 from forwardpass.planning.parity import ParityReport
 

@@ -19,7 +19,7 @@ from processes import fork
 import forwardpass as fp
 from forwardpass.cli import comparison, console, embedding, source
 from forwardpass.serving import size_batch
-from forwardpass.serving.load import Load
+from forwardpass.serving.load_generator import Load
 from forwardpass.serving.queueing import Arrivals, Spread
 
 pytestmark = pytest.mark.usefixtures("fewer_texts")
@@ -548,7 +548,7 @@ def test_size_batch_tries_what_it_simulated(folder, monkeypatch):
 
     three = size_batch.Candidate(1, 0.0, 3, {"p50": 1.0, "p95": 1.0, "p99": 1.0}, 0.5, 1.0, None)
     size = ("size-batch", folder, "--length", 8, "--max-batch", 1, "--seconds", 0.1, "--rate", 30, "--check", 2)
-    monkeypatch.setattr(importlib.import_module("forwardpass.cli.commands.size_batch"), "try_policy", trial)
+    monkeypatch.setattr(importlib.import_module("forwardpass.cli.commands.size_batch_command"), "try_policy", trial)
     monkeypatch.setattr(size_batch, "_choose", lambda *args: (three, Spread(20, 0.5, 1.5), [], None))
     holds, fails = (" ".join(run(*size, "--slo-ms", 100).stdout.split()) for _ in range(2))
     assert sent == [Arrivals(30.0).of_replica(3, 20, seed=1)] * 2

@@ -13,7 +13,7 @@ from command_line import NO_SMOLLM2, refused, run, small_llama
 
 import forwardpass as fp
 from forwardpass.cli import embedding, readout, source
-from forwardpass.common.decoding import Generation, logits_by_steps
+from forwardpass.common.models.decoding import Generation, logits_by_steps
 
 needs_smollm2 = pytest.mark.skipif(NO_SMOLLM2, reason="the extra generate is not installed")
 TEXT = "The quick brown fox jumps over the lazy dog, and then it rests.\n"

@@ -63,7 +63,7 @@ def test_doctor_knows_what_can_be_interpreted(examined):
 
 
 def test_doctor_table(examined, monkeypatch):
-    command = importlib.import_module("forwardpass.cli.commands.doctor")
+    command = importlib.import_module("forwardpass.cli.commands.doctor_command")
     monkeypatch.setattr(command, "examine", lambda: examined)  # once is enough
     result = run("doctor")
     assert result.exit_code == 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 from small_models import build
 
-from forwardpass.common.decoding import PHASES, Decoding, Generation, rates, run_of
+from forwardpass.common.models.decoding import PHASES, Decoding, Generation, rates, run_of
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from forwardpass.common.forms import AtLeast, AtMost, OneOf, misfit
+from forwardpass.common.files.forms import AtLeast, AtMost, OneOf, misfit
 
 FORM = {
     "name": str,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from forwardpass.common.modules import hooked
+from forwardpass.common.models.modules import hooked
 
 
 class Failing(nn.Module):

@@ -2,9 +2,9 @@
 
 import pytest
 
-from forwardpass.common import text as texts
-from forwardpass.common.printed import SCREEN, Printed, Table
-from forwardpass.common.text import (
+from forwardpass.common.printing import text as texts
+from forwardpass.common.printing.printed import SCREEN, Printed, Table
+from forwardpass.common.printing.text import (
     WIDTH,
     count,
     shortened,

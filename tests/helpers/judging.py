@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import forwardpass as fp
-from forwardpass.common import quiet
+from forwardpass.common.printing import quiet
 
 
 def _doubling(forward: Any) -> Any:

@@ -7,7 +7,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from forwardpass.nn.layer import quantize_weight
+from forwardpass.nn.linear.quantized_linear import quantize_weight
 from forwardpass.ops.common.quantized_rows import E4M3
 from forwardpass.ops.fp8_gemm import BLOCK
 from forwardpass.swap import originals

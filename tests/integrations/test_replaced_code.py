@@ -57,7 +57,7 @@ def test_steps_do_what_the_code_does_now(what, when, monkeypatch):
     fp.swap(model, attention=True, kv_cache="auto")
     if when == "after":
         replace()
-        importlib.import_module("forwardpass.common.quiet").warn_once.cache_clear()
+        importlib.import_module("forwardpass.common.printing.quiet").warn_once.cache_clear()
         if what == "rotation":
             with pytest.warns(UserWarning, match="apply_rotary_pos_emb is another function than at the swap"):
                 logits_of_steps(model)

@@ -275,7 +275,9 @@ def test_attention_that_is_left_alone(name):
 @pytest.mark.parametrize("kernel", [True, False])
 def test_attention_that_is_not_swapped(name, kernel, monkeypatch):
     """Torch's kernel on each sequence, and where there is none on padded q, k and v."""
-    monkeypatch.setattr(sys.modules["forwardpass.swap.attention.modules"], "faster_than_torch", lambda *_: False)
+    monkeypatch.setattr(
+        sys.modules["forwardpass.swap.attention.attention_modules"], "faster_than_torch", lambda *_: False
+    )
     model, batch = build(name).bfloat16(), ragged()
     exact = hidden(copy.deepcopy(model).float(), batch)
     padded, _ = swapped(model, unpad=False)

@@ -34,7 +34,7 @@ from forwardpass.ops.w8a16_gemm import cases as w8a16_gemm
 from forwardpass.ops.w8a16_grouped_gemm import cases as w8a16_grouped_gemm
 from forwardpass.testing import assert_equal
 from gpuless import core
-from gpuless.storage import add_function
+from gpuless.memory.storage import add_function
 
 pytestmark = pytest.mark.interpreted
 

@@ -10,8 +10,8 @@ from small_models import transformers
 from torch import nn
 
 import forwardpass as fp
-from forwardpass.nn.experts import is_experts
-from forwardpass.nn.layer import quantize_weight
+from forwardpass.nn.linear.quantized_linear import quantize_weight
+from forwardpass.nn.quantized_experts import is_experts
 from forwardpass.ops.common.activations import separate_gate_up
 from forwardpass.ops.fp8_gemm.reference import columns_scale
 from forwardpass.proofs.activation import activation_within

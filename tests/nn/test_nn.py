@@ -13,7 +13,7 @@ from torch import nn
 
 import forwardpass as fp
 from forwardpass.nn import Bf16Linear, Fp8Linear, Int8Linear, W8A16Linear
-from forwardpass.nn.layer import quantize_weight
+from forwardpass.nn.linear.quantized_linear import quantize_weight
 from forwardpass.ops.common.quantized_rows import E4M3
 
 

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
 
 import forwardpass as fp
-from forwardpass.nn.sharding import INPUTS, Sharding
+from forwardpass.nn.linear.sharding import INPUTS, Sharding
 from forwardpass.ops.common.quantized_rows import E4M3
 
 KINDS = {

@@ -8,7 +8,7 @@ import torch
 from rotation import in_parts
 
 import forwardpass as fp
-from forwardpass.common.compare import relative_error
+from forwardpass.common.models.compare import relative_error
 from forwardpass.dispatch import operations
 from forwardpass.ops.attention import reference as attention
 from forwardpass.ops.attention_8bit import cases, reference

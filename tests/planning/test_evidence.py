@@ -2,7 +2,7 @@
 
 import pytest
 
-from forwardpass.common.printed import as_text
+from forwardpass.common.printing.printed import as_text
 from forwardpass.swap.plan_evidence import describe
 
 

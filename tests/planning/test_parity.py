@@ -9,7 +9,7 @@ from small_models import CONFIGS, assert_same_objects, batch, block, build, obje
 from torch import nn
 
 import forwardpass as fp
-from forwardpass.planning import plots
+from forwardpass.planning import plan_plots as plots
 from forwardpass.planning.agreement import CausalLm, Classification, Embedding
 from forwardpass.planning.criterion import Criterion
 from forwardpass.planning.parity import Comparison, LayerParity, ParityReport

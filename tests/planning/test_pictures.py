@@ -16,7 +16,8 @@ from torch import nn
 
 import forwardpass as fp
 from forwardpass.common.timing import Timing
-from forwardpass.planning import measure, pictures, planner
+from forwardpass.planning import pictures, planner
+from forwardpass.planning.candidates import measure
 from forwardpass.planning.criterion import Criterion
 from forwardpass.planning.pictures import PictureComparison, pictures_of
 

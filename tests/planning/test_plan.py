@@ -17,11 +17,12 @@ from small_models import assert_same_objects, batch, block, build, inputs, objec
 from torch import nn
 
 import forwardpass as fp
-from forwardpass.common.plots import require
-from forwardpass.common.text import count
+from forwardpass.common.printing.plots import require
+from forwardpass.common.printing.text import count
 from forwardpass.common.timing import Timing
-from forwardpass.planning import measure, plots
+from forwardpass.planning import plan_plots as plots
 from forwardpass.planning import planner as planning
+from forwardpass.planning.candidates import measure
 from forwardpass.swap import originals
 from forwardpass.swap.plan import Plan
 

@@ -11,8 +11,8 @@ from small_models import ATTENTION, build
 
 import forwardpass as fp
 from forwardpass.common.timing import Timing
-from forwardpass.planning import caches, measure
 from forwardpass.planning import planner as planning
+from forwardpass.planning.candidates import caches, measure
 from forwardpass.planning.criterion import Criterion
 
 DECODING = fp.Decoding(batch=2, prompt=6, steps=4)

@@ -12,8 +12,9 @@ import forwardpass as fp
 from forwardpass.common.timing import Timing
 from forwardpass.dispatch.calls import Calls, counted
 from forwardpass.nn.eight_bits import EightBits
-from forwardpass.planning import attention, measure
 from forwardpass.planning import planner as planning
+from forwardpass.planning.candidates import attention_rows as attention
+from forwardpass.planning.candidates import measure
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import torch
 from small_models import build, names
 
 import forwardpass as fp
-from forwardpass.planning.measure import sample_inputs
+from forwardpass.planning.candidates.measure import sample_inputs
 from forwardpass.proofs.walker import experts_leaves
 from forwardpass.swap import precision
 

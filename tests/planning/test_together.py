@@ -6,8 +6,8 @@ from torch import nn
 
 import forwardpass as fp
 from forwardpass.common.timing import Timing
-from forwardpass.planning import measure, together
 from forwardpass.planning import planner as planning
+from forwardpass.planning.candidates import measure, together
 from forwardpass.planning.choose import Option
 
 WIDTH = 64

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from forwardpass.serving import size_batch as module
-from forwardpass.serving.load import run_load
+from forwardpass.serving.load_generator import run_load
 from forwardpass.serving.queueing import (
     Arrivals,
     Policy,

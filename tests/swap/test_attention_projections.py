@@ -14,7 +14,7 @@ from small_models import assert_same_objects, codes, names, objects, outputs
 from torch import nn
 
 import forwardpass as fp
-from forwardpass.common.modules import hooked
+from forwardpass.common.models.modules import hooked
 
 N, L, S, E, H = 2, 5, 7, 64, 4
 LAYERS = ["in_proj", "out_proj"]

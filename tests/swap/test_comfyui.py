@@ -10,7 +10,7 @@ from small_models import assert_same_objects, objects
 from torch import nn
 
 import forwardpass as fp
-from forwardpass.nn.layer import quantize_weight
+from forwardpass.nn.linear.quantized_linear import quantize_weight
 from forwardpass.ops.common.quantized_rows import E4M3
 
 

@@ -6,7 +6,7 @@ from small_models import outputs
 from torch import nn
 
 import forwardpass as fp
-from forwardpass.nn import layer
+from forwardpass.nn.linear import quantized_linear as layer
 from forwardpass.swap import precision
 
 

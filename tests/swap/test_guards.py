@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import forwardpass as fp
-from forwardpass.common import quiet
+from forwardpass.common.printing import quiet
 from forwardpass.integrations.transformers.norm_formulas import norm_formula
-from forwardpass.nn import layer as layers
+from forwardpass.nn.linear import quantized_linear as layers
 
 WIDTH, INNER = 64, 96
 

@@ -12,7 +12,7 @@ from torch import nn
 import forwardpass as fp
 from forwardpass.nn import MLP, GatedMLP
 from forwardpass.nn.mlp import TwoProducts
-from forwardpass.proofs import mlp as mlps
+from forwardpass.proofs import mlp_formulas as mlps
 from forwardpass.proofs import walker
 
 WIDTH = 64

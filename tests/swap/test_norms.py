@@ -14,9 +14,9 @@ from small_models import TwoLayers as Mlp
 from torch import nn
 
 import forwardpass as fp
-from forwardpass.common import quiet
+from forwardpass.common.printing import quiet
 from forwardpass.nn import QuantizingNorm, norm
-from forwardpass.nn.layer import Quantized
+from forwardpass.nn.linear.quantized_linear import Quantized
 from forwardpass.ops.common.quantized_rows import E4M3
 
 WIDTH = 64

@@ -11,8 +11,8 @@ from small_models import ATTENTION, CONFIGS, MLPS, batch, build, outputs
 from torch import nn
 
 import forwardpass as fp
-from forwardpass.common import float32
-from forwardpass.common.float32 import InFloat32
+from forwardpass.common.models import float32
+from forwardpass.common.models.float32 import InFloat32
 from forwardpass.proofs import inputs, norms, rewritings, run
 
 SIZE = 64

@@ -13,8 +13,8 @@ from small_models import build
 from torch import nn
 
 import forwardpass as fp
-from forwardpass.nn.joined import MOST_ROWS_ON_CPU, Joined
-from forwardpass.nn.layer import QuantizedLinear
+from forwardpass.nn.linear.joined import MOST_ROWS_ON_CPU, Joined
+from forwardpass.nn.linear.quantized_linear import QuantizedLinear
 from forwardpass.proofs.siblings import siblings
 from forwardpass.proofs.walker import linear_leaves
 

@@ -14,7 +14,7 @@ from transformers.integrations.finegrained_fp8 import FP8Experts
 from transformers.integrations.moe import use_experts_implementation
 
 import forwardpass as fp
-from forwardpass.nn.layer import quantize_weight
+from forwardpass.nn.linear.quantized_linear import quantize_weight
 from forwardpass.ops.common.activations import interleave_gate_up
 from forwardpass.ops.common.quantized_rows import E4M3
 from forwardpass.proofs.walker import experts_leaves

@@ -24,9 +24,9 @@ from torch import nn
 from torch.nn.utils import prune
 
 import forwardpass as fp
-from forwardpass.common.patterns import Pattern
+from forwardpass.common.models.patterns import Pattern
 from forwardpass.nn import QuantizedLinear
-from forwardpass.nn.experts import is_experts
+from forwardpass.nn.quantized_experts import is_experts
 from forwardpass.swap import originals
 
 #: About 1.5 times the worst of the models' relative errors, which is T5's.

@@ -88,7 +88,9 @@ def tier(request, monkeypatch):
     def faster_than_torch(device, dtype, head_dim, rows):
         return request.param == "avx2" and (rows >= 4 or dtype != torch.float32)
 
-    monkeypatch.setattr(sys.modules["forwardpass.swap.attention.modules"], "faster_than_torch", faster_than_torch)
+    monkeypatch.setattr(
+        sys.modules["forwardpass.swap.attention.attention_modules"], "faster_than_torch", faster_than_torch
+    )
     return request.param
 
 

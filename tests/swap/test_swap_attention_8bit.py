@@ -16,7 +16,7 @@ from small_models import ATTENTION, assert_same_objects, batch, build, objects, 
 from torch import nn
 
 import forwardpass as fp
-from forwardpass.common.compare import relative_error
+from forwardpass.common.models.compare import relative_error
 from forwardpass.dispatch.calls import Calls, counted
 from forwardpass.nn import eight_bits
 from forwardpass.nn.eight_bits import EightBits
@@ -381,7 +381,7 @@ def test_restore():
 
 
 def swapped_in_8_bits(model):
-    from forwardpass.swap.attention.modules import bits_of
+    from forwardpass.swap.attention.attention_modules import bits_of
 
     return bits_of(model)
 

@@ -11,7 +11,7 @@ from transformers.integrations.compressed_tensors import CompressedTensorsFP8Lin
 from transformers.integrations.finegrained_fp8 import FP8Linear
 
 import forwardpass as fp
-from forwardpass.nn.layer import quantize_weight
+from forwardpass.nn.linear.quantized_linear import quantize_weight
 from forwardpass.ops.common.quantized_rows import E4M3
 
 X = {"input_ids": torch.arange(3, 35).reshape(2, 16)}

@@ -198,7 +198,7 @@ def again(layer):
 
 
 def test_it_warns_once_of_the_cost():
-    from forwardpass.nn import dequantized_weight
+    from forwardpass.nn.linear import dequantized_weight
 
     layer = fp.nn.Int8Linear.from_torch(nn.Linear(64, 64))
     dequantized_weight._warned = False

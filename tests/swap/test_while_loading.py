@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import forwardpass as fp
 from forwardpass.checkpoints import auto_model
-from forwardpass.common.modules import tensor_bytes
+from forwardpass.common.models.modules import tensor_bytes
 from forwardpass.nn import GatedMLP, Int8Linear
 from forwardpass.swap import swapping
 

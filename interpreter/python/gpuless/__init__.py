@@ -18,12 +18,12 @@ _MODULES = {
     "core": ("ARCHITECTURES", "Unavailable"),
     "device": ("Device", "gpu"),
     "finding": ("Finding", "FindingWarning", "TimeLimit"),
-    "model": ("Modelled",),
+    "timing.model": ("Modelled",),
     "module": ("Kernel", "Module"),
-    "profile": ("Counts", "KernelProfile", "LineProfile"),
+    "timing.profile": ("Counts", "KernelProfile", "LineProfile"),
     "rules": ("Rule",),
-    "tensor_maps": ("TensorMap", "tensor_map"),
-    "timeline": ("KernelTimeline", "LineTime", "Timeline"),
+    "memory.tensor_maps": ("TensorMap", "tensor_map"),
+    "timing.timeline": ("KernelTimeline", "LineTime", "Timeline"),
 }
 _PLACES = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -7,9 +7,9 @@ import pathlib
 import sys
 
 from . import core
-from .build import as_nvcc, build
-from .report import report
-from .toolkit import toolkit
+from .commands.build import as_nvcc, build
+from .commands.report import report
+from .commands.toolkit import toolkit
 
 USAGE = """\
 usage: python -m gpuless build PROG.cu [nvcc flags] -o PROG
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
         if command == "report":
             return report(options)
         if command == "run":
-            from .run import run  # which needs torch
+            from .commands.run import run  # which needs torch
 
             return run(options)
         if command == "rows" and not options:

@@ -21,14 +21,14 @@ from . import core
 from .capture import prohibit_in_capture
 from .current import device_or_none, use_everywhere, using
 from .finding import Finding, FindingWarning, TimeLimit
-from .guard import Guard
 from .latencies import as_text, machine
-from .model import Modelled, modelled
+from .memory.guard import Guard
+from .memory.storage import Scope, add_function
 from .operators import Operator
-from .profile import KernelProfile, LineProfile, by_line
 from .rules import Ignore, Rule, collected, write_rules
-from .storage import Scope, add_function
-from .timeline import KernelTimeline, Timeline
+from .timing.model import Modelled, modelled
+from .timing.profile import KernelProfile, LineProfile, by_line
+from .timing.timeline import KernelTimeline, Timeline
 
 #: the core has one device, one set of options and one set of intervals: a call at a time
 _lock = threading.RLock()

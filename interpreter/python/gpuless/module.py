@@ -12,8 +12,8 @@ from torch import Tensor
 
 from . import core, current
 from .device import Device, make
-from .guard import Guard
-from .tensor_maps import TensorMap
+from .memory.guard import Guard
+from .memory.tensor_maps import TensorMap
 
 
 class Module:

@@ -24,9 +24,9 @@ from triton.runtime.driver import driver as active
 
 from . import current
 from .capture import Capture
-from .guard import Guard
+from .memory.guard import Guard
+from .memory.tensor_maps import encode
 from .module import Kernel, Module
-from .tensor_maps import encode
 
 #: what Triton asks of a device before it launches: shared memory a block, multiprocessors
 PROPERTIES = {

@@ -15,9 +15,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..common.batches import Forward, evaluating, padding_mask, run, several
-from ..common.modules import hooked
+from ..common.models.modules import hooked
 from ..nn.int8_conv2d import is_pointwise
-from ..nn.layer import as_multiplied, linear_weight
+from ..nn.linear.quantized_linear import as_multiplied, linear_weight
 from ..ops.common.rotation import fitting
 from ..proofs.walker import Leaf
 from .formulas import Largest, LayerStatistics, rotated_moment, round_weight, smoothing_scale

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.exchange import put_in_place
+from ..common.files.tensor_files import TensorFiles
 from ..common.imports import when_imported
-from ..common.tensor_files import TensorFiles
+from ..common.models.exchange import put_in_place
 from ..integrations.tensor_parallel import take_over
 from ..nn import QuantizedModule
 from ..swap import methods

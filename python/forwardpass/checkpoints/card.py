@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
-from ..common.files import write_text
-from ..common.modules import tensor_bytes
-from ..common.text import count
+from ..common.files.json_files import write_text
+from ..common.models.modules import tensor_bytes
+from ..common.printing.text import count
 from ..integrations.transformers import model_config
 from ..nn import QuantizedModule
 from ..swap import originals

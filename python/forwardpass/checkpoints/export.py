@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.files import flush, json_text, room_beside
-from ..common.modules import head_of, plain_module
-from ..common.tensor_files import safetensors_module, shard_bytes, split
+from ..common.files.json_files import flush, json_text, room_beside
+from ..common.files.tensor_files import safetensors_module, shard_bytes, split
+from ..common.models.modules import head_of, plain_module
 from ..dispatch import Unsupported
 from ..formats import Refused, comfyui, compressed_tensors
 from ..integrations.transformers import model_config

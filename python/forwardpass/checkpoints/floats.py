@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.tensor_files import TensorFiles
+from ..common.files.tensor_files import TensorFiles
 from ..proofs.walker import experts_leaves, linear_leaves
 from ..swap.config import Config
 from ..swap.precision import STORED, Precision, known

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 
 from ..common.extras import pip_install
-from ..common.files import room_beside, why_not_writable
+from ..common.files.json_files import room_beside, why_not_writable
 
 RECORD = "forwardpass.json"
 #: No name that other programs look for: they would take integers for weights.

@@ -11,24 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.exchange import put_in_place
-from ..common.forms import AtMost, misfit
-from ..common.modules import plain_module
-from ..common.tensor_files import TensorFiles
+from ..common.files.forms import AtMost, misfit
+from ..common.files.tensor_files import TensorFiles
+from ..common.models.exchange import put_in_place
+from ..common.models.modules import plain_module
 from ..formats import comfyui
 from ..integrations import sentence_transformers as sentences
 from ..integrations.transformers import model_config
 from ..nn import Experts, Int8Conv2d, QuantizedLinear, QuantizedModule
 from ..nn.eight_bits import EightBits
-from ..nn.experts import experts_sizes
 from ..nn.mlp import quantised_layers
+from ..nn.quantized_experts import experts_sizes
 from ..proofs.siblings import JoinedSwap
 from ..proofs.walker import ConvolutionLeaf, Leaf, convolutions, experts_leaves, linear_like
 from ..swap import methods, originals
+from ..swap.attention.attention_modules import decide_attention
 from ..swap.attention.kv_cache import decide_kv_cache
-from ..swap.attention.modules import decide_attention
 from ..swap.attention.projections import Projections
-from ..swap.attention.unpadding import decide_unpadding
+from ..swap.attention.unpadded_encoders import decide_unpadding
 from ..swap.plan import attention_8bit_of
 from ..swap.precision import modules
 from ..swap.rules import Context

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ..dispatch import Unsupported
 from ..formats import Header, Refused, compressed_tensors
-from ..formats.layer import StoredLinear
+from ..formats.stored_linear import StoredLinear
 from ..integrations.transformers import model_config
-from ..nn.layer import is_conv1d, is_linear
+from ..nn.linear.quantized_linear import is_conv1d, is_linear
 from .stored import StoredCheckpoint
 
 _OTHER = "use fp.save_pretrained(model, folder) and load it with model="

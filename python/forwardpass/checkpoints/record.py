@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..common.files import read_json
-from ..common.forms import OneOf, misfit
+from ..common.files.forms import OneOf, misfit
+from ..common.files.json_files import read_json
 from ..integrations import sentence_transformers as sentences
 from ..integrations.transformers.kv_scales import KV_CACHES
 from ..swap.plan import ATTENTION_8BIT, UNPAD

@@ -12,12 +12,12 @@ from torch import nn
 from ..dispatch import Reason
 from ..nn import Int8Conv2d, QuantizedLinear, QuantizedModule, QuantizingNorm
 from ..nn.mlp import TwoProducts, quantised_layers
-from ..proofs.mlp import Block
+from ..proofs.mlp_formulas import Block
 from ..proofs.siblings import JoinedSwap, siblings
 from ..proofs.walker import ConvolutionLeaf, Leaf
+from ..swap.attention.attention_modules import AttentionDecision, AttentionSwap
 from ..swap.attention.kv_cache import CacheDecision, CacheSwap
-from ..swap.attention.modules import AttentionDecision, AttentionSwap
-from ..swap.attention.unpadding import UnpaddingDecision, UnpaddingSwap
+from ..swap.attention.unpadded_encoders import UnpaddingDecision, UnpaddingSwap
 from ..swap.decision import Decision
 from ..swap.precision import STORED, LayerPrecision
 from ..swap.rules import Context

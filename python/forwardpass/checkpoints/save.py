@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.files import write_json
-from ..common.modules import plain_module
-from ..common.tensor_files import safetensors_module, shard_bytes, split
+from ..common.files.json_files import write_json
+from ..common.files.tensor_files import safetensors_module, shard_bytes, split
+from ..common.models.modules import plain_module
 from ..integrations import sentence_transformers as sentences
 from ..integrations.transformers import model_config
 from ..nn import QuantizedModule
 from ..swap import keras_layers, originals
+from ..swap.attention.attention_modules import bits_of, implementation_before
 from ..swap.attention.kv_cache import kv_cache_of
-from ..swap.attention.modules import bits_of, implementation_before
-from ..swap.attention.unpadding import unpads
+from ..swap.attention.unpadded_encoders import unpads
 from ..swap.methods.saving import register_save
 from ..version import __version__
 from . import auto_model, card

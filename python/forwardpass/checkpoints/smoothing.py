@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from ..calibration.formulas import SMOOTHING_LIMIT, round_weight
 from ..common.batches import device_of, evaluating, main_output
-from ..common.modules import hooked
+from ..common.models.modules import hooked
 from ..dispatch import Unsupported
 from ..integrations.transformers.norm_formulas import norm_formula
 from ..nn import Int8Linear, QuantizedModule
-from ..nn.layer import as_multiplied, is_linear, linear_weight
+from ..nn.linear.quantized_linear import as_multiplied, is_linear, linear_weight
 from ..ops.common.rotation import rotate
 from ..swap import originals
 

@@ -20,27 +20,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.exchange import put_in_place
 from ..common.extras import pip_install
-from ..common.files import read_json
-from ..common.quiet import quiet_libraries
-from ..common.tensor_files import TensorFiles
+from ..common.files.json_files import read_json
+from ..common.files.tensor_files import TensorFiles
+from ..common.models.exchange import put_in_place
+from ..common.printing.quiet import quiet_libraries
 from ..formats import FORMATS, NOTES, Format, Header, Refused, compressed_tensors
-from ..formats.experts import put_tensors, read_experts, stacked, stored_experts, with_scales
-from ..formats.layer import StoredLinear
+from ..formats.expert_tensors import put_tensors, read_experts, stacked, stored_experts, with_scales
 from ..formats.recipe import header_of
+from ..formats.stored_linear import StoredLinear
 from ..integrations.transformers import model_config
 from ..nn import QuantizedModule
-from ..nn.experts import experts_sizes, is_experts
-from ..nn.layer import is_linear
+from ..nn.linear.quantized_linear import is_linear
+from ..nn.quantized_experts import experts_sizes, is_experts
 from ..ops.common.quantized_rows import FLOATS
 from ..ops.common.rotation import SIZES
 from ..proofs.walker import Leaf, linear_like
 from ..swap import methods
+from ..swap.attention.attention_modules import decide_attention
 from ..swap.attention.kv_cache import CacheDecision
-from ..swap.attention.modules import decide_attention
 from ..swap.attention.projections import Projections
-from ..swap.attention.unpadding import UnpaddingDecision
+from ..swap.attention.unpadded_encoders import UnpaddingDecision
 from ..swap.rules import Context
 from .auto_model import reading_quantizer
 from .rewritten import Changes, proven

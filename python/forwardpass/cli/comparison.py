@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..common import decoding
+from ..common.models import decoding
 from ..common.timing import Track, interleave, keep_freed_memory, untracked
 from .embedding import Batch
 from .readout import Readout

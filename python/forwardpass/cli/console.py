@@ -13,8 +13,8 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from ..common.decoding import PHASES
-from ..common.text import count, megabytes, table, wrapped
+from ..common.models.decoding import PHASES
+from ..common.printing.text import count, megabytes, table, wrapped
 from ..common.timing import Track
 from ..swap.report import IN_ITS_DTYPE, by_reason, mostly, tied
 from .comparison import DYNAMIC_INT8

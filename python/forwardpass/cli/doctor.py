@@ -9,7 +9,7 @@ import torch
 
 from .. import dispatch
 from ..common import environment
-from ..common.compare import finite_relative_error
+from ..common.models.compare import finite_relative_error
 from ..dispatch import BACKENDS, Operation, Reason, interpreted, library
 from ..testing import benchmark_cases
 

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checkpoints.load import load_transformer
-from ..common.compare import relative_error
 from ..common.extras import pip_install
-from ..common.quiet import quiet_libraries
-from ..common.text import count
+from ..common.models.compare import relative_error
+from ..common.printing.quiet import quiet_libraries
+from ..common.printing.text import count
 from ..integrations.transformers import model_config
 from .source import Source, is_in_reach
 from .source import find_model as find_model

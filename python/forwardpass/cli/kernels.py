@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.compare import relative_error
+from ..common.models.compare import relative_error
 from ..dispatch import interpreted, only_reference_on, use_backend
 from ..nn import QuantizedLinear
 

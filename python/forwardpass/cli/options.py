@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 import torch
 import typer
 
-from ..common.files import why_not_writable
+from ..common.files.json_files import why_not_writable
 from ..dispatch import only_reference_on
 from ..swap import Plan
 from ..swap.attention.choices import CHOICES

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.compare import relative_error
-from ..common.decoding import logits_by_steps
-from ..common.text import count
+from ..common.models.compare import relative_error
+from ..common.models.decoding import logits_by_steps
+from ..common.printing.text import count
 from ..integrations import sentence_transformers as sentences
 from ..planning.agreement import next_tokens
 from ..swap.attention.kv_cache import kv_cache_of

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ..common.text import count
+from ..common.printing.text import count
 from . import embedding
 from .console import say
 from .readout import Readout, readout_of

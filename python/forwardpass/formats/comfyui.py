@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.tensor_files import TensorFiles
+from ..common.files.tensor_files import TensorFiles
 from ..nn import Bf16Linear, Fp8Linear, Int8Linear, QuantizedLinear, QuantizedModule
 from ..ops.common.quantized_rows import E4M3
 from ..proofs.walker import linear_like

@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..common.modules import is_compressed
+from ..common.models.modules import is_compressed
 from ..dispatch import Reason
 from ..nn import QuantizedLinear
-from ..nn.experts import is_experts
-from ..nn.layer import is_linear
+from ..nn.linear.quantized_linear import is_linear
+from ..nn.quantized_experts import is_experts
 from . import FORMATS, NOTES
-from .experts import StoredExperts, read_experts
+from .expert_tensors import StoredExperts, read_experts
 from .recipe import Header, Recipe, Refused
 
 #: What a layer's library would write of it: the method, what of `quantization_config` its format asks for, and its tensors.

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.tensor_files import TensorFiles
+from ..common.files.tensor_files import TensorFiles
 from ..dispatch import gpu_takes, operations
 from ..nn import Fp8Linear, Int8Linear, QuantizedLinear, W8A16Linear
-from ..nn.layer import scales_shape
+from ..nn.linear.quantized_linear import scales_shape
 from ..ops.fp8_gemm import BLOCK
 
 

@@ -19,8 +19,8 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import nn
 
-from ..common.files import MAX_JSON_BYTES
-from ..common.forms import AtMost, misfit
+from ..common.files.forms import AtMost, misfit
+from ..common.files.json_files import MAX_JSON_BYTES
 
 CLASSES = ("SentenceTransformer", "CrossEncoder")
 MODULES, SETTINGS = "modules.json", "config_sentence_transformers.json"

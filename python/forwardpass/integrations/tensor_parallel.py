@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..common.modules import has_hooks
-from ..nn.layer import is_linear
-from ..nn.sharding import INPUTS, OUTPUTS, Sharding
+from ..common.models.modules import has_hooks
+from ..nn.linear.quantized_linear import is_linear
+from ..nn.linear.sharding import INPUTS, OUTPUTS, Sharding
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor

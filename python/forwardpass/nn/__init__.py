@@ -2,16 +2,16 @@
 
 from typing import Any as _Any
 
-from .bf16_linear import Bf16Linear
-from .experts import Experts
-from .fp8_linear import Fp8Linear
 from .int8_conv2d import Int8Conv2d
-from .int8_linear import Int8Linear
-from .layer import QuantizedLinear, QuantizedModule
+from .linear.bf16_linear import Bf16Linear
+from .linear.fp8_linear import Fp8Linear
+from .linear.int8_linear import Int8Linear
+from .linear.quantized_linear import QuantizedLinear, QuantizedModule
+from .linear.w8a16_linear import W8A16Linear
 from .mlp import MLP, GatedMLP
 from .multihead_attention import MultiheadAttention
 from .norm import QuantizingNorm
-from .w8a16_linear import W8A16Linear
+from .quantized_experts import Experts
 
 __all__ = [
     "MLP",
@@ -34,7 +34,7 @@ __all__ = [
 def __getattr__(name: str) -> _Any:
     """Styles derive from torch's, whose import takes half a second."""
     if name in ("ColwiseParallel", "RowwiseParallel"):
-        from . import parallel
+        from .linear import parallel
 
         return getattr(parallel, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.modules import is_watched_by_others
+from ..common.models.modules import is_watched_by_others
 from .guard import InEpilogue
 from .int8_conv2d import Int8Conv2d
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..common.modules import forward_replaced, is_watched_by_others
-from ..common.quiet import warn_once
+from ..common.models.modules import forward_replaced, is_watched_by_others
+from ..common.printing.quiet import warn_once
 from ..common.syntax import mentioned
 
 

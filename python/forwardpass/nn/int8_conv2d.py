@@ -18,10 +18,10 @@ from ..ops.int8_linear import OPERATION as LINEAR
 from ..ops.int8_linear.reference import quantized_input
 from ..ops.quantize import OPERATION as QUANTIZE
 from ..ops.quantize.reference import quantize as quantize_reference
-from .dequantized_weight import ReadableWeight
 from .guard import InEpilogue
-from .int8_linear import packed_weight
-from .layer import QuantizedModule, as_autocast, as_dtype, forward_is_elsewhere, qualified
+from .linear.dequantized_weight import ReadableWeight
+from .linear.int8_linear import packed_weight
+from .linear.quantized_linear import QuantizedModule, as_autocast, as_dtype, forward_is_elsewhere, qualified
 
 #: What a layer is normalised by, once it is folded: a BatchNorm2d, or what has its tensors.
 Norm = nn.Module

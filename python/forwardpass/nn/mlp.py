@@ -10,14 +10,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..common.modules import HOOK, OLD_FORWARD, is_watched_by_others
+from ..common.models.modules import HOOK, OLD_FORWARD, is_watched_by_others
 from ..dispatch import gpu_takes, use_backend
 from ..ops.common.activations import GATED, PLAIN, interleave_gate_up, separate_gate_up
 from ..ops.fp8_gemm import BLOCK
-from .dequantized_weight import DequantizedWeight
 from .guard import CodeGuard, InEpilogue, is_as_proven
-from .joined import why_apart
-from .layer import Quantized, QuantizedLinear, QuantizedModule
+from .linear.dequantized_weight import DequantizedWeight
+from .linear.joined import why_apart
+from .linear.quantized_linear import Quantized, QuantizedLinear, QuantizedModule
 
 L = TypeVar("L", bound=QuantizedLinear)
 _NONE: Mapping[str, nn.Module] = {}

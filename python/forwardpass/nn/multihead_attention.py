@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..common.modules import has_hooks, hook_alike
+from ..common.models.modules import has_hooks, hook_alike
 from ..dispatch import Reason
 from ..dispatch.calls import decline
 from ..ops.common.quantized_rows import FLOATS
 from .eight_bits import EightBits, attend
-from .layer import QuantizedLinear
+from .linear.quantized_linear import QuantizedLinear
 
 _WEIGHTS = Reason(
     "need_weights",

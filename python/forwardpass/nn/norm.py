@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.modules import is_watched
+from ..common.models.modules import is_watched
 from ..dispatch import gpu_takes
 from ..ops.norm_quantize import NORM_QUANTIZE
 from .guard import CodeGuard, is_as_proven
-from .layer import Quantized, rows
+from .linear.quantized_linear import Quantized, rows
 from .mlp import TwoProducts
 
 

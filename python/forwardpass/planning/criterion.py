@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common.batches import padding_mask
-from ..common.compare import squared_relative_error
+from ..common.models.compare import squared_relative_error
 from .agreement import next_tokens
 from .pictures import psnr, ssim
 

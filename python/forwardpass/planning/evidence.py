@@ -8,9 +8,9 @@ from typing import Any
 
 from ..common.timing import Timing
 from ..swap.plan_evidence import NO_GAIN
-from .attention import AttentionLayer
+from .candidates.attention_rows import AttentionLayer
+from .candidates.measure import Candidate, Layer
 from .choose import Frontier
-from .measure import Candidate, Layer
 
 #: Points of the frontier that are kept.
 POINTS = 200

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ..common.batches import Forward, Output, device_of, eval_mode, evaluating, main_output, padding_mask, run, several
-from ..common.compare import relative_error
-from ..common.modules import hooked, plain_module
-from ..common.printed import Block, Printed, Table, page
-from ..common.text import count
+from ..common.models.compare import relative_error
+from ..common.models.modules import hooked, plain_module
+from ..common.printing.printed import Block, Printed, Table, page
+from ..common.printing.text import count
 from ..nn import QuantizedModule
 from ..nn.mlp import quantised_layers
 from ..swap import originals
@@ -182,7 +182,7 @@ class ParityReport(Printed):
 
     def save_plot(self, path: str | os.PathLike[str]) -> None:
         """Error by depth, and a map of blocks by layers of a block, as an image; needs matplotlib (extra `cli`)."""
-        from . import plots
+        from . import plan_plots as plots
 
         plots.parity(self.layers, os.fspath(path))
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ..common.batches import Forward, Output, device_of
 from ..common.extras import pip_install
-from ..common.printed import Block, Gallery
-from ..common.text import count
+from ..common.printing.printed import Block, Gallery
+from ..common.printing.text import count
 
 #: images(model, batch): what a caller draws with the model, as `pictures_of` takes it
 Images = Callable[[nn.Module, Any], Any]

@@ -14,18 +14,18 @@ from torch import nn
 
 from ..common import environment
 from ..common.batches import Fingerprint, Output, device_of, evaluating, several
-from ..common.decoding import Decoding
-from ..common.modules import hooked, plain_module, tensor_bytes
-from ..common.text import megabytes
+from ..common.models.decoding import Decoding
+from ..common.models.modules import hooked, plain_module, tensor_bytes
+from ..common.printing.text import megabytes
 from ..common.timing import Timing, Track, interleave, untracked
 from ..dispatch import Reason
 from ..integrations.tensor_parallel import refuse_divided
 from ..proofs.walker import convolutions, experts_leaves, linear_like
 from ..swap import keras_layers, originals
+from ..swap.attention.attention_modules import decide_attention
 from ..swap.attention.kv_cache import decide_kv_cache
-from ..swap.attention.modules import decide_attention
 from ..swap.attention.projections import Projections
-from ..swap.attention.unpadding import decide_unpadding
+from ..swap.attention.unpadded_encoders import decide_unpadding
 from ..swap.config import Config, Options
 from ..swap.decision import Decision, refuse_model, refuse_swapped
 from ..swap.plan import Plan
@@ -34,11 +34,9 @@ from ..swap.rules import Context
 from ..swap.swapping import planned
 from ..swap.verdicts import prove
 from . import evidence
-from .attention import NOT_OF_LAYERS, Attention, AttentionLayer, attention_candidates
-from .caches import kv_cache_candidates, with_cache
-from .choose import Choice, Frontier, Option
-from .criterion import PSNR, SSIM, Criterion, Metric
-from .measure import (
+from .candidates.attention_rows import NOT_OF_LAYERS, Attention, AttentionLayer, attention_candidates
+from .candidates.caches import kv_cache_candidates, with_cache
+from .candidates.measure import (
     CALIBRATED,
     ROUNDS,
     WARMUP,
@@ -54,8 +52,10 @@ from .measure import (
     find_candidate,
     identity,
 )
+from .candidates.together import Saved, options_of, pairs_of, time_pairs, units_of
+from .choose import Choice, Frontier, Option
+from .criterion import PSNR, SSIM, Criterion, Metric
 from .pictures import Images, drawing, refuse_others
-from .together import Saved, options_of, pairs_of, time_pairs, units_of
 from .verify import Verdict, Verifier
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..swap.plan import Plan
-from .measure import SAMPLES, Arguments, Subject, annotated
+from .candidates.measure import SAMPLES, Arguments, Subject, annotated
 
 #: The share of the samples in the measured batches that effects on the output are averaged over.
 BINDING = 0.25

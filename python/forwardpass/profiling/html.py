@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from ..common.printed import page
-from ..common.text import count
+from ..common.printing.printed import page
+from ..common.printing.text import count
 from .layers import BEYOND, Row
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..common.batches import tensors
-from ..common.modules import hooked
+from ..common.models.modules import hooked
 from .phases import FORWARDS, Request, sample
 from .roofline import Roofline, roofline
 

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..common import decoding
 from ..common.batches import Forward, map_tensors, run, tensors
+from ..common.models import decoding
 from ..serving.transfer import bytes_of, named
 
 PHASES = ("input", "transfer", "forward", "output")

@@ -15,9 +15,9 @@ from torch import nn
 
 from ..common import environment
 from ..common.batches import Forward, check_several, device_of, eval_mode, evaluating, several, tensors
-from ..common.modules import plain_module
-from ..common.printed import Block, Printed, Table
-from ..common.text import count, together
+from ..common.models.modules import plain_module
+from ..common.printing.printed import Block, Printed, Table
+from ..common.printing.text import count, together
 from ..common.timing import Track, untracked
 from ..serving.pipeline import Pipeline
 from .advice import Advice, advise

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..common.modules import is_watched
+from ..common.models.modules import is_watched
 from ..integrations.class_source import is_as_written, owner_of_forward
-from ..nn.experts import experts_sizes
+from ..nn.quantized_experts import experts_sizes
 from ..ops.common.activations import GATED
 from .code import CONTAINERS, SETUP, Function, Reach, is_attribute_of, self_of
 

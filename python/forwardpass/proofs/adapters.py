@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from ..common.modules import forward_replaced, has_hooks
+from ..common.models.modules import forward_replaced, has_hooks
 from ..integrations.peft import BASE
 from ..nn import QuantizedModule
 from .code import definition, hands_over, is_attribute_of, self_of

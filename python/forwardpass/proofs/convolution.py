@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..common.exchange import Replaced
-from ..common.modules import is_watched
+from ..common.models.exchange import Replaced
+from ..common.models.modules import is_watched
 from ..integrations.class_source import is_as_written, owner_of_forward
 from ..nn import Int8Conv2d
 from ..nn.folded import FoldedNorm, InConvolution, InShared, SharedActivation
-from ..nn.layer import qualified
+from ..nn.linear.quantized_linear import qualified
 from ..ops.common.activations import PLAIN
 from .activation import Activation, called_as_a_whole, formula_of, is_sequence, pairs, words
 from .code import CONTAINERS, Function, Reach

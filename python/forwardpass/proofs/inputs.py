@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..common.batches import Forward, device_of, map_tensors, run, tensors
-from ..common.float32 import in_float32
+from ..common.models.float32 import in_float32
 from ..integrations.sentence_transformers import class_of, transformer_of
-from ..nn.layer import is_conv1d
+from ..nn.linear.quantized_linear import is_conv1d
 
 #: Rows, tokens of a row, and padding of the other one: models run without padding where it is a sixteenth of all or more.
 ROWS, TOKENS, PADDING = 2, 7, 3

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ..common.exchange import Replaced
-from ..common.modules import is_watched
+from ..common.models.exchange import Replaced
+from ..common.models.modules import is_watched
 from ..integrations.transformers.norm_formulas import NormFormula, norm_formula
 from ..nn import QuantizingNorm
 from .activation import called_behind

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .activation import is_sequence
 from .inputs import features_in, pictures_in
-from .mlp import Block
+from .mlp_formulas import Block
 from .norms import NormBefore
 from .siblings import siblings
 from .walker import ConvolutionLeaf, Leaf

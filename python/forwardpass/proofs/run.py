@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from ..common.batches import device_of, evaluating
-from ..common.compare import relative_error
-from ..common.float32 import InFloat32
+from ..common.models.compare import relative_error
+from ..common.models.float32 import InFloat32
 from ..dispatch import Reason
 from ..dispatch.choice import choosing, interpreter
 from ..nn import QuantizedModule

@@ -19,16 +19,16 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ..common.exchange import Replaced
-from ..common.modules import tensor_bytes
+from ..common.models.exchange import Replaced
+from ..common.models.modules import tensor_bytes
 from ..dispatch import Reason
 from ..nn import Int8Conv2d, QuantizedModule
 from ..nn.folded import SharedActivation
 from ..nn.guard import InEpilogue
-from ..nn.joined import Joined, why_apart
+from ..nn.linear.joined import Joined, why_apart
 from .code import CONTAINERS, definition, functions_in, is_attribute_of, self_of
 from .convolution import stand_ins
-from .mlp import MLPs
+from .mlp_formulas import MLPs
 from .walker import ConvolutionLeaf, Leaf
 
 #: What is asked of a tensor without reading or writing it.

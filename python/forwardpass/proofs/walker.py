@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from ..dispatch import Reason
 from ..integrations.peft import BASE
 from ..integrations.tensor_parallel import is_row_wise
-from ..nn.experts import experts_sizes, is_experts
-from ..nn.layer import is_conv1d, linear_weight
+from ..nn.linear.quantized_linear import is_conv1d, linear_weight
+from ..nn.quantized_experts import experts_sizes, is_experts
 from .activation import Activation, activation_behind, activation_within
 from .code import Reach
 from .convolution import NormBehind, chain_behind
-from .mlp import Block, block_of
+from .mlp_formulas import Block, block_of
 
 
 @dataclass(frozen=True)

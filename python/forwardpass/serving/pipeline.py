@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.batches import Forward, device_of, eval_mode, map_tensors, run, tensors
-from ..common.modules import plain_module
+from ..common.models.modules import plain_module
 from .thread_state import captured, release_openmp_threads
 from .transfer import named, transfer_for
 

@@ -22,13 +22,13 @@ from torch import nn
 
 from ..common import environment
 from ..common.batches import Forward, device_of, evaluating, main_output, run
-from ..common.files import write_json
+from ..common.files.json_files import write_json
 from ..common.memory import give_back_freed
-from ..common.modules import plain_module
-from ..common.printed import Block, Printed, Table
-from ..common.text import count
+from ..common.models.modules import plain_module
+from ..common.printing.printed import Block, Printed, Table
+from ..common.printing.text import count
 from ..common.timing import Track, untracked
-from .load import Load, run_load
+from .load_generator import Load, run_load
 from .pipeline import Pipeline
 from .queueing import Arrivals, Policy, ServiceTimes, Simulated, Spread, percentile, poisson, served, simulate, spread
 
@@ -157,7 +157,7 @@ class BatchSizing(Printed):
 
     def save_plot(self, path: str | os.PathLike[str]) -> None:
         """The frontier and the measured points, as an image; needs matplotlib (extra `cli`)."""
-        from . import plots
+        from . import latency_plot as plots
 
         plots.size_batch(self, os.fspath(path))
 

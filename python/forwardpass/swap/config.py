@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from torch import nn
 
 from ..common.batches import check_several
-from ..common.patterns import Pattern, patterns
+from ..common.models.patterns import Pattern, patterns
 from .attention.choices import Attention, Choice, check_choice, is_asked_for
 from .attention.kv_cache import check_kv_cache
-from .attention.unpadding import check_unpad
+from .attention.unpadded_encoders import check_unpad
 from .plan import Plan
 from .precision import ByHand, Presets
 

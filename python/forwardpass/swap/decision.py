@@ -7,18 +7,18 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from ..common.modules import tensor_bytes
-from ..common.text import count
+from ..common.models.modules import tensor_bytes
+from ..common.printing.text import count
 from ..dispatch import Reason, Unsupported
 from ..formats.loaded import is_stored
-from ..nn.layer import is_conv1d
+from ..nn.linear.quantized_linear import is_conv1d
 from ..nn.mlp import quantised_layers
 from ..proofs.walker import Leaf
 from . import originals
+from .attention.attention_modules import NOT_PLANNED, AttentionDecision, decide_attention
 from .attention.choices import Attention, is_asked_for
 from .attention.kv_cache import CacheDecision, decide_kv_cache
-from .attention.modules import NOT_PLANNED, AttentionDecision, decide_attention
-from .attention.unpadding import UnpaddingDecision, decide_unpadding
+from .attention.unpadded_encoders import UnpaddingDecision, decide_unpadding
 from .plan import UNPAD, Plan
 from .precision import STORED, Early, LayerPrecision, Presets
 from .report import Skipped

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
-from ..common.patterns import Pattern
+from ..common.models.patterns import Pattern
 from ..dispatch import Reason
 from .report import Skipped
 

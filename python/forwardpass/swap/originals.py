@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..common.batches import device_of
-from ..common.exchange import Replaced, exchange, put_in_place
-from ..common.modules import accelerate_hooks, plain_module
+from ..common.models.exchange import Replaced, exchange, put_in_place
+from ..common.models.modules import accelerate_hooks, plain_module
 from ..integrations.tensor_parallel import refuse_divided
 from ..integrations.transformers.attention import PLACE
 from ..nn import MultiheadAttention, QuantizedModule

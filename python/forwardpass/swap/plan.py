@@ -10,10 +10,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..common.files import read_json, write_json
-from ..common.forms import OneOf, misfit
-from ..common.printed import Block, Printed, Table
-from ..common.text import count, together
+from ..common.files.forms import OneOf, misfit
+from ..common.files.json_files import read_json, write_json
+from ..common.printing.printed import Block, Printed, Table
+from ..common.printing.text import count, together
 from ..integrations.transformers.kv_scales import KV_CACHES
 from ..nn import MultiheadAttention
 from ..nn.eight_bits import EightBits

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..common.forms import AtLeast, misfit
-from ..common.printed import Block, Table
-from ..common.text import count, span, together
+from ..common.files.forms import AtLeast, misfit
+from ..common.printing.printed import Block, Table
+from ..common.printing.text import count, span, together
 
 #: how the reason of a layer begins for which no candidate is faster
 NO_GAIN = "left alone: no candidate is faster"

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..common.patterns import Pattern, patterns
+from ..common.models.patterns import Pattern, patterns
 from ..formats.loaded import TakenOver
 from ..nn import Bf16Linear, Experts, Fp8Linear, Int8Conv2d, Int8Linear, QuantizedLinear, QuantizedModule, W8A16Linear
-from ..nn.experts import experts_operation
+from ..nn.quantized_experts import experts_operation
 from ..ops.common.rotation import SIZES
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..common.modules import plain_module
-from ..common.printed import Block, Printed, Table
-from ..common.text import count, megabytes, together, with_numbers, without_numbers
+from ..common.models.modules import plain_module
+from ..common.printing.printed import Block, Printed, Table
+from ..common.printing.text import count, megabytes, together, with_numbers, without_numbers
 from ..dispatch import Reason
 from . import originals
 from .plan import Plan

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..common.environment import cpu_tier, int8_instructions
-from ..common.modules import (
+from ..common.models.modules import (
     accelerate_hooks,
     forward_replaced,
     has_hooks,
@@ -28,12 +28,12 @@ from ..common.modules import (
     is_compressed,
     moves_nothing_but_inputs,
 )
-from ..common.patterns import Pattern
+from ..common.models.patterns import Pattern
 from ..dispatch import Reason, gpu_takes, only_reference_on, operations
 from ..integrations.tensor_parallel import sharding_of, whole
 from ..nn import Experts, Int8Linear, MultiheadAttention
-from ..nn.experts import experts_operation, is_experts
-from ..nn.layer import has_other_forward, is_linear
+from ..nn.linear.quantized_linear import has_other_forward, is_linear
+from ..nn.quantized_experts import experts_operation, is_experts
 from ..ops.common.quantized_rows import FLOATS
 from ..ops.int8_conv2d import LEAST_GROUP
 from ..proofs.adapters import BASE, reads_base

@@ -13,26 +13,26 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..common.batches import Fingerprint, device_of, first_of
-from ..common.modules import plain_module, tensor_bytes
-from ..common.text import count
+from ..common.models.modules import plain_module, tensor_bytes
+from ..common.printing.text import count
 from ..dispatch import Reason, only_reference_on
 from ..formats.loaded import Decompression, is_stored, note_on, refuse_inference_mode
 from ..integrations.tensor_parallel import refuse_divided, sharding_of, whole
 from ..nn import Experts, Int8Conv2d, QuantizedModule
 from ..nn.eight_bits import EightBits
-from ..nn.experts import experts_sizes
 from ..nn.int8_conv2d import is_pointwise, padding_of
 from ..nn.mlp import quantised_layers
+from ..nn.quantized_experts import experts_sizes
 from ..ops.common.quantized_rows import FLOATS
 from ..proofs.siblings import JoinedSwap
 from ..proofs.walker import ConvolutionLeaf, Leaf, convolutions, experts_leaves, linear_leaves, linear_like
 from ..version import __version__
 from . import originals
+from .attention.attention_modules import AttentionSwap, notes_on_8_bits
 from .attention.choices import is_asked_for
 from .attention.kv_cache import CacheSwap
-from .attention.modules import AttentionSwap, notes_on_8_bits
 from .attention.projections import Projections
-from .attention.unpadding import UnpaddingSwap
+from .attention.unpadded_encoders import UnpaddingSwap
 from .config import Config, Options
 from .decision import Decision, decide, refuse_model, refuse_skips, refuse_swapped
 from .keras_layers import KerasLinears

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..common.batches import Forward
-from ..common.modules import hooked, is_compressed
+from ..common.models.modules import hooked, is_compressed
 from ..dispatch import Reason
 from ..formats.loaded import is_stored
 from ..integrations.sentence_transformers import class_of
@@ -21,12 +21,12 @@ from ..integrations.transformers.unpadding import current
 from ..nn import QuantizedModule
 from ..ops.common.quantized_rows import FLOATS
 from ..proofs import inputs, run
-from ..proofs.mlp import Block
+from ..proofs.mlp_formulas import Block
 from ..proofs.rewritings import Rewriting, rewritings
 from ..proofs.walker import ConvolutionLeaf, Leaf
+from .attention.attention_modules import AttentionDecision, AttentionSwap
 from .attention.kv_cache import CacheSwap
-from .attention.modules import AttentionDecision, AttentionSwap
-from .attention.unpadding import UnpaddingDecision, UnpaddingSwap
+from .attention.unpadded_encoders import UnpaddingDecision, UnpaddingSwap
 from .decision import Decision
 from .precision import Early
 from .report import Skipped

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.modules import tensor_bytes
+from ..common.models.modules import tensor_bytes
 from ..proofs.inputs import made_up_weight
 from ..proofs.walker import Leaf, experts_leaves, linear_like
 from .config import Config

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import core, current, operators
 from ..capture import Capture
-from ..storage import on_host
+from ..memory.storage import on_host
 from .benchmark import Benchmark
 
 aten = torch.ops.aten

@@ -10,13 +10,13 @@ from typing import Annotated
 import typer
 
 from ...version import __version__
-from .doctor import doctor
-from .kernels import kernels
-from .parity import parity
-from .plan import plan
-from .profile import profile
-from .size_batch import size_batch
-from .swap import swap
+from .doctor_command import doctor
+from .kernels_command import kernels
+from .parity_command import parity
+from .plan_command import plan
+from .profile_command import profile
+from .size_batch_command import size_batch
+from .swap_command import swap
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...common.modules import is_watched
+from ...common.models.modules import is_watched
 from .. import patches
 from ..class_source import owner_of_forward
 from ..patches import Patch

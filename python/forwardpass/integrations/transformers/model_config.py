@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from ...common.extras import pip_install
-from ...common.files import write_json
-from ...common.quiet import quiet_libraries
+from ...common.files.json_files import write_json
+from ...common.printing.quiet import quiet_libraries
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 #: Attention that needs no download: transformers takes flash_attention_2 from its hub where flash-attn is not installed.

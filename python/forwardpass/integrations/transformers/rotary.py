@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...common.quiet import warn_once
+from ...common.printing.quiet import warn_once
 from ...ops.append_kv import PLAIN, WITHOUT_NORMS
 from .. import patches
 from ..class_source import body_of, dump, is_as_written, named, owner_of_forward, tree_of_module

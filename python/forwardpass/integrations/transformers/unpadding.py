@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...common.quiet import warn_once
+from ...common.printing.quiet import warn_once
 from ..class_source import class_is_as_written
 
 #: The attribute of a model that runs a stack of its layers without padding: the implementation that its config has to name for

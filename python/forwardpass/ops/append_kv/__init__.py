@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...dispatch import Operation
-from ..common.kv_cache import check_cache, check_lengths, check_new_rows
+from ..common.cache_layout import check_cache, check_lengths, check_new_rows
 from ..common.quantized_rows import check_vector
 from . import reference
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...testing import assert_equal, pairwise
 from ..attention_decode.cases import LAYOUTS, SCALES, Cache, as_bytes
-from ..common.kv_cache import QUANTIZED
+from ..common.cache_layout import QUANTIZED
 from ..common.quantized_rows import E4M3
 
 

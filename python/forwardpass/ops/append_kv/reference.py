@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..common.kv_cache import QUANTIZED, check_apart, check_lengths, has_room, is_per_token, locate
+from ..common.cache_layout import QUANTIZED, check_apart, check_lengths, has_room, is_per_token, locate
 from ..common.quantized_rows import quantize_values
 
 

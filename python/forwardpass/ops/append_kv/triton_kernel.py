@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..attention_decode.triton_kernel import scales
-from ..common.kv_cache import QUANTIZED, capacity, is_per_token
+from ..common.cache_layout import QUANTIZED, capacity, is_per_token
 from ..common.quantized_rows import E4M3
 from ..common.triton_rows import magnitudes, segment_scale, store_quantized
 from .reference import NORM_SUMS

@@ -18,7 +18,8 @@ from ...dispatch import Operation, Reason, gpu_capability
 from ..attention import Window, check, fake, fake_with_lse, split_window, why_not_gpu
 from ..common.quantized_rows import E4M3, FLOATS
 from ..fp8_gemm import why_no_fp8
-from . import cache, reference
+from . import cache_operands as cache
+from . import reference
 
 DTYPES = ("int8", "fp8")
 #: the dtype of v, by that of a call

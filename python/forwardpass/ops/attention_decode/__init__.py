@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...dispatch import Operation, Reason
 from ..attention import Window, check_alibi_slopes, check_number, check_window, split_window
-from ..common.kv_cache import check_cache, check_ints, check_leftpad, check_lengths, check_new_rows
+from ..common.cache_layout import check_cache, check_ints, check_leftpad, check_lengths, check_new_rows
 from ..common.quantized_rows import check_vector
 from . import reference
 

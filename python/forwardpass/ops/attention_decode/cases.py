@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...testing import assert_close, pairwise
 from ..attention.cases import ULP
-from ..common.kv_cache import QUANTIZED
+from ..common.cache_layout import QUANTIZED
 from ..common.quantized_rows import E4M3, quantize_values
 from . import reference
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..attention.reference import attend
-from ..common.kv_cache import capacity, check_leftpad, check_lengths, has_room, locate
+from ..common.cache_layout import capacity, check_leftpad, check_lengths, has_room, locate
 
 
 def attention_decode(

@@ -24,7 +24,7 @@ from torch import Tensor
 from triton.runtime.driver import driver
 
 from ..attention.triton_kernel import LN_2, LOG2_E, capped, load_logits
-from ..common.kv_cache import QUANTIZED, capacity
+from ..common.cache_layout import QUANTIZED, capacity
 from ..common.triton_gemm import Machine, machine_of, upconvert
 from . import OPERATION, WITH_LSE
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ...common.patterns import patterns
+from ...common.models.patterns import patterns
 from ...nn.eight_bits import check_crossover
 from ...ops.attention_8bit import DTYPES
 

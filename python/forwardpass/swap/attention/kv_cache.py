@@ -15,9 +15,9 @@ from ...integrations.transformers import attention as huggingface
 from ...integrations.transformers import rotary
 from ...integrations.transformers.cache_readers import why_not_read
 from ...integrations.transformers.kv_scales import KV_CACHES
+from .attention_modules import AttentionDecision
 from .choices import Attention, AttentionChoices
-from .modules import AttentionDecision
-from .unpadding import is_pretrained
+from .unpadded_encoders import is_pretrained
 
 #: The attribute of a model whose caches become ours: its kv_cache=.
 PLACE = "forwardpass_kv_cache"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from ...common.patterns import Pattern
+from ...common.models.patterns import Pattern
 from ...dispatch import Reason
 from ...nn import MultiheadAttention
 from ...proofs.walker import Leaf, leaves

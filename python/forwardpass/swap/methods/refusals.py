@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ...common.modules import head_of
+from ...common.models.modules import head_of
 from ...nn import QuantizedModule
 from ...proofs.adapters import ADDING, MERGING, MERGING_ALL, is_plain, is_quantized_below
 

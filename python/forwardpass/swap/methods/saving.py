@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from ...common.modules import head_of
+from ...common.models.modules import head_of
 from ...integrations import sentence_transformers as sentences
 from ...integrations.peft import BASE
 from ...integrations.transformers import model_config

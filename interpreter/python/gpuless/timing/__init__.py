@@ -1,0 +1,1 @@
+"""What kernels did, and the time it would take: counts, the model and the timeline."""

@@ -1,0 +1,1 @@
+"""The quantised Linear layers, and what they share."""
