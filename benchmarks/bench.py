@@ -12,6 +12,7 @@ import pathlib
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -26,6 +27,8 @@ from forwardpass.testing import benchmark_cases
 
 #: What the rounds of a case may take, of which there are at least a third of those asked for.
 SECONDS = 30
+#: What a call of plain torch may take on a CPU: the largest cases are of a GPU's size.
+LONGEST = 2
 #: Relative L2 error beside the baseline, as a guard that both do the same work; the tests have the real bounds.
 SAME_WORK = 2e-2
 
@@ -102,15 +105,21 @@ def run_case(op: Operation, case: Any, baseline: Callable[..., Any], device: str
     call = as_a_layer_has_them(case.arguments(device))
     reasons = {b: op.why_not(b, *call) for b in BACKENDS if b != "reference"}
     backends = [b for b, reason in reasons.items() if reason is None]
+
+    def left_out(why: str) -> dict[str, Any]:
+        return {"operation": op.name, "case": op.describe(call), "left_out": f"left out: {why}"}
+
     if not backends:
-        why = "; ".join(f"{b}: {reason}" for b, reason in reasons.items())
-        return {"operation": op.name, "case": op.describe(call), "left_out": f"left out. {why}"}
+        return left_out("; ".join(f"{b}: {reason}" for b, reason in reasons.items()))
     torch.compiler.reset()
     compiled = torch.compile(baseline, dynamic=False)
     runs: dict[str, Callable[..., Any]] = {b: lambda *args, b=b: on_backend(op, b, args)() for b in backends}
     runs["torch eager"] = lambda *args: baseline(**dict(zip(op.parameters, args)))
     runs["torch.compile"] = lambda *args: compiled(**dict(zip(op.parameters, args)))
+    start = time.perf_counter()
     expected = op.results(runs["torch eager"], call)
+    if device == "cpu" and (seconds := time.perf_counter() - start) > LONGEST:
+        return left_out(f"plain torch takes {seconds:.0f} s a call on this CPU, more than {LONGEST}")
     for name, run in runs.items():
         check_same_work(f"{name} of {op.describe(call)}", op.results(run, call), expected)
     calls = {name: functools.partial(run, *call) for name, run in runs.items()}

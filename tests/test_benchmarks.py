@@ -66,6 +66,14 @@ def test_a_case_that_nothing_of_ours_runs_is_left_out_with_the_reasons():
     assert "timings" not in row and all(f"{b}: " in row["left_out"] for b in ("cuda", "triton", "cpu"))
 
 
+def test_a_case_of_a_gpus_size_is_left_out_on_a_cpu(monkeypatch):
+    """Of attention plain torch took 17 s a call, and its table an hour."""
+    op = dispatch.operations["quantize"]
+    monkeypatch.setattr(bench, "LONGEST", 0)
+    row = bench.run_case(op, min(benchmark_cases(op), key=lambda c: c.bytes()), BASELINES[op], "cpu", rounds=2)
+    assert "timings" not in row and "plain torch takes 0 s a call on this CPU" in row["left_out"]
+
+
 def test_slow_cases_have_fewer_rounds(monkeypatch):
     op, asked = dispatch.operations["quantize"], []
     monkeypatch.setattr(
