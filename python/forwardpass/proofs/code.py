@@ -13,7 +13,7 @@ import linecache
 import re
 import sys
 import weakref
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable, Iterator
 from functools import cached_property, lru_cache
 from types import CodeType, FunctionType, ModuleType
@@ -40,6 +40,8 @@ _KNOW_NO_MODULES = frozenset({
 })  # fmt: skip
 #: Of the standard library: what holds others' objects. Others (loggers, locks) hold none of a model's.
 _HOLDERS = {"builtins", "collections", "functools", "types"}
+#: Attributes of modules of these types lead nowhere, and of the second where they are empty: most of a model's attributes.
+_VALUES, _HOLD = {type(None), bool, int, float, str}, {dict, OrderedDict, set, list, tuple}
 #: Objects that are looked at before a model counts as too large to prove anything about.
 _MOST = 300_000
 
@@ -145,12 +147,16 @@ class Reach:
         todo: list[tuple[Any, type | None]] = []
         for m in self.model.modules():
             # torchao has each layer print itself in another way, and the forward that transformers divides refers to its module
-            apart = ["_modules", "extra_repr"]
+            apart = ["_modules", "_parameters", "_buffers", "extra_repr"]
             if sharding_of(m):
                 apart.append("forward")
             if type(m).__module__.startswith("forwardpass."):
                 apart += _OF_OURS
-            todo += ((value, None) for name, value in vars(m).items() if name not in apart)
+            todo += (
+                (value, None)
+                for name, value in vars(m).items()
+                if name not in apart and type(value) not in _VALUES and (value or type(value) not in _HOLD)
+            )
             todo.append((type(m), None))
         visited: set[tuple[int, type | None]] = set()
         referred: set[int] = set()
