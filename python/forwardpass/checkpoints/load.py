@@ -23,7 +23,7 @@ from ..nn.eight_bits import EightBits
 from ..nn.mlp import quantised_layers
 from ..nn.quantized_experts import experts_sizes
 from ..proofs.siblings import JoinedSwap
-from ..proofs.walker import ConvolutionLeaf, Leaf, convolutions, experts_leaves, linear_like
+from ..proofs.walker import ConvolutionLeaf, Leaf, all_leaves
 from ..swap import methods, originals
 from ..swap.attention.attention_modules import decide_attention
 from ..swap.attention.kv_cache import decide_kv_cache
@@ -260,7 +260,7 @@ def empty_layers(
     fail: Fail,
 ) -> tuple[list[Leaf], dict[int, QuantizedModule]]:
     """(the layers that a record names, quantised layers without values by the ids of those)."""
-    leaves: dict[str, Leaf] = {x.fqn: x for x in (*linear_like(model), *convolutions(model), *experts_leaves(model))}
+    leaves: dict[str, Leaf] = {x.fqn: x for x in all_leaves(model)}
     replacements: dict[int, QuantizedModule] = {}
     says_dtypes = record.get("schema") == SCHEMA or record.get("model", {}).get("config") is not None
     for layer in record["layers"]:

@@ -20,7 +20,7 @@ from ..common.printing.text import megabytes
 from ..common.timing import Timing, Track, interleave, untracked
 from ..dispatch import Reason
 from ..integrations.tensor_parallel import refuse_divided
-from ..proofs.walker import convolutions, experts_leaves, linear_like
+from ..proofs.walker import all_leaves
 from ..swap import keras_layers, originals
 from ..swap.attention.attention_modules import decide_attention
 from ..swap.attention.kv_cache import decide_kv_cache
@@ -179,10 +179,9 @@ def plan(
         )
     refuse_divided("plan", model, "plan for the whole model, in one process")
     with Projections(model):
-        leaves = linear_like(model)
+        leaves = all_leaves(model)
         refuse_swapped(model)
         refuse_model(model, leaves)
-        leaves += [*convolutions(model), *experts_leaves(model)]
         samples = list(several("batches", batches))
         default = Decoding.default_of(model)
         timed = list(several("shapes", shapes)) if shapes is not None else [default] if default else samples[:1]

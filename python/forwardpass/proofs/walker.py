@@ -127,6 +127,11 @@ class ConvolutionLeaf(Leaf):
         return within if self.activation is None else self.activation.formula
 
 
+def all_leaves(model: nn.Module) -> list[Leaf]:
+    """All that a swap takes below `model`: Linear-like layers, then convolutions, then modules of experts."""
+    return [*linear_like(model), *convolutions(model), *experts_leaves(model)]
+
+
 def linear_like(model: nn.Module) -> list[Leaf]:
     """Every Linear-like module below `model`, once, under its first name, in the model's order."""
     reach = Reach(model)

@@ -19,6 +19,7 @@ from .attention.attention_modules import NOT_PLANNED, AttentionDecision, decide_
 from .attention.choices import Attention, is_asked_for
 from .attention.kv_cache import CacheDecision, decide_kv_cache
 from .attention.unpadded_encoders import UnpaddingDecision, decide_unpadding
+from .config import Config
 from .plan import UNPAD, Plan
 from .precision import STORED, Early, LayerPrecision, Presets
 from .report import Skipped
@@ -62,7 +63,6 @@ class Decision:
 def decide(
     context: Context,
     layers: list[Leaf],
-    presets: Presets | None = None,
     plan: Plan | None = None,
     *,
     attention: Attention = "auto",
@@ -73,8 +73,8 @@ def decide(
 ) -> Decision:
     """What becomes of `layers`, Linear-like ones and experts, of all attention, of padding, and of caches.
 
-    Either of `presets` and `plan`, or neither: then no layer is swapped. ValueError where the plan does not fit the model, or
-    calibration does not go with it.
+    Either of the context's presets and `plan`, or neither: then no layer is swapped. ValueError where the plan does not fit the
+    model, or calibration does not go with it.
     """
     modules = plan.attention if plan is not None else None
     if kv_cache is not None:  # attention reads it, whatever a plan says
@@ -83,7 +83,7 @@ def decide(
         kv_cache = plan.kv_cache
     bits = plan.bits() if plan is not None else None
     attentions = decide_attention(context, attention, modules, crossover, bits)
-    swapped, skipped = _decide_layers(context, layers, presets, plan, calibrated)
+    swapped, skipped = _decide_layers(context, layers, plan, calibrated)
     experts = dict(fused_experts(context)) if plan is None else {}
     skipped += attentions.skipped
     skipped += [Skipped(fqn, why) for fqn, why in experts.items() if not any(p.matches(fqn) for p in context.exclude)]
@@ -96,9 +96,9 @@ def decide(
 
 
 def _decide_layers(
-    context: Context, leaves: list[Leaf], presets: Presets | None, plan: Plan | None, calibrated: bool
+    context: Context, leaves: list[Leaf], plan: Plan | None, calibrated: bool
 ) -> tuple[list[tuple[Leaf, LayerPrecision]], list[Skipped]]:
-    name = type(context.model).__name__
+    name, presets = type(context.model).__name__, context.presets
     if plan is not None:
         plan.check_fits({leaf.fqn: leaf for leaf in leaves}, name)
         if plan.calibrated != calibrated:
@@ -141,15 +141,28 @@ def precision_of(
         return early.precision
     if planned is not None:
         return planned.get(leaf.fqn)
-    return None if presets is None else _by_hand(leaf, presets, calibrated)
-
-
-def _by_hand(leaf: Leaf, presets: Presets, calibrated: bool) -> LayerPrecision | None:
-    preset = presets.find(leaf.fqn, leaf.module)
-    if preset is not None and is_stored(leaf.module):
+    preset = None if presets is None else presets.find(leaf.fqn, leaf.module)
+    if preset is None:
+        return None
+    if is_stored(leaf.module):
         return LayerPrecision(STORED)
-    calibrates = preset is not None and preset.takes_calibration and calibrated and not leaf.is_experts
-    return None if preset is None else LayerPrecision(preset, calibrates)
+    return LayerPrecision(preset, preset.takes_calibration and calibrated and not leaf.is_experts)
+
+
+def is_swapped(model: nn.Module) -> bool:
+    """Whether it holds layers or attention that a swap has put there."""
+    return bool(quantised_layers(model) or originals.swapped_attention(model))
+
+
+def of_second_call(model: nn.Module, config: Config) -> tuple[Attention, str | bool]:
+    """attention= and unpad= of a swap: both off where an earlier call has swapped the attention. RuntimeError where they, or
+    kv_cache=, are asked for all the same."""
+    if not originals.swapped_attention(model):
+        return config.attention, config.unpad
+    if is_asked_for(config.attention) or config.kv_cache is not None:
+        asked = config.attention if is_asked_for(config.attention) else True
+        refuse_swapped(model, f", with their attention, and attention={asked!r} and kv_cache= belong to that call")
+    return False, False
 
 
 def refuse_swapped(model: nn.Module, remaining: str = "") -> None:
@@ -161,11 +174,13 @@ def refuse_swapped(model: nn.Module, remaining: str = "") -> None:
 
 
 def refuse_model(model: nn.Module, leaves: list[Leaf]) -> None:
+    """ValueError where there is nothing to swap in."""
+    linears = [leaf for leaf in leaves if not (leaf.is_convolution or leaf.is_experts)]
     if isinstance(model, nn.Linear) or is_conv1d(model):
         raise ValueError("swap replaces layers inside a model, and this model is itself a Linear that nothing holds: "
                          "wrap it in nn.Sequential, or use fp.nn.Int8Linear.from_torch")  # fmt: skip
-    if leaves and all(p.is_meta for leaf in leaves for p in leaf.module.parameters()):
-        if finding := offloaded(leaves[0], Context(model), None):
+    if linears and all(p.is_meta for leaf in linears for p in leaf.module.parameters()):
+        if finding := offloaded(linears[0], Context(model), None):
             raise ValueError(
                 f"of every Linear layer of this model {finding[0].replace(' its weight ', ' the weight ')}: {finding[1]}"
             )

@@ -117,7 +117,7 @@ class Context:
     model: nn.Module
     include: tuple[Pattern, ...] = ()
     exclude: tuple[Pattern, ...] = ()
-    by_hand: Presets | None = None  #: what says which precision a layer gets
+    presets: Presets | None = None  #: which precision each layer gets; None where a plan says it, or nothing
     calibrated: bool = False  #: whether there are batches to calibrate with
     memory: dict[int, list[Memory]] = field(init=False)
     output_layers: set[int] = field(init=False)
@@ -489,7 +489,7 @@ def why_skip(leaf: Leaf, context: Context, precision: Precision, defaults: bool)
     decides itself.
     """
     names = {leaf.fqn, leaf.outermost.fqn}
-    by_hand = context.by_hand.patterns if context.by_hand is not None else ()
+    by_hand = context.presets.patterns if context.presets is not None else ()
     named = any(p.spells_out(name) for name in names for p in (*context.include, *by_hand))
     if leaf.is_convolution and precision.convolution is None:
         return Reason("convolution", f"there is no {precision.name} for convolutions", "use int8 for them")
@@ -500,7 +500,7 @@ def why_skip(leaf: Leaf, context: Context, precision: Precision, defaults: bool)
             continue
         if rule.kind == "default" and (named or not defaults):
             continue
-        if rule.ask in _OF_SPEED and context.by_hand is not None and context.by_hand.names(leaf.fqn):
+        if rule.ask in _OF_SPEED and context.presets is not None and context.presets.names(leaf.fqn):
             continue
         if precision is STORED and rule.ask in _OF_FLOATS:
             continue

@@ -21,20 +21,18 @@ from ..integrations.tensor_parallel import refuse_divided, sharding_of, whole
 from ..nn import Experts, Int8Conv2d, QuantizedModule
 from ..nn.eight_bits import EightBits
 from ..nn.int8_conv2d import is_pointwise, padding_of
-from ..nn.mlp import quantised_layers
 from ..nn.quantized_experts import experts_sizes
 from ..ops.common.quantized_rows import FLOATS
 from ..proofs.siblings import JoinedSwap
-from ..proofs.walker import ConvolutionLeaf, Leaf, convolutions, experts_leaves, linear_leaves, linear_like
+from ..proofs.walker import ConvolutionLeaf, Leaf, all_leaves, linear_leaves
 from ..version import __version__
 from . import originals
 from .attention.attention_modules import AttentionSwap, notes_on_8_bits
-from .attention.choices import is_asked_for
 from .attention.kv_cache import CacheSwap
 from .attention.projections import Projections
 from .attention.unpadded_encoders import UnpaddingSwap
 from .config import Config, Options
-from .decision import Decision, decide, refuse_model, refuse_skips, refuse_swapped
+from .decision import Decision, decide, is_swapped, of_second_call, refuse_model, refuse_skips, refuse_swapped
 from .keras_layers import KerasLinears
 from .plan import Plan, PlannedAttention, PlannedLayer, layers_of
 from .precision import EARLY, STORED, ByHand, Early, LayerPrecision, Precision
@@ -111,24 +109,14 @@ def swap(
     refuse_inference_mode(model)
     with KerasLinears(model) as keras, Projections(model) as projections:
         keep = keras.where_kept(config.keep)
-        context = Context(model, config.included, config.excluded, config.presets, config.calibrate is not None)
-        leaves = linear_like(model)
+        leaves = all_leaves(model)
         refuse_model(model, leaves)
-        again = bool(quantised_layers(model) or originals.swapped_attention(model))
-        attention, unpad = config.attention, config.unpad
-        if originals.swapped_attention(model):
-            if is_asked_for(attention) or config.kv_cache is not None:
-                asked = attention if is_asked_for(attention) else True
-                refuse_swapped(
-                    model, f", with their attention, and attention={asked!r} and kv_cache= belong to that call"
-                )
-            attention, unpad = False, False
-        leaves += [*convolutions(model), *experts_leaves(model)]
+        again, (attention, unpad) = is_swapped(model), of_second_call(model, config)
         calibrated = config.calibrate is not None
+        context = Context(model, config.included, config.excluded, config.presets, calibrated)
         decision = decide(
             context,
             leaves,
-            context.by_hand,
             config.stored_plan,
             attention=attention,
             crossover=config.crossover,
@@ -198,8 +186,7 @@ def swap_planned(
     its rotation, those of its module's `from_torch`. Without the warnings.
     """
     with Projections(model) as projections:
-        layers = [*linear_like(model), *convolutions(model), *experts_leaves(model)]
-        decision = verdicts.applied(decide(Context(model), layers, None, plan, calibrated=plan.calibrated))
+        decision = verdicts.applied(decide(Context(model), all_leaves(model), plan, calibrated=plan.calibrated))
         return _carry_out(decision, [], arguments, plan.calibration, keep, False, projections, verdicts=verdicts)
 
 
@@ -286,7 +273,7 @@ def _warnings(decision: Decision, training: bool) -> list[str]:
         for argument, patterns in (
             ("include", context.include),
             ("exclude", context.exclude),
-            ("precision", context.by_hand.patterns if context.by_hand else ()),
+            ("precision", context.presets.patterns if context.presets else ()),
         )
         for pattern in patterns
         if not any(pattern.matches(fqn) for fqn in names)

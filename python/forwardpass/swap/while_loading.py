@@ -81,7 +81,7 @@ class WhileLoading:
 
     def _quantise(self, leaf: Leaf) -> None:
         """Where the swap of the model will take it: what it then reports of other layers, it finds out itself."""
-        precision = precision_of(leaf, self._context.by_hand, self._planned, calibrated=False)
+        precision = precision_of(leaf, self._context.presets, self._planned, calibrated=False)
         if precision is None or why_skip(leaf, self._context, precision.precision, defaults=self._planned is None):
             return
         new, size = quantised(leaf, precision.precision, {}), tensor_bytes([leaf.module])
