@@ -293,28 +293,50 @@ def test_rows_of_zeros_and_large_scores(dtype, arch):
         cases.assert_matches(*args)
 
 
-@pytest.mark.parametrize(("dims", "dtype"), [(64, "int8"), (128, "int8"), (256, "int8"), (64, "fp8"), (128, "fp8")])
-def test_scores_beyond_the_steps_of_their_exponents(dims, dtype):
-    """On wgmma p is 2^x with 24 - log2(255) taken from x, or -log2(448), which scores of 10^9 would swallow: rows that are masked
-    whole by such a number are means of their values, and of products so large the largest is taken."""
+@pytest.mark.parametrize(
+    ("dims", "dtype", "arch"),
+    [
+        *((dims, "int8", arch) for dims in (64, 128, 256) for arch in ("sm_80", "sm_90a")),
+        *((dims, "fp8", arch) for dims in (64, 128) for arch in ("sm_89", "sm_90a")),
+    ],
+)
+def test_scores_beyond_the_steps_of_their_exponents(dims, dtype, arch):
+    """p is 2^x, and of x a part is taken, on wgmma 24 - log2(255), in e4m3 -log2(448), which scores of 10^9 would swallow; as they
+    would what rounds the largest up: rows that are masked whole by such a number are means of their values, and of products so
+    large the largest is taken."""
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 150, 2, dims, generator=g).half() for _ in range(3))
     mask = torch.zeros(150, 150)
     mask[:50], mask[50:80], mask[80:90], mask[:, 120:] = -1e9, -1e38, -3e4, -1e9
-    result, args = with_lse("sm_90a", q, k, v, mask=mask, dtype=dtype)
+    result, args = with_lse(arch, q, k, v, mask=mask, dtype=dtype)
     cases.assert_matches(result, args)
     for row, first in ((10, 0), (60, 120)):
         expected = v[0, first:].float().mean(0)
         atol = 1e-2 if dtype == "int8" else 3e-2  # v has three bits
         torch.testing.assert_close(result[0][0, row].float(), expected, rtol=0, atol=atol)
     mask = torch.zeros(150, 150)
-    near, _ = with_lse("sm_90a", q, k, v, mask=mask, dtype=dtype)
+    near, _ = with_lse(arch, q, k, v, mask=mask, dtype=dtype)
     mask[100] = -1e9
-    beside, _ = with_lse("sm_90a", q, k, v, mask=mask, dtype=dtype)
+    beside, _ = with_lse(arch, q, k, v, mask=mask, dtype=dtype)
     others = torch.arange(150) != 100
     assert_equal(beside[0][:, others], near[0][:, others], "rows beside one that is far")
     for times in (30, 300, 5000):
-        cases.assert_matches(*with_lse("sm_90a", q * times, k * times, v, causal=True, scale=100.0, dtype=dtype))
+        cases.assert_matches(*with_lse(arch, q * times, k * times, v, causal=True, scale=100.0, dtype=dtype))
+
+
+@on_each_kernel
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e7, 1e30])
+@torch.inference_mode()
+def test_scales_of_the_softmax_that_are_far_from_1(dtype, arch, scale):
+    """Beside a row's own the least are 0 in float32, and all of its scores with them."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 150, 2, 64, generator=g).bfloat16() for _ in range(3))
+    q[0, 7] = 0
+    options = {"dtype": dtype, "scale": scale, "sinks": torch.tensor([-2.0, 3.0])}
+    for times in (1.0, 2.0**40 if scale < 1e30 else 2.0**-40):
+        cases.assert_matches(*with_lse(arch, q * times, k * times, v, causal=True, **options))
+    if scale < 1:
+        cases.assert_matches(*with_lse(arch, q * 2.0**-100, k * 50, v, window_left=90, window_right=90, **options))
 
 
 @on_each_kernel

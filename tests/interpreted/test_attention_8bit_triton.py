@@ -137,6 +137,17 @@ def test_large_scores_and_rows_of_zeros():
     cases.assert_matches(*with_lse("sm_80", q, k, v, scale=3e4))
 
 
+@pytest.mark.parametrize(("arch", "dtype"), [("sm_80", "int8"), ("sm_90a", "fp8")])
+@torch.inference_mode()
+def test_scales_of_the_softmax_that_are_far_from_1(arch, dtype):
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 150, 2, 64, generator=g).bfloat16() for _ in range(3))
+    q[0, 7] = 0
+    for scale, times in ((1e-38, 2.0**-100), (1e-30, 2.0**50), (1e7, 1.0), (1e7, 2.0**40), (1e30, 1.0)):
+        of_k = 50 if scale == 1e-38 else times
+        cases.assert_matches(*with_lse(arch, q * times, k * of_k, v, causal=True, scale=scale, dtype=dtype))
+
+
 def test_no_probability_is_256_of_255():
     """The byte of 256 would be that of 0. Scores beyond 2^15 have units of 2^-8 and less: what rounds a score once in one place and
     twice in another is then a part of a 255th."""

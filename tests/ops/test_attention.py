@@ -419,7 +419,7 @@ P, CU = torch.ones(3, 4, 8), torch.tensor([0, 3], dtype=torch.int32)
         ((X, Y[..., :7], Y), {}, ValueError, "q and k must have the same last dimension"),
         ((X, Y[:1], Y[:1]), {}, ValueError, "of one batch size, and q has 2 and k 1"),
         ((X[:, :, :3], Y, Y), {}, ValueError, "heads of q must be a multiple of those of k and v, and are 3 and 2"),
-        ((X, Y, Y), {"scale": 0.0}, ValueError, "scale must be positive and finite, not 0.0"),
+        ((X, Y, Y), {"scale": 0.0}, ValueError, "scale must be positive and finite in float32, not 0.0"),
         ((X, Y, Y), {"scale": torch.ones(())}, TypeError, "scale must be a number, not Tensor"),
         ((X, Y, Y), {"softcap": -1.0}, ValueError, "softcap must be finite and at least 0"),
         ((X, Y, Y), {"softcap": None}, TypeError, "softcap must be a number, not NoneType"),

@@ -337,6 +337,9 @@ def test_arguments_are_refused():
         fp.ops.attention_8bit(q, q, q, dtype="int4")
     with pytest.raises(TypeError, match="attention_8bit_with_lse: rotate must be True or False, not 1"):
         fp.ops.attention_8bit_with_lse(q, q, q, rotate=1)
+    for scale in (1e-60, 1e60):
+        with pytest.raises(ValueError, match="attention_8bit: scale must be positive and finite in float32, not 1e"):
+            fp.ops.attention_8bit(q, q, q, scale=scale)
     with pytest.raises(ValueError, match="attention_8bit: k must be"):
         fp.ops.attention_8bit(q, q[0], q)
     with fp.use_backend("cpu"), pytest.raises(fp.Unsupported, match='cpu: no CPU multiplies e4m3; use dtype="int8"'):
@@ -349,23 +352,21 @@ def test_nothing_but_the_cpu_has_kernels_for_it():
     assert fp.explain("attention_8bit", q, q, q, dtype="fp8").backend == "reference"
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @torch.inference_mode()
-def test_a_scale_that_underflows_beside_a_rows():
-    """q's scales times 1e-20 are 0 in float32, which the CUDA kernels take for a row of zeros: they leave such calls to others."""
+def test_a_scale_that_underflows_beside_a_rows(backend):
+    """q's scales times the softmax's are 0 in float32: all scores are 0 as far as it can say."""
     q, k, v = (torch.randn(1, 40, 2, 64).bfloat16() for _ in range(3))
-    q, k, scale = q * 1e-28, k * 50, 1e-20
-    even = v.mean(1, keepdim=True).expand_as(v)  # all scores are 0 as far as float32 can say
-    with fp.interpret("sm_80"):
-        torch.testing.assert_close(fp.ops.attention_8bit(q, k, v, scale=scale), even, rtol=0, atol=0.02)
-        with (
-            fp.use_backend("cuda"),
-            pytest.raises(fp.Unsupported, match=r"scale=1e-20 times that of a row of q may be 0"),
-        ):
-            fp.ops.attention_8bit(q, k, v, scale=scale)
-        with fp.use_backend("cuda"):  # the least that a kernel takes, and the least q with integers that are not 0
-            q = q / q.abs().amax(-1, keepdim=True) * 2.0**-100
-            least = fp.ops.attention_8bit(q, k, v, scale=2.0**-42)
-    torch.testing.assert_close(least, even, rtol=0, atol=0.02)
-    for backend in BACKENDS:
-        with fp.use_backend(backend):
-            torch.testing.assert_close(fp.ops.attention_8bit(q, k, v, scale=scale), even, rtol=0, atol=0.02)
+    even = v.mean(1, keepdim=True).expand_as(v)
+    with fp.use_backend(backend):
+        for scale in (1e-20, 1e-38, 2.0**-149):
+            got = fp.ops.attention_8bit(q * 1e-28, k * 50, v, scale=scale)
+            torch.testing.assert_close(got, even, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e7, 1e30])
+@pytest.mark.parametrize("times", [1.0, 2.0**40])
+def test_far_scores(scale, times):
+    q, k, v = (torch.randn(1, 150, 2, 64).bfloat16() for _ in range(3))
+    args = (q * times, k * (times if scale < 1e30 else 1 / times), v, *options(scale=scale, causal=True))
+    cases.assert_matches(run(args), args)

@@ -485,7 +485,7 @@ ONE, INT8 = torch.ones(1), CACHE.to(torch.int8)
         ((Q, INT8, INT8, LENGTHS), {"k_scale": ONE, "v_scale": torch.ones(3)}, ValueError, r"v_scale must be \[1\], \[2\] or "
          r"\[2, 4, 2\], and has shape \(3,\)"),
         ((Q, CACHE, CACHE, LENGTHS), {"k_scale": ONE}, ValueError, "k_scale goes with an int8 or float8_e4m3fn cache"),
-        ((Q, CACHE, CACHE, LENGTHS), {"scale": 0.0}, ValueError, "scale must be positive and finite, not 0.0"),
+        ((Q, CACHE, CACHE, LENGTHS), {"scale": 0.0}, ValueError, "scale must be positive and finite in float32, not 0.0"),
         ((Q, CACHE, CACHE, LENGTHS), {"softcap": -1.0}, ValueError, "softcap must be finite and at least 0"),
         ((Q, CACHE, CACHE, LENGTHS), {"window": 5}, TypeError, r"window must be \(left, right\) or None, not 5"),
         ((Q, CACHE, CACHE, LENGTHS), {"window": (-1, 0)}, ValueError, "each side of window must be at least 0, not -1"),

@@ -20,13 +20,14 @@ struct Int8AttentionArguments {
 
 // Probabilities and v in 8 bits, and their product. kLog2Unit: what is added to a score so that its exponential is in
 // the units in which probabilities are rounded; round(p), of such a one, is what pack() takes. kUnit: what is left to
-// multiply the output by.
+// multiply the output by. kFar: of larger scores, of either sign, a float has too few bits behind the point.
 template <Dtype kValues>
 struct ValueArithmetic;
 template <>
 struct ValueArithmetic<Dtype::i8> {  // whole 255ths
   using Sum = int32_t;
   static constexpr float kLog2Unit = 0, kUnit = 1.f / 255;
+  static constexpr float kFar = 0x1p20f;  // up to here the largest is 234 of 255, or more
   __device__ static float round(float p) { return fmaf(p, 255, kInt8Magic); }
   // Four bytes: elements e and e + 1 of two tiles.
   __device__ static uint32_t pack(const float (&low)[4], const float (&high)[4], int e) {
@@ -45,8 +46,9 @@ struct ValueArithmetic<Dtype::i8> {  // whole 255ths
 template <>
 struct ValueArithmetic<Dtype::e4m3> {
   using Sum = float;
-  static constexpr float kLog2Unit = 8.80735492f, kUnit = 1;  // log2(448); undone in the block's weight
-  __device__ static float round(float p) { return p; }        // by pack()
+  static constexpr float kLog2Unit = 8.80735492f, kUnit = 1;  // log2(448); the sum of p has it too
+  static constexpr float kFar = 0x1p16f;  // beyond 2^18 the largest may be less than 432, which is rounded to 416
+  __device__ static float round(float p) { return p; }  // by pack()
   __device__ static uint32_t pack(const float (&low)[4], const float (&high)[4], int e) {
     return to_e4m3x2(low[e + 1], low[e]) | uint32_t{to_e4m3x2(high[e + 1], high[e])} << 16;
   }
@@ -59,8 +61,10 @@ struct ValueArithmetic<Dtype::e4m3> {
 };
 
 // Online softmax whose probabilities are relative to the largest of their block of keys. Values of a block are
-// multiplied by `weight` before they are added up. A row that has seen no key has the lowest float as its maximum,
-// which no score is below: with -inf, whose differences are NaN, each row takes four instructions more.
+// multiplied by `weight` before they are added up. Until finish(), max is kMostGrowth more than the largest score that
+// last took its place, so that the comparison needs no addition; sum is times 2^(kLog2Unit - max). A row that has seen
+// no key has the lowest float as its max, which no score is below: with -inf, whose differences are NaN, each row takes
+// four instructions more.
 template <int kTilesM, class Values>
 struct BlockSoftmax : OnlineSoftmax<kTilesM> {
   using Row = RowValues<kTilesM>;
@@ -80,40 +84,73 @@ struct BlockSoftmax : OnlineSoftmax<kTilesM> {
   // been added up so far, which o has too, where a maximum has grown.
   template <int kTilesN, class Output>
   __device__ void update(Fragments<float, kTilesM, kTilesN>& s, const Row& scale, Row& weight, Output& o) {
-    bool grown = false;
-    Row before, add;
+    bool rare = false;
+    Row largest, unit;
     each_row([&](int i, int half) {
-      float largest = fmaxf(s[i][0][half * 2], s[i][0][half * 2 + 1]);
-#pragma unroll
-      for (int j = 1; j < kTilesN; ++j) largest = fmaxf(largest, fmaxf(s[i][j][half * 2], s[i][j][half * 2 + 1]));
-      largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 1));
-      largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 2));
       // Rounded up: no score times the scale is more, so that no probability is more than 1.
-      largest = fmaxf(__fmul_ru(largest, scale[i][half]), kLowest);
-      before[i][half] = this->max[i][half];
-      const bool grows = largest > before[i][half] + kMostGrowth;
-      grown |= grows;
-      if (grows) this->max[i][half] = largest;
-      const float unit = largest - Values::kLog2Unit;
-      weight[i][half] = ptx::ex2(unit - this->max[i][half]);
+      largest[i][half] = fmaxf(__fmul_ru(largest_of(s[i], half), scale[i][half]), kLowest);
+      unit[i][half] = largest[i][half] - Values::kLog2Unit;
+      rare |= largest[i][half] > this->max[i][half] || fabsf(largest[i][half]) > Values::kFar;
+    });
+    if (__any_sync(0xffffffff, rare)) {
+      grow(largest, o);
+      bring_near(s, largest, unit);
+    }
+    each_row([&](int i, int half) {
+      weight[i][half] = ptx::ex2(largest[i][half] - this->max[i][half]);
+      float add;
 #pragma unroll
       for (int j = 0; j < kTilesN; ++j)
 #pragma unroll
         for (int e = half * 2; e < half * 2 + 2; ++e) {
-          const float p = ptx::ex2(fmaf(s[i][j][e], scale[i][half], -unit));
-          add[i][half] = j == 0 && e == half * 2 ? p : add[i][half] + p;
+          const float p = ptx::ex2(fmaf(s[i][j][e], scale[i][half], -unit[i][half]));
+          add = j == 0 && e == half * 2 ? p : add + p;
           s[i][j][e] = Values::round(p);
         }
+      this->sum[i][half] = fmaf(add, weight[i][half], this->sum[i][half]);
     });
-    if (__any_sync(0xffffffff, grown)) {
-      Row factor;
-      each_row([&](int i, int half) {
-        factor[i][half] = ptx::ex2(before[i][half] - this->max[i][half]);
-        this->sum[i][half] *= factor[i][half];
-      });
-      rescale(o, factor);
-    }
-    each_row([&](int i, int half) { this->sum[i][half] = fmaf(add[i][half], weight[i][half], this->sum[i][half]); });
+  }
+  template <class F>
+  __device__ void finish(F sink_of, Row& factor) {
+    each_row([&](int i, int half) { this->max[i][half] -= Values::kLog2Unit; });
+    OnlineSoftmax<kTilesM>::finish(sink_of, factor);
+  }
+
+ private:
+  // Of a row's scores.
+  template <int kTilesN>
+  __device__ static float largest_of(const float (&tiles)[kTilesN][4], int half) {
+    float most = fmaxf(tiles[0][half * 2], tiles[0][half * 2 + 1]);
+#pragma unroll
+    for (int j = 1; j < kTilesN; ++j) most = fmaxf(most, fmaxf(tiles[j][half * 2], tiles[j][half * 2 + 1]));
+    most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 1));
+    return fmaxf(most, __shfl_xor_sync(0xffffffff, most, 2));
+  }
+  template <class Output>
+  __device__ void grow(const Row& largest, Output& o) {
+    Row factor;
+    each_row([&](int i, int half) {
+      float& max = this->max[i][half];
+      const float before = max;
+      if (largest[i][half] > before) max = largest[i][half] + kMostGrowth;
+      factor[i][half] = ptx::ex2(before - max);
+      this->sum[i][half] *= factor[i][half];
+    });
+    rescale(o, factor);
+  }
+  // Makes far scores relative to the largest of their row, which is then 1 exactly. Rows of the warp that are not far
+  // stay as they are: a row's bits do not depend on them.
+  template <int kTilesN>
+  __device__ static void bring_near(Fragments<float, kTilesM, kTilesN>& s, const Row& largest, Row& unit) {
+    each_row([&](int i, int half) {
+      const bool far = fabsf(largest[i][half]) > Values::kFar;
+      const float most = fmaxf(largest_of(s[i], half), kLowest), less = far ? most : 0;
+#pragma unroll
+      for (int j = 0; j < kTilesN; ++j)
+#pragma unroll
+        for (int e = half * 2; e < half * 2 + 2; ++e) s[i][j][e] -= less;
+      if (far) unit[i][half] = -Values::kLog2Unit;
+    });
   }
 };
 
@@ -213,8 +250,7 @@ struct Int8AttentionConsumer {
         scale[i][half] = of_q;
         shift[i][half] = p.softcap > 0 ? of_row(a.x.shift, i, half) : 0;
       } else {
-        // Of a row of zeros any scale: 0 times a masked score would be NaN.
-        scale[i][half] = of_q * a.scale == 0 ? 1 : of_q * a.scale;
+        scale[i][half] = above_zero(of_q * a.scale);
       }
     });
   }

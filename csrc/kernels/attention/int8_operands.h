@@ -15,6 +15,10 @@ constexpr int kInt8Keys = 64;
 constexpr float kInt8Magic = 0x1.8p23f;
 constexpr int32_t kInt8MagicBits = 0x4b400000;
 
+// A row's scale of scores; the least float for 0, of a row of zeros or a scale that is no float: 0 times a masked score
+// would be NaN. Scores are below 2^128, so that this adds less than 2^-21 to them.
+HOST_DEVICE inline float above_zero(float scale) { return scale == 0 ? 0x1p-149f : scale; }
+
 struct Int8Operands {
   int32_t head_dim, value_dim;  // columns that there is room for: the kernel's, beyond the call's they are 0
   int64_t blocks;               // of keys of a kv head, of all sequences; of packed ones as many as there may be

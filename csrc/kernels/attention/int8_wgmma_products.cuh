@@ -177,10 +177,8 @@ struct Int8Products {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = first_row + Scores::row(0, 2 * half);
-      const float unit = q.scale[row] * p.scale * kLog2e;
       shift[0][half] = q.shift[row];
-      // Of a row of zeros any scale: 0 times a masked score would be NaN.
-      scale[0][half] = Config::kModified ? q.scale[row] : unit == 0 ? 1 : unit;
+      scale[0][half] = Config::kModified ? q.scale[row] : above_zero(q.scale[row] * p.scale * kLog2e);
       total[0][half] = 0;
       sums.max[0][half] = kNoKeys;
     }

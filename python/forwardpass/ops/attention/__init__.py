@@ -5,6 +5,7 @@ The contract; what it computes is in reference.py.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 from collections.abc import Callable
@@ -275,6 +276,13 @@ def check_number(op: str, name: str, value: object) -> float:
     return value
 
 
+def check_scale(op: str, scale: float | None) -> None:
+    if scale is not None and not 0 < ctypes.c_float(check_number(op, "scale", scale)).value < math.inf:
+        raise ValueError(
+            f"{op}: scale must be positive and finite in float32, not {scale}: negate q for a negative one"
+        )
+
+
 def check(
     op: str,
     q: Tensor,
@@ -299,8 +307,7 @@ def check(
         _check_rise(op, "cu_seqlens_k", cu_seqlens_k, k.shape[0], False)
     heads = q.shape[-2]
     batch = cu_seqlens_q.numel() - 1 if cu_seqlens_q is not None else q.shape[0]
-    if scale is not None and not 0 < check_number(op, "scale", scale) < math.inf:
-        raise ValueError(f"{op}: scale must be positive and finite, not {scale}: negate q for a negative one")
+    check_scale(op, scale)
     if not 0 <= check_number(op, "softcap", softcap) < math.inf:
         raise ValueError(f"{op}: softcap must be finite and at least 0, which is none, not {softcap}")
     for name, flag in (("causal", causal), ("batch_invariant", batch_invariant)):

@@ -28,8 +28,6 @@ VALUES = {"int8": torch.int8, "fp8": E4M3}
 MODIFIERS = 11
 #: of q and k: 127^2 * 2^17 < 2^31
 MAX_COLUMNS = 2**17
-#: of the softmax: times the least scale of a row whose integers are not 0, 2^-107, it is no less than float32's least number
-LEAST_SCALE = 2.0**-42
 
 
 @dataclasses.dataclass(frozen=True)
@@ -387,15 +385,6 @@ def _why_not_gpu(
     return why_not_gpu(_of_out_dtype(q, (dtype, rotates, *options)), k, v, *options)
 
 
-def _why_not_cuda(
-    q: Tensor, k: Tensor, v: Tensor, dtype: str | None, rotates: bool, scale: float | None, *options: Any
-) -> Reason | None:
-    if scale is not None and scale < LEAST_SCALE:
-        text = f"scale={scale:.3g} times that of a row of q may be 0 in float32, which it takes for a row of zeros"
-        return Reason("scale", text, "multiply q by it, and pass scale=1.0")
-    return _why_not_gpu("cuda", q, k, v, dtype, rotates, scale, *options)
-
-
 def _why_not_cpu(q: Tensor, k: Tensor, v: Tensor, dtype: str | None, *options: Any) -> Reason | None:
     if dtype != "fp8":
         return None
@@ -435,7 +424,7 @@ def _operation(
     function: Callable[..., Any], run: Callable[..., Any], fake: Callable[..., Any], check: Callable[..., None]
 ) -> Operation:
     limits: dict[str, Callable[..., Reason | None]] = {
-        "cuda": functools.partial(_why_not_gpu, "cuda") if function is quantize_attention else _why_not_cuda,
+        "cuda": functools.partial(_why_not_gpu, "cuda"),
         "triton": functools.partial(_why_not_gpu, "triton"),
         "cpu": _why_not_cpu,
     }

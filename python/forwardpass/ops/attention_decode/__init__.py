@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...dispatch import Operation, Reason
-from ..attention import Window, check_alibi_slopes, check_number, check_window, split_window
+from ..attention import Window, check_alibi_slopes, check_number, check_scale, check_window, split_window
 from ..common.cache_layout import check_cache, check_ints, check_leftpad, check_lengths, check_new_rows
 from ..common.quantized_rows import check_vector
 from . import reference
@@ -161,8 +161,7 @@ def _check(
         raise ValueError(
             f"{op}: the heads of q must be a multiple of the cache's, and are {q.shape[2]} and {k_cache.shape[2]}"
         )
-    if scale is not None and not 0 < check_number(op, "scale", scale) < math.inf:
-        raise ValueError(f"{op}: scale must be positive and finite, not {scale}: negate q for a negative one")
+    check_scale(op, scale)
     if not 0 <= check_number(op, "softcap", softcap) < math.inf:
         raise ValueError(f"{op}: softcap must be finite and at least 0, which is none, not {softcap}")
     if not isinstance(batch_invariant, bool):
