@@ -1,14 +1,14 @@
 // k and v in 8 bits first, for all heads; then chunks of rows, a block of 64 keys after the other against tiles of
 // rows.
 //
-// Both products are of unsigned bytes by signed ones (byte_products.h): q + 128 by k, with a correction for each key,
-// and probabilities by v. A block's probabilities are in units of its own largest, so they become integers before the
-// row's maximum is known, and each tile has one pass over its scores. The sums of the products with v are added to the
-// row's output with the weight of the block: the pass that rescales it to a new maximum is the same.
+// Both products are of unsigned bytes by signed ones (byte_products.h, byte_tiles.h): q + 128 by k, with a correction
+// for each key, and probabilities by v. A block's probabilities are in units of its own largest, so they become
+// integers before the row's maximum is known, and each tile has one pass over its scores. The sums of the products with
+// v are added to the row's output with the weight of the block: the pass that rescales it to a new maximum is the same.
 #include "cpu/activation.h"
 #include "cpu/attention_8bit.h"
 #include "cpu/attention_8bit_operands.h"
-#include "cpu/byte_products.h"
+#include "cpu/byte_tiles.h"
 #include "cpu/sequences.h"
 #include "torch/check.h"
 
@@ -16,8 +16,8 @@ namespace forwardpass {
 namespace cpu {
 namespace {
 
-constexpr int64_t kChunk = 96, kShortChunk = 24;  // rows, a multiple of those of a tile
-constexpr int kMostRows = 8;                      // of a tile
+constexpr int64_t kChunk = 96, kShortChunk = 24;  // rows, a multiple of those of a tile; short ones not of AMX's
+constexpr int kMostRows = 16;                     // of a tile
 
 // Some rows of a head of a sequence.
 struct Chunk {
@@ -178,16 +178,18 @@ INLINE float scores(const Head& h, const Rows& rows, Tile& t, int r) {
   return cpu::largest(largest);
 }
 
-// A row's probabilities as whole 255ths of the largest.
+// A row's probabilities as whole 255ths of the largest; zeros from the last key to `depth`.
 template <class V>
-INLINE void probabilities(Tile& t, int r) {
+INLINE void probabilities(Tile& t, int r, int64_t depth) {
   const float unit = t.units[r] == -INFINITY ? 0 : t.units[r];
   V sums{};
-  for (int c = 0; c < t.keys; c += kLanes<V>) {
+  int64_t c = 0;
+  for (; c < t.keys; c += kLanes<V>) {
     const V p = exp2_negative(load<V, Dtype::f32>(t.scores, c) - unit);
     sums += p;
     store_low_bytes<V>(bits<Ints<V>>(p * 255 + 0x1.8p23f), t.probabilities[r] + c);
   }
+  for (; c < depth; c += kLanes<V>) store_low_bytes<V>(Ints<V>{}, t.probabilities[r] + c);
   store<Dtype::f32>(sums, t.sums[r], 0);
 }
 
@@ -222,13 +224,14 @@ INLINE void attend(const Head& h, const Rows& rows, Tile& t) {
       [&](int64_t r, int64_t v, auto sums)
           __attribute__((always_inline)) { store_bits(sums, t.integers[r] + v * kLanes<V>, kLanes<V>); });
   if (h.p.mask.kind != AttentionMaskKind::none) copy_masks<V>(h, t);
-  for (int r = 0; r < t.rows; ++r) t.units[r] = scores<V>(h, rows, t, r), probabilities<V>(t, r);
+  const int64_t depth = whole(t.keys, A::kDepth);
+  for (int r = 0; r < t.rows; ++r) t.units[r] = scores<V>(h, rows, t, r), probabilities<V>(t, r, depth);
   weigh<V>(rows, t);
   for (int64_t c = 0; c < h.p.value_dim; c += kPanelColumns) {
     float* out = rows.out + t.first_row * rows.out_stride + c;
     multiply_bytes<A>(
         t.probabilities[0], kBlockKeys, t.rows, h.keys.v + t.first_key * value_columns + c * kBlockKeys, kPanelRow,
-        t.keys, vectors<V>(std::min(kPanelColumns, h.p.value_dim - c)),
+        depth, vectors<V>(std::min(kPanelColumns, h.p.value_dim - c)),
         [](int64_t) __attribute__((always_inline)) { return Ints<V>{}; },
         [&](int64_t r, int64_t v, auto sums) __attribute__((always_inline)) {
           float* to = out + r * rows.out_stride + v * kLanes<V>;
@@ -293,6 +296,7 @@ INLINE void finish(const Head& h, const Rows& rows) {
 
 template <class V, class A>
 INLINE void run(const Head& h, const Rows& rows, Tile& t) {
+  const typename A::Setup setup(h.operands.columns());
   with_float_dtype(h.p.dtype, [&](auto d) __attribute__((always_inline)) { begin<V, decltype(d)::value>(h, rows); });
   const int64_t first = h.position(0), end = std::min(h.sequence.keys, first + h.chunk.rows + h.p.right);
   for (t.first_key = std::max<int64_t>(0, first - h.p.left) / kBlockKeys * kBlockKeys; t.first_key < end;

@@ -6,11 +6,18 @@
 namespace forwardpass::cpu {
 
 // What an arithmetic tells: Unsigned, four bytes of a row in all lanes, and Signed, those of the columns of a vector,
-// as `add` takes them; kVectors of a panel by kRows rows are as many sums as registers hold.
+// as `add` takes them; kVectors of a panel by kRows rows are as many sums as registers hold. kDepth: bytes of a row
+// that it takes at a time. Setup: what there must be while it multiplies rows of so many bytes.
+struct ByteProducts {
+  static constexpr int kDepth = 4;
+  struct Setup {
+    INLINE explicit Setup(int64_t) {}
+  };
+};
 
 #if defined(__x86_64__)
 template <int kWidth, bool kVex = false>
-struct VnniBytes : Vnni<kWidth, kVex> {
+struct VnniBytes : ByteProducts, Vnni<kWidth, kVex> {
   using Isa = Vnni<kWidth, kVex>;
   using Sums = typename Isa::Ints;
   using Unsigned = Sums;
@@ -23,7 +30,7 @@ struct VnniBytes : Vnni<kWidth, kVex> {
 
 // By vpmaddwd, of even and of odd bytes as 16 bits. vpmaddubsw would saturate: two products are up to 2 * 255 * 127.
 template <int kWidth>
-struct WidenedBytes {
+struct WidenedBytes : ByteProducts {
   using Sums = typename Vectors<kWidth>::i32;
   struct Unsigned {
     Sums even, odd;
@@ -62,7 +69,7 @@ struct WidenedBytes {
 #endif
 
 // Without instructions for it.
-struct PlainBytes {
+struct PlainBytes : ByteProducts {
   using Sums = Vectors<4>::i32;
   using Unsigned = const uint8_t*;
   using Signed = const int8_t*;
@@ -73,25 +80,6 @@ struct PlainBytes {
     for (int i = 0; i < 16; ++i) sums[i / 4] += a[i % 4] * b[i];
   }
 };
-
-// Calls f with the arithmetic of this tier, for vectors like V.
-template <class V, class F>
-INLINE void with_byte_products(F f) {
-#if defined(__x86_64__)
-  if constexpr (kLanes<V> == 16) {
-    if (tier() >= Tier::avx512_vnni) return f(VnniBytes<16>{});
-    return f(WidenedBytes<16>{});
-  } else if constexpr (kLanes<V> == 8) {
-    if (tier() == Tier::avx2) return f(WidenedBytes<8>{});
-    if (has_avx_vnni()) return f(VnniBytes<8, true>{});
-    return f(VnniBytes<8, false>{});
-  } else {
-    f(PlainBytes{});
-  }
-#else
-  f(PlainBytes{});
-#endif
-}
 
 // kRows rows of bytes times kVectors vectors of a panel's columns, [depth / 4][columns][4]. begin(vector) are the sums
 // to begin with; finish(row, vector, sums).

@@ -6,6 +6,7 @@ FORWARDPASS_CPU=avx2 python -m cpu_tiers 4 int8_gemm w8a16_gemm    # a quarter o
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import sys
 
@@ -144,6 +145,26 @@ def attention_8bit(parts):
     _, lse = fp.ops.attention_8bit_with_lse(q, k, k, rotate=False, scale=1.0, mask=mask)
     sign = torch.where(torch.arange(n) < n // 2, 1.0, -1.0).reshape(n, 1, 1)
     torch.testing.assert_close(lse, sign.expand(n, 1, 3) * 127.0**2 * 256, rtol=1e-6, atol=0)
+
+
+def print_attention_8bit():
+    """The tier, and for each of a few calls, which are few instructions to emulate, a digest of what it returns."""
+    print(environment.cpu_tier())
+    sizes = itertools.cycle((((20, 70), (40, 24)), ((33, 130), (64, 64)), ((17, 64), (128, 80)), ((5, 200), (84, 96))))
+    options = (
+        {"causal": True},
+        {"window": (40, 10), "softcap": 8.0},
+        {"mask": "float32 bhij", "rotates": False},
+        {"packed": True, "sinks": "float32"},
+        {"alibi": "h", "causal": True},
+    )
+    for (shape, dims), given in zip(sizes, options):
+        case = attention_8bit_cases.Case(shape, dims, torch.float32, 1, (2, 1), lse=True, **given)
+        args = case.arguments()
+        with poisoned_outputs(), fp.use_backend("cpu"):
+            got = operations[case.op](*args)
+        attention_8bit_cases.assert_matches(got, args)
+        print(hashlib.sha256(b"".join(x.numpy().tobytes() for x in got)).hexdigest())
 
 
 def rotation(parts):

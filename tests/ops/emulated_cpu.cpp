@@ -85,7 +85,9 @@ void configure(const uint8_t* from, const uint8_t* code) {
   std::memset(tile, 0, sizeof(tile));
 }
 
-void multiply_tiles(int to, int a, int b, const uint8_t* code) {
+int of_byte(uint8_t byte, bool is_signed) { return is_signed ? int8_t(byte) : byte; }
+
+void multiply_tiles(int to, int a, int b, bool a_is_signed, const uint8_t* code) {
   const int rows = config.rows[to], columns = config.row_bytes[to] / 4, depth = config.row_bytes[a] / 4;
   if (to == a || to == b || a == b || config.rows[a] != rows || config.row_bytes[b] != columns * 4 ||
       config.rows[b] != depth)
@@ -95,7 +97,7 @@ void multiply_tiles(int to, int a, int b, const uint8_t* code) {
       int32_t sum;
       std::memcpy(&sum, tile[to][m] + 4 * n, 4);
       for (int k = 0; k < depth; ++k)
-        for (int j = 0; j < 4; ++j) sum += int8_t(tile[a][m][4 * k + j]) * int8_t(tile[b][k][4 * n + j]);
+        for (int j = 0; j < 4; ++j) sum += of_byte(tile[a][m][4 * k + j], a_is_signed) * int8_t(tile[b][k][4 * n + j]);
       std::memcpy(tile[to][m] + 4 * n, &sum, 4);
     }
   clear_from(to, rows);
@@ -178,7 +180,10 @@ void on_illegal_instruction(int, siginfo_t*, void* data) {
         std::memcpy(i.address + row * i.stride, tile[t][row], config.row_bytes[t]);
       break;
     case 0x235e:  // tdpbssd
-      multiply_tiles(t, i.rm, i.source, code);
+      multiply_tiles(t, i.rm, i.source, true, code);
+      break;
+    case 0x215e:  // tdpbusd
+      multiply_tiles(t, i.rm, i.source, false, code);
       break;
     case 0x2150:
       vpdpbusd(i, context);
