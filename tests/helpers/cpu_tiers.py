@@ -150,16 +150,18 @@ def attention_8bit(parts):
 def print_attention_8bit():
     """The tier, and for each of a few calls, which are few instructions to emulate, a digest of what it returns."""
     print(environment.cpu_tier())
-    sizes = itertools.cycle((((20, 70), (40, 24)), ((33, 130), (64, 64)), ((17, 64), (128, 80)), ((5, 200), (84, 96))))
-    options = (
-        {"causal": True},
-        {"window": (40, 10), "softcap": 8.0},
-        {"mask": "float32 bhij", "rotates": False},
-        {"packed": True, "sinks": "float32"},
-        {"alibi": "h", "causal": True},
+    calls = (
+        ((20, 70), (40, 24), {"causal": True}),
+        ((70, 70), (64, 64), {"causal": True, "heads": (6, 2)}),  # rows see fewer keys than those of the tile before
+        ((33, 130), (64, 64), {"window": (40, 10), "softcap": 8.0}),
+        ((17, 64), (128, 80), {"mask": "float32 bhij", "rotates": False}),
+        ((5, 200), (84, 96), {"packed": True, "sinks": "float32"}),
+        ((20, 70), (40, 24), {"alibi": "h", "causal": True}),
     )
-    for (shape, dims), given in zip(sizes, options):
-        case = attention_8bit_cases.Case(shape, dims, torch.float32, 1, (2, 1), lse=True, **given)
+    for shape, dims, given in calls:
+        case = attention_8bit_cases.Case(
+            shape, dims, torch.float32, **{"batch": 1, "heads": (2, 1), "lse": True, **given}
+        )
         args = case.arguments()
         with poisoned_outputs(), fp.use_backend("cpu"):
             got = operations[case.op](*args)

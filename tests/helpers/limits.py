@@ -195,6 +195,12 @@ def meta_rows(rows: int) -> tuple[Any, ...]:
     return replaced("attention", args, **{n: torch.empty(shape, dtype=torch.float16, device="meta") for n in "qkv"})
 
 
+def least_scale(op: str) -> Limit:
+    """float32's least number, and what is rounded to 0. All scores are nearly 0, and a row's values their mean."""
+    return Limit(op, "log2 of scale, at least", -149, -151,
+                 lambda n: case(op, sizes=(5, 70), batch=1, scale=2.0**n))  # fmt: skip
+
+
 def attention_heads(op: str) -> Callable[[int], tuple[Any, ...]]:
     args = case(op, sizes=(5, 70), batch=1, heads=(4, 2))
     return lambda heads: replaced(op, args, q=args[0][:, :, :heads])
@@ -235,6 +241,7 @@ def attention_limits() -> Iterator[Limit]:
     yield Limit("attention", "head dim of v beside 192", 128, 120, attention_dims(lambda d: (192, d)),
                 refused_by("cpu", *GPU), refuses_last=("cpu",))  # fmt: skip
     yield Limit("attention", "heads of q, a multiple of those of k", 4, 3, attention_heads("attention"))
+    yield least_scale("attention")
     yield Limit("attention", "rows or keys, at most", 2**30, 2**30 + 1, meta_rows, tried=False)
     yield from boundary_limits("attention")
     yield Limit("attention", "batch times heads, more than a grid has in y", 2**16, None,
@@ -249,6 +256,7 @@ def attention_8bit_limits() -> Iterator[Limit]:
     for limited, last, beyond in (("at least", 32, 24), ("at most", 256, 264), ("a multiple of 8", 40, 36)):
         yield Limit(op, f"head dim, {limited}", last, beyond, attention_dims(lambda d: (d, d), op), refused_by(*GPU))
     yield Limit(op, "heads of q, a multiple of those of k", 4, 3, attention_heads(op))
+    yield least_scale(op)
     yield from boundary_limits(op)
 
 

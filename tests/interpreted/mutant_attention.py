@@ -120,7 +120,7 @@ def triton(cases):
 
 def of_8_bits(arch, kind, products, dim, cases, dtype, **every):
     """The launches of 16 bits. Out's dtype is a branch of these kernels, so a few more have it otherwise: packed, several
-    sequences, rows of fewer columns. And on wgmma scores beyond 2^20."""
+    sequences, rows of fewer columns. And scores beyond 2^20."""
     other = {F16: BF16, BF16: F16}[dtype]
 
     def case(sizes, d, dtype, **options):
@@ -130,7 +130,7 @@ def of_8_bits(arch, kind, products, dim, cases, dtype, **every):
         case((280, 420), dim - 16, other, packed=True, causal=True, sinks="float32", heads=(2, 1)),
         case((150, 90), dim, other, causal=True, batch=2, sinks="dtype", heads=(2, 1)),
         case((40, 70), dim, other, packed=True, batch=3, awkward=False, cu_seqlens=(IN_ORDER[0], (0, 70, 140, 211))),
-        *(case((150, 380), dim, dtype, scale=s, causal=s > 1e6) for s in ((3e4, 1e7) if arch == "sm_90a" else ())),
+        *(case((150, 380), dim, dtype, scale=s, causal=s > 1e6) for s in (3e4, 1e7)),
     )
     name = {"int8": "i8", "fp8": "e4m3"}[products]
     kernel = f"<Int8{kind}AttentionConfig<AttentionInstance{{dtype={name}, head_dim={dim},"
@@ -138,6 +138,11 @@ def of_8_bits(arch, kind, products, dim, cases, dtype, **every):
         more += (case((40, 90), dim, dtype, packed=True, softcap=8.0, sinks="float32", heads=(2, 1)),)
     both = tuple(of_attention(case, n % 2 == 0, products) for n, case in enumerate((*cases, *more)))
     return Instance((arch,), kernel, both, clusters=2 * (arch == "sm_90a"))
+
+
+def of_8_bits_triton(archs, products, cases):
+    cases = tuple(of_attention(case, True, products) for case in cases)
+    return Instance(archs, "attention_8bit_kernel", cases, "triton")
 
 
 INSTANCES = {
@@ -159,6 +164,9 @@ INSTANCES = {
     "attention_8bit_wgmma_64": of_8_bits("sm_90a", "Wgmma", "int8", 64, plain(F16, 64, 40), F16),
     "attention_8bit_wgmma_general": of_8_bits("sm_90a", "Wgmma", "int8", 64, general(BF16, 64, 40), BF16, alibi="h"),
     "attention_8bit_wgmma_fp8": of_8_bits("sm_90a", "Wgmma", "fp8", 64, plain(BF16, 64, 40), BF16),
+    "attention_8bit_triton": of_8_bits_triton(("sm_80", "sm_90a"), "int8", plain(F16, 64, 40)),
+    "attention_8bit_triton_general": of_8_bits_triton(("sm_80", "sm_90a"), "int8", general(BF16, 64, 40)),
+    "attention_8bit_triton_fp8": of_8_bits_triton(("sm_89", "sm_90a"), "fp8", plain(BF16, 64, 40)),
     "attention_triton": triton(plain(F16, 64, 40)),
     "attention_triton_general": triton(general(BF16, 64, 40)),
 }

@@ -38,13 +38,20 @@ import mutant_decode
 import mutant_edits
 import mutant_experts
 import mutant_gemms
+import mutant_operands
 from mutant_instances import instance_launches
 from mutant_launches import reached, recording
 from triton_version import triton_version
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a")
 SEEDS = range(3)
-INSTANCES = mutant_gemms.INSTANCES | mutant_attention.INSTANCES | mutant_decode.INSTANCES | mutant_experts.INSTANCES
+INSTANCES = (
+    mutant_gemms.INSTANCES
+    | mutant_attention.INSTANCES
+    | mutant_operands.INSTANCES
+    | mutant_decode.INSTANCES
+    | mutant_experts.INSTANCES
+)
 TRITON = triton_version()
 REASONS = pathlib.Path(__file__).with_name("mutant_reasons.json")
 #: of the launches that reach the same statements, the shortest that these are mutated in

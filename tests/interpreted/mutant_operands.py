@@ -1,0 +1,150 @@
+"""attention_8bit's operands in the mutation suite: the kernels that quantise q, k and v, and those that bring AttentionOperands
+into the layout of the products and back."""
+
+import dataclasses
+import math
+
+import torch
+from mutant_attention import IN_ORDER
+from mutant_instances import Instance
+
+from forwardpass.ops.attention_8bit import cases, reference
+
+F16, BF16 = torch.float16, torch.bfloat16
+
+
+@dataclasses.dataclass(frozen=True)
+class Case(cases.Case):
+    """`given`: the call has the operands in 8 bits; `returned`: it is quantize_attention. `extremes`: rows and channels of zeros,
+    of numbers too small for a scale, with an infinity and with a NaN; a key with one, in the first sequence."""
+
+    given: bool = False
+    returned: bool = False
+    extremes: bool = False
+
+    @property
+    def op(self):
+        return "quantize_attention" if self.returned else super().op
+
+    def arguments(self, device="cpu", seed=0):
+        q, k, v, products, rotates, *options = super().arguments(device, seed)
+        if self.extremes:
+            tiny = 2.0**-110 if q.dtype is BF16 else 0.0
+            q[:, 0], q[:, 1], q[:, 2, 0, 5], q[:, 3, 0, 6] = 0.0, tiny, math.inf, math.nan
+            v[..., 0], v[..., 1], v[:, 5, :, 2], v[:, 6, :, 3] = 0.0, tiny, math.inf, math.nan
+            k[0, 7, :, 1] = math.nan
+        cu_seqlens = options[-3:-1]
+        if self.returned:
+            return q, k, v, products, rotates, *cu_seqlens
+        if not self.given:
+            return q, k, v, products, rotates, *options
+        q8, q_scale, q_shift, k8, k_scale, v8, v_scale = reference.quantize_attention(
+            q, k, v, products, rotates, *cu_seqlens
+        )
+        return q8, k8, v8, products, rotates, *options, q_scale, q_shift, k_scale, v_scale, q.dtype
+
+
+def assert_matches(actual, args):
+    if isinstance(args[-1], torch.dtype):  # of operands that were given
+        expected = reference.attention_8bit(*args).double()
+        difference = (actual - expected).nan_to_num()
+        assert torch.equal(actual.isnan(), expected.isnan())
+        assert difference.norm() <= 2 * cases.CLOSE[args[3]] * expected.nan_to_num().norm()
+    elif isinstance(actual, tuple):
+        expected = reference.quantize_attention(*args)
+        for b, (rows, keys) in enumerate(reference.sequences_of(args[0], args[1], *args[-2:])):
+            places = (rows, rows, rows, keys, keys, keys, b)
+            x, y = ([part[where].float() for part, where in zip(parts, places)] for parts in (actual, expected))
+            for n in (1, 2, 4, 6):  # k's scales have 22 bits; shifts are sums in another order
+                torch.testing.assert_close(x[n], y[n], rtol=1e-4, atol=1e-3, equal_nan=True)
+            for n, scale in ((0, y[1][..., None]), (3, y[4][..., None]), (5, y[6])):  # of a scale that is NaN: any integers
+                assert torch.equal(*(torch.where(scale.isnan(), 0, z[n]) for z in (x, y)))
+    else:
+        cases.assert_matches(actual, args)
+
+
+def of_dims(sizes, dims, dtype=F16, products="int8", **options):
+    return Case(sizes, dims, dtype, **{"products": products, "batch": 1, "heads": (1, 1), **options})
+
+
+def packed(dims, dtype, products, **options):
+    """Sequences that begin elsewhere, fall, and lead beyond the tensors; several of a block of keys, and without any."""
+    starts = (IN_ORDER[0], (0, 70, 140, 211)), ((0, 40, 80, 110), IN_ORDER[1]), ((0, 40, 80, 79), IN_ORDER[1])
+    return (
+        of_dims((70, 150), dims, dtype, products, packed=True, heads=(4, 2), **options),
+        *(
+            of_dims((40, 70), dims, dtype, products, packed=True, batch=3, awkward=False, cu_seqlens=s, **options)
+            for s in starts
+        ),
+        of_dims((2, 3), dims, dtype, products, packed=True, batch=140, awkward=False, **options),
+    )
+
+
+def quantised(*products):
+    """Of all dtypes and numbers of columns; chunks of v's keys, several a thread; rotated in whole and in parts."""
+    for n, product in enumerate(products):
+        one, other = ((F16, BF16), (BF16, F16))[n % 2]
+        yield of_dims((70, 300), (64, 64), one, product, batch=2, heads=(4, 2), layout="apart", extremes=True)
+        yield of_dims((70, 300), (40, 40), other, product, batch=2, heads=(4, 2), layout="expanded", rotates=False)
+        yield of_dims((9, 150), (128, 128), one, product, heads=(2, 1))
+        yield of_dims((9, 90), (200, 200), other, product, heads=(1, 1), extremes=True)
+        yield of_dims((3, 2500), (64, 64), other, product)
+        yield of_dims((5, 3), (64, 64), one, product, heads=(2, 2), batch=3)
+        yield of_dims((5, 13), (64, 64), one, product)
+        yield from packed((64, 64), one, product)
+
+
+def exchanged(**options):
+    for product, dtype in (("int8", F16), ("fp8", BF16)):
+        yield of_dims((70, 150), (64, 64), dtype, product, batch=2, heads=(4, 2), **options)
+        yield of_dims((70, 90), (40, 40), dtype, product, heads=(2, 1), **options)
+        yield of_dims((60, 90), (256, 256), dtype, product, **options)
+        yield from packed((40, 40), dtype, product, **options)
+
+
+def cuda(kernel, cases):
+    """By the PTX of each of the library's architectures, both of which take e4m3."""
+    return Instance(("sm_89", "sm_90a"), kernel, tuple(cases))
+
+
+def triton(kernel, cases):
+    return Instance(("sm_80", "sm_90a"), kernel, tuple(cases), "triton")
+
+
+def of_one_kernel(product="int8", dtype=F16, dims=(80, 80)):
+    """A kernel of Triton's is one for each dtype, width and rotation. Columns end within the bucket's, which end within the
+    kernel's."""
+    yield of_dims((70, 300), dims, dtype, product, batch=2, heads=(4, 2), layout="apart", extremes=True)
+    yield of_dims((70, 90), dims, dtype, product, heads=(2, 1), layout="expanded", batch=2)
+    yield of_dims((3, 2500), dims, dtype, product)
+    yield of_dims((5, 3), dims, dtype, product, heads=(2, 2), batch=3)
+    yield of_dims((5, 13), dims, dtype, product)
+    yield from packed(dims, dtype, product)
+
+
+def of_three_chunks(product="int8", dtype=F16, dims=(80, 80)):
+    """And one for so many chunks of v's keys."""
+    yield of_dims((9, 400), dims, dtype, product, batch=2, heads=(2, 1), layout="apart", extremes=True)
+    yield of_dims((9, 400), dims, dtype, product, heads=(2, 2), batch=2, layout="expanded")
+    yield of_dims((70, 1030), dims, dtype, product, packed=True, heads=(2, 1))
+    for starts in (
+        ((0, 9, 18, 27), (0, 400, 800, 1201)),
+        ((0, 9, 18, 25), (0, 400, 800, 1200)),
+        ((0, 9, 18, 17), (0, 400, 800, 1200)),
+    ):
+        yield of_dims((9, 400), dims, dtype, product, packed=True, batch=3, awkward=False, cu_seqlens=starts)
+    yield of_dims((1, 384), dims, dtype, product, packed=True, batch=140, awkward=False)
+
+
+INSTANCES = {
+    "attention_8bit_statistics": cuda("qkv_statistics_kernel", quantised("int8", "fp8")),
+    "attention_8bit_quantize": cuda("qkv_to_int8_kernel", quantised("int8", "fp8")),
+    "attention_8bit_given": cuda("exchange_operands_kernel<true>", exchanged(given=True)),
+    "attention_8bit_returned": cuda("exchange_operands_kernel<false>", exchanged(returned=True)),
+    "attention_8bit_triton_statistics": triton("statistics_kernel", of_one_kernel()),
+    "attention_8bit_triton_quantize_q": triton("quantize_q_kernel", of_one_kernel()),
+    "attention_8bit_triton_quantize_fp8": Instance(
+        ("sm_89", "sm_90a"), "quantize_kv_kernel", tuple(of_three_chunks("fp8", BF16)), "triton"
+    ),
+    "attention_8bit_triton_quantize_kv": triton("quantize_kv_kernel", of_three_chunks()),
+}
