@@ -159,6 +159,14 @@ def _e4m3(largest: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Rounded]:
     return lambda x: to_e4m3(x, largest(x))
 
 
+def _int8_by_block(x: Tensor) -> Rounded:
+    """By channel, and of 64 keys one factor more for all channels."""
+    scale = by_channel(x).clamp_min(1e-30) / 127
+    factor = torch.cat([keys.abs().amax().expand(len(keys), 1) for keys in (x / (127 * scale)).split(64)])
+    factor = factor.clamp_min(1e-30)
+    return (x / (scale * factor)).round() * factor, scale
+
+
 ARITHMETICS = {
     "fp16": Arithmetic(_fp16, _fp16, _fp16, _p_fp16),
     "int8": Arithmetic(_int8(by_row), _int8(by_row), _int8(by_channel), _p_u8, rotates=True, centre=mean, by_block=True),
@@ -175,6 +183,9 @@ ARITHMETICS = {
     "int8, p by the row": Arithmetic(_int8(by_row), _int8(by_row), _int8(by_channel), _p_u8, rotates=True, centre=mean),
     "int8, p by 128 keys": Arithmetic(
         _int8(by_row), _int8(by_row), _int8(by_channel), _p_u8, rotates=True, centre=mean, by_block=True, block=128
+    ),
+    "int8, v by 64 keys too": Arithmetic(
+        _int8(by_row), _int8(by_row), _int8_by_block, _p_u8, rotates=True, centre=mean, by_block=True
     ),
     "int8, k by thread": Arithmetic(
         _int8(by_row), _int8(K_OF_THREAD), _int8(by_channel), _p_u8, rotates=True, centre=mean, by_block=True

@@ -57,7 +57,8 @@ def assert_matches(actual, args):
             x, y = ([part[where].float() for part, where in zip(parts, places)] for parts in (actual, expected))
             for n in (1, 2, 4, 6):  # k's scales have 22 bits; shifts are sums in another order
                 torch.testing.assert_close(x[n], y[n], rtol=1e-4, atol=1e-3, equal_nan=True)
-            for n, scale in ((0, y[1][..., None]), (3, y[4][..., None]), (5, y[6])):  # of a scale that is NaN: any integers
+            # of a scale that is NaN: any integers
+            for n, scale in ((0, y[1][..., None]), (3, y[4][..., None]), (5, y[6])):
                 assert torch.equal(*(torch.where(scale.isnan(), 0, z[n]) for z in (x, y)))
     else:
         cases.assert_matches(actual, args)
