@@ -100,6 +100,7 @@ def exchanged(**options):
         yield of_dims((70, 150), (64, 64), dtype, product, batch=2, heads=(4, 2), **options)
         yield of_dims((70, 90), (40, 40), dtype, product, heads=(2, 1), **options)
         yield of_dims((60, 90), (256, 256), dtype, product, **options)
+        yield of_dims((60, 90), (256, 256), dtype, product, packed=True, **options)
         yield from packed((40, 40), dtype, product, **options)
 
 
