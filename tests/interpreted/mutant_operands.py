@@ -135,7 +135,6 @@ def of_three_chunks(product="int8", dtype=F16, dims=(80, 80)):
         ((0, 9, 18, 17), (0, 400, 800, 1200)),
     ):
         yield of_dims((9, 400), dims, dtype, product, packed=True, batch=3, awkward=False, cu_seqlens=starts)
-    yield of_dims((1, 384), dims, dtype, product, packed=True, batch=140, awkward=False)
 
 
 INSTANCES = {
