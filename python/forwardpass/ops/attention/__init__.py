@@ -5,7 +5,6 @@ The contract; what it computes is in reference.py.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import math
 from collections.abc import Callable
@@ -20,6 +19,8 @@ from ..common.quantized_rows import FLOATS, check_elements, check_vector
 from ..common.values import may_look
 from . import reference
 
+#: Between these is a scale of the softmax: float32 has them as 0 and as infinity.
+SCALES = (2.0**-150, 2.0**128 - 2.0**103)
 #: (head_dim of q and k, of v) for which there are kernels; other head dims run in the next one of as many columns or more.
 BUCKETS = ((64, 64), (96, 96), (128, 128), (192, 192), (256, 256), (192, 128))
 #: The same of CUDA's kernels with a mask, ALiBi or softcap (csrc/kernels/attention/table_modified_sm80.cu).
@@ -277,7 +278,7 @@ def check_number(op: str, name: str, value: object) -> float:
 
 
 def check_scale(op: str, scale: float | None) -> None:
-    if scale is not None and not 0 < ctypes.c_float(check_number(op, "scale", scale)).value < math.inf:
+    if scale is not None and not SCALES[0] < check_number(op, "scale", scale) < SCALES[1]:
         raise ValueError(
             f"{op}: scale must be positive and finite in float32, not {scale}: negate q for a negative one"
         )
