@@ -164,9 +164,9 @@ INSTANCES = {
     "attention_8bit_wgmma_64": of_8_bits("sm_90a", "Wgmma", "int8", 64, plain(F16, 64, 40), F16),
     "attention_8bit_wgmma_general": of_8_bits("sm_90a", "Wgmma", "int8", 64, general(BF16, 64, 40), BF16, alibi="h"),
     "attention_8bit_wgmma_fp8": of_8_bits("sm_90a", "Wgmma", "fp8", 64, plain(BF16, 64, 40), BF16),
-    "attention_8bit_triton": of_8_bits_triton(("sm_80", "sm_90a"), "int8", plain(F16, 64, 40)),
-    "attention_8bit_triton_general": of_8_bits_triton(("sm_80", "sm_90a"), "int8", general(BF16, 64, 40)),
-    "attention_8bit_triton_fp8": of_8_bits_triton(("sm_89", "sm_90a"), "fp8", plain(BF16, 64, 40)),
+    "attention_8bit_triton": of_8_bits_triton(("sm_80",), "int8", plain(F16, 64, 40)),
+    "attention_8bit_triton_general": of_8_bits_triton(("sm_80",), "int8", general(BF16, 64, 40)),
+    "attention_8bit_triton_fp8": of_8_bits_triton(("sm_89",), "fp8", plain(BF16, 64, 40)),
     "attention_triton": triton(plain(F16, 64, 40)),
     "attention_triton_general": triton(general(BF16, 64, 40)),
 }

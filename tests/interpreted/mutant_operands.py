@@ -105,36 +105,7 @@ def exchanged(**options):
 
 
 def cuda(kernel, cases):
-    """By the PTX of each of the library's architectures, both of which take e4m3."""
-    return Instance(("sm_89", "sm_90a"), kernel, tuple(cases))
-
-
-def triton(kernel, cases):
-    return Instance(("sm_80", "sm_90a"), kernel, tuple(cases), "triton")
-
-
-def of_one_kernel(product="int8", dtype=F16, dims=(80, 80)):
-    """A kernel of Triton's is one for each dtype, width and rotation. Columns end within the bucket's, which end within the
-    kernel's."""
-    yield of_dims((70, 300), dims, dtype, product, batch=2, heads=(4, 2), layout="apart", extremes=True)
-    yield of_dims((70, 90), dims, dtype, product, heads=(2, 1), layout="expanded", batch=2)
-    yield of_dims((3, 2500), dims, dtype, product)
-    yield of_dims((5, 3), dims, dtype, product, heads=(2, 2), batch=3)
-    yield of_dims((5, 13), dims, dtype, product)
-    yield from packed(dims, dtype, product)
-
-
-def of_three_chunks(product="int8", dtype=F16, dims=(80, 80)):
-    """And one for so many chunks of v's keys."""
-    yield of_dims((9, 400), dims, dtype, product, batch=2, heads=(2, 1), layout="apart", extremes=True)
-    yield of_dims((9, 400), dims, dtype, product, heads=(2, 2), batch=2, layout="expanded")
-    yield of_dims((70, 1030), dims, dtype, product, packed=True, heads=(2, 1))
-    for starts in (
-        ((0, 9, 18, 27), (0, 400, 800, 1201)),
-        ((0, 9, 18, 25), (0, 400, 800, 1200)),
-        ((0, 9, 18, 17), (0, 400, 800, 1200)),
-    ):
-        yield of_dims((9, 400), dims, dtype, product, packed=True, batch=3, awkward=False, cu_seqlens=starts)
+    return Instance(("sm_90a",), kernel, tuple(cases))
 
 
 INSTANCES = {
@@ -142,10 +113,4 @@ INSTANCES = {
     "attention_8bit_quantize": cuda("qkv_to_int8_kernel", quantised("int8", "fp8")),
     "attention_8bit_given": cuda("exchange_operands_kernel<true>", exchanged(given=True)),
     "attention_8bit_returned": cuda("exchange_operands_kernel<false>", exchanged(returned=True)),
-    "attention_8bit_triton_statistics": triton("statistics_kernel", of_one_kernel()),
-    "attention_8bit_triton_quantize_q": triton("quantize_q_kernel", of_one_kernel()),
-    "attention_8bit_triton_quantize_fp8": Instance(
-        ("sm_89", "sm_90a"), "quantize_kv_kernel", tuple(of_three_chunks("fp8", BF16)), "triton"
-    ),
-    "attention_8bit_triton_quantize_kv": triton("quantize_kv_kernel", of_three_chunks()),
 }
