@@ -20,6 +20,7 @@ try:
     from .integrations.flash_attention import register_flash_attention_impl
     from .integrations.peft import register_when_imported as _check_adapters_when_imported
     from .integrations.sdpa import sdpa
+    from .integrations.timesteps import timestep
     from .nn.linear.quantized_linear import register_linear
     from .planning.parity import parity
     from .planning.planner import plan
@@ -44,7 +45,7 @@ __all__ = [
     "Config", "Decoding", "KVCache", "Pipeline", "Plan", "Precision", "Unsupported", "call_counts", "explain",
     "export_pretrained", "interpret", "load_pretrained", "nn", "ops", "parity", "plan", "profile",
     "register_flash_attention_impl", "register_linear", "register_precision", "report", "restore", "save_pretrained", "sdpa",
-    "size_batch", "swap", "types", "use_backend",
+    "size_batch", "swap", "timestep", "types", "use_backend",
 ]  # fmt: skip
 
 

@@ -1,6 +1,7 @@
-"""Models of diffusers: their Linears are swapped, and their attention runs on ours within `fp.sdpa`."""
+"""Models of diffusers: their Linears and their attention are swapped, and attention runs on ours within `fp.sdpa` too."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from rotation import paired
 from small_models import assert_same_objects, objects
 
 import forwardpass as fp
+from forwardpass.dispatch.calls import Calls, counted
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -100,7 +102,7 @@ def test_swapped_and_restored(make, precision, tmp_path):
     assert len(report.swapped) == MODELS[make][0]
     others = [s for s in report.skipped if s.bytes is None]  # convolutions wait for calibrate=
     attention = {s.reason.code: s.reason.fix for s in others if s.reason.code != "too_small"}
-    assert attention == {"attention_on_cpu": "run the model within `with fp.sdpa():`"}
+    assert attention == {"attention_on_cpu": "pass attention=True to swap it all the same"}
     during = run(model, inputs)
     assert (during - before).norm() < 0.01 * before.norm() and not torch.equal(during, before)
     with pytest.raises(RuntimeError, match=r"fp\.save_pretrained"):
@@ -132,9 +134,6 @@ def test_in_bfloat16(make):
 def test_attention_runs_on_ours_within_sdpa(make):
     model, inputs = built(make)
     before = run(model, inputs)
-    assert {s.reason.code for s in fp.swap(model, attention=True, exclude="**.to_*", dry_run=True).skipped} >= {
-        "calls_sdpa"
-    }
     with fp.sdpa() as calls:
         within = run(model, inputs)
     assert str(calls) == f"{MODELS[make][1]} x scaled_dot_product_attention: forwardpass"
@@ -146,16 +145,44 @@ def test_attention_runs_on_ours_within_sdpa(make):
 
 
 @pytest.mark.parametrize("make", MODELS)
+def test_attention_is_swapped(make, tmp_path):
+    """As within `fp.sdpa`, in copies and in a checkpoint too, and put back."""
+    model, inputs = built(make)
+    before, forwards = run(model, inputs), {n: m.forward for n, m in model.named_modules()}
+    report = fp.swap(model, "int8", attention=True)
+    assert {s.before for s in report.attention} == {"sdpa"}
+    assert not [s for s in report.skipped if "attention" in s.reason.code or "sdpa" in s.reason.code]
+    with counted(Calls()) as calls:
+        during = run(model, inputs)
+    assert sum(calls.kernel_calls.values()) == MODELS[make][1] and not calls.fallbacks
+    with fp.sdpa():
+        assert torch.equal(run(model, inputs), during)
+    assert torch.equal(run(copy.deepcopy(model), inputs), during)
+    assert torch.equal(run(pickle.loads(pickle.dumps(model)), inputs), during)
+    fp.save_pretrained(model, tmp_path / "checkpoint")
+    loaded = fp.load_pretrained(tmp_path / "checkpoint", model=built(make)[0])
+    with counted(Calls()) as calls:
+        assert torch.equal(run(loaded, inputs), during)
+    assert sum(calls.kernel_calls.values()) == MODELS[make][1]
+    fp.restore(model)
+    assert {n: m.forward for n, m in model.named_modules()} == forwards
+    assert torch.equal(run(model, inputs), before)
+
+
+@pytest.mark.parametrize("make", MODELS)
 def test_attention_in_8_bits(make):
     """Masks and cross attention too; what 8 bits lose is all that changes."""
     model, inputs = built(make)
     before = run(model, inputs)
-    report = fp.swap(model, attention="int8", exclude="**.to_*", dry_run=True)
-    assert 'with fp.sdpa("int8"):' in " ".join(str(report).split())
+    with fp.swap(model, attention="int8", crossover=0) as report, counted(Calls()) as calls:
+        during = run(model, inputs)
+    assert {s.bits for s in report.attention} == {"int8"} and not report.swapped
+    assert sum(calls.kernel_calls.values()) == MODELS[make][1]
+    assert all(name.endswith("Attention in int8") for name in calls.kernel_calls)
     with fp.sdpa("int8", crossover=0) as calls:
-        within = run(model, inputs)
+        assert torch.equal(run(model, inputs), during)
     assert str(calls) == f"{MODELS[make][1]} x scaled_dot_product_attention in int8: forwardpass"
-    assert 0 < (within - before).norm() < 0.02 * before.norm()
+    assert 0 < (during - before).norm() < 0.02 * before.norm()
     with fp.sdpa("int8") as calls:  # whose calls are short
         run(model, inputs)
     assert str(calls) == f"{MODELS[make][1]} x scaled_dot_product_attention: forwardpass"

@@ -274,9 +274,12 @@ def test_a_vision_transformer():
     assert not calls.fallbacks
     for y in (got, compiled):
         assert (y - reference).abs().max() <= 2 * own
-    report = fp.swap(model, attention=True, dry_run=True)
-    assert {s.reason.code for s in report.skipped if s.fqn.endswith("attn")} == {"calls_sdpa"}
-    assert "with fp.sdpa():" in " ".join(str(report).split())
+    with fp.swap(model, attention=True) as report, counted(Calls()) as calls:
+        assert torch.equal(model(x), got)
+        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), compiled)
+    assert {(s.module, s.before) for s in report.attention} == {("Attention", "sdpa")}
+    assert calls.kernel_calls == {"Attention": 4}
+    assert torch.equal(model(x), expected)
 
 
 @torch.inference_mode()

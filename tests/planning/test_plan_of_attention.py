@@ -248,10 +248,35 @@ def test_refusals(times, options, words):
         planned(**options)
 
 
+class OwnAttention(nn.Module):
+    """Which nothing can swap."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(64, 192)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return (q @ k.transpose(-1, -2)).softmax(-1) @ v
+
+
 def test_a_model_without_attention_to_weigh_is_refused(times):
-    model = VisionTransformer()
-    with pytest.raises(ValueError, match=r"this VisionTransformer has none: .*with fp\.sdpa"):
-        planned(model, [torch.randn(2, 3, 32, 32)], shapes=None)
+    with pytest.raises(ValueError, match=r"this Sequential has none: OwnAttention computes attention in its own code"):
+        planned(nn.Sequential(OwnAttention()), [torch.randn(2, 5, 64)], shapes=None)
+    with pytest.raises(ValueError, match=r"this Sequential has none: it has none"):
+        planned(nn.Sequential(nn.Linear(64, 64)), [torch.randn(2, 64)], shapes=None)
+
+
+def test_attention_that_calls_torchs_function_itself(times):
+    times["layers"] |= {"int8": 1.5, "w8a16": 3.0}
+    model, x = VisionTransformer().eval(), torch.randn(2, 3, 32, 32)
+    plan = planned(model, [x], shapes=None)
+    names = [f"blocks.{i}.attn" for i in (0, 1)]
+    assert [x.fqn for x in plan.attention_8bit] == names and {by_name(plan)[n]["choice"] for n in names} == {"int8"}
+    fp.swap(model, plan=plan)
+    with counted(Calls()) as calls, torch.inference_mode():
+        model(x)
+    assert calls.kernel_calls == {"Attention in int8": 2}
 
 
 def test_several_candidates(times, monkeypatch):

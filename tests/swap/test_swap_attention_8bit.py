@@ -327,11 +327,20 @@ def test_wrong_patterns():
     assert_same_objects(model, before)
 
 
-def test_code_that_calls_sdpa_itself_is_told_of_8_bits():
+@torch.inference_mode()
+def test_code_that_calls_sdpa_itself():
+    """Is swapped where it is asked for; by default it stays."""
     from small_models import VisionTransformer
 
-    report = fp.swap(VisionTransformer(), **EVERYWHERE, dry_run=True)
-    assert 'with fp.sdpa("int8"):' in " ".join(str(report).split())
+    model, x = VisionTransformer().eval(), torch.randn(2, 3, 32, 32)
+    expected, forwards = model(x), {n: m.forward for n, m in model.named_modules()}
+    assert {s.reason.code for s in fp.swap(model, "int8", dry_run=True).skipped if s.fqn.endswith("attn")} == {
+        "attention_on_cpu"
+    }
+    with fp.swap(model, **EVERYWHERE) as report, counted(Calls()) as calls:
+        assert 0 < (model(x) - expected).norm() < 0.02 * expected.norm()
+    assert {s.bits for s in report.attention} == {"int8"} and calls.kernel_calls == {"Attention in int8": 2}
+    assert {n: m.forward for n, m in model.named_modules()} == forwards and torch.equal(model(x), expected)
 
 
 def test_a_second_swap_is_refused():

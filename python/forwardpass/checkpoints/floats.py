@@ -25,6 +25,9 @@ _NOT_FLOATS = "of a model that another library has quantised, load it with fp.lo
 def check_config(config: Config) -> None:
     """ValueError, before anything is loaded, where this is nothing for a model of floats."""
     config.check_complete()
+    if config.range is not None:
+        raise ValueError("timesteps= needs the originals, which a model that is quantised while it is loaded has not: load it "
+                         "without quantization_config=, and call fp.swap")  # fmt: skip
     precision = config.precision
     alone = [precision] if isinstance(precision, str | Precision) else []
     presets = [known(x) for x in ([*precision.values()] if isinstance(precision, Mapping) else alone)]

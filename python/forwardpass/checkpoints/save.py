@@ -15,6 +15,7 @@ from ..common.files.json_files import write_json
 from ..common.files.tensor_files import safetensors_module, shard_bytes, split
 from ..common.models.modules import plain_module
 from ..integrations import sentence_transformers as sentences
+from ..integrations.timesteps import range_of
 from ..integrations.transformers import model_config
 from ..nn import QuantizedModule
 from ..swap import keras_layers, originals
@@ -91,6 +92,9 @@ def write(
     if not layers:
         raise ValueError("save_pretrained stores swapped models, and this one holds no quantised layer: call fp.swap "
                          "first, or use the model's own save method")  # fmt: skip
+    if range_of(model) is not None:
+        raise ValueError("save_pretrained stores no model that was swapped with timesteps=, whose originals run at others: store "
+                         "the original model and the plan, report.save_plan(path), and swap it with that")  # fmt: skip
     if keras_layers.roots(model):
         raise ValueError(
             "save_pretrained stores no layers of keras: its own model.save(…) stores the float model, to be swapped anew"

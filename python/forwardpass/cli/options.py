@@ -57,7 +57,11 @@ def share_of(text: str | None) -> float | None:
 
 
 ModelName = Annotated[
-    str, typer.Argument(help="A folder that save_pretrained wrote, `minilm`, the decoder `smollm2`, or a hub id.")
+    str,
+    typer.Argument(
+        help="A folder that save_pretrained wrote, `minilm`, the decoder `smollm2`, or a hub id; for swap also torchvision:NAME or "
+        "timm:NAME."
+    ),
 ]
 SwappedName = Annotated[str, typer.Argument(help="As for swap, or a folder that `forwardpass swap --save` wrote.")]
 

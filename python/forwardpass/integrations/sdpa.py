@@ -57,16 +57,27 @@ def sdpa(attention: str | bool = True, *, crossover: int | None = None) -> Itera
         yield calls
 
 
+def forward_within(
+    module: nn.Module, bits: EightBits | None, before: Callable[..., Any] | None, *args: Any, **kwargs: Any
+) -> Any:
+    """The forward of swapped attention that calls `F.scaled_dot_product_attention` itself: as it is, and that call runs as within
+    `sdpa`. before: what stood in the place of its class's forward, such as a hook of accelerate."""
+    with _Mode(bits, module):
+        return type(module).forward(module, *args, **kwargs) if before is None else before(*args, **kwargs)
+
+
 class _Mode(TorchFunctionMode):
-    def __init__(self, bits: EightBits | None) -> None:
+    """module: whose calls these are; None: anyone's."""
+
+    def __init__(self, bits: EightBits | None, module: nn.Module | None = None) -> None:
         super().__init__()
-        self.bits = bits
+        self.bits, self.module = bits, module
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         if func is F.scaled_dot_product_attention:
-            return _attention(func, self.bits, *args, **(kwargs or {}))
+            return _attention(func, self.bits, self.module, *args, **(kwargs or {}))
         if func is F.multi_head_attention_forward:
             decline("multi_head_attention_forward", _WITHIN)
         elif func is Tensor.unflatten and torch.compiler.is_compiling():
@@ -77,6 +88,7 @@ class _Mode(TorchFunctionMode):
 def _attention(
     torch_attention: Callable[..., Tensor],
     bits: EightBits | None,
+    module: nn.Module | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -88,6 +100,7 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     call = query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+    name = _CALL if module is None else type(module).__name__
     reason = _why_not(*call)
     if reason is None:
         flat = query.dim() == 3  # one head
@@ -96,9 +109,9 @@ def _attention(
         arguments = heads_first.arguments(q, k, v, mask, is_causal, scale)
         reason = heads_first.why_no_kernel(ATTENTION, arguments)
     if reason is None:
-        o = attend(None, arguments, bits, _CALL).transpose(1, 2)
+        o = attend(module, arguments, bits, name).transpose(1, 2)
         return o.squeeze(1) if flat else o
-    decline(_CALL, reason)
+    decline(name, reason)
     return torch_attention(*call[:6], scale=scale, enable_gqa=enable_gqa)
 
 

@@ -20,6 +20,7 @@ from ..common.printing.text import megabytes
 from ..common.timing import Timing, Track, interleave, untracked
 from ..dispatch import Reason
 from ..integrations.tensor_parallel import refuse_divided
+from ..integrations.timesteps import Timesteps
 from ..proofs.walker import all_leaves
 from ..swap import keras_layers, originals
 from ..swap.attention.attention_modules import decide_attention
@@ -34,8 +35,10 @@ from ..swap.rules import Context
 from ..swap.swapping import planned
 from ..swap.verdicts import prove
 from . import evidence
+from .candidates import by_step
 from .candidates.attention_rows import NOT_OF_LAYERS, Attention, AttentionLayer, attention_candidates
 from .candidates.caches import kv_cache_candidates, with_cache
+from .candidates.eligible import eligible
 from .candidates.measure import (
     CALIBRATED,
     ROUNDS,
@@ -48,7 +51,6 @@ from .candidates.measure import (
     Subject,
     Workload,
     calibrated_arguments,
-    eligible,
     find_candidate,
     identity,
 )
@@ -218,7 +220,9 @@ def plan(
         subject = Subject(model, criterion, forward, output, verdicts)
         workload = Workload(subject, timed)
         reached: set[str] = set()
-        with hooked(((leaf.fqn, leaf.module) for leaf in leaves), before=lambda fqn, *_: reached.add(fqn)):
+        loop = by_step.Loop()
+        reaching = hooked(((leaf.fqn, leaf.module) for leaf in leaves), before=lambda fqn, *_: reached.add(fqn))
+        with reaching, loop.noted(model):
             references = subject.reference(samples, progress)
         if images is not None:
             refuse_others(references[0], next(subject.outputs(samples[:1])))
@@ -253,13 +257,14 @@ def plan(
 
         specifications = {x.leaf.fqn: x.bits for x in eights.layers}
 
-        def plan_of(names: Mapping[str, str | None]) -> Plan:
+        def plan_of(names: Mapping[str, str | None], timesteps: Timesteps | None = None) -> Plan:
             pairs = [(by_fqn[fqn], tried[name]) for fqn, name in names.items() if name and fqn in by_fqn]
             bits = {fqn: specifications[fqn][name] for fqn, name in names.items() if name and fqn in specifications}
             batches_fingerprint = Fingerprint().add(calibration).value if any(p.calibrated for _, p in pairs) else None
             if not (pairs or bits):
                 return planned(model, [], [], None, None)
-            return planned(model, pairs, dict.fromkeys((*swapped, *bits)), batches_fingerprint, unpads, bits=bits)
+            attention = dict.fromkeys((*swapped, *bits))
+            return planned(model, pairs, attention, batches_fingerprint, unpads, None, bits, timesteps)
 
         def alone(layer: Layer, name: str) -> Plan:
             fqn = layer.leaf.fqn
@@ -291,7 +296,8 @@ def plan(
         together = [
             options_of(unit, layer_options, {n: workload.sum_of(p) for n, p in saved.items()}) for unit, saved in units
         ]
-        front = Frontier([[option for _, option in by_names] for by_names in together])
+        options_of_units = [[option for _, option in by_names] for by_names in together]
+        front = Frontier(options_of_units)
 
         def names_of(choice: Choice) -> dict[str, str | None]:
             names_of_units = (by_names[o][0] for by_names, o in zip(together, choice.options))
@@ -302,12 +308,32 @@ def plan(
 
         as_it_is = Choice((0,) * len(together), sum(_cost(layer, target) for layer in layers), 0.0, 0.0)
         choice, attempts = _search(front, as_it_is, criterion, lambda c: verifier.run(plan_of(names_of(c))), progress)
-    latency, phases = _latency(subject, plan_of(names_of(choice)), arguments, workload, progress)
+        timesteps, tried_range = None, None
+        quickest = front.choice(len(front) - 1)
+        slower_than_it = target == "latency" and choice.options != quickest.options
+        if parts := loop.parts(len(samples)) if slower_than_it else []:
+            plans = [plan_of(names_of(quickest), part.timesteps) for part in parts]
+            few = [[x[i] for i in indices] for x in (samples, references)]
+            by_step.measure(parts, plans, measurer, *few, worst, progress)
+            tried_range = by_step.range_of(parts)
+        if tried_range is not None:
+            within = Frontier(tried_range.scaled(options_of_units))
+            in_range, more = _search(
+                within,
+                as_it_is,
+                criterion,
+                lambda c: verifier.run(plan_of(names_of(c), tried_range.timesteps)),
+                progress,
+            )
+            attempts += more
+            if in_range.cost < choice.cost:
+                choice, front, timesteps = in_range, within, tried_range.timesteps
+    latency, phases = _latency(subject, plan_of(names_of(choice), timesteps), arguments, workload, progress)
     slower = target == "latency" and _is_slower(latency, phases)
     if slower:
-        choice = as_it_is
+        choice, timesteps = as_it_is, None
     names = names_of(choice)
-    without, result = {} if slower else phases, plan_of(names)
+    without, result = {} if slower else phases, plan_of(names, timesteps)
     result, cache_results = with_cache(
         result, without, cached, caches, verifier, lambda p: _latency(subject, p, arguments, workload, progress)[1]
     )
@@ -325,6 +351,7 @@ def plan(
             "result": _result(layers, criterion, attempts, latency, phases, sizes, slower),
             "layers": [evidence.row(layer, name, target) for layer, name in zip(layers, names.values())],
             "kv_cache": cache_results,
+            "timesteps": by_step.evidence(parts, tried_range, timesteps),
             "pairs": [{"layers": [x.leaf.fqn for x in u], "saved_ms": saved} for u, saved in units if len(u) > 1],
             "blocks": evidence.blocks(layers, names, lambda x: _cost(x, target)),
             "predicted": {"before": as_it_is.cost, "after": choice.cost, "gap": choice.gap, "error": choice.error},

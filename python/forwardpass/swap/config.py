@@ -12,6 +12,7 @@ from torch import nn
 
 from ..common.batches import check_several
 from ..common.models.patterns import Pattern, patterns
+from ..integrations.timesteps import Timesteps, check_timesteps
 from .attention.choices import Attention, Choice, check_choice, is_asked_for
 from .attention.kv_cache import check_kv_cache
 from .attention.unpadded_encoders import check_unpad
@@ -39,6 +40,7 @@ class Options(TypedDict, total=False):
     calibrate: Iterable[Any] | None
     keep: str | bool
     forward: Callable[[nn.Module, Any], Any] | None
+    timesteps: Timesteps | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +95,10 @@ class Config:
             once all is in place, and `fp.restore` cannot bring them back, which is also what "auto" means of a model that
             from_pretrained loads. Layers of keras hold theirs, on the device.
         forward: forward(model, batch) for batches that are no mapping, tuple, list or tensor.
+        timesteps: of a diffusion model: (least, greatest) timestep at which the swap counts, both included, on the model's own
+            scale, None for no bound. At others the model runs on its originals, which stay beside it on the device. A call says its
+            timestep by its argument timestep, timesteps or t, or is made within `fp.timestep(t)`. None: at every one, and of models
+            without. With plan=, the plan says it.
 
     Raises:
         ValueError, TypeError, FileNotFoundError: a field is none that a swap takes, or two do not go together.
@@ -117,6 +123,7 @@ class Config:
     calibrate: Iterable[Any] | None = None
     keep: str | bool = "auto"
     forward: Callable[[nn.Module, Any], Any] | None = None
+    timesteps: Timesteps | None = None
 
     def __post_init__(self) -> None:
         if self.keep not in KEEP or self.keep is True:
@@ -136,8 +143,29 @@ class Config:
             raise TypeError(f"forward is a function of a model and a batch, not {self.forward!r}")
         for name in ("include", "exclude"):
             object.__setattr__(self, name, tuple(p.text for p in patterns(name, getattr(self, name))))
+        check_timesteps(self.timesteps)
         if self.plan is not None:
             object.__setattr__(self, "plan", Plan.load(self.plan))
+        self._check_range()
+
+    def _check_range(self) -> None:
+        """ValueError where something does not go with a swap at some timesteps alone."""
+        if self.plan is not None and self.timesteps is not None:
+            raise ValueError(f"timesteps={self.timesteps!r} does not go with plan=, which says it: drop it")
+        if self.range is None:
+            return
+        if self.keep not in ("auto", "device"):
+            raise ValueError(f"keep={self.keep!r} does not go with timesteps=, at others of which the originals run on the device: "
+                             "drop it")  # fmt: skip
+        if self.kv_cache is not None:
+            raise ValueError(
+                f"kv_cache={self.kv_cache!r} is for decoders, and timesteps= for diffusion models: drop one"
+            )
+
+    @property
+    def range(self) -> Timesteps | None:
+        """The timesteps at which the swap counts, as this or the plan says."""
+        return self.timesteps if self.stored_plan is None else self.stored_plan.timesteps
 
     @staticmethod
     def of(config: Config | ByHand | None, plan: Any = None, **options: Unpack[Options]) -> Config:

@@ -14,6 +14,8 @@ from ..common.files.forms import OneOf, misfit
 from ..common.files.json_files import read_json, write_json
 from ..common.printing.printed import Block, Printed, Table
 from ..common.printing.text import count, together
+from ..integrations.timesteps import Timesteps, check_timesteps
+from ..integrations.timesteps import describe as described
 from ..integrations.transformers.kv_scales import KV_CACHES
 from ..nn import MultiheadAttention
 from ..nn.eight_bits import EightBits
@@ -25,7 +27,7 @@ SCHEMA = "forwardpass.plan/2"
 #: How much of an encoder runs without padding: all but attention, or attention too.
 UNPAD = ("layers", "attention")
 #: What older plans do not say.
-_OPTIONAL = ("evidence", "unpad", "kv_cache", "attention_8bit")
+_OPTIONAL = ("evidence", "unpad", "kv_cache", "attention_8bit", "timesteps")
 _FIX = "write one with fp.plan or report.save_plan(path)"
 
 
@@ -67,6 +69,7 @@ _FORM = {
     "unpad": OneOf(None, *UNPAD),
     "kv_cache": OneOf(None, *KV_CACHES),
     "attention_8bit": (None, [ATTENTION_8BIT]),
+    "timesteps": (None, [(int, float, None)]),
     "evidence": dict | None,
 }
 
@@ -91,6 +94,7 @@ class Plan(Printed):
     unpad: str | None = None
     kv_cache: str | None = None  #: what its caches become, one of KV_CACHES; None: they stay what they are
     attention_8bit: tuple[PlannedAttention, ...] = ()  #: those of `attention` that compute in 8 bits
+    timesteps: Timesteps | None = None  #: at which all of it counts, as `fp.Config` has them
     #: how `fp.plan` came to it: kept with the plan, and not looked at when it is replayed
     evidence: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
@@ -114,7 +118,8 @@ class Plan(Printed):
         rows: list[tuple[str, ...] | str] = [("layer", "precision", "calibrated")]
         alike = together(self.layers, lambda x: x.fqn, lambda x: (x.precision, x.version, x.calibrated))
         rows += [(name, f"{x.precision} v{x.version}", "yes" if x.calibrated else "no") for name, (x, *_) in alike]
-        yield f"{count(len(self.layers), 'layer')} of a {self.model}"
+        at = "" if self.timesteps is None else f", at {described(self.timesteps)}"
+        yield f"{count(len(self.layers), 'layer')} of a {self.model}{at}"
         if self.layers:
             yield from ("", Table(rows))
 
@@ -125,6 +130,7 @@ class Plan(Printed):
             "layers": [dict(vars(layer)) for layer in self.layers],
             "attention": list(self.attention),
             "attention_8bit": [dict(vars(x)) for x in self.attention_8bit],
+            "timesteps": None if self.timesteps is None else list(self.timesteps),
             **({} if self.evidence is None else {"evidence": dict(self.evidence)}),
         }
 
@@ -158,10 +164,13 @@ class Plan(Printed):
         if len({layer.fqn for layer in layers}) != len(layers):
             raise fail("it names a layer twice")
         attention, in_8_bits = tuple(entries["attention"]), attention_8bit_of(entries)
-        plan = Plan(**{**entries, "layers": layers, "attention": attention, "attention_8bit": in_8_bits})
+        timesteps = None if entries["timesteps"] is None else tuple(entries["timesteps"])
+        lists = {"layers": layers, "attention": attention, "attention_8bit": in_8_bits, "timesteps": timesteps}
+        plan = Plan(**{**entries, **lists})
         try:
             bits = plan.bits()
-        except ValueError as e:
+            check_timesteps(timesteps)
+        except (TypeError, ValueError) as e:
             raise fail(str(e)) from None
         if others := bits.keys() - {*attention}:
             raise fail(f"{min(others)[:80]} is to compute in 8 bits, and is not among its attention")

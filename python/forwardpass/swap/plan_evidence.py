@@ -8,6 +8,7 @@ from typing import Any
 from ..common.files.forms import AtLeast, misfit
 from ..common.printing.printed import Block, Table
 from ..common.printing.text import count, span, together
+from ..integrations.timesteps import describe as described
 
 #: how the reason of a layer begins for which no candidate is faster
 NO_GAIN = "left alone: no candidate is faster"
@@ -35,11 +36,23 @@ _FORM: Any = AtLeast({
     "frontier": [[_NUMBER]],
 })  # fmt: skip
 
+#: Of a loop over timesteps; older plans, and those of other models, have none.
+_LOOP: Any = AtLeast({
+    "parts": [AtLeast({"timesteps": [(None, *_NUMBER)], "share": _NUMBER, "error": (None, *_NUMBER)})],
+    "tried": (None, [(None, *_NUMBER)]),
+    "chosen": (None, [(None, *_NUMBER)]),
+})  # fmt: skip
+
 
 def check(evidence: Any) -> None:
     """ValueError, in part of a sentence, where it is nothing that `describe` and the plot of a plan can show."""
     if problem := misfit(evidence, _FORM):
         raise ValueError(problem)
+    if (loop := evidence.get("timesteps")) is not None:
+        problem = misfit(loop, _LOOP, "timesteps")
+        ranges = [] if problem else [loop["tried"], loop["chosen"], *(x["timesteps"] for x in loop["parts"])]
+        if problem or any(x is not None and len(x) != 2 for x in ranges):
+            raise ValueError(problem or "a range of timesteps is no pair")
     if any(len(point) != 2 for point in evidence["frontier"]):
         raise ValueError("a point of the frontier is no pair of cost and error")
     names = set(evidence["candidates"])
@@ -95,6 +108,28 @@ def describe(evidence: Mapping[str, Any]) -> Iterator[Block]:
             for fqn, x in evidence["blocks"].items()
         ]  # fmt: skip
         yield from ("", Table(rows, right=range(1, 4 + len(tried))))
+    if evidence.get("timesteps") is not None:
+        yield from _steps(evidence["timesteps"])
+
+
+def _steps(loop: Mapping[str, Any]) -> Iterator[Block]:
+    """The parts of a loop, what each brings with the fastest candidates, and where the plan counts."""
+    errors = [x["error"] for x in loop["parts"]]
+    total = sum(e for e in errors if e is not None)
+    rows: list[tuple[str, ...] | str] = [
+        ("timesteps", "share of\nthe time", "error there\nalone", "share of\nthe error")
+    ]
+    for x, error in zip(loop["parts"], errors):
+        of_all = "-" if error is None or None in errors or not total else f"{error / total:.0%}"
+        name = described(x["timesteps"]).removeprefix("timesteps ")
+        rows.append((name, f"{x['share']:.0%}", "not finite" if error is None else f"{error:.1e}", of_all))
+    yield from ("", Table(rows, right=range(1, 4)))
+    if loop["chosen"]:
+        yield f"the plan counts at {described(loop['chosen'])}; at others the model runs as it is"
+    elif loop["tried"]:
+        yield f"the plan counts at all of them: at {described(loop['tried'])} alone none that was tried is faster"
+    else:
+        yield "the plan counts at all of them: no part brings much more than its share of the error"
 
 
 def _caches(results: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -16,6 +16,7 @@ from ..common.models.modules import plain_module
 from ..common.printing.printed import Block, Printed, Table
 from ..common.printing.text import count, megabytes, together, with_numbers, without_numbers
 from ..dispatch import Reason
+from ..integrations.timesteps import describe
 from . import originals
 from .plan import Plan
 
@@ -255,6 +256,8 @@ class Report(Printed):
             yield from ("", Table(rows))
             if asked:
                 yield f"attention: {IN_ITS_DTYPE}"
+        if self.plan.timesteps is not None:
+            yield from ("", f"swapped at {describe(self.plan.timesteps)}; at others the model runs on its originals")
         if line := str(self.unpadding):
             yield from ("", f"padding: {line}")
         if self.kv_cache is not None:

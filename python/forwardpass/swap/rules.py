@@ -480,6 +480,7 @@ KINDS = {rule.code: rule.kind for rule in RULES} | {
     "floats": "user",
     "not_planned": "user",
     "attention_on_cpu": "default",
+    "calls_sdpa": "default",
     "convolution": "default",
 }
 

@@ -18,6 +18,7 @@ from ..common.printing.text import count
 from ..dispatch import Reason, only_reference_on
 from ..formats.loaded import Decompression, is_stored, note_on, refuse_inference_mode
 from ..integrations.tensor_parallel import refuse_divided, sharding_of, whole
+from ..integrations.timesteps import Timesteps, TimestepSwap, range_of
 from ..nn import Experts, Int8Conv2d, QuantizedModule
 from ..nn.eight_bits import EightBits
 from ..nn.int8_conv2d import is_pointwise, padding_of
@@ -105,6 +106,9 @@ def swap(
     if config.precision is None and config.plan is None and any(map(is_stored, model.modules())):
         config = replace(config, precision=STORED.name)
     config.check_complete()
+    timesteps = config.range
+    if timesteps is not None:
+        config = replace(config, keep="device")  # originals are exchanged for the time of a call
     _refuse_divided(model, config.calibrate is not None, config.keep)
     refuse_inference_mode(model)
     with KerasLinears(model) as keras, Projections(model) as projections:
@@ -112,6 +116,8 @@ def swap(
         leaves = all_leaves(model)
         refuse_model(model, leaves)
         again, (attention, unpad) = is_swapped(model), of_second_call(model, config)
+        if again and (timesteps or range_of(model)) is not None:
+            refuse_swapped(model, ", and a swap at some timesteps is the only one of a model")
         calibrated = config.calibrate is not None
         context = Context(model, config.included, config.excluded, config.presets, calibrated)
         decision = decide(
@@ -126,6 +132,9 @@ def swap(
         )
         if again and not (decision.swapped or decision.attention.swapped):
             refuse_swapped(model, ", and nothing else that would be swapped")
+        if timesteps is not None and (keras.is_all or decision.unpadding.stacks):
+            kind = "of keras" if keras.is_all else "an encoder of text"
+            raise ValueError(f"timesteps= is for diffusion models, and this {type(model).__name__} is {kind}: drop it")
         others = (*keras.skipped(context.exclude), *projections.skipped(context))
         decision = replace(decision, skipped=(*decision.skipped, *others))
         batch, batches = first_of(() if config.calibrate is None or dry_run else config.calibrate)
@@ -141,7 +150,9 @@ def swap(
             notes += calibration_notes
             if config.strict:
                 refuse_skips(decision.skipped)
-        return _carry_out(decision, notes, arguments, calibration, keep, dry_run, projections, keras, verdicts)
+        return _carry_out(
+            decision, notes, arguments, calibration, keep, dry_run, projections, keras, verdicts, timesteps
+        )
 
 
 def _calibrate(
@@ -187,7 +198,10 @@ def swap_planned(
     """
     with Projections(model) as projections:
         decision = verdicts.applied(decide(Context(model), all_leaves(model), plan, calibrated=plan.calibrated))
-        return _carry_out(decision, [], arguments, plan.calibration, keep, False, projections, verdicts=verdicts)
+        keep = "device" if plan.timesteps is not None else keep
+        return _carry_out(
+            decision, [], arguments, plan.calibration, keep, False, projections, None, verdicts, plan.timesteps
+        )
 
 
 def _carry_out(
@@ -200,6 +214,7 @@ def _carry_out(
     projections: Projections,
     keras: KerasLinears | None = None,
     verdicts: Verdicts = _NONE,
+    timesteps: Timesteps | None = None,
 ) -> Report:
     """Builds the replacements, gives the warnings, and puts the replacements in place."""
     model, swapped = decision.model, decision.swapped
@@ -236,6 +251,7 @@ def _carry_out(
             decision.unpadding.planned,
             decision.kv_cache.kv_cache,
             decision.attention.bits,
+            timesteps,
         ),
         device_of(model).type,
         dry_run,
@@ -245,13 +261,15 @@ def _carry_out(
     if not dry_run:
         replacements.clear()
         layers, around = joined.build()
-        changes = (
+        changes: tuple[originals.Change, ...] = (
             change,
             UnpaddingSwap(decision.unpadding),
             CacheSwap(decision.kv_cache),
             joined,
             Decompression(model, [leaf.module for leaf, _ in swapped]),
         )
+        if timesteps is not None:
+            changes = (*changes, TimestepSwap(model, timesteps, (*layers, *around), (change,)))
         if keras is not None:
             keras.narrow(leaf.module for leaf, _ in swapped)
         projections.narrow(leaf.module for leaf in (*(leaf for leaf, _ in swapped), *decision.attention.swapped))
@@ -486,8 +504,9 @@ def planned(
     unpad: str | None,
     kv_cache: str | None = None,
     bits: Mapping[str, EightBits] | None = None,
+    timesteps: Timesteps | None = None,
 ) -> Plan:
-    """The plan that swaps these layers, and the attention of these names, of which `bits` computes in 8 bits."""
+    """The plan that swaps these layers, and the attention of these names, of which `bits` computes in 8 bits, at `timesteps`."""
     layers = (
         PlannedLayer(leaf.fqn, leaf.in_features, leaf.out_features, leaf.has_bias,
                      p.precision.name, p.precision.version, p.calibrated)
@@ -497,5 +516,14 @@ def planned(
     name = type(model).__name__
     in_8_bits = tuple(PlannedAttention(fqn, x.dtype, x.crossover) for fqn, x in (bits or {}).items())
     return Plan(
-        name, model_layers, tuple(layers), tuple(attention), calibration, __version__, unpad, kv_cache, in_8_bits
+        name,
+        model_layers,
+        tuple(layers),
+        tuple(attention),
+        calibration,
+        __version__,
+        unpad,
+        kv_cache,
+        in_8_bits,
+        timesteps,
     )

@@ -21,7 +21,7 @@ from ...common.printing.text import together
 from ...integrations import sentence_transformers as sentences
 from ...integrations.transformers.kv_scales import KV_CACHES
 from ...swap.precision import STORED
-from .. import comparison, embedding
+from .. import comparison, embedding, vision
 from ..console import print_swap, tracking
 from ..options import (
     ATTENTION,
@@ -49,6 +49,7 @@ from ..options import (
 )
 from ..stored_summary import as_reported
 from ..subject import load
+from .swap_pictures_command import refuse_options, swap_pictures
 
 
 def refuse_unmatched(include: list[str], report: fp.types.Report) -> None:
@@ -65,6 +66,7 @@ def refuse_unmatched(include: list[str], report: fp.types.Report) -> None:
 
 
 def swap(
+    context: typer.Context,
     model: ModelName,
     precision: PrecisionName = None,
     plan: PlanFile = None,
@@ -85,15 +87,27 @@ def swap(
     yes: Yes = False,
     json: Json = None,
     save: Annotated[str | None, typer.Option(help="Store the swapped model and its tokenizer in this folder.")] = None,
+    images: Annotated[str | None, typer.Option(help="Of a model of pictures: a folder of pictures to run on, of which one half "
+                                               "calibrates; default: the photographs of scikit-image and scikit-learn.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Of torchvision:NAME and timm:NAME: a file with its state dict; default: what "
+                                                "the package has downloaded before.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Let --save use a folder that holds other files, but "
                                             "for the model's own.")] = False,
 ) -> None:  # fmt: skip
-    """Swaps a text embedding model, a cross-encoder or a decoder, runs it on real text before and after, and shows what changed.
+    """Swaps a text embedding model, a cross-encoder, a decoder or a model of pictures, runs it before and after, and shows what
+    changed.
 
     Of a folder that another library stored in 8 bits the bytes are taken over as they are, without --precision; what was before
     is the model that transformers loads from it. A folder of sentence-transformers says itself how texts are pooled and
     prompted, or that pairs are scored. Of a decoder tokens a second are timed, those of prompts and those that it generates
-    apart, and its perplexity is compared."""
+    apart, and its perplexity is compared.
+
+    A model of pictures is torchvision:NAME, timm:NAME, or a folder of timm, of transformers (…ForImageClassification) or of
+    diffusers (Autoencoder…). It runs on photographs. Nothing is downloaded."""
+    if vision.is_vision(model):
+        swap_pictures(context)
+        return
+    refuse_options(context, False)
     console = Console(stderr=json == "-")
     with refusing(ValueError, OSError):
         stored = embedding.find_model(model).stored

@@ -23,7 +23,7 @@ from ...common.files.json_files import read_json, write_json
 from ...common.models.decoding import Decoding, Generation, clock_of, logits_by_steps
 from ...common.models.modules import hooked, tensor_bytes
 from ...common.timing import Timing, Track, beyond_caches, interleave
-from ...dispatch import Reason, only_reference_on
+from ...dispatch import Reason
 from ...nn import Int8Conv2d
 from ...nn.int8_conv2d import is_pointwise
 from ...nn.linear.quantized_linear import QuantizedLinear
@@ -31,7 +31,7 @@ from ...proofs.walker import ConvolutionLeaf, Leaf
 from ...swap.attention.kv_cache import kv_cache_of
 from ...swap.plan import Plan
 from ...swap.precision import LayerPrecision, find_precision
-from ...swap.rules import Context, why_skip
+from ...swap.rules import Context
 from ...swap.swapping import build, swap_planned
 from ...swap.verdicts import Verdicts
 from ..criterion import Criterion
@@ -262,21 +262,6 @@ def calibrated_arguments(
                     "not_calibrated", f"calibration sees fewer than {LEAST_ROWS} rows of it, or NaN", ""
                 )
     return arguments
-
-
-def eligible(leaf: Leaf, context: Context, planned: LayerPrecision) -> Reason | None:
-    """Why a candidate is not tried on a layer. Small layers and heads are: what they gain and what they cost is measured here."""
-    candidate = planned.precision
-    if leaf.is_experts and planned.calibrated:
-        return Reason("not_calibrated", f"experts take no calibration: {candidate.name} is the same for them", "")
-    reason = why_skip(leaf, context, candidate, defaults=True)
-    if reason and reason.code in ("too_small", "lm_head", "unmeasured", "uncalibrated"):
-        reason = why_skip(leaf, context, candidate, defaults=False)
-    operation, w = candidate.operation(leaf), leaf.weight
-    if reason is None and operation and only_reference_on(operation, w.device, w.dtype):
-        return Reason("reference", f"{operation} has no kernel for {str(w.dtype).removeprefix('torch.')} on "
-                      f"{w.device}, and its reference is slower than what it replaces", "")  # fmt: skip
-    return reason
 
 
 @contextmanager
@@ -523,7 +508,7 @@ class Measurer:
                 file = self.measurements.file
                 progress = f"; {n} of {len(todo)} layers and candidates are in {file}" if file else ""
                 with annotated(f"while measuring {layer.leaf.fqn} in {name}; the model is as it was{progress}"):
-                    errors[name] = self._output_error(alone(layer, name), batches, references, worst)
+                    errors[name] = self.output_error(alone(layer, name), batches, references, worst)
                 self.measurements.keep()
             layer.candidates[name].output = errors[name]
             if errors[name] is None:
@@ -531,9 +516,10 @@ class Measurer:
                 layer.candidates[name].refusal = Reason("not_finite", text, "")
             advance()
 
-    def _output_error(
+    def output_error(
         self, plan: Plan, batches: list[Any], references: list[Tensor], worst: Tensor
     ) -> list[float] | None:
+        """What a plan brings at the output, of each of the samples `worst`; None where it is not finite."""
         with self.subject.swapped(plan, self.arguments):
             errors = [
                 self.subject.criterion.additive(actual, expected, batch)

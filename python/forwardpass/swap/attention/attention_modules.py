@@ -7,6 +7,8 @@ implementation.
 
 from __future__ import annotations
 
+import enum
+import functools
 import itertools
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,6 +18,7 @@ import torch
 from torch import nn
 
 from ...dispatch import Reason, gpu_takes
+from ...integrations.sdpa import forward_within
 from ...integrations.transformers import attention as huggingface
 from ...integrations.transformers.attention import NAMES, PLACE, Place
 from ...nn import MultiheadAttention
@@ -118,28 +121,30 @@ def _why_skip(
         return Reason("attention_off", "the patterns of attention= leave it as it is", "name it there to swap it")
     named = any(p.spells_out(leaf.fqn) for p in context.include)
     no_kernel = _why_no_kernel(module, context.model) if attention == "auto" and not named else None
-    if not _swappable(module):
-        reason = _why_its_own(module, attention)
+    if not _swappable(module) and not _calls_sdpa(module):
+        own = f"{type(module).__name__} computes attention in its own code"
         if no_kernel is not None and no_kernel.code == "attention_on_cpu":
-            return Reason(no_kernel.code, no_kernel.text, reason.fix)  # attention=True would not swap it
-        return no_kernel or reason
+            return Reason(no_kernel.code, no_kernel.text, "leave it")  # attention=True would not swap it
+        return no_kernel or Reason("own_attention", own, "leave it")
     if no_kernel is not None:
         return no_kernel
+    if not _swappable(module):
+        return _CALLS_ITSELF if attention == "auto" and not named else None
     if isinstance(module, nn.MultiheadAttention):
         return None if isinstance(module, MultiheadAttention) else why_not_replaced(leaf, context)
     return why_not_named(module, units[id(module.config)])
 
 
-def _why_its_own(module: nn.Module, attention: Choice) -> Reason:
-    """Why attention that neither torch nor transformers dispatches stays."""
-    call = f'fp.sdpa("{attention}")' if attention in DTYPES else "fp.sdpa()"
-    classes: list[Any] = [huggingface.class_of(module), type(getattr(module, "processor", None))]  # diffusers' have one
-    if any(call in huggingface.source_of(cls) for call in _CALLS_SDPA for cls in classes):
-        return Reason("calls_sdpa", "it calls torch's scaled_dot_product_attention itself",
-                      f"run the model within `with {call}:`")  # fmt: skip
-    return Reason("own_attention", f"{type(module).__name__} computes attention in its own code", "leave it")
+def _calls_sdpa(module: nn.Module) -> bool:
+    """Whether its code, or that of its processor, which diffusers' have, calls torch's function."""
+    classes: list[Any] = [huggingface.class_of(module), type(getattr(module, "processor", None))]
+    return any(call in huggingface.source_of(cls) for call in _CALLS_SDPA for cls in classes)
 
 
+#: On a GPU, where it was not measured.
+_CALLS_ITSELF = Reason(
+    "calls_sdpa", "it calls torch's scaled_dot_product_attention itself", "pass attention=True to swap it"
+)
 #: Torch's function, and that of diffusers which calls it where no other backend is set.
 _CALLS_SDPA = ("scaled_dot_product_attention", "dispatch_attention_fn")
 
@@ -218,7 +223,13 @@ class _Attribute:
     after: Any
 
 
-_ABSENT = object()
+class _Nothing(enum.Enum):
+    """An object that stays itself in copies and pickles."""
+
+    ABSENT = enum.auto()
+
+
+_ABSENT = _Nothing.ABSENT
 #: The attribute of a config that holds the name; its property would name all configs within as well.
 _INTERNAL = "_attn_implementation_internal"
 
@@ -235,6 +246,7 @@ class AttentionSwap:
             *_names(model, leaves, bits, named),
             *(_Attribute(m, "fused", False, True) for m in fused),
             *(_Attribute(m, "bits", vars(m).get("bits", _ABSENT), x) for m in fused if (x := bits[id(m)]) is not None),
+            *(a for x in swapped if not _swappable(x.module) for a in _within_sdpa(x.module, bits[id(x.module)])),
         ]
         self.report = [_entry(x.fqn, x.module, model, bits[id(x.module)]) for x in swapped]
 
@@ -250,6 +262,14 @@ class AttentionSwap:
                 vars(a.owner)[a.name] = a.before
 
 
+def _within_sdpa(module: nn.Module, bits: EightBits | None) -> Iterable[_Attribute]:
+    """Of a module that calls torch's function itself: a forward of its own around its class's, and its Place."""
+    before = vars(module).get("forward", _ABSENT)
+    forward = functools.partial(forward_within, module, bits, None if before is _ABSENT else before)
+    yield _Attribute(module, "forward", before, forward)
+    yield _Attribute(module, PLACE, vars(module).get(PLACE, _ABSENT), Place(True, "sdpa", None, bits))
+
+
 def _is_named(config: Any) -> bool:
     """Whether a swap that is not undone has named this config. Copies of it, and of its model, have the name as well."""
     changes = (change for swap in living() for change in swap.changes)
@@ -260,6 +280,8 @@ def _entry(fqn: str, module: nn.Module, model: nn.Module, bits: EightBits | None
     computes = None if bits is None else bits.describe(*operands_in_8_bits(module, model))
     if isinstance(module, nn.MultiheadAttention):
         return SwappedAttention(fqn, type(module).__name__, "torch", computes)
+    if not _swappable(module):
+        return SwappedAttention(fqn, type(module).__name__, "sdpa", computes)
     config: Any = module.config
     before = huggingface.replaced_by(config._attn_implementation)
     return SwappedAttention(fqn, type(module).__name__, before, computes)
