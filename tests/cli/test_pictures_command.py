@@ -50,9 +50,9 @@ def test_a_model_of_timm_by_name(photographs, weights, tmp_path):
     done = run(*args, "--json", tmp_path / "out.json", "--save", tmp_path / "saved")
     assert done.exit_code == 0, done.output
     out = json.loads((tmp_path / "out.json").read_text())
-    assert out["schema"] == "forwardpass.swap_images/1" and out["calibration"] == {"pictures": 16}
-    assert out["photographs"].startswith("32 crops of 4 photographs of the folder ")
-    assert {s["precision"] for s in out["swapped"]} == {"int8"} and out["parity"]["pictures"] == 16
+    assert out["schema"] == "forwardpass.swap_images/1" and out["calibration"] == {"pictures": 28}
+    assert out["photographs"].startswith("56 crops of 4 photographs of the folder ")
+    assert {s["precision"] for s in out["swapped"]} == {"int8"} and out["parity"]["pictures"] == 28
     assert out["parity"]["top1_agreement"] > 0.8 and 0.99 < out["parity"]["cosine_min"] <= 1
     assert {*out["latency_ms"]} == {"before", "before, channels_last", "after"} and out["speedup"] > 0
     assert "best class" in done.stdout and "passes >= 0.99" in done.stdout
@@ -76,7 +76,9 @@ def test_a_folder_of_transformers(photographs, tmp_path):
         hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256, image_size=32, patch_size=8
     )
     transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
-    done = run("swap", tmp_path, "--images", photographs, "--batch", 1, "--include", "**", "--json", "-")
+    done = run(
+        "swap", tmp_path, "--images", photographs, "--batch", 1, "--include", "**", "--min-cosine", 0.99, "--json", "-"
+    )
     assert done.exit_code == 0, done.output
     out = json.loads(done.stdout)
     assert out["size"] == 32 and len(out["swapped"]) > 8 and out["parity"]["top1_agreement"] is not None

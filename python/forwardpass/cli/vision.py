@@ -183,7 +183,7 @@ def _of_transformers_folder(folder: pathlib.Path) -> Loaded:
     about = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     size = about.get("crop_size") or about.get("size") or getattr(model.config, "image_size", None) or 224
     if isinstance(size, dict):
-        size = size.get("height") or size.get("shortest_edge")
+        size = size.get("height") or size.get("shortest_edge") or 224
     mean, deviation = about.get("image_mean") or _HALF[0], about.get("image_std") or _HALF[1]
     return model, f"transformers' model in the folder {folder}", int(size), mean, deviation
 

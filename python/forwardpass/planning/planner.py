@@ -313,8 +313,8 @@ def plan(
         slower_than_it = target == "latency" and choice.options != quickest.options
         if parts := loop.parts(len(samples)) if slower_than_it else []:
             plans = [plan_of(names_of(quickest), part.timesteps) for part in parts]
-            few = [[x[i] for i in indices] for x in (samples, references)]
-            by_step.measure(parts, plans, measurer, *few, worst, progress)
+            few, their_own = ([x[i] for i in indices] for x in (samples, references))
+            by_step.measure(parts, plans, measurer, few, their_own, worst, progress)
             tried_range = by_step.range_of(parts)
         if tried_range is not None:
             within = Frontier(tried_range.scaled(options_of_units))
