@@ -94,7 +94,7 @@ def result_of(
     if not (reported["swapped"] or reported["attention"]):
         compared |= {"speedup": None}
     ok = compared["parity"]["cosine_min"] is not None and compared["parity"]["cosine_min"] >= least
-    kept = ("swapped", "attention", "skipped", "other_layers", "warnings", "weight_bytes")
+    entries = ("swapped", "attention", "skipped", "other_layers", "warnings", "weight_bytes")
     return {
         "schema": "forwardpass.swap_images/1",
         "model": {"name": name, "origin": vision.origin},
@@ -102,7 +102,7 @@ def result_of(
         "size": vision.size,
         "precision": precision,
         "plan": plan,
-        **{entry: reported[entry] for entry in kept},
+        **{entry: reported[entry] for entry in entries},
         "calibration": {"pictures": calibrated} if calibrated else None,
         **compared,
         "batch": batch,

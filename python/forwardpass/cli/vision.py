@@ -109,9 +109,9 @@ def load(name: str, weights: str | None, device: str) -> Vision:
                 loaded = _LOADERS[kind](pathlib.Path(name).resolve())
         except Exception as e:  # whatever a stranger's folder raises
             raise ValueError(f"cannot load the {kind} model in {name}: {' '.join(str(e).split())[:300]}") from e
-    made, origin, size, mean, deviation = loaded
-    made = made.eval().requires_grad_(False).to(device)
-    return Vision(made.float() if device == "cpu" else made, origin, size, tuple(mean), tuple(deviation))
+    network, origin, size, mean, deviation = loaded
+    network = network.eval().requires_grad_(False).to(device)
+    return Vision(network.float() if device == "cpu" else network, origin, size, tuple(mean), tuple(deviation))
 
 
 def importable(package: str) -> None:
@@ -157,8 +157,8 @@ def _of_timm(name: str, weights: str | None) -> Loaded:
     if file is None and repository:
         from huggingface_hub import try_to_load_from_cache
 
-        found = (try_to_load_from_cache(repository, n) for n in ("model.safetensors", "pytorch_model.bin"))
-        file = next((pathlib.Path(x) for x in found if isinstance(x, str)), None)
+        cached = (try_to_load_from_cache(repository, n) for n in ("model.safetensors", "pytorch_model.bin"))
+        file = next((pathlib.Path(x) for x in cached if isinstance(x, str)), None)
     if file is None and config.get("url"):
         file = hub_file(config["url"])
     if file is None or not file.is_file():

@@ -103,8 +103,8 @@ def timesteps_of(place: int | None, args: Sequence[Any], kwargs: dict[str, Any])
     Raises:
         RuntimeError: it would have to be read while a CUDA graph is captured.
     """
-    if (said := _said.get()) is not None:
-        return said, said
+    if (t := _said.get()) is not None:
+        return t, t
     value = next((kwargs[name] for name in ARGUMENTS if kwargs.get(name) is not None), None)
     if value is None and place is not None and place < len(args):
         value = args[place]

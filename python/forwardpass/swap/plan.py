@@ -118,8 +118,8 @@ class Plan(Printed):
         rows: list[tuple[str, ...] | str] = [("layer", "precision", "calibrated")]
         alike = together(self.layers, lambda x: x.fqn, lambda x: (x.precision, x.version, x.calibrated))
         rows += [(name, f"{x.precision} v{x.version}", "yes" if x.calibrated else "no") for name, (x, *_) in alike]
-        at = "" if self.timesteps is None else f", at {described(self.timesteps)}"
-        yield f"{count(len(self.layers), 'layer')} of a {self.model}{at}"
+        where = "" if self.timesteps is None else f", at {described(self.timesteps)}"
+        yield f"{count(len(self.layers), 'layer')} of a {self.model}{where}"
         if self.layers:
             yield from ("", Table(rows))
 

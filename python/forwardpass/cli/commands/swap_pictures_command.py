@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 from typing import Any
 
@@ -24,15 +23,15 @@ OF_PICTURES = ("images", "weights")
 
 def refuse_options(context: typer.Context, of_pictures: bool) -> None:
     """Refuses those that a user gave for a model of the other kind."""
-    given = [n for n in (OF_TEXT if of_pictures else OF_PICTURES)
+    others = [n for n in (OF_TEXT if of_pictures else OF_PICTURES)
              if getattr(context.get_parameter_source(n), "name", "") == "COMMANDLINE"]  # fmt: skip
-    if given:
+    if others:
         kind = (
             "text, and this is one of pictures"
             if of_pictures
             else "pictures (torchvision:NAME, timm:NAME, or a folder of one)"
         )
-        refuse(f"--{given[0].replace('_', '-')} is for models of {kind}: drop it")
+        refuse(f"--{others[0].replace('_', '-')} is for models of {kind}: drop it")
 
 
 def swap_pictures(context: typer.Context) -> None:
@@ -68,9 +67,9 @@ def swap_pictures(context: typer.Context) -> None:
     if json:
         write_json(result, json)
     if not result["checks"]["cosine_min"]["ok"]:
-        found = compared["parity"]["cosine_min"]
+        lowest = compared["parity"]["cosine_min"]
         typer.echo(
-            f"forwardpass: the check cosine_min >= {least} failed: it is {found if found is None else f'{found:.5f}'}",
+            f"forwardpass: the check cosine_min >= {least} failed: it is {lowest if lowest is None else f'{lowest:.5f}'}",
             err=True,
         )
         raise typer.Exit(1)
@@ -85,5 +84,5 @@ def _calibration(
         return None
     if calibrate == "builtin":
         return photographs.others
-    found = vision.photographs(dataclasses.replace(subject), calibrate, where)
-    return torch.cat([found.measured, found.others])
+    pictures = vision.photographs(subject, calibrate, where)
+    return torch.cat([pictures.measured, pictures.others])

@@ -98,8 +98,8 @@ HOOK, OLD_FORWARD = "_hf_hook", "_old_forward"
 def forward_replaced(m: nn.Module) -> bool:
     """Whether its own forward is another one than its class's, below a hook of accelerate if there is one. Ours calls that."""
     forward = vars(m).get(OLD_FORWARD, vars(m).get("forward"))
-    own = forward is None or getattr(forward, "__func__", None) is type(m).forward
-    return not (own or _is_ours(forward))
+    is_of_class = forward is None or getattr(forward, "__func__", None) is type(m).forward
+    return not (is_of_class or _is_ours(forward))
 
 
 def accelerate_hooks(m: nn.Module) -> tuple[Any, ...]:

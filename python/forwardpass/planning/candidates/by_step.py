@@ -109,8 +109,8 @@ def measure(
     content = measurer.content["times"]
     advance = track("measuring errors by step", len(parts))
     for part, plan in zip(parts, plans):
-        planned = [(x.fqn, x.precision, x.calibrated) for x in plan.layers], plan.attention_8bit
-        key = repr(("timesteps", part.timesteps, planned))
+        layers = [(x.fqn, x.precision, x.calibrated) for x in plan.layers]
+        key = repr(("timesteps", part.timesteps, layers, plan.attention_8bit))
         if key not in content:
             with annotated(f"while measuring {describe(part.timesteps)}; the model is as it was"):
                 content[key] = measurer.output_error(plan, batches, references, worst)
@@ -135,7 +135,7 @@ def range_of(parts: Sequence[Part]) -> Range | None:
     return Range((low, high), sum(x.share for x in within), sum(x.error for x in within) / total)
 
 
-def evidence(parts: Sequence[Part], tried: Range | None, chosen: Timesteps | None) -> dict[str, Any] | None:
+def evidence(parts: Sequence[Part], tried: Range | None, planned: Timesteps | None) -> dict[str, Any] | None:
     """As a plan keeps it; None where there is no loop."""
     if not parts:
         return None
@@ -146,5 +146,5 @@ def evidence(parts: Sequence[Part], tried: Range | None, chosen: Timesteps | Non
     return {
         "parts": rows,
         "tried": None if tried is None else list(tried.timesteps),
-        "chosen": None if chosen is None else list(chosen),
+        "chosen": None if planned is None else list(planned),
     }

@@ -122,10 +122,10 @@ def _why_skip(
     named = any(p.spells_out(leaf.fqn) for p in context.include)
     no_kernel = _why_no_kernel(module, context.model) if attention == "auto" and not named else None
     if not _swappable(module) and not _calls_sdpa(module):
-        own = f"{type(module).__name__} computes attention in its own code"
+        text = f"{type(module).__name__} computes attention in its own code"
         if no_kernel is not None and no_kernel.code == "attention_on_cpu":
             return Reason(no_kernel.code, no_kernel.text, "leave it")  # attention=True would not swap it
-        return no_kernel or Reason("own_attention", own, "leave it")
+        return no_kernel or Reason("own_attention", text, "leave it")
     if no_kernel is not None:
         return no_kernel
     if not _swappable(module):
@@ -263,7 +263,7 @@ class AttentionSwap:
 
 
 def _within_sdpa(module: nn.Module, bits: EightBits | None) -> Iterable[_Attribute]:
-    """Of a module that calls torch's function itself: a forward of its own around its class's, and its Place."""
+    """A forward around that of a module which calls torch's function itself, and its Place."""
     before = vars(module).get("forward", _ABSENT)
     forward = functools.partial(forward_within, module, bits, None if before is _ABSENT else before)
     yield _Attribute(module, "forward", before, forward)
