@@ -83,6 +83,19 @@ INLINE void add_residual(const Epilogue& e, float* y, int64_t row, int64_t first
   });
 }
 
+// Multiplies n outputs from column `first` on by the gate of their row's sample.
+template <class V>
+INLINE void multiply_by_ada_gate(const Epilogue& e, float* y, int64_t row, int64_t first, int64_t n) {
+  with_float_dtype(e.out_dtype, [&](auto D) __attribute__((always_inline)) {
+    const int64_t sample = (e.rows_before + row) / e.rows_per_sample;
+    auto gate = static_cast<const char*>(e.ada_gate) + (sample * e.ada_gate_stride + first) * size_of(D);
+    for_each_vector<V>(
+        0, n, VECTOR_BODY(&) {
+          store<Dtype::f32>(load<V, Dtype::f32>(y, c, n) * load<V, decltype(D)::value>(gate, c, n), y, c, n);
+        });
+  });
+}
+
 // Whether clamped_rows takes it.
 inline bool is_clamped(const Epilogue& e, Dtype acc) {
   const bool clamps =
@@ -156,10 +169,12 @@ INLINE void epilogue_blocks(const Epilogue& e, int64_t row, int64_t columns, F d
     const bool direct = e.out_dtype == Dtype::f32 && columns_per_output == 1;
     float* y = direct ? static_cast<float*>(e.out) + row * e.out_stride + c : buffer;
     dequantize(c, n, y);
+    const int64_t first = c / columns_per_output, outputs = n / columns_per_output;
     if (kResidual && e.residual_first) add_residual<V>(e, y, row, c, n);
     activate_block<V>(e.activation, y, n);
-    if (kResidual && !e.residual_first) add_residual<V>(e, y, row, c / columns_per_output, n / columns_per_output);
-    if (!direct) store_block<V>(e, y, row, c / columns_per_output, n / columns_per_output);
+    if (kResidual && e.ada_gate) multiply_by_ada_gate<V>(e, y, row, first, outputs);
+    if (kResidual && !e.residual_first) add_residual<V>(e, y, row, first, outputs);
+    if (!direct) store_block<V>(e, y, row, first, outputs);
   }
 }
 

@@ -19,6 +19,7 @@ inline Epilogue rows_from(Epilogue e, int64_t first) {
   if (e.zero_point_per_row) e.zero_point += first;
   if (e.group_scale) e.group_scale += first;
   if (e.residual) e.residual = static_cast<const char*>(e.residual) + first * e.residual_stride * size_of(e.out_dtype);
+  e.rows_before += first;
   e.out = static_cast<char*>(e.out) + first * e.out_stride * size_of(e.out_dtype);
   return e;
 }
@@ -31,6 +32,7 @@ inline Epilogue columns_from(Epilogue e, int64_t first) {
   if (e.b_sum) e.b_sum += first;
   if (e.out_scale_per_column) e.out_scale += first_output;
   if (e.residual) e.residual = static_cast<const char*>(e.residual) + first_output * size_of(e.out_dtype);
+  if (e.ada_gate) e.ada_gate = static_cast<const char*>(e.ada_gate) + first_output * size_of(e.out_dtype);
   e.out = static_cast<char*>(e.out) + first_output * size_of(e.out_dtype);
   return e;
 }

@@ -65,7 +65,8 @@ struct QuantizedRows {
 //   y = fma(float(acc - zero_point * b_sum), a_scale * b_scale, bias)    each operation rounded once to fp32
 //   out = activation(y), gated: activation(gate) * up, gates and ups in blocks of 8 columns each, [rows, columns / 2]
 //   out + residual, if there is one; rounded to fp32
-//   residual_first, of no gated activation: activation(y + residual), the sum rounded to fp32, in place of the last two
+//   ada_gate: out * ada_gate of the row's sample, rounded to fp32, + residual, likewise
+//   residual_first, of no gated activation: activation(y + residual), the sum rounded to fp32, in place of the others
 //   16-bit or fp32: one rounding; i8 and e4m3: sat(rne(out / out_scale))
 //   group_scale: e4m3 or i8 as QuantizedRows has it, of what one tile has whole: groups of 128 columns of out or, if
 //   group_scale_stride is 0, rows (GEMMs on wgmma and int8 on a CPU only)
@@ -81,7 +82,11 @@ struct Epilogue {
   const void*
       residual;  // [rows, out columns] of out_dtype, which is 16-bit or fp32, rows residual_stride apart; or null
   int64_t residual_stride;
-  void* out;  // rows out_stride elements apart
+  const void*
+      ada_gate;  // [samples, out columns] of out_dtype, rows ada_gate_stride apart; goes with a residual; or null
+  int64_t ada_gate_stride, rows_per_sample;
+  int64_t rows_before;  // the call's, before row 0: a CPU takes a part of the rows
+  void* out;            // rows out_stride elements apart
   int64_t out_stride;
   Dtype bias_dtype, out_dtype;
   Activation activation;

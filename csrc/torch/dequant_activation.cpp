@@ -8,7 +8,7 @@ Tensor dequant_activation(Backend backend, const Tensor& acc, const OptionalTens
                           const OptionalTensor& b_scale, const OptionalTensor& bias,
                           const std::optional<std::string>& activation, ScalarType out_dtype,
                           const OptionalTensor& out_scale, const OptionalTensor& a_zero_point,
-                          const OptionalTensor& b_sum, const OptionalTensor& residual) {
+                          const OptionalTensor& b_sum, const OptionalTensor& residual, const OptionalTensor& ada_gate) {
   const char* op = "dequant_activation";
   DequantActivationParams p{};
   p.acc = matrix(acc, op, "acc");
@@ -25,7 +25,8 @@ Tensor dequant_activation(Backend backend, const Tensor& acc, const OptionalTens
                                         .out_scale = out_scale,
                                         .a_zero_point = a_zero_point,
                                         .b_sum = b_sum,
-                                        .residual = residual},
+                                        .residual = residual,
+                                        .ada_gate = ada_gate},
                                        acc, op);
   if (acc.numel()) launch(backend, p, acc, dequant_activation_cpu);
   return out;

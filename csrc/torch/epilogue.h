@@ -15,6 +15,7 @@ struct EpilogueOptions {
   OptionalTensorRef b_sum = {};
   OptionalTensorRef residual = {};
   bool residual_first = false;
+  OptionalTensorRef ada_gate = {};
 };
 
 // One element for all rows, or one for each of n, in the shape of the rows or flat.
@@ -29,6 +30,20 @@ inline const float* one_or_each_column(OptionalTensorRef v, int64_t n, const Ten
                                        const char* name) {
   is_vector = v && v->numel() != 1;
   return floats(v, is_vector ? n : 1, x, op, name);
+}
+
+// ada_gate, a gate for each sample, of an output of `sizes` [samples, ..., columns].
+inline void gate_samples(Epilogue& e, const std::vector<int64_t>& sizes, int64_t rows, const EpilogueOptions& o,
+                         const Tensor& x, const char* op) {
+  STD_TORCH_CHECK(o.residual.has_value(), op, ": ada_gate goes with a residual");
+  STD_TORCH_CHECK(is_float(e.out_dtype) && o.ada_gate->scalar_type() == o.out_dtype && same_device(*o.ada_gate, x), op,
+                  ": ada_gate must have the output's float dtype and its device");
+  STD_TORCH_CHECK(rows <= UINT32_MAX, op, ": ada_gate goes with fewer than 2^32 rows");
+  STD_TORCH_CHECK(sizes.size() >= 2, op, ": ada_gate needs an output [B, ..., N]");
+  check_sizes(*o.ada_gate, {sizes.front(), sizes.back()}, op, "ada_gate");
+  if (rows == 0 || sizes.back() == 0) return;
+  const Matrix gate = matrix(*o.ada_gate, op, "ada_gate");
+  e.ada_gate = gate.data, e.ada_gate_stride = gate.stride, e.rows_per_sample = rows / sizes.front();
 }
 
 // Checks the options; allocates no output. sizes: [lead..., columns] of the accumulators on entry, of the output on
@@ -67,6 +82,7 @@ inline Epilogue epilogue_options(std::vector<int64_t>& sizes, int64_t rows, cons
       e.residual = residual.data, e.residual_stride = residual.stride, e.residual_first = o.residual_first;
     }
   }
+  if (o.ada_gate) gate_samples(e, sizes, rows, o, x, op);
   return e;
 }
 

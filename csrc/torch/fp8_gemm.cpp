@@ -70,14 +70,15 @@ CheckedGemm check_gemm(const Tensor& a, const Tensor& b, const Tensor& a_scale, 
 
 Tensor fp8_gemm(Backend backend, const Tensor& a, const Tensor& b, const Tensor& a_scale, const Tensor& b_scale,
                 const OptionalTensor& bias, const std::optional<std::string>& activation, ScalarType out_dtype,
-                const OptionalTensor& out_scale, const OptionalTensor& residual) {
+                const OptionalTensor& out_scale, const OptionalTensor& residual, const OptionalTensor& ada_gate) {
   const char* op = "fp8_gemm";
   auto [sizes, p] = check_gemm(a, b, a_scale, b_scale,
                                {.bias = bias,
                                 .activation = activation_of(activation, op),
                                 .out_dtype = out_dtype,
                                 .out_scale = out_scale,
-                                .residual = residual},
+                                .residual = residual,
+                                .ada_gate = ada_gate},
                                op);
   const Tensor out = epilogue_output(p.epilogue, sizes, out_dtype, a);
   run_gemm(backend, p, a);

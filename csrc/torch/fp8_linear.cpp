@@ -8,7 +8,7 @@ namespace forwardpass {
 Tensor fp8_linear(Backend backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
                   const OptionalTensor& bias, const std::optional<std::string>& activation, ScalarType out_dtype,
                   const OptionalTensor& scale, const OptionalTensor& channel_scale, const OptionalTensor& residual,
-                  std::optional<int64_t> rotate) {
+                  std::optional<int64_t> rotate, const OptionalTensor& ada_gate) {
   const char* op = "fp8_linear";
   QuantizeParams q{};
   q.x = matrix(x, op, "x");
@@ -20,8 +20,11 @@ Tensor fp8_linear(Backend backend, const Tensor& x, const Tensor& weight, const 
   const bool blocks = weight_scale.dim() >= 2;
   QuantizeOptions x_options{
       .dtype = ScalarType::Float8_e4m3fn, .scale = scale, .channel_scale = channel_scale, .rotate = rotate};
-  EpilogueOptions out_options{
-      .bias = bias, .activation = activation_of(activation, op), .out_dtype = out_dtype, .residual = residual};
+  EpilogueOptions out_options{.bias = bias,
+                              .activation = activation_of(activation, op),
+                              .out_dtype = out_dtype,
+                              .residual = residual,
+                              .ada_gate = ada_gate};
   if (blocks) {
     x_options.group_size = kScaleBlock;
   } else {

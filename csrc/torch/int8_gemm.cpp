@@ -47,7 +47,7 @@ bool quantizes_rows(Backend backend, GemmParams& p, const Tensor& a) {
 Tensor int8_gemm(Backend backend, const Tensor& a, const Tensor& b, const Tensor& a_scale, const Tensor& b_scale,
                  const OptionalTensor& bias, const std::optional<std::string>& activation, ScalarType out_dtype,
                  const OptionalTensor& out_scale, const OptionalTensor& a_zero_point, const OptionalTensor& b_sum,
-                 const OptionalTensor& residual) {
+                 const OptionalTensor& residual, const OptionalTensor& ada_gate) {
   const char* op = "int8_gemm";
   GemmParams p{};
   const auto sizes = check_gemm(p, a, b,
@@ -59,7 +59,8 @@ Tensor int8_gemm(Backend backend, const Tensor& a, const Tensor& b, const Tensor
                                  .out_scale = out_scale,
                                  .a_zero_point = a_zero_point,
                                  .b_sum = b_sum,
-                                 .residual = residual},
+                                 .residual = residual,
+                                 .ada_gate = ada_gate},
                                 op);
   const Tensor out = epilogue_output(p.epilogue, sizes, out_dtype, a);
   multiply(backend, p, a);

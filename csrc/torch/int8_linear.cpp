@@ -10,7 +10,7 @@ Tensor int8_linear(Backend backend, const Tensor& x, const Tensor& weight, const
                    const OptionalTensor& bias, const std::optional<std::string>& activation, ScalarType out_dtype,
                    const OptionalTensor& scale, const OptionalTensor& zero_point, bool symmetric,
                    const OptionalTensor& channel_scale, const OptionalTensor& weight_sum, const OptionalTensor& packed,
-                   const OptionalTensor& residual, std::optional<int64_t> rotate) {
+                   const OptionalTensor& residual, std::optional<int64_t> rotate, const OptionalTensor& ada_gate) {
   const char* op = "int8_linear";
   QuantizeParams q{};
   q.x = matrix(x, op, "x");
@@ -32,7 +32,8 @@ Tensor int8_linear(Backend backend, const Tensor& x, const Tensor& weight, const
                                     .bias = bias,
                                     .activation = activation_of(activation, op),
                                     .out_dtype = out_dtype,
-                                    .residual = residual};
+                                    .residual = residual,
+                                    .ada_gate = ada_gate};
   auto sizes = sizes_of(x);
   sizes.back() = p.b.rows;
   Tensor out;

@@ -60,11 +60,11 @@ constexpr std::tuple kOps{
     Op<dequant_activation>{
         "dequant_activation(Tensor acc, Tensor? a_scale, Tensor? b_scale, Tensor? bias, str? activation, "
         "ScalarType out_dtype, Tensor? out_scale, Tensor? a_zero_point, Tensor? b_sum, "
-        "Tensor? residual=None) -> Tensor"},
+        "Tensor? residual=None, Tensor? ada_gate=None) -> Tensor"},
 
     Op<int8_gemm>{"int8_gemm(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor? bias, str? activation, "
                   "ScalarType out_dtype, Tensor? out_scale, Tensor? a_zero_point, Tensor? b_sum, "
-                  "Tensor? residual=None) -> Tensor"},
+                  "Tensor? residual=None, Tensor? ada_gate=None) -> Tensor"},
 
     Op<int8_gemm_quantize>{
         "int8_gemm_quantize(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor? bias, str? activation, "
@@ -81,10 +81,11 @@ constexpr std::tuple kOps{
 
     Op<int8_linear>{"int8_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, str? activation, "
                     "ScalarType out_dtype, Tensor? scale, Tensor? zero_point, bool symmetric, Tensor? channel_scale, "
-                    "Tensor? weight_sum, Tensor? packed, Tensor? residual=None, int? rotate=None) -> Tensor"},
+                    "Tensor? weight_sum, Tensor? packed, Tensor? residual=None, int? rotate=None, Tensor? "
+                    "ada_gate=None) -> Tensor"},
 
     Op<w8a16_gemm>{"w8a16_gemm(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, str? activation, "
-                   "Tensor? residual=None) -> Tensor"},
+                   "Tensor? residual=None, Tensor? ada_gate=None) -> Tensor"},
 
     Op<w8a16_grouped_gemm>{
         "w8a16_grouped_gemm(Tensor x, Tensor weight, Tensor weight_scale, Tensor offs, Tensor? bias, "
@@ -138,7 +139,7 @@ constexpr std::tuple kOps{
         "Tensor? q_norm, Tensor? k_norm, float norm_eps, bool interleaved) -> ()"},
 
     GpuOp<fp8_gemm>{"fp8_gemm(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor? bias, str? activation, "
-                    "ScalarType out_dtype, Tensor? out_scale, Tensor? residual=None) -> Tensor"},
+                    "ScalarType out_dtype, Tensor? out_scale, Tensor? residual=None, Tensor? ada_gate=None) -> Tensor"},
 
     GpuOp<fp8_grouped_gemm>{
         "fp8_grouped_gemm(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor offs, Tensor? bias, "
@@ -150,7 +151,8 @@ constexpr std::tuple kOps{
 
     GpuOp<fp8_linear>{
         "fp8_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, str? activation, ScalarType out_dtype, "
-        "Tensor? scale, Tensor? channel_scale, Tensor? residual=None, int? rotate=None) -> Tensor"},
+        "Tensor? scale, Tensor? channel_scale, Tensor? residual=None, int? rotate=None, Tensor? ada_gate=None) -> "
+        "Tensor"},
 };
 
 template <class Function>

@@ -26,12 +26,12 @@ Tensor dequant_activation(Backend backend, const Tensor& acc, const OptionalTens
                           const OptionalTensor& b_scale, const OptionalTensor& bias,
                           const std::optional<std::string>& activation, ScalarType out_dtype,
                           const OptionalTensor& out_scale, const OptionalTensor& a_zero_point,
-                          const OptionalTensor& b_sum, const OptionalTensor& residual);
+                          const OptionalTensor& b_sum, const OptionalTensor& residual, const OptionalTensor& ada_gate);
 
 Tensor int8_gemm(Backend backend, const Tensor& a, const Tensor& b, const Tensor& a_scale, const Tensor& b_scale,
                  const OptionalTensor& bias, const std::optional<std::string>& activation, ScalarType out_dtype,
                  const OptionalTensor& out_scale, const OptionalTensor& a_zero_point, const OptionalTensor& b_sum,
-                 const OptionalTensor& residual);
+                 const OptionalTensor& residual, const OptionalTensor& ada_gate);
 
 std::tuple<Tensor, Tensor> int8_gemm_quantize(Backend backend, const Tensor& a, const Tensor& b, const Tensor& a_scale,
                                               const Tensor& b_scale, const OptionalTensor& bias,
@@ -54,7 +54,7 @@ Tensor int8_linear(Backend backend, const Tensor& x, const Tensor& weight, const
                    const OptionalTensor& bias, const std::optional<std::string>& activation, ScalarType out_dtype,
                    const OptionalTensor& scale, const OptionalTensor& zero_point, bool symmetric,
                    const OptionalTensor& channel_scale, const OptionalTensor& weight_sum, const OptionalTensor& packed,
-                   const OptionalTensor& residual, std::optional<int64_t> rotate);
+                   const OptionalTensor& residual, std::optional<int64_t> rotate, const OptionalTensor& ada_gate);
 
 // weight as the int8 GEMM of this CPU reads it, int8; empty where it reads it as it is. Without `verify` it is used
 // without a look at the weight.
@@ -66,7 +66,7 @@ bool cpu_has_attention(ScalarType dtype, int64_t head_dim, int64_t rows);
 
 Tensor fp8_gemm(Backend backend, const Tensor& a, const Tensor& b, const Tensor& a_scale, const Tensor& b_scale,
                 const OptionalTensor& bias, const std::optional<std::string>& activation, ScalarType out_dtype,
-                const OptionalTensor& out_scale, const OptionalTensor& residual);
+                const OptionalTensor& out_scale, const OptionalTensor& residual, const OptionalTensor& ada_gate);
 
 Tensor fp8_grouped_gemm(Backend backend, const Tensor& a, const Tensor& b, const Tensor& a_scale, const Tensor& b_scale,
                         const Tensor& offs, const OptionalTensor& bias, const std::optional<std::string>& activation,
@@ -80,11 +80,11 @@ std::tuple<Tensor, Tensor> fp8_gemm_quantize(Backend backend, const Tensor& a, c
 Tensor fp8_linear(Backend backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
                   const OptionalTensor& bias, const std::optional<std::string>& activation, ScalarType out_dtype,
                   const OptionalTensor& scale, const OptionalTensor& channel_scale, const OptionalTensor& residual,
-                  std::optional<int64_t> rotate);
+                  std::optional<int64_t> rotate, const OptionalTensor& ada_gate);
 
 Tensor w8a16_gemm(Backend backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
                   const OptionalTensor& bias, const std::optional<std::string>& activation,
-                  const OptionalTensor& residual);
+                  const OptionalTensor& residual, const OptionalTensor& ada_gate);
 
 Tensor w8a16_grouped_gemm(Backend backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
                           const Tensor& offs, const OptionalTensor& bias, const std::optional<std::string>& activation);

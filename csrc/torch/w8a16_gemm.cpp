@@ -8,7 +8,7 @@ namespace forwardpass {
 
 Tensor w8a16_gemm(Backend backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
                   const OptionalTensor& bias, const std::optional<std::string>& activation,
-                  const OptionalTensor& residual) {
+                  const OptionalTensor& residual, const OptionalTensor& ada_gate) {
   const char* op = "w8a16_gemm";
   GemmParams p{};
   p.kind = GemmKind::w8a16;
@@ -18,8 +18,11 @@ Tensor w8a16_gemm(Backend backend, const Tensor& x, const Tensor& weight, const 
   const Dtype w_dtype = dtype_of(weight.scalar_type(), op, "weight");
   STD_TORCH_CHECK(w_dtype == Dtype::i8 || w_dtype == Dtype::e4m3, op, ": weight must be int8 or float8_e4m3fn");
   p.b = b_operand(weight, w_dtype, p.a.columns, x, op, "weight");
-  EpilogueOptions out_options{
-      .bias = bias, .activation = activation_of(activation, op), .out_dtype = x.scalar_type(), .residual = residual};
+  EpilogueOptions out_options{.bias = bias,
+                              .activation = activation_of(activation, op),
+                              .out_dtype = x.scalar_type(),
+                              .residual = residual,
+                              .ada_gate = ada_gate};
   if (weight_scale.dim() == 2) {
     const int64_t groups = ceil_div(p.b.columns, kScaleBlock);
     check_sizes(weight_scale, {p.b.rows, groups}, op, "weight_scale");

@@ -34,9 +34,10 @@ HALF = EpilogueCase(bias=torch.float16, activation="relu", out_dtype=torch.bfloa
 FP16 = EpilogueCase(bias=torch.bfloat16, out_dtype=torch.float16)
 GATED_FP16 = EpilogueCase(activation="silu_mul", out_dtype=torch.float16)
 GATED_FP32 = EpilogueCase(activation="silu_mul")
-#: of a residual, in either type and beside a ragged edge
-RESIDUAL = EpilogueCase(out_dtype=torch.bfloat16, residual="contiguous")
+#: of a residual, in either type and beside a ragged edge; with a gate of samples, and without one
+RESIDUAL = EpilogueCase(out_dtype=torch.bfloat16, residual="contiguous", ada_gate=True)
 RESIDUAL_FP16 = EpilogueCase(bias=None, out_dtype=torch.float16, residual="aligned")
+GATED_SAMPLES_FP16 = EpilogueCase(out_dtype=torch.float16, residual="contiguous", ada_gate=True)
 #: whose accumulators are the outputs, with block scales
 BARE, BARE_FP16 = (EpilogueCase(bias=None, out_dtype=dtype) for dtype in (torch.bfloat16, torch.float16))
 BARE_GATED = EpilogueCase(bias=None, activation="silu_mul", out_dtype=torch.bfloat16)
@@ -52,6 +53,7 @@ def mma(case, m, depths, many, *more, **options):
         case(m, 40, depths[0], FP16, **options),
         case(m, 136, depths[0], RESIDUAL, **options),
         case(m - 3, 120, depths[0], RESIDUAL_FP16, **options),
+        case(m - 2, 40, depths[0], GATED_SAMPLES_FP16, **options),
         case(m, 48, depths[0], GATED_FP16, **options),
         case(m - 1, 48, depths[0], GATED_FP32, **options),
         case(m - 3, 36, 1100, PLAIN, **options),

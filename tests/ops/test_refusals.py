@@ -31,7 +31,7 @@ SUM, EXPERTS_SUM = B.sum(1, dtype=torch.int32), EXPERTS.sum(2, dtype=torch.int32
 BIAS = {"bias": torch.ones(48), "activation": "relu"}
 OF_EXPERTS = {"offs": ENDS, "bias": torch.ones(3, 48), "activation": "relu"}
 SHIFT = {"a_zero_point": ints(0, 0, 0, 0), "b_sum": SUM}
-FLOAT = {"out_dtype": F32, "residual": Y}
+FLOAT = {"out_dtype": F32, "residual": Y, "ada_gate": Y}
 SCORES = {"scale": 0.1, "window": (4, 0), "softcap": 0.0, "sinks": torch.ones(4), "batch_invariant": False}
 NORM = {"weight": torch.ones(32), "eps": 1e-6, "dtype": INT8, "kind": "layer", "bias": torch.ones(32), "symmetric": True,
         "channel_scale": torch.ones(32)}  # fmt: skip

@@ -184,23 +184,38 @@ struct DirectEpilogue {
     if constexpr (kGated) multiply_by_up(values.y, values.up);
     return values;
   }
-  // A chunk's residual, where there is one, by two columns of a row. Four lanes have 16 bytes of a row, and find the
-  // other half of a sector in L1. As it is aligned, all eight columns of a tile are inside the output, or none is.
+  // This lane's first row of a chunk.
+  __device__ static int row_of(int chunk) {
+    return (Accumulators::kTilesM == 1 ? 0 : chunk / kAcross * Accumulators::kStep) + group_id();
+  }
+  // What a chunk's outputs are multiplied by, or what is added to them, by two columns of a row. first: of
+  // row_of(chunk), below: how far from it that of the row eight below is. Four lanes have 16 bytes of a row, and find
+  // the other half of a sector in L1. As rows are aligned, all eight columns of a tile are inside the output, or none
+  // is.
   template <int kWords>
-  __device__ void load_residual(uint32_t (&pair)[kWords][2], int chunk) const {
-    const int64_t stride = o.epilogue.residual_stride;
-    const int first_row = (Accumulators::kTilesM == 1 ? 0 : chunk / kAcross * Accumulators::kStep) + group_id(),
-              first_column = chunk % kAcross * kWords * 8;
-    const auto* p = static_cast<const uint16_t*>(o.epilogue.residual) + (row + first_row) * stride + column +
-                    first_column + thread_in_group() * 2;
+  __device__ void load_pairs(uint32_t (&pair)[kWords][2], int chunk, const void* from, int64_t first,
+                             int64_t below) const {
+    const int first_row = row_of(chunk), first_column = chunk % kAcross * kWords * 8;
+    const auto* p = static_cast<const uint16_t*>(from) + first + column + first_column + thread_in_group() * 2;
 #pragma unroll
     for (int t = 0; t < kWords; ++t)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         pair[t][half] = 0;
         if (first_row + half * 8 < rows && first_column + t * 8 < columns)
-          pair[t][half] = *reinterpret_cast<const uint32_t*>(p + half * 8 * stride + t * 8);
+          pair[t][half] = *reinterpret_cast<const uint32_t*>(p + half * below + t * 8);
       }
+  }
+  template <int kWords>
+  __device__ void load_residual(uint32_t (&pair)[kWords][2], int chunk) const {
+    const int64_t stride = o.epilogue.residual_stride;
+    load_pairs(pair, chunk, o.epilogue.residual, (row + row_of(chunk)) * stride, 8 * stride);
+  }
+  template <int kWords>
+  __device__ void load_ada_gate(uint32_t (&pair)[kWords][2], int chunk) const {
+    const int64_t first = row + row_of(chunk), sample = sample_of(o.epilogue, first),
+                  stride = o.epilogue.ada_gate_stride;
+    load_pairs(pair, chunk, o.epilogue.ada_gate, sample * stride, (sample_of(o.epilogue, first + 8) - sample) * stride);
   }
 
   // Chunks to the output, rows of kWords times 16 bytes. A lane has 16 bytes of every kAtOnce-th row.
@@ -332,10 +347,19 @@ struct DirectEpilogue {
   __device__ static void pack(uint32_t (&word)[kWords][2], const float (&y)[kWords * 4]) {
     round_pairs<Out>(reinterpret_cast<uint32_t (&)[kWords * 2]>(word), y);
   }
-  // The same with the residual. On a way of its own, down to the words: were sums and values to meet in registers, each
-  // value would be moved there.
+  // The same with the residual, and with the gate before it. On a way of its own, down to the words: were sums and
+  // values to meet in registers, each value would be moved there.
   template <int kWords>
   __device__ void pack_sums(uint32_t (&word)[kWords][2], float (&y)[kWords * 4], int chunk) const {
+    if (o.epilogue.ada_gate) {
+      uint32_t gate[kWords][2];
+      load_ada_gate(gate, chunk);
+      if (o.epilogue.out_dtype == Dtype::bf16) {
+        multiply_by_ada_gate(y, reinterpret_cast<__nv_bfloat16(&)[kWords * 4]>(gate));
+      } else {
+        multiply_by_ada_gate(y, reinterpret_cast<__half(&)[kWords * 4]>(gate));
+      }
+    }
     uint32_t residual[kWords][2];
     load_residual(residual, chunk);
     if (o.epilogue.out_dtype == Dtype::bf16) {

@@ -22,7 +22,8 @@ struct GemmOutput {
         direct(
             p.choice.splits == 1 && !p.epilogue.zero_point &&
             (size_of(p.epilogue.out_dtype) == 2 || p.epilogue.group_scale) &&
-            (!p.epilogue.residual || (access.out && !is_gated(p.epilogue.activation) && !p.epilogue.residual_first))),
+            (!p.epilogue.residual || (access.out && !is_gated(p.epilogue.activation) && !p.epilogue.residual_first)) &&
+            (!p.epilogue.ada_gate || p.kind != GemmKind::w8a16)),
         plain(!p.epilogue.a_scale && !p.epilogue.b_scale && !p.epilogue.bias),
         rows(p.a.rows),
         columns(p.columns()),

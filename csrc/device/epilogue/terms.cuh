@@ -43,6 +43,17 @@ __device__ inline void multiply_by_up(float (&gate)[N], const float (&up)[N]) {
   for (int i = 0; i < N; ++i) gate[i] = __fmul_rn(gate[i], up[i]);
 }
 
+// Outputs times their sample's gate, which has their type.
+template <int N, class T>
+__device__ inline void multiply_by_ada_gate(float (&y)[N], const T (&gate)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) y[i] = __fmul_rn(y[i], to_float(gate[i]));
+}
+// The sample of a row. A product has fewer than 2^31 rows, and a division of 64 bits is a call.
+__device__ inline int64_t sample_of(const Epilogue& e, int64_t row) {
+  return static_cast<uint32_t>(row) / static_cast<uint32_t>(e.rows_per_sample);
+}
+
 // Outputs plus a residual of their type.
 template <int N, class T>
 __device__ inline void add_residual(float (&y)[N], const T (&residual)[N]) {

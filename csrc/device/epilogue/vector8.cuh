@@ -14,7 +14,8 @@ struct EpilogueAccess {
   explicit EpilogueAccess(const Epilogue& e)
       : columns(is_aligned(e.b_scale) && is_aligned(e.bias) && is_aligned(e.b_sum)),
         out(is_aligned(e.out) && e.out_stride * size_of(e.out_dtype) % 16 == 0 && is_aligned(e.out_scale) &&
-            is_aligned(e.residual) && e.residual_stride * size_of(e.out_dtype) % 16 == 0) {}
+            is_aligned(e.residual) && e.residual_stride * size_of(e.out_dtype) % 16 == 0 && is_aligned(e.ada_gate) &&
+            e.ada_gate_stride * size_of(e.out_dtype) % 16 == 0) {}
 };
 
 // n of 8 values from `column` on, or the one value there is.
@@ -95,18 +96,31 @@ __device__ inline void store_quantized(const float (&y)[kVec], const Epilogue& e
   store_vec(q, static_cast<uint8_t*>(e.out) + offset, n, access.out);
 }
 
-// y + residual, at columns [column, column + n) of the output. k16Bits: outputs of 16 bits are all that there are.
+// n of 8 elements of the outputs' type. k16Bits: outputs of 16 bits are all that there are.
+template <bool k16Bits>
+__device__ inline void load_as_outputs(float (&v)[kVec], const void* p, const Epilogue& e, const EpilogueAccess& access,
+                                       int64_t offset, int n) {
+  if constexpr (k16Bits) {
+    load_16_bits(v, p, e.out_dtype, offset, n, access.out);
+  } else {
+    load_typed(v, p, e.out_dtype, offset, n, access.out);
+  }
+}
+// y + residual, at columns [column, column + n) of the output.
 template <bool k16Bits>
 __device__ inline void add_residual(float (&y)[kVec], const Epilogue& e, const EpilogueAccess& access, int64_t row,
                                     int64_t column, int n) {
-  const int64_t offset = row * e.residual_stride + column;
   float residual[kVec];
-  if constexpr (k16Bits) {
-    load_16_bits(residual, e.residual, e.out_dtype, offset, n, access.out);
-  } else {
-    load_typed(residual, e.residual, e.out_dtype, offset, n, access.out);
-  }
+  load_as_outputs<k16Bits>(residual, e.residual, e, access, row * e.residual_stride + column, n);
   add_residual(y, residual);
+}
+// y * ada_gate, at the same columns.
+template <bool k16Bits>
+__device__ inline void multiply_by_ada_gate(float (&y)[kVec], const Epilogue& e, const EpilogueAccess& access,
+                                            int64_t row, int64_t column, int n) {
+  float gate[kVec];
+  load_as_outputs<k16Bits>(gate, e.ada_gate, e, access, sample_of(e, row) * e.ada_gate_stride + column, n);
+  multiply_by_ada_gate(y, gate);
 }
 
 // The residual that follows the activation, and one rounding to the output's type; or that to the nearest step of
@@ -114,7 +128,10 @@ __device__ inline void add_residual(float (&y)[kVec], const Epilogue& e, const E
 template <bool k16Bits>
 __device__ inline void store_output(float (&y)[kVec], const Epilogue& e, const EpilogueAccess& access, int64_t row,
                                     int64_t column, int n) {
-  if (e.residual && !e.residual_first) add_residual<k16Bits>(y, e, access, row, column, n);
+  if (e.residual && !e.residual_first) {
+    if (e.ada_gate) multiply_by_ada_gate<k16Bits>(y, e, access, row, column, n);
+    add_residual<k16Bits>(y, e, access, row, column, n);
+  }
   const int64_t offset = row * e.out_stride + column;
   if (!k16Bits && e.out_dtype == Dtype::f32)
     return store_vec(reinterpret_cast<const Vec<float>&>(y), static_cast<float*>(e.out) + offset, n, access.out);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -23,13 +24,15 @@ def apply_epilogue(
     b_sum: Tensor | None = None,
     residual: Tensor | None = None,
     residual_first: bool = False,
+    ada_gate: Tensor | None = None,
 ) -> Tensor:
     """acc [..., N], exact (int64 or fp64) or floats, to the output: the formula that every backend follows, a scale of None 1::
 
         y = fma(fp32(acc - a_zero_point * b_sum), fp32(a_scale * b_scale), bias)      one rounding each, to fp32
         out = activation(y) in fp32, gated activation(gate) * up                      then one rounding to out_dtype
         out = activation(y) + residual, likewise in fp32, where there is one          before that rounding
-        out = activation(fp32(y + residual)), of residual_first                       in place of both
+        out = fp32(activation(y) * ada_gate) + residual, of each sample's gate        in place of that
+        out = activation(fp32(y + residual)), of residual_first                       in place of them
         int8, e4m3: sat(rne(fp32(out / out_scale))), int8 in -127..127
 
     The fma is computed in fp64 and rounded: the product of two fp32 is exact there, and the sum is off by less than 2^-52,
@@ -51,6 +54,8 @@ def apply_epilogue(
         y = activate(activation, gate, up)
     else:
         y = activate(activation, y)
+    if ada_gate is not None:
+        y = y.float() * of_samples(ada_gate, y).float()
     if residual is not None and not residual_first:
         y = y.float() + residual.float()
     if out_scale is None:
@@ -59,6 +64,11 @@ def apply_epilogue(
     if out_dtype is E4M3:
         return pad_rows(scaled.clamp(-448, 448).to(E4M3))
     return pad_rows(scaled.nan_to_num(-127.0).round().clamp(-127, 127).to(torch.int8))
+
+
+def of_samples(v: Tensor, y: Tensor) -> Tensor:
+    """v [B, N] in the shape in which it is broadcast against y [B, ..., N]."""
+    return v.reshape(v.shape[0], *[1] * (y.dim() - 2), v.shape[1])
 
 
 def per_row(v: Tensor, acc: Tensor) -> tuple[int, ...]:
@@ -105,6 +115,7 @@ def check_epilogue(
     optional: tuple[str, ...] = (),
     residual: Tensor | None = None,
     operand: str = "b",
+    ada_gate: Tensor | None = None,
 ) -> None:
     """The epilogue's arguments for accumulators [*lead, columns] on x's device; optional: scales that may be None; operand: the
     name that the call has for b, and for its scales and sums."""
@@ -146,6 +157,8 @@ def check_epilogue(
         raise ValueError(f"{op}: {operand}_sum is used with a_zero_point only: pass both or neither")
     if residual is not None:
         check_residual(op, residual, (*lead, outputs), out_dtype, x)
+    if ada_gate is not None:
+        check_ada_gate(op, ada_gate, residual, (*lead, outputs), out_dtype, x)
 
 
 def check_row_scales(op: str, b: Tensor) -> None:
@@ -171,3 +184,28 @@ def check_residual(op: str, residual: Tensor, shape: tuple[int, ...], out_dtype:
         raise ValueError(f"{op}: residual is on {residual.device} and the input on {x.device}: move one of them")
     if residual.numel():
         check_rows(op, "residual", residual)
+
+
+def check_ada_gate(
+    op: str, ada_gate: Tensor, residual: Tensor | None, shape: tuple[int, ...], out_dtype: torch.dtype, x: Tensor
+) -> None:
+    """ada_gate has a row for each sample of the output, which is [B, ..., N] on x's device and has a residual."""
+    if residual is None:
+        raise ValueError(
+            f"{op}: ada_gate goes with a residual, as ada_gate * y + residual: pass one, or multiply the output"
+        )
+    if not isinstance(ada_gate, Tensor) or ada_gate.dtype != out_dtype:
+        raise TypeError(f"{op}: ada_gate must be a tensor of {out_dtype}, as the output is, not "
+                        f"{getattr(ada_gate, 'dtype', type(ada_gate).__name__)}")  # fmt: skip
+    if math.prod(shape[:-1]) >= 2**32:
+        raise ValueError(f"{op}: ada_gate goes with fewer than 2^32 rows, and this output is {list(shape)}: split it")
+    if len(shape) < 2:
+        raise ValueError(f"{op}: ada_gate is one row a sample of an output [B, ..., N], and this is {list(shape)}: pass "
+                         "an input with a dimension of samples")  # fmt: skip
+    if tuple(ada_gate.shape) != (shape[0], shape[-1]):
+        raise ValueError(f"{op}: ada_gate must be [B, N], {[shape[0], shape[-1]]} for an output {list(shape)}, and has shape "
+                         f"{list(ada_gate.shape)}: expand it to one row a sample")  # fmt: skip
+    if ada_gate.device != x.device:
+        raise ValueError(f"{op}: ada_gate is on {ada_gate.device} and the input on {x.device}: move one of them")
+    if ada_gate.numel():
+        check_rows(op, "ada_gate", ada_gate)

@@ -4,7 +4,8 @@ Launched with enable_fp_fusion=False: the fma is where the formula (forwardpass.
 
 Every option is a number, so that a kernel has it as a constant or at run time: dequant_activation is bound by memory, and
 moves 16 bytes at a time only with constants; a GEMM compiles once for all of them. RESIDUAL is 0 without one, 1 behind the
-activation and 2 before it: a GEMM compiles once for each, so that the kernel without one keeps its registers.
+activation, 2 before it, and 3 behind the activation and a gate of samples: a GEMM compiles once for each, so that the kernel
+without one keeps its registers.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ def options(
     residual: Tensor | None = None,
     scaled: bool = False,
     residual_first: bool = False,
+    ada_gate: Tensor | None = None,
 ) -> dict[str, Any]:
     """The arguments of a kernel that ends in `activated` and `store_output`; `scaled`: its accumulators are already."""
 
@@ -54,6 +56,11 @@ def options(
     if residual is not None:
         rows, columns, residual_stride = matrix_shape(residual)
         residual_bytes = residual.as_strided((rows, columns), (residual_stride, 1)).view(torch.uint8)
+    gate_bytes, gate_stride, rows_per_sample = out_bytes, 0, 1
+    if ada_gate is not None:
+        samples, _, gate_stride = matrix_shape(ada_gate)
+        gate_bytes = ada_gate.as_strided((samples, columns), (gate_stride, 1)).view(torch.uint8)
+        rows_per_sample = rows // samples
     return {
         "a_scale_ptr": unread if a_scale is None else a_scale, "a_scale_step": -1 if scaled else step(a_scale),
         "b_scale_ptr": unread, "b_scale_step": -1 if scaled else step(b_scale),
@@ -63,7 +70,8 @@ def options(
         "activation": _ACTIVATIONS[activation and activation.removesuffix("_mul")],
         "out_scale_ptr": unread if out_scale is None else out_scale, "out_scale_step": step(out_scale),
         "residual_ptr": residual_bytes, "residual_stride": residual_stride,
-        "RESIDUAL": 0 if residual is None else 1 + residual_first,
+        "ada_gate_ptr": gate_bytes, "ada_gate_stride": gate_stride, "rows_per_sample": rows_per_sample,
+        "RESIDUAL": 0 if residual is None else 3 if ada_gate is not None else 1 + residual_first,
         "out_ptr": out_bytes, "out_type": _TYPES[out.dtype], "out_stride": out_stride, "out_columns": columns,
     }  # fmt: skip
 
@@ -195,11 +203,14 @@ def load_residual(ptr, type_, row, rows, column, columns, stride, ALIGNED: tl.co
 
 @triton.jit
 def store_output(
-    y, row, rows, column, columns, residual_ptr, residual_stride, out_ptr, out_type, stride, out_scale_ptr, out_scale_step,
-    RESIDUAL: tl.constexpr, ALIGNED: tl.constexpr,
+    y, row, rows, column, columns, residual_ptr, residual_stride, ada_gate_ptr, ada_gate_stride, rows_per_sample, out_ptr, out_type,
+    stride, out_scale_ptr, out_scale_step, RESIDUAL: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """fp32 [M, N], plus the residual where one follows the activation, to the output's type."""
-    if RESIDUAL == 1:
+    if RESIDUAL == 3:
+        sample = tl.minimum(row, rows - 1) // rows_per_sample
+        y *= load_residual(ada_gate_ptr, out_type, sample, rows, column, columns, ada_gate_stride, ALIGNED)
+    if RESIDUAL == 1 or RESIDUAL == 3:
         y += load_residual(residual_ptr, out_type, row, rows, column, columns, residual_stride, ALIGNED)
     if out_type == 1:
         store_as(out_ptr.to(tl.pointer_type(tl.float32)), y, row, rows, column, columns, stride, ALIGNED)

@@ -239,7 +239,7 @@ def store_part(part, ptr, stride, row, rows, column, columns):
 _RUN_TIME = [
     "tile_rows", "experts", "room", "a_stride", "b_stride", "rows", "columns", "K", "per_part", "part_stride", "a_group_step",
     "a_scale_step", "b_scale_step", "zero_step", "bias_type", "activation", "out_type", "out_stride", "out_columns",
-    "out_scale_step", "residual_stride",
+    "out_scale_step", "residual_stride", "ada_gate_stride", "rows_per_sample",
 ]  # fmt: skip
 _OF_PARTS = ["parts", "acc_stride", "part_stride", "rows", "blocks", *_RUN_TIME[_RUN_TIME.index("a_scale_step") :]]
 _ANY_ALIGNMENT = ["a_scale_ptr", "b_scale_ptr", "zero_ptr", "b_sum_ptr", "bias_ptr", "out_scale_ptr"]
@@ -249,8 +249,9 @@ _ANY_ALIGNMENT = ["a_scale_ptr", "b_scale_ptr", "zero_ptr", "b_sum_ptr", "bias_p
 def gemm_kernel(
     ends_ptr, tile_rows, experts, room, a, b, a_stride, b_stride, rows, columns, K, per_part, part_stride, parts_ptr, a_group_step,
     a_scale_ptr, a_scale_step, b_scale_ptr, b_scale_step, zero_ptr, zero_step, b_sum_ptr, bias_ptr, bias_type,
-    activation, out_scale_ptr, out_scale_step, residual_ptr, residual_stride, out_ptr, out_type, out_stride, out_columns,
-    RESIDUAL: tl.constexpr, SCALES: tl.constexpr, GATED: tl.constexpr, SPLIT: tl.constexpr, SWAP: tl.constexpr, TMA: tl.constexpr,
+    activation, out_scale_ptr, out_scale_step, residual_ptr, residual_stride, ada_gate_ptr, ada_gate_stride, rows_per_sample,
+    out_ptr, out_type, out_stride, out_columns, RESIDUAL: tl.constexpr, SCALES: tl.constexpr, GATED: tl.constexpr,
+    SPLIT: tl.constexpr, SWAP: tl.constexpr, TMA: tl.constexpr,
     UPCONVERT: tl.constexpr, ON_BITS: tl.constexpr, PROMOTED: tl.constexpr, GROUPED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
@@ -326,21 +327,24 @@ def gemm_kernel(
         if GROUPED:
             store_group(y, row, rows, tile_n, out_columns, out_ptr, out_stride, out_scale_ptr, out_scale_step)
         else:
-            store_output(y, row, rows, out_column, out_columns, residual_ptr, residual_stride, out_ptr, out_type, out_stride,
-                         out_scale_ptr, out_scale_step, RESIDUAL, None)  # fmt: skip
+            store_output(y, row, rows, out_column, out_columns, residual_ptr, residual_stride, ada_gate_ptr, ada_gate_stride,
+                         rows_per_sample, out_ptr, out_type, out_stride, out_scale_ptr, out_scale_step, RESIDUAL,
+                         None)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_OF_PARTS, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
 def sum_parts_kernel(
     acc_ptr, acc_stride, parts, part_stride, rows, blocks, a_scale_ptr, a_scale_step, b_scale_ptr, b_scale_step, zero_ptr,
     zero_step, b_sum_ptr, bias_ptr, bias_type, activation, out_scale_ptr, out_scale_step, residual_ptr, residual_stride,
-    out_ptr, out_type, out_stride, out_columns, RESIDUAL: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr,
+    ada_gate_ptr, ada_gate_stride, rows_per_sample, out_ptr, out_type, out_stride, out_columns, RESIDUAL: tl.constexpr,
+    GATED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """acc_stride and part_stride count 16 elements."""
     dequantize_block(
         acc_ptr, acc_stride * 16, parts, part_stride.to(tl.int64) * 16, rows, blocks, a_scale_ptr, a_scale_step, b_scale_ptr,
         b_scale_step, zero_ptr, zero_step, b_sum_ptr, bias_ptr, bias_type, activation, out_scale_ptr, out_scale_step, residual_ptr,
-        residual_stride, out_ptr, out_type, out_stride, out_columns, RESIDUAL, GATED, None, BLOCK,
+        residual_stride, ada_gate_ptr, ada_gate_stride, rows_per_sample, out_ptr, out_type, out_stride, out_columns, RESIDUAL,
+        GATED, None, BLOCK,
     )  # fmt: skip
 
 
@@ -372,6 +376,7 @@ def gemm(
     group_scale: Tensor | None = None,
     ends: Tensor | None = None,
     residual_first: bool = False,
+    ada_gate: Tensor | None = None,
 ) -> Tensor:
     """Fills `out`, and returns it. a is int8, e4m3 or (without a_scale) of 16 bits; `group_scale` is filled with the scales of an
     e4m3 output in groups of 128. ends: b is [E, N, K], as are its scales and bias; which rows are an expert's, see `experts.py`."""
@@ -381,7 +386,7 @@ def gemm(
     wide, scaled, gated = a.element_size() == 2, b_scale.dim() >= (3 if experts else 2), is_gated(activation)
     promoted = wide or b.dtype is E4M3
     arguments = options(a_scale, b_scale, bias, activation, out, out_scale, a_zero_point, b_sum, residual, scaled,
-                        residual_first)  # fmt: skip
+                        residual_first, ada_gate)  # fmt: skip
     if group_scale is not None:
         arguments |= {"out_scale_ptr": group_scale, "out_scale_step": group_scale.stride(-1)}
     with torch.cuda.device_of(a):

@@ -23,6 +23,7 @@ def dequant_activation(
     a_zero_point: Tensor | None = None,
     b_sum: Tensor | None = None,
     residual: Tensor | None = None,
+    ada_gate: Tensor | None = None,
 ) -> Tensor:
     """`activation((acc - a_zero_point * b_sum) * a_scale * b_scale + bias) + residual`: `ops.common.epilogue` has the formula.
 
@@ -39,6 +40,8 @@ def dequant_activation(
         b_sum: int32 [N], the row sums of b [N, K]; goes with a_zero_point.
         residual: of out_dtype and of the output's shape, last stride 1, any row stride; added in fp32 behind the activation and
             before the one rounding. Not with 8-bit outputs.
+        ada_gate: [B, N] (gated: N / 2) of out_dtype, last stride 1, any row stride, for an output [B, ..., N]; with a residual.
+            The gate of adaLN-Zero (arXiv 2212.09748): the rows of sample b are `ada_gate[b] * y + residual`, both steps in fp32.
 
     Returns:
         [..., N] (gated: N / 2) of out_dtype, contiguous; 8-bit ones with rows padded to 16 bytes.
@@ -58,6 +61,8 @@ def dequant_activation(
     """
     args = (acc, a_scale, b_scale, bias, activation, out_dtype, out_scale, a_zero_point, b_sum)
     # To pass the schema's default takes 0.15 us; an int8_gemm of few elements takes 5. As all operations with a residual.
+    if ada_gate is not None:
+        return OPERATION(*args, residual, ada_gate)
     return OPERATION(*args) if residual is None else OPERATION(*args, residual)
 
 
@@ -72,6 +77,7 @@ def _check(
     a_zero_point: Tensor | None,
     b_sum: Tensor | None,
     residual: Tensor | None = None,
+    ada_gate: Tensor | None = None,
 ) -> None:
     op = "dequant_activation"
     if not isinstance(acc, Tensor) or acc.dtype not in (torch.int32, *FLOATS):
@@ -85,7 +91,7 @@ def _check(
     lead, columns = tuple(acc.shape[:-1]), acc.shape[-1]
     check_epilogue(
         op, acc, lead, columns, a_scale, b_scale, bias, activation, out_dtype, out_scale, a_zero_point, b_sum,
-        optional=("a_scale", "b_scale"), residual=residual,
+        optional=("a_scale", "b_scale"), residual=residual, ada_gate=ada_gate,
     )  # fmt: skip
 
 

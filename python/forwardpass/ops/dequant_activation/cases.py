@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...testing import apart, assert_close, assert_equal, assert_quantized_close, laid_out, pairwise
 from ..common.activations import EXACT, GATED, PLAIN, element_bound, is_gated, separate_gate_up
+from ..common.epilogue import of_samples
 from ..common.quantized_rows import E4M3, FLOATS
 from . import reference
 
@@ -30,6 +31,7 @@ class EpilogueCase:
     out_scale: str = "tensor"  # or "column"; with 8-bit outputs
     zero_point: str | None = None  # None, "row" or "tensor"
     residual: str | None = None  # or a layout of `laid_out`; of float outputs alone
+    ada_gate: bool = False  # with a residual
 
     def arguments(
         self, lead: tuple[int, ...], columns: int, step: float, device: str = "cpu", seed: int = 0
@@ -66,6 +68,15 @@ class EpilogueCase:
         outputs = columns // 2 if is_gated(self.activation) else columns
         return residual((*lead, outputs), self.out_dtype, self.residual, device, seed)
 
+    def added_of(
+        self, lead: tuple[int, ...], columns: int, device: str = "cpu", seed: int = 0
+    ) -> tuple[Tensor | None, ...]:
+        """Its residual and, if there is one, the gate of the samples of accumulators [*lead, columns]."""
+        added = self.residual_of(lead, columns, device, seed)
+        if added is None or not self.ada_gate:
+            return (added,)
+        return added, ada_gate(added)
+
 
 def residual(
     shape: tuple[int, ...], dtype: torch.dtype, layout: str | None, device: str = "cpu", seed: int = 0
@@ -79,6 +90,16 @@ def residual(
         rows[:, shape[-1] // 3] *= 60.0
         rows[len(rows) // 2] = -0.0
     return laid_out(x.to(dtype), layout, device)
+
+
+def ada_gate(added: Tensor, seed: int = 0) -> Tensor:
+    """A gate for each sample of a residual [B, ..., N], as models have them: columns of one tensor, here between NaN."""
+    samples, columns = added.shape[0], added.shape[-1]
+    pad = 16 // added.element_size() if added.data_ptr() % 16 == 0 else 1
+    wide = torch.full((samples, pad + columns + 3 * pad), torch.nan, dtype=added.dtype, device=added.device)
+    gate = torch.randn((samples, columns), generator=torch.Generator().manual_seed(seed + 4))
+    wide[:, pad : pad + columns] = gate.to(added.device, added.dtype)
+    return wide[:, pad : pad + columns]
 
 
 #: None, and layouts of `laid_out`: rows of the output's stride, of another one, and at no multiple of 16 bytes
@@ -144,12 +165,15 @@ def assert_epilogue_matches(actual: Tensor, specification: Callable[..., Tensor]
     assert actual.stride() == expected.stride()
     # the fp32 values before the activation are equal bit for bit, so only the activation and what follows it is off
     first = named.get("residual_first", False)  # the residual is in those values
-    without = ("out_scale",) if first else ("out_scale", "residual")
+    without = ("out_scale",) if first else ("out_scale", "residual", "ada_gate")
     plain = named | {"activation": None, "out_dtype": torch.float32} | {name: None for name in without if name in named}
     y = specification(*plain.values())
     gate, up = separate_gate_up(y, -1) if is_gated(activation) else (y, None)
     exact = specification(*(plain | {"activation": activation, "out_dtype": torch.float64}).values())
     bound = element_bound(activation, gate, up)
+    if (gates := named.get("ada_gate")) is not None:
+        gates = of_samples(gates, exact).double()
+        exact, bound = exact * gates, (bound + ULP[torch.float32] * exact.abs()) * gates.abs()
     if (added := named.get("residual")) is not None and not first:
         bound = bound + ULP[torch.float32] * exact.abs()  # which the sum may cancel
         exact = exact + added.double()

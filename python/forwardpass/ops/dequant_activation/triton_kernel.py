@@ -26,7 +26,7 @@ def load_sum(acc_ptr, column, mask, parts, part_stride):
 def dequantize_block(
     acc_ptr, acc_stride, parts, part_stride, rows, blocks, a_scale_ptr, a_scale_step, b_scale_ptr, b_scale_step, zero_ptr,
     zero_step, b_sum_ptr, bias_ptr, bias_type, activation, out_scale_ptr, out_scale_step, residual_ptr, residual_stride,
-    out_ptr, out_type, out_stride, out_columns,
+    ada_gate_ptr, ada_gate_stride, rows_per_sample, out_ptr, out_type, out_stride, out_columns,
     RESIDUAL: tl.constexpr, GATED: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The program's block of the outputs, of accumulators that are the sum of `parts`, `part_stride` elements apart."""
@@ -47,23 +47,23 @@ def dequantize_block(
                   zero_ptr, zero_step, b_sum_ptr, bias_ptr, bias_type, activation, residual_ptr, residual_stride, out_type,
                   RESIDUAL, GATED, ALIGNED)  # fmt: skip
     store_output(
-        y, row, rows, column, out_columns, residual_ptr, residual_stride, out_ptr, out_type, out_stride, out_scale_ptr,
-        out_scale_step, RESIDUAL, ALIGNED,
+        y, row, rows, column, out_columns, residual_ptr, residual_stride, ada_gate_ptr, ada_gate_stride, rows_per_sample, out_ptr,
+        out_type, out_stride, out_scale_ptr, out_scale_step, RESIDUAL, ALIGNED,
     )  # fmt: skip
 
 
 @triton.jit
 def dequant_activation_kernel(
     acc_ptr, acc_stride, rows, blocks, a_scale_ptr, b_scale_ptr, zero_ptr, b_sum_ptr, bias_ptr, out_scale_ptr,
-    residual_ptr, residual_stride, out_ptr, out_stride, out_columns,
+    residual_ptr, residual_stride, ada_gate_ptr, ada_gate_stride, rows_per_sample, out_ptr, out_stride, out_columns,
     a_scale_step: tl.constexpr, b_scale_step: tl.constexpr, zero_step: tl.constexpr, bias_type: tl.constexpr,
     activation: tl.constexpr, out_scale_step: tl.constexpr, out_type: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     dequantize_block(
         acc_ptr, acc_stride, 1, 0, rows, blocks, a_scale_ptr, a_scale_step, b_scale_ptr, b_scale_step, zero_ptr, zero_step,
-        b_sum_ptr, bias_ptr, bias_type, activation, out_scale_ptr, out_scale_step, residual_ptr, residual_stride, out_ptr,
-        out_type, out_stride, out_columns, RESIDUAL, GATED, True, BLOCK,
+        b_sum_ptr, bias_ptr, bias_type, activation, out_scale_ptr, out_scale_step, residual_ptr, residual_stride,
+        ada_gate_ptr, ada_gate_stride, rows_per_sample, out_ptr, out_type, out_stride, out_columns, RESIDUAL, GATED, True, BLOCK,
     )  # fmt: skip
 
 
@@ -78,6 +78,7 @@ def dequant_activation(
     a_zero_point: Tensor | None,
     b_sum: Tensor | None,
     residual: Tensor | None = None,
+    ada_gate: Tensor | None = None,
 ) -> Tensor:
     out = fake_output(acc, tuple(acc.shape), activation, out_dtype)
     if out.numel():
@@ -87,7 +88,7 @@ def dequant_activation(
         with torch.cuda.device_of(acc):
             dequant_activation_kernel[(rows * blocks,)](
                 acc, stride, rows, blocks,
-                **options(a_scale, b_scale, bias, activation, out, out_scale, a_zero_point, b_sum, residual),
+                **options(a_scale, b_scale, bias, activation, out, out_scale, a_zero_point, b_sum, residual, ada_gate=ada_gate),
                 GATED=is_gated(activation), BLOCK=block, num_warps=max(1, block // 256), enable_fp_fusion=False,
             )  # fmt: skip
     return out

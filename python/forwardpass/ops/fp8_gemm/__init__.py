@@ -38,6 +38,7 @@ def fp8_gemm(
     out_dtype: torch.dtype,
     out_scale: Tensor | None = None,
     residual: Tensor | None = None,
+    ada_gate: Tensor | None = None,
 ) -> Tensor:
     """`activation((a * a_scale) @ (b * b_scale).T + bias) + residual` of float8_e4m3fn operands.
 
@@ -58,6 +59,7 @@ def fp8_gemm(
         a_scale, b_scale: see above.
         bias, activation, out_dtype, out_scale, residual: as in `dequant_activation`; gated activations want the rows of b, bias
             and a b_scale [N] interleaved by `interleave_gate_up`.
+        ada_gate: as in `dequant_activation`: [B, N] (gated: N / 2) of out_dtype, with a residual: `ada_gate[b] * y + residual`.
 
     Returns:
         [..., N] (gated: N / 2) of out_dtype, contiguous; 8-bit ones with rows padded to 16 bytes.
@@ -76,6 +78,8 @@ def fp8_gemm(
         (torch.Size([4, 128]), True)
     """
     args = (a, b, a_scale, b_scale, bias, activation, out_dtype, out_scale)
+    if ada_gate is not None:
+        return FP8_GEMM(*args, residual, ada_gate)
     return FP8_GEMM(*args) if residual is None else FP8_GEMM(*args, residual)
 
 
@@ -172,6 +176,7 @@ def _check(
     out_dtype: torch.dtype,
     out_scale: Tensor | None,
     residual: Tensor | None = None,
+    ada_gate: Tensor | None = None,
 ) -> None:
     check_8bit(op, "a", a, E4M3)
     check_rows(op, "a", a)
@@ -184,14 +189,14 @@ def _check(
     unit = a.new_empty(1, dtype=torch.float32)
     scales = (unit, unit) if blocks else (a_scale, b_scale)
     check_epilogue(op, a, tuple(a.shape[:-1]), b.shape[0], *scales, bias, activation, out_dtype, out_scale, None, None,
-                   residual=residual)  # fmt: skip
+                   residual=residual, ada_gate=ada_gate)  # fmt: skip
 
 
 def _check_gemm(
     a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, activation: str | None, out_dtype: torch.dtype,
-    out_scale: Tensor | None, residual: Tensor | None = None,
+    out_scale: Tensor | None, residual: Tensor | None = None, ada_gate: Tensor | None = None,
 ) -> None:  # fmt: skip
-    _check("fp8_gemm", a, b, a_scale, b_scale, bias, activation, out_dtype, out_scale, residual)
+    _check("fp8_gemm", a, b, a_scale, b_scale, bias, activation, out_dtype, out_scale, residual, ada_gate)
 
 
 def _check_gemm_quantize(

@@ -22,6 +22,7 @@ from ...testing import (
     pairwise,
 )
 from ..common.activations import activate, element_bound, is_gated, separate_gate_up
+from ..common.epilogue import of_samples
 from ..common.quantized_rows import E4M3, FLOATS, LEAST_RANGE, empty_scales
 from ..dequant_activation.cases import RESIDUAL_KERNEL, RESIDUALS, EpilogueCase, epilogue_factors
 from ..int8_gemm.cases import BENCHMARK_SHAPES
@@ -70,7 +71,7 @@ class Case:
                 if x.shape[0] > row:
                     x[row] *= value
         a, b = (x.clamp(-448, 448).to(E4M3) for x in (a, b))
-        lead = (2, self.m // 2) if self.lead and self.m % 2 == 0 else (self.m,)
+        lead = (2, self.m // 2) if (self.lead or self.epilogue.ada_gate) and self.m % 2 == 0 else (self.m,)
         step = 1 / (1024 * self.k ** (1.0 if self.same_sign else 0.5))  # outputs are then O(1)
         e = self.epilogue.arguments(lead, self.n, step, device, seed)
         if self.blocks:
@@ -81,7 +82,7 @@ class Case:
         shared = (*operands, e["a_scale"], e["b_scale"], e["bias"], e["activation"])
         if self.quantized:
             return (*shared, None if self.rows else BLOCK)
-        return (*shared, e["out_dtype"], e["out_scale"], self.epilogue.residual_of(lead, self.n, device, seed))
+        return (*shared, e["out_dtype"], e["out_scale"], *self.epilogue.added_of(lead, self.n, device, seed))
 
     def _block_scales(
         self, lead: tuple[int, ...], step: float, g: torch.Generator, device: str
@@ -118,6 +119,9 @@ def assert_matches(actual: Tensor | tuple[Tensor, Tensor], args: tuple[Any, ...]
     a, b, a_scale, b_scale, bias, activation, *options = args
     c = TRUNCATING if truncating else EXACT
     exact, bound, cancels = expected_values(a, b, a_scale, b_scale, bias, activation, c)
+    if (gates := options[3] if len(options) > 3 else None) is not None:
+        gates = of_samples(gates, exact).double()
+        exact, bound = exact * gates, (bound + 2.0**-23 * exact.abs()) * gates.abs()
     if (added := options[2] if len(options) > 2 else None) is not None:
         bound = bound + 2.0**-23 * exact.abs()  # which the sum may cancel
         exact = exact + added.double()

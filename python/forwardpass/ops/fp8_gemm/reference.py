@@ -42,11 +42,12 @@ def fp8_gemm(
     out_dtype: torch.dtype,
     out_scale: Tensor | None,
     residual: Tensor | None = None,
+    ada_gate: Tensor | None = None,
 ) -> Tensor:
     a_values = a.double() * rows_scale(a, a_scale, b_scale.dim() >= 2)
     acc = a_values @ (b.double() * columns_scale(b, b_scale)).t()
     unit = torch.ones(1, device=a.device)
-    return apply_epilogue(acc, unit, unit, bias, activation, out_dtype, out_scale, residual=residual)
+    return apply_epilogue(acc, unit, unit, bias, activation, out_dtype, out_scale, residual=residual, ada_gate=ada_gate)
 
 
 def fp8_gemm_quantize(

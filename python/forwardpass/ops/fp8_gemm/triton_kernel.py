@@ -22,9 +22,10 @@ def fp8_gemm(
     out_dtype: torch.dtype,
     out_scale: Tensor | None,
     residual: Tensor | None = None,
+    ada_gate: Tensor | None = None,
 ) -> Tensor:
     out = fake_gemm(a, b, a_scale, b_scale, bias, activation, out_dtype)
-    return gemm(a, b, a_scale, b_scale, bias, activation, out, out_scale, residual=residual)
+    return gemm(a, b, a_scale, b_scale, bias, activation, out, out_scale, residual=residual, ada_gate=ada_gate)
 
 
 def fp8_gemm_quantize(

@@ -24,6 +24,7 @@ def fp8_linear(
     channel_scale: Tensor | None = None,
     residual: Tensor | None = None,
     rotate: int | None = None,
+    ada_gate: Tensor | None = None,
 ) -> Tensor:
     """`quantize(x)` to e4m3, then `fp8_gemm` with `weight`, without what passes between them.
 
@@ -39,6 +40,7 @@ def fp8_linear(
         channel_scale: float32 [K], multiplies x first, as in `quantize`.
         residual: as in `dequant_activation`: [..., N] (gated: N / 2) of out_dtype.
         rotate: as in `quantize`; the columns of weight were rotated alike.
+        ada_gate: as in `dequant_activation`: [B, N] (gated: N / 2) of out_dtype, with a residual: `ada_gate[b] * y + residual`.
 
     Returns:
         [..., N] (gated: N / 2) of out_dtype, contiguous.
@@ -58,6 +60,8 @@ def fp8_linear(
     """
     dtype = x.dtype if out_dtype is None else out_dtype
     args = (x, weight, weight_scale, bias, activation, dtype, scale, channel_scale)
+    if ada_gate is not None:
+        return OPERATION(*args, residual, rotate, ada_gate)
     if rotate is not None:
         return OPERATION(*args, residual, rotate)
     return OPERATION(*args) if residual is None else OPERATION(*args, residual)
@@ -74,6 +78,7 @@ def _check(
     channel_scale: Tensor | None,
     residual: Tensor | None = None,
     rotate: int | None = None,
+    ada_gate: Tensor | None = None,
 ) -> None:
     op = "fp8_linear"
     check_float_rows(op, "x", x)
@@ -90,7 +95,7 @@ def _check(
     unit = x.new_empty(1, dtype=torch.float32)
     lead, n = tuple(x.shape[:-1]), weight.shape[0]
     check_epilogue(op, x, lead, n, unit, unit if blocks else weight_scale, bias, activation, out_dtype, None, None, None,
-                   residual=residual, operand="weight")  # fmt: skip
+                   residual=residual, operand="weight", ada_gate=ada_gate)  # fmt: skip
 
 
 def _notes(x: Tensor, weight: Tensor, *options: object) -> list[str]:

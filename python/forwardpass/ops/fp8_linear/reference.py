@@ -38,6 +38,7 @@ def fp8_linear(
     channel_scale: Tensor | None,
     residual: Tensor | None = None,
     rotate: int | None = None,
+    ada_gate: Tensor | None = None,
 ) -> Tensor:
     a, a_scale = quantized_input(x, weight_scale, scale, channel_scale, rotate=rotate)
-    return fp8_gemm(a, weight, a_scale, weight_scale, bias, activation, out_dtype, None, residual)
+    return fp8_gemm(a, weight, a_scale, weight_scale, bias, activation, out_dtype, None, residual, ada_gate)

@@ -36,8 +36,8 @@ def conv2d_kernel(
     x_ptr, w_ptr, channels, image_stride, row_stride, pixel_stride, height, width, out_height, out_width, kernel_w, taps, stride_h,
     stride_w, padding_h, padding_w, dilation_h, dilation_w, rows, columns, per_part, part_stride, parts_ptr, a_scale_ptr,
     a_scale_step, b_scale_ptr, b_scale_step, zero_ptr, zero_step, b_sum_ptr, bias_ptr, bias_type, activation, out_scale_ptr,
-    out_scale_step, residual_ptr, residual_stride, out_ptr, out_type, out_stride, out_columns,
-    RESIDUAL: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    out_scale_step, residual_ptr, residual_stride, ada_gate_ptr, ada_gate_stride, rows_per_sample, out_ptr, out_type, out_stride,
+    out_columns, RESIDUAL: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """channels and strides of x count 16 bytes, per_part blocks of K, part_stride 16 elements: 16-byte alignment shows."""
@@ -74,8 +74,8 @@ def conv2d_kernel(
         values = activated(acc, acc, row, rows, column, out_columns, a_scale_ptr, a_scale_step, b_scale_ptr, b_scale_step,
                            zero_ptr, zero_step, b_sum_ptr, bias_ptr, bias_type, activation, residual_ptr, residual_stride, out_type,
                            RESIDUAL, False, None)  # fmt: skip
-        store_output(values, row, rows, column, out_columns, residual_ptr, residual_stride, out_ptr, out_type, out_stride,
-                     out_scale_ptr, out_scale_step, RESIDUAL, None)  # fmt: skip
+        store_output(values, row, rows, column, out_columns, residual_ptr, residual_stride, ada_gate_ptr, ada_gate_stride,
+                     rows_per_sample, out_ptr, out_type, out_stride, out_scale_ptr, out_scale_step, RESIDUAL, None)  # fmt: skip
 
 
 class Geometry(NamedTuple):

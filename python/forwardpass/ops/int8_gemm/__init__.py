@@ -29,6 +29,7 @@ def int8_gemm(
     a_zero_point: Tensor | None = None,
     b_sum: Tensor | None = None,
     residual: Tensor | None = None,
+    ada_gate: Tensor | None = None,
 ) -> Tensor:
     """`activation((a - a_zero_point) @ b.T * a_scale * b_scale + bias) + residual`; int32 accumulators exact, epilogue as below.
 
@@ -39,6 +40,7 @@ def int8_gemm(
             want the rows of b, b_scale, bias and b_sum interleaved by `interleave_gate_up`.
         b_sum: int32 [N], b.sum(1): used with a_zero_point; computed by one more pass over b where it is not given.
         residual: as in `dequant_activation`: [..., N] (gated: N / 2) of a float out_dtype.
+        ada_gate: as in `dequant_activation`: [B, N] (gated: N / 2) of out_dtype, with a residual: `ada_gate[b] * y + residual`.
 
     Returns:
         [..., N] (gated: N / 2) of out_dtype, contiguous; 8-bit ones with rows padded to 16 bytes.
@@ -59,6 +61,8 @@ def int8_gemm(
     if a_zero_point is not None and b_sum is None:
         b_sum = b.sum(1, dtype=torch.int32)
     args = (a, b, a_scale, b_scale, bias, activation, out_dtype, out_scale, a_zero_point, b_sum)
+    if ada_gate is not None:
+        return OPERATION(*args, residual, ada_gate)
     return OPERATION(*args) if residual is None else OPERATION(*args, residual)
 
 
@@ -143,13 +147,14 @@ def _check(
     a_zero_point: Tensor | None,
     b_sum: Tensor | None,
     residual: Tensor | None = None,
+    ada_gate: Tensor | None = None,
     op: str = "int8_gemm",
 ) -> None:
     check_8bit(op, "a", a, torch.int8)
     check_int8_weight(op, "b", b, "a", a, a_zero_point is not None)
     lead, n = tuple(a.shape[:-1]), b.shape[0]
     check_epilogue(op, a, lead, n, a_scale, b_scale, bias, activation, out_dtype, out_scale, a_zero_point, b_sum,
-                   residual=residual)  # fmt: skip
+                   residual=residual, ada_gate=ada_gate)  # fmt: skip
 
 
 def _check_quantize(

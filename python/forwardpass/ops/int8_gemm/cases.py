@@ -55,14 +55,15 @@ class Case:
             a[1], a[2] = 0, -128
         if self.n > 2:
             b[1], b[2] = 0, -128
-        e = self.epilogue.arguments((self.m,), self.n, 1 / (5000 * self.k**0.5), device, seed)
+        lead = (2, self.m // 2) if self.epilogue.ada_gate and self.m % 2 == 0 else (self.m,)
+        e = self.epilogue.arguments(lead, self.n, 1 / (5000 * self.k**0.5), device, seed)
         b_sum = b.sum(1, dtype=torch.int32).to(device) if e["a_zero_point"] is not None else None
         a, b = (laid_out(x, layout, device) for x, layout in zip((a, b), self.layouts))
-        shared = (a, b, e["a_scale"], e["b_scale"], e["bias"], e["activation"])
+        shared = (a.unflatten(0, lead), b, e["a_scale"], e["b_scale"], e["bias"], e["activation"])
         if self.quantized:
             return (*shared, e["a_zero_point"], b_sum)
         return (*shared, e["out_dtype"], e["out_scale"], e["a_zero_point"], b_sum,
-                self.epilogue.residual_of((self.m,), self.n, device, seed))  # fmt: skip
+                *self.epilogue.added_of(lead, self.n, device, seed))  # fmt: skip
 
     def bytes(self) -> int:
         outputs = self.m * self.n // (2 if is_gated(self.epilogue.activation) else 1)

@@ -21,9 +21,11 @@ def int8_gemm(
     a_zero_point: Tensor | None,
     b_sum: Tensor | None,
     residual: Tensor | None = None,
+    ada_gate: Tensor | None = None,
 ) -> Tensor:
     acc = a.double() @ b.double().t()
-    return apply_epilogue(acc, a_scale, b_scale, bias, activation, out_dtype, out_scale, a_zero_point, b_sum, residual)
+    return apply_epilogue(acc, a_scale, b_scale, bias, activation, out_dtype, out_scale, a_zero_point, b_sum, residual,
+                          ada_gate=ada_gate)  # fmt: skip
 
 
 def int8_gemm_quantize(

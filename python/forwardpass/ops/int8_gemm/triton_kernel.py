@@ -22,9 +22,12 @@ def int8_gemm(
     a_zero_point: Tensor | None,
     b_sum: Tensor | None,
     residual: Tensor | None = None,
+    ada_gate: Tensor | None = None,
 ) -> Tensor:
     out = fake_gemm(a, b, a_scale, b_scale, bias, activation, out_dtype)
-    return gemm(a, b, a_scale, b_scale, bias, activation, out, out_scale, a_zero_point, b_sum, residual)
+    return gemm(
+        a, b, a_scale, b_scale, bias, activation, out, out_scale, a_zero_point, b_sum, residual, ada_gate=ada_gate
+    )
 
 
 def int8_gemm_quantize(

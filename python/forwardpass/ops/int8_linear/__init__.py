@@ -28,6 +28,7 @@ def int8_linear(
     packed: Tensor | None = None,
     residual: Tensor | None = None,
     rotate: int | None = None,
+    ada_gate: Tensor | None = None,
 ) -> Tensor:
     """`quantize(x)` then `int8_gemm` with `weight`: the same bits as the two calls, without what passes between them.
 
@@ -46,6 +47,7 @@ def int8_linear(
             with it and without, also where the weight has changed since. Other backends read weight.
         residual: as in `dequant_activation`: [..., N] (gated: N / 2) of out_dtype.
         rotate: as in `quantize`; the columns of weight were rotated alike.
+        ada_gate: as in `dequant_activation`: [B, N] (gated: N / 2) of out_dtype, with a residual: `ada_gate[b] * y + residual`.
 
     Returns:
         [..., N] (gated: N / 2) of out_dtype, contiguous.
@@ -78,6 +80,8 @@ def int8_linear(
         weight_sum,
         packed,
     )
+    if ada_gate is not None:
+        return OPERATION(*args, residual, rotate, ada_gate)
     if rotate is not None:
         return OPERATION(*args, residual, rotate)
     return OPERATION(*args) if residual is None else OPERATION(*args, residual)
@@ -134,6 +138,7 @@ def _check(
     packed: Tensor | None = None,
     residual: Tensor | None = None,
     rotate: int | None = None,
+    ada_gate: Tensor | None = None,
 ) -> None:
     op = "int8_linear"
     check_float_rows(op, "x", x)
@@ -157,7 +162,7 @@ def _check(
     )
     shift = None if symmetric else unit.int()
     check_epilogue(op, x, lead, n, unit, weight_scale, bias, activation, out_dtype, None, shift, weight_sum,
-                   residual=residual, operand="weight")  # fmt: skip
+                   residual=residual, operand="weight", ada_gate=ada_gate)  # fmt: skip
 
 
 def _notes(x: Tensor, weight: Tensor, *options: object) -> list[str]:

@@ -41,8 +41,20 @@ def int8_linear(
     packed: Tensor | None = None,
     residual: Tensor | None = None,
     rotate: int | None = None,
+    ada_gate: Tensor | None = None,
 ) -> Tensor:
     a, a_scale, a_zero_point = quantized_input(x, scale, zero_point, symmetric, channel_scale, rotate=rotate)
     return int8_gemm(
-        a, weight, a_scale, weight_scale, bias, activation, out_dtype, None, a_zero_point, weight_sum, residual
+        a,
+        weight,
+        a_scale,
+        weight_scale,
+        bias,
+        activation,
+        out_dtype,
+        None,
+        a_zero_point,
+        weight_sum,
+        residual,
+        ada_gate,
     )

@@ -19,6 +19,7 @@ def w8a16_gemm(
     bias: Tensor | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
+    ada_gate: Tensor | None = None,
 ) -> Tensor:
     """`activation(x @ (weight * weight_scale).T + bias) + residual`: weights are read as 8 bits and upconverted in registers.
 
@@ -30,6 +31,7 @@ def w8a16_gemm(
         activation: as in `dequant_activation`; gated ones want the rows of weight, weight_scale and bias interleaved by
             `interleave_gate_up`.
         residual: as in `dequant_activation`: [..., N] (gated: N / 2) of x's dtype.
+        ada_gate: as in `dequant_activation`: [B, N] (gated: N / 2) of x's dtype, with a residual: `ada_gate[b] * y + residual`.
 
     Returns:
         [..., N] (gated: N / 2) of x's dtype, contiguous.
@@ -48,6 +50,8 @@ def w8a16_gemm(
         (torch.Size([4, 128]), True)
     """
     args = (x, weight, weight_scale, bias, activation)
+    if ada_gate is not None:
+        return OPERATION(*args, residual, ada_gate)
     return OPERATION(*args) if residual is None else OPERATION(*args, residual)
 
 
@@ -58,6 +62,7 @@ def _check(
     bias: Tensor | None,
     activation: str | None,
     residual: Tensor | None = None,
+    ada_gate: Tensor | None = None,
 ) -> None:
     op = "w8a16_gemm"
     check_float_rows(op, "x", x)
@@ -79,7 +84,7 @@ def _check(
         check_elements(op, "weight_scale", weight_scale, n * groups, torch.float32, x)
     check_epilogue(
         op, x, tuple(x.shape[:-1]), n, unit, unit if blocks else weight_scale, bias, activation, x.dtype, None, None, None,
-        residual=residual, operand="weight",
+        residual=residual, operand="weight", ada_gate=ada_gate,
     )  # fmt: skip
 
 
@@ -90,6 +95,7 @@ def _fake(
     bias: Tensor | None,
     activation: str | None,
     residual: Tensor | None = None,
+    ada_gate: Tensor | None = None,
 ) -> Tensor:
     return fake_output(x, (*x.shape[:-1], weight.shape[0]), activation, x.dtype)
 

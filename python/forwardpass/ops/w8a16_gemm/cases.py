@@ -23,8 +23,9 @@ from ...testing import (
     pairwise,
 )
 from ..common.activations import GATED, PLAIN, element_bound, is_gated, separate_gate_up
+from ..common.epilogue import of_samples
 from ..common.quantized_rows import E4M3
-from ..dequant_activation.cases import RESIDUAL_KERNEL, RESIDUALS, residual
+from ..dequant_activation.cases import RESIDUAL_KERNEL, RESIDUALS, ada_gate, residual
 from ..int8_gemm.cases import BENCHMARK_SHAPES
 from . import reference
 
@@ -43,6 +44,7 @@ class Case:
     activation: str | None = None
     layout: str = "aligned"  # of the weight
     residual: str | None = None  # or a layout of `laid_out`
+    ada_gate: bool = False  # with a residual
 
     def arguments(self, device: str = "cpu", seed: int = 0) -> tuple[Any, ...]:
         """In the schema's order."""
@@ -54,13 +56,15 @@ class Case:
         weight_scale = ((torch.rand(shape, generator=g) + 0.5) / 2000).to(device)
         bias = torch.randn(self.n, generator=g).to(device) if self.bias else None
         outputs = self.n // 2 if is_gated(self.activation) else self.n
+        added = residual((*self.lead, outputs), self.x_dtype, self.residual, device, seed)
         return (
             awkward((*self.lead, self.k), self.x_dtype, seed, device),
             laid_out(weight, self.layout, device),
             weight_scale,
             bias,
             self.activation,
-            residual((*self.lead, outputs), self.x_dtype, self.residual, device, seed),
+            added,
+            *(() if added is None or not self.ada_gate else (ada_gate(added),)),
         )
 
     def bytes(self) -> int:
@@ -75,7 +79,7 @@ class Case:
 def assert_matches(actual: Tensor, args: tuple[Any, ...]) -> None:
     """actual is what a backend may return for args: an fp32 sum of K products in any order is within K 2^-24 of the sum of their
     magnitudes, and 3 more roundings follow, 4 with a residual."""
-    activation, added = args[4], args[5] if len(args) > 5 else None
+    activation, added, gates = (*args[4:], None, None)[:3]
     x, weight, weight_scale, bias = (a.cpu() if isinstance(a, Tensor) else a for a in args[:4])
     if actual.dtype != x.dtype or not actual.is_contiguous():
         raise AssertionError(f"{actual.dtype} {actual.stride()}, expected {x.dtype} and contiguous")
@@ -88,6 +92,9 @@ def assert_matches(actual: Tensor, args: tuple[Any, ...]) -> None:
     gate, up = separate_gate_up(y, -1) if is_gated(activation) else (y, None)
     errors = separate_gate_up(error, -1) if is_gated(activation) else (error, 0.0)
     bound, unit = element_bound(activation, gate, up, *errors), ULP[x.dtype]
+    if gates is not None:
+        gates = of_samples(gates.cpu(), exact).double()
+        exact, bound = exact * gates, (bound + ULP[torch.float32] * exact.abs()) * gates.abs()
     if added is not None:
         bound = bound + ULP[torch.float32] * exact.abs()  # which the sum may cancel
         exact = exact + added.cpu().double()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..common.activations import activate, is_gated, separate_gate_up
+from ..common.epilogue import of_samples
 
 
 def dequantize_weight(weight: Tensor, weight_scale: Tensor) -> Tensor:
@@ -21,6 +22,7 @@ def w8a16_gemm(
     bias: Tensor | None,
     activation: str | None,
     residual: Tensor | None = None,
+    ada_gate: Tensor | None = None,
 ) -> Tensor:
     y = x.double() @ dequantize_weight(weight, weight_scale).t()
     if bias is not None:
@@ -30,4 +32,6 @@ def w8a16_gemm(
         y = activate(activation, gate, up)
     else:
         y = activate(activation, y)
+    if ada_gate is not None:
+        y = y * of_samples(ada_gate, y).double()
     return (y if residual is None else y + residual.double()).to(x.dtype)

@@ -16,9 +16,10 @@ def w8a16_gemm(
     bias: Tensor | None,
     activation: str | None,
     residual: Tensor | None = None,
+    ada_gate: Tensor | None = None,
 ) -> Tensor:
     out = fake_output(x, (*x.shape[:-1], weight.shape[0]), activation, x.dtype)
-    return gemm(x, weight, None, weight_scale, bias, activation, out, residual=residual)
+    return gemm(x, weight, None, weight_scale, bias, activation, out, residual=residual, ada_gate=ada_gate)
 
 
 torch.library.impl("forwardpass::w8a16_gemm_triton", ("cuda", "cpu"))(w8a16_gemm)
