@@ -16,7 +16,7 @@ from torch import nn
 import forwardpass as fp
 from forwardpass.common.printing import quiet
 from forwardpass.nn import QuantizingNorm, norm
-from forwardpass.nn.linear.quantized_linear import Quantized
+from forwardpass.nn.linear.quantized_inputs import Quantized
 from forwardpass.ops.common.quantized_rows import E4M3
 
 WIDTH = 64

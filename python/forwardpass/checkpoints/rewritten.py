@@ -91,7 +91,9 @@ def proven(
     others = {"its attention": verdicts.attention, "its padding": verdicts.unpadding}
     _warn(model, {**changed, **verdicts.rotation, **others})
     apart = {**verdicts.apart, **_not_made(remaining, recorded)}
-    return JoinedSwap(remaining, apart), Changes(decision.attention, decision.unpadding, decision.kv_cache)
+    return JoinedSwap(remaining, apart, verdicts.deferrals), Changes(
+        decision.attention, decision.unpadding, decision.kv_cache
+    )
 
 
 def _as_made(leaf: Leaf, layer: QuantizedModule, recorded: Collection[str] | None) -> Leaf:

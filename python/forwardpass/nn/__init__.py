@@ -2,6 +2,7 @@
 
 from typing import Any as _Any
 
+from .deferred import DeferringNorm
 from .int8_conv2d import Int8Conv2d
 from .linear.bf16_linear import Bf16Linear
 from .linear.fp8_linear import Fp8Linear
@@ -17,6 +18,7 @@ __all__ = [
     "MLP",
     "Bf16Linear",
     "ColwiseParallel",
+    "DeferringNorm",
     "Experts",
     "Fp8Linear",
     "GatedMLP",

@@ -17,7 +17,8 @@ from ..ops.fp8_gemm import BLOCK
 from .guard import CodeGuard, InEpilogue, is_as_proven
 from .linear.dequantized_weight import DequantizedWeight
 from .linear.joined import why_apart
-from .linear.quantized_linear import Quantized, QuantizedLinear, QuantizedModule
+from .linear.quantized_inputs import Quantized
+from .linear.quantized_linear import QuantizedLinear, QuantizedModule
 
 L = TypeVar("L", bound=QuantizedLinear)
 _NONE: Mapping[str, nn.Module] = {}

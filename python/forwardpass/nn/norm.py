@@ -11,7 +11,7 @@ from ..common.models.modules import is_watched
 from ..dispatch import gpu_takes
 from ..ops.norm_quantize import NORM_QUANTIZE
 from .guard import CodeGuard, is_as_proven
-from .linear.quantized_linear import Quantized, rows
+from .linear.quantized_inputs import Quantized, rows
 from .mlp import TwoProducts
 
 

@@ -15,7 +15,8 @@ from ..ops.common.experts import MOST_EXPERTS, rows_of_choices
 from ..ops.common.quantized_rows import E4M3, FLOATS, empty_q
 from ..ops.fp8_gemm import BLOCK
 from ..ops.fp8_grouped_gemm import block_scales
-from .linear.quantized_linear import QuantizedModule, as_dtype, quantize_weight, rows, scales_shape
+from .linear.quantized_inputs import rows
+from .linear.quantized_linear import QuantizedModule, as_dtype, quantize_weight, scales_shape
 
 #: What activations are quantised to (None: they stay as they are), what weights are, and what has a scale, as `quantize_weight`
 #: names it.

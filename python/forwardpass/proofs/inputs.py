@@ -117,6 +117,8 @@ def made_up(model: Any) -> Iterator[list[Call]]:
     else:
         if "input_ids" in _parameters(model):
             yield _texts(model)
+        if isinstance(getattr(model, "config", None), Mapping) and "timestep" in _parameters(model):
+            yield from _of_diffusers(model)
         yield from _of_shapes(model)
 
 
@@ -207,6 +209,44 @@ def made_up_weight(n: int, k: int, dtype: torch.dtype, device: torch.device, see
     which each begins one element after the one before."""
     vector = torch.empty(n + k).normal_(std=k**-0.5, generator=torch.Generator().manual_seed(seed))
     return vector.to(device, dtype).as_strided((n, k), (1, 1))
+
+
+# ---- models of diffusers
+
+
+def _of_diffusers(model: Any) -> Iterator[list[Call]]:
+    """Latent pictures, as small as the model takes them, or tokens of them; steps, and what pictures are conditioned on."""
+    config, parameters = model.config, _parameters(model)
+    channels, patch = config.get("in_channels"), config.get("patch_size") or 1
+
+    def of(*shape: int) -> Tensor:
+        return _noise(model, *shape)
+
+    context = next(
+        (n for name in ("joint_attention_dim", "cross_attention_dim", "caption_channels") if (n := config.get(name))), 1
+    )
+    steps = torch.arange(ROWS, device=device_of(model))
+    others = {
+        "timestep": steps + 3,
+        "class_labels": steps,
+        "guidance": of(ROWS).abs(),
+        "encoder_hidden_states": of(ROWS, TOKENS, context),
+        "pooled_projections": of(ROWS, config.get("pooled_projection_dim") or 1),
+        "txt_ids": of(TOKENS, 3).abs(),
+    }
+    if not isinstance(channels, int) or not isinstance(patch, int):
+        return
+    if not config.get("guidance_embeds"):
+        del others["guidance"]
+    batch = {name: x for name, x in others.items() if name in parameters}
+    if "img_ids" in parameters:
+        grid = torch.cartesian_prod(*[torch.arange(4.0)] * 2).to(device_of(model))
+        ids = torch.cat([torch.zeros(len(grid), 1, device=grid.device), grid], 1)
+        yield [Call({**batch, "hidden_states": of(ROWS, len(ids), channels), "img_ids": ids})]
+        return
+    for side in dict.fromkeys((4 * patch, config.get("sample_size"))):
+        if isinstance(side, int) and side <= LARGEST:
+            yield [Call({**batch, "hidden_states": of(ROWS, channels, side, side)})]
 
 
 # ---- other models

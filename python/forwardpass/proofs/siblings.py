@@ -22,13 +22,14 @@ from torch.utils.hooks import RemovableHandle
 from ..common.models.exchange import Replaced
 from ..common.models.modules import tensor_bytes
 from ..dispatch import Reason
-from ..nn import Int8Conv2d, QuantizedModule
+from ..nn import Int8Conv2d, QuantizedLinear, QuantizedModule
 from ..nn.folded import SharedActivation
 from ..nn.guard import InEpilogue
 from ..nn.linear.joined import Joined, why_apart
 from .code import CONTAINERS, definition, functions_in, is_attribute_of, self_of
 from .convolution import stand_ins
 from .mlp_formulas import MLPs
+from .norms import AdaptiveNorm, Deferrals
 from .walker import ConvolutionLeaf, Leaf
 
 #: What is asked of a tensor without reading or writing it.
@@ -39,6 +40,7 @@ _PERHAPS = (ast.IfExp, ast.BoolOp, ast.Lambda, ast.ListComp, ast.SetComp, ast.Di
 _SIMPLE = (ast.Assign, ast.AnnAssign, ast.Return, ast.Expr)
 
 L = TypeVar("L", bound=Leaf)
+_NONE = Deferrals()
 
 
 def siblings(leaves: Iterable[L]) -> list[tuple[L, ...]]:
@@ -135,20 +137,38 @@ def _changes_in_place(statement: ast.stmt) -> bool:
     )
 
 
+def _deferred(layers: Mapping[str, tuple[Leaf, QuantizedModule]], deferrals: Deferrals) -> list[AdaptiveNorm]:
+    """Has the layers defer whose results go into sums; the norms that quantise for all that read them."""
+    for fqn in deferrals.layers & layers.keys():
+        layer = layers[fqn][1]
+        if isinstance(layer, QuantizedLinear) and layer.takes_residual:
+            layer.defers = True
+
+    def quantises(fqn: str) -> bool:
+        layer = layers[fqn][1] if fqn in layers else None
+        return isinstance(layer, QuantizedLinear) and layer.row_quantization() is not None
+
+    return [norm for norm, readers in deferrals.norms if all(map(quantises, readers))]
+
+
 class JoinedSwap:
     """Swapped layers in the places of originals, those that belong together as one product: `build` before they are in the model,
     `put` after. Holds no layer that `build` copies into another: where nothing else does, it is freed at once.
     """
 
     def __init__(
-        self, layers: Mapping[str, tuple[Leaf, QuantizedModule]], apart: Mapping[str, Reason] | None = None
+        self,
+        layers: Mapping[str, tuple[Leaf, QuantizedModule]],
+        apart: Mapping[str, Reason] | None = None,
+        deferrals: Deferrals = _NONE,
     ) -> None:
         """apart: what is no product, by the name of its first layer, and why."""
         apart = apart or {}
         self._mlps = MLPs(layers)
         self.mlps = self._mlps.names
         self.apart = [*self._mlps.apart, *(x for x in apart.items() if x not in self._mlps.apart)]
-        self.norms = [norm.fqn for norm in self._mlps.norms]
+        self._adaptive = _deferred(layers, deferrals)
+        self.norms = [norm.fqn for norm in (*self._mlps.norms, *self._adaptive)]
         within = self._mlps.members
         self._alone = {fqn: layer for fqn, layer in layers.items() if fqn not in within}
         self._runs = [
@@ -181,7 +201,8 @@ class JoinedSwap:
         self._runs, self._alone = [], {}
         layers = (Replaced(leaf.fqn, leaf.module, new) for leaf, new in alone)
         mlps, norms = self._mlps.build()
-        return (*layers, *mlps), (*self._in_epilogues(alone), *norms)
+        adaptive = [norm.replaced() for norm in self._adaptive]
+        return (*layers, *mlps), (*self._in_epilogues(alone), *norms, *adaptive)
 
     def _in_epilogues(self, layers: Iterable[tuple[Leaf, QuantizedModule]]) -> list[Replaced]:
         """For the activations that the replacements of these layers compute themselves."""

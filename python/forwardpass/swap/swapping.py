@@ -222,7 +222,8 @@ def _carry_out(
         replacements = [_empty(leaf, p) for leaf, p in swapped]
     else:
         replacements = [build(leaf, p.precision, p.calibration_of(arguments.get(leaf.fqn))) for leaf, p in swapped]
-    joined = JoinedSwap({leaf.fqn: (leaf, new) for (leaf, _), new in zip(swapped, replacements)}, verdicts.apart)
+    joined = JoinedSwap({leaf.fqn: (leaf, new) for (leaf, _), new in zip(swapped, replacements)}, verdicts.apart,
+                        verdicts.deferrals)  # fmt: skip
     change = AttentionSwap(model, decision.attention, decision.unpadding.named)
     in_report = {
         *(s.fqn for s in decision.skipped),

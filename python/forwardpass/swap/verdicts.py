@@ -22,6 +22,7 @@ from ..nn import QuantizedModule
 from ..ops.common.quantized_rows import FLOATS
 from ..proofs import inputs, run
 from ..proofs.mlp_formulas import Block
+from ..proofs.norms import Deferrals, Deferring
 from ..proofs.rewritings import Rewriting, rewritings
 from ..proofs.walker import ConvolutionLeaf, Leaf
 from .attention.attention_modules import AttentionDecision, AttentionSwap
@@ -54,6 +55,7 @@ class Verdicts:
     attention: Reason | None = None
     unpadding: Reason | None = None
     rotation: Mapping[str, Reason] = field(default_factory=dict)  #: by the attention whose cache does not rotate
+    deferrals: Deferrals = field(default_factory=Deferrals)  #: what may be deferred
 
     @property
     def apart(self) -> dict[str, Reason]:
@@ -68,7 +70,7 @@ class Verdicts:
         attention, unpadding = (
             r if r and r.code != run.UNPROVEN.code else None for r in (self.attention, self.unpadding)
         )
-        return Verdicts(known(self.layers), attention, unpadding, known(self.rotation))
+        return Verdicts(known(self.layers), attention, unpadding, known(self.rotation), self.deferrals)
 
     def applied(self, decision: Decision) -> Decision:
         """The decision without it."""
@@ -174,6 +176,8 @@ def prove(
     unpadded, candidates = _Unpadded.of(decision), _candidates(decision)
     if stacks:
         candidates.append(unpadded)
+    if (deferring := _deferring(decision)) is not None:
+        candidates.append(deferring)
     if not candidates:
         return Verdicts()
     stand_ins, runs_whole = _stand_ins(decision, replacements)
@@ -192,7 +196,8 @@ def prove(
         except Exception:  # whatever its code raises so
             error = None
         if error is not None and error.tokens <= 1:
-            return Verdicts(unpadding=unpadded.verdict(error, prover, unpad) if stacks else None)
+            unpadding = unpadded.verdict(error, prover, unpad) if stacks else None
+            return Verdicts(unpadding=unpadding, deferrals=_outcome(deferring))
         if not prover.is_steady():
             prover = prover.of(decision.model)
     layers = run.disproved(prover, _rewritten(decision))
@@ -204,7 +209,18 @@ def prove(
     if candidates and (reason := prover.why_not(candidates)):  # of which each by itself gives what the model gives
         nothing = {x.fqn: reason for x in _rewritten(decision)}
         return Verdicts(nothing, verdicts.attention, reason if stacks else None, _rotation(decision, reason))
-    return verdicts
+    deferring = _deferring(remaining)
+    if deferring is None or prover.why_not([*candidates, deferring]):
+        return verdicts
+    return replace(verdicts, deferrals=_outcome(deferring))
+
+
+def _deferring(decision: Decision) -> Deferring | None:
+    return Deferring.of(decision.model, [leaf for leaf, _ in decision.swapped])
+
+
+def _outcome(deferring: Deferring | None) -> Deferrals:
+    return Deferrals() if deferring is None else deferring.outcome
 
 
 def _rewritten(decision: Decision) -> Iterator[Rewriting]:

@@ -85,6 +85,8 @@ class Bf16Linear(QuantizedLinear):
         layer.settle()
         return layer.train(module.training)
 
+    takes_residual: ClassVar[bool] = False
+
     def product(self, x: Tensor) -> Tensor:  # type: ignore[override]
         if x.dtype not in FLOATS:  # the product would round it, and say nothing
             raise TypeError(f"Bf16Linear: x must be float32, float16 or bfloat16, not {x.dtype}: convert it with "

@@ -17,14 +17,13 @@ from ...ops.fp8_gemm.reference import BLOCK, columns_scale, rows_scale
 from ...ops.fp8_linear import OPERATION
 from ...ops.fp8_linear.reference import quantized_input
 from ...ops.quantize import OPERATION as QUANTIZE
+from .quantized_inputs import Quantized, rows
 from .quantized_linear import (
-    Quantized,
     QuantizedLinear,
     as_dtype,
     as_multiplied,
     linear_weight,
     quantize_weight,
-    rows,
     scales_shape,
 )
 
@@ -138,12 +137,13 @@ class Fp8Linear(QuantizedLinear):
         layer.filled(*quantized, bias, channel_scale=channel_scale, input_scale=input_scale)
         return layer.train(module.training)
 
-    def product(self, x: Tensor | Quantized) -> Tensor:
+    def product(self, x: Tensor | Quantized, residual: Tensor | None = None, ada_gate: Tensor | None = None) -> Tensor:
         b = self._buffers
         if isinstance(x, Quantized):
             return FP8_GEMM(
-                x.values, b["qweight"], x.scale, b["weight_scale"], b["bias"], self.activation, x.dtype, None
-            )
+                x.values, b["qweight"], x.scale, b["weight_scale"], b["bias"], self.activation, x.dtype, None,
+                *(() if residual is None else (residual, ada_gate)),
+            )  # fmt: skip
         return OPERATION(
             rows(x),
             b["qweight"],
@@ -153,7 +153,7 @@ class Fp8Linear(QuantizedLinear):
             x.dtype,
             b["input_scale"],
             b["channel_scale"],
-            *(() if self.rotate is None else (None, self.rotate)),
+            *(() if self.rotate is None and residual is None else (residual, self.rotate, ada_gate)),
         )
 
     def row_quantization(self) -> tuple[torch.dtype, bool, Tensor | None, int | None] | None:

@@ -15,7 +15,8 @@ from ...ops.int8_gemm import OPERATION as GEMM
 from ...ops.int8_linear import OPERATION, pack_int8_weight
 from ...ops.int8_linear.reference import quantized_input
 from ...ops.quantize import OPERATION as QUANTIZE
-from .quantized_linear import Quantized, QuantizedLinear, as_dtype, as_multiplied, linear_weight, quantize_weight, rows
+from .quantized_inputs import Quantized, rows
+from .quantized_linear import QuantizedLinear, as_dtype, as_multiplied, linear_weight, quantize_weight
 
 
 def packed_weight(weight: Tensor) -> Tensor | None:
@@ -161,10 +162,10 @@ class Int8Linear(QuantizedLinear):
         if not self.symmetric:
             self.weight_sum = self.qweight.sum(1, dtype=torch.int32)
 
-    def product(self, x: Tensor | Quantized) -> Tensor:
+    def product(self, x: Tensor | Quantized, residual: Tensor | None = None, ada_gate: Tensor | None = None) -> Tensor:
         b, packed = self._buffers, self._packed
         if isinstance(x, Quantized):
-            return self._gemm(*self._operands(x), x.dtype, None)
+            return self._gemm(*self._operands(x), x.dtype, None, residual, ada_gate)
         if torch.compiler.is_compiling():
             if torch.compiler.is_exporting():  # for other machines
                 packed = (None, None)
@@ -172,7 +173,8 @@ class Int8Linear(QuantizedLinear):
             packed = self._pack()
         return OPERATION(
             rows(x), b["qweight"], b["weight_scale"], b["bias"], self.activation, x.dtype, b["input_scale"], b["input_zero_point"],
-            self.symmetric, b["channel_scale"], b["weight_sum"], packed[1], *(() if self.rotate is None else (None, self.rotate)),
+            self.symmetric, b["channel_scale"], b["weight_sum"], packed[1],
+            *(() if self.rotate is None and residual is None else (residual, self.rotate, ada_gate)),
         )  # fmt: skip
 
     def row_quantization(self) -> tuple[torch.dtype, bool, Tensor | None, int | None] | None:
@@ -198,12 +200,19 @@ class Int8Linear(QuantizedLinear):
         )
 
     def _gemm(
-        self, a: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype, out_scale: Tensor | None
+        self,
+        a: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        dtype: torch.dtype,
+        out_scale: Tensor | None,
+        residual: Tensor | None = None,
+        ada_gate: Tensor | None = None,
     ) -> Tensor:
         b = self._buffers
         return GEMM(
             a, b["qweight"], scale, b["weight_scale"], b["bias"], self.activation, dtype, out_scale, zero_point,
-            b["weight_sum"],
+            b["weight_sum"], *(() if residual is None else (residual, ada_gate)),
         )  # fmt: skip
 
     def settle(self, alone: bool = True) -> None:

@@ -107,10 +107,10 @@ class Joined:
                         self._join()
             y = self.layer.product(x)
             columns = [y.narrow(-1, start, n) for start, n in self._columns]
-            self._result = x, _writes(x), columns
+            self._result = x, writes(x), columns
             return columns[0]
         result = self._result
-        if result is None or result[0] is not x or result[1] != _writes(x):
+        if result is None or result[0] is not x or result[1] != writes(x):
             return member.product(x)
         if member is self.members[-1]:
             self._result = None
@@ -121,7 +121,7 @@ class Joined:
         return {**vars(self), "_begun": False, "_result": None, "_views": [], "_scales": [], "_is_copy": True}
 
 
-def _writes(x: Tensor) -> int:
+def writes(x: Tensor) -> int:
     """How often something has written into a tensor or a view of it; where torch does not count, 0."""
     return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...common.models.modules import HOOK, OLD_FORWARD, hook_alike
+from ...common.models.modules import HOOK, OLD_FORWARD, hook_alike, is_watched
 from ...common.printing.quiet import warn_once
 from ...dispatch import Reason, operations
 from ...ops import quantize
@@ -19,9 +19,11 @@ from ...ops.common.quantized_rows import E4M3, FLOATS, LEAST_RANGE, empty_q, pad
 from ...ops.common.rotation import rotate as rotated
 from ...ops.fp8_gemm import BLOCK
 from ...ops.w8a16_gemm.reference import dequantize_weight
+from ..deferred import Deferred, LaterProduct
 from ..guard import InEpilogue
 from .dequantized_weight import ReadableWeight
 from .joined import Joined
+from .quantized_inputs import Quantized
 
 if TYPE_CHECKING:
     from .sharding import Sharding
@@ -267,16 +269,6 @@ class QuantizedModule(nn.Module):
                 setattr(self, name, t.view(E4M3))
 
 
-class Quantized(NamedTuple):
-    """An input that a layer or a norm before has quantised, as this one would: `(values - zero_point) * scale`, and the dtype that
-    it stands for."""
-
-    values: Tensor
-    scale: Tensor
-    dtype: torch.dtype
-    zero_point: Tensor | None = None
-
-
 L = TypeVar("L", bound="QuantizedLinear")
 
 
@@ -312,6 +304,9 @@ class QuantizedLinear(ReadableWeight, QuantizedModule):
     joined: Joined | None = None  #: with layers that are called with the same input
     #: what stands in the place of the activation that it computes; in a tuple, which holds no children
     applied: tuple[InEpilogue] | None = None
+    #: whether a sum is what its code makes of its result, so that it gives a `Deferred`; where `takes_residual`
+    defers: bool = False
+    takes_residual: ClassVar[bool] = True
     sharding: Sharding | None = None  #: where it is one process's part of a layer
     #: columns of its inputs, and of qweight, that are rotated together
     rotate: int | None = None
@@ -416,7 +411,7 @@ class QuantizedLinear(ReadableWeight, QuantizedModule):
     def forward(self, input: Tensor | Quantized, then: QuantizedLinear | None = None) -> Tensor | Quantized:
         """input: by nn.Linear's name for it. then: a layer for which `quantizes_for` holds, and which is called with the result and
         nothing else."""
-        x = input
+        x = input if type(input) is not Deferred else input.later.rows_for(self)
         if nn.Linear.forward is not _FORWARD:
             warn_once("nn.Linear.forward is another function than when forwardpass was imported: the layers that were swapped "
                       "before it was put there do not call it")  # fmt: skip
@@ -430,6 +425,9 @@ class QuantizedLinear(ReadableWeight, QuantizedModule):
             x = sharding.input(x)
         if self.applied is not None and self.applied[0].is_apart:
             y = self._without_activation().product(x)
+        elif self.defers and self._may_defer(x):
+            rows_of = x.values if isinstance(x, Quantized) else x
+            return LaterProduct(self, x, torch.Size((*rows_of.shape[:-1], self.out_features))).deferred()
         else:
             y = self.product(x) if isinstance(x, Quantized) or self.joined is None else self.joined(self, x)
         return y if sharding is None else sharding.output(y)
@@ -440,8 +438,18 @@ class QuantizedLinear(ReadableWeight, QuantizedModule):
         vars(alike).update(vars(self), activation=None)
         return alike
 
-    def product(self, x: Tensor | Quantized) -> Tensor:
-        """x W^T + b and the activation, of this layer alone."""
+    def _may_defer(self, x: Tensor | Quantized) -> bool:
+        """Whether whoever called it may get a `Deferred`: nobody else looks at the result."""
+        rows_of, device = x.values if isinstance(x, Quantized) else x, self.qweight.device.type
+        if self.joined is not None or self.sharding is not None or rows_of.dim() != 3 or is_gated(self.activation):
+            return False
+        if torch.compiler.is_compiling() or is_watched(self) or torch.is_autocast_enabled(device):
+            return False
+        return not (rows_of.requires_grad and torch.is_grad_enabled())
+
+    def product(self, x: Tensor | Quantized, residual: Tensor | None = None, ada_gate: Tensor | None = None) -> Tensor:
+        """x W^T + b and the activation, of this layer alone; with a residual, ada_gate times that plus the residual, as the
+        operations have it."""
         raise NotImplementedError
 
     def row_quantization(self) -> tuple[torch.dtype, bool, Tensor | None, int | None] | None:
@@ -581,15 +589,3 @@ def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
     if not isinstance(resolved, torch.dtype):
         raise ValueError(f"dtype must be a torch dtype or its name, not {dtype!r}")
     return resolved
-
-
-def rows(x: Tensor) -> Tensor:
-    """x, or a contiguous copy where the ops would refuse its layout: nn.Linear takes any."""
-    if x.is_contiguous() or x.dim() == 0:
-        return x
-    strides = [x.stride(d) for d in range(x.dim()) if x.shape[d] != 1]
-    sizes = [n for n in x.shape if n != 1]
-    if x.shape[-1] != 1 and strides[-1:] != [1]:
-        return x.contiguous()
-    lead = range(len(sizes) - (2 if x.shape[-1] != 1 else 1))
-    return x if all(strides[d] == strides[d + 1] * sizes[d + 1] for d in lead) else x.contiguous()

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ...ops.common.quantized_rows import E4M3
 from ...ops.w8a16_gemm import OPERATION
-from .quantized_linear import QuantizedLinear, as_dtype, linear_weight, quantize_weight, rows
+from .quantized_inputs import rows
+from .quantized_linear import QuantizedLinear, as_dtype, linear_weight, quantize_weight
 
 SCALES = ("row", "group")
 
@@ -85,9 +86,12 @@ class W8A16Linear(QuantizedLinear):
                     activation=activation, device="meta")  # fmt: skip
         return layer.filled(*quantize_weight(weight, layer.qweight.dtype, scales), bias).train(module.training)
 
-    def product(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def product(  # type: ignore[override]
+        self, x: Tensor, residual: Tensor | None = None, ada_gate: Tensor | None = None
+    ) -> Tensor:
         b = self._buffers
-        return OPERATION(rows(x), b["qweight"], b["weight_scale"], b["bias"], self.activation)
+        added = () if residual is None else (residual, ada_gate)
+        return OPERATION(rows(x), b["qweight"], b["weight_scale"], b["bias"], self.activation, *added)
 
     def config(self) -> dict[str, Any]:
         return super().config() | {
