@@ -188,6 +188,30 @@ def test_attention_in_8_bits(make):
     assert str(calls) == f"{MODELS[make][1]} x scaled_dot_product_attention: forwardpass"
 
 
+#: model -> sums of gates and residuals that products compute, and norms with adaLN that quantise
+ADAPTIVE = {dit: (4, 5), flux: (10, 11), sd3: (6, 8)}
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("make", ADAPTIVE)
+def test_adaln_on_kernels_of_a_gpu(make, monkeypatch):
+    model, inputs = built(make)
+    before, was = run(model, inputs), objects(model)
+    report = fp.swap(model, "int8")
+    sums = [m for m in model.modules() if getattr(m, "defers", False)]
+    assert (len(sums), len(report.norms)) == ADAPTIVE[make]
+    calls = []
+    for layer in sums:
+        monkeypatch.setattr(layer, "product", lambda *args, p=layer.product: calls.append(len(args)) or p(*args))
+    with fp.interpret("sm_80"), monkeypatch.context() as m:
+        m.setattr(fp.nn.DeferringNorm, "normed", lambda *_: pytest.fail("a norm was computed by itself"))
+        during = run(model, inputs)
+    assert calls == [3] * len(sums)
+    assert (during - before).norm() < 0.02 * before.norm()
+    fp.restore(model)
+    assert_same_objects(model, was)
+
+
 def test_attention_that_no_kernel_takes_runs_on_torch():
     model, inputs = built(flux)
     model.double()

@@ -10,8 +10,15 @@ from torch import Tensor, nn
 
 import forwardpass as fp
 from forwardpass.nn.deferred import Deferred
+from forwardpass.nn.linear import quantized_linear
 
 B, T, K, N = 2, 5, 64, 64
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch):
+    """Layers defer on a GPU alone. The CPU's operations compute the same sums."""
+    monkeypatch.setattr(quantized_linear, "gpu_takes", lambda device: True)
 
 
 @pytest.fixture
@@ -134,7 +141,7 @@ def test_autograd_of_the_model_goes_on(layer, x):
 
 
 @torch.inference_mode()
-def test_where_nothing_is_deferred(layer, x):
+def test_where_nothing_is_deferred(layer, x, monkeypatch):
     assert type(layer(x[0])) is Tensor  # rows without samples
     with torch.autocast("cpu", torch.bfloat16):
         assert type(layer(x)) is Tensor
@@ -142,7 +149,7 @@ def test_where_nothing_is_deferred(layer, x):
     assert type(layer(x)) is Tensor
     handle.remove()
     assert type(layer(x)) is Deferred
-    layer.defers = False
+    monkeypatch.undo()  # on a CPU
     assert type(layer(x)) is Tensor
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 import forwardpass as fp
 from forwardpass.nn.deferred import Deferred, DeferringNorm
+from forwardpass.nn.linear import quantized_linear
 
 WIDTH, TOKENS = 64, 6
 
@@ -78,6 +79,12 @@ class Model(nn.Module):
         return x
 
 
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Layers defer on a GPU alone. The CPU's operations compute the same sums."""
+    monkeypatch.setattr(quantized_linear, "gpu_takes", lambda device: True)
+
+
 def built(block=Block):
     torch.manual_seed(0)
     return Model(block).eval()
@@ -114,7 +121,7 @@ FOUND = {
 
 
 @pytest.mark.parametrize("block", FOUND)
-def test_what_is_found_by_running(block):
+def test_what_is_found_by_running(block, as_on_a_gpu):
     model, before, report = swapped(block)
     layers, norms = FOUND[block]
     assert deferring(model) == (names(*layers), names(*norms))
@@ -135,7 +142,7 @@ def test_a_model_without_such_norms_is_not_run_for_them(monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["int8", "w8a16", "int8_rotated", "fp8"])
-def test_the_sum_is_in_the_epilogue(precision, monkeypatch):
+def test_the_sum_is_in_the_epilogue(precision, as_on_a_gpu, monkeypatch):
     model, before, _ = swapped(precision=precision)
     seen = []
     for fqn in names("out", "down"):
@@ -148,12 +155,21 @@ def test_the_sum_is_in_the_epilogue(precision, monkeypatch):
     assert (y - before).norm() < (0.1 if precision == "fp8" else 0.02) * before.norm()
 
 
+def test_a_cpu_computes_what_it_computed():
+    model, *_ = swapped()
+    with torch.inference_mode():
+        y = model(*batch())
+        for fqn in deferring(model)[0]:
+            model.get_submodule(fqn).defers = False
+        assert torch.equal(model(*batch()), y)
+
+
 def test_layers_of_floats_alone_defer_nothing():
     model, *_ = swapped(precision="bf16")
     assert deferring(model) == (set(), set())
 
 
-def test_restored_copied_and_pickled(tmp_path):
+def test_restored_copied_and_pickled(as_on_a_gpu):
     model = built()
     before, expected = objects(model), model(*batch()).detach()
     fp.swap(model, "int8", include="**")
@@ -166,7 +182,7 @@ def test_restored_copied_and_pickled(tmp_path):
     assert torch.equal(model(*batch()), expected)
 
 
-def test_members_stay_callable_and_hooks_see_results():
+def test_members_stay_callable_and_hooks_see_results(as_on_a_gpu):
     model, *_ = swapped()
     x, block, got = batch()[0], model.blocks[0], []
     with torch.inference_mode():
@@ -189,7 +205,7 @@ def test_kernels_of_a_gpu(precision, monkeypatch):
     assert (y - before).norm() < 0.02 * before.norm()
 
 
-def test_in_16_bits():
+def test_in_16_bits(as_on_a_gpu):
     model = built().to(torch.bfloat16)
     inputs = [t.bfloat16() for t in batch()]
     with torch.inference_mode():
@@ -200,7 +216,7 @@ def test_in_16_bits():
     assert y.dtype == torch.bfloat16 and (y - before).float().norm() < 0.03 * before.float().norm()
 
 
-def test_a_deferred_result_that_leaves_a_module_is_a_tensor_to_all():
+def test_a_deferred_result_that_leaves_a_module_is_a_tensor_to_all(as_on_a_gpu):
     model, *_ = swapped()
     with torch.inference_mode():
         y = model.blocks[0].down(torch.randn(2, TOKENS, 4 * WIDTH))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...common.models.modules import HOOK, OLD_FORWARD, hook_alike, is_watched
 from ...common.printing.quiet import warn_once
-from ...dispatch import Reason, operations
+from ...dispatch import Reason, gpu_takes, operations
 from ...ops import quantize
 from ...ops.common.activations import GATED, PLAIN, activate, check_activation, is_gated, separate_gate_up
 from ...ops.common.quantized_rows import E4M3, FLOATS, LEAST_RANGE, empty_q, pad_rows
@@ -304,7 +304,7 @@ class QuantizedLinear(ReadableWeight, QuantizedModule):
     joined: Joined | None = None  #: with layers that are called with the same input
     #: what stands in the place of the activation that it computes; in a tuple, which holds no children
     applied: tuple[InEpilogue] | None = None
-    #: whether a sum is what its code makes of its result, so that it gives a `Deferred`; where `takes_residual`
+    #: whether sums are what becomes of its results, so that on a GPU it gives a `Deferred`; where `takes_residual`
     defers: bool = False
     takes_residual: ClassVar[bool] = True
     sharding: Sharding | None = None  #: where it is one process's part of a layer
@@ -426,8 +426,8 @@ class QuantizedLinear(ReadableWeight, QuantizedModule):
         if self.applied is not None and self.applied[0].is_apart:
             y = self._without_activation().product(x)
         elif self.defers and self._may_defer(x):
-            rows_of = x.values if isinstance(x, Quantized) else x
-            return LaterProduct(self, x, torch.Size((*rows_of.shape[:-1], self.out_features))).deferred()
+            samples, rows, _ = x.values.shape if isinstance(x, Quantized) else x.shape
+            return LaterProduct(self, x, torch.Size((samples, rows, self.out_features))).deferred()
         else:
             y = self.product(x) if isinstance(x, Quantized) or self.joined is None else self.joined(self, x)
         return y if sharding is None else sharding.output(y)
@@ -440,12 +440,12 @@ class QuantizedLinear(ReadableWeight, QuantizedModule):
 
     def _may_defer(self, x: Tensor | Quantized) -> bool:
         """Whether whoever called it may get a `Deferred`: nobody else looks at the result."""
-        rows_of, device = x.values if isinstance(x, Quantized) else x, self.qweight.device.type
-        if self.joined is not None or self.sharding is not None or rows_of.dim() != 3 or is_gated(self.activation):
+        t = x.values if isinstance(x, Quantized) else x
+        if not gpu_takes(t.device) or self.joined is not None or self.sharding is not None or t.dim() != 3:
             return False
-        if torch.compiler.is_compiling() or is_watched(self) or torch.is_autocast_enabled(device):
+        if torch.compiler.is_compiling() or is_watched(self) or torch.is_autocast_enabled(t.device.type):
             return False
-        return not (rows_of.requires_grad and torch.is_grad_enabled())
+        return not (is_gated(self.activation) or (t.requires_grad and torch.is_grad_enabled()))
 
     def product(self, x: Tensor | Quantized, residual: Tensor | None = None, ada_gate: Tensor | None = None) -> Tensor:
         """x W^T + b and the activation, of this layer alone; with a residual, ada_gate times that plus the residual, as the
