@@ -189,7 +189,7 @@ def test_attention_in_8_bits(make):
 
 
 #: model -> sums of gates and residuals that products compute, and norms with adaLN that quantise
-ADAPTIVE = {dit: (4, 5), flux: (10, 11), sd3: (6, 8)}
+ADAPTIVE = {dit: (4, 4), flux: (10, 10), sd3: (6, 7)}
 
 
 @pytest.mark.interpreted
