@@ -55,33 +55,41 @@ constexpr uint32_t kDescriptorHigh = kSwizzleBytes / kDescriptorUnit | 1 << 30;
 #define FORWARDPASS_NUMBER(i) ", %" #i
 #define FORWARDPASS_float(i) , "+f"(d[i / 4][i % 4])
 #define FORWARDPASS_int32_t(i) , "+r"(d[i / 4][i % 4])
-// A function for n columns of accumulators of type T, constraint "+f" or "+r". The numbers are those of the operands
-// behind them: the low halves of the descriptors, the upper half, scale-d. What it is a template of comes last.
+// The assembly of a wgmma into these registers, a list of d's numbers. The other numbers are those of the operands
+// behind d: the low halves of the descriptors, the upper half, scale-d. What follows scale-d comes last.
+#define FORWARDPASS_WGMMA_ASM(instruction, registers, a_number, b_number, high, scale_d, behind) \
+  "{\n" \
+  ".reg .pred p;\n" \
+  ".reg .b64 a, b;\n" \
+  "setp.ne.b32 p, %" #scale_d ", 0;\n" \
+  "mov.b64 a, {%" #a_number ", %" #high "};\n" \
+  "mov.b64 b, {%" #b_number ", %" #high "};\n" \
+  "wgmma.mma_async.sync.aligned." instruction " {" registers "}, a, b, p" behind ";\n" \
+  "}"
+// The same with four registers of a.
+#define FORWARDPASS_WGMMA_REGISTERS_ASM(instruction, registers, a0, a1, a2, a3, b_number, high, scale_d, behind) \
+  "{\n" \
+  ".reg .pred p;\n" \
+  ".reg .b64 b;\n" \
+  "setp.ne.b32 p, %" #scale_d ", 0;\n" \
+  "mov.b64 b, {%" #b_number ", %" #high "};\n" \
+  "wgmma.mma_async.sync.aligned." instruction " {" registers "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, b, p" \
+  behind ";\n" \
+  "}"
+// A function for n columns of accumulators of type T, constraint "+f" or "+r". What it is a template of comes last.
 #define FORWARDPASS_WGMMA(name, n, T, constraint, opcode, scales, a_number, b_number, high, scale_d, ...) \
   __VA_ARGS__ __device__ inline void name(T (&d)[n / 8][4], uint32_t a, uint32_t b, bool accumulate) { \
-    asm volatile("{\n" \
-                 ".reg .pred p;\n" \
-                 ".reg .b64 a, b;\n" \
-                 "setp.ne.b32 p, %" #scale_d ", 0;\n" \
-                 "mov.b64 a, {%" #a_number ", %" #high "};\n" \
-                 "mov.b64 b, {%" #b_number ", %" #high "};\n" \
-                 "wgmma.mma_async.sync.aligned.m64n" #n opcode " {%0" FORWARDPASS_REGISTERS_##n(FORWARDPASS_NUMBER) \
-                 "}, a, b, p" scales ";\n" \
-                 "}" \
+    asm volatile(FORWARDPASS_WGMMA_ASM("m64n" #n opcode, "%0" FORWARDPASS_REGISTERS_##n(FORWARDPASS_NUMBER), \
+                                       a_number, b_number, high, scale_d, scales) \
                  : constraint(d[0][0]) FORWARDPASS_REGISTERS_##n(FORWARDPASS_##T) \
                  : "r"(a), "r"(b), "n"(kDescriptorHigh), "r"(static_cast<int>(accumulate))); \
   }
 // The same with four registers of a; trans_b: imm-trans-b as a string, if any.
 #define FORWARDPASS_WGMMA_REGISTERS(name, n, opcode, trans_b, a0, a1, a2, a3, b_number, high, scale_d, ...) \
   __VA_ARGS__ __device__ inline void name(float (&d)[n / 8][4], const uint32_t (&a)[4], uint32_t b, bool accumulate) { \
-    asm volatile("{\n" \
-                 ".reg .pred p;\n" \
-                 ".reg .b64 b;\n" \
-                 "setp.ne.b32 p, %" #scale_d ", 0;\n" \
-                 "mov.b64 b, {%" #b_number ", %" #high "};\n" \
-                 "wgmma.mma_async.sync.aligned.m64n" #n opcode " {%0" FORWARDPASS_REGISTERS_##n(FORWARDPASS_NUMBER) \
-                 "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, b, p, 1, 1" trans_b ";\n" \
-                 "}" \
+    asm volatile(FORWARDPASS_WGMMA_REGISTERS_ASM("m64n" #n opcode, \
+                                                 "%0" FORWARDPASS_REGISTERS_##n(FORWARDPASS_NUMBER), \
+                                                 a0, a1, a2, a3, b_number, high, scale_d, ", 1, 1" trans_b) \
                  : "+f"(d[0][0]) FORWARDPASS_REGISTERS_##n(FORWARDPASS_float) \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(kDescriptorHigh), \
                    "r"(static_cast<int>(accumulate)), "n"(TransB)); \

@@ -32,28 +32,16 @@ constexpr uint32_t kDescriptorHighOf = RowBytes * 8 / kDescriptorUnit | (RowByte
 #define FORWARDPASS_WGMMA_8BIT(name, tiles, n, a_number, b_number, high, scale_d) \
   template <int RowBytes> \
   __device__ inline void name(int32_t (&d)[tiles][4], uint32_t a, uint32_t b, bool accumulate) { \
-    asm volatile("{\n" \
-                 ".reg .pred p;\n" \
-                 ".reg .b64 a, b;\n" \
-                 "setp.ne.b32 p, %" #scale_d ", 0;\n" \
-                 "mov.b64 a, {%" #a_number ", %" #high "};\n" \
-                 "mov.b64 b, {%" #b_number ", %" #high "};\n" \
-                 "wgmma.mma_async.sync.aligned.m64n" #n "k32.s32.s8.s8 {" FORWARDPASS_NUMBERS_##tiles "}, a, b, p;\n" \
-                 "}" \
+    asm volatile(FORWARDPASS_WGMMA_ASM("m64n" #n "k32.s32.s8.s8", FORWARDPASS_NUMBERS_##tiles, a_number, b_number, \
+                                       high, scale_d, "") \
                  : FORWARDPASS_TILES_##tiles("+r", 0) \
                  : "r"(a), "r"(b), "n"(kDescriptorHighOf<RowBytes>), "r"(static_cast<int>(accumulate))); \
   }
 #define FORWARDPASS_WGMMA_8BIT_REGISTERS(name, tiles, n, T, constraint, opcode, scales, a0, a1, a2, a3, b_number, high, scale_d) \
   template <int RowBytes> \
   __device__ inline void name(T (&d)[tiles][4], const uint32_t (&a)[4], uint32_t b, bool accumulate) { \
-    asm volatile("{\n" \
-                 ".reg .pred p;\n" \
-                 ".reg .b64 b;\n" \
-                 "setp.ne.b32 p, %" #scale_d ", 0;\n" \
-                 "mov.b64 b, {%" #b_number ", %" #high "};\n" \
-                 "wgmma.mma_async.sync.aligned.m64n" #n "k32." opcode " {" FORWARDPASS_NUMBERS_##tiles "}, " \
-                 "{%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, b, p" scales ";\n" \
-                 "}" \
+    asm volatile(FORWARDPASS_WGMMA_REGISTERS_ASM("m64n" #n "k32." opcode, FORWARDPASS_NUMBERS_##tiles, \
+                                                 a0, a1, a2, a3, b_number, high, scale_d, scales) \
                  : FORWARDPASS_TILES_##tiles(constraint, 0) \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(kDescriptorHighOf<RowBytes>), \
                    "r"(static_cast<int>(accumulate))); \
