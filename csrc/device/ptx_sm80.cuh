@@ -71,16 +71,19 @@ __device__ inline void cp_async_16(uint32_t to, const void* from, int size) {
 __device__ inline void cp_async_16(uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
-// zeros, without a look at `from`, where it is `outside`; as a predicate of the instruction, where a size takes four
-// more
-__device__ inline void cp_async_16_or_zeros(uint32_t to, const void* from, bool outside) {
+// zeros, without a look at `from`, where `inside` does not have this bit; as a predicate of the instruction, where a
+// size takes four more. All of it is in the assembly: of several bits the assembler makes predicates by one R2P, of
+// values that the compiler has computed by an instruction each.
+__device__ inline void cp_async_16_or_zeros(uint32_t to, const void* from, uint32_t inside, uint32_t bit) {
   asm volatile(
       "{\n"
       ".reg .pred p;\n"
-      "setp.ne.b32 p, %2, 0;\n"
+      ".reg .b32 one;\n"
+      "and.b32 one, %2, %3;\n"
+      "setp.eq.b32 p, one, 0;\n"
       "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, p;\n"
       "}" ::"r"(to),
-      "l"(from), "r"(static_cast<int>(outside))
+      "l"(from), "r"(inside), "r"(bit)
       : "memory");
 }
 // 4 bytes, through L1

@@ -33,7 +33,7 @@ struct Groups {
 // and a convolution's weight.
 enum class GemmKind : int32_t { int8, fp8, w8a16, int8_conv2d };
 
-// The most rows and columns of a convolution's kernel: a bit of a word for each, and one behind them (window_copy.cuh).
+// The most rows and columns of a convolution's kernel: four bits of a word of 64 for each (window_copy.cuh).
 constexpr int kMostKernelSide = 15;
 
 // a [m, k] times b [n, k] transposed. group: columns of an output row that share a scale as the output is quantised:

@@ -1,10 +1,11 @@
 #pragma once
 // The epilogue of a warp's accumulators as they lie in its registers, and the general one beside it.
 //
-// The outputs that most products have, of 16 bits or quantised in groups, are made directly: values are computed in the
-// fragments' layout, and only their 16 or 8 bits go through shared memory, in which a lane finds 16 bytes of a row.
-// Everything else (fp32, a static out_scale, a zero point, partial sums) takes the general epilogue, which is
-// staged.cuh's. Which one is decided on the host, once a launch. The bits are the same.
+// The outputs that most products have, of 16 bits, quantised in groups or, of integers, in int8 with a static
+// out_scale, are made directly: values are computed in the fragments' layout, and only their 16 or 8 bits go through
+// shared memory, in which a lane finds 16 bytes of a row. Everything else (fp32, a zero point, partial sums) takes the
+// general epilogue, which is staged.cuh's. Which one is decided on the host, once a launch; a warp whose columns have
+// an out_scale beyond 2^96 or below 2^-96 takes the general one. The bits are the same.
 //
 // Columns: the scales and biases of a warp's columns are loaded once a tile, a lane one of each 32, and staged as pairs
 // of floats. So their kinds (per column or one, three types, none) are decided there, all loads are in flight
@@ -44,7 +45,8 @@ __device__ inline void load_columns(T (&v)[kCount], const T* p, int columns) {
 }
 
 // A tile of a warp's accumulators to outputs of 16 bits, or to e4m3 with a scale for each group.
-template <class Accumulators, bool kBlockScaled>
+// kInSteps: or to int8 with a static scale.
+template <class Accumulators, bool kBlockScaled, bool kInSteps>
 struct DirectEpilogue {
   static constexpr int kRows = (Accumulators::kTilesM - 1) * Accumulators::kStep + 16,
                        kColumns = Accumulators::kTilesN * 8;
@@ -53,6 +55,9 @@ struct DirectEpilogue {
                        kAcross = Accumulators::kTilesN / kTiles, kChunks = Accumulators::kTilesM * kAcross;
   using Element = typename Accumulators::Element;
   static constexpr bool kInteger = std::is_same_v<Element, int32_t>;
+  // Whether a residual may come before the activation: on wgmma. On mma.sync the assembler takes six registers more for
+  // it and moves addresses in a convolution's main loop, 437 instead of 405 instructions for 2^20 multiply-adds.
+  static constexpr bool kResidualFirst = kInteger && Accumulators::kStep > 16;
   using Storage = FragmentStaging<kColumns>;
   using OfRows = float[Accumulators::kTilesM][2];  // a value for each row of a lane
   // A chunk's outputs, four to a tile: of gates and ups, whose tiles alternate, there are half as many.
@@ -108,6 +113,18 @@ struct DirectEpilogue {
     __syncwarp();
   }
   __device__ bool empty() const { return rows == 0 || columns == 0; }
+  // Whether outputs are int8 with a static scale.
+  __device__ bool in_steps() const { return kInSteps && o.epilogue.out_dtype == Dtype::i8; }
+  // Whether no division is needed for them.
+  __device__ bool has_usual_steps() const {
+    float size[kColumns / 32];
+    const Epilogue& e = o.epilogue;
+    load_columns(size, e.out_scale + (e.out_scale_per_column ? column : 0), e.out_scale_per_column ? columns : 1);
+    bool usual = true;
+#pragma unroll
+    for (int i = 0; i < kColumns / 32; ++i) usual = usual && is_usual_step(size[i]);
+    return __all_sync(0xffffffff, usual);
+  }
   __device__ static int inside(int64_t left, int most) {
     return static_cast<int>(max(min(left, int64_t{most}), int64_t{0}));
   }
@@ -174,6 +191,8 @@ struct DirectEpilogue {
     } else {
       at_chunk(chunk, [&](int i, int first) { dequantize_chunk(values, acc, a_scale, i, first); });
     }
+    if constexpr (kResidualFirst && !kGated)
+      if (o.epilogue.residual && o.epilogue.residual_first) add_residual_to(values.y, chunk);
     // A branch for each sixteen that are interleaved: 32 of the largest activation take more registers than there are.
     constexpr int kTogether = kOut<kGated> * 4 < 16 ? kOut<kGated> * 4 : 16;
 #pragma unroll
@@ -288,15 +307,20 @@ struct DirectEpilogue {
             __byte_perm(v.z, v.w, 0x7632)};
   }
 
-  // Outputs of 16 bits.
+  // Outputs of 16 bits or, of integers, of int8 in steps.
   template <bool kGated>
-  __device__ void store_16(const Accumulators& acc, const OfRows& a_scale) const {
+  __device__ void store_values(const Accumulators& acc, const OfRows& a_scale) const {
     const Store<kOut<kGated>, uint16_t> store(*this, kGated);
 #pragma unroll 1
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       auto v = values<kGated>(acc, a_scale, chunk);
+      if constexpr (kInSteps && !kGated)
+        if (in_steps()) {
+          store_in_steps(v.y, chunk);
+          continue;
+        }
       uint32_t word[kOut<kGated>][2];
-      if (!kGated && o.epilogue.residual) {
+      if (!kGated && o.epilogue.residual && !(kResidualFirst && o.epilogue.residual_first)) {
         pack_sums(word, v.y, chunk);
       } else if (o.epilogue.out_dtype == Dtype::bf16) {
         pack<Dtype::bf16>(word, v.y);
@@ -369,6 +393,42 @@ struct DirectEpilogue {
       add_residual(y, reinterpret_cast<__half(&)[kWords * 4]>(residual));
       pack<Dtype::f16>(word, y);
     }
+  }
+  // A chunk's values plus the residual, before the activation.
+  __device__ void add_residual_to(float (&y)[kTiles * 4], int chunk) const {
+    uint32_t residual[kTiles][2];
+    load_residual(residual, chunk);
+    if (o.epilogue.out_dtype == Dtype::bf16) {
+      add_residual(y, reinterpret_cast<__nv_bfloat16(&)[kTiles * 4]>(residual));
+    } else {
+      add_residual(y, reinterpret_cast<__half(&)[kTiles * 4]>(residual));
+    }
+  }
+  // A chunk in int8. The steps of its columns are staged where its outputs will be.
+  __device__ void store_in_steps(const float (&y)[kTiles * 4], int chunk) const {
+    const Epilogue& e = o.epilogue;
+    const float* size = e.out_scale + (e.out_scale_per_column ? column : 0);
+    auto* steps = reinterpret_cast<Step*>(storage.direct.out);
+#pragma unroll
+    for (int i = threadIdx.x % 32; i < kTiles * 8; i += 32) {
+      const int c = min(chunk % kAcross * kTiles * 8 + i, columns - 1);
+      const float s = size[e.out_scale_per_column ? c : 0];
+      steps[i] = {s, __frcp_rn(s)};
+    }
+    __syncwarp();
+    uint32_t word[kTiles / 2][2];
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+      const Step first = steps[t * 8 + accumulator_column(0)], second = steps[t * 8 + accumulator_column(1)];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t pair = __byte_perm(nearest_step(y[t * 4 + half * 2], first),
+                                          nearest_step(y[t * 4 + half * 2 + 1], second), 0x0040);
+        word[t / 2][half] = t % 2 ? __byte_perm(word[t / 2][half], pair, 0x5410) : pair;
+      }
+    }
+    __syncwarp();
+    Store<kTiles / 2, uint8_t>(*this, false)(word, chunk);
   }
   // Of two tiles from `first` on in each word, times a row's factor.
   template <bool kGated>
@@ -456,7 +516,9 @@ struct FragmentEpilogue : WarpEpilogue<FragmentStaging<Config::Accumulators::kTi
   using Accumulators = typename Config::Accumulators;
   using WarpEpilogue<FragmentStaging<Accumulators::kTilesN * 8>>::WarpEpilogue;
   static constexpr bool kQuantizes = false, kBlockScaled = Config::Element::kBlockScaled;
-  using Direct = DirectEpilogue<Accumulators, kBlockScaled>;
+  // Not of a grouped GEMM: on mma.sync it would spill 20 bytes.
+  static constexpr bool kInSteps = std::is_same_v<typename Config::Acc, int32_t> && Config::kExperts == 0;
+  using Direct = DirectEpilogue<Accumulators, kBlockScaled, kInSteps>;
 
   typename Direct::OfRows a_scale = {};  // of this lane's rows in the tile that has begun
 
@@ -472,15 +534,13 @@ struct FragmentEpilogue : WarpEpilogue<FragmentStaging<Config::Accumulators::kTi
   template <class Tile>
   __device__ void operator()(const Accumulators& acc, const Tile& tile, int row, int column) const {
     const GemmOutput& out = this->out;
-    if (!out.direct)
-      return finish_fragments(acc, this->staging->general, out, tile.row + row, tile.column + column, tile.split);
     const auto direct = this->direct(tile, row, column);
+    if (!out.direct || (direct.in_steps() && !direct.empty() && !direct.has_usual_steps()))
+      return finish_fragments(acc, this->staging->general, out, tile.row + row, tile.column + column, tile.split);
     if (direct.empty()) return;
-    if (is_gated(out.epilogue.activation)) {
-      direct.template store_16<true>(acc, a_scale);
-    } else {
-      direct.template store_16<false>(acc, a_scale);
-    }
+    if constexpr (Config::Mainloop::kGated)
+      if (is_gated(out.epilogue.activation)) return direct.template store_values<true>(acc, a_scale);
+    direct.template store_values<false>(acc, a_scale);
   }
 };
 

@@ -80,6 +80,25 @@ __device__ inline void round_pairs(uint32_t (&pair)[N], const float (&y)[2 * N])
   for (int i = 0; i < N; ++i) pair[i] = pair_of_16_bits<Out>(y[2 * i], y[2 * i + 1]);
 }
 
+// A scale of outputs in steps, and its inverse, rounded once.
+struct Step {
+  float size, inverse;
+};
+
+// Where no product below has anything lost but by its rounding.
+__device__ inline bool is_usual_step(float size) { return size >= 0x1p-96f && size <= 0x1p96f; }
+
+// y / size, rounded once, to the nearest integer in [-127, 127], -127 for NaN; in the low byte. As a quotient by a
+// correctly rounded inverse (Markstein, 1990) it takes 8 instructions, with a division some 18.
+__device__ inline uint32_t nearest_step(float y, Step step) {
+  const float most = __fmul_rn(step.size, 127.0f);
+  y = fminf(fmaxf(y, -most), most);
+  float q = __fmul_rn(y, step.inverse);
+  q = __fmaf_rn(__fmaf_rn(-step.size, q, y), step.inverse, q);
+  q = __fmaf_rn(__fmaf_rn(-step.size, q, y), step.inverse, q);
+  return __float_as_uint(__fadd_rn(q, 0x1.8p23f));
+}
+
 // Two outputs to the nearest steps of their scales, in e4m3 or int8.
 __device__ inline void quantize_pair(uint8_t* q, Dtype out, const float* y, const float* scale) {
   const float first = __fdiv_rn(y[0], scale[0]), second = __fdiv_rn(y[1], scale[1]);

@@ -89,7 +89,7 @@ struct GemmArguments {
         b(p.b),
         blocks(p.blocks),
         map(tiles_m, ceil_div(p.columns(), tile_n), p.choice.splits, p.a.columns, p.choice.split_k),
-        out(p),
+        out(p, false),  // the registers are the main loop's (fragment.cuh)
         b_first(p.b_first),
         groups(p.groups),
         windows(p.windows) {}

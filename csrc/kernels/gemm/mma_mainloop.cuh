@@ -128,10 +128,17 @@ struct SliceProduct {
 template <class Config>
 struct MatrixRowsCopy : OperandCopy<Config::kStageK, Config::kM, Config::kThreads> {
   using Base = OperandCopy<Config::kStageK, Config::kM, Config::kThreads>;
-  static constexpr bool kInOrder = false;  // a slice may be copied whichever one was before
   __device__ MatrixRowsCopy(const GemmArguments& p, int64_t first_row, int64_t k, int64_t k_end, uint8_t* stage)
       : Base(p.a, first_row, k, k_end, stage) {}
   __device__ void next() const {}
+  // Of the slices that may be copied in rounds of kStages, so many are. Before them, between two slices of a round, and
+  // behind them; k: of the slice that is copied next.
+  __device__ static int in_rounds(int slices) { return slices; }
+  __device__ static void begin_rounds(int64_t) {}
+  __device__ static void next_in_round(int) {}
+  __device__ void end_rounds(const GemmArguments& p, int64_t first_row, int64_t k, int64_t k_end, uint8_t* stage) {
+    *this = MatrixRowsCopy(p, first_row, k, k_end, stage);
+  }
 };
 
 // The mainloop of operands that mma takes as they are. RowsCopy: where a's rows come from.
@@ -139,6 +146,7 @@ template <class Config, class RowsCopy>
 struct MmaMainloopOf {
   using Element = typename Config::Element;
   static constexpr int kStages = Config::kStages;
+  static constexpr bool kGated = true;  // the epilogue has gated activations
   struct Stages {
     uint8_t a[kStages][Config::kM * Config::kStageK], b[kStages][Config::kN * Config::kStageK];
     float a_scale[kStages][Element::kBlockScaled ? Config::kM : 4];
@@ -178,7 +186,9 @@ struct MmaMainloopOf {
     // constants. With promotion, an exit after each slice keeps the assembler from interleaving neighbouring slices,
     // for which it lacks the registers (a branch that is never taken does not help: 8 to 140 bytes of spills).
     constexpr bool kExits = Element::kPromoted;
-    const int steady = max(whole - kStages + 1, 0);
+    const int steady = copy_a.in_rounds(max(whole - kStages + 1, 0));
+    const auto k_of_copy = [&](int slice) { return tile.k + (slice + kStages - 1) * Config::kStageK; };
+    copy_a.begin_rounds(k_of_copy(0));
     const auto round = [&](int slices_left) {
 #pragma unroll
       for (int stage = 0; stage < kStages; ++stage) {
@@ -187,7 +197,7 @@ struct MmaMainloopOf {
         copy_a.whole(Pipeline::before(stage), stage), copy_b.whole(Pipeline::before(stage), stage);
         ptx::cp_async_commit();
         product(stage, acc, promote);
-        copy_a.next();
+        copy_a.next_in_round(stage);
         if (kExits && slices_left == stage + 1) return;
       }
       copy_a.advance(kStages), copy_b.advance(kStages);
@@ -198,9 +208,8 @@ struct MmaMainloopOf {
     int slice = kExits ? steady : steady - steady % kStages, stage = slice % kStages;
     // Computed anew: addresses that both loops share would be moved between registers in the first one, 708 instead of
     // 687 instructions for 2^20 MAC of e4m3.
-    const int next_k = tile.k + (slice + kStages - 1) * Config::kStageK;
-    if constexpr (!RowsCopy::kInOrder) copy_a = RowsCopy(p, tile.row, next_k, tile.k_end, s.stage.a[0]);
-    copy_b = Copy<Config::kN>(p.b, tile.b_row, next_k, tile.k_end, s.stage.b[0]);
+    copy_a.end_rounds(p, tile.row, k_of_copy(slice), tile.k_end, s.stage.a[0]);
+    copy_b = Copy<Config::kN>(p.b, tile.b_row, k_of_copy(slice), tile.k_end, s.stage.b[0]);
 #pragma unroll 1
     for (int ahead = 0; slice < slices; ++slice, ++ahead) {
       Pipeline::wait();

@@ -98,7 +98,8 @@ struct WgmmaConfig {
 
 // Whether the first stages' b may be loaded before earlier kernels have ended, if it is what none of them writes.
 template <class Config>
-constexpr bool kLoadsEarly = Config::Schedule::kClusterSums && !Config::Element::kSwapAB;
+constexpr bool kLoadsEarly =
+    Config::Schedule::kClusterSums && !Config::Element::kSwapAB && Config::Mainloop::Rows::kLoadsEarly;
 
 template <class Config>
 struct WgmmaArguments {
@@ -119,9 +120,10 @@ inline cudaError_t encode_operand(CUtensorMap& to, const Matrix& m, int box_rows
                       box_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B);
 }
 
-// Where a main loop's rows of a come from: its Rows. These are of a matrix; windows_tma.cuh has those of a convolution.
+// Where a main loop's rows of a come from: its Rows. These are of a matrix; window_tma.cuh has those of a convolution.
 struct MatrixRows {
   static constexpr WindowLimits kWindows = {};
+  static constexpr bool kLoadsEarly = true;
   // On the host: a's map; the depth of the product, which the schedule cuts up.
   static cudaError_t encode(CUtensorMap& to, const GemmParams&, const Matrix& a, int rows, int bytes) {
     return encode_operand(to, a, rows, bytes);
@@ -142,6 +144,7 @@ struct MatrixRows {
 // What a main loop has of the arguments and of the producer, where it has no scales of its own.
 struct NoScales {
   using Rows = MatrixRows;
+  static constexpr bool kGated = true;  // the epilogue has gated activations
   struct Arguments {};
   static cudaError_t set_arguments(Arguments&, const GemmParams&, int) { return cudaSuccess; }
   // Before the first tile, by all threads.
@@ -334,7 +337,7 @@ cudaError_t launch_gemm_wgmma(const GemmParams& p, cudaStream_t stream) {
   const Matrix &a = Element::kSwapAB ? p.b : p.a, &b = Element::kSwapAB ? p.a : p.b;
   const int64_t columns = Element::kSwapAB ? b.rows : p.columns();
   WgmmaArguments<Config> arguments{
-      .out = GemmOutput(p),
+      .out = GemmOutput(p, true),
       .map = TileMap(Schedule::tile_rows(p, a.rows, Config::kM * share), ceil_div(columns, Config::kN),
                      cluster_sums ? 1 : splits, Rows::depth(p, a), p.choice.split_k, share_bits),
       .b_first = p.b_first,

@@ -112,6 +112,7 @@ struct BlockOrder {
 template <class Config>
 struct BlockScaleLoads {
   using Rows = MatrixRows;
+  static constexpr bool kGated = true;  // the epilogue has gated activations
   struct Arguments {
     bool scaled, gated;
     BlockOrder order;

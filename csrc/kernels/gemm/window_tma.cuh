@@ -13,6 +13,7 @@ namespace forwardpass {
 template <class Config>
 struct WindowRows {
   static constexpr int kStageK = Config::kStageK;
+  static constexpr bool kLoadsEarly = false;  // a convolution follows no kernel of its own operation
   // CUtensorMap's: steps of up to 8, two corners of 8 bits with a sign each, offsets of 8 bits.
   static constexpr WindowLimits kWindows = {
       .tap_channels = kStageK, .side = INT32_MAX, .stride = 8, .corner = 127, .offset = 255};
@@ -64,6 +65,7 @@ template <class Config>
 struct WindowMainloop : ExactMainloop<Config> {
   using ExactMainloop<Config>::ExactMainloop;
   using Rows = WindowRows<Config>;
+  static constexpr bool kGated = false;
   struct Arguments {
     Windows windows;
   };
