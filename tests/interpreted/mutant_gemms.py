@@ -11,6 +11,7 @@ from forwardpass.ops.common.quantized_rows import E4M3
 from forwardpass.ops.dequant_activation.cases import EpilogueCase
 from forwardpass.ops.fp8_gemm import cases as fp8_gemm
 from forwardpass.ops.fp8_linear import cases as fp8_linear
+from forwardpass.ops.int8_conv2d import cases as int8_conv2d
 from forwardpass.ops.int8_gemm import cases as int8_gemm
 from forwardpass.ops.int8_linear import cases as int8_linear
 from forwardpass.ops.w8a16_gemm import cases as w8a16_gemm
@@ -41,6 +42,9 @@ GATED_SAMPLES_FP16 = EpilogueCase(out_dtype=torch.float16, residual="contiguous"
 #: whose accumulators are the outputs, with block scales
 BARE, BARE_FP16 = (EpilogueCase(bias=None, out_dtype=dtype) for dtype in (torch.bfloat16, torch.float16))
 BARE_GATED = EpilogueCase(bias=None, activation="silu_mul", out_dtype=torch.bfloat16)
+#: of int8's products: outputs in steps; and, on wgmma, a residual before the activation, as a convolution of single pixels has it
+STEPS = EpilogueCase(bias=None, out_dtype=torch.int8, out_scale="column")
+ONE_STEP = EpilogueCase(activation="relu", out_dtype=torch.int8)
 ZERO_POINT = EpilogueCase(zero_point="row", a_scale="tensor", b_scale="tensor")
 
 
@@ -80,6 +84,14 @@ def wgmma(case, columns, *more, **options):
     )
 
 
+def residual_first(images, columns):
+    """Of both types."""
+    return (
+        int8_conv2d.Case(images, 48, n, (1, 1), padding=(0, 0), epilogue=epilogue, residual_first=True)
+        for n, epilogue in ((columns, RESIDUAL), (columns - 8, RESIDUAL_FP16))
+    )
+
+
 def transposed(case, m, *more, **options):
     """m rows, all of a tile's: tiles that come to each stage twice, ragged; gated; the most parts of K that a cluster adds."""
     return (
@@ -108,10 +120,15 @@ CUDA = {
     "int8_mma_128x128": Instance(
         ("sm_80",), "Int8, MmaTile{m=128, n=128,",
         # gated columns of more than one warp, which has 64
-        mma(I8, 128, (5, 388, 9200), (1153, 130), I8(70, 120, 388, ZERO_POINT), I8(128, 112, 5, GATED_FP16)),
+        mma(I8, 128, (5, 388, 9200), (1153, 130), I8(70, 120, 388, ZERO_POINT), I8(128, 112, 5, GATED_FP16),
+            I8(128, 128, 40, STEPS), I8(125, 123, 40, ONE_STEP)),
     ),
-    "int8_mma_64x128": Instance(("sm_80",), "Int8, MmaTile{m=64, n=128,", mma(I8, 64, (388, 9200), (40, 300))),
-    "int8_mma_16x128": Instance(("sm_80",), "Int8, MmaTile{m=16, n=128,", mma(I8, 16, (70, 1000, 14300), (9, 300))),
+    "int8_mma_64x128": Instance(("sm_80",), "Int8, MmaTile{m=64, n=128,",
+        mma(I8, 64, (388, 9200), (40, 300), I8(64, 128, 40, STEPS), I8(61, 123, 40, ONE_STEP)),
+    ),
+    "int8_mma_16x128": Instance(("sm_80",), "Int8, MmaTile{m=16, n=128,",
+        mma(I8, 16, (70, 1000, 14300), (9, 300), I8(16, 128, 40, STEPS), I8(13, 123, 40, ONE_STEP)),
+    ),
     "fp8_mma_128x128": Instance(("sm_89",), "E4m3, MmaTile{m=128, n=128,", mma(F8, 128, (5, 300, 14300), (1153, 130))),
     "fp8_mma_16x128": Instance(("sm_89",), "E4m3, MmaTile{m=16, n=128,", mma(F8, 16, (70, 200, 300, 1000, 20300), (9, 300))),
     "fp8_blocks_mma_128x128": Instance(
@@ -128,13 +145,15 @@ CUDA = {
     ),
     "int8_wgmma_128x128": Instance(
         ("sm_90a",), "Int8, WgmmaTile{m=128, n=128,",
-        wgmma(I8, 300, I8(100, 40, 3000, PLAIN), I8(101, 48, 1100, GATED), int8_linear.Case((100,), 300, 500)), clusters=1,
+        wgmma(I8, 300, I8(100, 40, 3000, PLAIN), I8(101, 48, 1100, GATED), int8_linear.Case((100,), 300, 500),
+              I8(200, 304, 100, STEPS), I8(101, 299, 100, ONE_STEP), *residual_first((1, 10, 20), 304)), clusters=1,
     ),
     "int8_wgmma_128x256": Instance(
         ("sm_90a",), "Int8, WgmmaTile{m=128, n=256,",
         (I8(200, 50 * 256, 590, PLAIN), I8(200, 50 * 256, 40, GATED), I8(100, 100 * 256, 40, PLAIN),
          I8(200, 50 * 256, 40, HALF), I8(203, 50 * 256 - 3, 40, FP16), I8(203, 50 * 256, 40, GATED_FP16),
          I8(200, 50 * 256, 40, RESIDUAL), I8(203, 50 * 256 - 8, 40, RESIDUAL_FP16),
+         I8(200, 50 * 256, 40, STEPS), I8(203, 50 * 256 - 3, 40, ONE_STEP), *residual_first((1, 10, 20), 50 * 256),
          I8(200, 250, 40, PLAIN, quantized=True), I8(203, 100, 40, HALF, quantized=True),
          I8(200, 50 * 256, 40, GATED_FP32)), clusters=1, tiles=3,
     ),

@@ -15,6 +15,7 @@ import forwardpass as fp
 from forwardpass.ops.append_kv import cases as append_kv
 from forwardpass.ops.fp8_gemm import cases as fp8_gemm
 from forwardpass.ops.fp8_linear import cases as fp8_linear
+from forwardpass.ops.int8_conv2d import cases as int8_conv2d
 from forwardpass.ops.w8a16_gemm import cases as w8a16_gemm
 from forwardpass.testing import poisoned_outputs
 
@@ -71,7 +72,7 @@ def instance_launches(instance, arch):
                     launches.append(launch)
                     if instance.tiles:
                         # swap-AB: the tile's columns are rows of x
-                        columns = math.prod(case.lead) if isinstance(case, w8a16_gemm.Case) else case.n
+                        columns = math.prod(case.lead) if isinstance(case, w8a16_gemm.Case) else columns_of(case)
                         make_fewer(launch, columns, instance.columns, instance.tiles)
             recorded.clear()
     torch.use_deterministic_algorithms(False)
@@ -82,6 +83,11 @@ def instance_launches(instance, arch):
             if x <= 2:
                 launch.config = (x * instance.clusters, y, z), block, (x, y, z), *rest
     return launches
+
+
+def columns_of(case):
+    """Of the output."""
+    return case.gemm[1] if isinstance(case, int8_conv2d.Case) else case.n
 
 
 def make_fewer(launch, columns, of_tile, tiles):

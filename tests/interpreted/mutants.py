@@ -34,6 +34,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 sys.path.append(str(pathlib.Path(__file__).parents[2] / "interpreter/tests"))  # the witnesses
 
 import mutant_attention
+import mutant_convolution
 import mutant_decode
 import mutant_edits
 import mutant_experts
@@ -45,13 +46,11 @@ from triton_version import triton_version
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a")
 SEEDS = range(3)
-INSTANCES = (
-    mutant_gemms.INSTANCES
-    | mutant_attention.INSTANCES
-    | mutant_operands.INSTANCES
-    | mutant_decode.INSTANCES
-    | mutant_experts.INSTANCES
-)
+INSTANCES = {
+    name: instance
+    for module in (mutant_gemms, mutant_convolution, mutant_attention, mutant_operands, mutant_decode, mutant_experts)
+    for name, instance in module.INSTANCES.items()
+}
 TRITON = triton_version()
 REASONS = pathlib.Path(__file__).with_name("mutant_reasons.json")
 #: of the launches that reach the same statements, the shortest that these are mutated in
