@@ -19,11 +19,14 @@ struct AttentionRows {
   int64_t first_position, left, right;
 };
 
-// Whether attention_rows runs on this CPU, and is faster than torch, with q, k and v of this dtype and number of
-// columns and so many rows of q.
+// Whether attention_rows runs on this CPU with q, k and v of this dtype and number of columns.
+bool has_attention_rows(Dtype dtype, int64_t columns);
+// And whether it is faster than torch with so many rows of q.
 bool takes_attention_rows(Dtype dtype, int64_t columns, int64_t rows);
 
 // The bits of a row of out depend on that row and on its keys only.
 void attention_rows(const AttentionRows& p);
+// The same, and the same bits, on the calling thread alone.
+void attention_rows_here(const AttentionRows& p);
 
 }  // namespace forwardpass

@@ -262,43 +262,65 @@ INLINE void chunk(const AttentionRows& p, int64_t batch, int64_t head, int64_t f
 }  // namespace
 }  // namespace cpu
 
+bool has_attention_rows(Dtype dtype, int64_t columns) {
+  using namespace cpu;
+  return tier() >= Tier::avx2 && columns % kColumnStep == 0 &&
+         columns <= (dtype == Dtype::f32 ? kMaxColumns : kMaxColumns16);
+}
+
 bool takes_attention_rows(Dtype dtype, int64_t columns, int64_t rows) {
   using namespace cpu;
-  if (tier() < Tier::avx2 || columns % kColumnStep) return false;
+  if (!has_attention_rows(dtype, columns)) return false;
   // The copies of k and v do not pay for fewer rows of float32: against torch one row took 1.0 to 1.3 times as long.
-  if (dtype == Dtype::f32) return columns <= kMaxColumns && rows >= 4;
-  return columns <= kMaxColumns16 && tier() < Tier::amx;  // torch uses its tiles
+  if (dtype == Dtype::f32) return rows >= 4;
+  return tier() < Tier::amx;  // torch uses its tiles
 }
+
+namespace cpu {
+namespace {
+
+// Items from `begin` to `end`: a head of a batch and `chunk_rows` of its rows each.
+void items(const AttentionRows& p, int64_t chunk_rows, int64_t begin, int64_t end) {
+  const int64_t chunks = (p.rows + chunk_rows - 1) / chunk_rows;
+  [[maybe_unused]] const bool pairs = p.dtype == Dtype::bf16 && has_avx512_bf16() && p.columns % (2 * kColumnStep) == 0;
+  const int64_t panel = round_up(p.columns, 32) * kKeys, scores = kMostTileRows * kKeys,
+                buffer = p.dtype == Dtype::f32 ? 0 : (kMostTileRows + std::min(chunk_rows, p.rows)) * p.columns;
+  const CacheLines memory = allocate((2 * panel + scores + buffer) * 4);
+  auto floats = reinterpret_cast<float*>(memory[0].bytes);
+  with_vectors(VECTOR_CODE {
+    const auto run = [&]<class A>(A) __attribute__((always_inline)) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t first = i % chunks * chunk_rows, batch_head = i / chunks;
+        chunk<A>(p, batch_head / p.heads, batch_head % p.heads, first, std::min(chunk_rows, p.rows - first),
+                 {0, 0, floats, floats + panel, floats + 2 * panel, 0}, floats + 2 * panel + scores);
+      }
+    };
+#if defined(__x86_64__)
+    if constexpr (kLanes<V> == 16)
+      if (pairs) return run(BfloatPairs{});
+#endif
+    if constexpr (kLanes<V> >= 8)
+      with_float_dtype(p.dtype,
+                       [&](auto dtype) __attribute__((always_inline)) { run(Floats<V, decltype(dtype)::value>{}); });
+  });
+}
+
+}  // namespace
+}  // namespace cpu
 
 void attention_rows(const AttentionRows& p) {
   using namespace cpu;
   // With few heads the chunks are shorter, so that threads share a head.
   const int64_t chunk_rows = p.batch * p.heads * ((p.rows + kChunk - 1) / kChunk) < 16 ? kChunk / 8 : kChunk,
-                chunks = (p.rows + chunk_rows - 1) / chunk_rows, items = p.batch * p.heads * chunks;
+                chunks = (p.rows + chunk_rows - 1) / chunk_rows;
   const int64_t work = 2 * std::min(chunk_rows, p.rows) * p.keys * p.columns;
-  [[maybe_unused]] const bool pairs = p.dtype == Dtype::bf16 && has_avx512_bf16() && p.columns % (2 * kColumnStep) == 0;
-  torch::stable::parallel_for(0, items, (1 << 18) / work + 1, [&](int64_t begin, int64_t end) {
-    const int64_t panel = round_up(p.columns, 32) * kKeys, scores = kMostTileRows * kKeys,
-                  buffer = p.dtype == Dtype::f32 ? 0 : (kMostTileRows + std::min(chunk_rows, p.rows)) * p.columns;
-    const CacheLines memory = allocate((2 * panel + scores + buffer) * 4);
-    auto floats = reinterpret_cast<float*>(memory[0].bytes);
-    with_vectors(VECTOR_CODE {
-      const auto run = [&]<class A>(A) __attribute__((always_inline)) {
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t first = i % chunks * chunk_rows, batch_head = i / chunks;
-          chunk<A>(p, batch_head / p.heads, batch_head % p.heads, first, std::min(chunk_rows, p.rows - first),
-                   {0, 0, floats, floats + panel, floats + 2 * panel, 0}, floats + 2 * panel + scores);
-        }
-      };
-#if defined(__x86_64__)
-      if constexpr (kLanes<V> == 16)
-        if (pairs) return run(BfloatPairs{});
-#endif
-      if constexpr (kLanes<V> >= 8)
-        with_float_dtype(p.dtype,
-                         [&](auto dtype) __attribute__((always_inline)) { run(Floats<V, decltype(dtype)::value>{}); });
-    });
-  });
+  torch::stable::parallel_for(0, p.batch * p.heads * chunks, (1 << 18) / work + 1,
+                              [&](int64_t begin, int64_t end) { items(p, chunk_rows, begin, end); });
+}
+
+void attention_rows_here(const AttentionRows& p) {
+  const int64_t chunks = (p.rows + cpu::kChunk - 1) / cpu::kChunk;
+  cpu::items(p, cpu::kChunk, 0, p.batch * p.heads * chunks);
 }
 
 }  // namespace forwardpass

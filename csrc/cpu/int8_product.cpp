@@ -9,7 +9,7 @@
 #include <numeric>
 #include <optional>
 
-#include "cpu/int8_kernel.h"
+#include "cpu/int8_blocks.h"
 #include "cpu/row_chunks.h"
 #include "cpu/vector.h"
 #include "torch/check.h"
@@ -155,7 +155,7 @@ int64_t columns_of_part(int64_t blocks, const PackedWeight& b, bool whole) {
 void multiply_blocks(const Int8Kernel& kernel, const Int8Rows& a, int64_t n, const PackedWeight& b,
                      const Epilogue& epilogue) {
   const int64_t m = a.rows, blocks = (m + kBlockRows - 1) / kBlockRows;
-  const int64_t a_stride = b.depth + kTileBytes;  // no power of two, as 16 rows would then share a set of L1
+  const int64_t a_stride = stride_of_block(b);
   const int64_t block_bytes = kBlockRows * a_stride, scratch_bytes = kernel.scratch_bytes_per_column * b.depth;
   const bool whole = epilogue.group_scale;
   const int64_t part_columns = columns_of_part(blocks, b, whole), parts = (b.columns + part_columns - 1) / part_columns,
@@ -163,13 +163,8 @@ void multiply_blocks(const Int8Kernel& kernel, const Int8Rows& a, int64_t n, con
   const auto multiply = [&](int64_t block, int64_t first_column, int64_t end_column, const uint8_t* rows,
                             const uint8_t* scratch, const CacheLines& sums) {
     const int64_t r = block * kBlockRows, count = std::min(kBlockRows, m - r);
-    auto acc = reinterpret_cast<int32_t*>(sums[0].bytes);
-    for (int64_t c = first_column; c < end_column; c += chunk_columns) {
-      const int64_t columns = std::min(chunk_columns, end_column - c);
-      kernel.multiply_block(b, rows, a_stride, count, scratch, c / kTileRows, columns / kTileRows, acc);
-      dequant_activation_cpu(
-          {{acc, Dtype::i32, count, std::min(columns, n - c), columns}, columns_from(rows_from(epilogue, r), c)});
-    }
+    multiply_block(kernel, {rows, a_stride, count, scratch, reinterpret_cast<int32_t*>(sums[0].bytes), chunk_columns},
+                   n, b, first_column, end_column, rows_from(epilogue, r));
   };
   const auto allocate_sums = [&] { return allocate(kBlockRows * chunk_columns * 4); };
   if (parts == 1) {
@@ -230,6 +225,23 @@ const Int8Kernel* int8_kernel([[maybe_unused]] Tier t) {
   }
 #endif
   return nullptr;
+}
+
+void multiply_block(const Int8Kernel& kernel, const Int8Block& block, int64_t n, const PackedWeight& b, int64_t first,
+                    int64_t end, const Epilogue& epilogue) {
+  for (int64_t c = first; c < end; c += block.chunk_columns) {
+    const int64_t columns = std::min(block.chunk_columns, end - c);
+    kernel.multiply_block(b, block.rows, block.stride, block.count, block.scratch, c / kTileRows, columns / kTileRows,
+                          block.sums);
+    dequant_activation_cpu(
+        {{block.sums, Dtype::i32, block.count, std::min(columns, n - c), columns}, columns_from(epilogue, c)});
+  }
+}
+
+std::pair<PackedWeight, std::shared_ptr<const void>> weight_for_blocks(const Int8Kernel& kernel, const Int8Weight& w) {
+  if (const auto packed = packed_weight(w)) return {*packed, nullptr};
+  const auto packed = std::make_shared<const Packed>(kernel, w.b);
+  return {packed->weight(), packed};
 }
 
 void int8_product(const Int8Kernel& kernel, const Int8Rows& a, const Int8Weight& weight, const Epilogue& epilogue) {

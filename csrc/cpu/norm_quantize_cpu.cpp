@@ -2,8 +2,8 @@
 
 #include <vector>
 
+#include "cpu/norm_rows.h"
 #include "cpu/quantize_rows.h"
-#include "params/norm_quantize.h"
 
 namespace forwardpass {
 namespace {
@@ -82,6 +82,24 @@ void norm_quantize_cpu(const NormQuantizeParams& p) {
   torch::stable::parallel_for(0, p.x.rows, cpu::grain(p.x.columns), [&](int64_t first, int64_t last) {
     std::vector<float> v(p.x.columns);
     norm_quantize_rows(p, v.data(), first, last);
+  });
+}
+
+void norm_rows(const NormQuantizeParams& p, void* out, Dtype out_dtype) {
+  const int64_t columns = p.x.columns;
+  torch::stable::parallel_for(0, p.x.rows, cpu::grain(columns), [&](int64_t first, int64_t last) {
+    std::vector<float> buffer(columns);
+    float* v = buffer.data();
+    cpu::with_vectors(VECTOR_CODE {
+      for (int64_t row = first; row < last; ++row) {
+        norm_row<V, Dtype::f32>(p, v, row);
+        char* to = static_cast<char*>(out) + row * columns * size_of(out_dtype);
+        cpu::with_float_dtype(out_dtype, [&](auto D) __attribute__((always_inline)) {
+          cpu::for_each_vector<V>(
+              0, columns, VECTOR_BODY(&) { cpu::store<D()>(cpu::load<V, Dtype::f32>(v, c, n), to, c, n); });
+        });
+      }
+    });
   });
 }
 

@@ -7,9 +7,8 @@
 #include <cmath>
 
 namespace forwardpass {
-namespace {
 
-int64_t known_before(const int32_t* cu_seqlens, int64_t batch, int32_t total) {
+int64_t known_before(const int32_t* cu_seqlens, int64_t batch, int64_t total) {
   if (cu_seqlens[0] != 0) return 0;
   for (int64_t b = 0; b < batch; ++b) {
     if (cu_seqlens[b + 1] < cu_seqlens[b]) return std::max<int64_t>(b - 1, 0);
@@ -17,8 +16,6 @@ int64_t known_before(const int32_t* cu_seqlens, int64_t batch, int32_t total) {
   }
   return batch;
 }
-
-}  // namespace
 
 float float_at(const void* data, int64_t i, Dtype dtype) {
   if (dtype == Dtype::f32) return static_cast<const float*>(data)[i];

@@ -3,6 +3,8 @@
 // there.
 #include "torch/ops.h"
 
+#include "torch/encoder_layer.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include <cstring>
@@ -11,9 +13,9 @@ namespace forwardpass {
 namespace {
 
 // One operation. F is its torch side: a function of the backend and of the schema's arguments.
-template <auto F, bool kHasCpuKernel = true>
+template <auto F, bool kHasCpuKernel = true, bool kHasGpuKernels = true>
 struct Op {
-  static constexpr bool kHasCpu = kHasCpuKernel;
+  static constexpr bool kHasCpu = kHasCpuKernel, kHasGpu = kHasGpuKernels;
   const char* schema;
 
   std::string name(const char* suffix) const { return std::string(schema, std::strchr(schema, '(')) + suffix; }
@@ -37,6 +39,9 @@ struct Op {
 // On GPUs only: the CPU has no fp8 arithmetic.
 template <auto F>
 using GpuOp = Op<F, false>;
+// On CPUs only.
+template <auto F>
+using CpuOp = Op<F, true, false>;
 
 constexpr std::tuple kOps{
     Op<quantize>{
@@ -83,6 +88,10 @@ constexpr std::tuple kOps{
                     "ScalarType out_dtype, Tensor? scale, Tensor? zero_point, bool symmetric, Tensor? channel_scale, "
                     "Tensor? weight_sum, Tensor? packed, Tensor? residual=None, int? rotate=None, Tensor? "
                     "ada_gate=None) -> Tensor"},
+
+    CpuOp<encoder_layer>{
+        "encoder_layer(Tensor x, Tensor cu_seqlens, Tensor?[] weights, int heads, float eps, str? activation, "
+        "bool pre_norm, float? scale, ScalarType attention_dtype, Tensor? key_lens) -> Tensor"},
 
     Op<w8a16_gemm>{"w8a16_gemm(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, str? activation, "
                    "Tensor? residual=None, Tensor? ada_gate=None) -> Tensor"},
@@ -163,6 +172,7 @@ void for_each_op(Function f) {
 STABLE_TORCH_LIBRARY(forwardpass, m) {
   for_each_op([&](auto op) {
     if (op.kHasCpu) m.def(op.definition("_cpu").c_str());
+    if (!op.kHasGpu) return;
     m.def(op.definition("_triton").c_str());
     m.def(op.definition("_cuda").c_str());
   });
@@ -179,13 +189,15 @@ STABLE_TORCH_LIBRARY(forwardpass, m) {
 STABLE_TORCH_LIBRARY_IMPL(forwardpass, CPU, m) {
   for_each_op([&](auto op) {
     if constexpr (op.kHasCpu) m.impl(op.name("_cpu").c_str(), op.template boxed<Backend::cpu>());
-    m.impl(op.name("_cuda").c_str(), op.template boxed<Backend::interpreted>());
+    if constexpr (op.kHasGpu) m.impl(op.name("_cuda").c_str(), op.template boxed<Backend::interpreted>());
   });
   m.impl("pack_int8_weight", TORCH_BOX(&pack_int8_weight));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(forwardpass, CUDA, m) {
-  for_each_op([&](auto op) { m.impl(op.name("_cuda").c_str(), op.template boxed<Backend::cuda>()); });
+  for_each_op([&](auto op) {
+    if constexpr (op.kHasGpu) m.impl(op.name("_cuda").c_str(), op.template boxed<Backend::cuda>());
+  });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(forwardpass, CompositeExplicitAutograd, m) {

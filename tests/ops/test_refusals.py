@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import forwardpass as fp
+from forwardpass.ops.encoder_layer import EncoderWeights, Int8Weight
 
 INT8, E4M3, F32 = torch.int8, torch.float8_e4m3fn, torch.float32
 
@@ -47,6 +48,8 @@ def images(dtype, *shape):
     return torch.zeros(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
 
 
+NORMS = (torch.ones(32), None)
+ENCODER = EncoderWeights(*(Int8Weight(*rows(INT8, *shape)) for shape in ((96, 32), (32, 32), (48, 32), (32, 48))), NORMS, NORMS)
 IMAGES, WINDOWS, ADDED = images(INT8, 2, 8, 5, 6), images(INT8, 16, 8, 3, 2), images(F32, 2, 16, 3, 4)
 CALLS = {
     "activation_quantize": {"x": torch.ones(4, 64), "activation": "silu_mul", "dtype": INT8, "group_size": 16, "layout": "halves",
@@ -62,6 +65,8 @@ CALLS = {
     "attention_decode_with_lse": DECODE,
     "attention_with_lse": ATTENTION,
     "dequant_activation": {"acc": Y.int(), "a_scale": A_SCALE, "b_scale": B_SCALE, **BIAS, **FLOAT, **SHIFT},
+    "encoder_layer": {"x": X, "cu_seqlens": ints(0, 1, 4), "layers": [ENCODER], "heads": 4, "eps": 1e-6, "activation": "gelu",
+                      "pre_norm": False, "scale": 0.5, "attention_dtype": F32, "key_lens": ints(1, 2)},
     "fp8_gemm": {"a": A8, "b": B8, "a_scale": A8_SCALE, "b_scale": B8_SCALE, **BIAS, **FLOAT},
     "fp8_gemm_quantize": {"a": A8, "b": B8, "a_scale": A8_SCALE, "b_scale": B8_SCALE, **BIAS, "group_size": 128},
     "fp8_grouped_gemm": {"a": A8, "b": EXPERTS8, "a_scale": A8_SCALE, "b_scale": EXPERTS8_SCALE, **OF_EXPERTS, "out_dtype": F32},

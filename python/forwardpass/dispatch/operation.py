@@ -152,7 +152,7 @@ class Operation:
         return run
 
     def __call__(self, *args: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        if torch.is_grad_enabled() and any(map(requires_grad, args)):
             self._refuse_grad()
         if torch.compiler.is_dynamo_compiling():
             may_interpret = selected.backend in ("auto", "cuda", "triton")
@@ -249,11 +249,18 @@ class Operation:
         """`name(x=float16[2, 384], …)`, and the notes on these arguments."""
 
         def one(a: Any) -> str:
+            if isinstance(a, list):
+                return f"{len(a)} tensors"
             return f"{str(a.dtype)[6:]}{list(a.shape)}" if isinstance(a, Tensor) else repr(a)
 
         text = ", ".join(f"{n}={one(a)}" for n, a in zip(self.parameters, args) if a is not None)
         notes = self.notes(*args) if self.notes else []
         return f"{self.name}({text})" + "".join(f" [{n}]" for n in notes)
+
+
+def requires_grad(a: Any) -> bool:
+    """Whether an argument is a tensor that does, or a list with one."""
+    return a.requires_grad if isinstance(a, Tensor) else isinstance(a, list) and any(map(requires_grad, a))
 
 
 def is_of_subclass(a: Any) -> bool:

@@ -8,6 +8,9 @@ from .attention_8bit import attention_8bit, attention_8bit_with_lse, quantize_at
 from .attention_decode import attention_decode, attention_decode_with_lse
 from .common.activations import interleave_gate_up, separate_gate_up
 from .dequant_activation import dequant_activation
+from .encoder_layer import EncoderWeights as EncoderWeights
+from .encoder_layer import Int8Weight as Int8Weight
+from .encoder_layer import encoder_layer
 from .fp8_gemm import fp8_gemm, fp8_gemm_quantize
 from .fp8_grouped_gemm import fp8_grouped_gemm
 from .fp8_linear import fp8_linear
@@ -33,6 +36,7 @@ __all__ = [
     "attention_decode_with_lse",
     "attention_with_lse",
     "dequant_activation",
+    "encoder_layer",
     "fp8_gemm",
     "fp8_gemm_quantize",
     "fp8_grouped_gemm",

@@ -1,0 +1,45 @@
+#pragma once
+// encoder_layer on a CPU: the layers of a transformer's encoder in one call.
+#include <vector>
+
+#include "params/affine.h"
+#include "torch/check.h"
+
+namespace forwardpass {
+
+// A linear layer of int8, whose input is quantised row by row.
+struct EncoderLinear {
+  Matrix weight;       // i8 [N, K]
+  const float* scale;  // [N]
+  const void* bias;    // [N] or null
+  Dtype bias_dtype;
+  const int32_t* sum;     // [N], of the weight's rows: the input has zero points; null: it has none
+  OptionalTensor packed;  // what pack_int8_weight made of the weight, or none
+};
+
+struct EncoderLayer {
+  EncoderLinear qkv, out, up, down;
+  Affine norm1_weight, norm1_bias, norm2_weight, norm2_bias;  // fp32; bias: or null
+};
+
+//   post-norm: y = norm1(x + out(attention(qkv(x)))), x = norm2(y + down(activation(up(y))))
+//   pre-norm:  y = x + out(attention(qkv(norm1(x)))), x = y + down(activation(up(norm2(y))))
+//
+// Values are fp32, and are rounded to `attention` in q, k, v and what attention returns, and to x's dtype between
+// layers.
+struct EncoderLayerParams {
+  Matrix x;   // [T, H] of a float dtype
+  void* out;  // as x, contiguous
+  Dtype attention;
+  const int32_t* cu_seqlens;  // [batch + 1], any numbers
+  const int32_t* key_lens;    // [batch]: a sequence's rows attend to its first keys; or null: to all
+  int64_t batch, heads;
+  float scale, eps;
+  Activation activation;
+  bool pre_norm;
+  std::vector<EncoderLayer> layers;
+};
+
+void encoder_layer_cpu(const EncoderLayerParams& p, const Tensor& x);
+
+}  // namespace forwardpass

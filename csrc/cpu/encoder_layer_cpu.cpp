@@ -1,0 +1,440 @@
+// Layers of an encoder in one call. All steps of a layer but attention's keys and values concern one row each. So a
+// thread takes some rows through all of it, in its core's caches: attention, its output, residual and norm, the MLP,
+// residual and norm, and q, k and v of the next layer. Then all threads meet, once a layer, as rows attend to all keys
+// of their sequence. Where rows are too few for that, threads share the columns of each product instead, and meet at
+// every step.
+//
+// A layer of MiniLM (384, 12 heads of 32, 1536) and 1024 rows is 1.81 G multiply-adds in int8, 7.9 ms of a core that
+// does 230 G a second; attention, 8 x 128, .1 G in fp32 or bf16; 3072 + 1536 values of a row through epilogues and
+// quantisation, 4.7 M of each. Its weights are 1.8 MB, which blocks of 32 rows read from L3 at 7 GB a second. With 16
+// rows those bytes bind.
+#include <algorithm>
+#include <cmath>
+
+#include "cpu/attention.h"
+#include "cpu/attention_rows.h"
+#include "cpu/encoder_layer.h"
+#include "cpu/int8_blocks.h"
+#include "cpu/norm_rows.h"
+#include "cpu/sequences.h"
+#include "cpu/vector.h"
+#include "torch/int8_operands.h"
+#include "torch/torch_ops.h"
+
+namespace forwardpass {
+namespace {
+
+using cpu::CacheLines;
+
+// The most rows that a thread takes at a time, which then share copies of their sequence's keys.
+constexpr int64_t kMostRows = 128;
+// Of sums of 32 rows, 128 KB.
+constexpr int64_t kChunkColumns = 1024;
+
+struct Sequence {
+  int64_t first, last, keys;
+  bool known;
+};
+
+// All rows, in the order in which they are; those of no known sequence are one that is not.
+std::vector<Sequence> sequences_of(const EncoderLayerParams& p) {
+  const int64_t known = known_before(p.cu_seqlens, p.batch, p.x.rows);
+  std::vector<Sequence> all;
+  int64_t row = 0;
+  for (int64_t b = 0; b < known; ++b) {
+    const int64_t last = p.cu_seqlens[b + 1], keys = p.key_lens ? p.key_lens[b] : last - row;
+    all.push_back({row, last, keys, keys >= 0 && keys <= last - row});
+    row = last;
+  }
+  if (row < p.x.rows) all.push_back({row, p.x.rows, 0, false});
+  return all;
+}
+
+template <class F>
+void with_convertible(Dtype from, Dtype to, F f) {
+  cpu::with_vectors(VECTOR_CODE {
+    cpu::with_float_dtype(from, [&](auto From) __attribute__((always_inline)) {
+      cpu::with_float_dtype(to, [&](auto To) __attribute__((always_inline)) { f(V{}, From, To); });
+    });
+  });
+}
+
+// n elements of one float dtype as another.
+void convert(const void* from, Dtype from_dtype, void* to, Dtype to_dtype, int64_t n) {
+  with_convertible(from_dtype, to_dtype, [&]<class V>(V, auto From, auto To) __attribute__((always_inline)) {
+    cpu::for_each_vector<V>(
+        0, n,
+        VECTOR_BODY(&) { cpu::store<decltype(To)::value>(cpu::load<V, decltype(From)::value>(from, c, n), to, c, n); });
+  });
+}
+
+void fill_nan(void* to, Dtype dtype, int64_t n) {
+  const float nan = NAN;
+  for (int64_t i = 0; i < n; ++i) convert(&nan, Dtype::f32, static_cast<char*>(to) + i * size_of(dtype), dtype, 1);
+}
+
+template <class T>
+T* at(const CacheLines& memory) {
+  return reinterpret_cast<T*>(memory[0].bytes);
+}
+
+// Of rows whose scales and zero points are at scale and zero_point.
+QuantizeParams quantization(const EncoderLinear& linear, const Matrix& x, float* scale, int32_t* zero_point) {
+  QuantizeParams q{};
+  q.x = x;
+  q.out.dtype = Dtype::i8, q.out.columns = q.out.group = x.columns, q.out.scale_stride = x.rows;
+  q.out.scale = scale, q.out.zero_point = linear.sum ? zero_point : nullptr, q.out.symmetric = !linear.sum;
+  return q;
+}
+
+Epilogue epilogue_of(const EncoderLinear& linear, const QuantizeParams& q, Activation activation, void* out,
+                     int64_t out_stride, Dtype out_dtype) {
+  Epilogue e{};
+  e.a_scale = q.out.scale, e.a_scale_per_row = true;
+  e.zero_point = q.out.zero_point, e.zero_point_per_row = linear.sum, e.b_sum = linear.sum;
+  e.b_scale = linear.scale, e.b_scale_per_column = true;
+  e.bias = linear.bias, e.bias_dtype = linear.bias_dtype, e.activation = activation;
+  e.out = out, e.out_stride = out_stride, e.out_dtype = out_dtype;
+  return e;
+}
+
+// Where rows of a call are between the steps of a layer.
+struct Buffers {
+  void* attended;             // [rows, H] of the attention's dtype
+  float *sum, *normed, *mid;  // [rows, H], [rows, H], [rows, I]
+};
+
+// Where a linear layer's results go, and what is added to them: [rows, columns] each, contiguous.
+struct Outputs {
+  void* data;
+  int64_t stride;
+  Dtype dtype = Dtype::f32;
+  const float* residual = nullptr;
+  Activation activation = Activation::none;
+};
+
+// The steps of a layer, written once for both ways. Steps: linear(linear layer's index, x, outputs).
+class Formula {
+ public:
+  explicit Formula(const EncoderLayerParams& p) : p_(p) {}
+
+  int64_t columns() const { return p_.x.columns; }
+  int64_t mid_columns(const EncoderLayer& layer) const {
+    return layer.up.weight.rows / (is_gated(p_.activation) ? 2 : 1);
+  }
+
+  // q, k and v of x, some rows of a layer's input of x's dtype.
+  template <class Steps>
+  void qkv(const EncoderLayer& layer, Steps& steps, const Matrix& x, float* normed, void* to) const {
+    Matrix in = x;
+    if (p_.pre_norm) {
+      norm(as_floats(x, normed), layer.norm1_weight, layer.norm1_bias, normed, Dtype::f32);
+      in = floats(normed, x.rows, columns());
+    }
+    steps.linear(layer.qkv, in, {to, layer.qkv.weight.rows, p_.attention});
+  }
+
+  // From what attention gave for rows of x on to the end of the layer, out.
+  template <class Steps>
+  void rest(const EncoderLayer& layer, Steps& steps, const Matrix& x, const Buffers& b, void* out) const {
+    const int64_t rows = x.rows, h = columns(), i = mid_columns(layer);
+    const auto residual = static_cast<const float*>(as_floats(x, b.normed).data);
+    steps.linear(layer.out, {b.attended, p_.attention, rows, h, h}, {b.sum, h, Dtype::f32, residual});
+    const bool pre = p_.pre_norm;
+    norm(floats(b.sum, rows, h), pre ? layer.norm2_weight : layer.norm1_weight,
+         pre ? layer.norm2_bias : layer.norm1_bias, b.normed, Dtype::f32);
+    steps.linear(layer.up, floats(b.normed, rows, h), {b.mid, i, Dtype::f32, nullptr, p_.activation});
+    // Not in place: the epilogue adds the residual to what it has stored.
+    float *to = pre ? b.normed : b.sum, *second = pre ? b.sum : b.normed;
+    steps.linear(layer.down, floats(b.mid, rows, i), {to, h, Dtype::f32, second});
+    if (pre) return convert(to, Dtype::f32, out, p_.x.dtype, rows * h);
+    norm(floats(b.sum, rows, h), layer.norm2_weight, layer.norm2_bias, out, p_.x.dtype);
+  }
+
+ private:
+  static Matrix floats(const float* data, int64_t rows, int64_t columns) {
+    return {data, Dtype::f32, rows, columns, columns};
+  }
+
+  // x, contiguous; in `to` unless it is that already.
+  static Matrix as_floats(const Matrix& x, float* to) {
+    if (x.dtype == Dtype::f32 && x.stride == x.columns) return x;
+    for (int64_t r = 0; r < x.rows; ++r)
+      convert(static_cast<const char*>(x.data) + r * x.stride * size_of(x.dtype), x.dtype, to + r * x.columns,
+              Dtype::f32, x.columns);
+    return floats(to, x.rows, x.columns);
+  }
+
+  void norm(const Matrix& x, const Affine& weight, const Affine& bias, void* out, Dtype out_dtype) const {
+    NormQuantizeParams n{};
+    n.x = x, n.weight = weight, n.bias = bias, n.eps = p_.eps, n.kind = Norm::layer, n.rows_per_sample = INT64_MAX;
+    norm_rows(n, out, out_dtype);
+  }
+
+  const EncoderLayerParams& p_;
+};
+
+// q, k or v of a row and of a head, within the product's rows.
+struct Projected {
+  const void* data;
+  Dtype dtype;
+  int64_t columns;  // H
+
+  AttentionTensor at(int64_t row, int64_t which) const {
+    return {static_cast<const char*>(data) + (row * 3 + which) * columns * size_of(dtype), 0, 3 * columns, 0};
+  }
+};
+
+AttentionRows attention_of(const EncoderLayerParams& p, const Projected& qkv, const Sequence& s, int64_t first,
+                           int64_t last, void* out) {
+  const int64_t h = p.x.columns, head_dim = h / p.heads;
+  AttentionRows a{};
+  a.dtype = p.attention;
+  a.q = qkv.at(first, 0), a.k = qkv.at(s.first, 1), a.v = qkv.at(s.first, 2), a.out = {out, 0, h, head_dim};
+  a.q.head = a.k.head = a.v.head = head_dim;
+  a.batch = 1, a.heads = a.kv_heads = p.heads, a.rows = last - first, a.keys = s.keys, a.columns = head_dim;
+  a.scale = p.scale, a.left = a.right = kUnlimited;
+  return a;
+}
+
+// Rows from `first` to `last`, which sequences may share: calls known(sequence, first, last, out) for each part, with
+// NaN in the rows of none.
+template <class F>
+void for_each_sequence(const EncoderLayerParams& p, const std::vector<Sequence>& all, int64_t first, int64_t last,
+                       void* out, F known) {
+  const int64_t h = p.x.columns;
+  auto s = std::upper_bound(all.begin(), all.end(), first, [](int64_t row, const Sequence& s) { return row < s.last; });
+  for (; s != all.end() && s->first < last; ++s) {
+    const int64_t begin = std::max(first, s->first), end = std::min(last, s->last);
+    if (begin >= end) continue;
+    void* to = static_cast<char*>(out) + (begin - first) * h * size_of(p.attention);
+    if (s->known) {
+      known(*s, begin, end, to);
+    } else {
+      fill_nan(to, p.attention, (end - begin) * h);
+    }
+  }
+}
+
+// A step at a time, of all rows: threads share each.
+class Steps {
+ public:
+  Steps(const EncoderLayerParams& p, const Tensor& x)
+      : x_(x), scales_(p.x.rows), zero_points_(p.x.rows), one_(p), p_(p) {}
+
+  void linear(const EncoderLinear& linear, const Matrix& x, const Outputs& o) {
+    const QuantizeParams q = quantization(linear, x, scales_.data(), zero_points_.data());
+    Epilogue e = epilogue_of(linear, q, o.activation, o.data, o.stride, o.dtype);
+    e.residual = o.residual, e.residual_stride = o.stride;
+    int8_gemm_cpu(x_, {nullptr, Dtype::i8, x.rows, x.columns, 0}, linear.weight, e, &q, linear.packed);
+  }
+
+  void run() {
+    const int64_t rows = p_.x.rows, h = one_.columns();
+    int64_t mid = 0;
+    for (const EncoderLayer& layer : p_.layers) mid = std::max(mid, one_.mid_columns(layer));
+    const Tensor qkv = contiguous_rows({rows, 3 * h}, scalar_type(), x_);
+    Tensor attended = contiguous_rows({rows, h}, scalar_type(), x_);
+    const CacheLines sum = cpu::allocate(rows * h * 4), normed = cpu::allocate(rows * h * 4),
+                     wide = cpu::allocate(rows * mid * 4);
+    const Buffers buffers{attended.mutable_data_ptr(), at<float>(sum), at<float>(normed), at<float>(wide)};
+    const auto all = sequences_of(p_);
+    Matrix x = p_.x;
+    for (const EncoderLayer& layer : p_.layers) {
+      one_.qkv(layer, *this, x, buffers.normed, qkv.mutable_data_ptr());
+      for_each_sequence(p_, all, 0, rows, buffers.attended,
+                        [&](const Sequence& s, int64_t first, int64_t last, void* out) {
+                          attend(qkv, attended, s, first, last, out);
+                        });
+      one_.rest(layer, *this, x, buffers, p_.out);
+      x = {p_.out, p_.x.dtype, rows, h, h};
+    }
+  }
+
+ private:
+  ScalarType scalar_type() const {
+    return p_.attention == Dtype::f32   ? ScalarType::Float
+           : p_.attention == Dtype::f16 ? ScalarType::Half
+                                        : ScalarType::BFloat16;
+  }
+
+  // The kernel by hand where there is one, whatever the rows: the bits are those of blocks.
+  void attend(const Tensor& qkv, const Tensor& attended, const Sequence& s, int64_t first, int64_t last, void* out) {
+    const int64_t h = one_.columns(), head_dim = h / p_.heads, rows = last - first;
+    const AttentionRows a = attention_of(p_, {qkv.const_data_ptr(), p_.attention, h}, s, first, last, out);
+    if (has_attention_rows(p_.attention, head_dim)) return attention_rows(a);
+    AttentionParams params{};
+    params.q = a.q, params.k = a.k, params.v = a.v, params.out = out, params.dtype = p_.attention;
+    params.batch = 1, params.heads = params.kv_heads = static_cast<int32_t>(p_.heads);
+    params.rows = static_cast<int32_t>(rows), params.keys = static_cast<int32_t>(s.keys);
+    params.head_dim = params.value_dim = static_cast<int32_t>(head_dim);
+    params.scale = p_.scale, params.left = params.right = kUnlimited;
+    const auto from = [&](int64_t row, int64_t which) {
+      return reshaped(qkv, {1, h}, {3 * h, 1}, (row * 3 + which) * h);
+    };
+    Tensor to = reshaped(attended, {rows, h}, {h, 1}, first * h);
+    attention_cpu(params, from(first, 0), from(s.first, 1), from(s.first, 2), to);
+  }
+
+  const Tensor& x_;
+  std::vector<float> scales_;
+  std::vector<int32_t> zero_points_;
+  const Formula one_;
+  const EncoderLayerParams& p_;
+};
+
+// A linear layer's weight as blocks read it.
+struct BlockLinear {
+  const EncoderLinear* linear;
+  cpu::PackedWeight weight;
+  std::shared_ptr<const void> memory;
+};
+
+struct BlockLayer {
+  const EncoderLayer* layer;
+  BlockLinear linears[4];
+};
+
+// What one thread has for its rows, a block of at most 32 at a time.
+class Block {
+ public:
+  Block(const EncoderLayerParams& p, const cpu::Int8Kernel& kernel, const std::vector<BlockLayer>& layers)
+      : kernel_(kernel), layers_(layers) {
+    const Formula one(p);
+    const int64_t h = one.columns();
+    int64_t mid = 0, stride = 0, depth = 0;
+    for (const BlockLayer& l : layers) {
+      mid = std::max(mid, one.mid_columns(*l.layer));
+      for (const BlockLinear& b : l.linears)
+        stride = std::max(stride, cpu::stride_of_block(b.weight)), depth = std::max(depth, b.weight.depth);
+    }
+    rows_ = cpu::allocate(cpu::kBlockRows * stride);
+    scratch_ = cpu::allocate(kernel.scratch_bytes_per_column * depth);
+    sums_ = cpu::allocate(cpu::kBlockRows * kChunkColumns * 4);
+    attended_ = cpu::allocate(kMostRows * h * size_of(p.attention));
+    floats_ = cpu::allocate(cpu::kBlockRows * (2 * h + mid) * 4);
+    const auto floats = at<float>(floats_);
+    buffers_ = {at<char>(attended_), floats, floats + cpu::kBlockRows * h, floats + 2 * cpu::kBlockRows * h};
+  }
+
+  void take(const BlockLayer& layer) { layer_ = &layer; }
+
+  void linear(const EncoderLinear& linear, const Matrix& x, const Outputs& o) {
+    const BlockLinear& b = *std::find_if(std::begin(layer_->linears), std::end(layer_->linears),
+                                         [&](const BlockLinear& b) { return b.linear == &linear; });
+    const int64_t stride = cpu::stride_of_block(b.weight);
+    QuantizeParams q = quantization(linear, x, scales_, zero_points_);
+    q.out.q = at<uint8_t>(rows_), q.out.q_stride = stride;
+    quantize_cpu(q);
+    kernel_.prepare_block(b.weight, at<uint8_t>(rows_), stride, at<uint8_t>(scratch_));
+    Epilogue e = epilogue_of(linear, q, o.activation, o.data, o.stride, o.dtype);
+    e.residual = o.residual, e.residual_stride = o.stride;
+    cpu::multiply_block(kernel_,
+                        {at<uint8_t>(rows_), stride, x.rows, at<uint8_t>(scratch_), at<int32_t>(sums_), kChunkColumns},
+                        linear.weight.rows, b.weight, 0, b.weight.columns, e);
+  }
+
+  const Buffers& buffers() const { return buffers_; }
+
+ private:
+  const cpu::Int8Kernel& kernel_;
+  const std::vector<BlockLayer>& layers_;
+  const BlockLayer* layer_ = nullptr;
+  CacheLines rows_, scratch_, sums_, attended_, floats_;
+  Buffers buffers_{};
+  float scales_[cpu::kBlockRows];
+  int32_t zero_points_[cpu::kBlockRows];
+};
+
+// Some rows at a time, each by one thread.
+class Blocks {
+ public:
+  Blocks(const EncoderLayerParams& p, const cpu::Int8Kernel& kernel)
+      : p_(p), one_(p), kernel_(kernel), sequences_(sequences_of(p)) {
+    for (const EncoderLayer& layer : p.layers) {
+      BlockLayer l{&layer, {{&layer.qkv, {}, {}}, {&layer.out, {}, {}}, {&layer.up, {}, {}}, {&layer.down, {}, {}}}};
+      for (BlockLinear& b : l.linears) {
+        const auto& packed = b.linear->packed;
+        const auto data = static_cast<const uint8_t*>(packed ? packed->const_data_ptr() : nullptr);
+        std::tie(b.weight, b.memory) =
+            cpu::weight_for_blocks(kernel, {b.linear->weight, data, packed ? packed->numel() : 0});
+      }
+      layers_.push_back(std::move(l));
+    }
+  }
+
+  void run() {
+    const int64_t rows = p_.x.rows, h = one_.columns(), threads = torch::stable::get_num_threads();
+    // Four items a thread, so that threads have equal shares.
+    const int64_t part = std::clamp(round_up(rows / (4 * threads) + 1, cpu::kBlockRows), cpu::kBlockRows, kMostRows),
+                  parts = (rows + part - 1) / part;
+    const CacheLines qkv[2] = {cpu::allocate(rows * 3 * h * size_of(p_.attention)),
+                               cpu::allocate(layers_.size() > 1 ? rows * 3 * h * size_of(p_.attention) : 0)};
+    for (int64_t l = -1; l < std::ssize(layers_); ++l)
+      torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+        Block block(p_, kernel_, layers_);
+        for (int64_t i = begin; i < end; ++i)
+          layer(block, l, i * part, std::min(rows, (i + 1) * part), at<char>(qkv[l & 1]), at<char>(qkv[~l & 1]));
+      });
+  }
+
+ private:
+  // Layer l but its q, k and v, which are in qkv; and those of the next layer, to next. -1: of the first layer alone.
+  void layer(Block& block, int64_t l, int64_t first, int64_t last, char* qkv, char* next) const {
+    const int64_t h = one_.columns();
+    if (l >= 0)
+      for_each_sequence(p_, sequences_, first, last, block.buffers().attended,
+                        [&](const Sequence& s, int64_t begin, int64_t end, void* out) {
+                          attention_rows_here(attention_of(p_, {qkv, p_.attention, h}, s, begin, end, out));
+                        });
+    for (int64_t r = first; r < last; r += cpu::kBlockRows) {
+      const int64_t count = std::min(cpu::kBlockRows, last - r);
+      if (l >= 0) {
+        Buffers b = block.buffers();
+        b.attended = static_cast<char*>(b.attended) + (r - first) * h * size_of(p_.attention);
+        block.take(layers_[l]);
+        one_.rest(*layers_[l].layer, block, input(l, r, count), b, out(r));
+      }
+      if (l + 1 == std::ssize(layers_)) continue;
+      block.take(layers_[l + 1]);
+      one_.qkv(*layers_[l + 1].layer, block, input(l + 1, r, count), block.buffers().normed,
+               next + r * 3 * h * size_of(p_.attention));
+    }
+  }
+
+  char* out(int64_t row) const { return static_cast<char*>(p_.out) + row * one_.columns() * size_of(p_.x.dtype); }
+
+  Matrix input(int64_t l, int64_t row, int64_t count) const {
+    if (l > 0) return {out(row), p_.x.dtype, count, one_.columns(), one_.columns()};
+    Matrix x = p_.x;
+    x.data = static_cast<const char*>(x.data) + row * x.stride * size_of(x.dtype), x.rows = count;
+    return x;
+  }
+
+  const EncoderLayerParams& p_;
+  const Formula one_;
+  const cpu::Int8Kernel& kernel_;
+  const std::vector<Sequence> sequences_;
+  std::vector<BlockLayer> layers_;
+};
+
+// Whether rows go by blocks: there are enough of them for every thread.
+bool goes_by_blocks(const EncoderLayerParams& p, const cpu::Int8Kernel* kernel) {
+  if (!kernel || !has_attention_rows(p.attention, p.x.columns / p.heads)) return false;
+  const int64_t threads = torch::stable::get_num_threads(), blocks = (p.x.rows + cpu::kBlockRows - 1) / cpu::kBlockRows;
+  return p.x.rows > kernel->few_rows && (threads == 1 || blocks >= 2 * threads);
+}
+
+}  // namespace
+
+void encoder_layer_cpu(const EncoderLayerParams& p, const Tensor& x) {
+  if (p.x.rows == 0) return;
+  const cpu::Int8Kernel* kernel = cpu::int8_kernel(cpu::tier());
+  if (goes_by_blocks(p, kernel)) {
+    Blocks(p, *kernel).run();
+  } else {
+    Steps(p, x).run();
+  }
+}
+
+}  // namespace forwardpass

@@ -1,0 +1,83 @@
+#include "torch/encoder_layer.h"
+
+#include "cpu/encoder_layer.h"
+
+#include "torch/int8_operands.h"
+
+namespace forwardpass {
+namespace {
+
+constexpr const char* kOp = "encoder_layer";
+// Of a layer, in this order: of qkv, out, up and down weight, scale, bias, sum and packed each; of both norms weight
+// and bias (LAYER in ops/encoder_layer/__init__.py).
+constexpr int64_t kLinears = 4, kOfLinear = 5, kOfLayer = kLinears * kOfLinear + 4;
+
+using Weights = std::vector<std::optional<Tensor>>;
+
+// [n, k].
+EncoderLinear linear_of(const Weights& weights, int64_t i, int64_t n, int64_t k, const Tensor& x) {
+  EncoderLinear l{};
+  STD_TORCH_CHECK(weights[i] && weights[i + 1], kOp, ": a layer has weights and their scales");
+  l.weight = b_operand(*weights[i], Dtype::i8, k, x, kOp, "a weight");
+  if (n == 0) n = l.weight.rows;
+  STD_TORCH_CHECK(l.weight.rows == n, kOp, ": a weight must be [", n, ", ", k, "]");
+  l.scale = floats(weights[i + 1], n, x, kOp, "a weight's scale");
+  if (const OptionalTensor& bias = weights[i + 2]) {
+    l.bias_dtype = dtype_of(bias->scalar_type(), kOp, "a bias");
+    STD_TORCH_CHECK(is_float(l.bias_dtype), kOp, ": a bias must be float32, float16 or bfloat16");
+    l.bias = vector<void>(bias, n, bias->scalar_type(), x, kOp, "a bias");
+  }
+  l.sum = ints(weights[i + 3], n, x, kOp, "a weight's sum");
+  check_int8_depth(k, l.sum, kOp);
+  check_packed(weights[i + 4], x, kOp);
+  l.packed = weights[i + 4];
+  return l;
+}
+
+EncoderLayer layer_of(const Weights& weights, int64_t first, int64_t h, Activation activation, const Tensor& x) {
+  EncoderLayer l{};
+  l.qkv = linear_of(weights, first, 3 * h, h, x);
+  l.out = linear_of(weights, first + kOfLinear, h, h, x);
+  l.up = linear_of(weights, first + 2 * kOfLinear, 0, h, x);
+  const bool gated = is_gated(activation);
+  STD_TORCH_CHECK(!gated || l.up.weight.rows % 16 == 0, kOp,
+                  ": a gated activation needs a multiple of 16 columns, 8 of gate beside 8 of up");
+  l.down = linear_of(weights, first + 3 * kOfLinear, h, l.up.weight.rows / (gated ? 2 : 1), x);
+  Affine* norms[] = {&l.norm1_weight, &l.norm1_bias, &l.norm2_weight, &l.norm2_bias};
+  for (int64_t i = 0; i < 4; ++i)
+    *norms[i] = {floats(weights[first + kLinears * kOfLinear + i], h, x, kOp, "a norm's weight or bias"), Dtype::f32};
+  return l;
+}
+
+}  // namespace
+
+Tensor encoder_layer(Backend, const Tensor& x, const Tensor& cu_seqlens, const Weights& weights, int64_t heads,
+                     double eps, const std::optional<std::string>& activation, bool pre_norm,
+                     std::optional<double> scale, ScalarType attention_dtype, const OptionalTensor& key_lens) {
+  EncoderLayerParams p{};
+  p.x = matrix(x, kOp, "x");
+  const int64_t h = p.x.columns;
+  STD_TORCH_CHECK(x.dim() == 2 && is_float(p.x.dtype), kOp, ": x must be float32, float16 or bfloat16 [T, H]");
+  size32(p.x.rows, kOp, "rows of x");
+  STD_TORCH_CHECK(heads >= 1 && h % heads == 0, kOp, ": heads must divide the columns of x");
+  p.attention = dtype_of(attention_dtype, kOp, "attention_dtype");
+  STD_TORCH_CHECK(is_float(p.attention), kOp, ": attention_dtype must be float32, float16 or bfloat16");
+  STD_TORCH_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.numel() >= 1, kOp, ": cu_seqlens must be int32 [B + 1]");
+  p.batch = cu_seqlens.numel() - 1, p.heads = heads;
+  p.cu_seqlens = ints(cu_seqlens, p.batch + 1, x, kOp, "cu_seqlens");
+  p.key_lens = ints(key_lens, p.batch, x, kOp, "key_lens");
+  p.scale = static_cast<float>(scale.value_or(1 / std::sqrt(static_cast<double>(h / heads))));
+  STD_TORCH_CHECK(p.scale > 0 && std::isfinite(p.scale), kOp, ": scale must be positive");
+  STD_TORCH_CHECK(eps >= 0 && std::isfinite(eps), kOp, ": eps must be finite and at least 0");
+  p.eps = static_cast<float>(eps), p.pre_norm = pre_norm, p.activation = activation_of(activation, kOp);
+  STD_TORCH_CHECK(!weights.empty() && weights.size() % kOfLayer == 0, kOp, ": weights must be ", kOfLayer,
+                  " tensors a layer");
+  for (int64_t i = 0; i < std::ssize(weights); i += kOfLayer)
+    p.layers.push_back(layer_of(weights, i, h, p.activation, x));
+  Tensor out = contiguous_rows({p.x.rows, h}, x.scalar_type(), x);
+  p.out = out.mutable_data_ptr();
+  encoder_layer_cpu(p, x);
+  return out;
+}
+
+}  // namespace forwardpass

@@ -1,0 +1,199 @@
+"""encoder_layer: the layers of a transformer's encoder in one call, on a CPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...dispatch import Operation
+from ..common.activations import GATED, PLAIN, check_activation, is_gated
+from ..common.quantized_rows import FLOATS, check_float_rows, check_vector
+from ..int8_gemm import check_int8_weight, check_packed
+from . import reference
+from .reference import LAYER, LINEAR, LINEARS
+
+
+class Int8Weight(NamedTuple):
+    """A linear layer whose input is quantised row by row.
+
+    weight: int8 [N, K]; scale: float32 [N]; bias: float32, float16 or bfloat16 [N]; sum: int32 [N], weight.sum(1,
+    dtype=torch.int32): the input has zero points; None: it has none; packed: `pack_int8_weight(weight)`.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None = None
+    sum: Tensor | None = None
+    packed: Tensor | None = None
+
+
+class EncoderWeights(NamedTuple):
+    """One layer: qkv [3 H, H], the rows of q, k and v one after another; out [H, H]; up [I, H], gated [2 I, H] by
+    `interleave_gate_up`; down [H, I]; weight and bias of both norms, float32 [H], a bias may be None."""
+
+    qkv: Int8Weight
+    out: Int8Weight
+    up: Int8Weight
+    down: Int8Weight
+    norm1: tuple[Tensor, Tensor | None]
+    norm2: tuple[Tensor, Tensor | None]
+
+
+def flat(layers: Sequence[EncoderWeights]) -> list[Tensor | None]:
+    """In the order of the schema. TypeError where they are none."""
+    if not isinstance(layers, (list, tuple)) or not all(isinstance(layer, EncoderWeights) for layer in layers):
+        raise TypeError("encoder_layer: layers must be a list of EncoderWeights, one a layer")
+    return [t for layer in layers for part in layer for t in part]
+
+
+def encoder_layer(
+    x: Tensor,
+    cu_seqlens: Tensor,
+    layers: Sequence[EncoderWeights],
+    *,
+    heads: int,
+    eps: float = 1e-12,
+    activation: str | None = "gelu",
+    pre_norm: bool = False,
+    scale: float | None = None,
+    attention_dtype: torch.dtype | None = None,
+    key_lens: Tensor | None = None,
+) -> Tensor:
+    """The layers of an encoder, one after another, on packed sequences::
+
+        post-norm   y = norm1(x + out(attention(qkv(x))))    x = norm2(y + down(activation(up(y))))
+        pre-norm    y = x + out(attention(qkv(norm1(x))))    x = y + down(activation(up(norm2(y))))
+
+    Each product is `int8_linear`, dynamic per row. Values between the steps are float32. They are rounded to attention_dtype in q,
+    k, v and what attention returns, and to x's dtype between layers: layers in one call give the bits of as many calls.
+
+    Args:
+        x: float32, float16 or bfloat16 [T, H], last stride 1, any row stride: the rows of all sequences, without padding.
+        cu_seqlens: int32 [B + 1]: the b-th sequence is from cu_seqlens[b] to cu_seqlens[b + 1]. They rise from 0 to T.
+        layers: one `EncoderWeights` or more, the first layer first.
+        heads: divides H.
+        eps: of both norms, which are layer norms.
+        activation: of the MLP: None, relu, gelu, gelu_tanh, silu, relu6, hard_swish, silu_mul, gelu_mul, gelu_tanh_mul.
+        pre_norm: see above. What follows the last layer (a final norm) is the caller's.
+        scale: of the scores; None: 1 / sqrt(H / heads).
+        attention_dtype: float32, float16 or bfloat16; None: x's dtype. With AVX512_BF16 attention in bfloat16 takes half the time.
+        key_lens: int32 [B]: rows of sequence b attend to its first key_lens[b] rows alone, as in a batch with padding on the right;
+            none: to zeros. None: to all.
+
+    Returns:
+        [T, H] of x's dtype, contiguous. A row of a sequence that is not known by cu_seqlens is NaN, and so are those of a sequence
+        with key_lens beyond it. A NaN or an infinity stays in its sequence. Bits do not depend on the number of threads.
+
+    Raises:
+        TypeError: an argument is of another type or dtype than above.
+        ValueError: a shape, layout, device, value or combination of arguments is not one of those above.
+        Unsupported: a backend asked for by name cannot run these arguments.
+        RuntimeError: an input requires grad, in grad mode: operations have no backward.
+
+    Example:
+        >>> def weight(n, k):
+        ...     q, scale, _ = fp.ops.quantize(torch.randn(n, k), torch.int8)
+        ...     return fp.ops.Int8Weight(q, scale, torch.randn(n))
+        >>> norm = torch.ones(64), torch.zeros(64)
+        >>> layer = fp.ops.EncoderWeights(weight(192, 64), weight(64, 64), weight(256, 64), weight(64, 256), norm, norm)
+        >>> lengths = torch.tensor([0, 5, 8], dtype=torch.int32)
+        >>> fp.ops.encoder_layer(torch.randn(8, 64), lengths, [layer], heads=4).shape
+        torch.Size([8, 64])
+    """
+    dtype = getattr(x, "dtype", None) if attention_dtype is None else attention_dtype
+    return OPERATION(x, cu_seqlens, flat(layers), heads, eps, activation, pre_norm, scale, dtype, key_lens)
+
+
+def _check_linear(weights: Sequence[Tensor | None], name: str, rows: int | None, inputs: Tensor) -> int:
+    """Its rows. inputs: empty, with as many columns as its input."""
+    op = "encoder_layer"
+    weight, scale, bias, total, packed = weights
+    if not isinstance(weight, Tensor) or not isinstance(scale, Tensor):
+        raise TypeError(f"{op}: {name} must be an Int8Weight with weight and scale, and has not both")
+    check_int8_weight(op, f"{name}.weight", weight, "its input", inputs, total is not None)
+    n = weight.shape[0]
+    if rows is not None and n != rows:
+        raise ValueError(f"{op}: {name}.weight must be [{rows}, {inputs.shape[-1]}], and has shape {tuple(weight.shape)}")
+    check_vector(op, f"{name}.scale", scale, n, torch.float32, inputs)
+    check_vector(op, f"{name}.bias", bias, n, FLOATS, inputs)
+    check_vector(op, f"{name}.sum", total, n, torch.int32, inputs)
+    check_packed(op, packed, inputs)
+    return n
+
+
+def _check_layer(weights: Sequence[Tensor | None], activation: str | None, x: Tensor) -> None:
+    op, h = "encoder_layer", x.shape[1]
+    qkv, out, up, down = (weights[i * LINEAR : (i + 1) * LINEAR] for i in range(LINEARS))
+    inputs = x.new_empty(0, h)
+    _check_linear(qkv, "qkv", 3 * h, inputs)
+    _check_linear(out, "out", h, inputs)
+    n = _check_linear(up, "up", None, inputs)
+    if is_gated(activation) and n % 16:
+        raise ValueError(f"{op}: the rows of up must be a multiple of 16 with {activation}, 8 of gate beside 8 of up, and are {n}: "
+                         "pad them with zeros")  # fmt: skip
+    _check_linear(down, "down", h, x.new_empty(0, n // 2 if is_gated(activation) else n))
+    names = ("norm1's weight", "norm1's bias", "norm2's weight", "norm2's bias")
+    for name, v in zip(names, weights[LINEARS * LINEAR :]):
+        if v is None and name.endswith("weight"):
+            raise TypeError(f"{op}: {name} must be a tensor of torch.float32, not None: pass ones")
+        check_vector(op, name, v, h, torch.float32, x)
+
+
+def _check_sequences(x: Tensor, cu_seqlens: Tensor, key_lens: Tensor | None) -> None:
+    op = "encoder_layer"
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"{op}: cu_seqlens must be a tensor of torch.int32, not {type(cu_seqlens).__name__}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+        raise ValueError(f"{op}: cu_seqlens must be [B + 1], and has shape {tuple(cu_seqlens.shape)}")
+    check_vector(op, "cu_seqlens", cu_seqlens, cu_seqlens.numel(), torch.int32, x)
+    check_vector(op, "key_lens", key_lens, cu_seqlens.numel() - 1, torch.int32, x)
+
+
+def _check(
+    x: Tensor,
+    cu_seqlens: Tensor,
+    weights: list[Tensor | None],
+    heads: int,
+    eps: float,
+    activation: str | None,
+    pre_norm: bool,
+    scale: float | None,
+    attention_dtype: torch.dtype,
+    key_lens: Tensor | None,
+) -> None:
+    op = "encoder_layer"
+    check_float_rows(op, "x", x)
+    if x.dim() != 2:
+        raise ValueError(
+            f"{op}: x must be [T, H], all sequences one after another, and has shape {tuple(x.shape)}: flatten it"
+        )
+    if type(heads) is not int or heads < 1 or x.shape[1] % heads:
+        raise ValueError(f"{op}: heads must be a positive divisor of the {x.shape[1]} columns of x, not {heads!r}")
+    for name, v in (("eps", eps), ("scale", scale)):
+        if v is not None and (isinstance(v, bool) or not isinstance(v, (int, float))):
+            raise TypeError(f"{op}: {name} must be a number, not {type(v).__name__}")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"{op}: eps must be finite and at least 0, not {eps}")
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"{op}: scale must be finite and positive, not {scale}")
+    check_activation(op, activation, (None, *PLAIN, *GATED))
+    if not isinstance(pre_norm, bool):
+        raise TypeError(f"{op}: pre_norm must be True or False, not {pre_norm!r}")
+    if attention_dtype not in FLOATS:
+        raise TypeError(f"{op}: attention_dtype must be float32, float16 or bfloat16, not {attention_dtype}")
+    _check_sequences(x, cu_seqlens, key_lens)
+    if not isinstance(weights, list) or not weights or len(weights) % LAYER:
+        raise ValueError(f"{op}: layers must be one EncoderWeights or more")
+    for i in range(0, len(weights), LAYER):
+        _check_layer(weights[i : i + LAYER], activation, x)
+
+
+def _fake(x: Tensor, *options: object) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+OPERATION = Operation(encoder_layer, _check, reference.encoder_layer, _fake, backends=("cpu",))

@@ -1,0 +1,132 @@
+"""Shapes and options of encoder_layer, for tests and benchmarks."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...testing import pairwise
+from ..common.activations import GATED, PLAIN, interleave_gate_up, is_gated
+from ..common.quantized_rows import FLOATS
+from ..int8_linear import pack_int8_weight
+from ..quantize.reference import quantize
+from . import EncoderWeights, Int8Weight, flat, reference
+
+#: A value that is within fp32's error of a tie between two steps of its 8 bits is rounded to one of them here and to the other
+#: there, one in some ten thousand, and each moves its row's results by a step times a weight: .02 of what quantisation itself
+#: moves them. Measured on these cases: at most 6e-4 of all values, 6e-3 of a row. Without a residual, a bias or a scale, or with
+#: heads exchanged, it is .1 and more.
+TOTAL, OF_ROW = 2e-3, 2e-2
+
+
+@dataclass(frozen=True)
+class Case:
+    lengths: tuple[int, ...]
+    h: int
+    heads: int
+    inner: int
+    layers: int = 1
+    x_dtype: torch.dtype = torch.float32
+    attention_dtype: torch.dtype = torch.float32
+    activation: str | None = "gelu"
+    pre_norm: bool = False
+    symmetric: bool = False
+    bias: bool = True
+    packed: bool = False
+    key_lens: bool = False
+    apart: bool = False  #: rows of x
+
+    def arguments(self, device: str = "cpu", seed: int = 0) -> tuple[Any, ...]:
+        """In the schema's order."""
+        g = torch.Generator().manual_seed(seed)
+
+        def linear(n: int, k: int, gated: bool = False) -> Int8Weight:
+            q, scale, _ = quantize(torch.randn(n, k, generator=g) / k**0.5, torch.int8)
+            if gated:
+                q, scale = (interleave_gate_up(*t.chunk(2)) for t in (q, scale))
+            bias = torch.randn(n, generator=g) / 4 if self.bias else None
+            total = None if self.symmetric else q.sum(1, dtype=torch.int32)
+            packed = pack_int8_weight(q, verify=False) if self.packed and device == "cpu" else None
+            return Int8Weight(*(t if t is None else t.to(device) for t in (q, scale, bias, total, packed)))
+
+        def norm() -> tuple[Tensor, Tensor | None]:
+            weight, bias = torch.rand(self.h, generator=g) + 0.5, torch.randn(self.h, generator=g) / 4
+            return weight.to(device), bias.to(device) if self.bias else None
+
+        gated = is_gated(self.activation)
+        weights = [
+            EncoderWeights(
+                linear(3 * self.h, self.h), linear(self.h, self.h), linear(self.inner * (1 + gated), self.h, gated),
+                linear(self.h, self.inner), norm(), norm(),
+            )
+            for _ in range(self.layers)
+        ]  # fmt: skip
+        x = torch.randn(sum(self.lengths), 2 * self.h if self.apart else self.h, generator=g).to(device, self.x_dtype)
+        cu_seqlens = torch.tensor([0, *itertools.accumulate(self.lengths)], dtype=torch.int32, device=device)
+        keys = [n - i % 3 if n > i % 3 else n for i, n in enumerate(self.lengths)]
+        key_lens = torch.tensor(keys, dtype=torch.int32, device=device) if self.key_lens else None
+        return (x[:, : self.h], cu_seqlens, flat(weights), self.heads, 1e-12, self.activation, self.pre_norm, None,
+                self.attention_dtype, key_lens)  # fmt: skip
+
+    def bytes(self) -> int:
+        """Weights, the stream in and out of each layer, q, k and v."""
+        rows, gate = sum(self.lengths), 1 + is_gated(self.activation)
+        weights = self.h * (4 * self.h + (1 + gate) * self.inner)
+        moved = 2 * self.h * self.x_dtype.itemsize + 2 * 3 * self.h * self.attention_dtype.itemsize
+        return self.layers * (weights + rows * moved)
+
+    def flops(self) -> int:
+        rows, gate = sum(self.lengths), 1 + is_gated(self.activation)
+        products = rows * self.h * (4 * self.h + (1 + gate) * self.inner)
+        return 2 * self.layers * (products + 2 * self.h * sum(n * n for n in self.lengths))
+
+
+def assert_matches(actual: Tensor, args: tuple[Any, ...]) -> None:
+    """actual is what every backend returns for args."""
+    expected = reference.encoder_layer(*args)
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape and actual.is_contiguous()
+    got, want = actual.double(), expected.double()
+    assert torch.equal(got.isnan(), want.isnan()), "other rows are NaN"
+    got, want = got.nan_to_num(0), want.nan_to_num(0)
+    off, sizes = (got - want).norm(dim=1), want.norm(dim=1)
+    layers = len(args[2]) // reference.LAYER
+    u = torch.finfo(expected.dtype).eps + torch.finfo(args[8]).eps / 4
+    worst = (off / sizes.clamp(min=1e-30)).max().item() if len(off) else 0.0
+    total = (off.norm() / sizes.norm().clamp(min=1e-30)).item() if len(off) else 0.0
+    assert total <= layers * (TOTAL + u), f"off by {total:.2e} of all values, the worst row by {worst:.2e}"
+    assert worst <= layers * (OF_ROW + 2 * u), f"the worst row is off by {worst:.2e} of its values"
+
+
+def cases() -> Iterator[Case]:
+    """Every pair of sizes and options: few rows, of which threads share the columns, and blocks of rows; heads of attention's own
+    kernel and of torch's."""
+    factors = {
+        "lengths": ((5,), (1,), (33, 1, 64, 40), (150,), (7, 0, 20)),
+        "sizes": ((64, 4, 256), (96, 3, 80), (24, 2, 40), (72, 1, 48)),
+        "layers": (1, 2),
+        "x_dtype": FLOATS,
+        "attention_dtype": FLOATS,
+        "activation": ("gelu", None, *PLAIN[:1], *PLAIN[2:4], *GATED),
+        "pre_norm": (False, True),
+        "symmetric": (False, True),
+        "bias": (True, False),
+        "packed": (False, True),
+        "key_lens": (False, True),
+        "apart": (False, True),
+    }
+    for row in pairwise(factors):
+        h, heads, inner = row.pop("sizes")
+        yield Case(h=h, heads=heads, inner=inner, **row)
+
+
+#: A layer of MiniLM, of BERT base.
+BENCHMARK_CASES = (
+    Case((16,), 384, 12, 1536),
+    Case((128,) * 8, 384, 12, 1536),
+    Case((128,) * 8, 768, 12, 3072),
+)

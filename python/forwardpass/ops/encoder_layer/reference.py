@@ -1,0 +1,73 @@
+"""encoder_layer in plain torch: the specification, of those of int8_linear, attention and norm_quantize."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+from ..attention.reference import attend, known_sequences
+from ..int8_linear.reference import int8_linear
+from ..norm_quantize.reference import normalize
+
+#: What the schema has of a linear layer (weight, scale, bias, sum, packed), the linear layers of a layer, and all that it has.
+LINEAR, LINEARS = 5, 4
+LAYER = LINEAR * LINEARS + 4
+
+
+def encoder_layer(
+    x: Tensor,
+    cu_seqlens: Tensor,
+    weights: list[Tensor | None],
+    heads: int,
+    eps: float,
+    activation: str | None,
+    pre_norm: bool,
+    scale: float | None,
+    attention_dtype: torch.dtype,
+    key_lens: Tensor | None,
+) -> Tensor:
+    """Products in exact integers, norms and attention in float64, each step's result rounded to float32."""
+    dtype = x.dtype
+
+    def linear(i: int, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
+        weight, w_scale, bias, total, _ = layer[i * LINEAR : (i + 1) * LINEAR]
+        assert weight is not None and w_scale is not None
+        return int8_linear(
+            x, weight, w_scale, bias, activation, torch.float32, None, None, total is None, None, total, None, residual
+        )
+
+    def norm(i: int, x: Tensor) -> Tensor:
+        weight, bias = layer[LINEARS * LINEAR + 2 * i : LINEARS * LINEAR + 2 * i + 2]
+        return normalize(x, weight, eps, "layer", bias).float()
+
+    for first in range(0, len(weights), LAYER):
+        layer = weights[first : first + LAYER]
+        qkv = linear(0, norm(0, x) if pre_norm else x).to(attention_dtype)
+        attended = attention(qkv.unflatten(1, (3, heads, -1)), cu_seqlens, key_lens, scale)
+        y = linear(1, attended.to(attention_dtype).flatten(1), x.float())
+        if pre_norm:
+            y = linear(3, linear(2, norm(1, y), activation=activation), y)
+        else:
+            y = norm(0, y)
+            y = norm(1, linear(3, linear(2, y, activation=activation), y))
+        x = y.to(dtype)
+    return x.contiguous()
+
+
+def attention(qkv: Tensor, cu_seqlens: Tensor, key_lens: Tensor | None, scale: float | None) -> Tensor:
+    """qkv [T, 3, heads, head_dim] to [T, heads, head_dim], in float64; NaN in the rows of no known sequence."""
+    q, k, v = qkv.double().unbind(1)
+    o = torch.full_like(q, torch.nan)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    lens = itertools.repeat(None) if key_lens is None else key_lens.tolist()
+    for rows, keys in zip(known_sequences(cu_seqlens, len(q)), lens):
+        count = rows.stop - rows.start
+        if not 0 <= (count if keys is None else keys) <= count:
+            continue
+        of_keys = slice(rows.start, rows.stop if keys is None else rows.start + keys)
+        parts = q[None, rows], k[None, of_keys], v[None, of_keys]
+        o[rows] = attend(*parts, scale, None, None, 0.0, None, None, None)[0][0]
+    return o

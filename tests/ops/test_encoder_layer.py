@@ -1,0 +1,231 @@
+"""encoder_layer on the CPU: within rounding of the reference, bits that depend on a row and its sequence only."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from rotation import in_parts, whole
+from torch import nn
+
+import forwardpass as fp
+from forwardpass.dispatch import operations
+from forwardpass.ops.encoder_layer import EncoderWeights, Int8Weight, cases, flat
+from forwardpass.ops.encoder_layer.cases import Case
+from forwardpass.ops.encoder_layer.reference import LAYER
+from forwardpass.testing import poisoned_outputs
+
+RUNS = operations["encoder_layer"].runs
+#: in blocks of rows with one thread
+MANY = Case((33, 1, 64, 40), 64, 4, 256, layers=2)
+FEW = Case((5, 2), 64, 4, 256, layers=2)
+
+
+def run(args, **changed):
+    """The arguments are those of the schema."""
+    names = operations["encoder_layer"].parameters
+    with poisoned_outputs():
+        return RUNS["cpu"](*(dict(zip(names, args)) | changed).values())
+
+
+def ints(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("case", [whole(cases.cases())])
+def test_cpu_against_reference(case, seed):
+    args = case.arguments(seed=seed)
+    cases.assert_matches(run(args), args)
+
+
+def threaded():
+    """Few rows, blocks of them, and a number between: by blocks with one thread, by columns with seven."""
+    yield FEW
+    yield MANY
+    yield Case((90, 200, 11, 300), 96, 3, 80, layers=3, attention_dtype=torch.bfloat16, pre_norm=True)
+    yield Case((70,), 128, 2, 512, x_dtype=torch.bfloat16, attention_dtype=torch.bfloat16, activation="gelu_mul")
+
+
+@pytest.mark.parametrize("case", threaded())
+def test_bits_do_not_depend_on_the_threads(case):
+    args, threads, results = case.arguments(), torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3, 7):
+            torch.set_num_threads(n)
+            results.append(run(args))
+    finally:
+        torch.set_num_threads(threads)
+    cases.assert_matches(results[0], args)
+    assert all(torch.equal(r, results[0]) for r in results)
+
+
+@pytest.mark.parametrize("case", [FEW, MANY, dataclasses.replace(MANY, x_dtype=torch.float16, pre_norm=True)])
+def test_layers_in_one_call_are_as_many_calls(case):
+    args = case.arguments()
+    x, weights = args[0], args[2]
+    for first in range(0, len(weights), LAYER):
+        x = run(args, x=x, weights=weights[first : first + LAYER])
+    assert torch.equal(x, run(args))
+
+
+@pytest.mark.parametrize("case", [FEW, MANY])
+def test_bits_are_those_of_a_sequence_alone(case):
+    args, y = case.arguments(), run(case.arguments())
+    for begin, end in itertools.pairwise(args[1].tolist()):
+        assert torch.equal(run(args, x=args[0][begin:end], cu_seqlens=ints(0, end - begin)), y[begin:end])
+
+
+@pytest.mark.parametrize("case", [FEW, MANY])
+def test_packed_weights_give_the_same_bits(case):
+    packed = dataclasses.replace(case, packed=True).arguments()
+    assert torch.equal(run(case.arguments()), run(packed))
+
+
+def test_key_lens_are_a_padded_batch():
+    """What stands behind a sequence's keys is computed, and is looked at by nobody."""
+    args = Case((40, 40, 40), 64, 4, 256, layers=2).arguments()
+    y = run(args, key_lens=ints(40, 17, 1))
+    packed = torch.cat([args[0][:40], args[0][40:57], args[0][80:81]])
+    expected = run(args, x=packed, cu_seqlens=ints(0, 40, 57, 58))
+    assert torch.equal(torch.cat([y[:40], y[40:57], y[80:81]]), expected)
+    assert y.isfinite().all()
+    assert run(args, key_lens=ints(40, 0, 40)).isfinite().all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("case", [FEW, MANY])
+def test_a_nan_or_an_infinity_stays_in_its_sequence(case, value):
+    args = case.arguments()
+    y, x = run(args), args[0].clone()
+    begin, end = args[1][1].item(), args[1][2].item()
+    x[end - 1, 3] = value
+    got = run(args, x=x)
+    assert got[begin:end].isnan().all()
+    assert torch.equal(got[:begin], y[:begin]) and torch.equal(got[end:], y[end:])
+
+
+@pytest.mark.parametrize(
+    ("cu_seqlens", "nan"),
+    [((0, 33, 60), (60, 138)), ((0, 33, 200), (33, 138)), ((5, 138), (0, 138)), ((0, 20, 60, 50, 138), (20, 138))],
+)
+def test_rows_of_no_sequence_are_nan(cu_seqlens, nan):
+    args = MANY.arguments()
+    got = run(args, cu_seqlens=ints(*cu_seqlens))
+    assert got[slice(*nan)].isnan().all()
+    assert got[: nan[0]].isfinite().all() and got[nan[1] :].isfinite().all()
+    full = run(args, key_lens=ints(33, 2, 64, 40))  # more keys than there are rows
+    assert full[33:34].isnan().all() and full[:33].isfinite().all() and full[34:].isfinite().all()
+
+
+def test_nothing_and_one_token():
+    args = dataclasses.replace(FEW, lengths=()).arguments()
+    assert run(args).shape == (0, 64)
+    args = dataclasses.replace(FEW, lengths=(0, 0)).arguments()
+    assert run(args).shape == (0, 64)
+    args = dataclasses.replace(FEW, lengths=(1,)).arguments()
+    cases.assert_matches(run(args), args)
+
+
+@pytest.mark.slow
+def test_many_tokens():
+    args = Case((8192,), 64, 2, 128, attention_dtype=torch.bfloat16).arguments()
+    cases.assert_matches(run(args), args)
+
+
+def quantized(*layers):
+    weight = torch.cat([layer.weight.detach() for layer in layers])
+    q, scale, _ = fp.ops.quantize(weight, torch.int8)
+    return Int8Weight(
+        q, scale, torch.cat([layer.bias.detach() for layer in layers]), q.sum(1, dtype=torch.int32)
+    )
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_is_the_layer_of_torch(pre_norm):
+    """In 8 bits: to a cosine of .999."""
+    layer = nn.TransformerEncoderLayer(64, 4, 256, 0.0, "gelu", batch_first=True, norm_first=pre_norm).eval()
+    of_attention = nn.Linear(64, 192)
+    of_attention.weight, of_attention.bias = layer.self_attn.in_proj_weight, layer.self_attn.in_proj_bias
+    norms = [(n.weight.detach(), n.bias.detach()) for n in (layer.norm1, layer.norm2)]
+    linears = (of_attention, layer.self_attn.out_proj, layer.linear1, layer.linear2)
+    weights = EncoderWeights(*map(quantized, linears), *norms)
+    x = torch.randn(2, 40, 64)
+    with torch.inference_mode():
+        y = fp.ops.encoder_layer(x.flatten(0, 1), ints(0, 40, 80), [weights], heads=4, eps=1e-5, pre_norm=pre_norm)
+        exact = layer(x).flatten(0, 1)
+    assert torch.cosine_similarity(y, exact).min() > 0.999
+
+
+@pytest.mark.parametrize("case", in_parts([*cases.cases()][::9], 2))
+def test_opcheck(case):
+    torch.library.opcheck(torch.ops.forwardpass.encoder_layer_cpu.default, case.arguments())
+
+
+def test_compiles_whole():
+    args = FEW.arguments()
+
+    def f(x):
+        return operations["encoder_layer"](x, *args[1:]) * 2
+
+    assert torch.equal(torch.compile(f, fullgraph=True, backend="aot_eager")(args[0]), f(args[0]))
+
+
+def weights(**changed):
+    args = Case((4,), 64, 4, 256).arguments()[2]
+    parts = [Int8Weight(*args[i : i + 5]) for i in range(0, 20, 5)]
+    return EncoderWeights(*parts, tuple(args[20:22]), tuple(args[22:24]))._replace(**changed)
+
+
+LAYER_WEIGHTS = weights()
+
+
+def part(name, **changed):
+    return weights(**{name: getattr(LAYER_WEIGHTS, name)._replace(**changed)})
+
+
+@pytest.mark.usefixtures("refusing")
+@pytest.mark.parametrize(
+    ("layers", "options", "error", "words"),
+    [
+        ([], {}, ValueError, "layers must be one EncoderWeights or more"),
+        (LAYER_WEIGHTS, {}, TypeError, "layers must be a list of EncoderWeights"),
+        ([part("qkv", weight=torch.zeros(128, 64, dtype=torch.int8))], {}, ValueError, r"qkv.weight must be \[192, 64\]"),
+        ([part("out", weight=None)], {}, TypeError, "out must be an Int8Weight with weight and scale"),
+        ([part("up", weight=torch.zeros(256, 64))], {}, TypeError, "up.weight must be an int8 tensor"),
+        ([part("up", scale=torch.ones(3))], {}, ValueError, "up.scale must be contiguous with 256 elements"),
+        ([part("down", bias=torch.ones(64).double())], {}, TypeError, "down.bias must be a tensor of"),
+        ([part("down", sum=torch.ones(64))], {}, TypeError, "down.sum must be a tensor of torch.int32"),
+        ([part("down", packed=torch.ones(64))], {}, TypeError, "packed must be an int8 tensor"),
+        ([part("down", weight=torch.zeros(64, 255, dtype=torch.int8))], {}, ValueError, "down.weight"),
+        ([weights(norm1=(None, None))], {}, TypeError, "norm1's weight must be a tensor"),
+        ([weights(norm2=(torch.ones(64).half(), None))], {}, TypeError, "norm2's weight must be a tensor of torch.float32"),
+        ([LAYER_WEIGHTS], {"heads": 5}, ValueError, "heads must be a positive divisor of the 64 columns"),
+        ([LAYER_WEIGHTS], {"activation": "tanh"}, ValueError, "activation must be one of"),
+        ([part("up", weight=torch.zeros(248, 64, dtype=torch.int8), scale=torch.ones(248), bias=None, sum=None)],
+         {"activation": "silu_mul"}, ValueError, "a multiple of 16"),
+        ([LAYER_WEIGHTS], {"key_lens": ints(3)}, ValueError, "key_lens must be contiguous with 2 elements"),
+        ([LAYER_WEIGHTS], {"cu_seqlens": ints()}, ValueError, r"cu_seqlens must be \[B \+ 1\]"),
+        ([LAYER_WEIGHTS], {"x": torch.zeros(2, 2, 64)}, ValueError, r"x must be \[T, H\]"),
+        ([LAYER_WEIGHTS], {"scale": 0.0}, ValueError, "scale must be finite and positive"),
+        ([LAYER_WEIGHTS], {"attention_dtype": torch.int8}, TypeError, "attention_dtype must be float32"),
+    ],
+)  # fmt: skip
+def test_refusals(layers, options, error, words):
+    arguments = {"x": torch.zeros(4, 64), "cu_seqlens": ints(0, 1, 4), "heads": 4} | options
+    x, cu_seqlens = arguments.pop("x"), arguments.pop("cu_seqlens")
+    with pytest.raises(error, match=words) as e:
+        fp.ops.encoder_layer(x, cu_seqlens, layers, **arguments)
+    assert "\n" not in str(e.value) and str(e.value).startswith("encoder_layer")
+
+
+def test_refuses_grad():
+    layer = weights(norm1=(torch.ones(64, requires_grad=True), None))
+    with pytest.raises(RuntimeError, match="has no backward"):
+        fp.ops.encoder_layer(torch.zeros(4, 64), ints(0, 4), [layer], heads=4)
+
+
+def test_cases_are_those_that_they_are_named():
+    all_of = [*cases.cases()]
+    assert any(c.pre_norm and c.activation == "gelu_mul" for c in all_of)
+    assert any(c.h // c.heads % 16 for c in all_of) and any(sum(c.lengths) > 128 for c in all_of)
+    assert len(flat([LAYER_WEIGHTS])) == LAYER and len(all_of) < 90
