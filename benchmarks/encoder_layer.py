@@ -22,9 +22,10 @@ def baseline(
     batch = len({b - a for a, b in itertools.pairwise(ends)}) == 1 and len(ends) - 1
 
     def linear(i: int, x: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
-        weight, scale, bias, total, _ = layer[i * LINEAR : (i + 1) * LINEAR]
+        weight, scale, bias, total, channel_scale, _ = layer[i * LINEAR : (i + 1) * LINEAR]
         assert weight is not None and scale is not None
-        return int8_linear(x, weight, scale, bias, activation, torch.float32, total is None, None, total, residual)
+        return int8_linear(x, weight, scale, bias, activation, torch.float32, total is None, channel_scale, total,
+                           residual)
 
     def norm(i: int, x: Tensor) -> Tensor:
         weight, bias = layer[LINEARS * LINEAR + 2 * i : LINEARS * LINEAR + 2 * i + 2]

@@ -13,8 +13,9 @@ struct EncoderLinear {
   const float* scale;  // [N]
   const void* bias;    // [N] or null
   Dtype bias_dtype;
-  const int32_t* sum;     // [N], of the weight's rows: the input has zero points; null: it has none
-  OptionalTensor packed;  // what pack_int8_weight made of the weight, or none
+  const int32_t* sum;          // [N], of the weight's rows: the input has zero points; null: it has none
+  const float* channel_scale;  // [K], multiplies the input first; or null
+  OptionalTensor packed;       // what pack_int8_weight made of the weight, or none
 };
 
 struct EncoderLayer {

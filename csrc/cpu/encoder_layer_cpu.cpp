@@ -84,6 +84,7 @@ QuantizeParams quantization(const EncoderLinear& linear, const Matrix& x, float*
   q.x = x;
   q.out.dtype = Dtype::i8, q.out.columns = q.out.group = x.columns, q.out.scale_stride = x.rows;
   q.out.scale = scale, q.out.zero_point = linear.sum ? zero_point : nullptr, q.out.symmetric = !linear.sum;
+  q.out.channel_scale = linear.channel_scale;
   return q;
 }
 

@@ -1,16 +1,15 @@
 #include "torch/encoder_layer.h"
 
 #include "cpu/encoder_layer.h"
-
 #include "torch/int8_operands.h"
 
 namespace forwardpass {
 namespace {
 
 constexpr const char* kOp = "encoder_layer";
-// Of a layer, in this order: of qkv, out, up and down weight, scale, bias, sum and packed each; of both norms weight
-// and bias (LAYER in ops/encoder_layer/__init__.py).
-constexpr int64_t kLinears = 4, kOfLinear = 5, kOfLayer = kLinears * kOfLinear + 4;
+// Of a layer, in this order: of qkv, out, up and down weight, scale, bias, sum, channel_scale and packed each; of both
+// norms weight and bias (LAYER in ops/encoder_layer/__init__.py).
+constexpr int64_t kLinears = 4, kOfLinear = 6, kOfLayer = kLinears * kOfLinear + 4;
 
 using Weights = std::vector<std::optional<Tensor>>;
 
@@ -29,8 +28,9 @@ EncoderLinear linear_of(const Weights& weights, int64_t i, int64_t n, int64_t k,
   }
   l.sum = ints(weights[i + 3], n, x, kOp, "a weight's sum");
   check_int8_depth(k, l.sum, kOp);
-  check_packed(weights[i + 4], x, kOp);
-  l.packed = weights[i + 4];
+  l.channel_scale = floats(weights[i + 4], k, x, kOp, "a weight's channel_scale");
+  check_packed(weights[i + 5], x, kOp);
+  l.packed = weights[i + 5];
   return l;
 }
 

@@ -12,7 +12,7 @@ import forwardpass as fp
 from forwardpass.dispatch import operations
 from forwardpass.ops.encoder_layer import EncoderWeights, Int8Weight, cases, flat
 from forwardpass.ops.encoder_layer.cases import Case
-from forwardpass.ops.encoder_layer.reference import LAYER
+from forwardpass.ops.encoder_layer.reference import LAYER, LINEAR, LINEARS
 from forwardpass.testing import poisoned_outputs
 
 RUNS = operations["encoder_layer"].runs
@@ -46,7 +46,7 @@ def threaded():
     yield Case((70,), 128, 2, 512, x_dtype=torch.bfloat16, attention_dtype=torch.bfloat16, activation="gelu_mul")
 
 
-@pytest.mark.parametrize("case", threaded())
+@pytest.mark.parametrize("case", [*threaded()])
 def test_bits_do_not_depend_on_the_threads(case):
     args, threads, results = case.arguments(), torch.get_num_threads(), []
     try:
@@ -172,8 +172,9 @@ def test_compiles_whole():
 
 def weights(**changed):
     args = Case((4,), 64, 4, 256).arguments()[2]
-    parts = [Int8Weight(*args[i : i + 5]) for i in range(0, 20, 5)]
-    return EncoderWeights(*parts, tuple(args[20:22]), tuple(args[22:24]))._replace(**changed)
+    parts = [Int8Weight(*args[i : i + LINEAR]) for i in range(0, LINEAR * LINEARS, LINEAR)]
+    norms = args[LINEAR * LINEARS :]
+    return EncoderWeights(*parts, tuple(norms[:2]), tuple(norms[2:]))._replace(**changed)
 
 
 LAYER_WEIGHTS = weights()
@@ -197,7 +198,6 @@ def part(name, **changed):
         ([part("down", sum=torch.ones(64))], {}, TypeError, "down.sum must be a tensor of torch.int32"),
         ([part("down", packed=torch.ones(64))], {}, TypeError, "packed must be an int8 tensor"),
         ([part("down", weight=torch.zeros(64, 255, dtype=torch.int8))], {}, ValueError, "down.weight"),
-        ([weights(norm1=(None, None))], {}, TypeError, "norm1's weight must be a tensor"),
         ([weights(norm2=(torch.ones(64).half(), None))], {}, TypeError, "norm2's weight must be a tensor of torch.float32"),
         ([LAYER_WEIGHTS], {"heads": 5}, ValueError, "heads must be a positive divisor of the 64 columns"),
         ([LAYER_WEIGHTS], {"activation": "tanh"}, ValueError, "activation must be one of"),

@@ -69,6 +69,11 @@ def cpu_tier() -> str | None:
         return None
 
 
+def has_bfloat16_products() -> bool:
+    """Whether the CPU kernels multiply bfloat16 in half of the time of float32 (AVX512_BF16)."""
+    return cpu_tier() in ("avx512_vnni", "amx") and torch.cpu._is_avx512_bf16_supported()
+
+
 def int8_instructions() -> str | None:
     """What multiplies int8 on this CPU, None where it is sgemm."""
     return INT8_INSTRUCTIONS.get(cpu_tier() or "baseline")

@@ -33,6 +33,7 @@ class Options(TypedDict, total=False):
     attention: str | bool | Mapping[str, Choice] | Iterable[str]  #: several of `fp.plan` alone
     crossover: int | None
     unpad: str | bool
+    encoder: bool
     kv_cache: str | Iterable[str] | None  #: of `fp.plan` alone, several
     include: str | Iterable[str]
     exclude: str | Iterable[str]
@@ -78,6 +79,9 @@ class Config:
             runs without them too, and last_hidden_state is zero at padding; at tokens it is what it is with padding, but for the
             order of sums. Either is proven by a run. Compiled, exported and captured models, and calls that ask for hidden
             states or attention weights, stay padded. False: always padded. With plan=, "auto" is what the plan says.
+        encoder: True: on a CPU the layers of a text encoder of transformers (BERT and its like, DistilBERT) in int8 run as one
+            operation, `fp.ops.encoder_layer`, where a run in floats proves it. They stay in the model, and run one by one where a
+            hook, a gradient, hidden states or attention weights are asked of them, or torch.compile.
         kv_cache: what a decoder's caches of keys and values become as they come to its forward: "auto", of the model's dtype, in
             place of transformers' dynamic ones, which copy themselves for every token; "int8" or "fp8" (e4m3), static ones too,
             with a scale for each token and head. Attention is then swapped wherever it can be. None: as a plan says, or they stay.
@@ -116,6 +120,7 @@ class Config:
     attention: Attention = "auto"
     crossover: int | None = None
     unpad: str | bool = "auto"
+    encoder: bool = False
     kv_cache: str | None = None
     include: str | Iterable[str] = ()
     exclude: str | Iterable[str] = ()
@@ -135,6 +140,8 @@ class Config:
         check_kv_cache(self.kv_cache, self.attention)
         if self.precision is not None:
             Presets(self.precision)
+        if not isinstance(self.encoder, bool):
+            raise TypeError(f"encoder is True or False, not {self.encoder!r}")
         if not isinstance(self.strict, bool):
             raise TypeError(f"strict is True or False, not {self.strict!r}")
         if self.calibrate is not None:

@@ -140,6 +140,23 @@ class WeightBytes:
         return dict(vars(self))
 
 
+@dataclass(frozen=True)
+class EncoderLayers:
+    """Whether an encoder's layers are one operation on a CPU."""
+
+    stacks: tuple[tuple[str, int], ...]  #: the list of layers by name, and how many they are
+    reason: Reason | None  #: why not, or why others are not
+
+    def __str__(self) -> str:
+        if self.stacks:
+            return "; ".join(f"the {n} layers of {fqn} are one operation" for fqn, n in self.stacks)
+        return "" if self.reason is None or self.reason.code == "encoder_off" else f"layer by layer: {self.reason}"
+
+    def to_json(self) -> dict[str, Any]:
+        stacks = [{"layers": fqn, "count": n} for fqn, n in self.stacks]
+        return {"stacks": stacks, "reason": None if self.reason is None else dict(vars(self.reason))}
+
+
 @dataclass(repr=False)
 class Report(Printed):
     """The result of `fp.swap`. As a context manager it restores the model on exit. `print` shows tables, a notebook HTML."""
@@ -161,6 +178,7 @@ class Report(Printed):
     plan: Plan
     device: str  #: of the model, as "cpu" or "cuda"
     dry_run: bool = False
+    encoder: EncoderLayers = field(default_factory=lambda: EncoderLayers((), None))
     _model: weakref.ref[nn.Module] | None = field(default=None, repr=False, compare=False)
     _swap: weakref.ref[originals.Originals] | None = field(default=None, repr=False, compare=False)
 
@@ -196,6 +214,7 @@ class Report(Printed):
             "skipped": [s.to_json() for s in self.skipped],
             "other_layers": [x.to_json() for x in self.other_layers],
             "unpadding": self.unpadding.to_json(),
+            "encoder": self.encoder.to_json(),
             "kv_cache": self.kv_cache,
             "warnings": list(self.warnings),
             "weight_bytes": self.weight_bytes.to_json(),
@@ -260,6 +279,8 @@ class Report(Printed):
             yield from ("", f"swapped at {describe(self.plan.timesteps)}; at others the model runs on its originals")
         if line := str(self.unpadding):
             yield from ("", f"padding: {line}")
+        if line := str(self.encoder):
+            yield from ("", f"encoder: {line}")
         if self.kv_cache is not None:
             dtype = "the model's dtype" if self.kv_cache == "auto" else self.kv_cache
             yield from ("", f"caches of keys and values: {dtype}, appended to in place")

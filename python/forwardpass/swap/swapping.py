@@ -29,6 +29,7 @@ from ..proofs.walker import ConvolutionLeaf, Leaf, all_leaves, linear_leaves
 from ..version import __version__
 from . import originals
 from .attention.attention_modules import AttentionSwap, notes_on_8_bits
+from .attention.encoder_layers import EncoderDecision, EncoderSwap, decide_encoder
 from .attention.kv_cache import CacheSwap
 from .attention.projections import Projections
 from .attention.unpadded_encoders import UnpaddingSwap
@@ -37,7 +38,7 @@ from .decision import Decision, decide, is_swapped, of_second_call, refuse_model
 from .keras_layers import KerasLinears
 from .plan import Plan, PlannedAttention, PlannedLayer, layers_of
 from .precision import EARLY, STORED, ByHand, Early, LayerPrecision, Precision
-from .report import OtherLayers, Report, Skipped, Swapped, WeightBytes
+from .report import EncoderLayers, OtherLayers, Report, Skipped, Swapped, WeightBytes
 from .rules import Context, ties
 from .verdicts import Verdicts, prove
 
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 
 #: Of a model's bytes, what the layers of a class have at least for the report to speak of them.
 WEIGHS = 0.01
-_NONE = Verdicts()
+_NONE, _NO_ENCODER = Verdicts(), EncoderDecision((), None)
 _NOT_REACHED = Reason(
     "not_reached",
     "no batch of calibrate= reaches it, and it cannot be told what 8 bits would do to it",
@@ -140,6 +141,7 @@ def swap(
         batch, batches = first_of(() if config.calibrate is None or dry_run else config.calibrate)
         verdicts = prove(decision, unpad if config.plan is None else bool(unpad), batch, config.forward)
         decision = verdicts.applied(decision)
+        encoder = decide_encoder(decision, config.encoder, batch, config.forward)
         if config.strict:
             refuse_skips(decision.skipped)
         notes = _warnings(decision, model.training and not keras.is_all)
@@ -150,9 +152,8 @@ def swap(
             notes += calibration_notes
             if config.strict:
                 refuse_skips(decision.skipped)
-        return _carry_out(
-            decision, notes, arguments, calibration, keep, dry_run, projections, keras, verdicts, timesteps
-        )
+        return _carry_out(decision, notes, arguments, calibration, keep, dry_run, projections, keras, verdicts,
+                          timesteps, encoder)  # fmt: skip
 
 
 def _calibrate(
@@ -215,6 +216,7 @@ def _carry_out(
     keras: KerasLinears | None = None,
     verdicts: Verdicts = _NONE,
     timesteps: Timesteps | None = None,
+    encoder: EncoderDecision = _NO_ENCODER,
 ) -> Report:
     """Builds the replacements, gives the warnings, and puts the replacements in place."""
     model, swapped = decision.model, decision.swapped
@@ -256,6 +258,7 @@ def _carry_out(
         ),
         device_of(model).type,
         dry_run,
+        EncoderLayers(tuple((fqn, len(x.layers)) for fqn, x in encoder.stacks), encoder.reason),
     )
     for note in notes:  # before the model is touched: a filter may turn them into errors
         warnings.warn(f"swap: {note}", stacklevel=3)
@@ -268,6 +271,7 @@ def _carry_out(
             CacheSwap(decision.kv_cache),
             joined,
             Decompression(model, [leaf.module for leaf, _ in swapped]),
+            EncoderSwap(encoder),
         )
         if timesteps is not None:
             changes = (*changes, TimestepSwap(model, timesteps, (*layers, *around), (change,)))

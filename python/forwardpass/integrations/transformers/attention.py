@@ -438,6 +438,11 @@ def _collects_weights(module: nn.Module) -> bool:
     return collected is not None and any(name.endswith("attentions") for name in collected)
 
 
+def collects() -> bool:
+    """Whether the call that this thread is in collects anything that modules return, by hooks of transformers."""
+    return bool(_collector.get())
+
+
 def _as_before(
     module: nn.Module,
     place: Place | None,

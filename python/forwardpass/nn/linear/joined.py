@@ -80,6 +80,17 @@ class Joined:
                     return False
         return True
 
+    def is_whole(self, anew: bool = False) -> bool:
+        """Whether the layers' buffers are views of the product's. anew: joins them again where they are not, and agree."""
+        if self._is_whole():
+            return True
+        if not anew or why_apart(self.members):
+            return False
+        with _joining:
+            if not self._is_whole():
+                self._join()
+        return True
+
     def begin(self, holder: nn.Module | None = None, *_: Any) -> None:
         """A hook before the forward of the module that calls the layers: the next calls are those that were read, where its code is
         what it was, and no hook on a layer may write into their input."""
@@ -100,11 +111,8 @@ class Joined:
             if not self._is_whole():
                 if torch.compiler.is_compiling():
                     return member.product(x)
-                with _joining:
-                    if not self._is_whole():
-                        if why_apart(self.members):
-                            return member.product(x)
-                        self._join()
+                if not self.is_whole(anew=True):
+                    return member.product(x)
             y = self.layer.product(x)
             columns = [y.narrow(-1, start, n) for start, n in self._columns]
             self._result = x, writes(x), columns

@@ -21,26 +21,28 @@ class Int8Weight(NamedTuple):
     """A linear layer whose input is quantised row by row.
 
     weight: int8 [N, K]; scale: float32 [N]; bias: float32, float16 or bfloat16 [N]; sum: int32 [N], weight.sum(1,
-    dtype=torch.int32): the input has zero points; None: it has none; packed: `pack_int8_weight(weight)`.
+    dtype=torch.int32): the input has zero points; None: it has none; channel_scale: float32 [K], multiplies the input first;
+    packed: `pack_int8_weight(weight)`.
     """
 
     weight: Tensor
     scale: Tensor
     bias: Tensor | None = None
     sum: Tensor | None = None
+    channel_scale: Tensor | None = None
     packed: Tensor | None = None
 
 
 class EncoderWeights(NamedTuple):
     """One layer: qkv [3 H, H], the rows of q, k and v one after another; out [H, H]; up [I, H], gated [2 I, H] by
-    `interleave_gate_up`; down [H, I]; weight and bias of both norms, float32 [H], a bias may be None."""
+    `interleave_gate_up`; down [H, I]; weight and bias of both norms, float32 [H] or None."""
 
     qkv: Int8Weight
     out: Int8Weight
     up: Int8Weight
     down: Int8Weight
-    norm1: tuple[Tensor, Tensor | None]
-    norm2: tuple[Tensor, Tensor | None]
+    norm1: tuple[Tensor | None, Tensor | None]
+    norm2: tuple[Tensor | None, Tensor | None]
 
 
 def flat(layers: Sequence[EncoderWeights]) -> list[Tensor | None]:
@@ -111,7 +113,7 @@ def encoder_layer(
 def _check_linear(weights: Sequence[Tensor | None], name: str, rows: int | None, inputs: Tensor) -> int:
     """Its rows. inputs: empty, with as many columns as its input."""
     op = "encoder_layer"
-    weight, scale, bias, total, packed = weights
+    weight, scale, bias, total, channel_scale, packed = weights
     if not isinstance(weight, Tensor) or not isinstance(scale, Tensor):
         raise TypeError(f"{op}: {name} must be an Int8Weight with weight and scale, and has not both")
     check_int8_weight(op, f"{name}.weight", weight, "its input", inputs, total is not None)
@@ -121,6 +123,7 @@ def _check_linear(weights: Sequence[Tensor | None], name: str, rows: int | None,
     check_vector(op, f"{name}.scale", scale, n, torch.float32, inputs)
     check_vector(op, f"{name}.bias", bias, n, FLOATS, inputs)
     check_vector(op, f"{name}.sum", total, n, torch.int32, inputs)
+    check_vector(op, f"{name}.channel_scale", channel_scale, inputs.shape[-1], torch.float32, inputs)
     check_packed(op, packed, inputs)
     return n
 
@@ -138,8 +141,6 @@ def _check_layer(weights: Sequence[Tensor | None], activation: str | None, x: Te
     _check_linear(down, "down", h, x.new_empty(0, n // 2 if is_gated(activation) else n))
     names = ("norm1's weight", "norm1's bias", "norm2's weight", "norm2's bias")
     for name, v in zip(names, weights[LINEARS * LINEAR :]):
-        if v is None and name.endswith("weight"):
-            raise TypeError(f"{op}: {name} must be a tensor of torch.float32, not None: pass ones")
         check_vector(op, name, v, h, torch.float32, x)
 
 

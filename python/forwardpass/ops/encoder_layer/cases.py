@@ -17,11 +17,13 @@ from ..int8_linear import pack_int8_weight
 from ..quantize.reference import quantize
 from . import EncoderWeights, Int8Weight, flat, reference
 
-#: A value that is within fp32's error of a tie between two steps of its 8 bits is rounded to one of them here and to the other
-#: there, one in some ten thousand, and each moves its row's results by a step times a weight: .02 of what quantisation itself
-#: moves them. Measured on these cases: at most 6e-4 of all values, 6e-3 of a row. Without a residual, a bias or a scale, or with
-#: heads exchanged, it is .1 and more.
+#: A value that is within its error of a tie between two steps of its 8 bits is rounded to one of them here and to the other there.
+#: Of values off by a relative e that is a share of e / STEP, each off by a STEP: together sqrt(e STEP). With fp32 between the steps
+#: it is a value here and there: at most 6e-4 of all values, and 9e-3 of a row, in three seeds of these cases; with 16 bits half of
+#: the bound. Without a residual, a bias or a scale, or with heads exchanged, it is .1 and more.
 TOTAL, OF_ROW = 2e-3, 2e-2
+#: Of 8 bits, relative to the deviation of what is rounded.
+STEP = 0.024
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Case:
     pre_norm: bool = False
     symmetric: bool = False
     bias: bool = True
+    channel_scale: bool = False
     packed: bool = False
     key_lens: bool = False
     apart: bool = False  #: rows of x
@@ -46,13 +49,14 @@ class Case:
         g = torch.Generator().manual_seed(seed)
 
         def linear(n: int, k: int, gated: bool = False) -> Int8Weight:
-            q, scale, _ = quantize(torch.randn(n, k, generator=g) / k**0.5, torch.int8)
+            q, scale, _ = quantize(torch.randn(n, k, generator=g) / k**0.5, torch.int8, None, None, None, True, None)
             if gated:
                 q, scale = (interleave_gate_up(*t.chunk(2)) for t in (q, scale))
             bias = torch.randn(n, generator=g) / 4 if self.bias else None
             total = None if self.symmetric else q.sum(1, dtype=torch.int32)
+            channel = torch.rand(k, generator=g) + 0.5 if self.channel_scale else None
             packed = pack_int8_weight(q, verify=False) if self.packed and device == "cpu" else None
-            return Int8Weight(*(t if t is None else t.to(device) for t in (q, scale, bias, total, packed)))
+            return Int8Weight(*(t if t is None else t.to(device) for t in (q, scale, bias, total, channel, packed)))
 
         def norm() -> tuple[Tensor, Tensor | None]:
             weight, bias = torch.rand(self.h, generator=g) + 0.5, torch.randn(self.h, generator=g) / 4
@@ -95,11 +99,11 @@ def assert_matches(actual: Tensor, args: tuple[Any, ...]) -> None:
     got, want = got.nan_to_num(0), want.nan_to_num(0)
     off, sizes = (got - want).norm(dim=1), want.norm(dim=1)
     layers = len(args[2]) // reference.LAYER
-    u = torch.finfo(expected.dtype).eps + torch.finfo(args[8]).eps / 4
+    rounded = sum((STEP * torch.finfo(t).eps) ** 0.5 for t in (expected.dtype, args[8]) if t != torch.float32)
     worst = (off / sizes.clamp(min=1e-30)).max().item() if len(off) else 0.0
     total = (off.norm() / sizes.norm().clamp(min=1e-30)).item() if len(off) else 0.0
-    assert total <= layers * (TOTAL + u), f"off by {total:.2e} of all values, the worst row by {worst:.2e}"
-    assert worst <= layers * (OF_ROW + 2 * u), f"the worst row is off by {worst:.2e} of its values"
+    assert total <= layers * (TOTAL + rounded), f"off by {total:.2e} of all values, the worst row by {worst:.2e}"
+    assert worst <= layers * (OF_ROW + 3 * rounded), f"the worst row is off by {worst:.2e} of its values"
 
 
 def cases() -> Iterator[Case]:
@@ -115,6 +119,7 @@ def cases() -> Iterator[Case]:
         "pre_norm": (False, True),
         "symmetric": (False, True),
         "bias": (True, False),
+        "channel_scale": (False, True),
         "packed": (False, True),
         "key_lens": (False, True),
         "apart": (False, True),

@@ -12,8 +12,8 @@ from ..attention.reference import attend, known_sequences
 from ..int8_linear.reference import int8_linear
 from ..norm_quantize.reference import normalize
 
-#: What the schema has of a linear layer (weight, scale, bias, sum, packed), the linear layers of a layer, and all that it has.
-LINEAR, LINEARS = 5, 4
+#: What the schema has of a linear layer (weight, scale, bias, sum, channel_scale, packed), the linear layers of a layer, and all that it has.
+LINEAR, LINEARS = 6, 4
 LAYER = LINEAR * LINEARS + 4
 
 
@@ -33,10 +33,11 @@ def encoder_layer(
     dtype = x.dtype
 
     def linear(i: int, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
-        weight, w_scale, bias, total, _ = layer[i * LINEAR : (i + 1) * LINEAR]
+        weight, w_scale, bias, total, channel_scale, _ = layer[i * LINEAR : (i + 1) * LINEAR]
         assert weight is not None and w_scale is not None
         return int8_linear(
-            x, weight, w_scale, bias, activation, torch.float32, None, None, total is None, None, total, None, residual
+            x, weight, w_scale, bias, activation, torch.float32, None, None, total is None, channel_scale, total, None,
+            residual,
         )
 
     def norm(i: int, x: Tensor) -> Tensor:

@@ -82,6 +82,13 @@ def decide_unpadding(
     return UnpaddingDecision(tuple(stacks), next(iter(reasons), None if stacks else _NO_ENCODER))
 
 
+def stacks_of(model: nn.Module, attention: AttentionDecision) -> Iterator[tuple[str, nn.ModuleList]]:
+    """The lists of an encoder's layers, by name: of one class, with one attention each that sees both sides."""
+    for fqn, holder, layers in _stacks(model, attention):
+        if not getattr(holder.config, "is_decoder", False):
+            yield fqn, layers
+
+
 def _stacks(model: nn.Module, attention: AttentionDecision) -> Iterator[tuple[str, nn.Module, nn.ModuleList]]:
     """Each list of layers of one class with one attention each that sees both sides, its name, and the model of transformers that
     holds it and takes tokens and a mask. A run says whether they compute row by row besides, and the code around them nothing in

@@ -1,0 +1,299 @@
+"""The layers of a text encoder as one operation on a CPU, `fp.ops.encoder_layer`.
+
+A model calls its layers one after another, and each calls some ten modules. Here the first layer of a stack computes all of them in
+one call, hands a tensor of NaN to the next one, which hands it on, and the last layer gives the result. So the model's own loop
+runs, and code that reads what is between the layers gets NaN: such a model does not pass the proof (`swap.verdicts`), in which the
+same is done in floats.
+
+The layers stay what they are, with their modules, names and weights. A call goes to these, layer by layer, where something could
+tell the difference: a hook, another forward, module or weight, hidden states or attention weights that are asked for, autograd,
+autocast, training, torch.compile, a cache, a mask that is no padding on the right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ...common.environment import has_bfloat16_products
+from ...dispatch.calls import take
+from ...nn import Int8Linear
+from ...nn.guard import CodeGuard
+from ...ops.common.activations import PLAIN
+from ...ops.common.quantized_rows import FLOATS
+from ...ops.encoder_layer import OPERATION, EncoderWeights, Int8Weight, flat
+from . import attention, unpadding
+
+#: The attribute of a tensor of NaN between layers that has what the last layer gives.
+_RESULT = "_forwardpass_encoded"
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the parts of a post-norm layer are called. `attention` has attention_head_size and scaling."""
+
+    attention: str
+    qkv: tuple[str, str, str]
+    out: str
+    norm1: str
+    up: str
+    activation: str
+    down: str
+    norm2: str
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        return (*self.qkv, self.out, self.up, self.down)
+
+
+#: BERT and its like (RoBERTa, XLM-R, ELECTRA, CamemBERT, …), DistilBERT.
+FORMS = (
+    Form("attention.self", ("attention.self.query", "attention.self.key", "attention.self.value"), "attention.output.dense",
+         "attention.output.LayerNorm", "intermediate.dense", "intermediate.intermediate_act_fn", "output.dense",
+         "output.LayerNorm"),
+    Form("attention", ("attention.q_lin", "attention.k_lin", "attention.v_lin"), "attention.out_lin", "sa_layer_norm",
+         "ffn.lin1", "ffn.activation", "ffn.lin2", "output_layer_norm"),
+)  # fmt: skip
+
+
+def form_of(layer: nn.Module) -> Form | None:
+    """None where its parts are others."""
+    names = dict(layer.named_modules())
+    for form in FORMS:
+        norms = [names.get(name) for name in (form.norm1, form.norm2)]
+        if (
+            all(name in names for name in (form.attention, form.activation, *form.linears))
+            and all(type(n) is nn.LayerNorm and n.weight is not None and len(n.normalized_shape) == 1 for n in norms)
+            and norms[0].eps == norms[1].eps  # type: ignore[union-attr]
+            and isinstance(getattr(names[form.attention], "attention_head_size", None), int)
+            and getattr(layer, "add_cross_attention", False) is False
+        ):
+            return form
+    return None
+
+
+class Stack:
+    """Layers of one form, and what computes them: in 8 bits by the layers' own weights, or in floats for a proof."""
+
+    def __init__(self, layers: Sequence[nn.Module], form: Form, in_floats: bool = False) -> None:
+        self.layers, self.form, self.in_floats = tuple(layers), form, in_floats
+        classes = {type(m): None for layer in layers for m in layer.modules() if not _is_ours(type(m))}
+        self._in_bfloat16 = has_bfloat16_products()  # attention of floats
+        self._guards = tuple(CodeGuard(cls) for cls in classes)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._weights: list[Tensor | None] | None = None
+        self._watched: list[tuple[dict[str, Any], str, Any]] = []
+        self._modules: tuple[nn.Module, ...] = ()
+        self._hooks, self._config = -1, None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has modules and weights of its own, which its first call finds."""
+        before = {"_weights": None, "_watched": [], "_modules": (), "_hooks": -1, "_config": None}
+        return {**vars(self), **before}
+
+    def put(self) -> None:
+        for i, layer in enumerate(self.layers):
+            vars(layer)["forward"] = _Forward(self, i)
+
+    def undo(self) -> None:
+        for layer in self.layers:
+            if isinstance(vars(layer).get("forward"), _Forward):
+                del vars(layer)["forward"]
+        self._forget()
+
+    def part(self, layer: nn.Module, name: str) -> Any:
+        return layer.get_submodule(name)
+
+    def result(self, hidden: Tensor, mask: Any, options: dict[str, Any]) -> Tensor | None:
+        """Of all layers; None where they are to be called one by one."""
+        if not self._takes(hidden, options):
+            return None
+        lengths = _lengths(hidden, mask)
+        if lengths is None or not self._is_as_built():
+            return None
+        cu_seqlens, key_lens = lengths
+        x = hidden.flatten(0, 1)
+        y = self._floats(x, cu_seqlens, key_lens) if self.in_floats else self._int8(x, cu_seqlens, key_lens)
+        for layer in self.layers:
+            take(type(self.part(layer, self.form.attention)).__name__)
+        return y.view(hidden.shape)
+
+    def _takes(self, hidden: Tensor, options: dict[str, Any]) -> bool:
+        if type(hidden) is not Tensor or hidden.dim() != 3 or hidden.device.type != "cpu" or hidden.dtype not in FLOATS:
+            return False
+        if hidden.requires_grad and torch.is_grad_enabled():
+            return False
+        if torch.is_autocast_enabled("cpu") or self.layers[0].training:
+            return False
+        if attention.collects() or torch.jit.is_tracing():
+            return False
+        return all(x is None or x is False for x in options.values())
+
+    def _is_as_built(self) -> bool:
+        """Whether modules, weights and code are those that were found, and nothing new is around them."""
+        if not self._modules or any(d.get(name) is not x for d, name, x in self._watched):
+            if not self._find():
+                return False
+        if any("forward" in vars(m) for m in self._modules) or any(g.replaced() for g in self._guards):
+            return False
+        config: Any = self.part(self.layers[0], self.form.attention).config
+        if config._attn_implementation != self._config:
+            return False
+        if self._hooks != RemovableHandle.next_id:  # somebody has put one somewhere
+            if any(map(_is_watched, (*self.layers, *self._modules))):
+                return False
+            self._hooks = RemovableHandle.next_id
+        return self.in_floats or all(self.part(x, self.form.qkv[0]).joined.is_whole() for x in self.layers)
+
+    def _find(self) -> bool:
+        """Modules and weights as they are now."""
+        self._forget()
+        modules = tuple(m for layer in self.layers for m in layer.modules() if m is not layer)
+        holders = {id(m): m for m in (*self.layers, *modules)}
+        self._watched = [(m._modules, name, x) for m in holders.values() for name, x in m._modules.items()]
+        if not self.in_floats:
+            weights = [self._weights_of(layer) for layer in self.layers]
+            if any(w is None for w in weights) or len({self._constants(layer) for layer in self.layers}) > 1:
+                return False
+            self._weights = flat([w for w in weights if w is not None])
+            self._watched += list(self._tensors())
+        self._modules = modules
+        self._config = self.part(self.layers[0], self.form.attention).config._attn_implementation
+        return True
+
+    def _constants(self, layer: nn.Module) -> tuple[Any, ...]:
+        """What is one for all layers of a call."""
+        of_attention, norm, up = (self.part(layer, x) for x in (self.form.attention, self.form.norm1, self.form.up))
+        return of_attention.attention_head_size, float(of_attention.scaling), norm.eps, up.activation
+
+    def _tensors(self) -> Iterator[tuple[dict[str, Any], str, Any]]:
+        """But those of q, k and v, which their product looks after."""
+        f = self.form
+        for layer in self.layers:
+            for name in (f.out, f.up, f.down):
+                buffers = self.part(layer, name)._buffers
+                yield from ((buffers, key, x) for key, x in buffers.items())
+            for name in (f.norm1, f.norm2):
+                parameters = self.part(layer, name)._parameters
+                yield from ((parameters, key, x) for key, x in parameters.items())
+
+    def _weights_of(self, layer: nn.Module) -> EncoderWeights | None:
+        f = self.form
+        qkv = [self.part(layer, name) for name in f.qkv]
+        others = [self.part(layer, name) for name in (f.out, f.up, f.down)]
+        if not all(map(_is_plain, (*qkv, *others))):
+            return None
+        joined = qkv[0].joined
+        if joined is None or joined.members != tuple(qkv) or not joined.is_whole(anew=True):
+            return None
+        norms = [self.part(layer, name) for name in (f.norm1, f.norm2)]
+        if any(p is not None and p.dtype != torch.float32 for n in norms for p in n._parameters.values()):
+            return None
+        activations = [m.activation for m in (qkv[0], *others)]
+        if activations != [None, None, activations[2], None] or activations[2] not in PLAIN:
+            return None
+        pairs = [tuple(None if p is None else p.detach() for p in (n.weight, n.bias)) for n in norms]
+        return EncoderWeights(*map(_int8_weight, (joined.layer, *others)), *pairs)  # type: ignore[arg-type]
+
+    def _int8(self, x: Tensor, cu_seqlens: Tensor, key_lens: Tensor | None) -> Tensor:
+        head_size, scale, eps, activation = self._constants(self.layers[0])
+        dtype = torch.bfloat16 if x.dtype == torch.float32 and self._in_bfloat16 else x.dtype
+        heads = x.shape[1] // head_size
+        return OPERATION(x, cu_seqlens, self._weights, heads, eps, activation, False, scale, dtype, key_lens)
+
+    def _floats(self, x: Tensor, cu_seqlens: Tensor, key_lens: Tensor | None) -> Tensor:
+        """The formula, by the layers' own modules, of sequences of one length."""
+        f, batch = self.form, len(cu_seqlens) - 1
+        allowed = None
+        if key_lens is not None:
+            allowed = (torch.arange(len(x) // batch) < key_lens[:, None])[:, None, None]
+        for layer in self.layers:
+            part = {name: self.part(layer, name) for name in (*f.linears, f.norm1, f.norm2, f.activation, f.attention)}
+            of_attention = part[f.attention]
+            q, k, v = (
+                part[name](x).view(batch, -1, x.shape[1] // of_attention.attention_head_size, of_attention.attention_head_size)
+                .transpose(1, 2) for name in f.qkv
+            )  # fmt: skip
+            attended = F.scaled_dot_product_attention(q, k, v, allowed, scale=float(of_attention.scaling))
+            y = part[f.norm1](x + part[f.out](attended.transpose(1, 2).reshape(x.shape)))
+            x = part[f.norm2](y + part[f.down](part[f.activation](part[f.up](y))))
+        return x
+
+
+class _Forward:
+    """In the place of a layer's forward."""
+
+    def __init__(self, stack: Stack, index: int) -> None:
+        self.stack, self.index = stack, index
+
+    def __call__(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+        stack, layer = self.stack, self.stack.layers[self.index]
+        if not torch.compiler.is_compiling():
+            is_last = self.index + 1 == len(stack.layers)
+            if self.index > 0:
+                if (result := getattr(hidden_states, _RESULT, None)) is not None:
+                    return result if is_last else hidden_states
+            elif (result := stack.result(hidden_states, attention_mask, {**dict(enumerate(args)), **kwargs})) is not None:
+                if is_last:
+                    return result
+                between = torch.full((1, 1, 1), torch.nan, dtype=result.dtype).expand(result.shape)
+                setattr(between, _RESULT, result)
+                return between
+        return type(layer).forward(layer, hidden_states, attention_mask, *args, **kwargs)
+
+
+def _is_ours(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] == __name__.partition(".")[0]
+
+
+#: Hooks that do nothing that the one operation does not: they bring rows without padding, or say that layers are called.
+_HOOKS = {unpadding.gather, unpadding.scatter}
+
+
+def _is_watched(m: nn.Module) -> bool:
+    """Whether a hook is on it besides those that a swap and transformers put there, which act where hidden states are asked for."""
+    tables = m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks
+    return not all(_is_silent(hook) for table in tables for hook in table.values())
+
+
+def _is_silent(hook: Any) -> bool:
+    if getattr(hook, "__module__", None) == "transformers.utils.output_capturing":
+        return True
+    return hook in _HOOKS or (_is_ours(type(getattr(hook, "__self__", None))) and hook.__name__ == "begin")
+
+
+def _is_plain(m: nn.Module) -> bool:
+    """Whether it quantises its input row by row, and does nothing else that the operation has not."""
+    return type(m) is Int8Linear and m.input_scale is None and m.rotate is None and m.sharding is None
+
+
+def _int8_weight(m: Int8Linear) -> Int8Weight:
+    return Int8Weight(m.qweight, m.weight_scale, m.bias, m.weight_sum, m.channel_scale)
+
+
+def _lengths(hidden: Tensor, mask: Any) -> tuple[Tensor, Tensor | None] | None:
+    """(cu_seqlens, key_lens) of a call; None where its mask is another than padding on the right."""
+    rows = unpadding.current()
+    if rows is not None and rows.are(hidden):
+        return rows.cu_seqlens, None
+    batch, length = hidden.shape[:2]
+    cu_seqlens = torch.arange(0, batch * length + 1, length, dtype=torch.int32)
+    if mask is None:
+        return cu_seqlens, None
+    if type(mask) is not Tensor or mask.dtype != torch.bool or mask.shape != (batch, 1, length, length):
+        return None
+    row = mask[:, 0, 0]
+    if mask.stride(2) and not torch.equal(mask, row[:, None, None].expand_as(mask)):
+        return None
+    key_lens = row.sum(1, dtype=torch.int32)
+    if not torch.equal(row, torch.arange(length, dtype=torch.int32) < key_lens[:, None]) or not row[:, 0].all():
+        return None
+    return cu_seqlens, key_lens

@@ -1,0 +1,120 @@
+"""Which encoders of a swapped model run their layers as one operation on a CPU, and what that changes in the model.
+
+What runs then, and when a call goes layer by layer all the same, is in `integrations.transformers.encoder_stack`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ...common.batches import Forward, device_of
+from ...common.environment import cpu_tier
+from ...dispatch import Reason
+from ...integrations.transformers.attention import register
+from ...integrations.transformers.encoder_stack import Stack, form_of
+from ...integrations.transformers.unpadding import why_replaced
+from ...proofs import inputs, run
+from .unpadding import stacks_of
+
+if TYPE_CHECKING:
+    from ..decision import Decision
+
+_OFF = Reason("encoder_off", "encoder=False keeps them", "pass encoder=True")
+_NO_ENCODER = Reason("no_encoder", "there is no text encoder of a known form in transformers' code", "leave it")
+
+
+@dataclass(frozen=True)
+class EncoderDecision:
+    """The stacks whose layers are one operation, by the names of their lists, and why others are not, or all."""
+
+    stacks: tuple[tuple[str, Stack], ...]
+    reason: Reason | None
+
+
+def decide_encoder(
+    decision: Decision, asked: bool, batch: Any = None, forward: Forward | None = None
+) -> EncoderDecision:
+    """Of a decision that is proven: what of it was read is run in floats, on a user's batch and on what is made up."""
+    if not asked:
+        return EncoderDecision((), _OFF)
+    found: list[tuple[str, Stack]] = []
+    reasons: list[Reason] = []
+    for fqn, layers in stacks_of(decision.model, decision.attention):
+        if (reason := _why_not(decision, layers)) is None:
+            found.append((fqn, Stack([*layers], form_of(layers[0]), in_floats=True)))  # type: ignore[arg-type]
+        else:
+            reasons.append(reason)
+    if found:
+        users = inputs.of_batch(batch, forward) if batch is not None else ()
+        prover = run.Prover(decision.model, users, inputs.made_up(decision.model))
+        reason = prover.why_not([_InFloats(tuple(x for _, x in found))]) if prover.runs else run.UNPROVEN
+        if reason is None:
+            proven = ((fqn, Stack(x.layers, x.form)) for fqn, x in found)
+            return EncoderDecision(tuple(proven), next(iter(reasons), None))
+        reasons.append(reason)
+    return EncoderDecision((), next(iter(reasons), _NO_ENCODER))
+
+
+def _why_not(decision: Decision, layers: nn.ModuleList) -> Reason | None:
+    form = form_of(layers[0])
+    if form is None or any(form_of(layer) != form for layer in layers):
+        return Reason("other_layers", f"the parts of a {type(layers[0]).__name__} are none that are known", "leave it")
+    if device_of(layers[0]).type != "cpu":
+        return Reason("on_gpu", "it is an operation of CPUs", "leave it")
+    if cpu_tier() in (None, "baseline"):
+        return Reason("instructions", "this CPU has no AVX2", "leave it")
+    if reason := register():
+        return reason
+    precisions = {id(leaf.module): p for leaf, p in decision.swapped}
+    for layer in layers:
+        for name in form.linears:
+            p = precisions.get(id(layer.get_submodule(name)))
+            if p is None or p.precision.name != "int8" or p.precision.rotate is not None:
+                return Reason("precision", f"its {name} is not in int8", "swap all of its layers into int8")
+    if decision.attention.bits:
+        return Reason("attention_8bit", "its attention is asked for in 8 bits", "drop attention=")
+    classes = dict.fromkeys(type(m) for layer in layers for m in layer.modules())
+    if (replaced := why_replaced(classes)) is not None:
+        return Reason("replaced", f"the code of {replaced} is not what transformers has in its file", "undo what replaced it")
+    if any("forward" in vars(m) for layer in layers for m in layer.modules()):
+        return Reason("replaced", "a forward of its layers was replaced", "undo what replaced it")
+    return None
+
+
+@dataclass(frozen=True)
+class _InFloats:
+    """In the order that the operation has."""
+
+    stacks: tuple[Stack, ...]
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        try:
+            for stack in self.stacks:
+                stack.put()
+            yield
+        finally:
+            for stack in self.stacks:
+                stack.undo()
+
+
+class EncoderSwap:
+    """What that changes in a model: the forward of each layer, in its instance."""
+
+    def __init__(self, decision: EncoderDecision) -> None:
+        """Changes nothing."""
+        self._stacks = tuple(x for _, x in decision.stacks)
+
+    def put(self) -> None:
+        """After all others, whose layers it takes."""
+        for stack in self._stacks:
+            stack.put()
+
+    def undo(self) -> None:
+        for stack in self._stacks:
+            stack.undo()

@@ -1,0 +1,229 @@
+"""swap(encoder=True): an encoder's layers as one operation, and everything that sends a call back to the layers one by one."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import forwardpass as fp
+from forwardpass.common.environment import cpu_tier
+from forwardpass.integrations.transformers import encoder_stack
+from forwardpass.ops.encoder_layer import OPERATION
+
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.skipif(cpu_tier() in (None, "baseline"), reason="needs AVX2")
+
+SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3, "intermediate_size": 256, "vocab_size": 99}
+IDS = torch.arange(40).reshape(2, 20) % 99
+PADDED = torch.ones(2, 20, dtype=torch.int64)
+PADDED[1, 12:] = 0
+
+
+def bert(kind="Bert", **changed):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**{**SIZES, "pad_token_id": 98, **changed})
+    return getattr(transformers, f"{kind}Model")(config).eval()
+
+
+def distilbert():
+    torch.manual_seed(0)
+    config = transformers.DistilBertConfig(dim=64, n_heads=4, n_layers=3, hidden_dim=256, vocab_size=99)
+    return transformers.DistilBertModel(config).eval()
+
+
+def swapped(model, **options):
+    report = fp.swap(model, "int8", **{"encoder": True, "include": "**", **options})
+    return model, report
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many calls of the operation there were."""
+    count = []
+
+    def counted(*args):
+        count.append(len(args[2]))
+        return OPERATION(*args)
+
+    monkeypatch.setattr(encoder_stack, "OPERATION", counted)
+    return count
+
+
+@torch.inference_mode()
+def hidden(model, ids=IDS, **inputs):
+    return model(ids, **inputs).last_hidden_state
+
+
+def close(a, b, mask=None):
+    a, b = (x.flatten(0, 1) if mask is None else x[mask.bool()] for x in (a, b))
+    return torch.cosine_similarity(a, b).min() > 0.999
+
+
+@pytest.mark.parametrize(
+    "model", [bert, lambda: bert("Roberta"), lambda: bert("XLMRoberta"), lambda: bert("Electra"), distilbert],
+    ids=["bert", "roberta", "xlm-roberta", "electra", "distilbert"],
+)  # fmt: skip
+def test_layers_are_one_operation(model, calls):
+    model = model()
+    exact, exact_padded = hidden(model), hidden(model, attention_mask=PADDED)
+    names = [name for name, _ in model.named_modules()]
+    model, report = swapped(model)
+    assert "3 layers" in str(report) and "are one operation" in str(report)
+    assert close(hidden(model), exact) and len(calls) == 1
+    assert close(hidden(model, attention_mask=PADDED), exact_padded, PADDED) and len(calls) == 2
+    assert [name for name, _ in model.named_modules()] == names
+    assert isinstance(model.get_submodule(report.swapped[0].fqn), fp.nn.Int8Linear)
+    fp.restore(model)
+    assert torch.equal(hidden(model), exact) and len(calls) == 2
+
+
+def test_it_is_what_the_layers_are(calls):
+    """But for bfloat16 in attention and the order of sums."""
+    model = swapped(bert())[0]
+    y = hidden(model)
+    handle = model.encoder.layer[1].output.register_forward_hook(lambda *_: None)
+    one_by_one = hidden(model)
+    assert len(calls) == 1 and not torch.equal(y, one_by_one) and close(y, one_by_one)
+    assert ((y - one_by_one).norm() / one_by_one.norm()) < 5e-3
+    handle.remove()
+    assert torch.equal(hidden(model), y) and len(calls) == 2
+
+
+def sends_back():
+    def hook(model):
+        model.encoder.layer[2].register_forward_hook(lambda *_: None)
+
+    def pre_hook(model):
+        model.encoder.layer[0].attention.self.key.register_forward_pre_hook(lambda *_: None)
+
+    def forward(model):
+        dense = model.encoder.layer[0].output.dense
+        dense.forward = lambda x: type(dense).forward(dense, x)
+
+    def module(model):
+        model.encoder.layer[1].output.dense = nn.Linear(256, 64)
+
+    def dtype(model):
+        model.encoder.layer[0].output.LayerNorm.double().bfloat16()
+
+    return [hook, pre_hook, forward, module, dtype]
+
+
+@pytest.mark.parametrize("change", sends_back(), ids=lambda f: f.__name__)
+def test_goes_layer_by_layer_where_something_is_around_one(change, calls):
+    model = swapped(bert())[0]
+    hidden(model)
+    change(model)
+    with torch.autocast("cpu", enabled=False):
+        try:
+            hidden(model)
+        except RuntimeError:  # a norm of another dtype than its input, as without the swap
+            assert change.__name__ == "dtype"
+    assert len(calls) == 1
+
+
+def test_weights_that_change_count(calls):
+    model = swapped(bert())[0]
+    y = hidden(model)
+    with torch.no_grad():
+        model.encoder.layer[0].output.LayerNorm.weight.mul_(2)
+        assert not close(hidden(model), y)
+        model.encoder.layer[0].output.LayerNorm.weight.div_(2)
+        assert torch.equal(hidden(model), y)
+        dense = model.encoder.layer[1].output.dense
+        dense.weight_scale = dense.weight_scale * 2
+        assert not close(hidden(model), y)
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("asked", [{"output_hidden_states": True}, {"output_attentions": True}])
+def test_what_is_between_layers_is_there_where_it_is_asked_for(asked, calls):
+    model = swapped(bert())[0]
+    with torch.inference_mode():
+        out = model(IDS, **asked)
+    found = out.hidden_states if "output_hidden_states" in asked else out.attentions
+    assert not calls and all(x.isfinite().all() for x in found)
+    assert close(out.last_hidden_state, hidden(model)) and len(calls) == 1
+
+
+def test_goes_layer_by_layer_in_training_under_autocast_and_for_other_masks(calls):
+    model = swapped(bert())[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden(model)
+    left = PADDED.flip(1)
+    assert hidden(model, attention_mask=left).isfinite().all()
+    model.train()
+    hidden(model)
+    model.eval()
+    with pytest.raises(RuntimeError, match="for inference"):
+        model(IDS)  # under grad, as layers one by one
+    assert not calls
+
+
+def test_layers_can_be_called_alone(calls):
+    model = swapped(bert())[0]
+    x, layer = torch.randn(1, 5, 64), model.encoder.layer[1]
+    with torch.inference_mode():
+        y = type(layer).forward(layer, x)
+    assert y.shape == x.shape and y.isfinite().all() and not calls
+
+
+def test_copies_and_pickles_run_so_too(calls):
+    model = swapped(bert())[0]
+    y = hidden(model)
+    assert torch.equal(hidden(copy.deepcopy(model)), y)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    assert torch.equal(hidden(torch.load(file, weights_only=False)), y)
+    assert len(calls) == 3
+
+
+def test_without_padding(calls):
+    model, report = swapped(bert(), unpad=True)
+    y = hidden(model, attention_mask=PADDED)
+    assert calls and not y[1, 12:].any()
+    assert torch.equal(y[0], hidden(model)[0]) and torch.equal(y[1, :12], hidden(model, IDS[1:, :12])[0])
+    assert report.to_json()["encoder"] == {"stacks": [{"layers": "encoder.layer", "count": 3}], "reason": None}
+
+
+def test_calibrated(calls):
+    model = bert()
+    exact = hidden(model)
+    swapped(model, calibrate=[{"input_ids": IDS}])
+    assert close(hidden(model), exact) and len(calls) == 1
+
+
+class Reads(nn.Module):
+    """Code that looks between the layers."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def forward(self, input_ids):
+        x = self.model.embeddings(input_ids)
+        first = self.model.encoder.layer[0](x)
+        return self.model.encoder.layer[2](self.model.encoder.layer[1](first)) + first
+
+
+def test_code_that_reads_between_the_layers_disproves_it(calls):
+    model = Reads(bert())
+    report = fp.swap(model, "int8", encoder=True, include="**", calibrate=[{"input_ids": IDS}])
+    assert report.encoder.stacks == () and report.encoder.reason.code == "disproved"
+    with torch.inference_mode():
+        assert model(IDS).isfinite().all()
+    assert not calls
+
+
+def test_why_not():
+    for options, code in (({"exclude": "**.key"}, "precision"), ({"encoder": False}, "encoder_off")):
+        assert swapped(bert(), **options)[1].encoder.reason.code == code
+    torch.manual_seed(0)
+    mpnet = transformers.MPNetModel(transformers.MPNetConfig(**SIZES)).eval()
+    report = swapped(mpnet)[1]
+    assert report.encoder.reason.code == "other_layers" and "MPNetLayer" in str(report)
+    with pytest.raises(TypeError, match="encoder is True or False"):
+        fp.swap(bert(), "int8", encoder="auto")
