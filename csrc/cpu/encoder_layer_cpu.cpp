@@ -288,7 +288,7 @@ class Steps {
 struct BlockLinear {
   const EncoderLinear* linear;
   cpu::PackedWeight weight;
-  std::shared_ptr<const void> memory;
+  cpu::WeightMemory memory;
 };
 
 struct BlockLayer {
@@ -299,17 +299,13 @@ struct BlockLayer {
 // What one thread has for its rows, a block of at most 32 at a time.
 class Block {
  public:
-  Block(const EncoderLayerParams& p, const cpu::Int8Kernel& kernel, const std::vector<BlockLayer>& layers)
-      : kernel_(kernel), layers_(layers) {
+  Block(const EncoderLayerParams& p, const cpu::Int8Kernel& kernel) : kernel_(kernel) {
     const Formula one(p);
     const int64_t h = one.columns();
-    int64_t mid = 0, stride = 0, depth = 0;
-    for (const BlockLayer& l : layers) {
-      mid = std::max(mid, one.mid_columns(*l.layer));
-      for (const BlockLinear& b : l.linears)
-        stride = std::max(stride, cpu::stride_of_block(b.weight)), depth = std::max(depth, b.weight.depth);
-    }
-    rows_ = cpu::allocate(cpu::kBlockRows * stride);
+    int64_t mid = 0;
+    for (const EncoderLayer& layer : p.layers) mid = std::max(mid, one.mid_columns(layer));
+    const int64_t depth = round_up(std::max(h, mid), cpu::kTileBytes);
+    rows_ = cpu::allocate(cpu::kBlockRows * cpu::stride_of_block(depth));
     scratch_ = cpu::allocate(kernel.scratch_bytes_per_column * depth);
     sums_ = cpu::allocate(cpu::kBlockRows * kChunkColumns * 4);
     attended_ = cpu::allocate(kMostRows * h * size_of(p.attention));
@@ -323,7 +319,7 @@ class Block {
   void linear(const EncoderLinear& linear, const Matrix& x, const Outputs& o) {
     const BlockLinear& b = *std::find_if(std::begin(layer_->linears), std::end(layer_->linears),
                                          [&](const BlockLinear& b) { return b.linear == &linear; });
-    const int64_t stride = cpu::stride_of_block(b.weight);
+    const int64_t stride = cpu::stride_of_block(b.weight.depth);
     QuantizeParams q = quantization(linear, x, scales_, zero_points_);
     q.out.q = at<uint8_t>(rows_), q.out.q_stride = stride;
     quantize_cpu(q);
@@ -339,7 +335,6 @@ class Block {
 
  private:
   const cpu::Int8Kernel& kernel_;
-  const std::vector<BlockLayer>& layers_;
   const BlockLayer* layer_ = nullptr;
   CacheLines rows_, scratch_, sums_, attended_, floats_;
   Buffers buffers_{};
@@ -352,16 +347,9 @@ class Blocks {
  public:
   Blocks(const EncoderLayerParams& p, const cpu::Int8Kernel& kernel)
       : p_(p), one_(p), kernel_(kernel), sequences_(sequences_of(p)) {
-    for (const EncoderLayer& layer : p.layers) {
-      BlockLayer l{&layer, {{&layer.qkv, {}, {}}, {&layer.out, {}, {}}, {&layer.up, {}, {}}, {&layer.down, {}, {}}}};
-      for (BlockLinear& b : l.linears) {
-        const auto& packed = b.linear->packed;
-        const auto data = static_cast<const uint8_t*>(packed ? packed->const_data_ptr() : nullptr);
-        std::tie(b.weight, b.memory) =
-            cpu::weight_for_blocks(kernel, {b.linear->weight, data, packed ? packed->numel() : 0});
-      }
-      layers_.push_back(std::move(l));
-    }
+    for (const EncoderLayer& layer : p.layers)
+      layers_.push_back(
+          {&layer, {{&layer.qkv, {}, {}}, {&layer.out, {}, {}}, {&layer.up, {}, {}}, {&layer.down, {}, {}}}});
   }
 
   void run() {
@@ -371,15 +359,28 @@ class Blocks {
                   parts = (rows + part - 1) / part;
     const CacheLines qkv[2] = {cpu::allocate(rows * 3 * h * size_of(p_.attention)),
                                cpu::allocate(layers_.size() > 1 ? rows * 3 * h * size_of(p_.attention) : 0)};
-    for (int64_t l = -1; l < std::ssize(layers_); ++l)
+    for (int64_t l = -1; l < std::ssize(layers_); ++l) {
+      if (l + 1 < std::ssize(layers_)) pack(layers_[l + 1], l > 0 ? &layers_[l - 1] : nullptr);
       torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-        Block block(p_, kernel_, layers_);
+        Block block(p_, kernel_);
         for (int64_t i = begin; i < end; ++i)
           layer(block, l, i * part, std::min(rows, (i + 1) * part), at<char>(qkv[l & 1]), at<char>(qkv[~l & 1]));
       });
+    }
   }
 
  private:
+  // A layer's weights, in the memory of one that is done.
+  void pack(BlockLayer& layer, BlockLayer* done) const {
+    for (int64_t i = 0; i < std::ssize(layer.linears); ++i) {
+      BlockLinear& b = layer.linears[i];
+      if (done) b.memory = std::move(done->linears[i].memory);
+      const auto& packed = b.linear->packed;
+      const auto data = static_cast<const uint8_t*>(packed ? packed->const_data_ptr() : nullptr);
+      b.weight = cpu::weight_for_blocks(kernel_, {b.linear->weight, data, packed ? packed->numel() : 0}, b.memory);
+    }
+  }
+
   // Layer l but its q, k and v, which are in qkv; and those of the next layer, to next. -1: of the first layer alone.
   void layer(Block& block, int64_t l, int64_t first, int64_t last, char* qkv, char* next) const {
     const int64_t h = one_.columns();

@@ -98,11 +98,13 @@ uint64_t checksum(const Matrix& b) {
 // b, packed: all of it but what was taken out in `memory`.
 struct Packed {
   Layout layout;
-  CacheLines memory;
-  std::vector<ExcessPair> excess;
+  WeightMemory memory;
 
-  Packed(const Int8Kernel& kernel, const Matrix& b) : layout(b), memory(allocate(layout.bytes)) {
-    uint8_t* to = memory[0].bytes;
+  Packed(const Int8Kernel& kernel, const Matrix& b, WeightMemory used = {}) : layout(b), memory(std::move(used)) {
+    if (memory.bytes < layout.bytes) memory.lines = allocate(memory.bytes = layout.bytes);
+    uint8_t* to = memory.lines[0].bytes;
+    auto& excess = memory.excess;
+    excess.clear();
     const int64_t strips = layout.columns / kTileRows;
     std::vector<StripExcess> by_strip(strips);
     torch::stable::parallel_for(0, strips, 4, [&](int64_t first, int64_t last) {
@@ -116,7 +118,7 @@ struct Packed {
       excess.insert(excess.end(), strip.pairs.begin(), strip.pairs.end());
     }
   }
-  PackedWeight weight() const { return layout.view(memory[0].bytes, excess.data()); }
+  PackedWeight weight() const { return layout.view(memory.lines[0].bytes, memory.excess.data()); }
 };
 
 // What is packed, where it is b.
@@ -155,7 +157,7 @@ int64_t columns_of_part(int64_t blocks, const PackedWeight& b, bool whole) {
 void multiply_blocks(const Int8Kernel& kernel, const Int8Rows& a, int64_t n, const PackedWeight& b,
                      const Epilogue& epilogue) {
   const int64_t m = a.rows, blocks = (m + kBlockRows - 1) / kBlockRows;
-  const int64_t a_stride = stride_of_block(b);
+  const int64_t a_stride = stride_of_block(b.depth);
   const int64_t block_bytes = kBlockRows * a_stride, scratch_bytes = kernel.scratch_bytes_per_column * b.depth;
   const bool whole = epilogue.group_scale;
   const int64_t part_columns = columns_of_part(blocks, b, whole), parts = (b.columns + part_columns - 1) / part_columns,
@@ -238,10 +240,12 @@ void multiply_block(const Int8Kernel& kernel, const Int8Block& block, int64_t n,
   }
 }
 
-std::pair<PackedWeight, std::shared_ptr<const void>> weight_for_blocks(const Int8Kernel& kernel, const Int8Weight& w) {
-  if (const auto packed = packed_weight(w)) return {*packed, nullptr};
-  const auto packed = std::make_shared<const Packed>(kernel, w.b);
-  return {packed->weight(), packed};
+PackedWeight weight_for_blocks(const Int8Kernel& kernel, const Int8Weight& w, WeightMemory& memory) {
+  if (const auto packed = packed_weight(w)) return *packed;
+  Packed packed(kernel, w.b, std::move(memory));
+  const PackedWeight weight = packed.weight();
+  memory = std::move(packed.memory);
+  return weight;
 }
 
 void int8_product(const Int8Kernel& kernel, const Int8Rows& a, const Int8Weight& weight, const Epilogue& epilogue) {
@@ -256,11 +260,12 @@ void pack_weight(Tier t, const Matrix& b, bool verify, const std::function<uint8
   const Int8Kernel* kernel = int8_kernel(t);
   if (!kernel || (verify && !kernel->keeps_packed)) return;
   const Packed packed(*kernel, b);
-  const int64_t bytes = packed.layout.bytes, excess = packed.excess.size() * sizeof(ExcessPair);
+  const int64_t bytes = packed.layout.bytes, excess = packed.memory.excess.size() * sizeof(ExcessPair);
   uint8_t* to = allocate(bytes + excess);
-  std::memcpy(to, packed.memory[0].bytes, bytes);
-  std::memcpy(to + bytes, packed.excess.data(), excess);
-  const PackedHeader header{kMagic, int64_t(t), b.rows, b.columns, int64_t(packed.excess.size()), checksum(b), verify};
+  std::memcpy(to, packed.memory.lines[0].bytes, bytes);
+  std::memcpy(to + bytes, packed.memory.excess.data(), excess);
+  const PackedHeader header{kMagic,      int64_t(t), b.rows, b.columns, int64_t(packed.memory.excess.size()),
+                            checksum(b), verify};
   std::memset(to, 0, packed.layout.tiles);  // the same weight has the same bytes
   std::memcpy(to, &header, sizeof(header));
 }

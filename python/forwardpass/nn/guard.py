@@ -22,7 +22,7 @@ class CodeGuard:
 
     def __init__(self, cls: type[nn.Module]) -> None:
         self.cls = cls
-        self._functions = tuple((name, f, f.__code__) for name, f in _closure(cls))
+        self.functions = tuple((name, f, f.__code__) for name, f in _closure(cls))
         self._call = cls.__call__
 
     def replaced(self) -> str | None:
@@ -30,7 +30,7 @@ class CodeGuard:
         cls = self.cls
         if cls.__call__ is not self._call:
             return f"{cls.__name__}.__call__"
-        for name, function, code in self._functions:
+        for name, function, code in self.functions:
             if _below_ours(getattr(cls, name, None)) is not function or function.__code__ is not code:
                 return f"{cls.__name__}.{name}"
         return None

@@ -81,23 +81,35 @@ def form_of(layer: nn.Module) -> Form | None:
 class Stack:
     """Layers of one form, and what computes them: in 8 bits by the layers' own weights, or in floats for a proof."""
 
-    def __init__(self, layers: Sequence[nn.Module], form: Form, in_floats: bool = False) -> None:
-        self.layers, self.form, self.in_floats = tuple(layers), form, in_floats
+    def __init__(
+        self, layers: Sequence[nn.Module], form: Form, activation: str | None = None, in_floats: bool = False
+    ) -> None:
+        """activation: that of the MLP's module, for a first layer that does not compute it."""
+        self.layers, self.form, self.activation, self.in_floats = tuple(layers), form, activation, in_floats
         classes = {type(m): None for layer in layers for m in layer.modules() if not _is_ours(type(m))}
+        self._name = type(self.part(self.layers[0], form.attention)).__name__
         self._in_bfloat16 = has_bfloat16_products()  # attention of floats
+        classes = {type(m): None for layer in layers for m in layer.modules() if not _is_ours(type(m))}
         self._guards = tuple(CodeGuard(cls) for cls in classes)
         self._forget()
 
     def _forget(self) -> None:
+        self._code = tuple((g.cls, *function) for g in self._guards for function in g.functions)
         self._weights: list[Tensor | None] | None = None
         self._watched: list[tuple[dict[str, Any], str, Any]] = []
         self._modules: tuple[nn.Module, ...] = ()
-        self._hooks, self._config = -1, None
+        self._attributes: tuple[dict[str, Any], ...] = ()
+        self._norms: tuple[nn.Parameter, ...] = ()
+        self._joined: tuple[Any, ...] = ()
+        self._hooks, self._config, self._implementation = -1, None, None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has modules and weights of its own, which its first call finds."""
-        before = {"_weights": None, "_watched": [], "_modules": (), "_hooks": -1, "_config": None}
-        return {**vars(self), **before}
+        return {name: vars(self)[name] for name in ("layers", "form", "in_floats", "activation", "_name", "_in_bfloat16", "_guards")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget()
 
     def put(self) -> None:
         for i, layer in enumerate(self.layers):
@@ -122,14 +134,14 @@ class Stack:
         cu_seqlens, key_lens = lengths
         x = hidden.flatten(0, 1)
         y = self._floats(x, cu_seqlens, key_lens) if self.in_floats else self._int8(x, cu_seqlens, key_lens)
-        for layer in self.layers:
-            take(type(self.part(layer, self.form.attention)).__name__)
+        for _ in self.layers:
+            take(self._name)
         return y.view(hidden.shape)
 
     def _takes(self, hidden: Tensor, options: dict[str, Any]) -> bool:
         if type(hidden) is not Tensor or hidden.dim() != 3 or hidden.device.type != "cpu" or hidden.dtype not in FLOATS:
             return False
-        if hidden.requires_grad and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and (hidden.requires_grad or any(p.requires_grad for p in self._norms)):
             return False
         if torch.is_autocast_enabled("cpu") or self.layers[0].training:
             return False
@@ -139,40 +151,56 @@ class Stack:
 
     def _is_as_built(self) -> bool:
         """Whether modules, weights and code are those that were found, and nothing new is around them."""
-        if not self._modules or any(d.get(name) is not x for d, name, x in self._watched):
-            if not self._find():
-                return False
-        if any("forward" in vars(m) for m in self._modules) or any(g.replaced() for g in self._guards):
+        for holder, name, x in self._watched:
+            if holder.get(name) is not x:
+                self._forget()
+                break
+        if not self._modules and not self._find():
             return False
-        config: Any = self.part(self.layers[0], self.form.attention).config
-        if config._attn_implementation != self._config:
+        for attributes in self._attributes:
+            if "forward" in attributes:
+                return False
+        for cls, name, function, code in self._code:
+            if getattr(cls, name, None) is not function or function.__code__ is not code:
+                return False
+        for p in self._norms:
+            if p.dtype is not torch.float32:
+                return False
+        if self._config._attn_implementation != self._implementation:
             return False
         if self._hooks != RemovableHandle.next_id:  # somebody has put one somewhere
             if any(map(_is_watched, (*self.layers, *self._modules))):
                 return False
             self._hooks = RemovableHandle.next_id
-        return self.in_floats or all(self.part(x, self.form.qkv[0]).joined.is_whole() for x in self.layers)
+        return all(joined.is_whole() for joined in self._joined)
 
     def _find(self) -> bool:
         """Modules and weights as they are now."""
-        self._forget()
         modules = tuple(m for layer in self.layers for m in layer.modules() if m is not layer)
-        holders = {id(m): m for m in (*self.layers, *modules)}
-        self._watched = [(m._modules, name, x) for m in holders.values() for name, x in m._modules.items()]
+        holders = {id(m): m for m in (*self.layers, *modules)}.values()
+        self._watched = [(m._modules, name, x) for m in holders for name, x in m._modules.items()]
         if not self.in_floats:
             weights = [self._weights_of(layer) for layer in self.layers]
             if any(w is None for w in weights) or len({self._constants(layer) for layer in self.layers}) > 1:
+                self._watched = []
                 return False
             self._weights = flat([w for w in weights if w is not None])
             self._watched += list(self._tensors())
-        self._modules = modules
-        self._config = self.part(self.layers[0], self.form.attention).config._attn_implementation
+            self._norms = tuple(x for _, _, x in self._watched if isinstance(x, nn.Parameter))
+            self._joined = tuple(self.part(layer, self.form.qkv[0]).joined for layer in self.layers)
+        self._modules, self._attributes = modules, tuple(map(vars, modules))
+        self._config = self.part(self.layers[0], self.form.attention).config
+        self._implementation = self._config._attn_implementation
         return True
 
     def _constants(self, layer: nn.Module) -> tuple[Any, ...]:
         """What is one for all layers of a call."""
-        of_attention, norm, up = (self.part(layer, x) for x in (self.form.attention, self.form.norm1, self.form.up))
-        return of_attention.attention_head_size, float(of_attention.scaling), norm.eps, up.activation
+        of_attention, norm = self.part(layer, self.form.attention), self.part(layer, self.form.norm1)
+        return of_attention.attention_head_size, float(of_attention.scaling), norm.eps, self._activation(layer)
+
+    def _activation(self, layer: nn.Module) -> str | None:
+        up: str | None = self.part(layer, self.form.up).activation
+        return up or self.activation
 
     def _tensors(self) -> Iterator[tuple[dict[str, Any], str, Any]]:
         """But those of q, k and v, which their product looks after."""
@@ -195,13 +223,10 @@ class Stack:
         if joined is None or joined.members != tuple(qkv) or not joined.is_whole(anew=True):
             return None
         norms = [self.part(layer, name) for name in (f.norm1, f.norm2)]
-        if any(p is not None and p.dtype != torch.float32 for n in norms for p in n._parameters.values()):
+        if qkv[0].activation or others[0].activation or others[2].activation or self._activation(layer) not in PLAIN:
             return None
-        activations = [m.activation for m in (qkv[0], *others)]
-        if activations != [None, None, activations[2], None] or activations[2] not in PLAIN:
-            return None
-        pairs = [tuple(None if p is None else p.detach() for p in (n.weight, n.bias)) for n in norms]
-        return EncoderWeights(*map(_int8_weight, (joined.layer, *others)), *pairs)  # type: ignore[arg-type]
+        pairs = [(n.weight, n.bias) for n in norms]
+        return EncoderWeights(*map(_int8_weight, (joined.layer, *others)), *pairs)
 
     def _int8(self, x: Tensor, cu_seqlens: Tensor, key_lens: Tensor | None) -> Tensor:
         head_size, scale, eps, activation = self._constants(self.layers[0])

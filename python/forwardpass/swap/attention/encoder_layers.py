@@ -19,6 +19,8 @@ from ...integrations.transformers.attention import register
 from ...integrations.transformers.encoder_stack import Stack, form_of
 from ...integrations.transformers.unpadding import why_replaced
 from ...proofs import inputs, run
+from ...ops.common.activations import PLAIN
+from ...proofs.activation import formula_of
 from .unpadding import stacks_of
 
 if TYPE_CHECKING:
@@ -46,7 +48,7 @@ def decide_encoder(
     reasons: list[Reason] = []
     for fqn, layers in stacks_of(decision.model, decision.attention):
         if (reason := _why_not(decision, layers)) is None:
-            found.append((fqn, Stack([*layers], form_of(layers[0]), in_floats=True)))  # type: ignore[arg-type]
+            found.append((fqn, _stack(layers)))
         else:
             reasons.append(reason)
     if found:
@@ -54,10 +56,16 @@ def decide_encoder(
         prover = run.Prover(decision.model, users, inputs.made_up(decision.model))
         reason = prover.why_not([_InFloats(tuple(x for _, x in found))]) if prover.runs else run.UNPROVEN
         if reason is None:
-            proven = ((fqn, Stack(x.layers, x.form)) for fqn, x in found)
+            proven = ((fqn, Stack(x.layers, x.form, x.activation)) for fqn, x in found)
             return EncoderDecision(tuple(proven), next(iter(reasons), None))
         reasons.append(reason)
     return EncoderDecision((), next(iter(reasons), _NO_ENCODER))
+
+
+def _stack(layers: nn.ModuleList) -> Stack:
+    form = form_of(layers[0])
+    assert form is not None
+    return Stack([*layers], form, formula_of(layers[0].get_submodule(form.activation)), in_floats=True)
 
 
 def _why_not(decision: Decision, layers: nn.ModuleList) -> Reason | None:
@@ -76,6 +84,11 @@ def _why_not(decision: Decision, layers: nn.ModuleList) -> Reason | None:
             p = precisions.get(id(layer.get_submodule(name)))
             if p is None or p.precision.name != "int8" or p.precision.rotate is not None:
                 return Reason("precision", f"its {name} is not in int8", "swap all of its layers into int8")
+        if any(precisions[id(layer.get_submodule(name))].calibrated for name in form.qkv):
+            text = "calibrated q, k and v scale their input each in its own way"
+            return Reason("calibrated", text, "leave out calibrate=, or keep them layer by layer")
+        if formula_of(layer.get_submodule(form.activation)) not in PLAIN:
+            return Reason("activation", f"its {form.activation} is none that the operation has", "leave it")
     if decision.attention.bits:
         return Reason("attention_8bit", "its attention is asked for in 8 bits", "drop attention=")
     classes = dict.fromkeys(type(m) for layer in layers for m in layer.modules())
