@@ -24,8 +24,9 @@ def baseline(
     def linear(i: int, x: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
         weight, scale, bias, total, channel_scale, _ = layer[i * LINEAR : (i + 1) * LINEAR]
         assert weight is not None and scale is not None
-        return int8_linear(x, weight, scale, bias, activation, torch.float32, total is None, channel_scale, total,
-                           residual)
+        return int8_linear(
+            x, weight, scale, bias, activation, torch.float32, total is None, channel_scale, total, residual
+        )
 
     def norm(i: int, x: Tensor) -> Tensor:
         weight, bias = layer[LINEARS * LINEAR + 2 * i : LINEARS * LINEAR + 2 * i + 2]

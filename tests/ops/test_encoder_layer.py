@@ -135,9 +135,7 @@ def test_many_tokens():
 def quantized(*layers):
     weight = torch.cat([layer.weight.detach() for layer in layers])
     q, scale, _ = fp.ops.quantize(weight, torch.int8)
-    return Int8Weight(
-        q, scale, torch.cat([layer.bias.detach() for layer in layers]), q.sum(1, dtype=torch.int32)
-    )
+    return Int8Weight(q, scale, torch.cat([layer.bias.detach() for layer in layers]), q.sum(1, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("pre_norm", [False, True])

@@ -49,7 +49,9 @@ def images(dtype, *shape):
 
 
 NORMS = (torch.ones(32), None)
-ENCODER = EncoderWeights(*(Int8Weight(*rows(INT8, *shape)) for shape in ((96, 32), (32, 32), (48, 32), (32, 48))), NORMS, NORMS)
+ENCODER = EncoderWeights(
+    *(Int8Weight(*rows(INT8, *shape)) for shape in ((96, 32), (32, 32), (48, 32), (32, 48))), NORMS, NORMS
+)
 IMAGES, WINDOWS, ADDED = images(INT8, 2, 8, 5, 6), images(INT8, 16, 8, 3, 2), images(F32, 2, 16, 3, 4)
 CALLS = {
     "activation_quantize": {"x": torch.ones(4, 64), "activation": "silu_mul", "dtype": INT8, "group_size": 16, "layout": "halves",

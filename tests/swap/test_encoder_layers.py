@@ -15,7 +15,13 @@ from forwardpass.ops.encoder_layer import OPERATION
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.skipif(cpu_tier() in (None, "baseline"), reason="needs AVX2")
 
-SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3, "intermediate_size": 256, "vocab_size": 99}
+SIZES = {
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 3,
+    "intermediate_size": 256,
+    "vocab_size": 99,
+}
 IDS = torch.arange(40).reshape(2, 20) % 99
 PADDED = torch.ones(2, 20, dtype=torch.int64)
 PADDED[1, 12:] = 0
@@ -164,10 +170,12 @@ def test_goes_layer_by_layer_in_training_under_autocast_and_for_other_masks(call
 
 def test_layers_can_be_called_alone(calls):
     model = swapped(bert())[0]
-    x, layer = torch.randn(1, 5, 64), model.encoder.layer[1]
-    with torch.inference_mode():
-        y = type(layer).forward(layer, x)
-    assert y.shape == x.shape and y.isfinite().all() and not calls
+    exact, x = bert(), torch.randn(1, 5, 64)
+    hidden(model)
+    for i in range(3):
+        with torch.inference_mode():
+            assert close(model.encoder.layer[i](x), exact.encoder.layer[i](x))
+    assert len(calls) == 1
 
 
 def test_copies_and_pickles_run_so_too(calls):
@@ -196,20 +204,37 @@ def test_calibrated_layers_stay_apart(calls):
     assert report.encoder.reason.code == "calibrated" and hidden(model).isfinite().all() and not calls
 
 
-class Reads(transformers.BertModel):
+class Reads(transformers.models.bert.modeling_bert.BertEncoder):
     """Code that looks between the layers."""
+
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        first = self.layer[0](hidden_states, attention_mask)
+        y = self.layer[2](self.layer[1](first, attention_mask), attention_mask) + first
+        return transformers.modeling_outputs.BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=y)
+
+
+class CallsThem(transformers.BertModel):
+    """Code that calls the layers past the module that holds their list."""
 
     def forward(self, input_ids, attention_mask=None, **kwargs):
         x = self.embeddings(input_ids)
-        first = self.encoder.layer[0](x)
-        y = self.encoder.layer[2](self.encoder.layer[1](first)) + first
-        return transformers.modeling_outputs.BaseModelOutput(last_hidden_state=y)
+        for layer in self.encoder.layer:
+            x = layer(x)
+        return transformers.modeling_outputs.BaseModelOutput(last_hidden_state=x)
 
 
 def test_code_that_reads_between_the_layers_disproves_it(calls):
-    torch.manual_seed(0)
-    model, report = swapped(Reads(transformers.BertConfig(**SIZES)).eval())
+    model = bert()
+    model.encoder = Reads(model.config).eval()
+    report = swapped(model)[1]
     assert report.encoder.stacks == () and report.encoder.reason.code == "disproved"
+    assert hidden(model).isfinite().all() and not calls
+
+
+def test_layers_that_others_call_stay_apart(calls):
+    torch.manual_seed(0)
+    model, report = swapped(CallsThem(transformers.BertConfig(**SIZES)).eval())
+    assert report.encoder.reason.code == "not_called"
     assert hidden(model).isfinite().all() and not calls
 
 

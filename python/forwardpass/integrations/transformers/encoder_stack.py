@@ -82,11 +82,18 @@ class Stack:
     """Layers of one form, and what computes them: in 8 bits by the layers' own weights, or in floats for a proof."""
 
     def __init__(
-        self, layers: Sequence[nn.Module], form: Form, activation: str | None = None, in_floats: bool = False
+        self,
+        holder: nn.Module,
+        layers: Sequence[nn.Module],
+        form: Form,
+        activation: str | None = None,
+        in_floats: bool = False,
     ) -> None:
-        """activation: that of the MLP's module, for a first layer that does not compute it."""
-        self.layers, self.form, self.activation, self.in_floats = tuple(layers), form, activation, in_floats
-        classes = {type(m): None for layer in layers for m in layer.modules() if not _is_ours(type(m))}
+        """holder: the module whose forward calls the layers; activation: that of the MLP's module, for a first layer that does not
+        compute it."""
+        self.holder, self.layers, self.form = holder, tuple(layers), form
+        self.activation, self.in_floats = activation, in_floats
+        self.calls, self._begun = 0, False
         self._name = type(self.part(self.layers[0], form.attention)).__name__
         self._in_bfloat16 = has_bfloat16_products()  # attention of floats
         classes = {type(m): None for layer in layers for m in layer.modules() if not _is_ours(type(m))}
@@ -105,33 +112,48 @@ class Stack:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has modules and weights of its own, which its first call finds."""
-        return {name: vars(self)[name] for name in ("layers", "form", "in_floats", "activation", "_name", "_in_bfloat16", "_guards")}
+        return {
+            name: vars(self)[name]
+            for name in ("layers", "form", "in_floats", "activation", "_name", "_in_bfloat16", "_guards")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        vars(self).update(state, calls=0, _begun=False)
         self._forget()
 
     def put(self) -> None:
         for i, layer in enumerate(self.layers):
             vars(layer)["forward"] = _Forward(self, i)
+        self._handle = self.holder.register_forward_pre_hook(self.begin)
 
     def undo(self) -> None:
         for layer in self.layers:
             if isinstance(vars(layer).get("forward"), _Forward):
                 del vars(layer)["forward"]
+        self._handle.remove()
         self._forget()
+
+    def begin(self, *_: Any) -> None:
+        """A hook before the holder's forward: the next call of the first layer is its."""
+        self._begun = True
+
+    def result_of_begun(self, hidden: Tensor, mask: Any, options: dict[str, Any]) -> Tensor | None:
+        """`result` in the holder's forward; a first layer that is called alone computes itself."""
+        begun, self._begun = self._begun, False
+        return self.result(hidden, mask, options) if begun else None
 
     def part(self, layer: nn.Module, name: str) -> Any:
         return layer.get_submodule(name)
 
     def result(self, hidden: Tensor, mask: Any, options: dict[str, Any]) -> Tensor | None:
-        """Of all layers; None where they are to be called one by one."""
+        """What all layers give; None where they are to be called one by one."""
         if not self._takes(hidden, options):
             return None
         lengths = _lengths(hidden, mask)
         if lengths is None or not self._is_as_built():
             return None
         cu_seqlens, key_lens = lengths
+        self.calls += 1
         x = hidden.flatten(0, 1)
         y = self._floats(x, cu_seqlens, key_lens) if self.in_floats else self._int8(x, cu_seqlens, key_lens)
         for _ in self.layers:
@@ -263,16 +285,24 @@ class _Forward:
         stack, layer = self.stack, self.stack.layers[self.index]
         if not torch.compiler.is_compiling():
             is_last = self.index + 1 == len(stack.layers)
-            if self.index > 0:
-                if (result := getattr(hidden_states, _RESULT, None)) is not None:
-                    return result if is_last else hidden_states
-            elif (result := stack.result(hidden_states, attention_mask, {**dict(enumerate(args)), **kwargs})) is not None:
-                if is_last:
-                    return result
-                between = torch.full((1, 1, 1), torch.nan, dtype=result.dtype).expand(result.shape)
-                setattr(between, _RESULT, result)
-                return between
+            if self.index == 0:
+                result = stack.result_of_begun(hidden_states, attention_mask, _options(args, kwargs))
+            else:
+                result = getattr(hidden_states, _RESULT, None)
+            if result is not None:
+                return result if is_last else _between(result)
         return type(layer).forward(layer, hidden_states, attention_mask, *args, **kwargs)
+
+
+def _between(result: Tensor) -> Tensor:
+    """What a layer but the last one gives."""
+    nan = torch.full((1, 1, 1), torch.nan, dtype=result.dtype).expand(result.shape)
+    setattr(nan, _RESULT, result)
+    return nan
+
+
+def _options(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {**{str(i): x for i, x in enumerate(args)}, **kwargs}
 
 
 def _is_ours(cls: type) -> bool:

@@ -119,7 +119,9 @@ def _check_linear(weights: Sequence[Tensor | None], name: str, rows: int | None,
     check_int8_weight(op, f"{name}.weight", weight, "its input", inputs, total is not None)
     n = weight.shape[0]
     if rows is not None and n != rows:
-        raise ValueError(f"{op}: {name}.weight must be [{rows}, {inputs.shape[-1]}], and has shape {tuple(weight.shape)}")
+        raise ValueError(
+            f"{op}: {name}.weight must be [{rows}, {inputs.shape[-1]}], and has shape {tuple(weight.shape)}"
+        )
     check_vector(op, f"{name}.scale", scale, n, torch.float32, inputs)
     check_vector(op, f"{name}.bias", bias, n, FLOATS, inputs)
     check_vector(op, f"{name}.sum", total, n, torch.int32, inputs)

@@ -12,7 +12,8 @@ from ..attention.reference import attend, known_sequences
 from ..int8_linear.reference import int8_linear
 from ..norm_quantize.reference import normalize
 
-#: What the schema has of a linear layer (weight, scale, bias, sum, channel_scale, packed), the linear layers of a layer, and all that it has.
+#: How many tensors the schema has of a linear layer (weight, scale, bias, sum, channel_scale, packed), how many linear layers a
+#: layer has, and how many tensors.
 LINEAR, LINEARS = 6, 4
 LAYER = LINEAR * LINEARS + 4
 
@@ -36,7 +37,18 @@ def encoder_layer(
         weight, w_scale, bias, total, channel_scale, _ = layer[i * LINEAR : (i + 1) * LINEAR]
         assert weight is not None and w_scale is not None
         return int8_linear(
-            x, weight, w_scale, bias, activation, torch.float32, None, None, total is None, channel_scale, total, None,
+            x,
+            weight,
+            w_scale,
+            bias,
+            activation,
+            torch.float32,
+            None,
+            None,
+            total is None,
+            channel_scale,
+            total,
+            None,
             residual,
         )
 

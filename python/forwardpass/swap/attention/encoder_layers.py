@@ -18,16 +18,21 @@ from ...dispatch import Reason
 from ...integrations.transformers.attention import register
 from ...integrations.transformers.encoder_stack import Stack, form_of
 from ...integrations.transformers.unpadding import why_replaced
-from ...proofs import inputs, run
 from ...ops.common.activations import PLAIN
+from ...proofs import inputs, run
 from ...proofs.activation import formula_of
-from .unpadding import stacks_of
+from .unpadded_encoders import stacks_of
 
 if TYPE_CHECKING:
     from ..decision import Decision
 
 _OFF = Reason("encoder_off", "encoder=False keeps them", "pass encoder=True")
 _NO_ENCODER = Reason("no_encoder", "there is no text encoder of a known form in transformers' code", "leave it")
+_NOT_CALLED = Reason(
+    "not_called",
+    "run on made-up inputs, its layers were not called by the module that holds their list",
+    "pass calibrate= with a batch of your own, or leave it",
+)
 
 
 @dataclass(frozen=True)
@@ -41,31 +46,36 @@ class EncoderDecision:
 def decide_encoder(
     decision: Decision, asked: bool, batch: Any = None, forward: Forward | None = None
 ) -> EncoderDecision:
-    """Of a decision that is proven: what of it was read is run in floats, on a user's batch and on what is made up."""
+    """Stacks by the names of their parts, proven: the model runs so in floats, on a user's batch and on made-up inputs.
+
+    decision: one whose own rewritings are proven.
+    """
     if not asked:
         return EncoderDecision((), _OFF)
-    found: list[tuple[str, Stack]] = []
+    stacks: list[tuple[str, Stack]] = []
     reasons: list[Reason] = []
     for fqn, layers in stacks_of(decision.model, decision.attention):
         if (reason := _why_not(decision, layers)) is None:
-            found.append((fqn, _stack(layers)))
+            stacks.append((fqn, _stack(decision.model.get_submodule(fqn.rpartition(".")[0]), layers)))
         else:
             reasons.append(reason)
-    if found:
+    if stacks:
         users = inputs.of_batch(batch, forward) if batch is not None else ()
         prover = run.Prover(decision.model, users, inputs.made_up(decision.model))
-        reason = prover.why_not([_InFloats(tuple(x for _, x in found))]) if prover.runs else run.UNPROVEN
+        reason = prover.why_not([_InFloats(tuple(x for _, x in stacks))]) if prover.runs else run.UNPROVEN
+        if reason is None and not all(x.calls for _, x in stacks):
+            reason = _NOT_CALLED
         if reason is None:
-            proven = ((fqn, Stack(x.layers, x.form, x.activation)) for fqn, x in found)
+            proven = ((fqn, Stack(x.holder, x.layers, x.form, x.activation)) for fqn, x in stacks)
             return EncoderDecision(tuple(proven), next(iter(reasons), None))
         reasons.append(reason)
     return EncoderDecision((), next(iter(reasons), _NO_ENCODER))
 
 
-def _stack(layers: nn.ModuleList) -> Stack:
+def _stack(holder: nn.Module, layers: nn.ModuleList) -> Stack:
     form = form_of(layers[0])
     assert form is not None
-    return Stack([*layers], form, formula_of(layers[0].get_submodule(form.activation)), in_floats=True)
+    return Stack(holder, [*layers], form, formula_of(layers[0].get_submodule(form.activation)), in_floats=True)
 
 
 def _why_not(decision: Decision, layers: nn.ModuleList) -> Reason | None:
@@ -93,7 +103,9 @@ def _why_not(decision: Decision, layers: nn.ModuleList) -> Reason | None:
         return Reason("attention_8bit", "its attention is asked for in 8 bits", "drop attention=")
     classes = dict.fromkeys(type(m) for layer in layers for m in layer.modules())
     if (replaced := why_replaced(classes)) is not None:
-        return Reason("replaced", f"the code of {replaced} is not what transformers has in its file", "undo what replaced it")
+        return Reason(
+            "replaced", f"the code of {replaced} is not what transformers has in its file", "undo what replaced it"
+        )
     if any("forward" in vars(m) for layer in layers for m in layer.modules()):
         return Reason("replaced", "a forward of its layers was replaced", "undo what replaced it")
     return None
