@@ -241,6 +241,7 @@ def test_layers_that_others_call_stay_apart(calls):
 def test_why_not():
     for options, code in (({"exclude": "**.key"}, "precision"), ({"encoder": False}, "encoder_off")):
         assert swapped(bert(), **options)[1].encoder.reason.code == code
+    assert swapped(bert().bfloat16())[1].encoder.reason.code == "dtype"
     torch.manual_seed(0)
     mpnet = transformers.MPNetModel(transformers.MPNetConfig(**SIZES)).eval()
     report = swapped(mpnet)[1]

@@ -108,7 +108,9 @@ class Stack:
         self._attributes: tuple[dict[str, Any], ...] = ()
         self._norms: tuple[nn.Parameter, ...] = ()
         self._joined: tuple[Any, ...] = ()
-        self._hooks, self._config, self._implementation = -1, None, None
+        self._hooks = -1
+        self._config: Any = None
+        self._implementation: str | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has modules and weights of its own, which its first call finds."""
@@ -132,6 +134,10 @@ class Stack:
                 del vars(layer)["forward"]
         self._handle.remove()
         self._forget()
+
+    def is_ready(self) -> bool:
+        """Whether the modules that are there now can be one operation."""
+        return self._find() and all(p.dtype is torch.float32 for p in self._norms)
 
     def begin(self, *_: Any) -> None:
         """A hook before the holder's forward: the next call of the first layer is its."""
@@ -248,7 +254,8 @@ class Stack:
         if qkv[0].activation or others[0].activation or others[2].activation or self._activation(layer) not in PLAIN:
             return None
         pairs = [(n.weight, n.bias) for n in norms]
-        return EncoderWeights(*map(_int8_weight, (joined.layer, *others)), *pairs)
+        out, up, down = map(_int8_weight, others)
+        return EncoderWeights(_int8_weight(joined.layer), out, up, down, *pairs)
 
     def _int8(self, x: Tensor, cu_seqlens: Tensor, key_lens: Tensor | None) -> Tensor:
         head_size, scale, eps, activation = self._constants(self.layers[0])

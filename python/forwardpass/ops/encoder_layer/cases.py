@@ -50,13 +50,15 @@ class Case:
 
         def linear(n: int, k: int, gated: bool = False) -> Int8Weight:
             q, scale, _ = quantize(torch.randn(n, k, generator=g) / k**0.5, torch.int8, None, None, None, True, None)
+            half = n // 2
             if gated:
-                q, scale = (interleave_gate_up(*t.chunk(2)) for t in (q, scale))
+                q, scale = (interleave_gate_up(t[:half], t[half:]) for t in (q, scale))
             bias = torch.randn(n, generator=g) / 4 if self.bias else None
             total = None if self.symmetric else q.sum(1, dtype=torch.int32)
             channel = torch.rand(k, generator=g) + 0.5 if self.channel_scale else None
             packed = pack_int8_weight(q, verify=False) if self.packed and device == "cpu" else None
-            return Int8Weight(*(t if t is None else t.to(device) for t in (q, scale, bias, total, channel, packed)))
+            on_device = [t if t is None else t.to(device) for t in (bias, total, channel, packed)]
+            return Int8Weight(q.to(device), scale.to(device), *on_device)
 
         def norm() -> tuple[Tensor, Tensor | None]:
             weight, bias = torch.rand(self.h, generator=g) + 0.5, torch.randn(self.h, generator=g) / 4

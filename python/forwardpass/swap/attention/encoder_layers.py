@@ -10,10 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from ...common.batches import Forward, device_of
 from ...common.environment import cpu_tier
+from ...common.printing.quiet import warn_once
 from ...dispatch import Reason
 from ...integrations.transformers.attention import register
 from ...integrations.transformers.encoder_stack import Stack, form_of
@@ -92,11 +94,14 @@ def _why_not(decision: Decision, layers: nn.ModuleList) -> Reason | None:
     for layer in layers:
         for name in form.linears:
             p = precisions.get(id(layer.get_submodule(name)))
-            if p is None or p.precision.name != "int8" or p.precision.rotate is not None:
+            if p is None or p.precision.name != "int8" or p.rotate is not None:
                 return Reason("precision", f"its {name} is not in int8", "swap all of its layers into int8")
         if any(precisions[id(layer.get_submodule(name))].calibrated for name in form.qkv):
             text = "calibrated q, k and v scale their input each in its own way"
             return Reason("calibrated", text, "leave out calibrate=, or keep them layer by layer")
+        if (dtype := layer.get_submodule(form.norm1).weight.dtype) != torch.float32:
+            text = f"its norms are {str(dtype).removeprefix('torch.')}, and the operation has norms in float32"
+            return Reason("dtype", text, "load the model in float32")
         if formula_of(layer.get_submodule(form.activation)) not in PLAIN:
             return Reason("activation", f"its {form.activation} is none that the operation has", "leave it")
     if decision.attention.bits:
@@ -133,13 +138,17 @@ class EncoderSwap:
 
     def __init__(self, decision: EncoderDecision) -> None:
         """Changes nothing."""
-        self._stacks = tuple(x for _, x in decision.stacks)
+        self._stacks = decision.stacks
 
     def put(self) -> None:
         """After all others, whose layers it takes."""
-        for stack in self._stacks:
+        for fqn, stack in self._stacks:
             stack.put()
+            if not stack.is_ready():
+                warn_once(
+                    f"the layers of {fqn} run one by one: their q, k and v are not one product of dynamic int8 layers"
+                )
 
     def undo(self) -> None:
-        for stack in self._stacks:
+        for _, stack in self._stacks:
             stack.undo()
