@@ -3,11 +3,11 @@
 // there.
 #include "torch/ops.h"
 
-#include "torch/encoder_layer.h"
-
 #include <torch/csrc/stable/library.h>
 
 #include <cstring>
+
+#include "torch/encoder_layer.h"
 
 namespace forwardpass {
 namespace {
