@@ -136,6 +136,11 @@ def test_errors_that_are_spread_evenly():
     assert loop["tried"] is None and "no part brings much more than its share of the error" in str(plan)
 
 
+def test_a_range_is_found_and_not_given():
+    with pytest.raises(ValueError, match=r"plan takes no timesteps=: it belongs to the fp\.swap"):
+        planned(Denoiser(), 30, timesteps=(100, 900))
+
+
 def test_a_model_without_a_loop_has_none():
     model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)).eval()
     batches = [torch.randn(4, 64, generator=torch.Generator().manual_seed(i)) for i in (0, 1)]

@@ -375,7 +375,7 @@ def _config_of(config: Config | None, **options: Unpack[Options]) -> tuple[Confi
     Config(attention=in_8_bits[0] if in_8_bits else "auto", crossover=crossover)  # refuses
     options |= {"attention": "auto" if in_8_bits else attention, "crossover": None}
     config = Config.of(config, **options)
-    for name in ("precision", "plan", "strict", "keep"):
+    for name in ("precision", "plan", "strict", "keep", "timesteps"):
         if getattr(config, name) != getattr(Config(), name):
             raise ValueError(f"plan takes no {name}=: it belongs to the fp.swap that carries the plan out")
     return config, in_8_bits, crossover
