@@ -91,7 +91,7 @@ CALLS = {
     "quantize_attention": {**{name: ATTENTION[name] for name in "qkv"}, "dtype": "int8", "rotate": True},
     "separate_gate_up": {"x": torch.ones(32, 3), "dim": 0, "layout": "halves"},
     "unpermute": {"y": torch.ones(6, 8), "position": torch.zeros(3, 2, dtype=torch.int32), "weights": torch.ones(3, 2)},
-    "w8a16_gemm": {"x": X, "weight": B, "weight_scale": B_SCALE, **BIAS, "residual": Y},
+    "w8a16_gemm": {"x": X, "weight": B, "weight_scale": B_SCALE, **BIAS, "residual": Y, "ada_gate": Y},
     "w8a16_grouped_gemm": {"x": X, "weight": EXPERTS, "weight_scale": EXPERTS_SCALE, **OF_EXPERTS},
 }  # fmt: skip
 #: One element for each row of the input, whose shape may be that of the rows, or flat.
