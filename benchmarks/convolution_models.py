@@ -27,7 +27,7 @@ from benchmarks import bench
 from forwardpass.common.printing import plots
 from forwardpass.common.timing import interleave
 from forwardpass.nn import Int8Conv2d
-from forwardpass.nn.int8_conv2d import padding_of
+from forwardpass.nn.conv2d_classes import padding_of
 from forwardpass.proofs.walker import convolutions
 
 #: Photographs of scikit-image; scikit-learn's two come after them.

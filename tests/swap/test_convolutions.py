@@ -45,9 +45,9 @@ def test_wide_convolutions_are_swapped_with_what_is_behind_them(name):
         == {
             "resnet": {
                 "blocks.0.conv1": "int8 v1, 3 x 3 + batch norm + relu",
-                "blocks.0.conv2": "int8 v1, 3 x 3 + batch norm",
+                "blocks.0.conv2": "int8 v1, 3 x 3 + batch norm + add + relu",
                 "blocks.1.conv1": "int8 v1, 3 x 3 + batch norm + relu",
-                "blocks.1.conv2": "int8 v1, 3 x 3 + batch norm",
+                "blocks.1.conv2": "int8 v1, 3 x 3 + batch norm + add + relu",
                 "blocks.1.downsample.0": "int8 v1, 1 x 1 / 2 + batch norm",
             },
             "yolo": {
@@ -60,7 +60,7 @@ def test_wide_convolutions_are_swapped_with_what_is_behind_them(name):
             },
             "mobilenet": {
                 "block.conv.0.0": "int8 v1, 1 x 1 + batch norm + hard_swish",
-                "block.conv.2": "int8 v1, 1 x 1 + batch norm",
+                "block.conv.2": "int8 v1, 1 x 1 + batch norm + add",
             },
             "plain": {"second": "int8 v1, 1 x 3"},
         }[name]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..common.batches import Forward, evaluating, padding_mask, run, several
 from ..common.models.modules import hooked
-from ..nn.int8_conv2d import is_pointwise
+from ..nn.conv2d_classes import is_pointwise
 from ..nn.linear.quantized_linear import as_multiplied, linear_weight
 from ..ops.common.rotation import fitting
 from ..proofs.walker import Leaf

@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..common.models.modules import is_watched
 from ..dispatch import Reason, operations
 from ..ops.common.activations import PLAIN, activate, check_activation
 from ..ops.common.quantized_rows import FLOATS, LEAST_RANGE, pad_rows
-from ..ops.int8_conv2d import OPERATION
+from ..ops.int8_conv2d import OPERATION, output_size
 from ..ops.int8_gemm import MAX_K, MAX_K_ZERO_POINT
 from ..ops.int8_linear import OPERATION as LINEAR
 from ..ops.int8_linear.reference import quantized_input
 from ..ops.quantize import OPERATION as QUANTIZE
 from ..ops.quantize.reference import quantize as quantize_reference
+from .conv2d_classes import Size, is_convolution, padding_of, pair
 from .guard import InEpilogue
 from .linear.dequantized_weight import ReadableWeight
 from .linear.int8_linear import packed_weight
-from .linear.quantized_linear import QuantizedModule, as_autocast, as_dtype, forward_is_elsewhere, qualified
+from .linear.quantized_linear import QuantizedModule, as_autocast, as_dtype
+from .unread_image import Compute, Steps, UnreadImage, check_steps, held
 
+#: Elements of an output from which on it waits for its reader: below, the object that waits takes longer (some 20 us) than what
+#: it saves.
+LEAST_UNREAD = 1 << 16
 #: What a layer is normalised by, once it is folded: a BatchNorm2d, or what has its tensors.
 Norm = nn.Module
-Pair = tuple[int, int]
-Size = int | list[int] | tuple[int, int]  #: of height and width
 
 
 class Int8Conv2d(ReadableWeight, QuantizedModule):
@@ -51,6 +56,9 @@ class Int8Conv2d(ReadableWeight, QuantizedModule):
         channel_scale: whether inputs are multiplied by a scale per channel first (`Int8Linear`); of those of 1 x 1.
         activation: "relu", "gelu", "gelu_tanh", "silu", "relu6" or "hard_swish", applied in the epilogue; None: none.
         folds_norm: whether a BatchNorm2d behind it is computed here too, once `fold` has said which.
+        then: what is done with the output, and nothing else, in order: "add" another tensor, an activation by its name, and at the
+            end "int8", where `Int8Conv2d`s of one static scale read it. The output is then an `UnreadImage`, and its epilogue
+            computes these. `fp.swap` finds it.
 
     Shapes: input [N, C_in, H, W] or [C_in, H, W], output [N, C_out, H_out, W_out] or [C_out, H_out, W_out]. Buffers: qweight int8
     [C_out, C_in / groups, kh, kw], in channels_last memory; weight_scale fp32 [C_out]; bias [C_out] or None; input_scale fp32 [1]
@@ -84,6 +92,7 @@ class Int8Conv2d(ReadableWeight, QuantizedModule):
     norm: tuple[Norm] | None = None  #: what it computes behind the convolution, whose tensors stay where they are
     padding_mode: str = "zeros"
     transposed: bool = False
+    steps: Steps | None = None  #: what comes behind it, or what notes that
     #: tensors, how often each had been written to, and what was made of them
     _folded: tuple[list[Tensor | None], list[int], tuple[Tensor, Tensor]] | None = None
     #: a weight, and that weight as a CPU reads it
@@ -105,6 +114,7 @@ class Int8Conv2d(ReadableWeight, QuantizedModule):
         channel_scale: bool = False,
         activation: str | None = None,
         folds_norm: bool = False,
+        then: list[str] | tuple[str, ...] = (),
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
@@ -116,7 +126,7 @@ class Int8Conv2d(ReadableWeight, QuantizedModule):
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size, self.stride = pair("kernel_size", kernel_size, 1), pair("stride", stride, 1)
         self.padding, self.dilation = pair("padding", padding, 0), pair("dilation", dilation, 1)
-        self.activation, self.folds_norm = activation, folds_norm
+        self.activation, self.folds_norm, self.then = activation, folds_norm, then  # type: ignore[assignment]
         shape, dtype = (out_channels, in_channels // groups, *self.kernel_size), as_dtype(dtype)
         qweight = torch.empty(shape, dtype=torch.int8, device=device, memory_format=torch.channels_last)
         self.register_buffer("qweight", qweight)
@@ -225,29 +235,87 @@ class Int8Conv2d(ReadableWeight, QuantizedModule):
     def forward(self, input: Tensor, residual: Tensor | None = None, residual_first: bool = False) -> Tensor:
         """input: by nn.Conv2d's name for it. residual: as the output, and added to it, with residual_first before the
         activation."""
-        x, b = input, self._buffers
+        x, b, q = input, self._buffers, None
         device = b["qweight"].device.type  # type: ignore[union-attr]
-        if device != "meta" and torch.is_autocast_enabled(device):
+        is_cast = device != "meta" and torch.is_autocast_enabled(device)
+        if isinstance(x, UnreadImage):
+            if not is_cast and (static := b["input_scale"]) is not None:
+                q = x.in_int8(static)
+            x = x.floats() if q is None else x
+        if is_cast:
             x = as_autocast(x)  # type: ignore[assignment]
-        if x.dim() == 3:
+        images = x if q is None else q
+        if images.dim() == 3:
             return self(x[None], None if residual is None else residual[None], residual_first)[0]
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
+        if images.dim() != 4 or images.shape[1] != self.in_channels:
             raise ValueError(f"Int8Conv2d takes an input [N, {self.in_channels}, H, W], or without N, not {list(x.shape)}: "
                              "reshape it")  # fmt: skip
-        if residual is not None:
-            residual = residual.contiguous(memory_format=torch.channels_last)
-        weight_scale, bias, activation = self._epilogue()
-        if self.is_pointwise:
-            y = self._product(x, weight_scale, bias, activation, residual, residual_first)
-        else:
-            q, scale = self._quantized(x)
-            y = OPERATION(
-                q, b["qweight"], scale, weight_scale, self.stride, self.padding, self.dilation, self.groups, bias, activation,
-                x.dtype, None, residual, residual_first, self._as_read(),
-            )  # fmt: skip
+        compute, activation = self._computing(x, q)
+        y = None if residual is not None or self.steps is None else self._waiting(compute, activation, x, images)
+        if y is None:
+            y = compute(activation, residual, residual_first, None)
         if activation is not None and self.applied is not None and residual is None:
             self.applied[0].give(y)
         return y
+
+    @property
+    def then(self) -> tuple[str, ...]:
+        """What is done with the output, see above."""
+        return () if self.steps is None else self.steps.expected or ()
+
+    @then.setter
+    def then(self, steps: Sequence[str]) -> None:
+        check_steps(steps)
+        self.steps = Steps(tuple(steps)) if steps else None
+
+    def _waiting(self, compute: Compute, activation: str | None, x: Tensor, images: Tensor) -> Tensor | None:
+        """The output, not yet computed; None where somebody may look at what it is."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_watched(self):
+            return None
+        if (self.applied is not None and self.applied[0].is_apart) or (
+            self.normed is not None and self.normed[0].is_apart
+        ):
+            return None
+        (n, _, *sides), kernel = images.shape, self.kernel_size
+        height, width = map(output_size, sides, kernel, self.stride, self.padding, self.dilation)
+        if min(n, height, width) < 1 or (torch.is_grad_enabled() and images.requires_grad):
+            return None
+        assert self.steps is not None
+        if self.steps.expected is not None and n * self.out_channels * height * width < LEAST_UNREAD:
+            return None
+        shape, read_later = (n, self.out_channels, height, width), held(images) if self.is_pointwise else ()
+        dtype = x.float_dtype if isinstance(x, UnreadImage) else x.dtype
+        return UnreadImage(
+            shape, dtype, images.device, compute, self.steps, activation, read_later, not self.is_pointwise
+        )
+
+    def _computing(self, x: Tensor, q: Tensor | None) -> tuple[Compute, str | None]:
+        """(what gives the output, the activation that is applied). q: x in steps of input_scale, where it is there."""
+        weight_scale, bias, activation = self._epilogue()
+        if self.is_pointwise:
+            return partial(self._product, x, weight_scale, bias), activation
+        dtype = x.float_dtype if isinstance(x, UnreadImage) else x.dtype
+        quantized = self._quantized(x) if q is None or self.input_scale is None else (q, self.input_scale)
+        return partial(self._convolution, *quantized, dtype, weight_scale, bias), activation
+
+    def _convolution(
+        self,
+        q: Tensor,
+        scale: Tensor,
+        dtype: torch.dtype,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        activation: str | None,
+        residual: Tensor | None,
+        residual_first: bool,
+        out_scale: Tensor | None,
+    ) -> Tensor:
+        if residual is not None:
+            residual = residual.contiguous(memory_format=torch.channels_last)
+        return OPERATION(
+            q, self.qweight, scale, weight_scale, self.stride, self.padding, self.dilation, self.groups, bias, activation,
+            dtype if out_scale is None else torch.int8, out_scale, residual, residual_first, self._as_read(),
+        )  # fmt: skip
 
     def _product(
         self,
@@ -257,15 +325,21 @@ class Int8Conv2d(ReadableWeight, QuantizedModule):
         activation: str | None,
         residual: Tensor | None,
         residual_first: bool,
+        _: None,
     ) -> Tensor:
         """The linear layer of each pixel, of a kernel of 1 x 1."""
-        b = self._buffers
-        added = residual.permute(0, 2, 3, 1) if residual is not None and not residual_first else None
+        b, added = self._buffers, None
+        if residual is not None:
+            added = residual.permute(0, 2, 3, 1).contiguous()
         y = LINEAR(
             self._pixels(x), self.qweight.flatten(1), weight_scale, bias, None if residual_first else activation, x.dtype, None,
             None, False, b["channel_scale"], b["weight_sum"], self._as_read(), *(() if added is None else (added,)),
         ).permute(0, 3, 1, 2)  # fmt: skip
-        return activate(activation, y + residual) if residual is not None and residual_first else y
+        if not residual_first:
+            return y
+        return (
+            y.relu_() if activation == "relu" else activate(activation, y)
+        )  # new memory costs more than the activation
 
     def _pixels(self, x: Tensor) -> Tensor:
         """Those that a kernel of 1 x 1 looks at, contiguous: [N, H_out, W_out, C]."""
@@ -415,6 +489,7 @@ class Int8Conv2d(ReadableWeight, QuantizedModule):
             "static": self.input_scale is not None,
             "channel_scale": self.channel_scale is not None,
             "folds_norm": self.folds_norm,
+            **({"then": list(self.then)} if self.then else {}),
             **({} if self.activation is None else {"activation": self.activation}),
         }
 
@@ -426,23 +501,9 @@ class Int8Conv2d(ReadableWeight, QuantizedModule):
         parts += ["bias=False"] if self.bias is None else []
         parts += ["norm"] if self.folds_norm else []
         parts += [f"activation={self.activation}"] if self.activation else []
+        parts += [f"then {', '.join(self.then)}"] if self.then else []
         how = "a pixel" if self.is_pointwise else "a sample" if self.input_scale is None else "static"
         return ", ".join([*parts, f"activations=int8, {how}{', smoothed' if self.channel_scale is not None else ''}"])
-
-
-def pair(name: str, x: Any, least: int) -> Pair:
-    """(of height, of width)."""
-    both = (x, x) if type(x) is int else x
-    if not isinstance(both, tuple | list) or len(both) != 2 or any(type(n) is not int or n < least for n in both):
-        raise ValueError(f"Int8Conv2d: {name} must be an integer from {least} on, or two of them, not {x!r}")
-    return both[0], both[1]
-
-
-def is_pointwise(module: nn.Module) -> bool:
-    """Whether a convolution is the product of a Linear for each pixel."""
-    m: Any = module
-    forms = tuple(m.kernel_size), padding_of(m), m.groups
-    return forms == ((1, 1), (0, 0), 1) and m.in_channels <= MAX_K_ZERO_POINT
 
 
 def _check_scale(cls: str, name: str, scale: Tensor | None, size: int) -> None:
@@ -494,55 +555,3 @@ def normed(norm: Norm, y: Tensor) -> Tensor:
     single = y.dim() == 3
     y = F.batch_norm(y[None] if single else y, mean, variance, gamma, beta, False, 0.0, norm.eps)  # type: ignore[arg-type]
     return y[0] if single else y
-
-
-# ---- which classes are convolutions and nothing else
-
-
-def _own_padding(module: Any) -> Pair | None:
-    """That of an nn.Conv2d. torch pads with "same" one more behind than before where a kernel is even."""
-    if module.padding == "valid":
-        return 0, 0
-    if module.padding == "same":
-        total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size)]
-        return None if any(n % 2 for n in total) else (total[0] // 2, total[1] // 2)
-    return pair("padding", module.padding, 0)
-
-
-def _same_padding(module: Any) -> Pair | None:
-    """That of classes that pad as TensorFlow does, by the size of the input where they stride."""
-    total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size)]
-    return None if any(n % 2 for n in total) or tuple(module.stride) != (1, 1) else (total[0] // 2, total[1] // 2)
-
-
-def _static_padding(module: Any) -> Pair | None:
-    """That of classes that call a member `static_padding` first: with one size of input they pad as TensorFlow does."""
-    pads, (height, width) = module.static_padding, pair("padding", module.padding, 0)
-    if qualified(type(pads)) in _PAD_NOTHING:
-        return height, width
-    if type(pads) is not nn.ZeroPad2d:
-        return None
-    left, right, top, bottom = pads.padding
-    return (height + top, width + left) if (left, top) == (right, bottom) else None
-
-
-_PAD_NOTHING = (
-    "torch.nn.modules.linear.Identity", "efficientnet_lite_pytorch.utils.Identity", "efficientnet_pytorch.utils.Identity",
-)  # fmt: skip
-#: By what a class pads, those of which it was read that they compute a convolution and nothing else.
-_CONVOLUTIONS: Mapping[str, Callable[[Any], Pair | None]] = {
-    "torch.nn.modules.conv.Conv2d": _own_padding,
-    "timm.layers.conv2d_same.Conv2dSame": _same_padding,
-    "efficientnet_lite_pytorch.utils.Conv2dStaticSamePadding": _static_padding,
-    "efficientnet_pytorch.utils.Conv2dStaticSamePadding": _static_padding,
-}
-
-
-def is_convolution(module: nn.Module) -> bool:
-    """Whether it computes a convolution and nothing else but to pad with what `padding_of` has."""
-    return qualified(type(module)) in _CONVOLUTIONS and not forward_is_elsewhere(type(module))
-
-
-def padding_of(module: nn.Module) -> Pair | None:
-    """Zeros on either side of an input's height and width; None where they are not as many on both."""
-    return _CONVOLUTIONS[qualified(type(module))](module)

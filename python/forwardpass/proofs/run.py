@@ -158,6 +158,12 @@ class Prover:
         except Exception:  # as it may, where it counts its calls in something outside
             return False
 
+    def run_once(self) -> None:
+        """The model runs as it is, for what looks at it meanwhile. Tensors count what is written into them."""
+        runs = self._runs or self._in_float32
+        with self._running(), torch.inference_mode(False), torch.no_grad():
+            _outputs(self.model, runs[0].call)
+
     def of(self, model: nn.Module, *sources: Iterable[list[Call]]) -> Prover:
         """The same of a part of it."""
         return Prover(model, *sources, stand_ins=self._stand_ins)

@@ -38,11 +38,13 @@ class Swapped:
     tied_to: str | None = None  #: the embedding's weight that was its own too, and stays as it is
     window: str | None = None  #: of a convolution, in words: "3 x 3 / 2"
     norm: bool = False  #: whether a BatchNorm stood behind it, and is computed in it
+    then: tuple[str, ...] = ()  #: what is done with its output and computed in it too, found by running (`Int8Conv2d`)
 
     @property
     def computes(self) -> str:
         """In words: "int8 v2", of a convolution its window, and what it computes besides."""
         besides = ["batch norm"] * self.norm + ([self.activation] if self.activation else [])
+        besides += ["int8 out" if step == "int8" else step for step in self.then]
         window = f", {self.window}" if self.window else ""
         return " + ".join([f"{self.precision} v{self.version}{window}", *besides])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from ..common.batches import Fingerprint, device_of, first_of
+from ..common.batches import Fingerprint, Forward, device_of, first_of
 from ..common.models.modules import plain_module, tensor_bytes
 from ..common.printing.text import count
 from ..dispatch import Reason, only_reference_on
@@ -20,8 +20,8 @@ from ..formats.loaded import Decompression, is_stored, note_on, refuse_inference
 from ..integrations.tensor_parallel import refuse_divided, sharding_of, whole
 from ..integrations.timesteps import Timesteps, TimestepSwap, range_of
 from ..nn import Experts, Int8Conv2d, QuantizedModule
+from ..nn.conv2d_classes import is_pointwise, padding_of
 from ..nn.eight_bits import EightBits
-from ..nn.int8_conv2d import is_pointwise, padding_of
 from ..nn.quantized_experts import experts_sizes
 from ..ops.common.quantized_rows import FLOATS
 from ..proofs.siblings import JoinedSwap
@@ -40,7 +40,7 @@ from .plan import Plan, PlannedAttention, PlannedLayer, layers_of
 from .precision import EARLY, STORED, ByHand, Early, LayerPrecision, Precision
 from .report import EncoderLayers, OtherLayers, Report, Skipped, Swapped, WeightBytes
 from .rules import Context, ties
-from .verdicts import Verdicts, prove
+from .verdicts import Verdicts, let_outputs_wait, prove
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -152,8 +152,9 @@ def swap(
             notes += calibration_notes
             if config.strict:
                 refuse_skips(decision.skipped)
+        given = batch, config.forward
         return _carry_out(decision, notes, arguments, calibration, keep, dry_run, projections, keras, verdicts,
-                          timesteps, encoder)  # fmt: skip
+                          timesteps, encoder, given)  # fmt: skip
 
 
 def _calibrate(
@@ -217,8 +218,9 @@ def _carry_out(
     verdicts: Verdicts = _NONE,
     timesteps: Timesteps | None = None,
     encoder: EncoderDecision = _NO_ENCODER,
+    given: tuple[Any, Forward | None] = (None, None),
 ) -> Report:
-    """Builds the replacements, gives the warnings, and puts the replacements in place."""
+    """Builds the replacements, gives the warnings, and puts the replacements in place. given: a user's batch, and `forward`."""
     model, swapped = decision.model, decision.swapped
     if dry_run:
         replacements = [_empty(leaf, p) for leaf, p in swapped]
@@ -280,7 +282,7 @@ def _carry_out(
         projections.narrow(leaf.module for leaf in (*(leaf for leaf, _ in swapped), *decision.attention.swapped))
         before = (projections,) if keras is None else (keras, projections)
         changed = originals.Originals(layers, True, changes, around, before, originals.find(model))
-        report.attach(model, _install(model, changed, keep))
+        report.attach(model, _install(model, changed, keep, lambda: _let_outputs_wait(report, model, *given)))
         for x in before:
             x.stays = True
     return report
@@ -418,12 +420,22 @@ def empty_convolution(leaf: ConvolutionLeaf, calibrated: bool) -> Int8Conv2d:
     return new
 
 
-def _install(model: nn.Module, changed: originals.Originals, keep: str | bool) -> originals.Originals:
-    """The only step that changes the model: all replacements, or none."""
+def _let_outputs_wait(report: Report, model: nn.Module, batch: Any, forward: Forward | None) -> None:
+    """Of convolutions, and says so in the report."""
+    let_outputs_wait(model, batch, forward)
+    modules = dict(model.named_modules())
+    report.swapped = [replace(s, then=getattr(modules.get(s.fqn), "then", ())) for s in report.swapped]
+
+
+def _install(
+    model: nn.Module, changed: originals.Originals, keep: str | bool, then: Callable[[], None]
+) -> originals.Originals:
+    """The only step that changes the model: all replacements, or none. then: what follows, undone with it."""
     changed.put(model)
     swapped = changed if keep else originals.Originals((), False, changed.changes, earlier=changed.earlier)
     try:
         originals.remember(model, swapped)
+        then()
         moved = [x.original for x in changed.layers if _originals_device(x.original, keep) == "cpu"]
         # a tied head's weight is the embedding's
         stay = (*model.parameters(), *model.buffers(), *originals.held_elsewhere(moved))

@@ -18,7 +18,8 @@ from ..formats.loaded import is_stored
 from ..integrations.sentence_transformers import class_of
 from ..integrations.tensor_parallel import sharding_of
 from ..integrations.transformers.unpadding import current
-from ..nn import QuantizedModule
+from ..nn import Int8Conv2d, QuantizedModule
+from ..nn.unread_image import Steps
 from ..ops.common.quantized_rows import FLOATS
 from ..proofs import inputs, run
 from ..proofs.mlp_formulas import Block
@@ -221,6 +222,38 @@ def _deferring(decision: Decision) -> Deferring | None:
 
 def _outcome(deferring: Deferring | None) -> Deferrals:
     return Deferrals() if deferring is None else deferring.outcome
+
+
+def let_outputs_wait(model: nn.Module, batch: Any = None, forward: Forward | None = None) -> Reason | None:
+    """Finds what is done with the outputs of a swapped model's convolutions, by running it: what their epilogues can compute, they
+    compute from here on (`UnreadImage`). Where the model then gives something else, nothing is: returns why.
+
+    Args:
+        batch, forward: a user's, of `fp.swap`.
+    """
+    layers = [m for m in model.modules() if isinstance(m, Int8Conv2d)]
+    if not layers:
+        return None
+    users = inputs.of_batch(batch, forward) if batch is not None else ()
+    prover = run.Prover(model, users, inputs.made_up(model))
+    if not prover.runs:
+        return run.UNPROVEN
+    notes = [Steps(None) for _ in layers]
+    for layer, steps in zip(layers, notes):
+        layer.steps = steps
+    reason: Reason | None = run.UNPROVEN
+    try:
+        prover.run_once()
+        for layer, steps in zip(layers, notes):
+            layer.then = steps.chain()
+        reason = prover.why_not(()) if any(layer.then for layer in layers) else None
+    except Exception as e:  # whatever its code raises so
+        reason = Reason("disproved", f"run so, its code raises {type(e).__name__}", "leave it")
+    finally:
+        if reason is not None:
+            for layer in layers:
+                layer.then = ()
+    return reason
 
 
 def _rewritten(decision: Decision) -> Iterator[Rewriting]:

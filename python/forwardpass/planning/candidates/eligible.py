@@ -8,7 +8,7 @@ import torch
 
 from ...dispatch import Reason, gpu_takes, only_reference_on
 from ...dispatch.operation import GPU_BACKENDS
-from ...nn.int8_conv2d import is_pointwise, padding_of
+from ...nn.conv2d_classes import is_pointwise, padding_of
 from ...ops.int8_conv2d import OPERATION as INT8_CONV2D
 from ...proofs.walker import ConvolutionLeaf, Leaf
 from ...swap.precision import LayerPrecision

@@ -25,7 +25,7 @@ from ...common.models.modules import hooked, tensor_bytes
 from ...common.timing import Timing, Track, beyond_caches, interleave
 from ...dispatch import Reason
 from ...nn import Int8Conv2d
-from ...nn.int8_conv2d import is_pointwise
+from ...nn.conv2d_classes import is_pointwise
 from ...nn.linear.quantized_linear import QuantizedLinear
 from ...proofs.walker import ConvolutionLeaf, Leaf
 from ...swap.attention.kv_cache import kv_cache_of

@@ -1,0 +1,259 @@
+"""UnreadImage: what a convolution gives where its reader decides in which form it is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from ..ops.common.activations import PLAIN
+from .linear.joined import writes
+
+#: (activation, residual, residual_first, out_scale) to a result; with out_scale in int8
+Compute = Callable[[str | None, Tensor | None, bool, Tensor | None], Tensor]
+
+#: What is asked of a tensor without reading it.
+_ASKED = {
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_meta",
+                                                 "requires_grad", "grad_fn", "is_leaf", "is_sparse", "is_quantized")),
+    Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.stride, Tensor.is_contiguous, Tensor.is_floating_point,
+    Tensor.is_complex, Tensor.is_inference, Tensor.__len__, torch.is_floating_point, torch.is_complex, torch.numel,
+}  # fmt: skip
+_ADDITIONS = {Tensor.__add__: False, Tensor.add: False, torch.add: False, Tensor.__iadd__: True, Tensor.add_: True}
+#: functions of one tensor: their name in an epilogue, and whether they write into it
+_ACTIVATIONS = {
+    **{f: ("relu", False) for f in (F.relu, torch.relu, Tensor.relu)},
+    **{f: ("relu", True) for f in (torch.relu_, Tensor.relu_)},
+    F.hardtanh: ("relu6", False), F.relu6: ("relu6", False), F.silu: ("silu", False), F.hardswish: ("hard_swish", False),
+}  # fmt: skip
+ADD, INT8, FLOATS = "add", "int8", "floats"
+
+
+def check_steps(steps: Sequence[str]) -> None:
+    """ValueError where a convolution cannot compute these, or not in this order."""
+    floats = [*steps][: -1 if [*steps][-1:] == [INT8] else None]
+    names = [step for step in floats if step != ADD]
+    if len(names) > 1 or not {*names} <= {*PLAIN} or floats.count(ADD) > (len(floats) == len(steps)):
+        raise ValueError(f"Int8Conv2d: then is \"add\", an activation, or both in any order, or \"int8\" behind an activation "
+                         f"or alone, not {steps!r}")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What is done with a convolution's output, in order: names of activations, "add", and at the end "int8"."""
+
+    expected: tuple[str, ...] | None  #: None: whatever comes, and it is noted
+    seen: list[tuple[tuple[str, ...], str]] = field(default_factory=list)  #: (what was done before, what came)
+
+    def chain(self) -> tuple[str, ...]:
+        """The steps that came as the only reading of what was there before."""
+        steps: tuple[str, ...] = ()
+        while True:
+            came = [step for before, step in self.seen if before == steps]
+            step = came[0] if len({*came}) == 1 else FLOATS
+            if step == FLOATS or (step != INT8 and len(came) > 1):
+                return steps
+            steps += (step,)
+            if step == INT8:
+                return steps
+
+
+def held(*tensors: Tensor | None) -> tuple[tuple[Tensor, int], ...]:
+    """Tensors, and how often each had been written to."""
+    return tuple((t, writes(t)) for t in tensors if t is not None)
+
+
+class UnreadImage(Tensor):
+    """A convolution's output, [N, C, H, W] of floats, that has not been computed yet.
+
+    The next `Int8Conv2d`, where it has one scale for all inputs, reads it in int8: the epilogue rounds, and floats are never
+    written. A tensor that is added to it, and an activation behind that, go into the epilogue too. Whatever else is done with it
+    computes the floats first, once, and works on these: it is an ordinary tensor for all code.
+
+    Which outputs are such ones, and what is expected to be done with them, `fp.swap` finds by running the model. What was expected
+    and does not come costs time and changes nothing.
+
+    Args:
+        shape: its own; it is in channels_last memory.
+        dtype, device: of its floats.
+        compute: gives it.
+        steps: what is expected to come.
+        activation: what is applied in any case.
+        held: what `compute` reads that others may write into.
+        gives_int8: whether `compute` takes an out_scale.
+    """
+
+    _compute: Compute
+    _steps: Steps
+    _held: tuple[tuple[Tensor, int], ...]
+    _gives_int8: bool
+    _activation: str | None
+    _residual: Tensor | None
+    _residual_first: bool
+    _done: tuple[str, ...]  #: steps that `result` computes
+    _floats: Tensor | None
+    _quantized: tuple[Tensor, Tensor] | None
+    float_dtype: torch.dtype  #: `dtype`, which costs more to ask for
+
+    @staticmethod
+    def __new__(
+        cls,
+        shape: tuple[int, int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        compute: Compute,
+        steps: Steps,
+        activation: str | None,
+        held: tuple[tuple[Tensor, int], ...],
+        gives_int8: bool,
+    ) -> UnreadImage:
+        _, c, h, w = shape
+        image: UnreadImage = Tensor._make_wrapper_subclass(
+            cls, shape, (c * h * w, 1, c * w, c), dtype=dtype, device=device
+        )
+        image.__dict__.update(
+            _compute=compute, _steps=steps, _activation=activation, _held=held, _gives_int8=gives_int8, _residual=None,
+            _residual_first=False, _done=(), _floats=None, _quantized=None, float_dtype=dtype,
+        )  # fmt: skip
+        return image
+
+    def floats(self) -> Tensor:
+        """The output, a plain tensor: the same one each time."""
+        if self._floats is None:
+            self._note(FLOATS)
+            self._floats = self._result(None)
+        return self._floats
+
+    def in_int8(self, scale: Tensor) -> Tensor | None:
+        """In steps of a scale [1]; None where it is there in floats or in other steps, or no int8 is expected of it."""
+        expected, quantized = self._steps.expected, self._quantized
+        if self._floats is not None or self._residual is not None or not self._gives_int8:
+            return None
+        if expected is not None and expected[len(self._done) :] != (INT8,):
+            return None
+        if quantized is None:
+            quantized = self._quantized = scale, self._result(scale)
+        elif quantized[0] is not scale and not torch.equal(quantized[0], scale):
+            return None
+        self._note(INT8)
+        return quantized[1]
+
+    def add(self, residual: Tensor, in_place: bool) -> Tensor | None:  # type: ignore[override]
+        """The sum, which may wait too; None where none is expected, or there is one already."""
+        if self._residual is not None or not self._expects(ADD):
+            return None
+        image = self._with(ADD, in_place)
+        image._residual, image._held = residual, image._held + held(residual)
+        return image._complete(in_place)
+
+    def activate(self, name: str, in_place: bool) -> Tensor | None:
+        """Its activation, as `add`."""
+        if self._activation is not None or not self._expects(name):
+            return None
+        image = self._with(name, in_place)
+        image._activation, image._residual_first = name, image._residual is not None
+        return image._complete(in_place)
+
+    def _expects(self, step: str) -> bool:
+        expected, at = self._steps.expected, len(self._done)
+        return self._floats is None and (expected is None or expected[at : at + 1] == (step,))
+
+    def _with(self, step: str, in_place: bool) -> UnreadImage:
+        """This one or a copy, that is asked for a step more."""
+        self._note(step)
+        image = self
+        if not in_place:
+            options = self._compute, self._steps, self._activation, self._held, self._gives_int8
+            n, c, h, w = self.shape
+            image = UnreadImage((n, c, h, w), self.float_dtype, self.device, *options)
+            image._residual, image._residual_first = self._residual, self._residual_first
+        image._done, image._quantized = (*self._done, step), None
+        return image
+
+    def _complete(self, in_place: bool) -> Tensor:
+        """This one; where no step is left, what it is: for all that have it, where it was asked in place."""
+        if self._done != self._steps.expected:
+            return self
+        result = self._result(None)
+        if in_place:
+            self._floats = result
+        return result
+
+    def _note(self, step: str) -> None:
+        if self._steps.expected is None:
+            self._steps.seen.append((self._done, step))
+
+    def _result(self, out_scale: Tensor | None) -> Tensor:
+        for t, before in self._held:
+            if writes(t) != before:
+                if self._steps.expected is not None:
+                    raise RuntimeError("Int8Conv2d: something wrote into its input, or into what is added to its output, before "
+                                       "that output was read: set `then = ()` on the layer")  # fmt: skip
+                self._steps.seen.extend([((), FLOATS), ((), ADD)])  # nothing alone came first
+        return self._compute(self._activation, self._residual, self._residual_first, out_scale)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.floats().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.floats().clone()
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in _ASKED:
+                return func(*args, **kwargs)
+            result = _as_step(func, args, kwargs)
+            return func(*_read(args), **_read(dict(kwargs))) if result is None else result
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return func(*_read(args), **_read(kwargs or {}))
+
+
+def _read(x: Any) -> Any:
+    return tree_map(lambda t: t.floats() if isinstance(t, UnreadImage) else t, x)
+
+
+def _as_step(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The result of a call that an epilogue computes; None of all others."""
+    if func in _ADDITIONS and len(args) == 2 and not kwargs:
+        return _added(*args, in_place=_ADDITIONS[func])
+    if func not in _ACTIVATIONS or not isinstance(args[0], UnreadImage):
+        return None
+    name, in_place = _ACTIVATIONS[func]
+    given = dict(kwargs) | dict(
+        zip(("min_val", "max_val", "inplace") if func is F.hardtanh else ("inplace",), args[1:])
+    )
+    in_place = bool(given.pop("inplace", in_place))
+    if func is F.hardtanh and (given.pop("min_val", -1.0), given.pop("max_val", 1.0)) != (0.0, 6.0):
+        return None
+    return None if given else args[0].activate(name, in_place)
+
+
+def _added(x: Any, y: Any, in_place: bool) -> Tensor | None:
+    """The later one of two that are not read yet waits for the other."""
+    for image, other in ((y, x), (x, y)):
+        if not isinstance(image, UnreadImage) or not isinstance(other, Tensor) or (in_place and image is not x):
+            continue
+        if (
+            other is image
+            or other.dtype != image.float_dtype
+            or other.shape != image.shape
+            or other.device != image.device
+        ):
+            continue
+        residual = other.floats() if isinstance(other, UnreadImage) else other
+        if image._floats is None and (result := image.add(residual, in_place)) is not None:
+            return result
+    return None
