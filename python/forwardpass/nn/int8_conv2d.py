@@ -126,7 +126,7 @@ class Int8Conv2d(ReadableWeight, QuantizedModule):
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size, self.stride = pair("kernel_size", kernel_size, 1), pair("stride", stride, 1)
         self.padding, self.dilation = pair("padding", padding, 0), pair("dilation", dilation, 1)
-        self.activation, self.folds_norm, self.then = activation, folds_norm, then  # type: ignore[assignment]
+        self.activation, self.folds_norm, self.then = activation, folds_norm, then
         shape, dtype = (out_channels, in_channels // groups, *self.kernel_size), as_dtype(dtype)
         qweight = torch.empty(shape, dtype=torch.int8, device=device, memory_format=torch.channels_last)
         self.register_buffer("qweight", qweight)

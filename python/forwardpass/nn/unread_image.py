@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ _ACTIVATIONS = {
     **{f: ("relu", True) for f in (torch.relu_, Tensor.relu_)},
     F.hardtanh: ("relu6", False), F.relu6: ("relu6", False), F.silu: ("silu", False), F.hardswish: ("hard_swish", False),
 }  # fmt: skip
+_made = count()
 ADD, INT8, FLOATS = "add", "int8", "floats"
 
 
@@ -98,6 +100,7 @@ class UnreadImage(Tensor):
     _done: tuple[str, ...]  #: steps that `result` computes
     _floats: Tensor | None
     _quantized: tuple[Tensor, Tensor] | None
+    _number: int  #: later ones have larger ones
     float_dtype: torch.dtype  #: `dtype`, which costs more to ask for
 
     @staticmethod
@@ -118,7 +121,7 @@ class UnreadImage(Tensor):
         )
         image.__dict__.update(
             _compute=compute, _steps=steps, _activation=activation, _held=held, _gives_int8=gives_int8, _residual=None,
-            _residual_first=False, _done=(), _floats=None, _quantized=None, float_dtype=dtype,
+            _residual_first=False, _done=(), _floats=None, _quantized=None, float_dtype=dtype, _number=next(_made),
         )  # fmt: skip
         return image
 
@@ -243,6 +246,8 @@ def _as_step(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Ten
 
 def _added(x: Any, y: Any, in_place: bool) -> Tensor | None:
     """The later one of two that are not read yet waits for the other."""
+    if isinstance(x, UnreadImage) and isinstance(y, UnreadImage) and x._number > y._number and not in_place:
+        x, y = y, x
     for image, other in ((y, x), (x, y)):
         if not isinstance(image, UnreadImage) or not isinstance(other, Tensor) or (in_place and image is not x):
             continue
