@@ -19,8 +19,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:swap. int8_conv2d has no kernel"
 
 
 @pytest.fixture(autouse=True)
-def whatever_size(monkeypatch):
+def whatever_pays(monkeypatch):
     monkeypatch.setattr(int8_conv2d, "LEAST_UNREAD", 0)
+    monkeypatch.setattr(verdicts, "_gains_by_waiting", lambda layer: True)
 
 
 def layers_of(model):
@@ -52,7 +53,7 @@ def test_what_comes_behind_each_is_found():
     model = swapped(build("resnet"), WIDE["resnet"], picture(4))
     block = model.blocks[0]
     assert block.conv1.then == ("int8",) and block.conv2.then == ("add", "relu")
-    assert model.blocks[1].downsample[0].then == ()  # two convolutions' worth of readers would want its floats
+    assert model.blocks[1].downsample[0].then == ()  # it is added, as floats
     assert "then add, relu" in str(block.conv2)
     assert swapped(build("mobilenet"), WIDE["mobilenet"], picture(4)).block.conv[2].then == ("add",)
 
@@ -192,6 +193,13 @@ def test_a_run_that_gives_something_else_leaves_all_as_it_was(monkeypatch):
     assert {layer.then for layer in layers_of(model)} == {()}
     monkeypatch.undo()
     assert verdicts.let_outputs_wait(model) is None and model.blocks[0].conv2.then == ("add", "relu")
+
+
+@torch.inference_mode()
+def test_on_a_cpu_products_of_1_x_1_do_not_wait(monkeypatch):
+    monkeypatch.undo()
+    model = swapped(build("mobilenet"), WIDE["mobilenet"], picture(4))
+    assert {layer.then for layer in layers_of(model)} == {()}
 
 
 @torch.inference_mode()
