@@ -26,7 +26,7 @@ struct PackedHeader {
   uint64_t checksum;  // of b
   int64_t verify;     // whether the checksum is looked at
 };
-constexpr uint64_t kMagic = 0x3130'6465'6b63'6170;  // "packed01"
+constexpr uint64_t kMagic = 0x3230'6465'6b63'6170;  // "packed02"
 static_assert(sizeof(PackedHeader) <= 64);
 
 // Where the parts of a packed weight are. The excess follows them.

@@ -78,6 +78,7 @@ def int8_gemm(parts):
 
 def int8_conv2d(parts):
     check("int8_conv2d", conv_cases, some_of(conv_cases.cases(), parts))
+    check("int8_conv2d", conv_cases, some_of(conv_cases.depthwise_cases(), parts))
 
 
 def small_convolutions():

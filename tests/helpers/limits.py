@@ -20,7 +20,7 @@ from forwardpass.dispatch import BACKENDS, operations
 from forwardpass.ops.attention_8bit import MAX_COLUMNS
 from forwardpass.ops.common.experts import MOST_EXPERTS, MOST_ROWS
 from forwardpass.ops.dequant_activation.cases import EpilogueCase
-from forwardpass.ops.int8_conv2d import MOST_SIDE
+from forwardpass.ops.int8_conv2d import MOST_DEPTHWISE_COLUMNS, MOST_SIDE
 from forwardpass.ops.int8_gemm import MAX_K, MAX_K_ZERO_POINT
 
 RIGHT, REFUSED, NAN = "right", "refused", "NaN"
@@ -85,6 +85,11 @@ def convolution_depth(k: int) -> tuple[Any, ...]:
 
 def convolution_height(side: int) -> tuple[Any, ...]:
     return case("int8_conv2d", images=(1, side, 2), channels=16, out_channels=16, kernel=(side, 1), padding=(0, 0))
+
+
+def depthwise_columns(columns: int) -> tuple[Any, ...]:
+    return case("int8_conv2d", images=(1, 2, columns), channels=1, out_channels=1, groups=16, kernel=(1, 2), padding=(0, 0),
+                dilation=(1, columns - 1))  # fmt: skip
 
 
 def full_weight(*shape: int) -> torch.Tensor:
@@ -436,6 +441,8 @@ def product_limits() -> Iterator[Limit]:
         yield Limit("int8_gemm_quantize", of, last, last + 1, quantized_depth(zero_point))
     yield Limit("int8_conv2d", "K", MAX_K, MAX_K + 1, convolution_depth)
     yield Limit("int8_conv2d", "rows of w", MOST_SIDE, MOST_SIDE + 1, convolution_height, refused_by("cuda"))
+    yield Limit("int8_conv2d", "columns of a depthwise window, dilated", MOST_DEPTHWISE_COLUMNS, MOST_DEPTHWISE_COLUMNS + 1,
+                depthwise_columns, refused_by("cpu", *GPU), refuses_last=GPU)  # fmt: skip
     yield Limit("int8_linear", "K", MAX_K, MAX_K + 1, linear_depth(True))
     yield Limit("int8_linear", "K with symmetric=False", MAX_K_ZERO_POINT, MAX_K_ZERO_POINT + 1, linear_depth(False))
     yield Limit("int8_grouped_gemm", "K", MAX_K, MAX_K + 1, grouped_depth)

@@ -35,8 +35,16 @@ def test_cpu_against_reference(case, seed):
     cases.assert_matches(got, args)
 
 
+@pytest.mark.parametrize("case", [whole(cases.depthwise_cases())])
+def test_depthwise_against_reference(case, seed):
+    args = case.arguments(seed=seed)
+    with poisoned_outputs():
+        got = RUNS["cpu"](*args)
+    cases.assert_matches(got, args)
+
+
 def test_reference_is_the_convolution_of_torch():
-    """Narrow groups and depthwise ones included, which other backends leave."""
+    """Narrow groups included, which other backends leave, and depthwise ones, which GPUs leave."""
     for groups, channels, out in ((1, 7, 5), (3, 2, 4), (12, 1, 1)):
         x, w = images(2, channels * groups, 6, 7), images(out * groups, channels, 3, 2)
         scale, bias = torch.rand(out * groups), torch.randn(out * groups)
@@ -115,6 +123,7 @@ def threaded():
     yield cases.Case((1, 7, 7), 256, 512, epilogue=EpilogueCase(out_dtype=INT8))
     yield cases.Case((3, 9, 9), 32, 64, groups=2, epilogue=half)
     yield cases.Case((1, 4, 4), 64, 300)
+    yield cases.Case((2, 40, 5), 1, 1, (5, 3), groups=150, epilogue=half)
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, id=str(c.images)) for c in threaded()])
@@ -156,13 +165,17 @@ def test_compiles_whole():
 
 
 def test_narrow_groups_have_a_reason():
-    x, w = images(1, 32, 5, 5), images(32, 1, 3, 3)
+    """Two outputs a channel; one is depthwise, and has a kernel."""
+    x, w = images(1, 32, 5, 5), images(64, 1, 3, 3)
     table = fp.explain("int8_conv2d", x, w, ONE, ONE, groups=32, out_dtype=torch.float32)
     assert table.backend == "reference"
     assert table["cpu"].code == "narrow_groups"
-    assert "of 1 and 1" in str(table["cpu"])
+    assert "of 1 and 2" in str(table["cpu"])
     with fp.use_backend("cpu"), pytest.raises(fp.Unsupported, match="groups of at least"):
         fp.ops.int8_conv2d(x, w, ONE, ONE, groups=32, out_dtype=torch.float32)
+    depthwise = fp.explain("int8_conv2d", x, w[:32], ONE, ONE, groups=32, out_dtype=torch.float32)
+    assert depthwise.backend == "cpu"
+    assert depthwise["triton"].code in ("narrow_groups", "device")
     wide = images(2 * LEAST_GROUP, LEAST_GROUP, 3, 3)
     assert operations["int8_conv2d"].why_not_on("cpu", x.device, x) is None  # who asks before there is a call
     assert fp.explain("int8_conv2d", x, wide, ONE, ONE, groups=2, out_dtype=torch.float32).backend == "cpu"

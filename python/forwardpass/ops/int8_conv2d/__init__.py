@@ -18,6 +18,8 @@ from . import reference
 
 #: Channels of a group, in and out, from which on a product of matrices pays: the kernels' tiles are some 16 to 64 wide.
 LEAST_GROUP = 16
+#: The most columns of a depthwise window, dilated, that the CPU's kernel takes: it multiplies the gaps too, as zeros.
+MOST_DEPTHWISE_COLUMNS = 64
 #: The most rows and columns of the kernel w that CUDA's kernels take (kMostKernelSide in csrc/params/gemm.h).
 MOST_SIDE = 15
 
@@ -51,7 +53,8 @@ def int8_conv2d(
         x_scale: float32, one element or [N]: one an image, as a window mixes pixels.
         w_scale: float32, one element or [C_out].
         stride, padding, dilation: as in torch.nn.functional.conv2d, an integer or a pair (of height, of width).
-        groups: divides C and C_out. Backends other than the reference take one group, or groups of at least 16 channels each.
+        groups: divides C and C_out. Backends other than the reference take one group, or groups of at least 16 channels each; the
+            CPU also takes depthwise convolutions, groups = C = C_out.
         bias: float32, float16 or bfloat16 [C_out].
         activation: None, relu, gelu, gelu_tanh, silu, relu6, hard_swish.
         residual: [N, C_out, H_out, W_out] of out_dtype, channels with stride 1, pixels any stride that rows and images collapse
@@ -223,6 +226,25 @@ def why_not_groups(x: Tensor, w: Tensor | None, *options: Any) -> Reason | None:
     )
 
 
+def is_depthwise(x: Tensor, w: Tensor, groups: int) -> bool:
+    """Each channel by itself, with one output."""
+    return groups > 1 and groups == x.shape[1] == w.shape[0]
+
+
+def _why_not_cpu(x: Tensor, w: Tensor | None, *options: Any) -> Reason | None:
+    dilation, groups = options[4], options[5]
+    if w is None or groups is None or not is_depthwise(x, w, groups):
+        return why_not_groups(x, w, *options)
+    columns = (w.shape[3] - 1) * dilation[1] + 1
+    if columns <= MOST_DEPTHWISE_COLUMNS:
+        return None
+    return Reason(
+        "wide_window",
+        f"its depthwise windows have at most {MOST_DEPTHWISE_COLUMNS} columns, dilated, and these have {columns}",
+        "leave this convolution in floats",
+    )
+
+
 def _why_not_cuda(x: Tensor, w: Tensor | None, *options: Any) -> Reason | None:
     if w is not None and max(w.shape[2:]) > MOST_SIDE:
         height, width = w.shape[2:]
@@ -255,6 +277,6 @@ OPERATION = Operation(
     _check,
     reference.int8_conv2d,
     _fake,
-    why_not={"cpu": why_not_groups, "cuda": _why_not_cuda, "triton": why_not_groups},
+    why_not={"cpu": _why_not_cpu, "cuda": _why_not_cuda, "triton": why_not_groups},
     notes=_notes,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -95,16 +96,29 @@ class Case:
 
 def assert_matches(actual: Tensor, args: tuple[Any, ...]) -> None:
     """actual is what every backend returns for args."""
-    assert_epilogue_matches(actual, reference.int8_conv2d, args)
+    if actual.dtype != torch.int8:
+        return assert_epilogue_matches(actual, reference.int8_conv2d, args)
+    assert_epilogue_matches(actual.permute(0, 2, 3, 1), _pixels, args)
 
 
-def _that_fits(case: Case) -> Case:
-    """The case with as much padding as its kernel needs, in few multiplications, and in groups that kernels take."""
+@functools.wraps(reference.int8_conv2d)
+def _pixels(*args: Any, **named: Any) -> Tensor:
+    """The reference's channels last, where a scale per channel broadcasts."""
+    return reference.int8_conv2d(*args, **named).permute(0, 2, 3, 1)
+
+
+def _padded(case: Case) -> Case:
+    """The case with as much padding as its kernel needs."""
     padding = [
         max(p, -((s - d * (k - 1) - 1) // 2))
         for p, s, d, k in zip(case.padding, case.images[1:], case.dilation, case.kernel)
     ]
-    case = replace(case, padding=(padding[0], padding[1]))
+    return replace(case, padding=(padding[0], padding[1]))
+
+
+def _that_fits(case: Case) -> Case:
+    """The case, padded, in few multiplications, and in groups that kernels take."""
+    case = _padded(case)
     if case.groups > 1:
         case = replace(case, channels=max(LEAST_GROUP, case.channels), out_channels=max(LEAST_GROUP, case.out_channels))
     while case.flops() / 2 > MOST_MACS:
@@ -136,6 +150,28 @@ def cases() -> Iterator[Case]:
         yield _that_fits(Case(**row, epilogue=EpilogueCase(**options)))
     for kernel, groups in (((3, 3), 1), ((1, 1), 1), ((3, 3), 2)):
         yield Case((0, 8, 8), 16, 16, kernel, groups=groups)
+
+
+def depthwise_cases() -> Iterator[Case]:
+    """Every pair of sizes and options of convolutions whose groups are single channels, which the CPU takes."""
+    factors = {
+        "images": ((1, 1, 1), (1, 1, 40), (2, 5, 7), (1, 14, 14), (3, 18, 9), (1, 37, 29)),
+        "groups": (2, 16, 20, 33, 64, 70, 144),
+        "kernel": ((3, 3), (5, 5), (1, 1), (2, 4), (1, 5), (7, 2)),
+        "stride": ((1, 1), (2, 2), (2, 1), (1, 3), (3, 4)),
+        "padding": ((1, 1), (0, 0), (2, 0), (3, 3)),
+        "dilation": ((1, 1), (2, 2), (1, 3), (3, 1)),
+        "layout": LAYOUTS,
+        **epilogue_factors(zero_points=(None,)),
+        "activation": (None, *PLAIN),
+        "out_dtype": (*FLOATS, torch.int8),
+        "residual": RESIDUALS,
+        "residual_first": (False, True),
+    }
+    for row in pairwise(factors):
+        options = {name: row.pop(name) for name in list(row) if name in EpilogueCase.__dataclass_fields__}
+        yield _padded(Case(**row, channels=1, out_channels=1, epilogue=EpilogueCase(**options)))
+    yield Case((0, 8, 8), 1, 1, groups=16)
 
 
 def _layer(n: int, size: int, c: int, out: int, kernel: int, stride: int = 1) -> Case:

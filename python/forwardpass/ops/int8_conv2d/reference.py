@@ -33,6 +33,9 @@ def int8_conv2d(
     )
     of_pixels = x_scale if x_scale.numel() == 1 else x_scale.reshape(-1, 1, 1).expand(acc.shape[:-1])
     added = None if residual is None else residual.permute(0, 2, 3, 1)
-    out = apply_epilogue(acc.contiguous(), of_pixels, w_scale, bias, activation, out_dtype, out_scale, residual=added,
+    acc = acc.clone(
+        memory_format=torch.contiguous_format
+    )  # of one pixel its strides may be any, and contiguous() keeps them
+    out = apply_epilogue(acc, of_pixels, w_scale, bias, activation, out_dtype, out_scale, residual=added,
                          residual_first=residual_first)  # fmt: skip
     return out.permute(0, 3, 1, 2)
