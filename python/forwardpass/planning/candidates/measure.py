@@ -49,7 +49,7 @@ STATISTICS_BYTES = 1 << 30
 ROUNDS, WARMUP = 15, 3
 #: Copies of a layer that steps are timed with: of one of 64 KiB they fill 16 MiB.
 MOST_TWINS = 256
-PARTIAL = "forwardpass.plan.partial/3"
+PARTIAL = "forwardpass.plan.partial/4"
 
 
 def find_candidate(name: str) -> LayerPrecision:
