@@ -168,7 +168,7 @@ class JoinedSwap:
         self.mlps = self._mlps.names
         self.apart = [*self._mlps.apart, *(x for x in apart.items() if x not in self._mlps.apart)]
         self._adaptive = _deferred(layers, deferrals)
-        self.norms = [norm.fqn for norm in (*self._mlps.norms, *self._adaptive)]
+        self.norms = [*(x.fqn for x in self._mlps.norms), *(x.fqn for x in self._adaptive)]
         within = self._mlps.members
         self._alone = {fqn: layer for fqn, layer in layers.items() if fqn not in within}
         self._runs = [
