@@ -25,7 +25,7 @@ from .guard import InEpilogue
 from .linear.dequantized_weight import ReadableWeight
 from .linear.int8_linear import packed_weight
 from .linear.quantized_linear import QuantizedModule, as_autocast, as_dtype
-from .unread_image import Compute, Steps, UnreadImage, check_steps, held
+from .unread_image import Compute, Steps, UnreadImage, check_steps, writable
 
 #: Elements of an output from which on it waits for its reader: below, the object that waits takes longer (some 20 us) than what
 #: it saves.
@@ -283,7 +283,7 @@ class Int8Conv2d(ReadableWeight, QuantizedModule):
         assert self.steps is not None
         if self.steps.expected is not None and n * self.out_channels * height * width < LEAST_UNREAD:
             return None
-        shape, read_later = (n, self.out_channels, height, width), held(images) if self.is_pointwise else ()
+        shape, read_later = (n, self.out_channels, height, width), writable(images) if self.is_pointwise else ()
         dtype = x.float_dtype if isinstance(x, UnreadImage) else x.dtype
         return UnreadImage(
             shape, dtype, images.device, compute, self.steps, activation, read_later, not self.is_pointwise

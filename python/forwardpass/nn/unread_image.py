@@ -65,7 +65,7 @@ class Steps:
                 return steps
 
 
-def held(*tensors: Tensor | None) -> tuple[tuple[Tensor, int], ...]:
+def writable(*tensors: Tensor | None) -> tuple[tuple[Tensor, int], ...]:
     """Tensors, and how often each had been written to."""
     return tuple((t, writes(t)) for t in tensors if t is not None)
 
@@ -86,7 +86,7 @@ class UnreadImage(Tensor):
         compute: gives it.
         steps: what is expected to come.
         activation: what is applied in any case.
-        held: what `compute` reads that others may write into.
+        read_later: what `compute` reads that others may write into.
         gives_int8: whether `compute` takes an out_scale.
     """
 
@@ -112,7 +112,7 @@ class UnreadImage(Tensor):
         compute: Compute,
         steps: Steps,
         activation: str | None,
-        held: tuple[tuple[Tensor, int], ...],
+        read_later: tuple[tuple[Tensor, int], ...],
         gives_int8: bool,
     ) -> UnreadImage:
         _, c, h, w = shape
@@ -120,7 +120,7 @@ class UnreadImage(Tensor):
             cls, shape, (c * h * w, 1, c * w, c), dtype=dtype, device=device
         )
         image.__dict__.update(
-            _compute=compute, _steps=steps, _activation=activation, _held=held, _gives_int8=gives_int8, _residual=None,
+            _compute=compute, _steps=steps, _activation=activation, _held=read_later, _gives_int8=gives_int8, _residual=None,
             _residual_first=False, _done=(), _floats=None, _quantized=None, float_dtype=dtype, _number=next(_made),
         )  # fmt: skip
         return image
@@ -151,7 +151,7 @@ class UnreadImage(Tensor):
         if self._residual is not None or not self._expects(ADD):
             return None
         image = self._with(ADD, in_place)
-        image._residual, image._held = residual, image._held + held(residual)
+        image._residual, image._held = residual, image._held + writable(residual)
         return image._complete(in_place)
 
     def activate(self, name: str, in_place: bool) -> Tensor | None:
@@ -163,8 +163,8 @@ class UnreadImage(Tensor):
         return image._complete(in_place)
 
     def _expects(self, step: str) -> bool:
-        expected, at = self._steps.expected, len(self._done)
-        return self._floats is None and (expected is None or expected[at : at + 1] == (step,))
+        expected, count_done = self._steps.expected, len(self._done)
+        return self._floats is None and (expected is None or expected[count_done : count_done + 1] == (step,))
 
     def _with(self, step: str, in_place: bool) -> UnreadImage:
         """This one or a copy, that is asked for a step more."""
@@ -235,13 +235,13 @@ def _as_step(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Ten
     if func not in _ACTIVATIONS or not isinstance(args[0], UnreadImage):
         return None
     name, in_place = _ACTIVATIONS[func]
-    given = dict(kwargs) | dict(
+    options = dict(kwargs) | dict(
         zip(("min_val", "max_val", "inplace") if func is F.hardtanh else ("inplace",), args[1:])
     )
-    in_place = bool(given.pop("inplace", in_place))
-    if func is F.hardtanh and (given.pop("min_val", -1.0), given.pop("max_val", 1.0)) != (0.0, 6.0):
+    in_place = bool(options.pop("inplace", in_place))
+    if func is F.hardtanh and (options.pop("min_val", -1.0), options.pop("max_val", 1.0)) != (0.0, 6.0):
         return None
-    return None if given else args[0].activate(name, in_place)
+    return None if options else args[0].activate(name, in_place)
 
 
 def _added(x: Any, y: Any, in_place: bool) -> Tensor | None:

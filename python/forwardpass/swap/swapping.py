@@ -152,9 +152,9 @@ def swap(
             notes += calibration_notes
             if config.strict:
                 refuse_skips(decision.skipped)
-        given = batch, config.forward
+        first_batch = batch, config.forward
         return _carry_out(decision, notes, arguments, calibration, keep, dry_run, projections, keras, verdicts,
-                          timesteps, encoder, given)  # fmt: skip
+                          timesteps, encoder, first_batch)  # fmt: skip
 
 
 def _calibrate(
@@ -218,9 +218,9 @@ def _carry_out(
     verdicts: Verdicts = _NONE,
     timesteps: Timesteps | None = None,
     encoder: EncoderDecision = _NO_ENCODER,
-    given: tuple[Any, Forward | None] = (None, None),
+    first_batch: tuple[Any, Forward | None] = (None, None),
 ) -> Report:
-    """Builds the replacements, gives the warnings, and puts the replacements in place. given: a user's batch, and `forward`."""
+    """Builds the replacements, gives the warnings, and puts the replacements in place. first_batch: a batch, and `forward`."""
     model, swapped = decision.model, decision.swapped
     if dry_run:
         replacements = [_empty(leaf, p) for leaf, p in swapped]
@@ -282,7 +282,7 @@ def _carry_out(
         projections.narrow(leaf.module for leaf in (*(leaf for leaf, _ in swapped), *decision.attention.swapped))
         before = (projections,) if keras is None else (keras, projections)
         changed = originals.Originals(layers, True, changes, around, before, originals.find(model))
-        report.attach(model, _install(model, changed, keep, lambda: _let_outputs_wait(report, model, *given)))
+        report.attach(model, _install(model, changed, keep, lambda: _let_outputs_wait(report, model, *first_batch)))
         for x in before:
             x.stays = True
     return report
