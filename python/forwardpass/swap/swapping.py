@@ -421,7 +421,7 @@ def empty_convolution(leaf: ConvolutionLeaf, calibrated: bool) -> Int8Conv2d:
 
 
 def _let_outputs_wait(report: Report, model: nn.Module, batch: Any, forward: Forward | None) -> None:
-    """Of convolutions, and says so in the report."""
+    """As `verdicts` has it, and says so in the report."""
     let_outputs_wait(model, batch, forward)
     modules = dict(model.named_modules())
     report.swapped = [replace(s, then=getattr(modules.get(s.fqn), "then", ())) for s in report.swapped]
