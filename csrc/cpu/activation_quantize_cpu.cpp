@@ -18,25 +18,26 @@ INLINE V load_activated(const ActivationQuantizeParams& p, F activate, const voi
 }
 
 // The activated row goes to a buffer, which stays in L1 or L2: quantisation reads its values twice.
-template <class V, Dtype D, class F>
-INLINE void rows(const ActivationQuantizeParams& p, F activate, int64_t first, int64_t last) {
-  std::vector<float> buffer(p.out.columns);
-  float* y = buffer.data();
-  for (int64_t row = first; row < last; ++row) {
-    const char* x = static_cast<const char*>(p.x.data) + row * p.x.stride * size_of(D);
-    cpu::for_each_vector<V>(
-        0, p.out.columns,
-        VECTOR_BODY(&) { cpu::store<Dtype::f32>(load_activated<V, D>(p, activate, x, c, n), y, c, n); });
-    cpu::quantize_row<V>(p.out, row, VECTOR_BODY(=) { return cpu::load<V, Dtype::f32>(y, c, n); });
-  }
+template <class V>
+INLINE void activate_row(const ActivationQuantizeParams& p, int64_t row, float* y) {
+  cpu::with_activation(p.activation, [&](auto activate) __attribute__((always_inline)) {
+    cpu::with_float_dtype(p.x.dtype, [&](auto D) __attribute__((always_inline)) {
+      const char* x = static_cast<const char*>(p.x.data) + row * p.x.stride * size_of(D);
+      cpu::for_each_vector<V>(
+          0, p.out.columns,
+          VECTOR_BODY(&) { cpu::store<Dtype::f32>(load_activated<V, D()>(p, activate, x, c, n), y, c, n); });
+    });
+  });
 }
 
 void activation_quantize_rows(const ActivationQuantizeParams& p, int64_t first, int64_t last) {
+  std::vector<float> buffer(p.out.columns);
+  float* y = buffer.data();
   cpu::with_vectors(VECTOR_CODE {
-    cpu::with_activation(p.activation, [&](auto activate) __attribute__((always_inline)) {
-      cpu::with_float_dtype(p.x.dtype,
-                            [&](auto D) __attribute__((always_inline)) { rows<V, D()>(p, activate, first, last); });
-    });
+    for (int64_t row = first; row < last; ++row) {
+      activate_row<V>(p, row, y);
+      cpu::quantize_buffer<V>(p.out, row, y);
+    }
   });
 }
 

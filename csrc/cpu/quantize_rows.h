@@ -72,4 +72,15 @@ INLINE void quantize_row(const QuantizedRows& out, int64_t row, Value value) {
     quantize_scaled<V>(out, row, value);
 }
 
+// The same of a row that lies in memory, where channel_scale is multiplied in place. Compiled once for all that make
+// the row: with the steps of quantize_row behind each of 21 activations and dtypes, one file took 100 s.
+template <class V>
+INLINE void quantize_buffer(const QuantizedRows& out, int64_t row, float* y) {
+  if (const float* s = out.channel_scale)
+    for_each_vector<V>(
+        0, out.columns,
+        VECTOR_BODY(&) { store<Dtype::f32>(load<V, Dtype::f32>(y, c, n) * load<V, Dtype::f32>(s, c, n), y, c, n); });
+  quantize_scaled<V>(out, row, VECTOR_BODY(=) { return load<V, Dtype::f32>(y, c, n); });
+}
+
 }  // namespace forwardpass::cpu
