@@ -67,7 +67,8 @@ def measure_all(
     for op, variant, options in problems:
         bar_shapes = [b.shape for b in BARS if (b.operation, b.variant) == (op.name, variant) and b.shape[0] in rows]
         for shape in dict.fromkeys([*bar_shapes, *((m, n, k) for n, k in SIZES for m in rows)]):
-            row = measure(op, variant, make_case(op, *shape, options), shape, "cuda", rounds)
+            case = make_case(op, *shape, options)  # type: ignore[call-arg]  # its length is not known
+            row = measure(op, variant, case, shape, "cuda", rounds)
             results.append(row)
             print(on_gpu.lines(row), flush=True)
     return results

@@ -91,7 +91,7 @@ def main() -> None:
     try:
         source = embedding.find_model(args.model)
         model, tokenizer = embedding.load(source, args.device)
-        request = readout.Request(model, tokenizer, args.length, readout.of(source))
+        request = readout.Request(model, tokenizer, args.length, readout.readout_of(source))
     except ValueError as e:
         p.error(str(e))
     texts = embedding.builtin_texts()[1]

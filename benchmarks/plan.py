@@ -65,7 +65,7 @@ class Subject:
     def plan(self, choices: dict[str, str]) -> Plan:
         """The plan that gives each layer its candidate."""
         return planned(
-            self.model, [(self.leaves[fqn], find_candidate(name)) for fqn, name in choices.items()], (), None
+            self.model, [(self.leaves[fqn], find_candidate(name)) for fqn, name in choices.items()], (), None, None
         )
 
     def entry(self, name: str, plan: Plan) -> Entry:

@@ -52,8 +52,8 @@ class Row:
                 real((rows, rows), dim, batch, (heads, heads), torch.float16), causal=self.causal
             )
         if self.kind == "int8":
-            return int8_gemm.Case(*self.shape, _EPILOGUE)
-        return fp8_gemm.Case(
+            return int8_gemm.Case(*self.shape, _EPILOGUE)  # type: ignore[call-arg]  # its length is not known
+        return fp8_gemm.Case(  # type: ignore[call-arg]
             *self.shape, _EPILOGUE, blocks=self.kind == "fp8 block", layouts=("contiguous", "contiguous")
         )
 

@@ -34,15 +34,15 @@ constexpr int kRows = 4;  // at a time
 // The most that the elements of one sign of four add up to, and how many columns the two pairs of four are apart.
 constexpr int kMostOfSign = 128, kPairs = 4, kEight = 8;
 
-// Takes elements of one sign, `of` = 1 or -1, out of the four from `eight` on, whose first is of `column`; the largest
-// first.
-AVX2 void take_out(int8_t* eight, int of, int64_t column, std::vector<std::pair<uint32_t, int16_t>>& to) {
+// Takes elements of one sign, `sign` = 1 or -1, out of the four from `eight` on, whose first is of `column`; the
+// largest first.
+AVX2 void take_out(int8_t* eight, int sign, int64_t column, std::vector<std::pair<uint32_t, int16_t>>& to) {
   constexpr int kPlaces[4] = {0, 1, kTileBytes, kTileBytes + 1}, kColumns[4] = {0, 1, kPairs, kPairs + 1};
   for (;;) {
     int sum = 0, largest = 0;
     for (int i = 0; i < 4; ++i) {
-      sum += std::max(0, of * eight[kPlaces[i]]);
-      if (of * eight[kPlaces[i]] > of * eight[kPlaces[largest]]) largest = i;
+      sum += std::max(0, sign * eight[kPlaces[i]]);
+      if (sign * eight[kPlaces[i]] > sign * eight[kPlaces[largest]]) largest = i;
     }
     if (sum <= kMostOfSign) return;
     to.emplace_back(column + kColumns[largest], eight[kPlaces[largest]]);
@@ -55,7 +55,7 @@ AVX2 void pack_strip(const Matrix& b, int64_t strip, int64_t depth, uint8_t* to,
   for (int64_t d = 0; d < depth; d += kTileBytes) pack_tile<V>(b, strip * kTileRows, d, to + d * kTileRows);
   const __m256i ones = _mm256_set1_epi8(1), pairs = _mm256_set1_epi16(1), most = _mm256_set1_epi16(kMostOfSign),
                 zero = _mm256_setzero_si256();
-  std::vector<std::pair<uint32_t, int16_t>> taken[kTileRows];
+  std::vector<std::pair<uint32_t, int16_t>> excess_of_rows[kTileRows];
   __m256i sums[2] = {};
   for (int64_t d = 0; d < depth; d += kEight, to += 2 * kTileBytes)
     for (int half = 0; half < 2; ++half) {
@@ -68,8 +68,8 @@ AVX2 void pack_strip(const Matrix& b, int64_t strip, int64_t depth, uint8_t* to,
                                                            _mm256_cmpgt_epi16(_mm256_sub_epi16(zero, negative), most)));
       for (over &= 0x55555555; over; over &= over - 1) {  // both bytes of a pair are set
         const int byte = __builtin_ctz(over);
-        for (const int of : {1, -1})
-          take_out(reinterpret_cast<int8_t*>(first) + byte, of, d + byte % 4, taken[half * 8 + byte / 4]);
+        for (const int sign : {1, -1})
+          take_out(reinterpret_cast<int8_t*>(first) + byte, sign, d + byte % 4, excess_of_rows[half * 8 + byte / 4]);
       }
       const __m256i four = _mm256_add_epi16(of_pairs(load(first)), of_pairs(load(first + kTileBytes)));
       sums[half] = _mm256_add_epi32(sums[half], _mm256_madd_epi16(four, pairs));
@@ -77,10 +77,10 @@ AVX2 void pack_strip(const Matrix& b, int64_t strip, int64_t depth, uint8_t* to,
   for (int half = 0; half < 2; ++half)
     store(corrections + half * 8, _mm256_sub_epi32(zero, _mm256_slli_epi32(sums[half], 7)));
   for (int i = 0; i < kTileRows; ++i) {
-    if (taken[i].size() % 2) taken[i].emplace_back(0, 0);
-    for (size_t j = 0; j < taken[i].size(); j += 2)
-      excess.pairs.push_back(
-          {{taken[i][j].first, taken[i][j + 1].first}, {taken[i][j].second, taken[i][j + 1].second}});
+    if (excess_of_rows[i].size() % 2) excess_of_rows[i].emplace_back(0, 0);
+    for (size_t j = 0; j < excess_of_rows[i].size(); j += 2)
+      excess.pairs.push_back({{excess_of_rows[i][j].first, excess_of_rows[i][j + 1].first},
+                              {excess_of_rows[i][j].second, excess_of_rows[i][j + 1].second}});
     excess.ends[i] = static_cast<uint32_t>(excess.pairs.size());
   }
 }

@@ -72,7 +72,7 @@ class Chunk {
         channels_(static_cast<int>(std::min(kLanes, s_.channels - channel))),
         pairs_(reinterpret_cast<int32_t*>(memory)),
         weights_(pairs_ + (windows.rows + 1) * windows.pairs * kLanes),
-        held_(windows.rows, -1) {
+        row_in_slot_(windows.rows, -1) {
     std::memset(zeros(), 0, windows.pairs * sizeof(I));
     const auto w = static_cast<const int8_t*>(p.w.data) + channel * p.w.stride;
     std::memset(weights_, 0, s_.kernel_h * (windows.taps(0) + windows.taps(1)) * sizeof(I));
@@ -120,8 +120,8 @@ class Chunk {
     if (h < 0 || h >= s_.height) return zeros();
     const int64_t slot = h % windows_.rows, row = image * s_.height + h;
     int32_t* to = pairs_ + slot * windows_.pairs * kLanes;
-    if (held_[slot] == row) return to;
-    held_[slot] = row;
+    if (row_in_slot_[slot] == row) return to;
+    row_in_slot_[slot] = row;
     const int64_t from = image * s_.image_stride + h * s_.row_stride;
     int64_t left = -s_.padding_w;
     for (int64_t i = 0; i < windows_.pairs; ++i, left += 2) {
@@ -143,7 +143,7 @@ class Chunk {
   const int8_t* x_;
   const int channels_;
   int32_t *pairs_, *weights_;
-  std::vector<int64_t> held_;           // which row of which image is in a slot
+  std::vector<int64_t> row_in_slot_;    // which row of which image is in a slot
   std::vector<const int32_t*> rows_{};  // of pairs, a window's
 };
 

@@ -36,7 +36,7 @@ from collections.abc import Sequence
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build"
-OPERATIONS = sorted(path.parent.name for path in (ROOT / "python/forwardpass/ops").glob("*/cases.py"))
+OPERATIONS = sorted(path.parent.name for path in (ROOT / "python/forwardpass/ops").glob("*/triton_kernel.py"))
 #: rows of the GEMMs' benchmark, in parts of some minutes
 GEMM_ROWS = {"decode": (1, 2, 4, 8), "batch": (16, 32, 64, 128, 256), "prefill": (512, 1024, 2048, 4096, 8192)}
 IMPLEMENTATIONS = ("cuda", "triton")

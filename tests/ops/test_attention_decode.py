@@ -509,7 +509,7 @@ def test_refusals(args, options, error, words):
 _DEBUG = """
 import contextlib, pytest, torch
 import forwardpass as fp
-from forwardpass.ops.common import kv_cache
+from forwardpass.ops.common import cache_layout
 from forwardpass.testing import assert_equal
 q, k, lengths = torch.ones(2, 1, 4, 64).half(), torch.ones(2, 1, 2, 64).half(), torch.tensor([3, 1], dtype=torch.int32)
 static, pages = torch.zeros(2, 4, 2, 64).half(), torch.zeros(3, 16, 2, 64).half()
@@ -549,7 +549,7 @@ torch.cuda.is_current_stream_capturing = lambda: True
 class OnGpu:
     device, is_cuda = torch.device("cuda", 0), True
 with pytest.raises(RuntimeError, match="append_kv: FORWARDPASS_DEBUG=1 reads lengths on the host, which a graph that is captured"):
-    kv_cache.check_lengths("append_kv", static, OnGpu(), None)
+    cache_layout.check_lengths("append_kv", static, OnGpu(), None)
 """
 
 

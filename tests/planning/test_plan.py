@@ -128,8 +128,8 @@ def test_the_whole_plan_is_run_and_the_last_word(times):
 
 def test_a_prediction_that_is_far_off_is_backed_off_from(times, monkeypatch):
     """Where errors do not add up as they should, the search goes on until a plan holds."""
-    real = measure.Measurer._output_error
-    monkeypatch.setattr(measure.Measurer, "_output_error", lambda *a: [e / 1000 for e in real(*a)])
+    real = measure.Measurer.output_error
+    monkeypatch.setattr(measure.Measurer, "output_error", lambda *a: [e / 1000 for e in real(*a)])
     plan = planned(max_error=0.012)
     assert plan.layers and error_of(plan, calibrate=[inputs(256, 3)]) <= 0.012
     assert not plan.evidence["attempts"][0]["holds"]
@@ -563,7 +563,7 @@ def test_an_interrupted_command_says_what_it_kept(times, folder, tmp_path, monke
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(measure.Measurer, "_output_error", interrupt)
+    monkeypatch.setattr(measure.Measurer, "output_error", interrupt)
     file = tmp_path / "measurements.json"
     done = command(folder, "--min-cosine", 0.99, "--candidates", "bf16", "--resume", file)
     assert done.exit_code == 130

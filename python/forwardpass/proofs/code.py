@@ -155,7 +155,7 @@ class Reach:
             todo += (
                 (value, None)
                 for name, value in vars(m).items()
-                if name not in apart and type(value) not in _VALUES and (value or type(value) not in _HOLD)
+                if name not in apart and type(value) not in _VALUES and (type(value) not in _HOLD or value)
             )
             todo.append((type(m), None))
         visited: set[tuple[int, type | None]] = set()
