@@ -6,7 +6,7 @@ import math
 import mutant_attention
 import pytest
 import torch
-from every_backend import on_each
+from every_backend import not_in_turn, on_each
 from named_options import attention_8bit_arguments
 from rotation import whole
 
@@ -55,12 +55,17 @@ def with_lse(arch, q, k, v, guard=True, **options):
     return run(arch, "attention_8bit_with_lse", args, guard=guard), args
 
 
+def out_of_turn(*architectures):
+    """Each of the cases below compiles a kernel, for some seconds."""
+    return [arch for arch in architectures if not_in_turn(arch, architectures)]
+
+
 @pytest.mark.parametrize(
     ("case", "arch"),
     [
         *on_each(ARCHITECTURES, CASES, 76, slow=("sm_89", "sm_120")),
-        *on_each(ARCHITECTURES, PATHS, 8, slow=("sm_89", "sm_120")),
-        *on_each(("sm_90a", "sm_89", "sm_120"), FP8, 76, slow=("sm_120",)),
+        *on_each(ARCHITECTURES, PATHS, 8, slow=("sm_89", "sm_120", *out_of_turn("sm_80", "sm_90a"))),
+        *on_each(("sm_90a", "sm_89", "sm_120"), FP8, 76, slow=("sm_120", *out_of_turn("sm_90a", "sm_89"))),
         *(whole(REST, arch, which="of cuda", marks=[pytest.mark.slow]) for arch in ("sm_80", "sm_90a")),
     ],
 )
