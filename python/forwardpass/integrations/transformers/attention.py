@@ -321,7 +321,7 @@ def _attention(
 #: and what that passes besides.
 _PACKED = ("dropout", "scaling", "is_causal", "sliding_window", "softcap", "s_aux", "cu_seq_lens_q", "cu_seq_lens_k",
            "max_length_q", "max_length_k", "block_table", "k_cache", "v_cache", "cache", "read_index", "write_index",
-           "logits_indices", "logits_processor_args")  # fmt: skip
+           "logits_indices", "logits_processor_args", continuous_batching.PROMPT_PAGES)  # fmt: skip
 
 
 def _packed(module: nn.Module, qkv: tuple[Tensor, Tensor, Tensor], options: dict[str, Any]) -> tuple[Tensor, Any]:
@@ -349,6 +349,18 @@ def _packed(module: nn.Module, qkv: tuple[Tensor, Tensor, Tensor], options: dict
         APPEND_KV(k.unsqueeze(1), v.unsqueeze(1), k_cache, v_cache, seq_lens, table, None, None, *PLAIN)
         step = q.unsqueeze(1), k_cache, v_cache, seq_lens, table, None, None, scale, left, None, softcap, sinks, False
         return ATTENTION_DECODE(*step, None, None).transpose(0, 1), None
+    pages = options.get(continuous_batching.PROMPT_PAGES)
+    if pages is not None:
+        take(type(module).__name__)
+        k_cache, v_cache = options["k_cache"], options["v_cache"]
+
+        def decode(rows: Tensor, seq_lens: Tensor, table: Tensor) -> Tensor:
+            plain = None, None, scale, left, None, softcap, sinks, False, None, None
+            return ATTENTION_DECODE(rows, k_cache, v_cache, seq_lens, table, *plain)
+
+        lengths = ends_k.diff().int()
+        most_rows = int(options["max_length_q"])
+        return continuous_batching.in_their_pages(q, ends_q, most_rows, lengths, pages, decode).unsqueeze(0), None
     causal = bool(_is_causal(module, options["is_causal"]))
     right = left if not causal else None
     call = q, k, v, scale, causal, left, right, softcap, None, None, sinks, ends_q.int(), ends_k.int(), False
