@@ -24,21 +24,13 @@ from torch import Tensor, nn
 
 import forwardpass as fp
 from benchmarks import bench
+from forwardpass.cli.vision import PHOTOGRAPHS, crop
 from forwardpass.common.printing import plots
 from forwardpass.common.timing import interleave
 from forwardpass.nn import Int8Conv2d
 from forwardpass.nn.conv2d_classes import padding_of
 from forwardpass.proofs.walker import convolutions
 
-#: Photographs of scikit-image; scikit-learn's two come after them.
-PHOTOGRAPHS = (
-    "astronaut.png",
-    "chelsea.png",
-    "coffee.png",
-    "rocket.jpg",
-    "motorcycle_left.png",
-    "hubble_deep_field.jpg",
-)
 #: (the side of a crop as a share of the photograph's shorter one, how far down it is, how far to the right).
 CROPS = [
     (1.0, 0.5, 0.5),
@@ -118,20 +110,12 @@ def photographs(mean: list[float], deviation: list[float]) -> tuple[Tensor, Tens
     folder = pathlib.Path(str(skimage.__file__)).parent / "data"
     read = importlib.import_module("skimage.io").imread
     pictures = [*(read(folder / name) for name in PHOTOGRAPHS), *sklearn.load_sample_images().images]
-    crops = [[crop(picture, *part) for part in CROPS] for picture in pictures]
+    crops = [[crop(picture, 224, *part) for part in CROPS] for picture in pictures]
     measured, others = (
         torch.stack([c for cs in crops for c in cs[part]]) for part in (slice(0, None, 2), slice(1, None, 2))
     )
     scale = [torch.tensor(x)[:, None, None] for x in (mean, deviation)]
     return (measured - scale[0]) / scale[1], (others - scale[0]) / scale[1]
-
-
-def crop(picture: Any, share: float, down: float, right: float) -> Tensor:
-    x = torch.from_numpy(numpy.ascontiguousarray(picture[..., :3])).permute(2, 0, 1)[None].float() / 255
-    height, width = x.shape[2:]
-    side = int(min(height, width) * share)
-    top, left = int((height - side) * down), int((width - side) * right)
-    return F.interpolate(x[..., top : top + side, left : left + side], (224, 224), mode="bilinear", antialias=True)[0]
 
 
 def faces() -> tuple[Tensor, Tensor]:

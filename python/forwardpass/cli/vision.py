@@ -250,7 +250,7 @@ def photographs(vision: Vision, folder: str | None, device: str) -> Photographs:
     with. ValueError, in one sentence, where there are none."""
     pictures = list(_of_folder(pathlib.Path(folder)) if folder is not None else _builtin())
     each = CROPS if len(pictures) < ENOUGH else CROPS[:1]
-    crops = [_crop(picture, vision.size, *part) for part in each for picture in pictures]
+    crops = [crop(picture, vision.size, *part) for part in each for picture in pictures]
     if len(crops) < 2:
         raise ValueError(
             f"{folder} has {count(len(pictures), 'picture')}: one half calibrates and the other is compared"
@@ -299,7 +299,7 @@ def _pixels(picture: Any) -> Any:
     return importlib.import_module("numpy").asarray(picture)
 
 
-def _crop(picture: Any, size: int, share: float, down: float, right: float) -> Tensor:
+def crop(picture: Any, size: int, share: float, down: float, right: float) -> Tensor:
     """[3, size, size] in 0..1 of a picture [H, W, 3 or more] of uint8."""
     x = torch.from_numpy(importlib.import_module("numpy").array(picture[..., :3])).permute(2, 0, 1)[None].float() / 255
     height, width = x.shape[2:]
