@@ -299,9 +299,11 @@ def rules(out, obj, home):
     include = f"{t}/include"  # torch's headers put __FILE__ into messages too
     # -iquote, as <torch/…> is torch's and "torch/…" is csrc's; -ffp-contract=off, because the formulas say where an fma is.
     # -O2 compiles in 9 tenths of the time, but g++ unrolls loops over vectors at -O3 alone: attention took 7 times as long.
-    compile_cxx = (f"{compiler} {common} -iquote csrc -O3 -fPIC -fvisibility=hidden -Wall -Wextra{' -Werror' * STRICT} -Wno-psabi "
-                   f"-fno-math-errno -fno-trapping-math -ffp-contract=off -DTORCH_TARGET_VERSION=0x020b000000000000 "
-                   f"-isystem {q(include)} {q(f'-ffile-prefix-map={include}/=')} $flags -c $in -o $out")  # fmt: skip
+    # build/ninja is first for torch/precompiled.h.gch, which g++ takes in place of the header of csrc where it fits.
+    compile_cxx = (f"{compiler} {common} -iquote build/ninja -iquote csrc -O3 -fPIC -fvisibility=hidden "
+                   f"-Wall -Wextra{' -Werror' * STRICT} -Wno-psabi -fno-math-errno -fno-trapping-math -ffp-contract=off "
+                   f"-DTORCH_TARGET_VERSION=0x020b000000000000 -isystem {q(include)} {q(f'-ffile-prefix-map={include}/=')} "
+                   f"$flags -c $in -o $out")  # fmt: skip
     depfile = " depfile = $out.d\n deps = gcc\n"
     text = [
         "ninja_required_version = 1.8\nbuilddir = build/ninja",
@@ -313,18 +315,20 @@ def rules(out, obj, home):
     def path(p):
         return re.sub(r"([$ :])", r"$\1", str(p))
 
-    def objects(rule, sources, flags=lambda s: ""):
+    def objects(rule, sources, flags=lambda s: "", after=""):
         outputs = []
         for s in sources:
             s = s.relative_to(ROOT)
             outputs.append(f"build/ninja/{str(s).replace('/', '.')}.o")
-            text.append(f"build {outputs[-1]}: {rule} {s}\n flags = {flags(s)}")
+            text.append(f"build {outputs[-1]}: {rule} {s}{after}\n flags = {flags(s)}")
         return " ".join(outputs)
 
     csrc = ROOT / "csrc"
     cpp = sorted(p for p in csrc.rglob("*.cpp") if p.relative_to(csrc).parts[0] != "kernels")
+    text.append("build build/ninja/torch/precompiled.h.gch: cxx csrc/torch/precompiled.h\n flags = -x c++-header")
+    ops = objects("cxx", cpp, lambda s: "-include torch/precompiled.h", " | build/ninja/torch/precompiled.h.gch")
     flags = f"-L{q(f'{t}/lib')} -ltorch_cpu -ldl -Wl,-z,defs"
-    text.append(f"build {path(out / '_ops.so')}: link {objects('cxx', cpp)} | csrc/exports.map\n flags = {flags}")
+    text.append(f"build {path(out / '_ops.so')}: link {ops} | csrc/exports.map\n flags = {flags}")
     if home:
         cu = sorted(p for p in csrc.glob("kernels/**/*_sm*.cu") if gencode(p))
         lib = next(p for p in (home / "lib64", home / "lib") if p.is_dir())
