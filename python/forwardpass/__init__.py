@@ -21,6 +21,7 @@ try:
     from .integrations.peft import register_when_imported as _check_adapters_when_imported
     from .integrations.sdpa import sdpa
     from .integrations.timesteps import timestep
+    from .integrations.torch_fx import register_when_imported as _be_leaves_when_imported
     from .nn.linear.quantized_linear import register_linear
     from .planning.parity import parity
     from .planning.planner import plan
@@ -70,5 +71,6 @@ def __getattr__(name: str) -> _Any:
 
 _register_when_imported()
 _check_adapters_when_imported()
+_be_leaves_when_imported()
 _keep_tensors_when_imported()
 _follow_interpreter()

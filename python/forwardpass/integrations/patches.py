@@ -3,8 +3,8 @@
 While models are swapped, and gone with the last of them: transformers' rotary embedding and norms (rotary.py, head_norms.py).
 From when a package is imported, or a model's config first names our attention, and for good, as copies of swapped models are known
 to nobody: peft's `inject_adapter`, which then refuses swapped layers (peft.py), what transformers' continuous batching takes for
-flash attention (continuous_batching.py), and what accelerate's hooks do as they are put on a module (accelerate.py). Each does what
-was there before where no swapped model is concerned.
+flash attention (continuous_batching.py), what accelerate's hooks do as they are put on a module (accelerate.py), and which modules
+torch.fx's traces take for leaves (torch_fx.py). Each does what was there before where no swapped model is concerned.
 Besides, transformers' own registries have entries of ours: attention and masks, and the quantizer of our folders.
 """
 

@@ -28,7 +28,7 @@ class CodeGuard:
     def replaced(self) -> str | None:
         """The name of the first that is another one now; None where none is."""
         cls = self.cls
-        if cls.__call__ is not self._call:
+        if cls.__call__ is not self._call and not _is_of_a_trace(cls.__call__):
             return f"{cls.__name__}.__call__"
         for name, function, code in self.functions:
             if _below_ours(getattr(cls, name, None)) is not function or function.__code__ is not code:
@@ -60,6 +60,11 @@ def _below_ours(function: Any) -> Any:
             break
         function = below
     return function
+
+
+def _is_of_a_trace(call: Any) -> bool:
+    """torch.fx's, while it traces: it calls what was there."""
+    return isinstance(call, FunctionType) and call.__globals__.get("__name__") == "torch.fx._symbolic_trace"
 
 
 def is_as_proven(guard: CodeGuard, module: nn.Module, then: str = "its layers are called one by one") -> bool:
