@@ -13,6 +13,7 @@ from torch import nn
 import forwardpass as fp
 from forwardpass.common.printing import quiet
 from forwardpass.integrations.transformers.norm_formulas import norm_formula
+from forwardpass.nn.guard import code_guard
 from forwardpass.nn.linear import quantized_linear as layers
 
 WIDTH, INNER = 64, 96
@@ -426,3 +427,12 @@ def test_a_norm_of_torch_that_is_patched_is_not_taken_for_what_its_name_says(mon
     assert norm_formula(norm).kind == "layer"
     monkeypatch.setattr(nn.LayerNorm, "forward", lambda self, x: 2 * x)
     assert norm_formula(norm) is None
+
+
+def test_units_of_one_class_share_a_guard_and_those_of_other_code_have_another():
+    cls = type("Own", (Gated,), {"forward": Gated.forward})
+    guard = code_guard(cls)
+    assert code_guard(cls) is guard and copy.deepcopy(guard) is guard
+    cls.forward = doubled(cls.forward)
+    assert code_guard(cls) is not guard and code_guard(cls).replaced() is None
+    assert guard.replaced() == "Own.forward"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.models.modules import is_watched_by_others
+from ..common.models.modules import are_watched_by_others
 from .guard import InEpilogue
 from .int8_conv2d import Int8Conv2d
 
@@ -130,7 +130,7 @@ class InShared(InConvolution):
         instead = self.shared[0]
         if modules.get(self._names[1]) is not instead:
             return True
-        return super().is_between({**modules, self._names[1]: self}) or is_watched_by_others(instead)
+        return super().is_between({**modules, self._names[1]: self}) or are_watched_by_others(instead)
 
     def give(self, y: Tensor) -> None:
         self.shared[0].give(y)

@@ -5,39 +5,55 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from types import FunctionType
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
 
-from ..common.models.modules import forward_replaced, is_watched_by_others
+from ..common.models.modules import are_watched_by_others, forward_replaced
 from ..common.printing.quiet import warn_once
 from ..common.syntax import mentioned
 
 
 class CodeGuard:
-    """Functions of a class as they were: the forward, and the methods that it names, and those that they name.
+    """Functions of classes as they were: the forward, and the methods that it names, and those that they name.
 
     Libraries (Liger, Unsloth) and users put others in their places, in a class or, by another `__code__`, in the function.
+
+    `code_guard` makes them.
     """
 
-    def __init__(self, cls: type[nn.Module]) -> None:
-        self.cls = cls
-        self.functions = tuple((name, f, f.__code__) for name, f in _closure(cls))
-        self._call = cls.__call__
+    def __init__(self, *classes: type[nn.Module]) -> None:
+        self.classes = classes
+        self.calls = tuple((cls, cls.__call__) for cls in classes)
+        self.functions = tuple((cls, name, f, f.__code__) for cls in classes for name, f in _closure(cls))
 
     def replaced(self) -> str | None:
         """The name of the first that is another one now; None where none is."""
-        cls = self.cls
-        if cls.__call__ is not self._call and not _is_of_a_trace(cls.__call__):
-            return f"{cls.__name__}.__call__"
-        for name, function, code in self.functions:
-            if _below_ours(getattr(cls, name, None)) is not function or function.__code__ is not code:
+        for cls, call in self.calls:
+            if cls.__call__ is not call and not _is_of_a_trace(cls.__call__):
+                return f"{cls.__name__}.__call__"
+        for cls, name, function, code in self.functions:
+            now = getattr(cls, name, None)
+            if (now is not function and _below_ours(now) is not function) or function.__code__ is not code:
                 return f"{cls.__name__}.{name}"
         return None
 
     def __reduce__(self) -> Any:
         """Code is not pickled: a copy is guarded from when it is made."""
-        return CodeGuard, (self.cls,)
+        return code_guard, self.classes
+
+
+_guards: WeakValueDictionary[tuple[type[nn.Module], ...], CodeGuard] = WeakValueDictionary()
+
+
+def code_guard(*classes: type[nn.Module]) -> CodeGuard:
+    """The guard of classes as their code is now: one for all units of that code, so that thirty layers ask what is in cache."""
+    guard, shared = CodeGuard(*classes), _guards.get(classes)
+    if shared is not None and (shared.functions, shared.calls) == (guard.functions, guard.calls):
+        return shared
+    _guards[classes] = guard
+    return guard
 
 
 def _closure(cls: type[nn.Module]) -> Iterator[tuple[str, FunctionType]]:
@@ -105,7 +121,7 @@ class InEpilogue(nn.Identity):
         self.training = activation.training
         self.is_apart = False
         self._of = (activation, layer)  # in a tuple, which holds no children
-        self._guards = (CodeGuard(type(activation)), None if holder is None else CodeGuard(holder))
+        self._guards = (code_guard(type(activation)), None if holder is None else code_guard(holder))
         self._names, self._path = names, path
         self._attach(layer)
 
@@ -123,7 +139,7 @@ class InEpilogue(nn.Identity):
             return True
         if (other := modules.get(name)) is not layer:  # unless it is a layer of ours that computes the same
             return getattr(other, "activation", None) != layer.activation
-        if is_watched_by_others(layer) or is_watched_by_others(self):
+        if are_watched_by_others(layer, self):
             return True
         return not is_as_proven(self._guards[0], activation)
 

@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..common.models.modules import HOOK, OLD_FORWARD, is_watched_by_others
+from ..common.models.modules import HOOK, OLD_FORWARD, are_watched_by_others
 from ..dispatch import gpu_takes, use_backend
 from ..ops.common.activations import GATED, PLAIN, interleave_gate_up, separate_gate_up
 from ..ops.fp8_gemm import BLOCK
-from .guard import CodeGuard, InEpilogue, is_as_proven
+from .guard import CodeGuard, InEpilogue, code_guard, is_as_proven
 from .linear.dequantized_weight import DequantizedWeight
 from .linear.joined import why_apart
 from .linear.quantized_inputs import Quantized
@@ -43,7 +43,8 @@ class TwoProducts(QuantizedModule):
         uncalled: the other members, by name.
     """
 
-    _written: tuple[nn.Module, CodeGuard] | None = None
+    _written: tuple[nn.Module, ...] = ()  #: in a tuple, which holds no children
+    _guard: CodeGuard | None = None
 
     def __init__(
         self,
@@ -67,19 +68,21 @@ class TwoProducts(QuantizedModule):
         written = object.__new__(type(module))
         attributes = {name: x for name, x in vars(module).items() if name not in ("forward", HOOK, OLD_FORWARD)}
         vars(written).update(attributes, _modules=self._modules)
-        self._written = written, CodeGuard(type(module))
+        self._written = (written,)
+        self._guard = code_guard(type(module), *(() if self._guard is None else self._guard.classes))
 
     @property
     def is_apart(self) -> bool:
         """Whether members are called one by one: something is around one of them, or in its place, or the code that the unit stands
         for is another one."""
-        if self._written is None or torch.compiler.is_compiling():
-            return False
-        return not is_as_proven(self._written[1], self)
+        return not torch.compiler.is_compiling() and self._runs_other_code()
+
+    def _runs_other_code(self) -> bool:
+        """Whether the code that the unit stands for is another one than when it was made."""
+        return self._guard is not None and not is_as_proven(self._guard, self)
 
     def _one_by_one(self, x: Tensor) -> Tensor:
         """By the code of the module that it stands for, as that is now."""
-        assert self._written is not None
         written = self._written[0]
         vars(written)["training"] = self.training
         y: Tensor = written(x)
@@ -97,9 +100,11 @@ class TwoProducts(QuantizedModule):
 
     def _hands_over(self, x: Tensor | Quantized) -> bool:
         """Whether the first layer quantises for the second."""
-        first, second = self.layers
         device = x.values.device if isinstance(x, Quantized) else x.device
-        if not (gpu_takes(device) and first.quantizes_for(second, device)):
+        if not gpu_takes(device):
+            return False
+        first, second = self.layers
+        if not first.quantizes_for(second, device):
             return False
         return not any(self._modules[name].training for name in self._between)  # type: ignore[union-attr]
 
@@ -109,8 +114,9 @@ class TwoProducts(QuantizedModule):
             (x,) = named.values()
         if not isinstance(x, Quantized) and self.is_apart:
             return self._one_by_one(x)
-        first, second = self.layers
-        return self._finished(first(x, second) if self._hands_over(x) else first(x))
+        first = self._modules[self._first]
+        h = first(x, self._modules[self._second]) if self._hands_over(x) else first(x)  # type: ignore[misc]
+        return self._finished(h)
 
     def _finished(self, h: Tensor | Quantized) -> Tensor:
         """From what the first layer gives."""
@@ -192,7 +198,7 @@ class MLP(TwoProducts):
         if not self._in_epilogue or torch.compiler.is_compiling():
             return False
         instead = self._in_epilogue[0]
-        instead.is_apart = instead.is_between(self._modules) or super().is_apart
+        instead.is_apart = instead.is_between(self._modules) or self._runs_other_code()
         return instead.is_apart
 
     def separate(self, on_meta: bool = False) -> dict[str, QuantizedLinear]:
@@ -234,22 +240,22 @@ class GatedMLP(TwoProducts):
         super().__init__({name: gate_up, members[-1]: down}, between, behind, uncalled)
         self.members = members  # three, or two where gate and up were one
         self._applied = activation[0] if activation else None
-        self._uncalled = tuple(uncalled.items())
-        self._of_activation = CodeGuard(type(activation[1])) if activation else None
+        self._uncalled = uncalled
+        self._guard = code_guard(type(activation[1])) if activation else None
 
     @property
     def is_apart(self) -> bool:
         """Whether something is around one of its members, which are then called one by one."""
         if self._applied is None or torch.compiler.is_compiling():
             return False
-        modules, guard = self._modules, self._of_activation
-        for name, module in self._uncalled:
-            if modules.get(name) is not module or is_watched_by_others(module):
+        modules = self._modules
+        for name, module in self._uncalled.items():
+            if modules.get(name) is not module:
                 return True
-        return super().is_apart or (guard is not None and not is_as_proven(guard, modules[self._applied]))  # type: ignore[arg-type]
+        return are_watched_by_others(*self._uncalled.values()) or self._runs_other_code()
 
     def _one_by_one(self, x: Tensor) -> Tensor:
-        if self._written is not None:
+        if self._written:
             return super()._one_by_one(x)
         parts = [self._modules[name](x) for name in self.members[:-1]]  # type: ignore[misc]
         gate, up = parts if len(parts) == 2 else parts[0].chunk(2, -1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..common.models.modules import is_watched
 from ..dispatch import gpu_takes
 from ..ops.norm_quantize import NORM_QUANTIZE
-from .guard import CodeGuard, is_as_proven
+from .guard import code_guard, is_as_proven
 from .linear.quantized_inputs import Quantized, rows
 from .mlp import TwoProducts
 
@@ -55,11 +55,11 @@ class QuantizingNorm(nn.Module):
         self._reader = (holder, name)
         self._computes: tuple[str, float, float] = (kind, eps, offset)
         #: of the code whose formula this is, and of the code that hands what it gives to the MLP alone
-        self._guards = CodeGuard(type(norm)), CodeGuard(type(holder))
+        self._guards = code_guard(type(norm)), code_guard(type(holder))
 
     def _quantization(self, x: Tensor) -> tuple[torch.dtype, bool, Tensor | None, int | None] | None:
         """How the one layer that reads it quantises rows; None where the result is to be floats."""
-        if not gpu_takes(x.device) or torch.is_autocast_enabled(x.device.type):
+        if torch.is_autocast_enabled(x.device.type):
             return None
         holder, name = self._reader
         mlp, weight = holder._modules.get(name), self._parameters.get("weight")
@@ -77,7 +77,7 @@ class QuantizingNorm(nn.Module):
         return all(is_as_proven(guard, module, then) for guard, module in zip(self._guards, modules))
 
     def forward(self, x: Tensor) -> Any:
-        how = self._quantization(x)
+        how = self._quantization(x) if gpu_takes(x.device) else None
         if how is None:
             return self._norm[0](x)
         (dtype, symmetric, channel_scale, rotate), (kind, eps, offset) = how, self._computes

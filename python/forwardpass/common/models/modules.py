@@ -65,20 +65,23 @@ def is_watched(m: nn.Module) -> bool:
     return has_hooks(m) or "forward" in vars(m)
 
 
-def is_watched_by_others(m: nn.Module) -> bool:
-    """Whether something is around its forward that is neither ours (parity and profile look at layers) nor accelerate's."""
-    attributes = m.__dict__  # asked before each call of a layer
-    if "forward" in attributes and forward_replaced(m):
-        return True
-    if not (
-        attributes["_forward_hooks"]
-        or attributes["_forward_pre_hooks"]
-        or attributes["_backward_hooks"]
-        or attributes["_backward_pre_hooks"]
-    ):
-        return False
-    tables = m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks
-    return not all(_is_ours(hook) for table in tables for hook in table.values())
+def are_watched_by_others(*modules: nn.Module) -> bool:
+    """Whether something is around the forward of one of them that is neither ours (parity and profile look at layers) nor
+    accelerate's."""
+    for m in modules:  # all members of a unit in one call: it is asked before each of the unit's
+        attributes = m.__dict__
+        if "forward" in attributes and forward_replaced(m):
+            return True
+        if (
+            attributes["_forward_hooks"]
+            or attributes["_forward_pre_hooks"]
+            or attributes["_backward_hooks"]
+            or attributes["_backward_pre_hooks"]
+        ):
+            tables = m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks
+            if not all(_is_ours(hook) for table in tables for hook in table.values()):
+                return True
+    return False
 
 
 def _is_ours(hook: Any) -> bool:

@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from ...common.environment import has_bfloat16_products
 from ...dispatch.calls import take
 from ...nn import Int8Linear
-from ...nn.guard import CodeGuard
+from ...nn.guard import code_guard
 from ...ops.common.activations import PLAIN
 from ...ops.common.quantized_rows import FLOATS
 from ...ops.encoder_layer import OPERATION, EncoderWeights, Int8Weight, flat
@@ -97,11 +97,11 @@ class Stack:
         self._name = type(self.part(self.layers[0], form.attention)).__name__
         self._in_bfloat16 = has_bfloat16_products()  # attention of floats
         classes = {type(m): None for layer in layers for m in layer.modules() if not _is_ours(type(m))}
-        self._guards = tuple(CodeGuard(cls) for cls in classes)
+        self._guards = tuple(code_guard(cls) for cls in classes)
         self._forget()
 
     def _forget(self) -> None:
-        self._code = tuple((g.cls, *function) for g in self._guards for function in g.functions)
+        self._code = tuple(function for g in self._guards for function in g.functions)
         self._weights: list[Tensor | None] | None = None
         self._watched: list[tuple[dict[str, Any], str, Any]] = []
         self._modules: tuple[nn.Module, ...] = ()

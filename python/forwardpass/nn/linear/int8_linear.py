@@ -172,8 +172,8 @@ class Int8Linear(QuantizedLinear):
         elif packed[0] is not b["qweight"]:
             packed = self._pack()
         return OPERATION(
-            rows(x), b["qweight"], b["weight_scale"], b["bias"], self.activation, x.dtype, b["input_scale"], b["input_zero_point"],
-            self.symmetric, b["channel_scale"], b["weight_sum"], packed[1],
+            x if x.is_contiguous() else rows(x), b["qweight"], b["weight_scale"], b["bias"], self.activation, x.dtype,
+            b["input_scale"], b["input_zero_point"], self.symmetric, b["channel_scale"], b["weight_sum"], packed[1],
             *(() if self.rotate is None and residual is None else (residual, self.rotate, ada_gate)),
         )  # fmt: skip
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ...common.models.modules import is_watched_by_others
-from ..guard import CodeGuard, is_as_proven
+from ...common.models.modules import are_watched_by_others
+from ..guard import code_guard, is_as_proven
 
 if TYPE_CHECKING:
     from .quantized_linear import QuantizedLinear
@@ -36,10 +36,10 @@ class Joined:
     def __init__(self, members: Sequence[QuantizedLinear], holder: type[nn.Module] | None = None) -> None:
         """holder: the class whose code calls them."""
         self.members = tuple(members)
-        self._guard = None if holder is None else CodeGuard(holder)
+        self._guard = None if holder is None else code_guard(holder)
         self._begun = False
         #: the input, how often it had been written to, and each layer's columns
-        self._result: tuple[Tensor, int, list[Tensor]] | None = None
+        self._result: tuple[Tensor, int | None, list[Tensor]] | None = None
         self._join()
 
     def _join(self) -> None:
@@ -74,7 +74,7 @@ class Joined:
         for buffers, name, view in self._views:
             if buffers[name] is not view:
                 return False
-        if not torch.compiler.is_compiling():
+        if self._scales and not torch.compiler.is_compiling():
             for scale, version in self._scales:  # of which the product has a copy
                 if scale._version != version:
                     return False
@@ -94,14 +94,12 @@ class Joined:
     def begin(self, holder: nn.Module | None = None, *_: Any) -> None:
         """A hook before the forward of the module that calls the layers: the next calls are those that were read, where its code is
         what it was, and no hook on a layer may write into their input."""
-        self._begun, self._result = holder is None or self._is_as_proven(holder), None
-
-    def _is_as_proven(self, holder: nn.Module) -> bool:
-        if torch.compiler.is_compiling():
-            return True
+        self._begun, self._result = True, None
+        if holder is None or torch.compiler.is_compiling():
+            return
         if self._guard is None:  # of a copy
-            self._guard = CodeGuard(type(holder))
-        return is_as_proven(self._guard, holder) and not any(map(is_watched_by_others, self.members))
+            self._guard = code_guard(type(holder))
+        self._begun = is_as_proven(self._guard, holder) and not are_watched_by_others(*self.members)
 
     def __call__(self, member: QuantizedLinear, x: Tensor) -> Tensor:
         if member is self.members[0]:
@@ -118,7 +116,7 @@ class Joined:
             self._result = x, writes(x), columns
             return columns[0]
         result = self._result
-        if result is None or result[0] is not x or result[1] != writes(x):
+        if result is None or result[0] is not x or (result[1] is not None and result[1] != writes(x)):
             return member.product(x)
         if member is self.members[-1]:
             self._result = None
@@ -129,9 +127,9 @@ class Joined:
         return {**vars(self), "_begun": False, "_result": None, "_views": [], "_scales": [], "_is_copy": True}
 
 
-def writes(x: Tensor) -> int:
-    """How often something has written into a tensor or a view of it; where torch does not count, 0."""
-    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+def writes(x: Tensor) -> int | None:
+    """How often something has written into a tensor or a view of it; None where torch does not count."""
+    return None if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 def _has_too_many_rows(x: Tensor) -> bool:
