@@ -220,5 +220,5 @@ def test_a_deferred_result_that_leaves_a_module_is_a_tensor_to_all(as_on_a_gpu):
     model, *_ = swapped()
     with torch.inference_mode():
         y = model.blocks[0].down(torch.randn(2, TOKENS, 4 * WIDTH))
-        assert type(y) is Deferred and isinstance(y, torch.Tensor) and torch.is_tensor(y)
+        assert isinstance(y, Deferred) and isinstance(y, torch.Tensor) and torch.is_tensor(y)
         assert y.max() > 0 and y.numpy().shape == (2, TOKENS, WIDTH)

@@ -10,21 +10,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from ..ops.common.activations import PLAIN
-from .linear.joined import writes
+from .deferred import Reads, Waiting, computed, writable
 
 #: (activation, residual, residual_first, out_scale) to a result; with out_scale in int8
 Compute = Callable[[str | None, Tensor | None, bool, Tensor | None], Tensor]
 
-#: What is asked of a tensor without reading it.
-_ASKED = {
-    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_meta",
-                                                 "requires_grad", "grad_fn", "is_leaf", "is_sparse", "is_quantized")),
-    Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.stride, Tensor.is_contiguous, Tensor.is_floating_point,
-    Tensor.is_complex, Tensor.is_inference, Tensor.__len__, torch.is_floating_point, torch.is_complex, torch.numel,
-}  # fmt: skip
 _ADDITIONS = {Tensor.__add__: False, Tensor.add: False, torch.add: False, Tensor.__iadd__: True, Tensor.add_: True}
 #: functions of one tensor: their name in an epilogue, and whether they write into it
 _ACTIVATIONS = {
@@ -65,17 +57,11 @@ class Steps:
                 return steps
 
 
-def writable(*tensors: Tensor | None) -> tuple[tuple[Tensor, int], ...]:
-    """Tensors, and how often each had been written to."""
-    return tuple((t, writes(t)) for t in tensors if t is not None)
-
-
-class UnreadImage(Tensor):
+class UnreadImage(Waiting):
     """A convolution's output, [N, C, H, W] of floats, that has not been computed yet.
 
     The next `Int8Conv2d`, where it has one scale for all inputs, reads it in int8: the epilogue rounds, and floats are never
-    written. A tensor that is added to it, and an activation behind that, go into the epilogue too. Whatever else is done with it
-    computes the floats first, once, and works on these: it is an ordinary tensor for all code.
+    written. A tensor that is added to it, and an activation behind that, go into the epilogue too.
 
     Which outputs are such ones, and what is expected to be done with them, `fp.swap` finds by running the model. What was expected
     and does not come costs time and changes nothing.
@@ -92,16 +78,13 @@ class UnreadImage(Tensor):
 
     _compute: Compute
     _steps: Steps
-    _held: tuple[tuple[Tensor, int], ...]
     _gives_int8: bool
     _activation: str | None
     _residual: Tensor | None
     _residual_first: bool
     _done: tuple[str, ...]  #: steps that `result` computes
-    _floats: Tensor | None
     _quantized: tuple[Tensor, Tensor] | None
     _number: int  #: later ones have larger ones
-    float_dtype: torch.dtype  #: `dtype`, which costs more to ask for
 
     @staticmethod
     def __new__(
@@ -112,25 +95,18 @@ class UnreadImage(Tensor):
         compute: Compute,
         steps: Steps,
         activation: str | None,
-        read_later: tuple[tuple[Tensor, int], ...],
+        read_later: Reads,
         gives_int8: bool,
     ) -> UnreadImage:
         _, c, h, w = shape
-        image: UnreadImage = Tensor._make_wrapper_subclass(
-            cls, shape, (c * h * w, 1, c * w, c), dtype=dtype, device=device
-        )
-        image.__dict__.update(
-            _compute=compute, _steps=steps, _activation=activation, _held=read_later, _gives_int8=gives_int8, _residual=None,
-            _residual_first=False, _done=(), _floats=None, _quantized=None, float_dtype=dtype, _number=next(_made),
+        return cls.waiting(
+            shape, (c * h * w, 1, c * w, c), dtype, device, read_later, _compute=compute, _steps=steps, _activation=activation,
+            _gives_int8=gives_int8, _residual=None, _residual_first=False, _done=(), _quantized=None, _number=next(_made),
         )  # fmt: skip
-        return image
 
-    def floats(self) -> Tensor:
-        """The output, a plain tensor: the same one each time."""
-        if self._floats is None:
-            self._note(FLOATS)
-            self._floats = self._result(None)
-        return self._floats
+    def compute(self) -> Tensor:
+        self._note(FLOATS)
+        return self._result(None)
 
     def in_int8(self, scale: Tensor) -> Tensor | None:
         """In steps of a scale [1]; None where it is there in floats or in other steps, or no int8 is expected of it."""
@@ -151,7 +127,7 @@ class UnreadImage(Tensor):
         if self._residual is not None or not self._expects(ADD):
             return None
         image = self._with(ADD, in_place)
-        image._residual, image._held = residual, image._held + writable(residual)
+        image._residual, image._reads = residual, image._reads + writable(residual)
         return image._complete(in_place)
 
     def activate(self, name: str, in_place: bool) -> Tensor | None:
@@ -171,8 +147,8 @@ class UnreadImage(Tensor):
         self._note(step)
         image = self
         if not in_place:
-            options = self._compute, self._steps, self._activation, self._held, self._gives_int8
-            n, c, h, w = self.shape
+            options = self._compute, self._steps, self._activation, self._reads, self._gives_int8
+            n, c, h, w = self.sizes
             image = UnreadImage((n, c, h, w), self.float_dtype, self.device, *options)
             image._residual, image._residual_first = self._residual, self._residual_first
         image._done, image._quantized = (*self._done, step), None
@@ -192,48 +168,25 @@ class UnreadImage(Tensor):
             self._steps.seen.append((self._done, step))
 
     def _result(self, out_scale: Tensor | None) -> Tensor:
-        for t, before in self._held:
-            if writes(t) != before:
-                if self._steps.expected is not None:
-                    raise RuntimeError("Int8Conv2d: something wrote into its input, or into what is added to its output, before "
-                                       "that output was read: set `then = ()` on the layer")  # fmt: skip
-                self._steps.seen.extend([((), FLOATS), ((), ADD)])  # nothing alone came first
+        self.check_reads()
         return self._compute(self._activation, self._residual, self._residual_first, out_scale)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.floats().__reduce_ex__(protocol)
-
-    def __deepcopy__(self, memo: Any) -> Tensor:
-        return self.floats().clone()
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
-            if func in _ASKED:
-                return func(*args, **kwargs)
-            result = _as_step(func, args, kwargs)
-            return func(*_read(args), **_read(dict(kwargs))) if result is None else result
+    def was_written(self) -> None:
+        if self._steps.expected is not None:
+            raise RuntimeError("Int8Conv2d: something wrote into its input, or into what is added to its output, before that "
+                               "output was read: set `then = ()` on the layer")  # fmt: skip
+        self._steps.seen.extend([((), FLOATS), ((), ADD)])  # nothing alone came first
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        return func(*_read(args), **_read(kwargs or {}))
+    def step(cls, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+        with torch._C.DisableTorchFunctionSubclass():  # its shape and its device cost less so
+            if func in _ADDITIONS and len(args) == 2 and not kwargs:
+                return _added(*args, in_place=_ADDITIONS[func])
+            return _activated(func, args, kwargs) if func in _ACTIVATIONS and isinstance(args[0], UnreadImage) else None
 
 
-def _read(x: Any) -> Any:
-    return tree_map(lambda t: t.floats() if isinstance(t, UnreadImage) else t, x)
-
-
-def _as_step(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The result of a call that an epilogue computes; None of all others."""
-    if func in _ADDITIONS and len(args) == 2 and not kwargs:
-        return _added(*args, in_place=_ADDITIONS[func])
-    if func not in _ACTIVATIONS or not isinstance(args[0], UnreadImage):
-        return None
+def _activated(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The activation of an image; None where no epilogue computes it."""
     name, in_place = _ACTIVATIONS[func]
     options = dict(kwargs) | dict(
         zip(("min_val", "max_val", "inplace") if func is F.hardtanh else ("inplace",), args[1:])
@@ -258,7 +211,7 @@ def _added(x: Any, y: Any, in_place: bool) -> Tensor | None:
             or other.device != image.device
         ):
             continue
-        residual = other.floats() if isinstance(other, UnreadImage) else other
+        residual = computed(other)
         if image._floats is None and (result := image.add(residual, in_place)) is not None:
             return result
     return None

@@ -18,7 +18,7 @@ from ..common.models.exchange import Replaced
 from ..common.models.modules import is_watched
 from ..integrations.transformers.norm_formulas import NormFormula, norm_formula
 from ..nn import DeferringNorm, QuantizingNorm
-from ..nn.deferred import Deferred, LaterNorm, LaterProduct, computed
+from ..nn.deferred import Deferred, DeferredNorm, DeferredProduct, computed
 from .activation import called_behind
 from .code import Reach
 
@@ -168,13 +168,13 @@ class _SeenLayer(_Seen):
         self.fqn = fqn
 
     def forward(self, input: Any) -> Any:
-        x = input.later.rows_for(self) if type(input) is Deferred else input
+        x = input.rows_for(self) if isinstance(input, Deferred) else input
         if type(x) is not Tensor or x.dim() != 3:
             self.seen.misses += 1
             return self._module[0](x)
         layer = self._module[0]
         columns = layer.nf if hasattr(layer, "nf") else layer.out_features
-        return _SeenProduct(self, x, torch.Size((*x.shape[:-1], columns))).deferred()
+        return _SeenProduct(self, x, torch.Size((*x.shape[:-1], columns)))
 
     def product(self, x: Tensor, residual: Tensor | None = None, ada_gate: Tensor | None = None) -> Tensor:
         y: Tensor = self._module[0](x)
@@ -184,10 +184,10 @@ class _SeenLayer(_Seen):
         return (y if ada_gate is None else y * ada_gate[:, None]) + residual
 
 
-class _SeenProduct(LaterProduct):
-    def value(self) -> Tensor:
+class _SeenProduct(DeferredProduct):
+    def floats(self) -> Tensor:
         self.owner.seen.misses += 1
-        return super().value()
+        return super().floats()
 
 
 class _SeenNorm(_Seen):
@@ -200,14 +200,14 @@ class _SeenNorm(_Seen):
         if type(x) is not Tensor or x.dim() != 3:
             self.seen.misses += 1
             return self.normed(x)
-        return _SeenRows(self, x, x.shape).deferred()
+        return _SeenRows(self, x, x.shape)
 
 
-class _SeenRows(LaterNorm):
+class _SeenRows(DeferredNorm):
     def rows_for(self, layer: Any) -> Tensor:
         self.owner.seen.readers.add(layer.fqn)
-        return super().value()
+        return super().floats()
 
-    def value(self) -> Tensor:
+    def floats(self) -> Tensor:
         self.owner.seen.misses += 1
-        return super().value()
+        return super().floats()

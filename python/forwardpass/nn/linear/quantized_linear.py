@@ -19,7 +19,7 @@ from ...ops.common.quantized_rows import E4M3, FLOATS, LEAST_RANGE, empty_q, pad
 from ...ops.common.rotation import rotate as rotated
 from ...ops.fp8_gemm import BLOCK
 from ...ops.w8a16_gemm.reference import dequantize_weight
-from ..deferred import Deferred, LaterProduct
+from ..deferred import Deferred, DeferredProduct
 from ..guard import InEpilogue
 from .dequantized_weight import ReadableWeight
 from .joined import Joined
@@ -411,7 +411,9 @@ class QuantizedLinear(ReadableWeight, QuantizedModule):
     def forward(self, input: Tensor | Quantized, then: QuantizedLinear | None = None) -> Tensor | Quantized:
         """input: by nn.Linear's name for it. then: a layer for which `quantizes_for` holds, and which is called with the result and
         nothing else."""
-        x = input if type(input) is not Deferred else input.later.rows_for(self)
+        x = input
+        if type(input) is not Tensor and isinstance(input, Deferred):  # of most, type alone is asked: it costs less
+            x = input.rows_for(self)
         if nn.Linear.forward is not _FORWARD:
             warn_once("nn.Linear.forward is another function than when forwardpass was imported: the layers that were swapped "
                       "before it was put there do not call it")  # fmt: skip
@@ -427,9 +429,10 @@ class QuantizedLinear(ReadableWeight, QuantizedModule):
             y = self._without_activation().product(x)
         elif self.defers and self._may_defer(x):
             samples, rows, _ = x.values.shape if isinstance(x, Quantized) else x.shape
-            return LaterProduct(self, x, torch.Size((samples, rows, self.out_features))).deferred()
+            return DeferredProduct(self, x, torch.Size((samples, rows, self.out_features)))
         else:
-            y = self.product(x) if isinstance(x, Quantized) or self.joined is None else self.joined(self, x)
+            joined = self.joined
+            y = self.product(x) if joined is None or isinstance(x, Quantized) else joined(self, x)
         return y if sharding is None else sharding.output(y)
 
     def _without_activation(self: L) -> L:
