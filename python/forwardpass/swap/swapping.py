@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from ..common.batches import Fingerprint, Forward, device_of, first_of
+from ..common.batches import Fingerprint, device_of, first_of
 from ..common.models.modules import plain_module, tensor_bytes
 from ..common.printing.text import count
 from ..dispatch import Reason, only_reference_on
@@ -113,7 +113,7 @@ def swap(
     _refuse_divided(model, config.calibrate is not None, config.keep)
     refuse_inference_mode(model)
     with KerasLinears(model) as keras, Projections(model) as projections:
-        keep = keras.where_kept(config.keep)
+        config = replace(config, keep=keras.where_kept(config.keep))
         leaves = all_leaves(model)
         refuse_model(model, leaves)
         again, (attention, unpad) = is_swapped(model), of_second_call(model, config)
@@ -139,41 +139,12 @@ def swap(
         others = (*keras.skipped(context.exclude), *projections.skipped(context))
         decision = replace(decision, skipped=(*decision.skipped, *others))
         batch, batches = first_of(() if config.calibrate is None or dry_run else config.calibrate)
-        verdicts = prove(decision, unpad if config.plan is None else bool(unpad), batch, config.forward)
-        decision = verdicts.applied(decision)
-        encoder = decide_encoder(decision, config.encoder, batch, config.forward)
-        if config.strict:
-            refuse_skips(decision.skipped)
-        notes = _warnings(decision, model.training and not keras.is_all)
-        arguments: Arguments = {}
-        calibration = None
+        swapping = _Swapping(config, decision, projections, keras, first_batch=batch)
+        swapping.prove(unpad if config.plan is None else bool(unpad))
+        notes = swapping.notes(model.training and not keras.is_all)
         if calibrated and not dry_run:
-            decision, arguments, calibration, calibration_notes = _calibrate(decision, config, batches)
-            notes += calibration_notes
-            if config.strict:
-                refuse_skips(decision.skipped)
-        first_batch = batch, config.forward
-        return _carry_out(decision, notes, arguments, calibration, keep, dry_run, projections, keras, verdicts,
-                          timesteps, encoder, first_batch)  # fmt: skip
-
-
-def _calibrate(
-    decision: Decision, config: Config, batches: Iterable[Any]
-) -> tuple[Decision, Arguments, str | None, list[str]]:
-    """(the decision without layers that no batch reaches, for each other layer the arguments of `from_torch`, the batches'
-    fingerprint, notes)"""
-    from ..calibration.running import calibration_arguments
-
-    fingerprint, plan = Fingerprint(), config.stored_plan
-    rotations = {leaf.fqn: (p.rotate,) for leaf, p in decision.swapped}
-    arguments, unreached, notes = calibration_arguments(
-        decision.model, decision.calibrated, fingerprint.reading(batches), config.forward, rotations
-    )
-    if plan is not None and plan.calibration not in (None, fingerprint.value):
-        raise ValueError("the plan was calibrated on other batches than calibrate= gives, and would give other results: "
-                         "pass the same ones, or plan again")  # fmt: skip
-    decision = decision.calibrated_as(arguments).without(unreached, _NOT_REACHED)
-    return decision, arguments, fingerprint.value if arguments else None, notes
+            notes += swapping.calibrate(batches)
+        return swapping.carry_out(notes, dry_run)
 
 
 def _refuse_divided(model: nn.Module, calibrates: bool, keep: str | bool) -> None:
@@ -200,100 +171,211 @@ def swap_planned(
     """
     with Projections(model) as projections:
         decision = verdicts.applied(decide(Context(model), all_leaves(model), plan, calibrated=plan.calibrated))
-        keep = "device" if plan.timesteps is not None else keep
-        return _carry_out(
-            decision, [], arguments, plan.calibration, keep, False, projections, None, verdicts, plan.timesteps
+        config = Config(plan=plan, keep="device" if plan.timesteps is not None else keep)
+        calibrated = (arguments, plan.calibration)
+        return _Swapping(config, decision, projections, verdicts=verdicts, calibrated=calibrated).carry_out([])
+
+
+@dataclass
+class _Swapping:
+    """A swap under way: what it was asked, what was decided, and what came of that where the model was run."""
+
+    config: Config
+    decision: Decision
+    projections: Projections
+    keras: KerasLinears | None = None
+    verdicts: Verdicts = _NONE
+    encoder: EncoderDecision = _NO_ENCODER
+    #: for each calibrated layer the arguments of `from_torch`; the batches' fingerprint
+    calibrated: tuple[Arguments, str | None] = field(default_factory=lambda: ({}, None))
+    first_batch: Any = None
+
+    @property
+    def model(self) -> nn.Module:
+        return self.decision.model
+
+    @property
+    def leaves(self) -> list[Leaf]:
+        return [leaf for leaf, _ in self.decision.swapped]
+
+    def prove(self, unpad: str | bool) -> None:
+        """Runs the model as it is to be, and leaves out what that disproves. Unsupported where strict= does not have that."""
+        batch, forward = self.first_batch, self.config.forward
+        self.verdicts = prove(self.decision, unpad, batch, forward)
+        self.decision = self.verdicts.applied(self.decision)
+        self.encoder = decide_encoder(self.decision, self.config.encoder, batch, forward)
+        self._refuse_skips()
+
+    def _refuse_skips(self) -> None:
+        if self.config.strict:
+            refuse_skips(self.decision.skipped)
+
+    def calibrate(self, batches: Iterable[Any]) -> list[str]:
+        """On these; layers that no batch reaches stay. Returns notes."""
+        from ..calibration.running import calibration_arguments
+
+        fingerprint, plan = Fingerprint(), self.config.stored_plan
+        rotations = {leaf.fqn: (p.rotate,) for leaf, p in self.decision.swapped}
+        arguments, unreached, notes = calibration_arguments(
+            self.model, self.decision.calibrated, fingerprint.reading(batches), self.config.forward, rotations
         )
+        if plan is not None and plan.calibration not in (None, fingerprint.value):
+            raise ValueError("the plan was calibrated on other batches than calibrate= gives, and would give other results: "
+                             "pass the same ones, or plan again")  # fmt: skip
+        self.decision = self.decision.calibrated_as(arguments).without(unreached, _NOT_REACHED)
+        self.calibrated = arguments, fingerprint.value if arguments else None
+        self._refuse_skips()
+        return notes
 
+    def notes(self, training: bool) -> list[str]:
+        """What a user should know before it happens. training: whether the model is in training mode."""
+        decision = self.decision
+        linears = [leaf for leaf in decision.layers if not leaf.is_convolution]
+        notes = _unmatched(decision, linears)
+        if not decision.layers and not decision.attention.swapped:
+            notes.append("the model has no Linear layer and no convolution, so nothing is swapped")
+        elif not decision.swapped and not decision.attention.swapped:
+            notes.append("no layer is swapped; the report has each one's reason")
+        if (decision.swapped or decision.attention.swapped) and training:
+            notes.append("the model is in training mode and swapped layers are for inference: call model.eval()")
+        notes += notes_on_8_bits(self.model, decision.attention)
+        notes += dict.fromkeys(
+            note for leaf, p in decision.swapped if p.precision is STORED and (note := note_on(leaf.module))
+        )
+        if calibrated := decision.kv_cache.calibrated:
+            notes.append(f"the calibrated scales of {len(calibrated)} attention modules ({calibrated[0]}, …) are not used: an "
+                         "8-bit cache has a scale for each token and head, which is finer")  # fmt: skip
+        return notes + _without_kernel(decision)
 
-def _carry_out(
-    decision: Decision,
-    notes: list[str],
-    arguments: Arguments,
-    calibration: str | None,
-    keep: str | bool,
-    dry_run: bool,
-    projections: Projections,
-    keras: KerasLinears | None = None,
-    verdicts: Verdicts = _NONE,
-    timesteps: Timesteps | None = None,
-    encoder: EncoderDecision = _NO_ENCODER,
-    first_batch: tuple[Any, Forward | None] = (None, None),
-) -> Report:
-    """Builds the replacements, gives the warnings, and puts the replacements in place. first_batch: a batch, and `forward`."""
-    model, swapped = decision.model, decision.swapped
-    if dry_run:
-        replacements = [_empty(leaf, p) for leaf, p in swapped]
-    else:
-        replacements = [build(leaf, p.precision, p.calibration_of(arguments.get(leaf.fqn))) for leaf, p in swapped]
-    joined = JoinedSwap({leaf.fqn: (leaf, new) for (leaf, _), new in zip(swapped, replacements)}, verdicts.apart,
-                        verdicts.deferrals)  # fmt: skip
-    change = AttentionSwap(model, decision.attention, decision.unpadding.named)
-    in_report = {
-        *(s.fqn for s in decision.skipped),
-        *(leaf.fqn for leaf in decision.attention.leaves),
-        *(leaf.fqn for leaf, _ in swapped),
-        *(leaf.norm.fqn for leaf, _ in swapped if isinstance(leaf, ConvolutionLeaf) and leaf.norm is not None),
-    }
-    report = Report(
-        [_swapped(leaf, p.precision, new, decision.context) for (leaf, p), new in zip(swapped, replacements)],
-        joined.names,
-        joined.mlps,
-        [Skipped(fqn, reason) for fqn, reason in joined.apart],
-        joined.norms,
-        change.report,
-        list(decision.skipped),
-        _other_layers(model, in_report),
-        decision.unpadding.report(decision.attention),
-        decision.kv_cache.kv_cache,
-        notes,
-        _weight_bytes(model, [leaf for leaf, _ in swapped], replacements, keep, joined.peak),
-        planned(
-            model,
-            swapped,
-            [leaf.fqn for leaf in decision.attention.swapped],
-            calibration,
-            decision.unpadding.planned,
+    def carry_out(self, notes: list[str], dry_run: bool = False) -> Report:
+        """Builds the replacements, gives the warnings, and puts the replacements in place."""
+        decision, verdicts, (arguments, _) = self.decision, self.verdicts, self.calibrated
+        if dry_run:
+            replacements = [_empty(leaf, p) for leaf, p in decision.swapped]
+        else:
+            replacements = [
+                build(leaf, p.precision, p.calibration_of(arguments.get(leaf.fqn))) for leaf, p in decision.swapped
+            ]
+        joined = JoinedSwap(
+            {leaf.fqn: (leaf, new) for leaf, new in zip(self.leaves, replacements)}, verdicts.apart, verdicts.deferrals
+        )
+        attention = AttentionSwap(self.model, decision.attention, decision.unpadding.named)
+        report = self._report(replacements, joined, attention, notes, dry_run)
+        for note in notes:  # before the model is touched: a filter may turn them into errors
+            warnings.warn(f"swap: {note}", stacklevel=3)
+        if not dry_run:
+            replacements.clear()
+            self._put(report, joined, attention)
+        return report
+
+    def _report(
+        self, replacements: list[QuantizedModule], joined: JoinedSwap, attention: AttentionSwap, notes: list[str], dry_run: bool
+    ) -> Report:  # fmt: skip
+        model, decision, encoder = self.model, self.decision, self.encoder
+        in_report = {
+            *(s.fqn for s in decision.skipped),
+            *(leaf.fqn for leaf in decision.attention.leaves),
+            *(leaf.fqn for leaf in self.leaves),
+            *(leaf.norm.fqn for leaf in self.leaves if isinstance(leaf, ConvolutionLeaf) and leaf.norm is not None),
+        }
+        return Report(
+            [_swapped(leaf, p.precision, new, decision.context) for (leaf, p), new in zip(decision.swapped, replacements)],
+            joined.names,
+            joined.mlps,
+            [Skipped(fqn, reason) for fqn, reason in joined.apart],
+            joined.norms,
+            attention.report,
+            list(decision.skipped),
+            _other_layers(model, in_report),
+            decision.unpadding.report(decision.attention),
             decision.kv_cache.kv_cache,
-            decision.attention.bits,
-            timesteps,
-        ),
-        device_of(model).type,
-        dry_run,
-        EncoderLayers(tuple((fqn, len(x.layers)) for fqn, x in encoder.stacks), encoder.reason),
-    )
-    for note in notes:  # before the model is touched: a filter may turn them into errors
-        warnings.warn(f"swap: {note}", stacklevel=3)
-    if not dry_run:
-        replacements.clear()
+            notes,
+            self._weight_bytes(replacements, joined.peak),
+            planned(
+                model,
+                decision.swapped,
+                [leaf.fqn for leaf in decision.attention.swapped],
+                self.calibrated[1],
+                decision.unpadding.planned,
+                decision.kv_cache.kv_cache,
+                decision.attention.bits,
+                self.config.range,
+            ),
+            device_of(model).type,
+            dry_run,
+            EncoderLayers(tuple((fqn, len(x.layers)) for fqn, x in encoder.stacks), encoder.reason),
+        )  # fmt: skip
+
+    def _weight_bytes(self, replacements: list[QuantizedModule], joining: int) -> WeightBytes:
+        leaves, modules = self.leaves, [*self.model.modules()]
+        replaced = {id(leaf.module) for leaf in leaves}
+        now, new = tensor_bytes(modules), tensor_bytes(replacements)
+        most = max([joining, *(early.float_bytes for leaf in leaves if (early := Early.of(leaf.module)))])
+        devices = {_originals_device(leaf.module, self.config.keep) for leaf in leaves} - {None}
+        remaining = [m for m in modules if id(m) not in replaced]
+        remaining_bytes = tensor_bytes(remaining)
+        original_bytes = tensor_bytes([*remaining, *(x.module for x in leaves)]) - remaining_bytes if devices else 0
+        device = ", ".join(sorted(map(str, devices))) or None
+        return WeightBytes(_float_bytes(modules), remaining_bytes + new, original_bytes, device, now + new + most)
+
+    def _put(self, report: Report, joined: JoinedSwap, attention: AttentionSwap) -> None:
+        """Into the model, and what `fp.restore` needs beside the report."""
+        model, decision = self.model, self.decision
         layers, around = joined.build()
         changes: tuple[originals.Change, ...] = (
-            change,
+            attention,
             UnpaddingSwap(decision.unpadding),
             CacheSwap(decision.kv_cache),
             joined,
-            Decompression(model, [leaf.module for leaf, _ in swapped]),
-            EncoderSwap(encoder),
+            Decompression(model, [leaf.module for leaf in self.leaves]),
+            EncoderSwap(self.encoder),
         )
-        if timesteps is not None:
-            changes = (*changes, TimestepSwap(model, timesteps, (*layers, *around), (change,)))
-        if keras is not None:
-            keras.narrow(leaf.module for leaf, _ in swapped)
-        projections.narrow(leaf.module for leaf in (*(leaf for leaf, _ in swapped), *decision.attention.swapped))
-        before = (projections,) if keras is None else (keras, projections)
-        changed = originals.Originals(layers, True, changes, around, before, originals.find(model))
-        report.attach(model, _install(model, changed, keep, lambda: _let_outputs_wait(report, model, *first_batch)))
-        for x in before:
+        if (timesteps := self.config.range) is not None:
+            changes = (*changes, TimestepSwap(model, timesteps, (*layers, *around), (attention,)))
+        opened: tuple[KerasLinears | Projections, ...] = (self.projections,)
+        if self.keras is not None:
+            self.keras.narrow(leaf.module for leaf in self.leaves)
+            opened = (self.keras, self.projections)
+        self.projections.narrow(leaf.module for leaf in (*self.leaves, *decision.attention.swapped))
+        changed = originals.Originals(layers, True, changes, around, opened, originals.find(model))
+        report.attach(model, self._install(changed, report))
+        for x in opened:
             x.stays = True
-    return report
+
+    def _install(self, changed: originals.Originals, report: Report) -> originals.Originals:
+        """The only step that changes the model: all replacements, or none."""
+        model, keep = self.model, self.config.keep
+        changed.put(model)
+        swapped = changed if keep else originals.Originals((), False, changed.changes, earlier=changed.earlier)
+        try:
+            originals.remember(model, swapped)
+            self._let_outputs_wait(report)
+            moved = [x.original for x in changed.layers if _originals_device(x.original, keep) == "cpu"]
+            # a tied head's weight is the embedding's
+            stay = (*model.parameters(), *model.buffers(), *originals.held_elsewhere(moved))
+            originals.Moved(moved, torch.device("cpu"), but=stay)
+        except BaseException:
+            changed.undo(model)
+            if changed.earlier is None:
+                originals.forget(model)
+            else:
+                originals.remember(model, changed.earlier)
+            raise
+        return swapped
+
+    def _let_outputs_wait(self, report: Report) -> None:
+        """As `verdicts` has it, and says so in the report."""
+        let_outputs_wait(self.model, self.first_batch, self.config.forward)
+        modules = dict(self.model.named_modules())
+        report.swapped = [replace(s, then=getattr(modules.get(s.fqn), "then", ())) for s in report.swapped]
 
 
-def _warnings(decision: Decision, training: bool) -> list[str]:
-    model, context, leaves, attention = decision.model, decision.context, decision.layers, decision.attention
-    linears = [leaf for leaf in leaves if not leaf.is_convolution]
+def _unmatched(decision: Decision, linears: list[Leaf]) -> list[str]:
+    """Notes on patterns that match nothing."""
+    context, leaves = decision.context, decision.layers
     also = f" or {count(n, 'convolution')}" if (n := len(leaves) - len(linears)) else ""
-    names = [*(leaf.fqn for leaf in leaves), *decision.experts, *(leaf.fqn for leaf in attention.leaves)]
-    notes = [
+    names = [*(leaf.fqn for leaf in leaves), *decision.experts, *(leaf.fqn for leaf in decision.attention.leaves)]
+    return [
         f"{argument}={pattern.text!r} matches none of the {len(linears)} Linear layers{also}"
         for argument, patterns in (
             ("include", context.include),
@@ -303,28 +385,20 @@ def _warnings(decision: Decision, training: bool) -> list[str]:
         for pattern in patterns
         if not any(pattern.matches(fqn) for fqn in names)
     ]
-    if not leaves and not attention.swapped:
-        notes.append("the model has no Linear layer and no convolution, so nothing is swapped")
-    elif not decision.swapped and not attention.swapped:
-        notes.append("no layer is swapped; the report has each one's reason")
-    if (decision.swapped or attention.swapped) and training:
-        notes.append("the model is in training mode and swapped layers are for inference: call model.eval()")
+
+
+def _without_kernel(decision: Decision) -> list[str]:
+    """Notes on operations that only the reference has here."""
     weights: set[tuple[Any, ...]] = {
         (p.precision.operation(leaf), leaf.weight.device, leaf.weight.dtype) for leaf, p in decision.swapped
     }
     weights |= {
         ("attention", p.device, p.dtype)
-        for leaf in attention.swapped
+        for leaf in decision.attention.swapped
         for p in leaf.module.parameters()
         if p.dtype in FLOATS
     }
-    notes += notes_on_8_bits(model, attention)
-    notes += dict.fromkeys(
-        note for leaf, p in decision.swapped if p.precision is STORED and (note := note_on(leaf.module))
-    )
-    if calibrated := decision.kv_cache.calibrated:
-        notes.append(f"the calibrated scales of {len(calibrated)} attention modules ({calibrated[0]}, …) are not used: an 8-bit "
-                     "cache has a scale for each token and head, which is finer")  # fmt: skip
+    notes = []
     for operation, device, dtype in sorted(weights, key=str):
         if operation and only_reference_on(operation, device, dtype):
             call = f"{str(dtype).removeprefix('torch.')} on {device}"
@@ -420,56 +494,10 @@ def empty_convolution(leaf: ConvolutionLeaf, calibrated: bool) -> Int8Conv2d:
     return new
 
 
-def _let_outputs_wait(report: Report, model: nn.Module, batch: Any, forward: Forward | None) -> None:
-    """As `verdicts` has it, and says so in the report."""
-    let_outputs_wait(model, batch, forward)
-    modules = dict(model.named_modules())
-    report.swapped = [replace(s, then=getattr(modules.get(s.fqn), "then", ())) for s in report.swapped]
-
-
-def _install(
-    model: nn.Module, changed: originals.Originals, keep: str | bool, then: Callable[[], None]
-) -> originals.Originals:
-    """The only step that changes the model: all replacements, or none. then: what follows, undone with it."""
-    changed.put(model)
-    swapped = changed if keep else originals.Originals((), False, changed.changes, earlier=changed.earlier)
-    try:
-        originals.remember(model, swapped)
-        then()
-        moved = [x.original for x in changed.layers if _originals_device(x.original, keep) == "cpu"]
-        # a tied head's weight is the embedding's
-        stay = (*model.parameters(), *model.buffers(), *originals.held_elsewhere(moved))
-        originals.Moved(moved, torch.device("cpu"), but=stay)
-    except BaseException:
-        changed.undo(model)
-        if changed.earlier is None:
-            originals.forget(model)
-        else:
-            originals.remember(model, changed.earlier)
-        raise
-    return swapped
-
-
 def _originals_device(original: nn.Module, keep: str | bool) -> str | None:
     device = device_of(original).type
     stays = keep == "device" or (keep == "auto" and (device == "cpu" or sharding_of(original) is not None))
     return None if keep is False else device if stays else "cpu"
-
-
-def _weight_bytes(
-    model: nn.Module, swapped: list[Leaf], replacements: list[QuantizedModule], keep: str | bool, joining: int
-) -> WeightBytes:
-    replaced = {id(leaf.module) for leaf in swapped}
-    now, new = tensor_bytes(model.modules()), tensor_bytes(replacements)
-    most = max([joining, *(early.float_bytes for leaf in swapped if (early := Early.of(leaf.module)))])
-    devices = {_originals_device(leaf.module, keep) for leaf in swapped} - {None}
-    remaining = [m for m in model.modules() if id(m) not in replaced]
-    after = tensor_bytes(remaining) + new
-    original_bytes = (
-        tensor_bytes([*remaining, *(x.module for x in swapped)]) - tensor_bytes(remaining) if devices else 0
-    )
-    return WeightBytes(_float_bytes(model.modules()), after, original_bytes, ", ".join(sorted(map(str, devices))) or None,
-                       now + new + most)  # fmt: skip
 
 
 def _float_bytes(modules: Iterable[nn.Module]) -> int:
