@@ -18,6 +18,7 @@ import forwardpass as fp
 from forwardpass.checkpoints import auto_model
 from forwardpass.common.models.modules import tensor_bytes
 from forwardpass.nn import GatedMLP, Int8Linear
+from forwardpass.proofs import walker
 from forwardpass.swap import swapping
 
 X = {"input_ids": torch.arange(3, 35).reshape(2, 16)}
@@ -80,6 +81,13 @@ def test_bits_and_memory(floats, precision, monkeypatch):
     head = loaded.lm_head.weight.nbytes
     assert len(linears) == 15 and size < head + 15 * 4096  # those that were read, and no floats but the head's
     assert peaks[0] < peaks[1]
+
+
+def test_the_code_of_the_model_is_read_once(floats, monkeypatch):
+    read, block_of = [], walker.block_of
+    monkeypatch.setattr(walker, "block_of", lambda leaf, *args: read.append(leaf.fqn) or block_of(leaf, *args))
+    AutoModelForCausalLM.from_pretrained(floats, quantization_config=fp.Config("int8"))
+    assert len(read) == len({*read}) == 15
 
 
 FAMILIES = {

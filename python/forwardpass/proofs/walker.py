@@ -129,12 +129,14 @@ class ConvolutionLeaf(Leaf):
 
 def all_leaves(model: nn.Module) -> list[Leaf]:
     """All that a swap takes below `model`: Linear-like layers, then convolutions, then modules of experts."""
-    return [*linear_like(model), *convolutions(model), *experts_leaves(model)]
-
-
-def linear_like(model: nn.Module) -> list[Leaf]:
-    """Every Linear-like module below `model`, once, under its first name, in the model's order."""
     reach = Reach(model)
+    return [*linear_like(model, reach), *convolutions(model, reach), *experts_leaves(model)]
+
+
+def linear_like(model: nn.Module, reach: Reach | None = None) -> list[Leaf]:
+    """Every Linear-like module below `model`, once, under its first name, in the model's order. reach: into the model, which others
+    share."""
+    reach = Reach(model) if reach is None else reach
     return [_proven(leaf, reach) for leaf in linear_leaves(model)]
 
 
@@ -149,9 +151,9 @@ def _proven(leaf: Leaf, reach: Reach) -> Leaf:
     return replace(leaf, activation=activation, block=block) if activation or block else leaf
 
 
-def convolutions(model: nn.Module) -> list[ConvolutionLeaf]:
+def convolutions(model: nn.Module, reach: Reach | None = None) -> list[ConvolutionLeaf]:
     """Every nn.Conv2d below `model`, with what it can compute besides, as `linear_like` has Linears."""
-    reach = Reach(model)
+    reach = Reach(model) if reach is None else reach
     modules = leaves(model, lambda m: isinstance(m, nn.Conv2d) and BASE not in m._modules, ConvolutionLeaf)
     chains = (chain_behind(leaf, reach) for leaf in modules)
     return [replace(leaf, norm=norm, activation=act) for leaf, (norm, act) in zip(modules, chains)]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..common.models.modules import tensor_bytes
 from ..proofs.inputs import made_up_weight
-from ..proofs.walker import Leaf, experts_leaves, linear_like
+from ..proofs.walker import Leaf, experts_leaves, linear_leaves
 from .config import Config
 from .decision import precision_of
 from .precision import EARLY, Early
@@ -44,7 +44,7 @@ class WhileLoading:
         self._awaited: dict[int, set[str]] = {}  #: names of the parameters that a module waits for
         self._early: dict[str, Early] = {}
         self._one_expert: dict[tuple[Any, ...], Tensor] = {}  #: made-up weights by shape, dtype and device
-        for leaf in (*linear_like(model), *experts_leaves(model)):
+        for leaf in (*linear_leaves(model), *experts_leaves(model)):  # the swap of the model reads its code
             names = {f"{leaf.fqn}.{name}": p for name, p in leaf.module._parameters.items() if p is not None}
             if tied.isdisjoint(names) and all(p.dtype == dtype and _is_plain(p) for p in names.values()):
                 self._leaves |= dict.fromkeys(names, leaf)
