@@ -37,9 +37,9 @@ SAME_WORK = 3e-2
 
 def baseline(
     x: Tensor,
-    w: Tensor,
+    weight: Tensor,
     x_scale: Tensor,
-    w_scale: Tensor,
+    weight_scale: Tensor,
     stride: tuple[int, int],
     padding: tuple[int, int],
     dilation: tuple[int, int],
@@ -47,9 +47,9 @@ def baseline(
     **options: Any,
 ) -> Tensor:
     del options["packed"], options["residual_first"]
-    acc = F.conv2d(x.float(), w.float(), None, stride, padding, dilation, groups).permute(0, 2, 3, 1)
+    acc = F.conv2d(x.float(), weight.float(), None, stride, padding, dilation, groups).permute(0, 2, 3, 1)
     of_pixels = x_scale.reshape(-1, 1, 1).expand(acc.shape[:-1])
-    return eager.dequantize(acc, of_pixels, w_scale, **options).permute(0, 3, 1, 2)
+    return eager.dequantize(acc, of_pixels, weight_scale, **options).permute(0, 3, 1, 2)
 
 
 BASELINES = {OPERATION: baseline}
@@ -115,9 +115,9 @@ class Subject:
 
     layer: Layer
     x: Tensor  # int8, channels_last
-    w: Tensor  # int8, channels_last
+    weight: Tensor  # int8, channels_last
     x_scale: float
-    w_scale: Tensor
+    weight_scale: Tensor
     bias: Tensor
 
     @staticmethod
@@ -126,15 +126,15 @@ class Subject:
         x = torch.randn(batch, layer.size, layer.size, layer.channels, generator=g).relu().mul(40).clamp(max=127)
         w = torch.randn(layer.out_channels, layer.kernel, layer.kernel, layer.channels, generator=g).mul(32).round()
         x, w = x.round().to(torch.int8).permute(0, 3, 1, 2), w.clamp(-127, 127).to(torch.int8).permute(0, 3, 1, 2)
-        w_scale = (torch.rand(layer.out_channels, generator=g) + 0.5) / (32 * (w[0].numel()) ** 0.5)
+        weight_scale = (torch.rand(layer.out_channels, generator=g) + 0.5) / (32 * (w[0].numel()) ** 0.5)
         bias = torch.randn(layer.out_channels, generator=g) / 4
-        return Subject(layer, x, w, 1 / 40, w_scale, bias)
+        return Subject(layer, x, w, 1 / 40, weight_scale, bias)
 
     @functools.cached_property
     def exact(self) -> Tensor:
         layer = self.layer
-        y = F.conv2d(self.x.double(), self.w.double(), None, layer.stride, layer.padding)
-        scale = (self.w_scale.double() * self.x_scale)[:, None, None]
+        y = F.conv2d(self.x.double(), self.weight.double(), None, layer.stride, layer.padding)
+        scale = (self.weight_scale.double() * self.x_scale)[:, None, None]
         return (y * scale + self.bias.double()[:, None, None]).relu()
 
     @functools.cached_property
@@ -147,23 +147,23 @@ Run = Callable[[], Tensor]  #: -> outputs, in steps of out_scale where they are 
 
 def forwardpass_int8(s: Subject) -> Run:
     x_scale, out_scale = torch.tensor([s.x_scale]), torch.tensor([s.out_scale])
-    packed = fp.ops.pack_int8_weight(s.w, verify=False)
+    packed = fp.ops.pack_int8_weight(s.weight, verify=False)
     return lambda: fp.ops.int8_conv2d(
-        s.x, s.w, x_scale, s.w_scale, stride=s.layer.stride, padding=s.layer.padding, bias=s.bias, activation="relu",
+        s.x, s.weight, x_scale, s.weight_scale, stride=s.layer.stride, padding=s.layer.padding, bias=s.bias, activation="relu",
         out_dtype=torch.int8, out_scale=out_scale, packed=packed if packed.numel() else None,
     )  # fmt: skip
 
 
 def torch_fp32(s: Subject) -> Run:
-    x, w = s.x.float() * s.x_scale, s.w.float() * s.w_scale[:, None, None, None]
+    x, w = s.x.float() * s.x_scale, s.weight.float() * s.weight_scale[:, None, None, None]
     return lambda: F.conv2d(x, w, s.bias, s.layer.stride, s.layer.padding).relu_()
 
 
 def torch_int8(s: Subject) -> Run:
     torch.backends.quantized.engine = "x86"
     q = torch._make_per_tensor_quantized_tensor(s.x.to(torch.uint8), s.x_scale, 0)
-    zeros = torch.zeros(len(s.w_scale), dtype=torch.int64)
-    w = torch._make_per_channel_quantized_tensor(s.w, s.w_scale.double(), zeros, 0)
+    zeros = torch.zeros(len(s.weight_scale), dtype=torch.int64)
+    w = torch._make_per_channel_quantized_tensor(s.weight, s.weight_scale.double(), zeros, 0)
     pairs = ([s.layer.stride] * 2, [s.layer.padding] * 2, [1, 1])
     packed = torch.ops.quantized.conv2d_prepack(w, s.bias, *pairs, 1)
     return lambda: torch.ops.quantized.conv2d_relu(q, packed, s.out_scale, 0).int_repr()
@@ -175,11 +175,11 @@ def _initializer(name: str, x: Tensor) -> Any:
 
 
 def _parameters(s: Subject) -> list[Any]:
-    bias = (s.bias / (s.w_scale * s.x_scale)).round().to(torch.int32)
+    bias = (s.bias / (s.weight_scale * s.x_scale)).round().to(torch.int32)
     return [
         _initializer("x_scale", torch.tensor(s.x_scale)), _initializer("zero", torch.tensor(0, dtype=torch.uint8)),
-        _initializer("w", s.w.contiguous()), _initializer("w_scale", s.w_scale),
-        _initializer("w_zero", torch.zeros(len(s.w_scale), dtype=torch.int8)), _initializer("bias", bias),
+        _initializer("w", s.weight.contiguous()), _initializer("weight_scale", s.weight_scale),
+        _initializer("w_zero", torch.zeros(len(s.weight_scale), dtype=torch.int8)), _initializer("bias", bias),
         _initializer("out_scale", torch.tensor(s.out_scale)),
     ]  # fmt: skip
 
@@ -187,7 +187,7 @@ def _parameters(s: Subject) -> list[Any]:
 def onnxruntime(s: Subject) -> Run:
     """On images in channels_last memory, of which its operator for models with QuantizeLinear makes transposed copies."""
     ort, onnx, helper = (importlib.import_module(n) for n in ("onnxruntime", "onnx", "onnx.helper"))
-    names = ["x", "x_scale", "zero", "w", "w_scale", "w_zero", "out_scale", "zero", "bias"]
+    names = ["x", "x_scale", "zero", "w", "weight_scale", "w_zero", "out_scale", "zero", "bias"]
     layer, n = s.layer, s.layer.out_size
     node = helper.make_node(
         "QLinearConv", names, ["y"], domain="com.microsoft", channels_last=1, strides=[layer.stride] * 2,
@@ -219,7 +219,7 @@ def openvino(s: Subject) -> Run:
 
     layer, given = s.layer, ops.parameter(list(s.x.shape), ov.Type.u8, name="x")
     w = ops.multiply(
-        ops.convert(ops.constant(s.w.contiguous().numpy()), "f32"), constant(s.w_scale[:, None, None, None])
+        ops.convert(ops.constant(s.weight.contiguous().numpy()), "f32"), constant(s.weight_scale[:, None, None, None])
     )
     geometry = ([layer.stride] * 2, [layer.padding] * 2, [layer.padding] * 2, [1, 1])
     sums = ops.convolution(quantized(ops.convert(given, "f32"), s.x_scale, 1.0), w, *geometry)

@@ -24,14 +24,14 @@ Tensor padded_copy(const Tensor& v, const std::vector<int64_t>& sizes, const std
   return copy;
 }
 
-// What a GEMM of windows reads: x and w, or copies where channels or addresses are no multiples of 16.
+// What a GEMM of windows reads: x and weight, or copies where channels or addresses are no multiples of 16.
 struct WindowOperands {
   Conv2dShape shape;  // of one group
-  const int8_t *x, *w;
+  const int8_t *x, *weight;
   std::vector<Tensor> copies;
 
-  WindowOperands(const Tensor& x_tensor, const Tensor& w_tensor, const Int8Conv2dParams& p)
-      : shape(p.shape), x(p.x), w(static_cast<const int8_t*>(p.w.data)) {
+  WindowOperands(const Tensor& x_tensor, const Tensor& weight_tensor, const Int8Conv2dParams& p)
+      : shape(p.shape), x(p.x), weight(static_cast<const int8_t*>(p.w.data)) {
     const Conv2dShape& s = p.shape;
     const int64_t channels = s.group_channels(), padded = round_up(channels, kAlignment);
     // the stride of a single image, row or pixel is arbitrary
@@ -47,8 +47,9 @@ struct WindowOperands {
       shape.row_stride = s.width * shape.pixel_stride;
       shape.image_stride = s.height * shape.row_stride;
     }
-    if (padded != channels || !is_aligned(w))
-      w = take(padded_copy(w_tensor, {p.w.rows, s.kernel_h * s.kernel_w, channels}, {s.depth(), channels, 1}, padded));
+    if (padded != channels || !is_aligned(weight))
+      weight = take(
+          padded_copy(weight_tensor, {p.w.rows, s.kernel_h * s.kernel_w, channels}, {s.depth(), channels, 1}, padded));
   }
 
  private:
@@ -70,8 +71,8 @@ Epilogue from_column(Epilogue e, int64_t first) {
   return e;
 }
 
-void multiply_windows(Backend backend, const Tensor& x, const Tensor& w, const Int8Conv2dParams& p) {
-  const WindowOperands operands(x, w, p);
+void multiply_windows(Backend backend, const Tensor& x, const Tensor& weight, const Int8Conv2dParams& p) {
+  const WindowOperands operands(x, weight, p);
   const Conv2dShape& s = operands.shape;
   const int64_t groups = p.shape.groups, columns = p.w.rows / groups, depth = s.depth();
   for (int64_t g = 0; g < groups; ++g) {
@@ -79,7 +80,7 @@ void multiply_windows(Backend backend, const Tensor& x, const Tensor& w, const I
     gemm.kind = GemmKind::int8_conv2d;
     gemm.windows = s;
     gemm.a = {operands.x + g * s.channels, Dtype::i8, s.out_pixels(), depth, s.pixel_stride};
-    gemm.b = {operands.w + g * columns * depth, Dtype::i8, columns, depth, depth};
+    gemm.b = {operands.weight + g * columns * depth, Dtype::i8, columns, depth, depth};
     gemm.epilogue = from_column(p.epilogue, g * columns);
     run_gemm(backend, gemm, x);
   }
@@ -87,10 +88,11 @@ void multiply_windows(Backend backend, const Tensor& x, const Tensor& w, const I
 
 }  // namespace
 
-void int8_conv2d_gpu(Backend backend, const Tensor& x, const Tensor& w, const Tensor& x_scale, Int8Conv2dParams p) {
+void int8_conv2d_gpu(Backend backend, const Tensor& x, const Tensor& weight, const Tensor& x_scale,
+                     Int8Conv2dParams p) {
   const Conv2dShape& s = p.shape;
-  STD_TORCH_CHECK(std::max(s.kernel_h, s.kernel_w) <= kMostKernelSide, kOp, ": w must have at most ", kMostKernelSide,
-                  " rows and columns here");
+  STD_TORCH_CHECK(std::max(s.kernel_h, s.kernel_w) <= kMostKernelSide, kOp, ": weight must have at most ",
+                  kMostKernelSide, " rows and columns here");
   STD_TORCH_CHECK(std::max(s.height + 2 * s.padding_h, s.width + 2 * s.padding_w) <= INT32_MAX, kOp,
                   ": x must have fewer than 2^31 rows and columns with its padding");
   OptionalTensor scales;  // each output pixel's, where each image has one
@@ -101,7 +103,7 @@ void int8_conv2d_gpu(Backend backend, const Tensor& x, const Tensor& w, const Te
     p.epilogue.a_scale = static_cast<const float*>(scales->const_data_ptr());
     p.epilogue.a_scale_per_row = true;
   }
-  if (!s.is_gemm()) return multiply_windows(backend, x, w, p);
+  if (!s.is_gemm()) return multiply_windows(backend, x, weight, p);
   GemmParams gemm{};
   gemm.kind = GemmKind::int8;
   gemm.a = {p.x, Dtype::i8, s.out_pixels(), s.channels, s.out_pixels() == 1 ? s.channels : s.pixel_stride};

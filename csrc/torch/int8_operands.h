@@ -19,8 +19,8 @@ void int8_gemm_cpu(const Tensor& x, const Matrix& a, const Matrix& b, const Epil
 
 // int8_conv2d on the CPU. x: the tensor that p.x is of.
 void int8_conv2d_cpu(const Tensor& x, const Int8Conv2dParams& p, OptionalTensorRef packed);
-// On a GPU. x, w, x_scale: the tensors that p has the memory of.
-void int8_conv2d_gpu(Backend backend, const Tensor& x, const Tensor& w, const Tensor& x_scale, Int8Conv2dParams p);
+// On a GPU. x, weight, x_scale: the tensors that p has the memory of.
+void int8_conv2d_gpu(Backend backend, const Tensor& x, const Tensor& weight, const Tensor& x_scale, Int8Conv2dParams p);
 
 // What pack_int8_weight returned, or none, beside an input x.
 inline void check_packed(OptionalTensorRef packed, const Tensor& x, const char* op) {

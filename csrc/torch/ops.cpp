@@ -80,7 +80,7 @@ constexpr std::tuple kOps{
         "str? activation, ScalarType out_dtype, Tensor? out_scale, Tensor? a_zero_point, Tensor? b_sum) -> Tensor"},
 
     Op<int8_conv2d>{
-        "int8_conv2d(Tensor x, Tensor w, Tensor x_scale, Tensor w_scale, int[] stride, int[] padding, "
+        "int8_conv2d(Tensor x, Tensor weight, Tensor x_scale, Tensor weight_scale, int[] stride, int[] padding, "
         "int[] dilation, int groups, Tensor? bias, str? activation, ScalarType out_dtype, "
         "Tensor? out_scale, Tensor? residual=None, bool residual_first=False, Tensor? packed=None) -> Tensor"},
 

@@ -44,8 +44,8 @@ Tensor int8_grouped_gemm(Backend backend, const Tensor& a, const Tensor& b, cons
                          const OptionalTensor& out_scale, const OptionalTensor& a_zero_point,
                          const OptionalTensor& b_sum);
 
-Tensor int8_conv2d(Backend backend, const Tensor& x, const Tensor& w, const Tensor& x_scale, const Tensor& w_scale,
-                   const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+Tensor int8_conv2d(Backend backend, const Tensor& x, const Tensor& weight, const Tensor& x_scale,
+                   const Tensor& weight_scale, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                    const std::vector<int64_t>& dilation, int64_t groups, const OptionalTensor& bias,
                    const std::optional<std::string>& activation, ScalarType out_dtype, const OptionalTensor& out_scale,
                    const OptionalTensor& residual, bool residual_first, const OptionalTensor& packed);

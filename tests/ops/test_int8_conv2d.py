@@ -188,8 +188,8 @@ X, W, RESIDUAL = (
 )
 
 
-def call(x=X, w=W, x_scale=ONE, w_scale=ONE, out_dtype=torch.float32, **options):
-    return lambda: fp.ops.int8_conv2d(x, w, x_scale, w_scale, out_dtype=out_dtype, **options)
+def call(x=X, weight=W, x_scale=ONE, weight_scale=ONE, out_dtype=torch.float32, **options):
+    return lambda: fp.ops.int8_conv2d(x, weight, x_scale, weight_scale, out_dtype=out_dtype, **options)
 
 
 @pytest.mark.usefixtures("refusing")
@@ -199,11 +199,11 @@ def call(x=X, w=W, x_scale=ONE, w_scale=ONE, out_dtype=torch.float32, **options)
         (call(X.float()), TypeError, "x must be an int8 tensor"),
         (call(X[0]), ValueError, r"x must be \[N, C, H, W\]"),
         (call(X.contiguous()), ValueError, "x must be in channels_last memory"),
-        (call(w=W.contiguous()), ValueError, "w must be in channels_last memory"),
-        (call(w=W[:, :4]), ValueError, "groups a divisor"),
+        (call(weight=W.contiguous()), ValueError, "weight must be in channels_last memory"),
+        (call(weight=W[:, :4]), ValueError, "groups a divisor"),
         (call(groups=3), ValueError, "with groups=3"),
         (call(groups=0), ValueError, "groups must be a positive integer"),
-        (call(w=images(16, 8, 7, 3)), ValueError, "must fit into the image"),
+        (call(weight=images(16, 8, 7, 3)), ValueError, "must fit into the image"),
         (call(dilation=3), ValueError, "must fit into the image"),
         (call(stride=0), ValueError, "stride must be from 1"),
         (call(padding=-1), ValueError, "padding must be from 0"),
@@ -212,7 +212,7 @@ def call(x=X, w=W, x_scale=ONE, w_scale=ONE, out_dtype=torch.float32, **options)
         (call(X[:, :, :0]), ValueError, "only the images of x may be none"),
         (call(x_scale=torch.ones(3)), ValueError, "x_scale must be contiguous with 2 elements"),
         (call(x_scale=1.0), TypeError, "x_scale must be a float32 tensor"),
-        (call(w_scale=torch.ones(8)), ValueError, "w_scale must be contiguous with 16 elements"),
+        (call(weight_scale=torch.ones(8)), ValueError, "weight_scale must be contiguous with 16 elements"),
         (call(bias=torch.ones(3)), ValueError, "16 elements"),
         (call(activation="silu_mul"), ValueError, "relu6, hard_swish"),
         (call(out_dtype=INT8), ValueError, "out_scale"),
@@ -222,7 +222,7 @@ def call(x=X, w=W, x_scale=ONE, w_scale=ONE, out_dtype=torch.float32, **options)
         (call(residual=RESIDUAL.contiguous()), ValueError, "residual must be in channels_last memory"),
         (call(residual=RESIDUAL, out_dtype=INT8, out_scale=ONE), ValueError, "residual goes with out_dtype"),
         (call(residual_first=True), ValueError, "pass a residual"),
-        (call(w=W.to("meta")), ValueError, "w is on meta and x on cpu"),
+        (call(weight=W.to("meta")), ValueError, "weight is on meta and x on cpu"),
     ],
 )  # fmt: skip
 def test_refusals(call, error, words):

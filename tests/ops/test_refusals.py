@@ -73,7 +73,7 @@ CALLS = {
     "fp8_gemm_quantize": {"a": A8, "b": B8, "a_scale": A8_SCALE, "b_scale": B8_SCALE, **BIAS, "group_size": 128},
     "fp8_grouped_gemm": {"a": A8, "b": EXPERTS8, "a_scale": A8_SCALE, "b_scale": EXPERTS8_SCALE, **OF_EXPERTS, "out_dtype": F32},
     "fp8_linear": {"x": X, "weight": B8, "weight_scale": B8_SCALE, **BIAS, **FLOAT, "scale": ONE, "channel_scale": torch.ones(32)},
-    "int8_conv2d": {"x": IMAGES, "w": WINDOWS, "x_scale": torch.ones(2), "w_scale": torch.ones(16), "stride": (2, 1),
+    "int8_conv2d": {"x": IMAGES, "weight": WINDOWS, "x_scale": torch.ones(2), "weight_scale": torch.ones(16), "stride": (2, 1),
                     "padding": (1, 0), "dilation": (1, 2), "groups": 1, "bias": torch.zeros(16), "activation": "relu6",
                     "out_dtype": F32, "residual": ADDED, "residual_first": True, "packed": fp.ops.pack_int8_weight(WINDOWS)},
     "int8_gemm": {"a": A, "b": B, "a_scale": A_SCALE, "b_scale": B_SCALE, **BIAS, **FLOAT, **SHIFT},

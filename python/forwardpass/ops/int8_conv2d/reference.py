@@ -13,9 +13,9 @@ from ..common.epilogue import apply_epilogue
 
 def int8_conv2d(
     x: Tensor,
-    w: Tensor,
+    weight: Tensor,
     x_scale: Tensor,
-    w_scale: Tensor,
+    weight_scale: Tensor,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
@@ -28,7 +28,7 @@ def int8_conv2d(
     residual_first: bool = False,
     packed: Tensor | None = None,
 ) -> Tensor:
-    acc = F.conv2d(x.double(), w.double(), None, list(stride), list(padding), list(dilation), groups).permute(
+    acc = F.conv2d(x.double(), weight.double(), None, list(stride), list(padding), list(dilation), groups).permute(
         0, 2, 3, 1
     )
     of_pixels = x_scale if x_scale.numel() == 1 else x_scale.reshape(-1, 1, 1).expand(acc.shape[:-1])
@@ -36,6 +36,6 @@ def int8_conv2d(
     acc = acc.clone(
         memory_format=torch.contiguous_format
     )  # of one pixel its strides may be any, and contiguous() keeps them
-    out = apply_epilogue(acc, of_pixels, w_scale, bias, activation, out_dtype, out_scale, residual=added,
+    out = apply_epilogue(acc, of_pixels, weight_scale, bias, activation, out_dtype, out_scale, residual=added,
                          residual_first=residual_first)  # fmt: skip
     return out.permute(0, 3, 1, 2)

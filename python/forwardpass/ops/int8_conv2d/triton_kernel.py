@@ -86,13 +86,13 @@ class Geometry(NamedTuple):
     dilation: Sequence[int]
     groups: int
 
-    def is_gemm(self, x: Tensor, w: Tensor) -> bool:
+    def is_gemm(self, x: Tensor, weight: Tensor) -> bool:
         """Whether the windows are single pixels, all of them, that lie at one distance."""
         height, width, pixel = x.shape[1], x.shape[2], x.stride(2)
         together = (height == 1 or x.stride(1) == width * pixel) and (
             x.shape[0] == 1 or x.stride(0) == height * width * pixel
         )
-        single = tuple(w.shape[1:3]) == (1, 1) and max(*self.stride, self.groups) == 1 and not any(self.padding)
+        single = tuple(weight.shape[1:3]) == (1, 1) and max(*self.stride, self.groups) == 1 and not any(self.padding)
         return single and together
 
 
@@ -109,14 +109,14 @@ def aligned_channels(x: Tensor, groups: int) -> Tensor:
 
 
 def convolve(
-    x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, geometry: Geometry, bias: Tensor | None, activation: str | None,
-    out: Tensor, out_scale: Tensor | None, residual: Tensor | None, residual_first: bool,
+    x: Tensor, weight: Tensor, x_scale: Tensor, weight_scale: Tensor, geometry: Geometry, bias: Tensor | None,
+    activation: str | None, out: Tensor, out_scale: Tensor | None, residual: Tensor | None, residual_first: bool,
 ) -> None:  # fmt: skip
-    """One group: x [N, H, W, C], w [n, kh, kw, C], out and residual [N, Ho, Wo, n]."""
-    (_, height, width, channels), (n, kernel_h, kernel_w, _) = x.shape, w.shape
+    """One group: x [N, H, W, C], weight [n, kh, kw, C], out and residual [N, Ho, Wo, n]."""
+    (_, height, width, channels), (n, kernel_h, kernel_w, _) = x.shape, weight.shape
     m, out_height, out_width = out.shape[0] * out.shape[1] * out.shape[2], out.shape[1], out.shape[2]
     arguments = options(
-        x_scale, w_scale, bias, activation, out, out_scale, residual=residual, residual_first=residual_first
+        x_scale, weight_scale, bias, activation, out, out_scale, residual=residual, residual_first=residual_first
     )
     taps = kernel_h * kernel_w
     machine = machine_of(driver.active.get_current_device())
@@ -130,7 +130,7 @@ def convolve(
         (parts, m, triton.cdiv(n, 16) * 16), dtype=torch.int32, device=x.device
     )  # fmt: skip
     conv2d_kernel[(triton.cdiv(m, tiling.block_m) * triton.cdiv(n, tiling.block_n), parts)](
-        x, w, channels // 16, *(s // 16 for s in x.stride()[:3]), height, width, out_height, out_width, kernel_w, taps,
+        x, weight, channels // 16, *(s // 16 for s in x.stride()[:3]), height, width, out_height, out_width, kernel_w, taps,
         *geometry.stride, *geometry.padding, *geometry.dilation, m, n, per_part, triton.cdiv(n, 16), sums, **arguments,
         SPLIT=parts > 1, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, BLOCK_K=block_k, STAGES=tiling.stages,
         num_warps=tiling.warps, enable_fp_fusion=False,
@@ -146,9 +146,9 @@ def convolve(
 
 def int8_conv2d(
     x: Tensor,
-    w: Tensor,
+    weight: Tensor,
     x_scale: Tensor,
-    w_scale: Tensor,
+    weight_scale: Tensor,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
@@ -161,32 +161,32 @@ def int8_conv2d(
     residual_first: bool = False,
     packed: Tensor | None = None,
 ) -> Tensor:
-    result = _fake(x, w, x_scale, w_scale, stride, padding, dilation, groups, bias, activation, out_dtype)
+    result = _fake(x, weight, x_scale, weight_scale, stride, padding, dilation, groups, bias, activation, out_dtype)
     if not result.numel():
         return result
     geometry = Geometry(stride, padding, dilation, groups)
-    x, w, out = (t.permute(0, 2, 3, 1) for t in (x, w, result))
+    x, weight, out = (t.permute(0, 2, 3, 1) for t in (x, weight, result))
     if residual is not None:
         residual = residual.permute(0, 2, 3, 1)
     if x_scale.numel() > 1:  # each output pixel's
         x_scale = x_scale.repeat_interleave(out.shape[1] * out.shape[2])
     with torch.cuda.device_of(x):
-        if geometry.is_gemm(x, w):
+        if geometry.is_gemm(x, weight):
             pixels = x.as_strided((x.shape[0] * x.shape[1] * x.shape[2], x.shape[3]), (x.stride(2), 1))
-            gemm(pixels, w.flatten(1), x_scale, w_scale, bias, activation, out, out_scale, residual=residual,
+            gemm(pixels, weight.flatten(1), x_scale, weight_scale, bias, activation, out, out_scale, residual=residual,
                  residual_first=residual_first)  # fmt: skip
             return result
-        x, w = aligned_channels(x, groups), aligned_channels(w, 1).squeeze(-2)
-        n = w.shape[0] // groups
+        x, weight = aligned_channels(x, groups), aligned_channels(weight, 1).squeeze(-2)
+        n = weight.shape[0] // groups
 
         def of_group(v: Tensor | None, g: int) -> Tensor | None:
             """A part of the last dimension, if it is the columns'."""
             return v if v is None or v.numel() == 1 or groups == 1 else v[..., g * n : (g + 1) * n]
 
         for g in range(groups):
-            part = of_group(out, g), of_group(w_scale, g)
+            part = of_group(out, g), of_group(weight_scale, g)
             assert part[0] is not None and part[1] is not None
-            convolve(x[..., g, :], w[g * n : (g + 1) * n], x_scale, part[1], geometry, of_group(bias, g), activation, part[0],
+            convolve(x[..., g, :], weight[g * n : (g + 1) * n], x_scale, part[1], geometry, of_group(bias, g), activation, part[0],
                      of_group(out_scale, g), of_group(residual, g), residual_first)  # fmt: skip
     return result
 
