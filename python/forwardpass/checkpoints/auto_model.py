@@ -37,7 +37,7 @@ from .floats import (
     swap_loaded,
     while_loading,
 )
-from .load import as_recorded, decide_changes, empty_layers
+from .load import as_recorded, convolutions_in_floats, decide_changes, empty_layers
 from .record import EARLIER, checked, names_now, weights_of
 
 _QUANTIZERS = "transformers.quantizers.auto"
@@ -194,6 +194,7 @@ class _Filled:
         projections.put()
         leaves, layers = empty_layers(model, record, shapes, lambda t: torch.device("meta"), self._fail)
         self.changes = decide_changes(model, leaves, record, self._fail)
+        self.in_floats = convolutions_in_floats(model, record, self._fail)
         projections.narrow(leaf.module for leaf in (*leaves, *self.changes.attention.swapped))
         for module in projections.places():  # else transformers initialises in_proj_weight, which is not there
             vars(module)["_is_hf_initialized"] = True
@@ -236,7 +237,7 @@ class _Filled:
             raise self._fail(f"{eight_bits[0]} has 8 bits in the file, and no layer of it is recorded")
         take_over({fqn: layer for fqn, (_, layer) in self.layers.items()})
         layers, self.layers = self.layers, {}
-        joined, changes = as_recorded(self.model, layers, self.changes, self.record, self._fail)
+        joined, changes = as_recorded(self.model, layers, self.changes, self.record, self._fail, self.in_floats)
         layers.clear()
         in_place = [x for part in joined.build() for x in part if not _is_there(self.model, x.fqn, x.replacement)]
         put_in_place(self.model, in_place)
@@ -281,5 +282,12 @@ def _below(
     if rewritings is not None:
         rewritings = [name.removeprefix(prefix) for name in rewritings if name.startswith(prefix)]
     shapes = {name.removeprefix(prefix): shape for name, shape in shapes.items()}
-    of_model = {"layers": layers, "attention": attention, "attention_8bit": in_8_bits, "rewritten": rewritings}
+    folded = [name.removeprefix(prefix) for name in record["folded"] if name.startswith(prefix)]
+    of_model = {
+        "layers": layers,
+        "attention": attention,
+        "attention_8bit": in_8_bits,
+        "rewritten": rewritings,
+        "folded": folded,
+    }
     return {**record, **of_model}, shapes

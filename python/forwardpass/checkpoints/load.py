@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from ..nn.eight_bits import EightBits
 from ..nn.mlp import quantised_layers
 from ..nn.quantized_experts import experts_sizes
 from ..proofs.siblings import JoinedSwap
-from ..proofs.walker import ConvolutionLeaf, Leaf, all_leaves
+from ..proofs.walker import ConvolutionLeaf, Leaf, all_leaves, convolutions
 from ..swap import methods, originals
 from ..swap.attention.attention_modules import decide_attention
 from ..swap.attention.kv_cache import decide_kv_cache
@@ -175,6 +175,7 @@ def _fill_layers(
 ) -> None:
     layers, replacements = empty_layers(model, record, shapes, place, fail)
     changes = decide_changes(model, layers, record, fail)
+    in_floats = convolutions_in_floats(model, record, fail)
     projections.narrow(leaf.module for leaf in (*layers, *changes.attention.swapped))
     named_slots = dict(slots(model, replacements))
     aliases = record["aliases"]
@@ -215,7 +216,7 @@ def _fill_layers(
             holder[name] = value
         for module, name, buffer in buffers:
             vars(module)[name] = module._buffers[buffer]
-        joined, changes = as_recorded(model, named, changes, record, fail)
+        joined, changes = as_recorded(model, named, changes, record, fail, in_floats)
         named.clear()
         put_in_place(model, [x for part in joined.build() for x in part])
     except BaseException:
@@ -228,13 +229,29 @@ def _fill_layers(
 
 
 def as_recorded(
-    model: nn.Module, layers: Layers, changes: Changes, record: Mapping[str, Any], fail: Fail
+    model: nn.Module,
+    layers: Layers,
+    changes: Changes,
+    record: Mapping[str, Any],
+    fail: Fail,
+    in_floats: Sequence[ConvolutionLeaf] = (),
 ) -> tuple[JoinedSwap, Changes]:
     """What the record says that the layers are together, where a run does not disprove it: its swap has proven it."""
     try:
-        return proven(model, layers, changes, record.get("rewritten"), believed=True)
+        return proven(model, layers, changes, record.get("rewritten"), believed=True, in_floats=in_floats)
     except ValueError as e:
         raise fail(str(e)) from None
+
+
+def convolutions_in_floats(model: nn.Module, record: Mapping[str, Any], fail: Fail) -> list[ConvolutionLeaf]:
+    """The convolutions that compute what is behind them in floats."""
+    leaves = {x.fqn: x for x in convolutions(model)} if record["folded"] else {}
+    for fqn in record["folded"]:
+        if fqn not in leaves or not (leaves[fqn].norm or leaves[fqn].activation):
+            raise fail(
+                f"it has no convolution {fqn[:80]!r} with a norm or an activation behind it that it could compute"
+            )
+    return [leaves[fqn] for fqn in record["folded"]]
 
 
 def _same_as_buffers(model: nn.Module, fail: Fail) -> list[tuple[nn.Module, str, str]]:

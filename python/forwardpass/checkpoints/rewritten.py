@@ -4,13 +4,13 @@ did so, unless a run disproves it. The class that is loaded may be another one b
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
 
 from ..dispatch import Reason
-from ..nn import Int8Conv2d, QuantizedLinear, QuantizedModule, QuantizingNorm
+from ..nn import FloatConv2d, Int8Conv2d, QuantizedLinear, QuantizedModule, QuantizingNorm
 from ..nn.mlp import TwoProducts, quantised_layers
 from ..proofs.mlp_formulas import Block
 from ..proofs.siblings import JoinedSwap, siblings
@@ -53,8 +53,19 @@ def rewritten(model: nn.Module) -> list[str]:
     return [*units, *products, *(fqn for fqn, m in model.named_modules() if isinstance(m, QuantizingNorm))]
 
 
+def folded(model: nn.Module) -> list[str]:
+    """The convolutions in floats that compute the norm and the activation behind them: for a record."""
+    return [fqn for fqn, m in model.named_modules() if isinstance(m, FloatConv2d)]
+
+
 def proven(
-    model: nn.Module, layers: Layers, changes: Changes, recorded: Collection[str] | None, *, believed: bool
+    model: nn.Module,
+    layers: Layers,
+    changes: Changes,
+    recorded: Collection[str] | None,
+    *,
+    believed: bool,
+    in_floats: Sequence[ConvolutionLeaf] = (),
 ) -> tuple[JoinedSwap, Changes]:
     """(layers and what they are together, the other changes), of both what a run of the model does not disprove.
 
@@ -63,6 +74,7 @@ def proven(
         layers: quantised, with values, by their names. Where a run disproves an activation, its layer computes none.
         recorded: as `rewritten` has it: what else is found stays as the model has it. None: nobody knows.
         believed: what cannot be run is made. Else it is not.
+        in_floats: convolutions as `folded` has them.
 
     Raises:
         ValueError: with its kv_cache the model computes something else.
@@ -71,7 +83,7 @@ def proven(
     swapped = tuple((_as_made(leaf, layer, recorded), stored) for leaf, layer in layers.values())
     attention, unpadding, cache = changes.attention, changes.unpadding, changes.kv_cache
     leaves = tuple(leaf for leaf, _ in swapped)
-    decision = Decision(Context(model), leaves, swapped, attention, unpadding, cache, (), ())
+    decision = Decision(Context(model), leaves, swapped, attention, unpadding, cache, (), (), tuple(in_floats))
     verdicts = prove(decision, True, replacements={fqn: layer for fqn, (_, layer) in layers.items()})
     if believed:
         verdicts = verdicts.but_unproven()
@@ -87,11 +99,12 @@ def proven(
             layer.activation = None
             if isinstance(layer, Int8Conv2d):
                 layer.fold(None)
-    changed = {fqn: reason for fqn, reason in verdicts.layers.items() if fqn in fused or fqn in (recorded or ())}
+    rewritten = {*fused, *(recorded or ()), *(leaf.fqn for leaf in in_floats)}
+    changed = {fqn: reason for fqn, reason in verdicts.layers.items() if fqn in rewritten}
     others = {"its attention": verdicts.attention, "its padding": verdicts.unpadding}
     _warn(model, {**changed, **verdicts.rotation, **others})
     apart = {**verdicts.apart, **_not_made(remaining, recorded)}
-    return JoinedSwap(remaining, apart, verdicts.deferrals), Changes(
+    return JoinedSwap(remaining, apart, verdicts.deferrals, decision.folded), Changes(
         decision.attention, decision.unpadding, decision.kv_cache
     )
 

@@ -33,7 +33,7 @@ from .folder import (
     saving,
 )
 from .record import SCHEMA, slots, weights_of
-from .rewritten import rewritten
+from .rewritten import folded, rewritten
 
 
 def save_pretrained(
@@ -149,6 +149,7 @@ def write(
         "attention_8bit": [{"fqn": fqn, **vars(bits)} for fqn, bits in bits_of(model).items()],
         "aliases": aliases,
         "rewritten": rewritten(model),
+        "folded": folded(model),
         "around": around,
     }  # fmt: skip
     with saving(folder, sources, overwrite) as folder:

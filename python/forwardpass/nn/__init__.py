@@ -3,6 +3,7 @@
 from typing import Any as _Any
 
 from .deferred import DeferringNorm
+from .float_conv2d import FloatConv2d
 from .int8_conv2d import Int8Conv2d
 from .linear.bf16_linear import Bf16Linear
 from .linear.fp8_linear import Fp8Linear
@@ -20,6 +21,7 @@ __all__ = [
     "ColwiseParallel",
     "DeferringNorm",
     "Experts",
+    "FloatConv2d",
     "Fp8Linear",
     "GatedMLP",
     "Int8Conv2d",

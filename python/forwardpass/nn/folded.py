@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..common.models.modules import are_watched_by_others
+from .float_conv2d import FoldsNorm
 from .guard import InEpilogue
-from .int8_conv2d import Int8Conv2d
 
 
 class InConvolution(InEpilogue):
@@ -54,7 +54,7 @@ class FoldedNorm(InConvolution):
             _buffers=norm._buffers,
             _non_persistent_buffers_set=norm._non_persistent_buffers_set,
         )
-        assert isinstance(layer, Int8Conv2d)
+        assert isinstance(layer, FoldsNorm)
         layer.normed = (self,)
 
     @property
@@ -82,9 +82,9 @@ class FoldedNorm(InConvolution):
         self._layer.unfold()
 
     @property
-    def _layer(self) -> Int8Conv2d:
+    def _layer(self) -> FoldsNorm:
         layer = self._of[1]
-        assert isinstance(layer, Int8Conv2d)
+        assert isinstance(layer, FoldsNorm)
         return layer
 
 

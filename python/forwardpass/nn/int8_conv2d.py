@@ -21,7 +21,7 @@ from ..ops.int8_linear.reference import quantized_input
 from ..ops.quantize import OPERATION as QUANTIZE
 from ..ops.quantize.reference import quantize as quantize_reference
 from .conv2d_classes import Size, is_convolution, padding_of, pair
-from .guard import InEpilogue
+from .float_conv2d import FoldsNorm, Norm, folded_norm, norm_tensors
 from .linear.dequantized_weight import ReadableWeight
 from .linear.int8_linear import packed_weight
 from .linear.quantized_linear import QuantizedModule, as_autocast, as_dtype
@@ -30,11 +30,9 @@ from .unread_image import Compute, Steps, UnreadImage, check_steps, writable
 #: Elements of an output from which on it waits for its reader: below, the object that waits takes longer (some 20 us) than what
 #: it saves.
 LEAST_UNREAD = 1 << 16
-#: What a layer is normalised by, once it is folded: a BatchNorm2d, or what has its tensors.
-Norm = nn.Module
 
 
-class Int8Conv2d(ReadableWeight, QuantizedModule):
+class Int8Conv2d(FoldsNorm, ReadableWeight, QuantizedModule):
     """`y = conv2d(x, W) + b` with W in int8, scaled per output channel, and x quantised to int8 on the way in.
 
     Activations are symmetric, and so zeros that pad an input are zeros. Each sample has a scale of its own as it comes (dynamic),
@@ -86,15 +84,9 @@ class Int8Conv2d(ReadableWeight, QuantizedModule):
     input_scale: Tensor | None
     weight_sum: Tensor | None
     channel_scale: Tensor | None
-    #: what stands in the place of the activation that it computes, and of the norm; in tuples, which hold no children
-    applied: tuple[InEpilogue] | None = None
-    normed: tuple[InEpilogue] | None = None
-    norm: tuple[Norm] | None = None  #: what it computes behind the convolution, whose tensors stay where they are
     padding_mode: str = "zeros"
     transposed: bool = False
     steps: Steps | None = None  #: what comes behind it, or what notes that
-    #: tensors, how often each had been written to, and what was made of them
-    _folded: tuple[list[Tensor | None], list[int], tuple[Tensor, Tensor]] | None = None
     #: a weight, and that weight as a CPU reads it
     _packed: tuple[Tensor | None, Tensor | None] = (None, None)
 
@@ -226,11 +218,6 @@ class Int8Conv2d(ReadableWeight, QuantizedModule):
             layer.input_scale = input_scale.detach().to(weight.device, torch.float32).reshape(1).clone()
         layer.settle()
         return layer.train(module.training)
-
-    def fold(self, norm: Norm | None) -> None:
-        """Computes this norm too, by its statistics, from here on; None: no norm. Its tensors stay its own: this layer reads them,
-        and where it is cast, loaded or written into the results follow."""
-        self.folds_norm, self.norm, self._folded = norm is not None, None if norm is None else (norm,), None
 
     def forward(self, input: Tensor, residual: Tensor | None = None, residual_first: bool = False) -> Tensor:
         """input: by nn.Conv2d's name for it. residual: as the output, and added to it, with residual_first before the
@@ -374,29 +361,11 @@ class Int8Conv2d(ReadableWeight, QuantizedModule):
 
     def _epilogue(self) -> tuple[Tensor, Tensor | None, str | None]:
         """(scales of the weight, bias, activation), with the norm in them where it is computed here."""
-        b = self._buffers
-        is_folded = self.norm is not None and (self.normed is None or not self.normed[0].is_apart)
-        scale, bias = self._with_norm() if is_folded else (b["weight_scale"], b["bias"])
-        is_apart = (self.folds_norm and not is_folded) or (self.applied is not None and self.applied[0].is_apart)
-        return scale, bias, None if is_apart else self.activation  # type: ignore[return-value]
-
-    def _with_norm(self) -> tuple[Tensor, Tensor]:
-        assert self.norm is not None
-        b, norm = self._buffers, self.norm[0]
-        tensors = [b["weight_scale"], b["bias"], *_tensors(norm)]
-        compiling = torch.compiler.is_compiling()
-        versions = [] if compiling else [0 if t is None or t.is_inference() else t._version for t in tensors]
-        before = None if compiling else self._folded
-        if before is not None and before[1] == versions and all(a is t for a, t in zip(before[0], tensors)):
-            return before[2]
-        folded = folded_norm(norm, *tensors)  # type: ignore[arg-type]
-        if not compiling:
-            self._folded = tensors, versions, folded
-        return folded
-
-    def unfold(self) -> None:
-        """Forgets what was made of the norm's tensors: they may be others by the same name."""
-        self._folded = None
+        scale, bias = self._buffers["weight_scale"], self._buffers["bias"]
+        norm, activation = self.computed
+        if norm is not None:
+            scale, bias = self._made_of([scale, bias, *norm_tensors(norm)], partial(folded_norm, norm))
+        return scale, bias, activation  # type: ignore[return-value]
 
     def activated(self, y: Tensor) -> Tensor:
         if self.norm is not None:
@@ -453,12 +422,12 @@ class Int8Conv2d(ReadableWeight, QuantizedModule):
             self.qweight = self.qweight.contiguous(memory_format=torch.channels_last)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedModule:
-        self._folded = None
+        self.unfold()
         return super()._apply(fn, recurse)
 
     def settle(self) -> None:
         super().settle()
-        self._folded = None
+        self.unfold()
         self._lay_out("qweight")
         self._pack()
 
@@ -525,33 +494,9 @@ def quantize_convolution(weight: Tensor) -> tuple[Tensor, Tensor]:
     return q.view(n, kh, kw, c).permute(0, 3, 1, 2), scale
 
 
-def folded_norm(
-    norm: Norm,
-    scale: Tensor,
-    bias: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """(scales of a weight, bias), both fp32 [C_out], with which a convolution gives what the norm makes of its output."""
-    factor = torch.rsqrt(variance.float() + norm.eps)  # type: ignore[operator]
-    if gamma is not None:
-        factor = factor * gamma.float()
-    shift = -mean.float() if bias is None else bias.float() - mean.float()
-    shift = shift * factor
-    return scale * factor, shift if beta is None else shift + beta.float()
-
-
-def _tensors(norm: Norm) -> list[Tensor | None]:
-    """Those of a BatchNorm, of which a frozen one has all as buffers: weight, bias, mean, variance."""
-    p, s = norm._parameters, norm._buffers
-    return [p.get(name, s.get(name)) for name in ("weight", "bias", "running_mean", "running_var")]
-
-
 def normed(norm: Norm, y: Tensor) -> Tensor:
     """What the norm makes of y, in y's dtype."""
-    gamma, beta, mean, variance = (None if t is None else t.to(y.dtype) for t in _tensors(norm))
+    gamma, beta, mean, variance = (None if t is None else t.to(y.dtype) for t in norm_tensors(norm))
     single = y.dim() == 3
     y = F.batch_norm(y[None] if single else y, mean, variance, gamma, beta, False, 0.0, norm.eps)  # type: ignore[arg-type]
     return y[0] if single else y

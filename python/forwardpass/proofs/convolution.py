@@ -20,7 +20,7 @@ from torch import nn
 from ..common.models.exchange import Replaced
 from ..common.models.modules import is_watched
 from ..integrations.class_source import is_as_written, owner_of_forward
-from ..nn import Int8Conv2d
+from ..nn import FloatConv2d, Int8Conv2d
 from ..nn.folded import FoldedNorm, InConvolution, InShared, SharedActivation
 from ..nn.linear.quantized_linear import qualified
 from ..ops.common.activations import PLAIN
@@ -155,7 +155,7 @@ def called_next(methods: tuple[Function, ...], name: str) -> tuple[str | None, b
 
 
 def stand_ins(
-    leaf: ConvolutionLeaf, new: Int8Conv2d, shared: dict[str, SharedActivation]
+    leaf: ConvolutionLeaf, new: Int8Conv2d | FloatConv2d, shared: dict[str, SharedActivation]
 ) -> Iterator[tuple[Replaced | None, weakref.ref[nn.Module], Callable[..., None]]]:
     """(what is replaced behind a convolution, if anything; the module whose forward begins with that; what it then calls). shared:
     by name, what stands for several already."""

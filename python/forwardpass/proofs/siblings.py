@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from ..common.models.exchange import Replaced
 from ..common.models.modules import tensor_bytes
 from ..dispatch import Reason
-from ..nn import Int8Conv2d, QuantizedLinear, QuantizedModule
+from ..nn import FloatConv2d, Int8Conv2d, QuantizedLinear, QuantizedModule
 from ..nn.folded import SharedActivation
 from ..nn.guard import InEpilogue
 from ..nn.linear.joined import Joined, why_apart
@@ -151,6 +151,12 @@ def _deferred(layers: Mapping[str, tuple[Leaf, QuantizedModule]], deferrals: Def
     return [norm for norm, readers in deferrals.norms if all(map(quantises, readers))]
 
 
+def _in_floats(leaf: ConvolutionLeaf) -> FloatConv2d:
+    new = FloatConv2d(leaf.module, leaf.formula)
+    new.fold(None if leaf.norm is None else leaf.norm.module)
+    return new
+
+
 class JoinedSwap:
     """Swapped layers in the places of originals, those that belong together as one product: `build` before they are in the model,
     `put` after. Holds no layer that `build` copies into another: where nothing else does, it is freed at once.
@@ -161,14 +167,17 @@ class JoinedSwap:
         layers: Mapping[str, tuple[Leaf, QuantizedModule]],
         apart: Mapping[str, Reason] | None = None,
         deferrals: Deferrals = _NONE,
+        folded: Sequence[ConvolutionLeaf] = (),
     ) -> None:
-        """apart: what is no product, by the name of its first layer, and why."""
+        """apart: what is no product, by the name of its first layer, and why. folded: convolutions that stay in floats, and compute
+        what is behind them."""
         apart = apart or {}
         self._mlps = MLPs(layers)
         self.mlps = self._mlps.names
         self.apart = [*self._mlps.apart, *(x for x in apart.items() if x not in self._mlps.apart)]
         self._adaptive = _deferred(layers, deferrals)
         self.norms = [*(x.fqn for x in self._mlps.norms), *(x.fqn for x in self._adaptive)]
+        self._folded = folded
         within = self._mlps.members
         self._alone = {fqn: layer for fqn, layer in layers.items() if fqn not in within}
         self._runs = [
@@ -202,14 +211,16 @@ class JoinedSwap:
         layers = (Replaced(leaf.fqn, leaf.module, new) for leaf, new in alone)
         mlps, norms = self._mlps.build()
         adaptive = [norm.replaced() for norm in self._adaptive]
-        return (*layers, *mlps), (*self._in_epilogues(alone), *norms, *adaptive)
+        folded = [(leaf, _in_floats(leaf)) for leaf in self._folded]
+        floats = (Replaced(leaf.fqn, leaf.module, new) for leaf, new in folded)
+        return (*layers, *mlps), (*floats, *self._in_epilogues([*alone, *folded]), *norms, *adaptive)
 
-    def _in_epilogues(self, layers: Iterable[tuple[Leaf, QuantizedModule]]) -> list[Replaced]:
-        """For the activations that the replacements of these layers compute themselves."""
+    def _in_epilogues(self, layers: Iterable[tuple[Leaf, QuantizedModule | FloatConv2d]]) -> list[Replaced]:
+        """For the norms and activations that the replacements of these layers compute themselves."""
         replaced: list[Replaced] = []
         shared: dict[str, SharedActivation] = {}
         for leaf, new in layers:
-            if isinstance(leaf, ConvolutionLeaf) and isinstance(new, Int8Conv2d):
+            if isinstance(leaf, ConvolutionLeaf) and isinstance(new, Int8Conv2d | FloatConv2d):
                 for behind, begins, begin in stand_ins(leaf, new, shared):
                     replaced += [] if behind is None else [behind]
                     self._begun.append((begins, begin))

@@ -13,7 +13,7 @@ from ..dispatch import Reason, Unsupported
 from ..formats.loaded import is_stored
 from ..nn.linear.quantized_linear import is_conv1d
 from ..nn.mlp import quantised_layers
-from ..proofs.walker import Leaf
+from ..proofs.walker import ConvolutionLeaf, Leaf
 from . import originals
 from .attention.attention_modules import NOT_PLANNED, AttentionDecision, decide_attention
 from .attention.choices import Attention, is_asked_for
@@ -23,7 +23,7 @@ from .config import Config
 from .plan import UNPAD, Plan
 from .precision import STORED, Early, LayerPrecision, Presets
 from .report import Skipped
-from .rules import KINDS, Context, fused_experts, offloaded, why_skip
+from .rules import KINDS, Context, fused_experts, may_fold, offloaded, why_skip
 
 _NO_PRECISION = Reason("no_precision", "no precision was given, so layers stay as they are", 'pass one, e.g. "int8"')
 
@@ -40,6 +40,8 @@ class Decision:
     kv_cache: CacheDecision
     experts: tuple[str, ...]  #: names of the weights of experts of other kinds, which are skipped
     skipped: tuple[Skipped, ...]  #: layers, attention and experts that stay, each with its reason
+    #: convolutions that stay in floats, and compute the norm and the activation behind them
+    folded: tuple[ConvolutionLeaf, ...] = ()
 
     @property
     def model(self) -> nn.Module:
@@ -83,7 +85,7 @@ def decide(
         kv_cache = plan.kv_cache
     bits = plan.bits() if plan is not None else None
     attentions = decide_attention(context, attention, modules, crossover, bits)
-    swapped, skipped = _decide_layers(context, layers, plan, calibrated)
+    swapped, skipped, folded = _decide_layers(context, layers, plan, calibrated)
     experts = dict(fused_experts(context)) if plan is None else {}
     skipped += attentions.skipped
     skipped += [Skipped(fqn, why) for fqn, why in experts.items() if not any(p.matches(fqn) for p in context.exclude)]
@@ -91,13 +93,21 @@ def decide(
     unpadding = decide_unpadding(context, [leaf for leaf, _ in swapped], attentions, unpad, unpads)
     caches = decide_kv_cache(context.model, attentions, kv_cache)
     return Decision(
-        context, tuple(layers), tuple(swapped), attentions, unpadding, caches, tuple(experts), tuple(skipped)
+        context,
+        tuple(layers),
+        tuple(swapped),
+        attentions,
+        unpadding,
+        caches,
+        tuple(experts),
+        tuple(skipped),
+        tuple(folded),
     )
 
 
 def _decide_layers(
     context: Context, leaves: list[Leaf], plan: Plan | None, calibrated: bool
-) -> tuple[list[tuple[Leaf, LayerPrecision]], list[Skipped]]:
+) -> tuple[list[tuple[Leaf, LayerPrecision]], list[Skipped], list[ConvolutionLeaf]]:
     name, presets = type(context.model).__name__, context.presets
     if plan is not None:
         plan.check_fits({leaf.fqn: leaf for leaf in leaves}, name)
@@ -117,10 +127,13 @@ def _decide_layers(
     ):
         names = ", ".join(dict.fromkeys(p.precision.name for p in precisions.values()))
         raise ValueError(f'{names} takes no calibration: drop calibrate=, or use precision="int8"')
-    swapped, skipped = [], []
+    swapped, skipped, folded = [], [], []
+    in_plan = () if plan is None else plan.folded
     for leaf in leaves:
         if leaf.fqn not in precisions:
             skipped.append(Skipped(leaf.fqn, NOT_PLANNED if plan is not None else _NO_PRECISION))
+            if isinstance(leaf, ConvolutionLeaf) and leaf.fqn in in_plan:
+                folded.append(leaf)
         elif Early.of(leaf.module) is None and (
             reason := why_skip(leaf, context, precisions[leaf.fqn].precision, defaults=plan is None)
         ):
@@ -128,9 +141,11 @@ def _decide_layers(
                 raise ValueError(f"the plan does not fit this {name}: it names {leaf.fqn}, and {reason}")
             size = tensor_bytes([leaf.module]) if leaf.is_convolution else None
             skipped.append(Skipped(leaf.fqn, reason, size))
+            if isinstance(leaf, ConvolutionLeaf) and may_fold(leaf, context, precisions[leaf.fqn].precision, reason):
+                folded.append(leaf)
         else:
             swapped.append((leaf, precisions[leaf.fqn]))
-    return swapped, skipped
+    return swapped, skipped, folded
 
 
 def precision_of(

@@ -19,7 +19,7 @@ from ..integrations.timesteps import describe as described
 from ..integrations.transformers.kv_scales import KV_CACHES
 from ..nn import MultiheadAttention
 from ..nn.eight_bits import EightBits
-from ..proofs.walker import Leaf
+from ..proofs.walker import ConvolutionLeaf, Leaf
 from .plan_evidence import check, describe
 from .precision import LayerPrecision, find_precision
 
@@ -27,7 +27,7 @@ SCHEMA = "forwardpass.plan/2"
 #: How much of an encoder runs without padding: all but attention, or attention too.
 UNPAD = ("layers", "attention")
 #: What older plans do not say.
-_OPTIONAL = ("evidence", "unpad", "kv_cache", "attention_8bit", "timesteps")
+_OPTIONAL = ("evidence", "unpad", "kv_cache", "attention_8bit", "timesteps", "folded")
 _FIX = "write one with fp.plan or report.save_plan(path)"
 
 
@@ -70,6 +70,7 @@ _FORM = {
     "kv_cache": OneOf(None, *KV_CACHES),
     "attention_8bit": (None, [ATTENTION_8BIT]),
     "timesteps": (None, [(int, float, None)]),
+    "folded": (None, [str]),
     "evidence": dict | None,
 }
 
@@ -95,6 +96,8 @@ class Plan(Printed):
     kv_cache: str | None = None  #: what its caches become, one of KV_CACHES; None: they stay what they are
     attention_8bit: tuple[PlannedAttention, ...] = ()  #: those of `attention` that compute in 8 bits
     timesteps: Timesteps | None = None  #: at which all of it counts, as `fp.Config` has them
+    #: convolutions that stay in floats, and compute the norm and the activation behind them
+    folded: tuple[str, ...] = ()
     #: how `fp.plan` came to it: kept with the plan, and not looked at when it is replayed
     evidence: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
@@ -131,6 +134,7 @@ class Plan(Printed):
             "attention": list(self.attention),
             "attention_8bit": [dict(vars(x)) for x in self.attention_8bit],
             "timesteps": None if self.timesteps is None else list(self.timesteps),
+            "folded": list(self.folded),
             **({} if self.evidence is None else {"evidence": dict(self.evidence)}),
         }
 
@@ -165,7 +169,8 @@ class Plan(Printed):
             raise fail("it names a layer twice")
         attention, in_8_bits = tuple(entries["attention"]), attention_8bit_of(entries)
         timesteps = None if entries["timesteps"] is None else tuple(entries["timesteps"])
-        lists = {"layers": layers, "attention": attention, "attention_8bit": in_8_bits, "timesteps": timesteps}
+        lists = {"layers": layers, "attention": attention, "attention_8bit": in_8_bits, "timesteps": timesteps,
+                 "folded": tuple(entries["folded"] or ())}  # fmt: skip
         plan = Plan(**{**entries, **lists})
         try:
             bits = plan.bits()
@@ -197,6 +202,13 @@ class Plan(Printed):
             if has != (layer.in_features, layer.out_features, layer.bias):
                 raise self._misfit(model, f"{layer.fqn} has (in_features, out_features, bias) {has}, not "
                                           f"{(layer.in_features, layer.out_features, layer.bias)}")  # fmt: skip
+        for fqn in self.folded:
+            if not isinstance(leaf := leaves.get(fqn), ConvolutionLeaf):
+                raise self._misfit(model, f"it has no convolution {fqn}")
+            if leaf.norm is None and leaf.activation is None:
+                raise self._misfit(
+                    model, f"there is neither a norm nor an activation behind {fqn} that it could compute"
+                )
         linear = [leaf for leaf in leaves.values() if not (leaf.is_experts or leaf.is_convolution)]
         if (has_layers := layers_of(linear)) != self.linear_layers:
             raise self._misfit(model, f"it has {has_layers}, not {self.linear_layers[:100]}")

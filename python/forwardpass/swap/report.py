@@ -17,6 +17,7 @@ from ..common.printing.printed import Block, Printed, Table
 from ..common.printing.text import count, megabytes, together, with_numbers, without_numbers
 from ..dispatch import Reason
 from ..integrations.timesteps import describe
+from ..proofs.walker import ConvolutionLeaf
 from . import originals
 from .plan import Plan
 
@@ -143,6 +144,23 @@ class WeightBytes:
 
 
 @dataclass(frozen=True)
+class Folded:
+    """A convolution that stays in floats, and computes the norm and the activation behind it."""
+
+    fqn: str
+    activation: str | None
+    norm: bool
+
+    @staticmethod
+    def of(leaf: ConvolutionLeaf) -> Folded:
+        return Folded(leaf.fqn, leaf.formula, leaf.norm is not None)
+
+    @property
+    def computes(self) -> str:
+        return " + ".join([*["batch norm"] * self.norm, *([self.activation] if self.activation else [])])
+
+
+@dataclass(frozen=True)
 class EncoderLayers:
     """Whether an encoder's layers are one operation on a CPU."""
 
@@ -181,6 +199,7 @@ class Report(Printed):
     device: str  #: of the model, as "cpu" or "cuda"
     dry_run: bool = False
     encoder: EncoderLayers = field(default_factory=lambda: EncoderLayers((), None))
+    folded: list[Folded] = field(default_factory=list)
     _model: weakref.ref[nn.Module] | None = field(default=None, repr=False, compare=False)
     _swap: weakref.ref[originals.Originals] | None = field(default=None, repr=False, compare=False)
 
@@ -217,6 +236,7 @@ class Report(Printed):
             "other_layers": [x.to_json() for x in self.other_layers],
             "unpadding": self.unpadding.to_json(),
             "encoder": self.encoder.to_json(),
+            "folded": [dict(vars(x)) for x in self.folded],
             "kv_cache": self.kv_cache,
             "warnings": list(self.warnings),
             "weight_bytes": self.weight_bytes.to_json(),
@@ -286,6 +306,10 @@ class Report(Printed):
         if self.kv_cache is not None:
             dtype = "the model's dtype" if self.kv_cache == "auto" else self.kv_cache
             yield from ("", f"caches of keys and values: {dtype}, appended to in place")
+        if self.folded:
+            in_floats = together(self.folded, lambda x: x.fqn, lambda x: x.computes)
+            table = [("in floats", "computes too"), *((name, alike[0].computes) for name, alike in in_floats)]
+            yield from ("", Table(table))
         if self.skipped:
             yield from ("", _reasons("skipped", self.skipped))
         if self.other_layers:

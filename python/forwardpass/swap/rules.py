@@ -32,13 +32,14 @@ from ..common.models.patterns import Pattern
 from ..dispatch import Reason, gpu_takes, only_reference_on, operations
 from ..integrations.tensor_parallel import sharding_of, whole
 from ..nn import Experts, Int8Linear, MultiheadAttention
+from ..nn.conv2d_classes import is_convolution, pads_with_zeros
 from ..nn.linear.quantized_linear import has_other_forward, is_linear
 from ..nn.quantized_experts import experts_operation, is_experts
 from ..ops.common.quantized_rows import FLOATS
 from ..ops.int8_conv2d import LEAST_GROUP
 from ..proofs.adapters import BASE, reads_base
 from ..proofs.asked import classes_asked, values_read
-from ..proofs.walker import Leaf
+from ..proofs.walker import ConvolutionLeaf, Leaf
 from .precision import STORED, Precision, Presets
 
 
@@ -515,6 +516,22 @@ def why_skip(leaf: Leaf, context: Context, precision: Precision, defaults: bool)
         return Reason("experts", f"there is no {precision.name} for experts", "use int8, fp8 or w8a16 for them")
     operation = operations[experts_operation(precision.experts)]
     return Experts.why_not(leaf.module) or operation.too_old(leaf.weight.device)
+
+
+#: Reasons for which a convolution stays in floats that say nothing against its computing what is behind it.
+_IN_FLOATS = ("depthwise", "narrow", "too_small", "no_int8_instructions", "padding")
+
+
+def may_fold(leaf: ConvolutionLeaf, context: Context, precision: Precision, reason: Reason) -> bool:
+    """Whether a convolution that stays in floats for this reason may compute the norm and the activation behind it.
+
+    On CPUs alone: nobody has measured it on a GPU. One that waits for calibration waits for a call that puts it into 8 bits."""
+    if reason.code not in _IN_FLOATS or not (leaf.norm or leaf.activation) or leaf.weight.device.type != "cpu":
+        return False
+    if not is_convolution(leaf.module) or not pads_with_zeros(leaf.module):
+        return False
+    asked = (rule for rule in _MODEL if rule not in _NOT_OF_CONVOLUTIONS)
+    return all(rule(leaf, context, precision) is None for rule in asked)
 
 
 def fused_experts(context: Context) -> Iterator[tuple[str, Reason]]:

@@ -38,7 +38,7 @@ from .decision import Decision, decide, is_swapped, of_second_call, refuse_model
 from .keras_layers import KerasLinears
 from .plan import Plan, PlannedAttention, PlannedLayer, layers_of
 from .precision import EARLY, STORED, ByHand, Early, LayerPrecision, Precision
-from .report import EncoderLayers, OtherLayers, Report, Skipped, Swapped, WeightBytes
+from .report import EncoderLayers, Folded, OtherLayers, Report, Skipped, Swapped, WeightBytes
 from .rules import Context, ties
 from .verdicts import Verdicts, let_outputs_wait, prove
 
@@ -257,7 +257,10 @@ class _Swapping:
                 build(leaf, p.precision, p.calibration_of(arguments.get(leaf.fqn))) for leaf, p in decision.swapped
             ]
         joined = JoinedSwap(
-            {leaf.fqn: (leaf, new) for leaf, new in zip(self.leaves, replacements)}, verdicts.apart, verdicts.deferrals
+            {leaf.fqn: (leaf, new) for leaf, new in zip(self.leaves, replacements)},
+            verdicts.apart,
+            verdicts.deferrals,
+            decision.folded,
         )
         attention = AttentionSwap(self.model, decision.attention, decision.unpadding.named)
         report = self._report(replacements, joined, attention, notes, dry_run)
@@ -272,11 +275,12 @@ class _Swapping:
         self, replacements: list[QuantizedModule], joined: JoinedSwap, attention: AttentionSwap, notes: list[str], dry_run: bool
     ) -> Report:  # fmt: skip
         model, decision, encoder = self.model, self.decision, self.encoder
+        convolutions = [*(leaf for leaf in self.leaves if isinstance(leaf, ConvolutionLeaf)), *decision.folded]
         in_report = {
             *(s.fqn for s in decision.skipped),
             *(leaf.fqn for leaf in decision.attention.leaves),
             *(leaf.fqn for leaf in self.leaves),
-            *(leaf.norm.fqn for leaf in self.leaves if isinstance(leaf, ConvolutionLeaf) and leaf.norm is not None),
+            *(leaf.norm.fqn for leaf in convolutions if leaf.norm is not None),
         }
         return Report(
             [_swapped(leaf, p.precision, new, decision.context) for (leaf, p), new in zip(decision.swapped, replacements)],
@@ -300,10 +304,12 @@ class _Swapping:
                 decision.kv_cache.kv_cache,
                 decision.attention.bits,
                 self.config.range,
+                [leaf.fqn for leaf in decision.folded],
             ),
             device_of(model).type,
             dry_run,
             EncoderLayers(tuple((fqn, len(x.layers)) for fqn, x in encoder.stacks), encoder.reason),
+            [Folded.of(leaf) for leaf in decision.folded],
         )  # fmt: skip
 
     def _weight_bytes(self, replacements: list[QuantizedModule], joining: int) -> WeightBytes:
@@ -550,8 +556,10 @@ def planned(
     kv_cache: str | None = None,
     bits: Mapping[str, EightBits] | None = None,
     timesteps: Timesteps | None = None,
+    folded: Iterable[str] = (),
 ) -> Plan:
-    """The plan that swaps these layers, and the attention of these names, of which `bits` computes in 8 bits, at `timesteps`."""
+    """The plan that swaps these layers, and the attention of these names, of which `bits` computes in 8 bits, at `timesteps`;
+    `folded` are convolutions that stay in floats and compute what is behind them."""
     layers = (
         PlannedLayer(leaf.fqn, leaf.in_features, leaf.out_features, leaf.has_bias,
                      p.precision.name, p.precision.version, p.calibrated)
@@ -571,4 +579,5 @@ def planned(
         kv_cache,
         in_8_bits,
         timesteps,
+        tuple(folded),
     )

@@ -96,6 +96,7 @@ class Verdicts:
         return replace(
             decision,
             swapped=tuple((without(leaf), p) for leaf, p in decision.swapped),
+            folded=tuple(leaf for leaf in decision.folded if leaf.fqn not in self.layers),
             attention=attention,
             unpadding=decision.unpadding if self.unpadding is None else UnpaddingDecision((), self.unpadding),
             kv_cache=cache,
@@ -262,7 +263,7 @@ def let_outputs_wait(model: nn.Module, batch: Any = None, forward: Forward | Non
 
 
 def _rewritten(decision: Decision) -> Iterator[Rewriting]:
-    return rewritings([leaf for leaf, _ in decision.swapped])
+    return rewritings([*(leaf for leaf, _ in decision.swapped), *decision.folded])
 
 
 def _candidates(decision: Decision) -> list[run.Candidate]:
