@@ -8,6 +8,7 @@ import forwardpass as fp
 from forwardpass.common.timing import Timing
 from forwardpass.planning import planner
 from forwardpass.planning.candidates import measure
+from forwardpass.proofs.siblings import in_floats
 
 
 @pytest.fixture
@@ -65,3 +66,20 @@ def test_depthwise_convolutions_are_measured_and_narrow_ones_say_why_they_stay(t
     assert ".13, the most of its 49 layers" in row["reason"]
     printed = " ".join(str(plan).split())
     assert "left alone: it multiplies groups of at least 16 channels" in printed
+
+
+def test_what_stays_computes_what_is_behind_it(times, monkeypatch):
+    timed = []
+    monkeypatch.setattr(measure, "in_floats", lambda leaf: timed.append(leaf.fqn) or in_floats(leaf))
+    plan, _ = rows()
+    assert {*timed} == {STEM, DEPTHWISE}  # no candidate is timed against the other
+    chosen = {layer.fqn for layer in plan.layers}
+    assert {*plan.folded} == {STEM, DEPTHWISE, NARROW} - chosen and NARROW in plan.folded
+    model, x = network(), torch.randn(2, 3, 20, 20)
+    with torch.inference_mode():
+        expected = model(x)
+        report = fp.swap(model, plan=plan)
+        assert {layer.fqn for layer in report.folded} == {*plan.folded}
+        assert (model(x) - expected).norm() < 0.1 * expected.norm()
+    excluded, _ = rows(exclude=[NARROW])
+    assert NARROW not in excluded.folded

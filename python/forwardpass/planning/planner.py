@@ -31,7 +31,7 @@ from ..swap.config import Config, Options
 from ..swap.decision import Decision, refuse_model, refuse_swapped
 from ..swap.plan import Plan
 from ..swap.precision import LayerPrecision
-from ..swap.rules import Context
+from ..swap.rules import Context, may_fold
 from ..swap.swapping import planned
 from ..swap.verdicts import prove
 from . import evidence
@@ -234,7 +234,7 @@ def plan(
             Layer(leaf, calls[leaf.fqn], tensor_bytes([leaf.module]), {
                 **{name: Candidate(never[leaf.fqn] or eligible(leaf, context, p)) for name, p in tried.items()},
                 **{name: Candidate(NOT_OF_LAYERS) for name in in_8_bits if name not in tried},
-            })
+            }, folds=any(may_fold(leaf, context, p.precision) for p in tried.values()))
             for leaf in leaves
         ]  # fmt: skip
         arguments = calibrated_arguments(subject, layers, tried, calibration, progress)
@@ -264,7 +264,8 @@ def plan(
             if not (pairs or bits):
                 return planned(model, [], [], None, None)
             attention = dict.fromkeys((*swapped, *bits))
-            return planned(model, pairs, attention, batches_fingerprint, unpads, None, bits, timesteps)
+            folded = [x.leaf.fqn for x in layers if x.folds and not names.get(x.leaf.fqn)]
+            return planned(model, pairs, attention, batches_fingerprint, unpads, None, bits, timesteps, folded)
 
         def alone(layer: Layer, name: str) -> Plan:
             fqn = layer.leaf.fqn

@@ -151,7 +151,8 @@ def _deferred(layers: Mapping[str, tuple[Leaf, QuantizedModule]], deferrals: Def
     return [norm for norm, readers in deferrals.norms if all(map(quantises, readers))]
 
 
-def _in_floats(leaf: ConvolutionLeaf) -> FloatConv2d:
+def in_floats(leaf: ConvolutionLeaf) -> FloatConv2d:
+    """What computes what is behind it."""
     new = FloatConv2d(leaf.module, leaf.formula)
     new.fold(None if leaf.norm is None else leaf.norm.module)
     return new
@@ -211,7 +212,7 @@ class JoinedSwap:
         layers = (Replaced(leaf.fqn, leaf.module, new) for leaf, new in alone)
         mlps, norms = self._mlps.build()
         adaptive = [norm.replaced() for norm in self._adaptive]
-        folded = [(leaf, _in_floats(leaf)) for leaf in self._folded]
+        folded = [(leaf, in_floats(leaf)) for leaf in self._folded]
         floats = (Replaced(leaf.fqn, leaf.module, new) for leaf, new in folded)
         return (*layers, *mlps), (*floats, *self._in_epilogues([*alone, *folded]), *norms, *adaptive)
 

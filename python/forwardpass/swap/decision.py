@@ -23,7 +23,7 @@ from .config import Config
 from .plan import UNPAD, Plan
 from .precision import STORED, Early, LayerPrecision, Presets
 from .report import Skipped
-from .rules import KINDS, Context, fused_experts, may_fold, offloaded, why_skip
+from .rules import IN_FLOATS, KINDS, Context, fused_experts, may_fold, offloaded, why_skip
 
 _NO_PRECISION = Reason("no_precision", "no precision was given, so layers stay as they are", 'pass one, e.g. "int8"')
 
@@ -141,7 +141,7 @@ def _decide_layers(
                 raise ValueError(f"the plan does not fit this {name}: it names {leaf.fqn}, and {reason}")
             size = tensor_bytes([leaf.module]) if leaf.is_convolution else None
             skipped.append(Skipped(leaf.fqn, reason, size))
-            if isinstance(leaf, ConvolutionLeaf) and may_fold(leaf, context, precisions[leaf.fqn].precision, reason):
+            if reason.code in IN_FLOATS and may_fold(leaf, context, precisions[leaf.fqn].precision):
                 folded.append(leaf)
         else:
             swapped.append((leaf, precisions[leaf.fqn]))

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -518,19 +518,18 @@ def why_skip(leaf: Leaf, context: Context, precision: Precision, defaults: bool)
     return Experts.why_not(leaf.module) or operation.too_old(leaf.weight.device)
 
 
-#: Reasons for which a convolution stays in floats that say nothing against its computing what is behind it.
-_IN_FLOATS = ("depthwise", "narrow", "too_small", "no_int8_instructions", "padding")
+#: Reasons for which a swap leaves a convolution in floats for good. One that waits for calibration waits for another call.
+IN_FLOATS = ("depthwise", "narrow", "too_small", "no_int8_instructions", "padding")
 
 
-def may_fold(leaf: ConvolutionLeaf, context: Context, precision: Precision, reason: Reason) -> bool:
-    """Whether a convolution that stays in floats for this reason may compute the norm and the activation behind it.
-
-    On CPUs alone: nobody has measured it on a GPU. One that waits for calibration waits for a call that puts it into 8 bits."""
-    if reason.code not in _IN_FLOATS or not (leaf.norm or leaf.activation) or leaf.weight.device.type != "cpu":
+def may_fold(leaf: Leaf, context: Context, precision: Precision) -> TypeGuard[ConvolutionLeaf]:
+    """Whether a convolution may compute the norm and the activation behind it in floats, where a swap into this precision leaves it
+    there. On CPUs alone: nobody has measured it on a GPU."""
+    if not isinstance(leaf, ConvolutionLeaf) or not (leaf.norm or leaf.activation) or precision.convolution is None:
         return False
-    if not is_convolution(leaf.module) or not pads_with_zeros(leaf.module):
+    if leaf.weight.device.type != "cpu" or not is_convolution(leaf.module) or not pads_with_zeros(leaf.module):
         return False
-    asked = (rule for rule in _MODEL if rule not in _NOT_OF_CONVOLUTIONS)
+    asked = (rule for rule in (*_USER, *_MODEL) if rule not in _NOT_OF_CONVOLUTIONS)
     return all(rule(leaf, context, precision) is None for rule in asked)
 
 

@@ -24,9 +24,10 @@ from ...common.models.decoding import Decoding, Generation, clock_of, logits_by_
 from ...common.models.modules import hooked, tensor_bytes
 from ...common.timing import Timing, Track, beyond_caches, interleave
 from ...dispatch import Reason
-from ...nn import Int8Conv2d
+from ...nn import FloatConv2d, Int8Conv2d
 from ...nn.conv2d_classes import is_pointwise
 from ...nn.linear.quantized_linear import QuantizedLinear
+from ...proofs.siblings import in_floats
 from ...proofs.walker import ConvolutionLeaf, Leaf
 from ...swap.attention.kv_cache import kv_cache_of
 from ...swap.plan import Plan
@@ -49,7 +50,7 @@ STATISTICS_BYTES = 1 << 30
 ROUNDS, WARMUP = 15, 3
 #: Copies of a layer that steps are timed with: of one of 64 KiB they fill 16 MiB.
 MOST_TWINS = 256
-PARTIAL = "forwardpass.plan.partial/4"
+PARTIAL = "forwardpass.plan.partial/5"
 
 
 def find_candidate(name: str) -> LayerPrecision:
@@ -92,6 +93,7 @@ class Layer:
     candidates: dict[str, Candidate]
     ms: Timing | None = None
     phases: dict[str, Timing] = field(default_factory=dict)
+    folds: bool = False  #: whether it computes the norm and the activation behind it where it stays in floats
 
     @property
     def features(self) -> tuple[int, int]:
@@ -386,7 +388,7 @@ class Measurer:
         groups: dict[str, list[Layer]] = {}
         for layer in layers:
             if layer.open():
-                groups.setdefault(repr((form_of(layer.leaf), layer.calls, layer.open())), []).append(layer)
+                groups.setdefault(repr((form_of(layer.leaf), layer.calls, layer.open(), layer.folds)), []).append(layer)
         advance = track("timing layers", len(groups))
         for key, group in groups.items():
             if key not in self.content["times"]:
@@ -405,13 +407,14 @@ class Measurer:
             advance()
 
     def _time(self, layer: Layer) -> dict[str, Any]:
-        weight = layer.leaf.weight
-        modules = {"before": layer.leaf.module} | {name: self.built(layer.leaf, name) for name in layer.open()}
-        behind = _behind(layer.leaf)
+        leaf, weight = layer.leaf, layer.leaf.weight
+        before = in_floats(leaf) if layer.folds and isinstance(leaf, ConvolutionLeaf) else leaf.module
+        modules = {"before": before} | {name: self.built(leaf, name) for name in layer.open()}
+        behind = _behind(leaf)
 
         def call(modules: list[nn.Module], inputs: list[tuple[Tensor, ...]]) -> Callable[[], object]:
             first: Any = modules[0]
-            fused = isinstance(first, QuantizedLinear | Int8Conv2d) and (
+            fused = isinstance(first, QuantizedLinear | Int8Conv2d | FloatConv2d) and (
                 first.activation or getattr(first, "norm", None)
             )
             turns = itertools.cycle(modules)
