@@ -29,6 +29,8 @@ int gpuless_storage_region(const void* address, void** begin, int64_t* bytes);  
 enum { gpuless_memory_device, gpuless_memory_host, gpuless_memory_managed };
 void* gpuless_allocate(int64_t bytes, int kind);
 int gpuless_release(void* begin);  // 0: it is none of these
+// memset, a cudaError_t. Pages of a large allocation that become 0 or poison give their memory back.
+int gpuless_fill(void* to, int value, int64_t bytes);
 int64_t gpuless_allocation(const void* pointer, void** begin, int* kind);
 int64_t gpuless_memory_free(void);
 int64_t gpuless_memory_peak(int reset);  // the most bytes in use so far, or since the last reset

@@ -70,6 +70,14 @@ def test_verdicts(programs, name, architecture):
     assert done.returncode == 0 and done.stdout.endswith("\nPASS\n"), done.stdout + done.stderr
 
 
+def test_tensors_of_32_gb(programs):
+    """The program measures its own memory, and an L40S has 48 GB."""
+    done = execute(programs["large"])
+    assert done.returncode == 0 and done.stdout.endswith("\nPASS\n"), done.stdout + done.stderr
+    done = execute(programs["large"], architecture="sm_89")
+    assert "two of 32 GB: FAIL" in done.stdout
+
+
 def test_report(programs):
     command = [sys.executable, "-m", "gpuless", "report", "--arch", "sm_80", programs["features"]]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

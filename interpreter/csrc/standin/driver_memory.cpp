@@ -13,7 +13,9 @@ CUresult fill(CUdeviceptr to, T value, size_t count, CUstream stream) {
     const auto begin = reinterpret_cast<T*>(to);
     const bool fits = to % sizeof(T) == 0 && gpuless_storage_find(begin, static_cast<int64_t>(count * sizeof(T)));
     if (count && !fits) return finish(cudaErrorInvalidValue);
+    const T repeated = static_cast<T>(static_cast<T>(-1) / 0xff * (value & 0xff));  // the low byte in each byte
     return enqueue(stream, [=] {
+      if (value == repeated) return finish(gpuless_fill(begin, value & 0xff, static_cast<int64_t>(count * sizeof(T))));
       for (size_t i = 0; i < count; ++i) begin[i] = value;
       return finish(cudaSuccess);
     });

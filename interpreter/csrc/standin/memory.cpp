@@ -63,8 +63,10 @@ cudaError_t fill(void* to, size_t pitch, int value, size_t width, size_t rows, c
   if (rows > 1 && width > pitch) return finish(cudaErrorInvalidPitchValue);
   if (const size_t bytes = pitch * (rows - 1) + width; !on_device(to, bytes)) return refuse_outside(to, bytes);
   return enqueue(stream, [=] {
-    for (size_t r = 0; r < rows; ++r) std::memset(static_cast<char*>(to) + r * pitch, value, width);
-    return finish(cudaSuccess);
+    int error = cudaSuccess;
+    for (size_t r = 0; r < rows && !error; ++r)
+      error = gpuless_fill(static_cast<char*>(to) + r * pitch, value, static_cast<int64_t>(width));
+    return finish(error);
   });
 }
 

@@ -78,6 +78,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "gpuless_device_get": (POINTER(DeviceProperties), []),
     "gpuless_memory_free": (c_int64, []),
     "gpuless_memory_peak": (c_int64, [c_int]),
+    "gpuless_fill": (c_int, [c_void_p, c_int, c_int64]),
     "gpuless_dlpack_allocate": (c_void_p, [c_int64]),
     "gpuless_dlpack_host_view": (c_void_p, [c_void_p, c_int64]),
     "gpuless_capture_begin": (c_int, [c_void_p, c_int, c_int]),

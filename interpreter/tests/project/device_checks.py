@@ -2,6 +2,8 @@
 
 import copy
 import io
+import os
+import pathlib
 
 import pytest
 import torch
@@ -231,6 +233,36 @@ def test_memory():
     assert torch.cuda.memory_allocated() == before and torch.cuda.max_memory_allocated() >= before + (4 << 20)
     torch.cuda.reset_peak_memory_stats()
     assert torch.cuda.max_memory_allocated() == before
+
+
+@triton.jit
+def touch_kernel(x, step, n, BLOCK: tl.constexpr):
+    k = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(x + k * step, tl.load(x + k * step, mask=k < n) + k.to(tl.int32), mask=k < n)
+
+
+def test_large_tensors_cost_what_is_written(request):
+    def resident():
+        return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") >> 20
+
+    n, touched = 1 << 33, 1000
+    touch_kernel[(8,)](torch.zeros(touched, dtype=torch.int32, device="cuda"), 1, touched, BLOCK=128)  # compiled
+    before = resident()
+    zeros, poison = torch.zeros(n, dtype=torch.int32, device="cuda"), torch.empty(n, dtype=torch.int32, device="cuda")
+    assert resident() - before < 32  # MB: the file of poison has 16
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="17179869184 of the GPU's are left"):
+        torch.empty(n, dtype=torch.int32, device="cuda")
+    step = n // touched
+    for x, first in ((zeros[: touched * step], 0), (poison[: touched * step], -1)):
+        if request.config.option.gpu_guard:  # its copies are as large as the arguments
+            x[::step] += torch.arange(touched, dtype=torch.int32, device="cuda")
+        else:
+            touch_kernel[(8,)](x, step, touched, BLOCK=128)
+        assert torch.equal(x[::step].cpu(), torch.arange(first, first + touched, dtype=torch.int32))
+        assert torch.equal(x[1::step].cpu(), torch.full((touched,), first, dtype=torch.int32))
+    assert resident() - before < 100
+    zeros[5:].zero_()
+    assert zeros[5:].is_contiguous() and not zeros[::step].any()
 
 
 def test_random_numbers():

@@ -427,6 +427,15 @@ def _fused_sdp_choice(*_: Any, **__: Any) -> int:
     return 0  # SDPBackend.MATH: the fused ones are CUDA's
 
 
+def _zero(t: Tensor) -> Tensor:
+    """Zeros of a large tensor cost no memory until something else is written there."""
+    if Capture.running or Benchmark.running or not t.is_contiguous():
+        fallback(aten.zero_.default, t)
+    elif core.load().gpuless_fill(t.data_ptr(), 0, t.nbytes):
+        raise torch.cuda.OutOfMemoryError(f"the machine that interprets has no memory for {t.nbytes} bytes of zeros")
+    return t
+
+
 def _trace(t: Tensor) -> Tensor:
     """CUDA's takes any dtype, the CPU's neither halves nor booleans."""
     if t.dim() != 2:
@@ -467,6 +476,7 @@ def install() -> None:
         "record_stream": lambda t, stream: None,
         "_fused_sdp_choice": _fused_sdp_choice,
         "trace": _trace,
+        "zero_": _zero,
         "convolution": _on_cpu(aten.convolution.default),
         "convolution_backward": _on_cpu(aten.convolution_backward.default),
     }

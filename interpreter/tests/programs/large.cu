@@ -1,0 +1,64 @@
+// Tensors of 32 GB: what nobody writes costs nothing.
+#include <cuda_runtime.h>
+#include <sys/resource.h>
+
+#include <cstdio>
+#include <cstring>
+#include <vector>
+
+constexpr size_t kElements = size_t{1} << 33;
+constexpr int kTouched = 1000;
+constexpr size_t kStep = kElements / kTouched;
+
+__global__ void touch(int* x, int n) {
+  const int k = blockIdx.x * blockDim.x + threadIdx.x;
+  if (k < n) x[k * kStep] += k;
+}
+
+bool passed = true;
+void check(bool good, const char* what) {
+  std::printf("%s: %s\n", what, good ? "PASS" : "FAIL");
+  passed &= good;
+}
+
+// Whether element k * kStep is `first + k`, and its neighbours are what they were.
+bool touched(const int* device, int first, int neighbour) {
+  bool good = true;
+  for (int k = 0; k < kTouched; k += 37) {
+    int three[3];
+    const size_t begin = k * kStep - (k > 0);
+    good &= cudaMemcpy(three, device + begin, sizeof(three), cudaMemcpyDeviceToHost) == cudaSuccess;
+    good &= three[k > 0] == first + k && three[2] == neighbour;
+  }
+  return good;
+}
+
+int main() {
+  int *a, *b, *c;
+  check(cudaMalloc(&a, kElements * 4) == cudaSuccess && cudaMalloc(&b, kElements * 4) == cudaSuccess, "two of 32 GB");
+  check(cudaMalloc(&c, kElements * 4) == cudaErrorMemoryAllocation, "no third in 80 GB");
+  touch<<<4, 256>>>(a, kTouched);
+  check(cudaDeviceSynchronize() == cudaSuccess && touched(a, -1, -1), "poison where nothing was written");
+  check(cudaMemset(b, 0, kElements * 4) == cudaSuccess, "zeros");
+  touch<<<4, 256>>>(b, kTouched);
+  check(cudaDeviceSynchronize() == cudaSuccess && touched(b, 0, 0), "zeros where nothing was written");
+  check(cudaMemset(reinterpret_cast<char*>(b) + 5, 0xff, kElements * 4 - 9) == cudaSuccess, "poison again");
+  int ends[2];
+  cudaMemcpy(ends, b, 8, cudaMemcpyDeviceToHost);
+  check(ends[0] == 0 && ends[1] == static_cast<int>(0xffffff00), "from a byte on");
+  cudaMemcpy(ends, b + kElements - 2, 8, cudaMemcpyDeviceToHost);
+  check(ends[0] == -1 && ends[1] == 0, "up to a byte");
+  check(cudaFree(a) == cudaSuccess && cudaMalloc(&c, kElements * 4) == cudaSuccess, "memory that was freed");
+  int one = 0;
+  cudaMemcpy(&one, c + kStep, 4, cudaMemcpyDeviceToHost);
+  check(one == -1 && cudaMemcpy(c + kElements - 1, c + 1, 8, cudaMemcpyDeviceToDevice) == cudaErrorInvalidValue,
+        "is poison, and has an end");
+  cudaFree(b);
+  cudaFree(c);
+  rusage use;
+  getrusage(RUSAGE_SELF, &use);
+  std::printf("%ld MB\n", use.ru_maxrss / 1024);
+  check(use.ru_maxrss < 200 * 1024, "less than 200 MB");
+  std::printf("%s\n", passed ? "PASS" : "FAIL");
+  return passed ? 0 : 1;
+}
