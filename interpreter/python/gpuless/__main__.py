@@ -7,6 +7,7 @@ import pathlib
 import sys
 
 from . import core
+from .commands.assembled import sass
 from .commands.build import as_nvcc, build
 from .commands.report import report
 from .commands.toolkit import toolkit
@@ -26,6 +27,8 @@ usage: python -m gpuless build PROG.cu [nvcc flags] -o PROG
                                                 PROG|SCRIPT.py [arguments]
            runs it and prints its kernels by source line: instructions, conflicts, bytes, waits, and a modelled time; with
            --timeline also what warps wait for, cycle by cycle
+       python -m gpuless sass FILE.cu|FILE.ptx|FILE.cubin [flags]
+           reads the machine code: registers of a wgmma that are written too early, spills, ptxas's C75xx
        python -m gpuless rows
            prints every instruction that it knows, with its section of the PTX ISA"""
 
@@ -45,6 +48,8 @@ def main(arguments: list[str]) -> int:
             from .commands.run import run  # which needs torch
 
             return run(options)
+        if command == "sass":
+            return sass(options)
         if command == "rows" and not options:
             for r in core.rows():
                 print(f"{r['section']:<16}{r['pattern']}")
