@@ -34,11 +34,11 @@ def baseline(
 
     for first in range(0, len(weights), LAYER):
         layer = weights[first : first + LAYER]
-        qkv = linear(0, x).to(attention_dtype).unflatten(1, (3, heads, -1))
-        q, k, v = (t.unflatten(0, (int(batch), -1)).transpose(1, 2) for t in qkv.unbind(1))
+        parts = (linear(i, x).to(attention_dtype) for i in range(3))
+        q, k, v = (t.unflatten(1, (heads, -1)).unflatten(0, (int(batch), -1)).transpose(1, 2) for t in parts)
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1).flatten(1)
-        y = norm(0, linear(1, attended, None, x.float()))
-        x = norm(1, linear(3, linear(2, y, activation), None, y)).to(x.dtype)
+        y = norm(0, linear(3, attended, None, x.float()))
+        x = norm(1, linear(5, linear(4, y, activation), None, y)).to(x.dtype)
     return x
 
 

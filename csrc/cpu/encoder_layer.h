@@ -19,7 +19,7 @@ struct EncoderLinear {
 };
 
 struct EncoderLayer {
-  EncoderLinear qkv, out, up, down;
+  EncoderLinear qkv[3], out, up, down;
   Affine norm1_weight, norm1_bias, norm2_weight, norm2_bias;  // fp32; bias: or null
 };
 

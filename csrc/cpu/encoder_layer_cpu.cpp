@@ -99,6 +99,11 @@ Epilogue epilogue_of(const EncoderLinear& linear, const QuantizeParams& q, Activ
   return e;
 }
 
+// Whether both give one input the same bytes, scales and zero points.
+bool quantize_alike(const EncoderLinear& a, const EncoderLinear& b) {
+  return a.channel_scale == b.channel_scale && !a.sum == !b.sum;
+}
+
 // Where rows of a call are between the steps of a layer.
 struct Buffers {
   void* attended;             // [rows, H] of the attention's dtype
@@ -114,7 +119,8 @@ struct Outputs {
   Activation activation = Activation::none;
 };
 
-// The steps of a layer, written once for both ways. Steps: linear(linear layer's index, x, outputs).
+// The steps of a layer, written once for both ways. Steps: linear(linear layer, x, outputs, whether the call before it
+// had quantised x alike).
 class Formula {
  public:
   explicit Formula(const EncoderLayerParams& p) : p_(p) {}
@@ -132,7 +138,12 @@ class Formula {
       norm(as_floats(x, normed), layer.norm1_weight, layer.norm1_bias, normed, Dtype::f32);
       in = floats(normed, x.rows, columns());
     }
-    steps.linear(layer.qkv, in, {to, layer.qkv.weight.rows, p_.attention});
+    const int64_t h = columns();
+    for (int64_t i = 0; i < 3; ++i) {
+      const bool is_quantized = i > 0 && quantize_alike(layer.qkv[i - 1], layer.qkv[i]);
+      const Outputs outputs{static_cast<char*>(to) + i * h * size_of(p_.attention), 3 * h, p_.attention};
+      steps.linear(layer.qkv[i], in, outputs, is_quantized);
+    }
   }
 
   // From what attention gave for rows of x on to the end of the layer, out.
@@ -223,7 +234,7 @@ class Steps {
   Steps(const EncoderLayerParams& p, const Tensor& x)
       : x_(x), scales_(p.x.rows), zero_points_(p.x.rows), one_(p), p_(p) {}
 
-  void linear(const EncoderLinear& linear, const Matrix& x, const Outputs& o) {
+  void linear(const EncoderLinear& linear, const Matrix& x, const Outputs& o, bool = false) {
     const QuantizeParams q = quantization(linear, x, scales_.data(), zero_points_.data());
     Epilogue e = epilogue_of(linear, q, o.activation, o.data, o.stride, o.dtype);
     e.residual = o.residual, e.residual_stride = o.stride;
@@ -293,7 +304,7 @@ struct BlockLinear {
 
 struct BlockLayer {
   const EncoderLayer* layer;
-  BlockLinear linears[4];
+  BlockLinear linears[6];
 };
 
 // What one thread has for its rows, a block of at most 32 at a time.
@@ -316,14 +327,16 @@ class Block {
 
   void take(const BlockLayer& layer) { layer_ = &layer; }
 
-  void linear(const EncoderLinear& linear, const Matrix& x, const Outputs& o) {
+  void linear(const EncoderLinear& linear, const Matrix& x, const Outputs& o, bool is_quantized = false) {
     const BlockLinear& b = *std::find_if(std::begin(layer_->linears), std::end(layer_->linears),
                                          [&](const BlockLinear& b) { return b.linear == &linear; });
     const int64_t stride = cpu::stride_of_block(b.weight.depth);
     QuantizeParams q = quantization(linear, x, scales_, zero_points_);
     q.out.q = at<uint8_t>(rows_), q.out.q_stride = stride;
-    quantize_cpu(q);
-    kernel_.prepare_block(b.weight, at<uint8_t>(rows_), stride, at<uint8_t>(scratch_));
+    if (!is_quantized) {
+      quantize_cpu(q);
+      kernel_.prepare_block(b.weight, at<uint8_t>(rows_), stride, at<uint8_t>(scratch_));
+    }
     Epilogue e = epilogue_of(linear, q, o.activation, o.data, o.stride, o.dtype);
     e.residual = o.residual, e.residual_stride = o.stride;
     cpu::multiply_block(kernel_,
@@ -348,8 +361,13 @@ class Blocks {
   Blocks(const EncoderLayerParams& p, const cpu::Int8Kernel& kernel)
       : p_(p), one_(p), kernel_(kernel), sequences_(sequences_of(p)) {
     for (const EncoderLayer& layer : p.layers)
-      layers_.push_back(
-          {&layer, {{&layer.qkv, {}, {}}, {&layer.out, {}, {}}, {&layer.up, {}, {}}, {&layer.down, {}, {}}}});
+      layers_.push_back({&layer,
+                         {{&layer.qkv[0], {}, {}},
+                          {&layer.qkv[1], {}, {}},
+                          {&layer.qkv[2], {}, {}},
+                          {&layer.out, {}, {}},
+                          {&layer.up, {}, {}},
+                          {&layer.down, {}, {}}}});
   }
 
   void run() {

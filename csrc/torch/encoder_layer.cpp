@@ -7,9 +7,9 @@ namespace forwardpass {
 namespace {
 
 constexpr const char* kOp = "encoder_layer";
-// Of a layer, in this order: of qkv, out, up and down weight, scale, bias, sum, channel_scale and packed each; of both
-// norms weight and bias (LAYER in ops/encoder_layer/__init__.py).
-constexpr int64_t kLinears = 4, kOfLinear = 6, kOfLayer = kLinears * kOfLinear + 4;
+// Of a layer, in this order: of q, k, v, out, up and down weight, scale, bias, sum, channel_scale and packed each; of
+// both norms weight and bias (LAYER in ops/encoder_layer/__init__.py).
+constexpr int64_t kLinears = 6, kOfLinear = 6, kOfLayer = kLinears * kOfLinear + 4;
 
 using Weights = std::vector<std::optional<Tensor>>;
 
@@ -36,13 +36,13 @@ EncoderLinear linear_of(const Weights& weights, int64_t i, int64_t n, int64_t k,
 
 EncoderLayer layer_of(const Weights& weights, int64_t first, int64_t h, Activation activation, const Tensor& x) {
   EncoderLayer l{};
-  l.qkv = linear_of(weights, first, 3 * h, h, x);
-  l.out = linear_of(weights, first + kOfLinear, h, h, x);
-  l.up = linear_of(weights, first + 2 * kOfLinear, 0, h, x);
+  for (int64_t i = 0; i < 3; ++i) l.qkv[i] = linear_of(weights, first + i * kOfLinear, h, h, x);
+  l.out = linear_of(weights, first + 3 * kOfLinear, h, h, x);
+  l.up = linear_of(weights, first + 4 * kOfLinear, 0, h, x);
   const bool gated = is_gated(activation);
   STD_TORCH_CHECK(!gated || l.up.weight.rows % 16 == 0, kOp,
                   ": a gated activation needs a multiple of 16 columns, 8 of gate beside 8 of up");
-  l.down = linear_of(weights, first + 3 * kOfLinear, h, l.up.weight.rows / (gated ? 2 : 1), x);
+  l.down = linear_of(weights, first + 5 * kOfLinear, h, l.up.weight.rows / (gated ? 2 : 1), x);
   Affine* norms[] = {&l.norm1_weight, &l.norm1_bias, &l.norm2_weight, &l.norm2_bias};
   for (int64_t i = 0; i < 4; ++i)
     *norms[i] = {floats(weights[first + kLinears * kOfLinear + i], h, x, kOp, "a norm's weight or bias"), Dtype::f32};

@@ -142,10 +142,12 @@ def quantized(*layers):
 def test_is_the_layer_of_torch(pre_norm):
     """In 8 bits: to a cosine of .999."""
     layer = nn.TransformerEncoderLayer(64, 4, 256, 0.0, "gelu", batch_first=True, norm_first=pre_norm).eval()
-    of_attention = nn.Linear(64, 192)
-    of_attention.weight, of_attention.bias = layer.self_attn.in_proj_weight, layer.self_attn.in_proj_bias
+    projections = [nn.Linear(64, 64) for _ in range(3)]
+    in_proj = layer.self_attn.in_proj_weight.chunk(3), layer.self_attn.in_proj_bias.chunk(3)
+    for linear, weight, bias in zip(projections, *in_proj):
+        linear.weight, linear.bias = nn.Parameter(weight), nn.Parameter(bias)
     norms = [(n.weight.detach(), n.bias.detach()) for n in (layer.norm1, layer.norm2)]
-    linears = (of_attention, layer.self_attn.out_proj, layer.linear1, layer.linear2)
+    linears = (*projections, layer.self_attn.out_proj, layer.linear1, layer.linear2)
     weights = EncoderWeights(*map(quantized, linears), *norms)
     x = torch.randn(2, 40, 64)
     with torch.inference_mode():
@@ -188,7 +190,7 @@ def part(name, **changed):
     [
         ([], {}, ValueError, "layers must be one EncoderWeights or more"),
         (LAYER_WEIGHTS, {}, TypeError, "layers must be a list of EncoderWeights"),
-        ([part("qkv", weight=torch.zeros(128, 64, dtype=torch.int8))], {}, ValueError, r"qkv.weight must be \[192, 64\]"),
+        ([part("k", weight=torch.zeros(128, 64, dtype=torch.int8))], {}, ValueError, r"k.weight must be \[64, 64\]"),
         ([part("out", weight=None)], {}, TypeError, "out must be an Int8Weight with weight and scale"),
         ([part("up", weight=torch.zeros(256, 64))], {}, TypeError, "up.weight must be an int8 tensor"),
         ([part("up", scale=torch.ones(3))], {}, ValueError, "up.scale must be contiguous with 256 elements"),

@@ -50,7 +50,7 @@ def images(dtype, *shape):
 
 NORMS = (torch.ones(32), None)
 ENCODER = EncoderWeights(
-    *(Int8Weight(*rows(INT8, *shape)) for shape in ((96, 32), (32, 32), (48, 32), (32, 48))), NORMS, NORMS
+    *(Int8Weight(*rows(INT8, *shape)) for shape in (*((32, 32),) * 4, (48, 32), (32, 48))), NORMS, NORMS
 )
 IMAGES, WINDOWS, ADDED = images(INT8, 2, 8, 5, 6), images(INT8, 16, 8, 3, 2), images(F32, 2, 16, 3, 4)
 CALLS = {

@@ -107,7 +107,6 @@ class Stack:
         self._modules: tuple[nn.Module, ...] = ()
         self._attributes: tuple[dict[str, Any], ...] = ()
         self._norms: tuple[nn.Parameter, ...] = ()
-        self._joined: tuple[Any, ...] = ()
         self._hooks = -1
         self._config: Any = None
         self._implementation: str | None = None
@@ -200,7 +199,7 @@ class Stack:
             if any(map(_is_watched, (*self.layers, *self._modules))):
                 return False
             self._hooks = RemovableHandle.next_id
-        return all(joined.is_whole() for joined in self._joined)
+        return True
 
     def _find(self) -> bool:
         """Modules and weights as they are now."""
@@ -215,7 +214,6 @@ class Stack:
             self._weights = flat([w for w in weights if w is not None])
             self._watched += list(self._tensors())
             self._norms = tuple(x for _, _, x in self._watched if isinstance(x, nn.Parameter))
-            self._joined = tuple(self.part(layer, self.form.qkv[0]).joined for layer in self.layers)
         self._modules, self._attributes = modules, tuple(map(vars, modules))
         self._config = self.part(self.layers[0], self.form.attention).config
         self._implementation = self._config._attn_implementation
@@ -231,10 +229,10 @@ class Stack:
         return up or self.activation
 
     def _tensors(self) -> Iterator[tuple[dict[str, Any], str, Any]]:
-        """But those of q, k and v, which their product looks after."""
+        """Those of all layers that the operation computes."""
         f = self.form
         for layer in self.layers:
-            for name in (f.out, f.up, f.down):
+            for name in f.linears:
                 buffers = self.part(layer, name)._buffers
                 yield from ((buffers, key, x) for key, x in buffers.items())
             for name in (f.norm1, f.norm2):
@@ -247,15 +245,11 @@ class Stack:
         others = [self.part(layer, name) for name in (f.out, f.up, f.down)]
         if not all(map(_is_plain, (*qkv, *others))):
             return None
-        joined = qkv[0].joined
-        if joined is None or joined.members != tuple(qkv) or not joined.is_whole(anew=True):
-            return None
         norms = [self.part(layer, name) for name in (f.norm1, f.norm2)]
-        if qkv[0].activation or others[0].activation or others[2].activation or self._activation(layer) not in PLAIN:
+        if any(m.activation for m in (*qkv, others[0], others[2])) or self._activation(layer) not in PLAIN:
             return None
         pairs = [(n.weight, n.bias) for n in norms]
-        out, up, down = map(_int8_weight, others)
-        return EncoderWeights(_int8_weight(joined.layer), out, up, down, *pairs)
+        return EncoderWeights(*map(_int8_weight, (*qkv, *others)), *pairs)
 
     def _int8(self, x: Tensor, cu_seqlens: Tensor, key_lens: Tensor | None) -> Tensor:
         head_size, scale, eps, activation = self._constants(self.layers[0])

@@ -34,10 +34,12 @@ class Int8Weight(NamedTuple):
 
 
 class EncoderWeights(NamedTuple):
-    """One layer: qkv [3 H, H], the rows of q, k and v one after another; out [H, H]; up [I, H], gated [2 I, H] by
-    `interleave_gate_up`; down [H, I]; weight and bias of both norms, float32 [H] or None."""
+    """One layer: q, k, v and out [H, H]; up [I, H], gated [2 I, H] by `interleave_gate_up`; down [H, I]; weight and bias of both
+    norms, float32 [H] or None. q, k and v with the same `channel_scale`, or with none, share one quantisation of their input."""
 
-    qkv: Int8Weight
+    q: Int8Weight
+    k: Int8Weight
+    v: Int8Weight
     out: Int8Weight
     up: Int8Weight
     down: Int8Weight
@@ -101,7 +103,8 @@ def encoder_layer(
         ...     q, scale, _ = fp.ops.quantize(torch.randn(n, k), torch.int8)
         ...     return fp.ops.Int8Weight(q, scale, torch.randn(n))
         >>> norm = torch.ones(64), torch.zeros(64)
-        >>> layer = fp.ops.EncoderWeights(weight(192, 64), weight(64, 64), weight(256, 64), weight(64, 256), norm, norm)
+        >>> attention = [weight(64, 64) for _ in range(4)]
+        >>> layer = fp.ops.EncoderWeights(*attention, weight(256, 64), weight(64, 256), norm, norm)
         >>> lengths = torch.tensor([0, 5, 8], dtype=torch.int32)
         >>> fp.ops.encoder_layer(torch.randn(8, 64), lengths, [layer], heads=4).shape
         torch.Size([8, 64])
@@ -132,18 +135,18 @@ def _check_linear(weights: Sequence[Tensor | None], name: str, rows: int | None,
 
 def _check_layer(weights: Sequence[Tensor | None], activation: str | None, x: Tensor) -> None:
     op, h = "encoder_layer", x.shape[1]
-    qkv, out, up, down = (weights[i * LINEAR : (i + 1) * LINEAR] for i in range(LINEARS))
+    q, k, v, out, up, down = (weights[i * LINEAR : (i + 1) * LINEAR] for i in range(LINEARS))
     inputs = x.new_empty(0, h)
-    _check_linear(qkv, "qkv", 3 * h, inputs)
-    _check_linear(out, "out", h, inputs)
+    for name, linear in (("q", q), ("k", k), ("v", v), ("out", out)):
+        _check_linear(linear, name, h, inputs)
     n = _check_linear(up, "up", None, inputs)
     if is_gated(activation) and n % 16:
         raise ValueError(f"{op}: the rows of up must be a multiple of 16 with {activation}, 8 of gate beside 8 of up, and are {n}: "
                          "pad them with zeros")  # fmt: skip
     _check_linear(down, "down", h, x.new_empty(0, n // 2 if is_gated(activation) else n))
     names = ("norm1's weight", "norm1's bias", "norm2's weight", "norm2's bias")
-    for name, v in zip(names, weights[LINEARS * LINEAR :]):
-        check_vector(op, name, v, h, torch.float32, x)
+    for name, vector in zip(names, weights[LINEARS * LINEAR :]):
+        check_vector(op, name, vector, h, torch.float32, x)
 
 
 def _check_sequences(x: Tensor, cu_seqlens: Tensor, key_lens: Tensor | None) -> None:

@@ -14,7 +14,7 @@ from ..norm_quantize.reference import normalize
 
 #: How many tensors the schema has of a linear layer (weight, scale, bias, sum, channel_scale, packed), how many linear layers a
 #: layer has, and how many tensors.
-LINEAR, LINEARS = 6, 4
+LINEAR, LINEARS = 6, 6
 LAYER = LINEAR * LINEARS + 4
 
 
@@ -58,14 +58,15 @@ def encoder_layer(
 
     for first in range(0, len(weights), LAYER):
         layer = weights[first : first + LAYER]
-        qkv = linear(0, norm(0, x) if pre_norm else x).to(attention_dtype)
-        attended = attention(qkv.unflatten(1, (3, heads, -1)), cu_seqlens, key_lens, scale)
-        y = linear(1, attended.to(attention_dtype).flatten(1), x.float())
+        projected = norm(0, x) if pre_norm else x
+        qkv = torch.stack([linear(i, projected).to(attention_dtype) for i in range(3)], 1)
+        attended = attention(qkv.unflatten(2, (heads, -1)), cu_seqlens, key_lens, scale)
+        y = linear(3, attended.to(attention_dtype).flatten(1), x.float())
         if pre_norm:
-            y = linear(3, linear(2, norm(1, y), activation=activation), y)
+            y = linear(5, linear(4, norm(1, y), activation=activation), y)
         else:
             y = norm(0, y)
-            y = norm(1, linear(3, linear(2, y, activation=activation), y))
+            y = norm(1, linear(5, linear(4, y, activation=activation), y))
         x = y.to(dtype)
     return x.contiguous()
 

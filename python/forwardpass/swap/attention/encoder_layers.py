@@ -96,9 +96,6 @@ def _why_not(decision: Decision, layers: nn.ModuleList) -> Reason | None:
             p = precisions.get(id(layer.get_submodule(name)))
             if p is None or p.precision.name != "int8" or p.rotate is not None:
                 return Reason("precision", f"its {name} is not in int8", "swap all of its layers into int8")
-        if any(precisions[id(layer.get_submodule(name))].calibrated for name in form.qkv):
-            text = "calibrated q, k and v scale their input each in its own way"
-            return Reason("calibrated", text, "leave out calibrate=, or keep them layer by layer")
         if (dtype := layer.get_submodule(form.norm1).weight.dtype) != torch.float32:
             text = f"its norms are {str(dtype).removeprefix('torch.')}, and the operation has norms in float32"
             return Reason("dtype", text, "load the model in float32")
@@ -146,7 +143,7 @@ class EncoderSwap:
             stack.put()
             if not stack.is_ready():
                 warn_once(
-                    f"the layers of {fqn} run one by one: their q, k and v are not one product of dynamic int8 layers"
+                    f"the layers of {fqn} run one by one: not all of their products quantise each row by itself"
                 )
 
     def undo(self) -> None:
