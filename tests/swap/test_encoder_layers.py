@@ -1,4 +1,4 @@
-"""swap(encoder=True): an encoder's layers as one operation, and everything that sends a call back to the layers one by one."""
+"""An encoder's layers as one operation, and everything that sends a call back to the layers one by one."""
 
 import copy
 import io
@@ -40,7 +40,7 @@ def distilbert():
 
 
 def swapped(model, **options):
-    report = fp.swap(model, "int8", **{"encoder": True, "include": "**", **options})
+    report = fp.swap(model, "int8", **{"include": "**", **options})
     return model, report
 
 
@@ -210,6 +210,83 @@ def test_calibrated_layers_too(calls):
     model.encoder.layer[1].output.register_forward_hook(lambda *_: None)
     one_by_one = hidden(model)
     assert len(calls) == 1 and ((y - one_by_one).norm() / one_by_one.norm()) < 5e-3
+
+
+def test_it_is_the_default_and_can_be_left_out(calls):
+    model = bert()
+    report = fp.swap(model, "int8", include="**")
+    assert "the 3 layers of encoder.layer are one operation" in str(report)
+    assert hidden(model).isfinite().all() and len(calls) == 1
+    fp.restore(model)
+    report = fp.swap(model, "int8", include="**", encoder=False)
+    assert "one operation" not in str(report) and "layer by layer" not in str(report)
+    assert hidden(model).isfinite().all() and len(calls) == 1
+
+
+def test_what_is_no_text_encoder_in_int8_says_nothing_of_it():
+    for model, precision in ((nn.Sequential(nn.Linear(64, 64)), "int8"), (bert(), "w8a16")):
+        report = fp.swap(model, precision, include="**")
+        assert report.encoder.reason.code == "no_encoder" and "layer by layer" not in str(report)
+
+
+@pytest.mark.parametrize("attention", [False, {"encoder.layer.1": None, "**": True}])
+def test_attention_that_is_to_stay_keeps_the_layers_apart(attention, calls):
+    model, report = swapped(bert(), attention=attention)
+    assert report.encoder.reason.code == "attention_kept"
+    assert hidden(model).isfinite().all() and not calls
+
+
+@pytest.mark.parametrize("calibrate", [None, [{"input_ids": IDS}] * 2])
+def test_folders_have_it(tmp_path, calls, calibrate):
+    model = swapped(bert(), calibrate=calibrate)[0]
+    y = hidden(model)
+    fp.save_pretrained(model, tmp_path)
+    for load in (fp.load_pretrained, transformers.AutoModel.from_pretrained):
+        loaded, before = load(tmp_path), len(calls)  # which is run in a proof
+        assert before > 1 and torch.equal(hidden(loaded), y) and len(calls) == before + 1
+    fp.save_pretrained(loaded, tmp_path / "again")
+    assert torch.equal(hidden(fp.load_pretrained(tmp_path / "again")), y)
+
+
+def test_folders_without_it_are_loaded_without_it(tmp_path, calls):
+    fp.save_pretrained(swapped(bert(), encoder=False)[0], tmp_path)
+    assert hidden(fp.load_pretrained(tmp_path)).isfinite().all() and not calls
+
+
+def test_a_loaded_class_that_reads_between_its_layers_runs_them_one_by_one(tmp_path, calls):
+    fp.save_pretrained(swapped(bert())[0], tmp_path)
+    other = bert()
+    other.encoder = Reads(other.config).eval()
+    with pytest.warns(UserWarning, match=r"the layers of encoder\.layer run one by one"):
+        fp.load_pretrained(tmp_path, model=other)
+    before = len(calls)
+    assert hidden(other).isfinite().all() and len(calls) == before
+
+
+def test_a_second_swap_leaves_it(calls):
+    model = bert()
+    fp.swap(model, "int8", include="encoder.**")
+    y = hidden(model)
+    fp.swap(model, "w8a16", include="pooler.**")
+    assert torch.equal(hidden(model), y) and len(calls) >= 2
+    fp.restore(model)
+    before = len(calls)
+    assert torch.equal(hidden(model), hidden(bert())) and len(calls) == before
+
+
+def test_parity_sees_each_layer(calls):
+    model = swapped(bert())[0]
+    report = fp.parity(model, [{"input_ids": IDS}])
+    assert "encoder.layer.1.output.dense" in str(report.to_json())
+
+
+def test_compiled_models_run_layer_by_layer(calls):
+    model = swapped(bert())[0]
+    y = hidden(model)
+    compiled = torch.compile(model, backend="eager")
+    with torch.inference_mode():
+        assert close(compiled(IDS).last_hidden_state, y)
+    assert len(calls) == 1
 
 
 class Reads(transformers.models.bert.modeling_bert.BertEncoder):

@@ -24,6 +24,7 @@ from ..common.models.exchange import put_in_place
 from ..integrations.tensor_parallel import take_over
 from ..nn import QuantizedModule
 from ..swap import methods
+from ..swap.attention.encoder_layers import put_encoders
 from ..swap.attention.projections import Projections
 from ..swap.config import METHOD, Config
 from ..swap.while_loading import WhileLoading
@@ -42,7 +43,7 @@ from .record import EARLIER, checked, names_now, weights_of
 
 _QUANTIZERS = "transformers.quantizers.auto"
 _ENTRIES = ("schema", "forwardpass", "weights", "layers", "attention", "unpad", "kv_cache", "attention_8bit", "aliases",
-            "rewritten")  # fmt: skip
+            "rewritten", "encoders")  # fmt: skip
 _NO_MODEL = {"class": "", "attention": None, "config": None, "generation_config": None}
 _FIX = "load it with fp.load_pretrained, or save it again"
 
@@ -243,6 +244,7 @@ class _Filled:
         put_in_place(self.model, in_place)
         changes.put(self.model)
         joined.put()
+        put_encoders(self.model, self.record["encoders"])
         methods.put(self.model)
 
 
@@ -281,6 +283,7 @@ def _below(
     rewritings = record["rewritten"]
     if rewritings is not None:
         rewritings = [name.removeprefix(prefix) for name in rewritings if name.startswith(prefix)]
+    encoders = [name.removeprefix(prefix) for name in record["encoders"] if name.startswith(prefix)]
     shapes = {name.removeprefix(prefix): shape for name, shape in shapes.items()}
     folded = [name.removeprefix(prefix) for name in record["folded"] if name.startswith(prefix)]
     of_model = {
@@ -289,5 +292,6 @@ def _below(
         "attention_8bit": in_8_bits,
         "rewritten": rewritings,
         "folded": folded,
+        "encoders": encoders,
     }
     return {**record, **of_model}, shapes

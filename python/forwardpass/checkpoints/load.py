@@ -26,6 +26,7 @@ from ..proofs.siblings import JoinedSwap
 from ..proofs.walker import ConvolutionLeaf, Leaf, all_leaves, convolutions
 from ..swap import methods, originals
 from ..swap.attention.attention_modules import decide_attention
+from ..swap.attention.encoder_layers import put_encoders
 from ..swap.attention.kv_cache import decide_kv_cache
 from ..swap.attention.projections import Projections
 from ..swap.attention.unpadded_encoders import decide_unpadding
@@ -225,6 +226,7 @@ def _fill_layers(
         raise
     changes.put(model)
     joined.put()
+    put_encoders(model, record["encoders"])
     methods.put(model)
 
 

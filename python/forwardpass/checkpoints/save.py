@@ -20,6 +20,7 @@ from ..integrations.transformers import model_config
 from ..nn import QuantizedModule
 from ..swap import keras_layers, originals
 from ..swap.attention.attention_modules import bits_of, implementation_before
+from ..swap.attention.encoder_layers import stacks_in
 from ..swap.attention.kv_cache import kv_cache_of
 from ..swap.attention.unpadded_encoders import unpads
 from ..swap.methods.saving import register_save
@@ -150,6 +151,7 @@ def write(
         "aliases": aliases,
         "rewritten": rewritten(model),
         "folded": folded(model),
+        "encoders": stacks_in(model),
         "around": around,
     }  # fmt: skip
     with saving(folder, sources, overwrite) as folder:

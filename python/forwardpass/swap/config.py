@@ -79,9 +79,9 @@ class Config:
             runs without them too, and last_hidden_state is zero at padding; at tokens it is what it is with padding, but for the
             order of sums. Either is proven by a run. Compiled, exported and captured models, and calls that ask for hidden
             states or attention weights, stay padded. False: always padded. With plan=, "auto" is what the plan says.
-        encoder: True: on a CPU the layers of a text encoder of transformers (BERT and its like, DistilBERT) in int8 run as one
+        encoder: on a CPU the layers of a text encoder of transformers (BERT and its like, DistilBERT) in int8 run as one
             operation, `fp.ops.encoder_layer`, where a run in floats proves it. They stay in the model, and run one by one where a
-            hook, a gradient, hidden states or attention weights are asked of them, or torch.compile.
+            hook, a gradient, hidden states or attention weights are asked of them, or torch.compile. False: always one by one.
         kv_cache: what a decoder's caches of keys and values become as they come to its forward: "auto", of the model's dtype, in
             place of transformers' dynamic ones, which copy themselves for every token; "int8" or "fp8" (e4m3), static ones too,
             with a scale for each token and head. Attention is then swapped wherever it can be. None: as a plan says, or they stay.
@@ -120,7 +120,7 @@ class Config:
     attention: Attention = "auto"
     crossover: int | None = None
     unpad: str | bool = "auto"
-    encoder: bool = False
+    encoder: bool = True
     kv_cache: str | None = None
     include: str | Iterable[str] = ()
     exclude: str | Iterable[str] = ()

@@ -170,7 +170,8 @@ class EncoderLayers:
     def __str__(self) -> str:
         if self.stacks:
             return "; ".join(f"the {n} layers of {fqn} are one operation" for fqn, n in self.stacks)
-        return "" if self.reason is None or self.reason.code == "encoder_off" else f"layer by layer: {self.reason}"
+        silent = self.reason is None or self.reason.code in ("encoder_off", "no_encoder", "on_gpu")
+        return "" if silent else f"layer by layer: {self.reason}"
 
     def to_json(self) -> dict[str, Any]:
         stacks = [{"layers": fqn, "count": n} for fqn, n in self.stacks]

@@ -144,6 +144,7 @@ def swap(
         notes = swapping.notes(model.training and not keras.is_all)
         if calibrated and not dry_run:
             notes += swapping.calibrate(batches)
+        swapping.encoder = decide_encoder(swapping.decision, config.encoder, batch, config.forward)
         return swapping.carry_out(notes, dry_run)
 
 
@@ -203,7 +204,6 @@ class _Swapping:
         batch, forward = self.first_batch, self.config.forward
         self.verdicts = prove(self.decision, unpad, batch, forward)
         self.decision = self.verdicts.applied(self.decision)
-        self.encoder = decide_encoder(self.decision, self.config.encoder, batch, forward)
         self._refuse_skips()
 
     def _refuse_skips(self) -> None:

@@ -129,7 +129,7 @@ class Stack:
 
     def undo(self) -> None:
         for layer in self.layers:
-            if isinstance(vars(layer).get("forward"), _Forward):
+            if is_in_stack(layer):
                 del vars(layer)["forward"]
         self._handle.remove()
         self._forget()
@@ -249,7 +249,8 @@ class Stack:
         if any(m.activation for m in (*qkv, others[0], others[2])) or self._activation(layer) not in PLAIN:
             return None
         pairs = [(n.weight, n.bias) for n in norms]
-        return EncoderWeights(*map(_int8_weight, (*qkv, *others)), *pairs)
+        q, k, v, out, up, down = map(_int8_weight, (*qkv, *others))
+        return EncoderWeights(q, k, v, out, up, down, *pairs)
 
     def _int8(self, x: Tensor, cu_seqlens: Tensor, key_lens: Tensor | None) -> Tensor:
         head_size, scale, eps, activation = self._constants(self.layers[0])
@@ -293,6 +294,11 @@ class _Forward:
             if result is not None:
                 return result if is_last else _between(result)
         return type(layer).forward(layer, hidden_states, attention_mask, *args, **kwargs)
+
+
+def is_in_stack(layer: nn.Module) -> bool:
+    """Whether a stack's operation computes this layer."""
+    return isinstance(vars(layer).get("forward"), _Forward)
 
 
 def _between(result: Tensor) -> Tensor:

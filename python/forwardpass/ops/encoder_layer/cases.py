@@ -67,8 +67,8 @@ class Case:
         gated = is_gated(self.activation)
         weights = [
             EncoderWeights(
-                *(linear(self.h, self.h) for _ in range(4)), linear(self.inner * (1 + gated), self.h, gated),
-                linear(self.h, self.inner), norm(), norm(),
+                linear(self.h, self.h), linear(self.h, self.h), linear(self.h, self.h), linear(self.h, self.h),
+                linear(self.inner * (1 + gated), self.h, gated), linear(self.h, self.inner), norm(), norm(),
             )
             for _ in range(self.layers)
         ]  # fmt: skip

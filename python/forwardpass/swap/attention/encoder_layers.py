@@ -5,7 +5,8 @@ What runs then, and when a call goes layer by layer all the same, is in `integra
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,17 +19,18 @@ from ...common.environment import cpu_tier
 from ...common.printing.quiet import warn_once
 from ...dispatch import Reason
 from ...integrations.transformers.attention import register
-from ...integrations.transformers.encoder_stack import Stack, form_of
+from ...integrations.transformers.encoder_stack import Stack, form_of, is_in_stack
 from ...integrations.transformers.unpadding import why_replaced
 from ...ops.common.activations import PLAIN
 from ...proofs import inputs, run
 from ...proofs.activation import formula_of
+from .. import rules
 from .unpadded_encoders import stacks_of
 
 if TYPE_CHECKING:
     from ..decision import Decision
 
-_OFF = Reason("encoder_off", "encoder=False keeps them", "pass encoder=True")
+_OFF = Reason("encoder_off", "encoder=False keeps them", "drop it")
 _NO_ENCODER = Reason("no_encoder", "there is no text encoder of a known form in transformers' code", "leave it")
 _NOT_CALLED = Reason(
     "not_called",
@@ -39,7 +41,8 @@ _NOT_CALLED = Reason(
 
 @dataclass(frozen=True)
 class EncoderDecision:
-    """The stacks whose layers are one operation, by the names of their lists, and why others are not, or all."""
+    """The stacks whose layers are one operation, by the names of their lists, and why others are not, or all. A model without a
+    text encoder in int8 has the reason `no_encoder`."""
 
     stacks: tuple[tuple[str, Stack], ...]
     reason: Reason | None
@@ -56,15 +59,18 @@ def decide_encoder(
         return EncoderDecision((), _OFF)
     stacks: list[tuple[str, Stack]] = []
     reasons: list[Reason] = []
+    int8 = {id(leaf.module) for leaf, p in decision.swapped if p.precision.name == "int8" and p.rotate is None}
     for fqn, layers in stacks_of(decision.model, decision.attention):
-        if (reason := _why_not(decision, layers)) is None:
-            stacks.append((fqn, _stack(decision.model.get_submodule(fqn.rpartition(".")[0]), layers)))
+        if not any(id(m) in int8 for layer in layers for m in layer.modules()):
+            continue
+        if (reason := _why_not(decision, layers, int8)) is None:
+            stacks.append((fqn, _stack(decision.model, fqn, in_floats=True)))
         else:
             reasons.append(reason)
     if stacks:
         users = inputs.of_batch(batch, forward) if batch is not None else ()
         prover = run.Prover(decision.model, users, inputs.made_up(decision.model))
-        reason = prover.why_not([_InFloats(tuple(x for _, x in stacks))]) if prover.runs else run.UNPROVEN
+        reason = prover.why_not([_InPlace(tuple(x for _, x in stacks))]) if prover.runs else run.UNPROVEN
         if reason is None and not all(x.calls for _, x in stacks):
             reason = _NOT_CALLED
         if reason is None:
@@ -74,13 +80,43 @@ def decide_encoder(
     return EncoderDecision((), next(iter(reasons), _NO_ENCODER))
 
 
-def _stack(holder: nn.Module, layers: nn.ModuleList) -> Stack:
+def put_encoders(model: nn.Module, names: Iterable[str]) -> None:
+    """The stacks of a loaded model in int8 that `stacks_in` named in the model that was saved. Those that cannot be one operation
+    here (a GPU, a CPU without AVX2) run layer by layer. So do, with a warning, all of them where a run disproves them."""
+    stacks = [(fqn, _stack(model, fqn)) for fqn in names if _why_not_here(model, fqn) is None]
+    ready = {fqn: stack for fqn, stack in stacks if stack.is_ready()}
+    if not ready:
+        return
+    prover = run.Prover(model, inputs.made_up(model), again=True)
+    reason = prover.why_not([_InPlace(tuple(ready.values()))]) if prover.runs else None
+    if reason is None:
+        EncoderSwap(EncoderDecision(tuple(ready.items()), None)).put()
+    else:
+        warnings.warn(f"load: the layers of {', '.join(ready)} run one by one: {reason.text}", stacklevel=2)
+
+
+def stacks_in(model: nn.Module) -> list[str]:
+    """The names of lists whose layers are one operation, for a record."""
+    return [fqn for fqn, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) and is_in_stack(m[0])]
+
+
+def _stack(model: nn.Module, fqn: str, in_floats: bool = False) -> Stack:
+    holder, layers = model.get_submodule(fqn.rpartition(".")[0]), model.get_submodule(fqn)
+    assert isinstance(layers, nn.ModuleList)
     form = form_of(layers[0])
     assert form is not None
-    return Stack(holder, [*layers], form, formula_of(layers[0].get_submodule(form.activation)), in_floats=True)
+    return Stack(holder, [*layers], form, formula_of(layers[0].get_submodule(form.activation)), in_floats)
 
 
-def _why_not(decision: Decision, layers: nn.ModuleList) -> Reason | None:
+def _why_not_here(model: nn.Module, fqn: str) -> Reason | None:
+    layers = dict(model.named_modules()).get(fqn)
+    if not isinstance(layers, nn.ModuleList) or not len(layers):
+        return Reason("other_layers", f"{fqn[:80]!r} is no list of layers", "leave it")
+    return _why_not_layers(layers)
+
+
+def _why_not_layers(layers: nn.ModuleList) -> Reason | None:
+    """Of layers whatever their precision."""
     form = form_of(layers[0])
     if form is None or any(form_of(layer) != form for layer in layers):
         return Reason("other_layers", f"the parts of a {type(layers[0]).__name__} are none that are known", "leave it")
@@ -90,19 +126,10 @@ def _why_not(decision: Decision, layers: nn.ModuleList) -> Reason | None:
         return Reason("instructions", "this CPU has no AVX2", "leave it")
     if reason := register():
         return reason
-    precisions = {id(leaf.module): p for leaf, p in decision.swapped}
     for layer in layers:
-        for name in form.linears:
-            p = precisions.get(id(layer.get_submodule(name)))
-            if p is None or p.precision.name != "int8" or p.rotate is not None:
-                return Reason("precision", f"its {name} is not in int8", "swap all of its layers into int8")
         if (dtype := layer.get_submodule(form.norm1).weight.dtype) != torch.float32:
             text = f"its norms are {str(dtype).removeprefix('torch.')}, and the operation has norms in float32"
             return Reason("dtype", text, "load the model in float32")
-        if formula_of(layer.get_submodule(form.activation)) not in PLAIN:
-            return Reason("activation", f"its {form.activation} is none that the operation has", "leave it")
-    if decision.attention.bits:
-        return Reason("attention_8bit", "its attention is asked for in 8 bits", "drop attention=")
     classes = dict.fromkeys(type(m) for layer in layers for m in layer.modules())
     if (replaced := why_replaced(classes)) is not None:
         return Reason(
@@ -113,9 +140,30 @@ def _why_not(decision: Decision, layers: nn.ModuleList) -> Reason | None:
     return None
 
 
+def _why_not(decision: Decision, layers: nn.ModuleList, int8: Container[int]) -> Reason | None:
+    """int8: the ids of layers that become int8."""
+    if (reason := _why_not_layers(layers)) is not None:
+        return reason
+    form = form_of(layers[0])
+    assert form is not None
+    by_users = {s.fqn for s in decision.attention.skipped if rules.KINDS.get(s.reason.code) == "user"}
+    staying = {id(leaf.module) for leaf in decision.attention.leaves if leaf.fqn in by_users}
+    for layer in layers:
+        for name in form.linears:
+            if id(layer.get_submodule(name)) not in int8:
+                return Reason("precision", f"its {name} is not in int8", "swap all of its layers into int8")
+        if formula_of(layer.get_submodule(form.activation)) not in PLAIN:
+            return Reason("activation", f"its {form.activation} is none that the operation has", "leave it")
+        if id(layer.get_submodule(form.attention)) in staying:
+            return Reason("attention_kept", "its attention is to stay as it is", "let it be swapped")
+    if decision.attention.bits:
+        return Reason("attention_8bit", "its attention is asked for in 8 bits", "drop attention=")
+    return None
+
+
 @dataclass(frozen=True)
-class _InFloats:
-    """In the order that the operation has."""
+class _InPlace:
+    """In floats, for a proof before the swap: in the order that the operation has. In int8, after a load: the operation itself."""
 
     stacks: tuple[Stack, ...]
 
@@ -142,9 +190,7 @@ class EncoderSwap:
         for fqn, stack in self._stacks:
             stack.put()
             if not stack.is_ready():
-                warn_once(
-                    f"the layers of {fqn} run one by one: not all of their products quantise each row by itself"
-                )
+                warn_once(f"the layers of {fqn} run one by one: not all of their products quantise each row by itself")
 
     def undo(self) -> None:
         for _, stack in self._stacks:
