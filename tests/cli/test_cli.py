@@ -176,6 +176,22 @@ def test_a_precision_and_a_device_may_be_in_capitals(folder, stub_swap):
     assert done.exit_code == 0 and stub_swap["precision"] == "w8a16", done.output
 
 
+def test_what_a_search_keeps():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 8, generator=g)
+    assert embedding.search_agreement(3 * x, x) == pytest.approx({"spearman": 1, "recall_at_10": 1})
+    assert embedding.search_agreement(x[:20], x[:20]) == {}
+    other = embedding.search_agreement(torch.randn(40, 8, generator=g), x)
+    assert abs(other["spearman"]) < 0.2 and 0.1 < other["recall_at_10"] < 0.45  # by chance ten of 39
+    stats = pytest.importorskip("scipy.stats")
+    near = x + torch.randn(40, 8, generator=g) / 4
+    near[1] = near[2]  # equal similarities
+    upper = torch.triu_indices(40, 40, 1)
+    a, b = (torch.nn.functional.normalize(t.double(), dim=1) for t in (near, x))
+    expected = stats.spearmanr((a @ a.T)[tuple(upper)], (b @ b.T)[tuple(upper)]).statistic
+    assert embedding.search_agreement(near, x)["spearman"] == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("columns", [80, 120])
 def test_tables_fit_the_terminal_and_each_column_has_a_head(folder, stub_swap, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
@@ -189,6 +205,10 @@ def test_tables_fit_the_terminal_and_each_column_has_a_head(folder, stub_swap, m
     rival = next(line for line in table if line.startswith("torch's dynamic INT8"))  # not its speed without its quality
     assert rival.split()[-1] == f"{written['torch_dynamic_int8']['cosine_min']:.5f}"
     assert written["torch_dynamic_int8"]["cosine_min"] < 1 and "torch_dynamic_int8" in written["measured"]
+    search = next(i for i, line in enumerate(table) if line.startswith("search in 32 texts"))
+    for key, line in (("parity", table[search + 2]), ("torch_dynamic_int8", table[search + 3])):
+        expected = [written[key][name] for name in ("cosine_min", "spearman", "recall_at_10")]
+        assert line.split()[-3:] == [f"{x:.5f}" for x in expected]
 
 
 def test_save_over_other_files_is_asked_for(folder, tmp_path):

@@ -81,6 +81,18 @@ def test_packed_weights_give_the_same_bits(case):
     assert torch.equal(run(case.arguments()), run(packed))
 
 
+@pytest.mark.parametrize("case", [FEW, MANY])
+def test_q_k_and_v_are_quantised_each_in_its_own_way(case):
+    """They share what is alike alone: here q has zero points, k has none and is scaled, v is scaled as k is, with zero points."""
+    args = case.arguments()
+    weights, scale = list(args[2]), torch.linspace(0.5, 2, 64)
+    for first in range(0, len(weights), LAYER):
+        weights[first + LINEAR + 3] = None  # k's sum
+        weights[first + LINEAR + 4] = weights[first + 2 * LINEAR + 4] = scale
+    args = (*args[:2], weights, *args[3:])
+    cases.assert_matches(run(args), args)
+
+
 def test_key_lens_are_a_padded_batch():
     """What stands behind a sequence's keys is computed, and is looked at by nobody."""
     args = Case((40, 40, 40), 64, 4, 256, layers=2).arguments()

@@ -21,6 +21,8 @@ from .comparison import DYNAMIC_INT8
 
 #: Seconds between lines of progress where stderr is no terminal.
 EVERY = 15.0
+#: What `qualities` shows of embeddings.
+SEARCHES = {"cosine_min": "lowest\ncosine", "spearman": "Spearman of\nsimilarities", "recall_at_10": "recall\n@10"}
 #: Of a CPU on which int8 products are sgemm's.
 NO_INT8_GAIN = "no gain: without AMX, VNNI or AVX2 it would be slower than fp32"
 
@@ -207,6 +209,8 @@ def print_swap(result: dict[str, Any], console: Console) -> None:
     names = {"before": "before", "after": "after"} if changed else {"before": "as it is"}
     rows = rates(result, names) if "tokens_per_s" in result else latencies(result, names)
     lines = [*table(facts, heading=False), "", *table(rows, right=range(1, len(rows[0])))]
+    if "spearman" in parity:
+        lines += ["", *table(qualities(result, names), right=range(1, 1 + len(SEARCHES)))]
     if why := result["reasons"].get("latency_ms.torch_dynamic_int8"):
         lines += wrapped(f"torch's dynamic INT8: {why}")
     say(console, "\n".join(lines))
@@ -238,6 +242,16 @@ def latencies(result: dict[str, Any], names: dict[str, str]) -> list[tuple[str, 
             () if key == "before" else (f"{latency['before'] / latency[key]:.2f}", f"{parity[key]['cosine_min']:.5f}")
         )
         rows.append((name, f"{latency[key]:.1f} ms", f"{low:.1f} to {high:.1f}", *(gain or ("", ""))))
+    return rows
+
+
+def qualities(result: dict[str, Any], names: dict[str, str]) -> list[tuple[str, ...]]:
+    """What a search by a model's embeddings keeps of what it found before."""
+    rows = [(f"search in {count(result['parity']['texts'], 'text')}", *SEARCHES.values())]
+    found = {"after": result["parity"], DYNAMIC_INT8: result[DYNAMIC_INT8]}
+    for key, name in (names | {DYNAMIC_INT8: "torch's dynamic INT8"}).items():
+        if found.get(key) is not None:
+            rows.append((name, *(f"{found[key][quality]:.5f}" for quality in SEARCHES)))
     return rows
 
 

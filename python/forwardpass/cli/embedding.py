@@ -209,3 +209,26 @@ def parity(actual: Tensor, expected: Tensor) -> dict[str, float]:
         "cosine_min": F.cosine_similarity(a, b, dim=-1).min().item(),
         "relative_error": relative_error(actual, expected),
     }
+
+
+def search_agreement(actual: Tensor, expected: Tensor) -> dict[str, float]:
+    """What a search by these embeddings [texts, hidden] keeps; nothing of fewer than 21 texts, where ten are half of all.
+
+    spearman: the correlation of the ranks of all similarities of two texts. recall_at_10: of each text's ten most similar others
+    the share that stays among its ten, on average.
+    """
+    if len(expected) < 21:
+        return {}
+    similarities = [x @ x.T for x in (F.normalize(t.double(), dim=-1) for t in (actual, expected))]
+    upper = tuple(torch.triu_indices(len(expected), len(expected), 1))
+    ranks = torch.stack([_ranks(x[upper]) for x in similarities])
+    found = [x.fill_diagonal_(-torch.inf).topk(10).indices for x in similarities]
+    stays = (found[0].unsqueeze(2) == found[1].unsqueeze(1)).any(2)
+    return {"spearman": torch.corrcoef(ranks)[0, 1].item(), "recall_at_10": stays.double().mean().item()}
+
+
+def _ranks(x: Tensor) -> Tensor:
+    """Equal values share the middle of their ranks."""
+    _, place, counts = x.unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    return (last - (counts - 1) / 2)[place]

@@ -116,7 +116,8 @@ class Embeddings:
         return torch.cat([self.outputs(model, batch).cpu() for batch in batches])
 
     def parity(self, actual: Tensor, expected: Tensor) -> dict[str, Any]:
-        return {**embedding.parity(actual, expected), "texts": len(expected)}
+        agreement = embedding.search_agreement(actual, expected)
+        return {**embedding.parity(actual, expected), **agreement, "texts": len(expected)}
 
     def describe(self) -> str:
         prompt = f", prompt {self.prompt!r}" if self.prompt else ""
