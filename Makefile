@@ -63,7 +63,7 @@ gpu:
 	$(PYTHON) tests/gpu/gpu.py $(STEPS) $(GPU_FLAGS)
 
 bench: .venv/dev
-	for op in quantize norm_quantize activation_quantize dequant_activation int8_gemm int8_grouped_gemm int8_linear int8_conv2d encoder_layer fp8_gemm fp8_grouped_gemm fp8_linear w8a16_gemm w8a16_grouped_gemm \
+	for op in quantize norm_quantize activation_quantize dequant_activation int8_gemm int8_grouped_gemm int8_linear int8_conv2d encoder_layer decoder_layer fp8_gemm fp8_grouped_gemm fp8_linear w8a16_gemm w8a16_grouped_gemm \
 		attention attention_8bit attention_decode append_kv permute_quantize unpermute; do \
 		$(BIN)/python -m benchmarks.$$op --json benchmarks/results/$$op.json || exit 1; done
 	$(BIN)/python -m benchmarks.int8_conv2d --layers resnet50 efficientnet_lite0 --json benchmarks/results/int8_conv2d-layers.json

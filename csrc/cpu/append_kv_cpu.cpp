@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cpu/append_kv.h"
 #include "cpu/memory.h"
 #include "cpu/quantize_rows.h"
 #include "params/append_kv.h"
@@ -104,7 +105,8 @@ INLINE void write(const AppendKvParams& p, const float* row, int32_t columns, co
   }
 }
 
-// Of each token of all sequences, one after the other, from the first to the last.
+}  // namespace
+
 void append(const AppendKvParams& p, int64_t begin, int64_t end) {
   const KvCache& c = p.cache;
   const int64_t widest = std::max(c.head_dim, c.value_dim);
@@ -143,7 +145,6 @@ void append(const AppendKvParams& p, int64_t begin, int64_t end) {
   });
 }
 
-}  // namespace
 }  // namespace cpu
 
 void append_kv_cpu(const AppendKvParams& p) {

@@ -25,6 +25,7 @@
 #include <ranges>
 #include <vector>
 
+#include "cpu/attention_decode.h"
 #include "cpu/decode_tile.h"
 #include "cpu/memory.h"
 
@@ -416,42 +417,72 @@ struct Ranges {
 };
 
 }  // namespace
+
+struct SharedDecode::Parts {
+  Ranges ranges;
+  int64_t stride, shares;
+
+  Parts(const AttentionDecodeParams& p, int64_t most)
+      : ranges(p),
+        stride(Sums::floats(ranges.most_rows, p.cache.value_dim)),
+        shares(std::clamp<int64_t>(ranges.keys * p.cache.head_dim * (p.heads / p.cache.heads) / kLeastWork, 1, most)) {}
+};
+
+SharedDecode::SharedDecode(const AttentionDecodeParams& p, int64_t most)
+    : parts_(std::make_unique<const Parts>(p, most)) {}
+SharedDecode::~SharedDecode() = default;
+
+int64_t SharedDecode::shares() const { return parts_->shares; }
+
+int64_t SharedDecode::workspace_floats() const {
+  return parts_->ranges.most_splits > 1 ? parts_->stride * parts_->ranges.items : 0;
+}
+
+void SharedDecode::attend(int64_t first, int64_t last, float* partials) const {
+  const auto& [ranges, stride, shares] = *parts_;
+  Worker worker(ranges.p, ranges.most_rows);
+  const int64_t end = last == shares ? ranges.items : ranges.first_behind(ranges.keys * last / shares);
+  for (int64_t item = ranges.first_behind(ranges.keys * first / shares); item < end;) {
+    const Keys keys = ranges.keys_of(item);
+    const Chunk& chunk = ranges.chunk_of(item);
+    const int64_t count = std::min({worker.most_heads(), ranges.heads - keys.head.head, end - item});
+    const bool whole = chunk.splits == 1;
+    float* const sums = whole ? worker.own_sums() : partials + item * stride;
+    item += count;
+    worker.run(keys, count, sums, item < end ? ranges.keys_of(item) : keys);
+    if (whole)
+      for (int64_t h = 0; h < count; ++h)
+        finish(chunk.head(ranges.p, keys.head.head + h), chunk.lost, sums + h * stride, 1, 0);
+  }
+}
+
+int64_t SharedDecode::heads() const {
+  return static_cast<int64_t>(parts_->ranges.chunks.size()) * parts_->ranges.heads;
+}
+
+void SharedDecode::combine(int64_t first, int64_t last, float* partials) const {
+  const auto& [ranges, stride, shares] = *parts_;
+  for (int64_t i = first; i < last; ++i) {
+    const int64_t head = i % ranges.heads;
+    const Chunk& c = ranges.chunks[i / ranges.heads];
+    if (c.splits > 1)
+      finish(c.head(ranges.p, head), c.lost, partials + (c.first_item + head) * stride, c.splits,
+             ranges.heads * stride);
+  }
+}
+
 }  // namespace cpu
 
 void attention_decode_cpu(const AttentionDecodeParams& p) {
   using namespace cpu;
-  const Ranges ranges(p);
-  const int64_t group = p.heads / p.cache.heads, stride = Sums::floats(ranges.most_rows, p.cache.value_dim);
+  const SharedDecode decode(p, torch::stable::get_num_threads());
   thread_local Scratch workspace;
-  float* const partials = ranges.most_splits > 1 ? workspace.get(stride * ranges.items) : nullptr;
-  const int64_t shares =
-      std::clamp<int64_t>(ranges.keys * p.cache.head_dim * group / kLeastWork, 1, torch::stable::get_num_threads());
-  torch::stable::parallel_for(0, shares, 1, [&](int64_t first, int64_t last) {
-    Worker worker(p, ranges.most_rows);
-    const int64_t end = last == shares ? ranges.items : ranges.first_behind(ranges.keys * last / shares);
-    for (int64_t item = ranges.first_behind(ranges.keys * first / shares); item < end;) {
-      const Keys keys = ranges.keys_of(item);
-      const Chunk& chunk = ranges.chunk_of(item);
-      const int64_t count = std::min({worker.most_heads(), ranges.heads - keys.head.head, end - item});
-      const bool whole = chunk.splits == 1;
-      float* const sums = whole ? worker.own_sums() : partials + item * stride;
-      item += count;
-      worker.run(keys, count, sums, item < end ? ranges.keys_of(item) : keys);
-      if (whole)
-        for (int64_t h = 0; h < count; ++h)
-          finish(chunk.head(p, keys.head.head + h), chunk.lost, sums + h * stride, 1, 0);
-    }
-  });
-  if (ranges.most_splits == 1) return;
-  const auto all = static_cast<int64_t>(ranges.chunks.size()) * ranges.heads;
-  torch::stable::parallel_for(0, all, 4, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      const int64_t head = i % ranges.heads;
-      const Chunk& c = ranges.chunks[i / ranges.heads];
-      if (c.splits > 1)
-        finish(c.head(p, head), c.lost, partials + (c.first_item + head) * stride, c.splits, ranges.heads * stride);
-    }
-  });
+  float* const partials = decode.workspace_floats() ? workspace.get(decode.workspace_floats()) : nullptr;
+  torch::stable::parallel_for(0, decode.shares(), 1,
+                              [&](int64_t first, int64_t last) { decode.attend(first, last, partials); });
+  if (!partials) return;
+  torch::stable::parallel_for(0, decode.heads(), 4,
+                              [&](int64_t first, int64_t last) { decode.combine(first, last, partials); });
 }
 
 }  // namespace forwardpass

@@ -9,40 +9,19 @@ namespace {
 constexpr const char* kOp = "encoder_layer";
 // Of a layer, in this order: of q, k, v, out, up and down weight, scale, bias, sum, channel_scale and packed each; of
 // both norms weight and bias (LAYER in ops/encoder_layer/__init__.py).
-constexpr int64_t kLinears = 6, kOfLinear = 6, kOfLayer = kLinears * kOfLinear + 4;
+constexpr int64_t kLinears = 6, kOfLinear = kOfEncoderLinear, kOfLayer = kLinears * kOfLinear + 4;
 
 using Weights = std::vector<std::optional<Tensor>>;
 
-// [n, k].
-EncoderLinear linear_of(const Weights& weights, int64_t i, int64_t n, int64_t k, const Tensor& x) {
-  EncoderLinear l{};
-  STD_TORCH_CHECK(weights[i] && weights[i + 1], kOp, ": a layer has weights and their scales");
-  l.weight = b_operand(*weights[i], Dtype::i8, k, x, kOp, "a weight");
-  if (n == 0) n = l.weight.rows;
-  STD_TORCH_CHECK(l.weight.rows == n, kOp, ": a weight must be [", n, ", ", k, "]");
-  l.scale = floats(weights[i + 1], n, x, kOp, "a weight's scale");
-  if (const OptionalTensor& bias = weights[i + 2]) {
-    l.bias_dtype = dtype_of(bias->scalar_type(), kOp, "a bias");
-    STD_TORCH_CHECK(is_float(l.bias_dtype), kOp, ": a bias must be float32, float16 or bfloat16");
-    l.bias = vector<void>(bias, n, bias->scalar_type(), x, kOp, "a bias");
-  }
-  l.sum = ints(weights[i + 3], n, x, kOp, "a weight's sum");
-  check_int8_depth(k, l.sum, kOp);
-  l.channel_scale = floats(weights[i + 4], k, x, kOp, "a weight's channel_scale");
-  check_packed(weights[i + 5], x, kOp);
-  l.packed = weights[i + 5];
-  return l;
-}
-
 EncoderLayer layer_of(const Weights& weights, int64_t first, int64_t h, Activation activation, const Tensor& x) {
   EncoderLayer l{};
-  for (int64_t i = 0; i < 3; ++i) l.qkv[i] = linear_of(weights, first + i * kOfLinear, h, h, x);
-  l.out = linear_of(weights, first + 3 * kOfLinear, h, h, x);
-  l.up = linear_of(weights, first + 4 * kOfLinear, 0, h, x);
+  for (int64_t i = 0; i < 3; ++i) l.qkv[i] = encoder_linear(weights, first + i * kOfLinear, h, h, x, kOp);
+  l.out = encoder_linear(weights, first + 3 * kOfLinear, h, h, x, kOp);
+  l.up = encoder_linear(weights, first + 4 * kOfLinear, 0, h, x, kOp);
   const bool gated = is_gated(activation);
   STD_TORCH_CHECK(!gated || l.up.weight.rows % 16 == 0, kOp,
                   ": a gated activation needs a multiple of 16 columns, 8 of gate beside 8 of up");
-  l.down = linear_of(weights, first + 5 * kOfLinear, h, l.up.weight.rows / (gated ? 2 : 1), x);
+  l.down = encoder_linear(weights, first + 5 * kOfLinear, h, l.up.weight.rows / (gated ? 2 : 1), x, kOp);
   Affine* norms[] = {&l.norm1_weight, &l.norm1_bias, &l.norm2_weight, &l.norm2_bias};
   for (int64_t i = 0; i < 4; ++i)
     *norms[i] = {floats(weights[first + kLinears * kOfLinear + i], h, x, kOp, "a norm's weight or bias"), Dtype::f32};
@@ -50,6 +29,27 @@ EncoderLayer layer_of(const Weights& weights, int64_t first, int64_t h, Activati
 }
 
 }  // namespace
+
+EncoderLinear encoder_linear(const std::vector<OptionalTensor>& weights, int64_t i, int64_t n, int64_t k,
+                             const Tensor& x, const char* op) {
+  EncoderLinear l{};
+  STD_TORCH_CHECK(weights[i] && weights[i + 1], op, ": a layer has weights and their scales");
+  l.weight = b_operand(*weights[i], Dtype::i8, k, x, op, "a weight");
+  if (n == 0) n = l.weight.rows;
+  STD_TORCH_CHECK(l.weight.rows == n, op, ": a weight must be [", n, ", ", k, "]");
+  l.scale = floats(weights[i + 1], n, x, op, "a weight's scale");
+  if (const OptionalTensor& bias = weights[i + 2]) {
+    l.bias_dtype = dtype_of(bias->scalar_type(), op, "a bias");
+    STD_TORCH_CHECK(is_float(l.bias_dtype), op, ": a bias must be float32, float16 or bfloat16");
+    l.bias = vector<void>(bias, n, bias->scalar_type(), x, op, "a bias");
+  }
+  l.sum = ints(weights[i + 3], n, x, op, "a weight's sum");
+  check_int8_depth(k, l.sum, op);
+  l.channel_scale = floats(weights[i + 4], k, x, op, "a weight's channel_scale");
+  check_packed(weights[i + 5], x, op);
+  l.packed = weights[i + 5];
+  return l;
+}
 
 Tensor encoder_layer(Backend, const Tensor& x, const Tensor& cu_seqlens, const Weights& weights, int64_t heads,
                      double eps, const std::optional<std::string>& activation, bool pre_norm,

@@ -7,6 +7,7 @@
 
 #include <cstring>
 
+#include "torch/decoder_layer.h"
 #include "torch/encoder_layer.h"
 
 namespace forwardpass {
@@ -92,6 +93,10 @@ constexpr std::tuple kOps{
     CpuOp<encoder_layer>{
         "encoder_layer(Tensor x, Tensor cu_seqlens, Tensor?[] weights, int heads, float eps, str? activation, "
         "bool pre_norm, float? scale, ScalarType attention_dtype, Tensor? key_lens) -> Tensor"},
+
+    CpuOp<decoder_layer>{
+        "decoder_layer(Tensor x, Tensor(a!)[] k_caches, Tensor(b!)[] v_caches, Tensor seq_lens, Tensor?[] weights, "
+        "int heads, Tensor? cos, Tensor? sin, float eps, str? activation, float? scale, Tensor? leftpad) -> Tensor"},
 
     Op<w8a16_gemm>{"w8a16_gemm(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, str? activation, "
                    "Tensor? residual=None, Tensor? ada_gate=None) -> Tensor"},

@@ -21,6 +21,7 @@ from forwardpass.ops.attention_8bit import cases as attention_8bit_cases
 from forwardpass.ops.attention_decode import cases as decode_cases
 from forwardpass.ops.common.quantized_rows import E4M3
 from forwardpass.ops.common.rotation import SIZES
+from forwardpass.ops.decoder_layer import cases as decoder_cases
 from forwardpass.ops.encoder_layer import cases as encoder_cases
 from forwardpass.ops.int8_conv2d import cases as conv_cases
 from forwardpass.ops.int8_gemm import cases as int8_gemm_cases
@@ -175,6 +176,18 @@ def encoder_layer(parts):
     check("encoder_layer", encoder_cases, some_of(encoder_cases.cases(), parts))
 
 
+def decoder_layer(parts):
+    for case in some_of(decoder_cases.cases(), parts):
+        args = case.arguments()
+        changed = decoder_cases.copied(args)
+        with poisoned_outputs():
+            got = operations["decoder_layer"].runs["cpu"](*changed)
+        try:
+            decoder_cases.assert_matches(got, changed, args)
+        except AssertionError as e:
+            raise AssertionError(str(case)) from e
+
+
 def rotation(parts):
     """Each width of vectors has lanes of its own; of all the bits are the reference's."""
     quantize = operations["quantize"].runs
@@ -185,7 +198,7 @@ def rotation(parts):
             assert torch.equal(got, expected), (size, symmetric)
 
 
-GEMMS = (int8_gemm, int8_conv2d, encoder_layer, w8a16_gemm, w8a16_grouped_gemm)
+GEMMS = (int8_gemm, int8_conv2d, encoder_layer, decoder_layer, w8a16_gemm, w8a16_grouped_gemm)
 OF_WIDTHS = (attention, attention_8bit, attention_decode, rotation)
 
 

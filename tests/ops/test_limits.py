@@ -106,6 +106,7 @@ def test_every_operation_with_a_limit_is_there():
         "attention_with_lse",
         "attention_8bit_with_lse",
         "attention_decode_with_lse",
+        "decoder_layer",
         "encoder_layer",
         "quantize_attention",
         "w8a16_gemm",

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import forwardpass as fp
+from forwardpass.ops.decoder_layer import DecoderWeights
 from forwardpass.ops.encoder_layer import EncoderWeights, Int8Weight
 
 INT8, E4M3, F32 = torch.int8, torch.float8_e4m3fn, torch.float32
@@ -52,6 +53,9 @@ NORMS = (torch.ones(32), None)
 ENCODER = EncoderWeights(
     *(Int8Weight(*rows(INT8, *shape)) for shape in (*((32, 32),) * 4, (48, 32), (32, 48))), NORMS, NORMS
 )
+DECODER = DecoderWeights(
+    *(Int8Weight(*rows(INT8, *shape)) for shape in ((96, 32), (32, 32), (48, 32), (32, 48))), NORMS[0], NORMS[0]
+)
 IMAGES, WINDOWS, ADDED = images(INT8, 2, 8, 5, 6), images(INT8, 16, 8, 3, 2), images(F32, 2, 16, 3, 4)
 CALLS = {
     "activation_quantize": {"x": torch.ones(4, 64), "activation": "silu_mul", "dtype": INT8, "group_size": 16, "layout": "halves",
@@ -66,6 +70,9 @@ CALLS = {
     "attention_decode": DECODE,
     "attention_decode_with_lse": DECODE,
     "attention_with_lse": ATTENTION,
+    "decoder_layer": {"x": torch.ones(2, 1, 32), "k_caches": [CACHE], "v_caches": [CACHE.clone()], "seq_lens": ints(3, 2),
+                      "layers": [DECODER], "heads": 4, "rotary": (torch.ones(2, 1, 8), torch.ones(2, 1, 8)), "eps": 1e-6,
+                      "activation": "relu", "scale": 0.5, "leftpad": ints(0, 1)},
     "dequant_activation": {"acc": Y.int(), "a_scale": A_SCALE, "b_scale": B_SCALE, **BIAS, **FLOAT, **SHIFT},
     "encoder_layer": {"x": X, "cu_seqlens": ints(0, 1, 4), "layers": [ENCODER], "heads": 4, "eps": 1e-6, "activation": "gelu",
                       "pre_norm": False, "scale": 0.5, "attention_dtype": F32, "key_lens": ints(1, 2)},

@@ -50,7 +50,7 @@ class Operation:
             before there is a call knows the first arguments alone, on any device: the others are then None.
         why_not_arch: f("cuda" or "triton", (major, minor)) -> Reason | None, what those kernels ask of a GPU beyond (8, 0).
         notes: f(*args) -> sentences on what the op does besides its kernel (a copy of an unaligned operand, its bytes).
-        writes: the names of the arguments that it changes, in place of returning anything.
+        writes: the names of the arguments that it changes, tensors or lists of tensors.
     """
 
     def __init__(
@@ -225,14 +225,16 @@ class Operation:
             raise
 
     def results(self, run: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        """What run(*args) returns; of an operation that writes into its arguments, those, of which it is given copies."""
+        """What run(*args) returns; of an operation that writes into its arguments those too, of which it is given copies."""
         if not self.writes:
             returned = run(*args)
             return (returned,) if isinstance(returned, Tensor) else returned
-        written = [n in self.writes and isinstance(a, Tensor) for n, a in zip(self.parameters, args)]
-        copies = tuple(a.clone() if w else a for w, a in zip(written, args))
-        run(*copies)
-        return tuple(a for w, a in zip(written, copies) if w)
+        written = [n in self.writes and a is not None for n, a in zip(self.parameters, args)]
+        copies = tuple(_copied(a) if w else a for w, a in zip(written, args))
+        returned = run(*copies)
+        parts = (a for w, a in zip(written, copies) if w)
+        changed = tuple(t for part in parts for t in (part if isinstance(part, list) else (part,)))
+        return changed if returned is None else (returned, *changed)
 
     def _explain(self, args: tuple[Any, ...], request: Explain) -> Explain:
         table = {b: self.why_not(b, *args) for b in BACKENDS}
@@ -256,6 +258,10 @@ class Operation:
         text = ", ".join(f"{n}={one(a)}" for n, a in zip(self.parameters, args) if a is not None)
         notes = self.notes(*args) if self.notes else []
         return f"{self.name}({text})" + "".join(f" [{n}]" for n in notes)
+
+
+def _copied(a: Any) -> Any:
+    return [t.clone() for t in a] if isinstance(a, list) else a.clone()
 
 
 def requires_grad(a: Any) -> bool:

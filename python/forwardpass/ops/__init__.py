@@ -7,6 +7,8 @@ from .attention_8bit import AttentionOperands as AttentionOperands
 from .attention_8bit import attention_8bit, attention_8bit_with_lse, quantize_attention
 from .attention_decode import attention_decode, attention_decode_with_lse
 from .common.activations import interleave_gate_up, separate_gate_up
+from .decoder_layer import DecoderWeights as DecoderWeights
+from .decoder_layer import decoder_layer
 from .dequant_activation import dequant_activation
 from .encoder_layer import EncoderWeights as EncoderWeights
 from .encoder_layer import Int8Weight as Int8Weight
@@ -35,6 +37,7 @@ __all__ = [
     "attention_decode",
     "attention_decode_with_lse",
     "attention_with_lse",
+    "decoder_layer",
     "dequant_activation",
     "encoder_layer",
     "fp8_gemm",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...dispatch import Operation
-from ..common.cache_layout import check_cache, check_lengths, check_new_rows
+from ..common.cache_layout import check_cache, check_lengths, check_new_rows, check_rotary, rotary_pair
 from ..common.quantized_rows import check_vector
 from . import reference
 
@@ -80,11 +80,7 @@ def append_kv(
         >>> torch.equal(k_cache[0, 6], k[0, 0]), torch.equal(v_cache[1, 2], v[1, 0])
         (True, True)
     """
-    cos, sin, q_out = None, None, None
-    if rotary is not None:
-        if not isinstance(rotary, tuple | list) or len(rotary) != 2:
-            raise TypeError(f"append_kv: rotary must be (cos, sin) or None, not {type(rotary).__name__}")
-        cos, sin = rotary
+    (cos, sin), q_out = rotary_pair("append_kv", rotary), None
     if isinstance(q, Tensor):
         q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     OPERATION(
@@ -128,23 +124,7 @@ def _check(
                 f"{op}: {name} is expanded, so that its elements cannot be written: pass {name}.contiguous()"
             )
     reference.check_memory(k_cache, v_cache, k_scale, v_scale)
-    if cos is not None or sin is not None:
-        for name, x in (("cos", cos), ("sin", sin)):
-            if not isinstance(x, Tensor) or x.dtype not in (torch.float32, k.dtype):
-                raise TypeError(f"{op}: {name} of rotary must be a tensor of float32 or k's dtype, {k.dtype}, not "
-                                f"{getattr(x, 'dtype', type(x).__name__)}")  # fmt: skip
-            if x.dim() != 3 or x.shape[0] not in (1, k.shape[0]) or x.shape[1] != k.shape[1] or x.shape[2] % 2:
-                raise ValueError(f"{op}: {name} of rotary must be [{k.shape[0]} or 1, {k.shape[1]}, an even number], and has shape "
-                                 f"{tuple(x.shape)}")  # fmt: skip
-            if not 0 < x.shape[2] <= k.shape[3] or x.stride(2) != 1:
-                raise ValueError(f"{op}: {name} of rotary must have 2 to {k.shape[3]} columns of stride 1, and has "
-                                 f"{x.shape[2]} of stride {x.stride(2)}")  # fmt: skip
-            if x.device != k.device:
-                raise ValueError(f"{op}: {name} of rotary is on {x.device} and k on {k.device}: move one of them")
-        assert cos is not None and sin is not None
-        if cos.shape != sin.shape or cos.dtype != sin.dtype:
-            raise ValueError(f"{op}: cos and sin of rotary must have one shape and dtype, and are {cos.dtype} {tuple(cos.shape)} "
-                             f"and {sin.dtype} {tuple(sin.shape)}")  # fmt: skip
+    check_rotary(op, "k", k, k.shape[3], cos, sin)
     if not isinstance(interleaved, bool):
         raise TypeError(f"{op}: interleaved must be True or False, not {interleaved!r}")
     if interleaved and cos is None:

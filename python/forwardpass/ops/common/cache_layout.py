@@ -102,6 +102,37 @@ def check_ints(op: str, name: str, ints: Tensor, x_name: str, x: Tensor) -> None
         raise ValueError(f"{op}: {name} is on {ints.device} and {x_name} on {x.device}: move one of them")
 
 
+def rotary_pair(op: str, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
+    """cos and sin of an argument that may be None."""
+    if rotary is None:
+        return None, None
+    if not isinstance(rotary, tuple | list) or len(rotary) != 2:
+        raise TypeError(f"{op}: rotary must be (cos, sin) or None, not {type(rotary).__name__}")
+    return rotary[0], rotary[1]
+
+
+def check_rotary(op: str, name: str, x: Tensor, columns: int, cos: Tensor | None, sin: Tensor | None) -> None:
+    """cos and sin, both or neither, of new tokens x [B, S, …], called name, whose heads have so many columns."""
+    if cos is None and sin is None:
+        return
+    for part, t in (("cos", cos), ("sin", sin)):
+        if not isinstance(t, Tensor) or t.dtype not in (torch.float32, x.dtype):
+            raise TypeError(f"{op}: {part} of rotary must be a tensor of float32 or {name}'s dtype, {x.dtype}, not "
+                            f"{getattr(t, 'dtype', type(t).__name__)}")  # fmt: skip
+        if t.dim() != 3 or t.shape[0] not in (1, x.shape[0]) or t.shape[1] != x.shape[1] or t.shape[2] % 2:
+            raise ValueError(f"{op}: {part} of rotary must be [{x.shape[0]} or 1, {x.shape[1]}, an even number], and has shape "
+                             f"{tuple(t.shape)}")  # fmt: skip
+        if not 0 < t.shape[2] <= columns or t.stride(2) != 1:
+            raise ValueError(f"{op}: {part} of rotary must have 2 to {columns} columns of stride 1, and has "
+                             f"{t.shape[2]} of stride {t.stride(2)}")  # fmt: skip
+        if t.device != x.device:
+            raise ValueError(f"{op}: {part} of rotary is on {t.device} and {name} on {x.device}: move one of them")
+    assert cos is not None and sin is not None
+    if cos.shape != sin.shape or cos.dtype != sin.dtype:
+        raise ValueError(f"{op}: cos and sin of rotary must have one shape and dtype, and are {cos.dtype} {tuple(cos.shape)} "
+                         f"and {sin.dtype} {tuple(sin.shape)}")  # fmt: skip
+
+
 def _check_table(op: str, name: str, x: Tensor, k_cache: Tensor, block_table: Tensor | None) -> None:
     batch = x.shape[0]
     if block_table is None:

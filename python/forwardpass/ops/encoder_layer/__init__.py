@@ -113,9 +113,8 @@ def encoder_layer(
     return OPERATION(x, cu_seqlens, flat(layers), heads, eps, activation, pre_norm, scale, dtype, key_lens)
 
 
-def _check_linear(weights: Sequence[Tensor | None], name: str, rows: int | None, inputs: Tensor) -> int:
+def check_linear(op: str, weights: Sequence[Tensor | None], name: str, rows: int | None, inputs: Tensor) -> int:
     """Its rows. inputs: empty, with as many columns as its input."""
-    op = "encoder_layer"
     weight, scale, bias, total, channel_scale, packed = weights
     if not isinstance(weight, Tensor) or not isinstance(scale, Tensor):
         raise TypeError(f"{op}: {name} must be an Int8Weight with weight and scale, and has not both")
@@ -138,12 +137,12 @@ def _check_layer(weights: Sequence[Tensor | None], activation: str | None, x: Te
     q, k, v, out, up, down = (weights[i * LINEAR : (i + 1) * LINEAR] for i in range(LINEARS))
     inputs = x.new_empty(0, h)
     for name, linear in (("q", q), ("k", k), ("v", v), ("out", out)):
-        _check_linear(linear, name, h, inputs)
-    n = _check_linear(up, "up", None, inputs)
+        check_linear(op, linear, name, h, inputs)
+    n = check_linear(op, up, "up", None, inputs)
     if is_gated(activation) and n % 16:
         raise ValueError(f"{op}: the rows of up must be a multiple of 16 with {activation}, 8 of gate beside 8 of up, and are {n}: "
                          "pad them with zeros")  # fmt: skip
-    _check_linear(down, "down", h, x.new_empty(0, n // 2 if is_gated(activation) else n))
+    check_linear(op, down, "down", h, x.new_empty(0, n // 2 if is_gated(activation) else n))
     names = ("norm1's weight", "norm1's bias", "norm2's weight", "norm2's bias")
     for name, vector in zip(names, weights[LINEARS * LINEAR :]):
         check_vector(op, name, vector, h, torch.float32, x)

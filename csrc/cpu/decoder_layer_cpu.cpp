@@ -1,0 +1,485 @@
+// Layers of a decoder in one call. A step of one token reads all weights once, 106 MB of SmolLM2-135M's layers in int8:
+// their bytes bind, and what is between them. So threads are forked once for all layers, share the columns of each
+// product, and meet between the steps (team.h); what concerns whole rows, norms and quantisation, each thread does for
+// itself, which takes less time than to meet once more. Of many rows each thread takes some through all that concerns
+// rows alone, as encoder_layer does: attention, its output, the MLP, and q, k and v of the next layer. Threads then
+// meet once per layer, as rows attend to the keys of others.
+#include <algorithm>
+#include <cmath>
+
+#include "cpu/append_kv.h"
+#include "cpu/attention_decode.h"
+#include "cpu/attention_rows.h"
+#include "cpu/decoder_layer.h"
+#include "cpu/int8_blocks.h"
+#include "cpu/norm_rows.h"
+#include "cpu/team.h"
+#include "cpu/vector.h"
+#include "torch/int8_operands.h"
+
+namespace forwardpass {
+namespace {
+
+using cpu::CacheLines;
+
+// The most rows that a thread takes at a time, which then share copies of their sequence's keys.
+constexpr int64_t kMostRows = 128;
+// Of sums of 32 rows, 128 KB.
+constexpr int64_t kChunkColumns = 1024;
+
+template <class T>
+T* at(const CacheLines& memory) {
+  return reinterpret_cast<T*>(memory[0].bytes);
+}
+
+// n elements of one float dtype as another.
+void convert(const void* from, Dtype from_dtype, void* to, Dtype to_dtype, int64_t n) {
+  cpu::with_vectors(VECTOR_CODE {
+    cpu::with_float_dtype(from_dtype, [&](auto From) __attribute__((always_inline)) {
+      cpu::with_float_dtype(to_dtype, [&](auto To) __attribute__((always_inline)) {
+        cpu::for_each_vector<V>(0, n, VECTOR_BODY(&) { cpu::store<To()>(cpu::load<V, From()>(from, c, n), to, c, n); });
+      });
+    });
+  });
+}
+
+// Rows of `columns` floats, which are `stride` apart, as a dtype has them.
+void round_rows(float* x, int64_t rows, int64_t columns, int64_t stride, Dtype dtype) {
+  if (dtype == Dtype::f32) return;
+  cpu::with_vectors(VECTOR_CODE {
+    cpu::with_float_dtype(dtype, [&](auto D) __attribute__((always_inline)) {
+      for (int64_t r = 0; r < rows; ++r)
+        cpu::for_each_vector<V>(
+            0, columns, VECTOR_BODY(&) {
+              V rounded[1];
+              cpu::store<D()>(cpu::load<V, Dtype::f32>(x + r * stride, c, n), rounded, 0, n);
+              cpu::store<Dtype::f32>(cpu::load<V, D()>(rounded, 0, n), x + r * stride, c, n);
+            });
+    });
+  });
+}
+
+Matrix floats(const float* data, int64_t rows, int64_t columns) { return {data, Dtype::f32, rows, columns, columns}; }
+
+// Where a linear layer's results go, and what is added to them: [rows, columns] each, contiguous.
+struct Outputs {
+  void* data;
+  int64_t stride;
+  Dtype dtype = Dtype::f32;
+  const float* residual = nullptr;
+  Activation activation = Activation::none;
+};
+
+// A row's scales and zero points are at scale and zero_point.
+QuantizeParams quantization(const EncoderLinear& linear, const Matrix& x, float* scale, int32_t* zero_point) {
+  QuantizeParams q{};
+  q.x = x;
+  q.out.dtype = Dtype::i8, q.out.columns = q.out.group = x.columns, q.out.scale_stride = x.rows;
+  q.out.scale = scale, q.out.zero_point = linear.sum ? zero_point : nullptr, q.out.symmetric = !linear.sum;
+  q.out.channel_scale = linear.channel_scale;
+  return q;
+}
+
+Epilogue epilogue_of(const EncoderLinear& linear, const QuantizeParams& q, const Outputs& o) {
+  Epilogue e{};
+  e.a_scale = q.out.scale, e.a_scale_per_row = true;
+  e.zero_point = q.out.zero_point, e.zero_point_per_row = linear.sum, e.b_sum = linear.sum;
+  e.b_scale = linear.scale, e.b_scale_per_column = true;
+  e.bias = linear.bias, e.bias_dtype = linear.bias_dtype, e.activation = o.activation;
+  e.out = o.data, e.out_stride = o.stride, e.out_dtype = o.dtype;
+  e.residual = o.residual, e.residual_stride = o.stride;
+  return e;
+}
+
+// Sizes of a call's rows.
+struct Sizes {
+  int64_t rows, columns, q_columns, qkv_columns, mid = 0, depth;
+
+  explicit Sizes(const DecoderLayerParams& p)
+      : rows(p.x.rows),
+        columns(p.x.columns),
+        q_columns(int64_t{p.heads} * p.head_dim),
+        qkv_columns(int64_t{p.heads + 2 * p.kv_heads} * p.head_dim) {
+    for (const DecoderLayer& layer : p.layers) mid = std::max(mid, layer.down.weight.columns);
+    depth = round_up(std::max({columns, q_columns, mid}), cpu::kTileBytes);
+  }
+};
+
+// Rows between the steps of a layer: [rows, H], [rows, H], [rows, I].
+struct Buffers {
+  float *sum, *normed, *mid;
+};
+
+// The steps of a layer, written once for both ways. Steps: linear(linear layer, x, outputs); meet(), where what follows
+// reads columns that other threads write.
+class Formula {
+ public:
+  explicit Formula(const DecoderLayerParams& p) : sizes(p), p_(p) {}
+
+  const Sizes sizes;
+
+  // q, k and v, one after another, of rows x of a layer's input.
+  template <class Steps>
+  void qkv(const DecoderLayer& layer, Steps& steps, const float* x, int64_t rows, const Buffers& b, void* to) const {
+    norm(x, rows, layer.norm1, b.normed);
+    steps.linear(layer.qkv, floats(b.normed, rows, sizes.columns), {to, sizes.qkv_columns, p_.x.dtype});
+  }
+
+  // From what attention gave for rows x on to the end of the layer, in the place of x.
+  template <class Steps>
+  void rest(const DecoderLayer& layer, Steps& steps, float* x, int64_t rows, const void* attended,
+            const Buffers& b) const {
+    const int64_t h = sizes.columns, q = sizes.q_columns, mid = layer.down.weight.columns;
+    steps.linear(layer.out, {attended, p_.x.dtype, rows, q, q}, {b.sum, h, Dtype::f32, x});
+    steps.meet();
+    norm(b.sum, rows, layer.norm2, b.normed);
+    steps.linear(layer.up, floats(b.normed, rows, h), {b.mid, mid, Dtype::f32, nullptr, p_.activation});
+    steps.meet();
+    steps.linear(layer.down, floats(b.mid, rows, mid), {x, h, Dtype::f32, b.sum});
+  }
+
+  // What puts keys and values of all rows, qkv, into a layer's cache, and queries, rotated, to q.
+  AppendKvParams append(const DecoderLayer& layer, const void* qkv, void* q) const {
+    AppendKvParams a{};
+    a.q = projected(qkv, 0), a.k = projected(qkv, p_.heads), a.v = projected(qkv, p_.heads + p_.kv_heads);
+    a.q_out = q, a.q_heads = p_.heads, a.tokens = p_.tokens, a.dtype = p_.x.dtype, a.cache = layer.cache;
+    a.cos = p_.cos, a.sin = p_.sin, a.rotary_dtype = p_.rotary_dtype, a.rotated = p_.rotated;
+    return a;
+  }
+
+  AttentionDecodeParams attention(const DecoderLayer& layer, const void* q, void* out) const {
+    AttentionDecodeParams a{};
+    a.q = {q, p_.tokens * sizes.q_columns, sizes.q_columns, p_.head_dim}, a.out = out, a.dtype = p_.x.dtype;
+    a.heads = p_.heads, a.rows = p_.tokens, a.scale = p_.scale, a.left = kUnlimited;
+    a.leftpad = p_.leftpad, a.cache = layer.cache;
+    return a;
+  }
+
+ private:
+  AttentionTensor projected(const void* qkv, int64_t head) const {
+    const void* data = static_cast<const char*>(qkv) + head * p_.head_dim * size_of(p_.x.dtype);
+    return {data, p_.tokens * sizes.qkv_columns, sizes.qkv_columns, p_.head_dim};
+  }
+
+  void norm(const float* x, int64_t rows, const Affine& weight, float* out) const {
+    NormQuantizeParams n{};
+    n.x = floats(x, rows, sizes.columns), n.weight = weight, n.eps = p_.eps, n.kind = Norm::rms;
+    n.rows_per_sample = INT64_MAX;
+    norm_rows(n, out, Dtype::f32);
+  }
+
+  const DecoderLayerParams& p_;
+};
+
+// Few rows: threads share the columns of each product.
+class SharedSteps {
+ public:
+  SharedSteps(const DecoderLayerParams& p, const Tensor& x, const cpu::Int8Kernel* kernel)
+      : p_(p), tensor_(x), kernel_(kernel), one_(p), team_(shares()) {
+    const auto& [rows, h, q, qkv, mid, depth] = one_.sizes;
+    const int64_t size = size_of(p.x.dtype);
+    x_ = cpu::allocate(rows * h * 4), sum_ = cpu::allocate(rows * h * 4), mid_ = cpu::allocate(rows * mid * 4);
+    qkv_ = cpu::allocate(rows * qkv * size), q_ = cpu::allocate(rows * q * size);
+    attended_ = cpu::allocate(rows * q * size);
+    // All layers attend to as many keys.
+    workspace_ = cpu::allocate(4 * decode(p.layers[0]).workspace_floats());
+  }
+
+  void run() {
+    if (!kernel_) return Member(*this, 0, 1).run();
+    torch::stable::parallel_for(0, team_.shares(), 1,
+                                [&](int64_t begin, int64_t end) { Member(*this, begin, end).run(); });
+  }
+
+ private:
+  // A thread, and its shares.
+  class Member {
+   public:
+    Member(SharedSteps& all, int64_t begin, int64_t end)
+        : all_(all), p_(all.p_), sizes_(all.one_.sizes), begin_(begin), end_(end) {
+      const int64_t rows = sizes_.rows;
+      normed_ = cpu::allocate(rows * sizes_.columns * 4), scales_ = cpu::allocate(rows * 4);
+      zero_points_ = cpu::allocate(rows * 4), corrections_ = cpu::allocate(rows * 4);
+      if (!all.kernel_) return;
+      quantized_ = cpu::allocate(rows * sizes_.depth);
+      prepared_ = cpu::allocate(rows * sizes_.depth * all.kernel_->few_bytes);
+    }
+
+    void run() {
+      const Formula& one = all_.one_;
+      const int64_t rows = sizes_.rows, h = sizes_.columns, size = size_of(p_.x.dtype);
+      const auto x = at<float>(all_.x_);
+      const Buffers b{at<float>(all_.sum_), at<float>(normed_), at<float>(all_.mid_)};
+      for (int64_t r = of(rows, begin_); r < of(rows, end_); ++r)
+        convert(static_cast<const char*>(p_.x.data) + r * p_.x.stride * size, p_.x.dtype, x + r * h, Dtype::f32, h);
+      meet();
+      for (const DecoderLayer& layer : p_.layers) {
+        one.qkv(layer, *this, x, rows, b, at<char>(all_.qkv_));
+        meet();
+        cpu::append(one.append(layer, at<char>(all_.qkv_), at<char>(all_.q_)), of(rows, begin_), of(rows, end_));
+        meet();
+        attend(layer);
+        one.rest(layer, *this, x, rows, at<char>(all_.attended_), b);
+        const auto [first, last] = columns_of(h);
+        round_rows(x + first, rows, last - first, h, p_.x.dtype);
+        meet();
+      }
+      for (int64_t r = of(rows, begin_); r < of(rows, end_); ++r)
+        convert(x + r * h, Dtype::f32, static_cast<char*>(p_.out) + r * h * size, p_.x.dtype, h);
+    }
+
+    void meet() { all_.team_.wait(end_ - begin_); }
+
+    void linear(const EncoderLinear& linear, const Matrix& x, const Outputs& o) {
+      QuantizeParams q = quantization(linear, x, at<float>(scales_), at<int32_t>(zero_points_));
+      const Epilogue e = epilogue_of(linear, q, o);
+      if (!all_.kernel_)
+        return int8_gemm_cpu(all_.tensor_, {nullptr, Dtype::i8, x.rows, x.columns, 0}, linear.weight, e, &q,
+                             linear.packed);
+      const int64_t depth = round_up(x.columns, cpu::kTileBytes);
+      const auto rows = at<uint8_t>(quantized_);
+      q.out.q = rows, q.out.q_stride = depth;
+      quantize_cpu(q);
+      for (int64_t r = 0; r < x.rows; ++r) std::fill_n(rows + r * depth + x.columns, depth - x.columns, 0);
+      const cpu::Int8Kernel& kernel = *all_.kernel_;
+      kernel.prepare_few(rows, x.rows, depth, at<uint8_t>(prepared_), at<uint32_t>(corrections_));
+      const cpu::FewRows few{at<uint8_t>(prepared_), x.rows, depth * kernel.few_bytes, at<uint32_t>(corrections_)};
+      const auto [begin, end] = columns_of(linear.weight.rows);
+      cpu::multiply_columns<Dtype::i32>(x.rows, begin, end, e,
+                                        [&](int64_t first, int64_t last, int32_t* sums, int64_t stride) {
+                                          kernel.multiply_few(few, linear.weight, first, last, sums, stride);
+                                        });
+    }
+
+   private:
+    // The first of n that are a share's.
+    int64_t of(int64_t n, int64_t share) const { return n * share / all_.team_.shares(); }
+    std::pair<int64_t, int64_t> columns_of(int64_t n) const {
+      const int64_t groups = (n + cpu::kGroupColumns - 1) / cpu::kGroupColumns;
+      return {std::min(n, of(groups, begin_) * cpu::kGroupColumns), std::min(n, of(groups, end_) * cpu::kGroupColumns)};
+    }
+
+    void attend(const DecoderLayer& layer) {
+      const auto attention = all_.one_.attention(layer, at<char>(all_.q_), at<char>(all_.attended_));
+      const cpu::SharedDecode decode(attention, all_.team_.shares());
+      const int64_t first = std::min(begin_, decode.shares()), last = std::min(end_, decode.shares());
+      if (first < last) decode.attend(first, last, at<float>(all_.workspace_));
+      meet();
+      if (!decode.workspace_floats()) return;
+      decode.combine(of(decode.heads(), begin_), of(decode.heads(), end_), at<float>(all_.workspace_));
+      meet();
+    }
+
+    SharedSteps& all_;
+    const DecoderLayerParams& p_;
+    const Sizes& sizes_;
+    const int64_t begin_, end_;
+    CacheLines normed_, scales_, zero_points_, corrections_, quantized_, prepared_;
+  };
+
+  // A thread has so many products in a layer that meeting the others does not take a tenth of its time.
+  int64_t shares() const {
+    if (!kernel_) return 1;
+    const auto& [rows, h, q, qkv, mid, depth] = one_.sizes;
+    const int64_t products = rows * (h * (qkv + q) + 3 * h * mid);
+    return std::clamp<int64_t>(products / cpu::kLeastProducts, 1, torch::stable::get_num_threads());
+  }
+
+  cpu::SharedDecode decode(const DecoderLayer& layer) const {
+    return {one_.attention(layer, nullptr, nullptr), team_.shares()};
+  }
+
+  const DecoderLayerParams& p_;
+  const Tensor& tensor_;
+  const cpu::Int8Kernel* const kernel_;
+  const Formula one_;
+  cpu::Team team_;
+  CacheLines x_, sum_, mid_, qkv_, q_, attended_, workspace_;
+};
+
+// A linear layer's weight as blocks read it.
+struct BlockLinear {
+  const EncoderLinear* linear;
+  cpu::PackedWeight weight;
+  cpu::WeightMemory memory;
+};
+
+struct BlockLayer {
+  const DecoderLayer* layer;
+  BlockLinear linears[4];
+};
+
+// What one thread has for its rows, a block of at most 32 at a time.
+class Block {
+ public:
+  Block(const DecoderLayerParams& p, const Sizes& sizes, const cpu::Int8Kernel& kernel) : kernel_(kernel) {
+    const auto& [rows, h, q, qkv, mid, depth] = sizes;
+    rows_ = cpu::allocate(cpu::kBlockRows * cpu::stride_of_block(depth));
+    scratch_ = cpu::allocate(kernel.scratch_bytes_per_column * depth);
+    sums_ = cpu::allocate(cpu::kBlockRows * kChunkColumns * 4);
+    attended_ = cpu::allocate(kMostRows * q * size_of(p.x.dtype));
+    floats_ = cpu::allocate(cpu::kBlockRows * (3 * h + mid) * 4);
+    const auto floats = at<float>(floats_);
+    x = floats;
+    buffers = {floats + cpu::kBlockRows * h, floats + 2 * cpu::kBlockRows * h, floats + 3 * cpu::kBlockRows * h};
+  }
+
+  float* x;  // of the block's rows
+  Buffers buffers;
+
+  char* attended() const { return at<char>(attended_); }
+  void take(const BlockLayer& layer) { layer_ = &layer; }
+  void meet() {}
+
+  void linear(const EncoderLinear& linear, const Matrix& x, const Outputs& o) {
+    const BlockLinear& b = *std::find_if(std::begin(layer_->linears), std::end(layer_->linears),
+                                         [&](const BlockLinear& b) { return b.linear == &linear; });
+    const int64_t stride = cpu::stride_of_block(b.weight.depth);
+    QuantizeParams q = quantization(linear, x, scales_, zero_points_);
+    q.out.q = at<uint8_t>(rows_), q.out.q_stride = stride;
+    quantize_cpu(q);
+    kernel_.prepare_block(b.weight, at<uint8_t>(rows_), stride, at<uint8_t>(scratch_));
+    cpu::multiply_block(kernel_,
+                        {at<uint8_t>(rows_), stride, x.rows, at<uint8_t>(scratch_), at<int32_t>(sums_), kChunkColumns},
+                        linear.weight.rows, b.weight, 0, b.weight.columns, epilogue_of(linear, q, o));
+  }
+
+ private:
+  const cpu::Int8Kernel& kernel_;
+  const BlockLayer* layer_ = nullptr;
+  CacheLines rows_, scratch_, sums_, attended_, floats_;
+  float scales_[cpu::kBlockRows];
+  int32_t zero_points_[cpu::kBlockRows];
+};
+
+// Many rows: some at a time, each by one thread.
+class Blocks {
+ public:
+  Blocks(const DecoderLayerParams& p, const cpu::Int8Kernel& kernel) : p_(p), one_(p), kernel_(kernel) {
+    for (const DecoderLayer& layer : p.layers)
+      layers_.push_back(
+          {&layer, {{&layer.qkv, {}, {}}, {&layer.out, {}, {}}, {&layer.up, {}, {}}, {&layer.down, {}, {}}}});
+  }
+
+  void run() {
+    const auto& [rows, h, q, qkv, mid, depth] = one_.sizes;
+    const int64_t threads = torch::stable::get_num_threads(), each = (rows + threads - 1) / threads;
+    // Four parts a thread, so that threads have equal shares, but blocks that are full.
+    const int64_t part = each <= cpu::kBlockRows ? each : std::min(kMostRows, round_up(each / 4 + 1, cpu::kBlockRows)),
+                  parts = (rows + part - 1) / part, slots = (parts + threads - 1) / threads;
+    const int64_t size = size_of(p_.x.dtype);
+    const CacheLines of_qkv = cpu::allocate(rows * qkv * size), of_q = cpu::allocate(rows * q * size);
+    for (int64_t l = -1; l < std::ssize(layers_); ++l) {
+      if (l + 1 < std::ssize(layers_)) pack(layers_[l + 1], l > 0 ? &layers_[l - 1] : nullptr);
+      // Each thread has parts from everywhere, as later rows attend to more keys.
+      torch::stable::parallel_for(0, threads * slots, 1, [&](int64_t begin, int64_t end) {
+        Block block(p_, one_.sizes, kernel_);
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t first = (i % slots * threads + i / slots) * part;
+          if (first < rows) layer(block, l, first, std::min(rows, first + part), at<char>(of_qkv), at<char>(of_q));
+        }
+      });
+    }
+  }
+
+ private:
+  // A layer's weights, in the memory of one that is done.
+  void pack(BlockLayer& layer, BlockLayer* done) const {
+    for (int64_t i = 0; i < std::ssize(layer.linears); ++i) {
+      BlockLinear& b = layer.linears[i];
+      if (done) b.memory = std::move(done->linears[i].memory);
+      const auto& packed = b.linear->packed;
+      const auto data = static_cast<const uint8_t*>(packed ? packed->const_data_ptr() : nullptr);
+      b.weight = cpu::weight_for_blocks(kernel_, {b.linear->weight, data, packed ? packed->numel() : 0}, b.memory);
+    }
+  }
+
+  // Layer l but its q, k and v, which are in q and in its cache; and those of the next layer. -1: of the first alone.
+  void layer(Block& block, int64_t l, int64_t first, int64_t last, char* qkv, char* q) const {
+    const int64_t h = one_.sizes.columns, size = size_of(p_.x.dtype);
+    if (l >= 0) attend(*layers_[l].layer, first, last, q, block.attended());
+    for (int64_t r = first; r < last; r += cpu::kBlockRows) {
+      const int64_t count = std::min(cpu::kBlockRows, last - r);
+      for (int64_t i = 0; i < count; ++i) convert(input(l, r + i), p_.x.dtype, block.x + i * h, Dtype::f32, h);
+      if (l >= 0) {
+        block.take(layers_[l]);
+        one_.rest(*layers_[l].layer, block, block.x, count,
+                  block.attended() + (r - first) * one_.sizes.q_columns * size, block.buffers);
+        convert(block.x, Dtype::f32, out(r), p_.x.dtype, count * h);
+        round_rows(block.x, 1, count * h, 0, p_.x.dtype);
+      }
+      if (l + 1 == std::ssize(layers_)) continue;
+      const DecoderLayer& next = *layers_[l + 1].layer;
+      block.take(layers_[l + 1]);
+      one_.qkv(next, block, block.x, count, block.buffers, qkv + r * one_.sizes.qkv_columns * size);
+      cpu::append(one_.append(next, qkv, q), r, r + count);
+    }
+  }
+
+  // Rows from `first` to `last`, which sequences may share.
+  void attend(const DecoderLayer& layer, int64_t first, int64_t last, const char* q, char* out) const {
+    for (int64_t row = first; row < last;) {
+      const int64_t b = row / p_.tokens, end = std::min(last, (b + 1) * p_.tokens);
+      const int64_t bytes = one_.sizes.q_columns * size_of(p_.x.dtype);
+      attend(layer, b, row - b * p_.tokens, end - b * p_.tokens, q + row * bytes, out + (row - first) * bytes);
+      row = end;
+    }
+  }
+
+  // Rows of one sequence.
+  void attend(const DecoderLayer& layer, int64_t b, int64_t first, int64_t last, const char* q, char* out) const {
+    AttentionDecodeParams a = one_.attention(layer, q, out);
+    // Of the last row on, as the sequence's rows end there.
+    const int32_t length = p_.seq_lens[b] - p_.tokens + static_cast<int32_t>(last);
+    const int32_t padding = p_.leftpad ? p_.leftpad[b] : 0;
+    const int64_t size = size_of(p_.x.dtype);
+    const auto sequence = [&](const CacheTensor& t) { return static_cast<char*>(t.data) + b * t.first * size; };
+    const bool known = a.in_range(b);
+    a.rows = static_cast<int32_t>(last - first);
+    if (known && length > padding && has_attention_rows(p_.x.dtype, p_.head_dim)) {
+      const auto keys = [&](const CacheTensor& t) {
+        return AttentionTensor{sequence(t) + padding * t.row * size, 0, t.row, t.head};
+      };
+      AttentionRows r{};
+      r.dtype = p_.x.dtype, r.q = a.q, r.out = {out, 0, one_.sizes.q_columns, p_.head_dim};
+      r.k = keys(a.cache.k), r.v = keys(a.cache.v);
+      r.batch = 1, r.heads = p_.heads, r.kv_heads = p_.kv_heads, r.rows = a.rows, r.columns = p_.head_dim;
+      r.keys = length - padding, r.scale = p_.scale, r.first_position = r.keys - a.rows;
+      r.left = kUnlimited, r.right = 0;
+      return attention_rows_here(r);
+    }
+    // Of no known length, without keys, or of columns that attention_rows has not. -1 is no length.
+    const int32_t keys = known ? std::max(length, 0) : -1;
+    if (known && length < 0) a.rows = 0;
+    a.cache.k.data = sequence(a.cache.k), a.cache.v.data = sequence(a.cache.v);
+    a.cache.batch = a.cache.pages = 1, a.cache.seq_lens = &keys, a.leftpad = known && p_.leftpad ? &padding : nullptr;
+    if (a.rows) return attention_decode_cpu(a);
+    std::fill_n(out, (last - first) * one_.sizes.q_columns * size, 0);
+  }
+
+  const char* input(int64_t l, int64_t row) const {
+    if (l > 0) return out(row);
+    return static_cast<const char*>(p_.x.data) + row * p_.x.stride * size_of(p_.x.dtype);
+  }
+
+  char* out(int64_t row) const { return static_cast<char*>(p_.out) + row * one_.sizes.columns * size_of(p_.x.dtype); }
+
+  const DecoderLayerParams& p_;
+  const Formula one_;
+  const cpu::Int8Kernel& kernel_;
+  std::vector<BlockLayer> layers_;
+};
+
+}  // namespace
+
+void decoder_layer_cpu(const DecoderLayerParams& p, const Tensor& x) {
+  if (p.x.rows == 0) return;
+  const cpu::Int8Kernel* kernel = cpu::int8_kernel(cpu::tier());
+  if (kernel && p.x.rows > kernel->few_rows) {
+    Blocks(p, *kernel).run();
+  } else {
+    SharedSteps(p, x, kernel).run();
+  }
+}
+
+}  // namespace forwardpass

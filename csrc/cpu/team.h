@@ -1,0 +1,41 @@
+#pragma once
+// Threads of one parallel_for that meet between the steps of a call: a step of a decoder has some two hundred, and to
+// fork and join threads for each takes as long as the small ones of them.
+#include <atomic>
+#include <cstdint>
+
+namespace forwardpass::cpu {
+
+// What is to be done has so many shares, of which each thread has some, perhaps one thread all.
+class Team {
+ public:
+  explicit Team(int64_t shares) : shares_(shares) {}
+
+  int64_t shares() const { return shares_; }
+
+  // Returns once this was called for all shares; `shares` of them are the caller's.
+  void wait(int64_t shares) {
+    const uint32_t before = meetings_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(shares, std::memory_order_acq_rel) + shares == shares_) {
+      arrived_.store(0, std::memory_order_relaxed);
+      meetings_.fetch_add(1, std::memory_order_release);
+      return meetings_.notify_all();
+    }
+    for (int i = 0; i < kSpins; ++i) {
+      if (meetings_.load(std::memory_order_acquire) != before) return;
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#endif
+    }
+    while (meetings_.load(std::memory_order_acquire) == before) meetings_.wait(before, std::memory_order_acquire);
+  }
+
+ private:
+  static constexpr int kSpins = 10000;  // some 100 us; where cores are shared with others, threads sleep then
+
+  const int64_t shares_;
+  alignas(64) std::atomic<int64_t> arrived_{0};
+  alignas(64) std::atomic<uint32_t> meetings_{0};
+};
+
+}  // namespace forwardpass::cpu
