@@ -43,7 +43,7 @@ from .record import EARLIER, checked, names_now, weights_of
 
 _QUANTIZERS = "transformers.quantizers.auto"
 _ENTRIES = ("schema", "forwardpass", "weights", "layers", "attention", "unpad", "kv_cache", "attention_8bit", "aliases",
-            "rewritten", "encoders")  # fmt: skip
+            "rewritten", "encoders", "folded")  # fmt: skip
 _NO_MODEL = {"class": "", "attention": None, "config": None, "generation_config": None}
 _FIX = "load it with fp.load_pretrained, or save it again"
 

@@ -34,6 +34,7 @@ class Options(TypedDict, total=False):
     crossover: int | None
     unpad: str | bool
     encoder: bool
+    decoder: bool
     kv_cache: str | Iterable[str] | None  #: of `fp.plan` alone, several
     include: str | Iterable[str]
     exclude: str | Iterable[str]
@@ -82,6 +83,8 @@ class Config:
         encoder: on a CPU the layers of a text encoder of transformers (BERT and its like, DistilBERT) in int8 run as one
             operation, `fp.ops.encoder_layer`, where a run in floats proves it. They stay in the model, and run one by one where a
             hook, a gradient, hidden states or attention weights are asked of them, or torch.compile. False: always one by one.
+        decoder: True: on a CPU the layers of a decoder of transformers (Llama and models with its code) in int8, with
+            kv_cache="auto", run as one operation, `fp.ops.decoder_layer`, in prompts and in steps, under the same conditions.
         kv_cache: what a decoder's caches of keys and values become as they come to its forward: "auto", of the model's dtype, in
             place of transformers' dynamic ones, which copy themselves for every token; "int8" or "fp8" (e4m3), static ones too,
             with a scale for each token and head. Attention is then swapped wherever it can be. None: as a plan says, or they stay.
@@ -121,6 +124,7 @@ class Config:
     crossover: int | None = None
     unpad: str | bool = "auto"
     encoder: bool = True
+    decoder: bool = False
     kv_cache: str | None = None
     include: str | Iterable[str] = ()
     exclude: str | Iterable[str] = ()
@@ -140,8 +144,9 @@ class Config:
         check_kv_cache(self.kv_cache, self.attention)
         if self.precision is not None:
             Presets(self.precision)
-        if not isinstance(self.encoder, bool):
-            raise TypeError(f"encoder is True or False, not {self.encoder!r}")
+        for name in ("encoder", "decoder"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} is True or False, not {getattr(self, name)!r}")
         if not isinstance(self.strict, bool):
             raise TypeError(f"strict is True or False, not {self.strict!r}")
         if self.calibrate is not None:

@@ -162,7 +162,7 @@ class Folded:
 
 @dataclass(frozen=True)
 class EncoderLayers:
-    """Whether an encoder's layers are one operation on a CPU."""
+    """Whether an encoder's layers, or a decoder's, are one operation on a CPU."""
 
     stacks: tuple[tuple[str, int], ...]  #: the list of layers by name, and how many they are
     reason: Reason | None  #: why not, or why others are not
@@ -170,7 +170,13 @@ class EncoderLayers:
     def __str__(self) -> str:
         if self.stacks:
             return "; ".join(f"the {n} layers of {fqn} are one operation" for fqn, n in self.stacks)
-        silent = self.reason is None or self.reason.code in ("encoder_off", "no_encoder", "on_gpu")
+        silent = self.reason is None or self.reason.code in (
+            "encoder_off",
+            "no_encoder",
+            "decoder_off",
+            "no_decoder",
+            "on_gpu",
+        )
         return "" if silent else f"layer by layer: {self.reason}"
 
     def to_json(self) -> dict[str, Any]:
@@ -201,6 +207,7 @@ class Report(Printed):
     dry_run: bool = False
     encoder: EncoderLayers = field(default_factory=lambda: EncoderLayers((), None))
     folded: list[Folded] = field(default_factory=list)
+    decoder: EncoderLayers = field(default_factory=lambda: EncoderLayers((), None))
     _model: weakref.ref[nn.Module] | None = field(default=None, repr=False, compare=False)
     _swap: weakref.ref[originals.Originals] | None = field(default=None, repr=False, compare=False)
 
@@ -238,6 +245,7 @@ class Report(Printed):
             "unpadding": self.unpadding.to_json(),
             "encoder": self.encoder.to_json(),
             "folded": [dict(vars(x)) for x in self.folded],
+            "decoder": self.decoder.to_json(),
             "kv_cache": self.kv_cache,
             "warnings": list(self.warnings),
             "weight_bytes": self.weight_bytes.to_json(),
@@ -302,8 +310,9 @@ class Report(Printed):
             yield from ("", f"swapped at {describe(self.plan.timesteps)}; at others the model runs on its originals")
         if line := str(self.unpadding):
             yield from ("", f"padding: {line}")
-        if line := str(self.encoder):
-            yield from ("", f"encoder: {line}")
+        for name, layers in (("encoder", self.encoder), ("decoder", self.decoder)):
+            if line := str(layers):
+                yield from ("", f"{name}: {line}")
         if self.kv_cache is not None:
             dtype = "the model's dtype" if self.kv_cache == "auto" else self.kv_cache
             yield from ("", f"caches of keys and values: {dtype}, appended to in place")

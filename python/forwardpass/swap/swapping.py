@@ -29,6 +29,7 @@ from ..proofs.walker import ConvolutionLeaf, Leaf, all_leaves, linear_leaves
 from ..version import __version__
 from . import originals
 from .attention.attention_modules import AttentionSwap, notes_on_8_bits
+from .attention.decoder_layers import decide_decoder
 from .attention.encoder_layers import EncoderDecision, EncoderSwap, decide_encoder
 from .attention.kv_cache import CacheSwap
 from .attention.projections import Projections
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 
 #: Of a model's bytes, what the layers of a class have at least for the report to speak of them.
 WEIGHS = 0.01
-_NONE, _NO_ENCODER = Verdicts(), EncoderDecision((), None)
+_NONE, _NO_STACKS = Verdicts(), EncoderDecision((), None)
 _NOT_REACHED = Reason(
     "not_reached",
     "no batch of calibrate= reaches it, and it cannot be told what 8 bits would do to it",
@@ -144,7 +145,10 @@ def swap(
         notes = swapping.notes(model.training and not keras.is_all)
         if calibrated and not dry_run:
             notes += swapping.calibrate(batches)
-        swapping.encoder = decide_encoder(swapping.decision, config.encoder, batch, config.forward)
+        swapping.stacks = (
+            decide_encoder(swapping.decision, config.encoder, batch, config.forward),
+            decide_decoder(swapping.decision, config.decoder, batch, config.forward),
+        )
         return swapping.carry_out(notes, dry_run)
 
 
@@ -186,7 +190,7 @@ class _Swapping:
     projections: Projections
     keras: KerasLinears | None = None
     verdicts: Verdicts = _NONE
-    encoder: EncoderDecision = _NO_ENCODER
+    stacks: tuple[EncoderDecision, EncoderDecision] = (_NO_STACKS, _NO_STACKS)  #: of an encoder, of a decoder
     #: for each calibrated layer the arguments of `from_torch`; the batches' fingerprint
     calibrated: tuple[Arguments, str | None] = field(default_factory=lambda: ({}, None))
     first_batch: Any = None
@@ -274,7 +278,7 @@ class _Swapping:
     def _report(
         self, replacements: list[QuantizedModule], joined: JoinedSwap, attention: AttentionSwap, notes: list[str], dry_run: bool
     ) -> Report:  # fmt: skip
-        model, decision, encoder = self.model, self.decision, self.encoder
+        model, decision = self.model, self.decision
         convolutions = [*(leaf for leaf in self.leaves if isinstance(leaf, ConvolutionLeaf)), *decision.folded]
         in_report = {
             *(s.fqn for s in decision.skipped),
@@ -308,8 +312,9 @@ class _Swapping:
             ),
             device_of(model).type,
             dry_run,
-            EncoderLayers(tuple((fqn, len(x.layers)) for fqn, x in encoder.stacks), encoder.reason),
+            _one_operation(self.stacks[0]),
             [Folded.of(leaf) for leaf in decision.folded],
+            _one_operation(self.stacks[1]),
         )  # fmt: skip
 
     def _weight_bytes(self, replacements: list[QuantizedModule], joining: int) -> WeightBytes:
@@ -334,7 +339,7 @@ class _Swapping:
             CacheSwap(decision.kv_cache),
             joined,
             Decompression(model, [leaf.module for leaf in self.leaves]),
-            EncoderSwap(self.encoder),
+            *map(EncoderSwap, self.stacks),
         )
         if (timesteps := self.config.range) is not None:
             changes = (*changes, TimestepSwap(model, timesteps, (*layers, *around), (attention,)))
@@ -374,6 +379,10 @@ class _Swapping:
         let_outputs_wait(self.model, self.first_batch, self.config.forward)
         modules = dict(self.model.named_modules())
         report.swapped = [replace(s, then=getattr(modules.get(s.fqn), "then", ())) for s in report.swapped]
+
+
+def _one_operation(decision: EncoderDecision) -> EncoderLayers:
+    return EncoderLayers(tuple((fqn, len(x.layers)) for fqn, x in decision.stacks), decision.reason)
 
 
 def _unmatched(decision: Decision, linears: list[Leaf]) -> list[str]:

@@ -95,18 +95,30 @@ class GrowingLayer(cache_utils.DynamicLayer):
         return tokens + tokens // GROWTH + ROOM
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
         rows, first = key_states.shape[2], self._end == 0
-        stored = self._reserve(rows)
-        self._end += rows
+        stored = self._extend(key_states, value_states)
         tokens = self._end - self._begin
         lengths = torch.full((key_states.shape[0],), tokens, dtype=torch.int32, device=key_states.device)
         stored.append(key_states, value_states, lengths)
-        self._show()
         if first:
             return key_states, value_states
         return stored.between(tokens - self._visible(rows), tokens)
+
+    def extend(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Counts tokens that an operation is about to write, and gives it all room there is for keys and values, [B, C, Hk, D].
+
+        like: what `update` would be given of either."""
+        stored = self._extend(like, like)
+        return stored.keys.transpose(1, 2), stored.values.transpose(1, 2)
+
+    def _extend(self, key_states: Tensor, value_states: Tensor) -> _Stored:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        rows = key_states.shape[2]
+        stored = self._reserve(rows)
+        self._end += rows
+        self._show()
+        return stored
 
     def _visible(self, rows: int) -> int:
         tokens = self._end - self._begin

@@ -28,7 +28,7 @@ from ...nn.guard import code_guard
 from ...ops.common.activations import PLAIN
 from ...ops.common.quantized_rows import FLOATS
 from ...ops.encoder_layer import OPERATION, EncoderWeights, Int8Weight, flat
-from . import attention, unpadding
+from . import attention, rotary, unpadding
 
 #: The attribute of a tensor of NaN between layers that has what the last layer gives.
 _RESULT = "_forwardpass_encoded"
@@ -211,13 +211,16 @@ class Stack:
             if any(w is None for w in weights) or len({self._constants(layer) for layer in self.layers}) > 1:
                 self._watched = []
                 return False
-            self._weights = flat([w for w in weights if w is not None])
+            self._weights = self._flat([w for w in weights if w is not None])
             self._watched += list(self._tensors())
             self._norms = tuple(x for _, _, x in self._watched if isinstance(x, nn.Parameter))
         self._modules, self._attributes = modules, tuple(map(vars, modules))
         self._config = self.part(self.layers[0], self.form.attention).config
         self._implementation = self._config._attn_implementation
         return True
+
+    def _flat(self, weights: Sequence[Any]) -> list[Tensor | None]:
+        return flat(weights)
 
     def _constants(self, layer: nn.Module) -> tuple[Any, ...]:
         """What is one for all layers of a call."""
@@ -239,7 +242,7 @@ class Stack:
                 parameters = self.part(layer, name)._parameters
                 yield from ((parameters, key, x) for key, x in parameters.items())
 
-    def _weights_of(self, layer: nn.Module) -> EncoderWeights | None:
+    def _weights_of(self, layer: nn.Module) -> Any:
         f = self.form
         qkv = [self.part(layer, name) for name in f.qkv]
         others = [self.part(layer, name) for name in (f.out, f.up, f.down)]
@@ -316,8 +319,9 @@ def _is_ours(cls: type) -> bool:
     return cls.__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
-#: Hooks that do nothing that the one operation does not: they bring rows without padding, or say that layers are called.
-_HOOKS = {unpadding.gather, unpadding.scatter}
+#: Hooks that do nothing that the one operation does not: they bring rows without padding, leave a rotation to a cache, or say that
+#: layers are called.
+_HOOKS = {unpadding.gather, unpadding.scatter, rotary.mark}
 
 
 def _is_watched(m: nn.Module) -> bool:

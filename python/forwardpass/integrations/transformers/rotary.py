@@ -154,7 +154,7 @@ def defer(attention: nn.Module) -> tuple[Any, ...]:
     assert form is not None  # there is no why_apart
     rotation = patches.put(_module(attention), NAME, functools.partial(_deferring, form=form))
     if not norms_precede(cls) or not (norms := head_norms.wrap(attention)):
-        return rotation, attention.register_forward_pre_hook(_mark, with_kwargs=True)
+        return rotation, attention.register_forward_pre_hook(mark, with_kwargs=True)
     return (
         rotation,
         *norms,
@@ -168,7 +168,7 @@ def _module(attention: nn.Module) -> Any:
     return sys.modules[owner_of_forward(type(attention)).__module__]
 
 
-def _mark(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], has_norms: bool = False) -> None:
+def mark(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], has_norms: bool = False) -> None:
     if torch.compiler.is_compiling():  # which fuses the rotation into its neighbours, and knows no marks
         return
     embeddings, layers = kwargs.get("position_embeddings"), getattr(kwargs.get("cache"), "layers", ())
@@ -181,7 +181,7 @@ def _mark(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], h
 
 
 def _mark_with_norms(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    _mark(attention, args, kwargs, has_norms=True)
+    mark(attention, args, kwargs, has_norms=True)
 
 
 def _forget(*args: Any) -> None:

@@ -222,6 +222,10 @@ class Int8Linear(QuantizedLinear):
         else:
             self._packed = (None, None)
 
+    def packed(self) -> Tensor | None:
+        """qweight as this CPU's kernel reads it, if in another way than it is."""
+        return (self._packed if self._packed[0] is self.qweight else self._pack())[1]
+
     def _pack(self) -> tuple[Tensor | None, Tensor | None]:
         weight = self.qweight
         self._packed = packed = (weight, packed_weight(weight))

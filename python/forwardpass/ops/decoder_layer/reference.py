@@ -7,11 +7,13 @@ from torch import Tensor
 
 from ..append_kv.reference import append_kv
 from ..attention_decode.reference import attention_decode
-from ..encoder_layer.reference import LINEAR, LINEARS
+from ..encoder_layer.reference import LINEAR
 from ..int8_linear.reference import int8_linear
 from ..norm_quantize.reference import normalize
 
-#: How many tensors the schema has of a layer: those of its linear layers, and the weights of two norms.
+#: How many linear layers a layer has (q, k and v in one, out, up, down), and how many tensors the schema has of it: those of its
+#: linear layers, and the weights of two norms.
+LINEARS = 4
 LAYER = LINEAR * LINEARS + 2
 
 

@@ -70,7 +70,7 @@ def decide_encoder(
     if stacks:
         users = inputs.of_batch(batch, forward) if batch is not None else ()
         prover = run.Prover(decision.model, users, inputs.made_up(decision.model))
-        reason = prover.why_not([_InPlace(tuple(x for _, x in stacks))]) if prover.runs else run.UNPROVEN
+        reason = prover.why_not([InPlace(tuple(x for _, x in stacks))]) if prover.runs else run.UNPROVEN
         if reason is None and not all(x.calls for _, x in stacks):
             reason = _NOT_CALLED
         if reason is None:
@@ -88,7 +88,7 @@ def put_encoders(model: nn.Module, names: Iterable[str]) -> None:
     if not ready:
         return
     prover = run.Prover(model, inputs.made_up(model), again=True)
-    reason = prover.why_not([_InPlace(tuple(ready.values()))]) if prover.runs else None
+    reason = prover.why_not([InPlace(tuple(ready.values()))]) if prover.runs else None
     if reason is None:
         EncoderSwap(EncoderDecision(tuple(ready.items()), None)).put()
     else:
@@ -162,7 +162,7 @@ def _why_not(decision: Decision, layers: nn.ModuleList, int8: Container[int]) ->
 
 
 @dataclass(frozen=True)
-class _InPlace:
+class InPlace:
     """In floats, for a proof before the swap: in the order that the operation has. In int8, after a load: the operation itself."""
 
     stacks: tuple[Stack, ...]
@@ -190,7 +190,10 @@ class EncoderSwap:
         for fqn, stack in self._stacks:
             stack.put()
             if not stack.is_ready():
-                warn_once(f"the layers of {fqn} run one by one: not all of their products quantise each row by itself")
+                warn_once(
+                    f"the layers of {fqn} run one by one: not all of their products quantise each row by itself, or their MLP is "
+                    "not one unit"
+                )
 
     def undo(self) -> None:
         for _, stack in self._stacks:

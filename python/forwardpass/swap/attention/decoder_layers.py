@@ -1,0 +1,122 @@
+"""Which decoders of a swapped model run their layers as one operation on a CPU, and what that changes in the model.
+
+What runs then, and when a call goes layer by layer all the same, is in `integrations.transformers.stacks.decoder_stack`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ...common.batches import Forward, device_of
+from ...common.environment import cpu_tier
+from ...dispatch import Reason
+from ...integrations.transformers.attention import register
+from ...integrations.transformers.kv_scales import KV_CACHES
+from ...integrations.transformers.stacks.decoder_stack import DecoderStack, form_of
+from ...integrations.transformers.unpadding import why_replaced
+from ...proofs import inputs, run
+from ...proofs.activation import formula_of
+from .encoder_layers import EncoderDecision, InPlace
+from .unpadded_encoders import is_pretrained
+
+if TYPE_CHECKING:
+    from ..decision import Decision
+
+_OFF = Reason("decoder_off", "decoder=False keeps them", "pass decoder=True")
+_NO_DECODER = Reason("no_decoder", "there is no decoder of a known form in transformers' code", "leave it")
+_NOT_CALLED = Reason(
+    "not_called",
+    "run on made-up inputs, its layers were not called with a cache by the module that holds their list",
+    "pass calibrate= with a batch of your own, or leave it",
+)
+
+
+def decide_decoder(
+    decision: Decision, asked: bool, batch: Any = None, forward: Forward | None = None
+) -> EncoderDecision:
+    """Stacks by the names of their parts, proven: the model runs so in floats, on a user's batch and on made-up inputs.
+
+    decision: one whose own rewritings are proven.
+    """
+    if not asked:
+        return EncoderDecision((), _OFF)
+    stacks: list[tuple[str, DecoderStack]] = []
+    reasons: list[Reason] = []
+    for fqn, layers in _stacks_of(decision.model):
+        if (reason := _why_not(decision, layers)) is None:
+            holder = decision.model.get_submodule(fqn.rpartition(".")[0])
+            stacks.append((fqn, _stack(holder, layers, in_floats=True)))
+        else:
+            reasons.append(reason)
+    if stacks:
+        users = inputs.of_batch(batch, forward) if batch is not None else ()
+        prover = run.Prover(decision.model, users, inputs.made_up(decision.model))
+        reason = prover.why_not([InPlace(tuple(x for _, x in stacks))]) if prover.runs else run.UNPROVEN
+        if reason is None and not all(x.calls for _, x in stacks):
+            reason = _NOT_CALLED
+        if reason is None:
+            proven = ((fqn, _stack(x.holder, x.layers)) for fqn, x in stacks)
+            return EncoderDecision(tuple(proven), next(iter(reasons), None))
+        reasons.append(reason)
+    return EncoderDecision((), next(iter(reasons), _NO_DECODER))
+
+
+def _stacks_of(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
+    """The lists of a decoder's layers, by name, each held by a model of transformers."""
+    for fqn, layers in model.named_modules():
+        if not isinstance(layers, nn.ModuleList) or len({type(layer) for layer in layers}) != 1:
+            continue
+        holder = model.get_submodule(fqn.rpartition(".")[0])
+        attention = [m for m in layers[0].modules() if getattr(m, "is_causal", False) is True]
+        if attention and is_pretrained(holder):
+            yield fqn, layers
+
+
+def _stack(holder: nn.Module, layers: Any, in_floats: bool = False) -> DecoderStack:
+    form = form_of(layers[0])
+    assert form is not None
+    return DecoderStack(holder, [*layers], form, in_floats=in_floats)  # type: ignore[arg-type]
+
+
+def _why_not(decision: Decision, layers: nn.ModuleList) -> Reason | None:
+    if reason := register():
+        return reason
+    form = form_of(layers[0])
+    if form is None or any(form_of(layer) != form for layer in layers):
+        text = f"the code of a {type(layers[0]).__name__} is none that is known, Llama's"
+        return Reason("other_layers", text, "leave it")
+    if device_of(layers[0]).type != "cpu":
+        return Reason("on_gpu", "it is an operation of CPUs", "leave it")
+    if cpu_tier() in (None, "baseline"):
+        return Reason("instructions", "this CPU has no AVX2", "leave it")
+    if decision.kv_cache.kv_cache is None or KV_CACHES[decision.kv_cache.kv_cache] is not None:
+        text = f"it writes into a cache of the model's dtype in place, and kv_cache is {decision.kv_cache.kv_cache!r}"
+        return Reason("kv_cache", text, 'pass kv_cache="auto"')
+    if decision.attention.bits:
+        return Reason("attention_8bit", "its attention is asked for in 8 bits", "drop attention=")
+    precisions = {id(leaf.module): p for leaf, p in decision.swapped}
+    for layer in layers:
+        for name in form.linears:
+            p = precisions.get(id(layer.get_submodule(name)))
+            if p is None or p.precision.name != "int8" or p.rotate is not None:
+                return Reason("precision", f"its {name} is not in int8", "swap all of its layers into int8")
+        if any(precisions[id(layer.get_submodule(name))].calibrated for name in (*form.qkv, form.gate, form.up)):
+            text = "calibrated layers of one input scale it each in its own way"
+            return Reason("calibrated", text, "leave out calibrate=, or keep them layer by layer")
+        if (dtype := layer.get_submodule(form.norm1).weight.dtype) != torch.float32:
+            text = f"its norms are {str(dtype).removeprefix('torch.')}, and the operation has norms in float32"
+            return Reason("dtype", text, "load the model in float32")
+        if formula_of(layer.get_submodule(form.activation)) not in ("silu", "gelu", "gelu_tanh"):
+            return Reason("activation", f"its {form.activation} is none of a gate that the operation has", "leave it")
+    classes = dict.fromkeys(type(m) for layer in layers for m in layer.modules())
+    if (replaced := why_replaced(classes)) is not None:
+        return Reason(
+            "replaced", f"the code of {replaced} is not what transformers has in its file", "undo what replaced it"
+        )
+    if any("forward" in vars(m) for layer in layers for m in layer.modules()):
+        return Reason("replaced", "a forward of its layers was replaced", "undo what replaced it")
+    return None
