@@ -130,7 +130,7 @@ void Cluster::report(Finding f) {
   if (!f.ptx_line) place(f);
   launch->describe(f);
   f.cluster = number;
-  if (!policy.accepts(f)) throw f;
+  if (!policy.accepts(f) && !policy.postpones(f)) throw f;
   findings.add(std::move(f));
 }
 

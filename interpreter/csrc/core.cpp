@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "device.h"
+#include "finding_log.h"
 #include "global_shadow.h"
 #include "ignore_rules.h"
 #include "table.h"
@@ -58,11 +59,12 @@ thread_local std::string finding_text, finding_json, refusal;
 thread_local int refusal_error = kSuccess;
 
 void tell(const Finding& f, int error) {
+  log_finding(f, f.count);
   const auto listener = state().listener.load();
   if (!listener) return;
   const std::string text = f.text(), summary = f.summary();
-  const gpuless_finding_record record{text.c_str(), summary.c_str(), f.count,
-                                      error,        f.rule >= 0,     f.breaks == Breaks::isa};
+  const gpuless_finding_record record{
+      text.c_str(), summary.c_str(), f.count, error, f.rule >= 0, f.breaks == Breaks::isa, f.kind == Kind::unsupported};
   listener(&record);
 }
 
@@ -221,6 +223,7 @@ int launch(const Module& module, const Code& code, const gpuless_launch_config& 
     const TimeLimit limit(s.allowance, l.deadline);
     if (!l.run()) {
       keep(std::move(l.findings));
+      log_incomplete("a launch of " + demangled(code.name) + " ran out of time");
       return kLaunchTimeout;
     }
   } catch (...) {

@@ -172,7 +172,7 @@ std::vector<Line> describe(const Module& m, const Code& code) {
   for (const Statement* s : code.statements) {
     const ptx::Location &outer = m.source.outermost(s->location), &inner = m.source.locations[s->location];
     lines.push_back({s->opcode, m.source.files[outer.file], m.source.files[inner.file], outer.line, inner.line, s->line,
-                     class_of(find_row(s->opcode, slots)->section, s->opcode), matrix_work(*s)});
+                     s->guard >= 0, class_of(find_row(s->opcode, slots)->section, s->opcode), matrix_work(*s)});
   }
   return lines;
 }
@@ -234,7 +234,29 @@ std::string json_of(const LaunchKey& key, const Entry& e) {
   return s + "]}";
 }
 
+// Of a kernel that was launched, or of a function that it called.
+std::string coverage_json(const LaunchKey& key, const std::string& function, const Entry::Function& f) {
+  std::string s = "{\"kernel\":" + quoted(key.kernel) + ",\"function\":" + quoted(function) +
+                  ",\"module\":" + std::to_string(key.module) + ",\"instructions\":[";
+  for (size_t k = 0; k < f.counts.size(); ++k) {
+    const Count& c = f.counts[k];
+    s += (k ? ",\n{" : "{") + f.lines[k].json() + ",\"guarded\":" + (f.lines[k].guarded ? "true" : "false") +
+         ",\"active\":" + std::to_string(c.active) + ",\"passed\":" + std::to_string(c.passed) + "}";
+  }
+  return s + "]}";
+}
+
 // Of one name, or of all.
+std::string coverage_json(const uint64_t* name) {
+  Record& r = the_record();
+  const std::lock_guard lock(r.mutex);
+  std::string s = "[";
+  for (const auto& [key, entry] : r.entries)
+    for (const auto& [function, f] : entry.functions)
+      if (!name || key.name == *name) s += (s.size() > 1 ? ",\n" : "") + coverage_json(key, function, f);
+  return s + "]\n";
+}
+
 std::string profile_json(const uint64_t* name) {
   Record& r = the_record();
   const std::lock_guard lock(r.mutex);
@@ -244,16 +266,17 @@ std::string profile_json(const uint64_t* name) {
   return s + "]\n";
 }
 
-const char* report_path() {
-  static const char* const path = [] {
-    const char* p = std::getenv("GPULESS_COUNTERS");
-    if (p) std::atexit([] { std::ofstream(std::getenv("GPULESS_COUNTERS")) << profile_json(nullptr); });
-    return p;
+bool reports() {
+  static const bool any = [] {
+    const bool counters = std::getenv("GPULESS_COUNTERS"), coverage = std::getenv("GPULESS_COVERAGE");
+    if (counters) std::atexit([] { std::ofstream(std::getenv("GPULESS_COUNTERS")) << profile_json(nullptr); });
+    if (coverage) std::atexit([] { std::ofstream(std::getenv("GPULESS_COVERAGE")) << coverage_json(nullptr); });
+    return counters || coverage;
   }();
-  return path;
+  return any;
 }
 // From the load of the library on, so that a program which launches nothing has an empty report.
-const bool reported = report_path() != nullptr;
+const bool reported = reports();
 
 }  // namespace
 
@@ -288,6 +311,14 @@ const char* gpuless_profile_json(uint64_t name) {
   return guarded("", [&]() -> const char* {
     thread_local std::string json;
     json = profile_json(&name);
+    return json.c_str();
+  });
+}
+
+const char* gpuless_coverage_json(uint64_t name) {
+  return guarded("", [&]() -> const char* {
+    thread_local std::string json;
+    json = coverage_json(&name);
     return json.c_str();
   });
 }

@@ -23,12 +23,13 @@ struct Options;
 // issued: times that a warp executed it; active: with a lane at least; lanes: in all. waits: times that a warp found
 // itself blocked there, or a test that failed. Bytes by level; those of `bulk` are of global memory, bulk_shared of the
 // shared memory at the other end. An atomic is a read and a write. macs, matrix_shared: of what has its shape in a
-// register; else MatrixWork has them, for each time that the instruction is active.
+// register; else MatrixWork has them, for each time that the instruction is active. passed: times that lanes went by,
+// as their guard was off.
 // clang-format off
 #define GPULESS_COUNTS(X) \
   X(issued) X(active) X(lanes) X(waits) X(requests) X(sectors) X(global_read) X(global_written) X(wavefronts) \
   X(ideal_wavefronts) X(shared_read) X(shared_written) X(local_read) X(local_written) X(bulk_read) X(bulk_written) \
-  X(bulk_shared) X(macs) X(matrix_shared)
+  X(bulk_shared) X(macs) X(matrix_shared) X(passed)
 // clang-format on
 
 struct Count {
@@ -36,11 +37,12 @@ struct Count {
   GPULESS_COUNTS(GPULESS_FIELD)
 #undef GPULESS_FIELD
 
-  void step(Step how, Mask mask) {
+  void step(Step how, Mask here, Mask mask) {
     waits += how == Step::blocked || how == Step::yielded;
     if (how == Step::blocked) return;  // it comes again
     ++issued;
     active += mask != 0;
+    passed += mask != here;
     lanes += static_cast<uint64_t>(__builtin_popcount(mask));
   }
   void add(const Count&, double times = 1);
@@ -125,6 +127,7 @@ Wavefronts wavefronts_of(const uint64_t address[kLanes], int bytes_of_lane, Mask
 struct Line {
   std::string opcode, file, inner_file;
   int line, inner_line, ptx_line;
+  bool guarded;
   const char* name;  // of its class
   MatrixWork work;
   std::string json() const;  // all but the work, without braces
@@ -143,7 +146,8 @@ struct LaunchKey {
   auto operator<=>(const LaunchKey&) const = default;
 };
 
-// Whether a launch is: Options::counters, or GPULESS_COUNTERS=FILE, which gets the record at exit.
+// Whether a launch is: Options::counters, or GPULESS_COUNTERS=FILE and GPULESS_COVERAGE=FILE, which get the record at
+// exit.
 bool counted(const Options&);
 // Adds a launch that is over, or that a finding ended. What was counted stands for `times` as much (Options::sample).
 void record(const Launch&, const Sheet&, double times = 1);

@@ -4,6 +4,8 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <filesystem>
+#include <fstream>
 
 #include "ignore_rules.h"
 
@@ -26,15 +28,64 @@ std::string Finding::place() const {
   return line ? file + ":" + std::to_string(line) : ptx_line ? "ptx:" + std::to_string(ptx_line) : "*";
 }
 
-std::string Finding::summary() const { return std::string(name_of(kind)) + " " + place() + " " + kernel; }
+std::string Finding::summary() const {
+  return std::string(name_of(kind)) + " " + (line ? shown(file) + ":" + std::to_string(line) : place()) + " " + kernel;
+}
+
+std::string shown(const std::string& path) {
+  std::error_code error;
+  const std::string folder = std::filesystem::current_path(error).string() + "/";
+  return !error && path.compare(0, folder.size(), folder) == 0 ? path.substr(folder.size()) : path;
+}
+
+namespace {
+
+constexpr size_t kColumns = 100;
+
+// In lines of at most kColumns, broken at blanks; those after the first are indented.
+std::string wrapped(const std::string& text) {
+  std::string lines;
+  size_t width = 0;
+  for (size_t begin = 0; begin < text.size();) {
+    const size_t end = std::min(text.find(' ', begin + 1), text.size());  // with the blank before the word
+    if (width && width + end - begin > kColumns) {
+      lines += "\n   ";
+      width = 3;
+    }
+    lines.append(text, begin, end - begin);
+    width += end - begin;
+    begin = end;
+  }
+  return lines;
+}
+
+// One line: what does not fit is left out.
+std::string shortened(const std::string& text) {
+  return text.size() <= kColumns ? text : text.substr(0, kColumns - 3) + "...";
+}
+
+// A line of a source that is there, without its indentation.
+std::string source_text(const std::string& path, int line) {
+  std::ifstream file(path);
+  std::string text;
+  for (int n = 0; n < line; ++n)
+    if (!std::getline(file, text)) return "";
+  const size_t begin = text.find_first_not_of(" \t");
+  return begin == std::string::npos ? "" : text.substr(begin);
+}
+
+}  // namespace
 
 std::string Finding::text() const {
   std::string s = std::string(name_of(kind)) + ": " + message;
+  if (kind != Kind::assertion) s = wrapped(s);  // those are the program's words, which scripts search for
   if (breaks == Breaks::isa) s += "\n  against the letter of the PTX ISA; no GPU is known to mind";
-  if (!kernel.empty()) s += "\n  kernel " + kernel;
-  if (line) s += "\n  at " + file + ":" + std::to_string(line);
-  if (ptx_line) s += std::string(line ? ", " : "\n  at ") + "PTX line " + std::to_string(ptx_line);
-  if (!instruction.empty()) s += ": " + instruction;
+  if (!kernel.empty()) s += "\n" + wrapped("  kernel " + kernel);
+  if (line) s += "\n" + wrapped("  at " + shown(file) + ":" + std::to_string(line));
+  if (const std::string source = line ? source_text(file, line) : ""; !source.empty())
+    s += "\n" + shortened("    | " + source);
+  if (ptx_line)
+    s += "\n" + shortened("  PTX line " + std::to_string(ptx_line) + (instruction.empty() ? "" : ": " + instruction));
   if (warp >= 0) {
     s += "\n  block (" + std::to_string(block[0]) + ", " + std::to_string(block[1]) + ", " + std::to_string(block[2]) +
          "), warp " + std::to_string(warp);

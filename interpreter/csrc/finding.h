@@ -58,6 +58,7 @@ struct Finding {
 };
 
 std::string hexadecimal(uint64_t);
+std::string shown(const std::string& path);  // relative to the working directory, where it lies below that
 
 // With an address; the place is filled in by whoever catches it.
 Finding finding_at(Kind, std::string message, uint64_t address);
@@ -90,6 +91,11 @@ struct FindingPolicy {
 
   // Whether the launch is none the worse for it. Fills in the rule.
   bool accepts(Finding&) const;
+  // Whether it is an error whose cause may come later: a race often shows first as a read of what nobody has written.
+  // The cluster goes on until another finding, its end, or the end of its turn decides (launch.cpp).
+  bool postpones(const Finding& f) const {
+    return !collect && f.rule < 0 && f.kind == Kind::uninitialised && f.breaks == Breaks::hardware;
+  }
 };
 
 }  // namespace gpuless

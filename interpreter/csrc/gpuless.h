@@ -74,8 +74,15 @@ struct gpuless_finding_record {
   const char *text, *summary;  // a paragraph; a line: kind, place and kernel
   uint64_t count;
   int error, ignored, isa;  // ignored: by a rule; isa: breaks no hardware
+  int refused;              // a limit of the interpreter (kind unsupported), no fault of the kernel
 };
 void gpuless_on_finding(void (*)(const struct gpuless_finding_record*));
+
+// What was asked for and not done, such as a call that is refused: the verdict of a run with such is "incomplete". It
+// is written to the file of the environment's GPULESS_LOG, which has every finding as it comes (finding_log.h). How
+// often that was in this process; launches that ran out of time count too.
+void gpuless_log_incomplete(const char* why);
+int gpuless_times_incomplete(void);
 
 // Counters since the last reset: warp instructions, nanoseconds and multiply-accumulates within mma and wgmma,
 // launches.

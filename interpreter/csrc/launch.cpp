@@ -12,6 +12,7 @@
 #include <system_error>
 #include <thread>
 
+#include "finding_log.h"
 #include "formats.h"
 #include "global_shadow.h"
 #include "machine.h"
@@ -67,6 +68,7 @@ struct Grid {
   }
   void add(Findings&& findings) {
     if (findings.empty()) return;
+    for (const auto& [key, f] : findings) log_finding(f, 0);
     const std::lock_guard lock(mutex);
     launch.findings.add(std::move(findings));
   }
@@ -144,23 +146,65 @@ struct Resident {
   uint64_t begun;  // as the n-th
 };
 
+// Whether a race, or data in flight, is why the other one read what nobody had written: it is about the same load, or
+// the same bytes, and no access by an address that was made of what was read.
+bool is_cause(const Finding& f, const Finding& unwritten) {
+  const bool unordered = f.kind == Kind::race || f.kind == Kind::in_flight;
+  const bool same_load = f.ptx_line == unwritten.ptx_line || f.other_ptx_line == unwritten.ptx_line;
+  const bool same_bytes = f.has_address && f.address / 16 == unwritten.address / 16;
+  const bool follows = unwritten.other_ptx_line && f.ptx_line == unwritten.other_ptx_line;
+  return unordered && !follows && std::equal(f.block, f.block + 3, unwritten.block) && (same_load || same_bytes);
+}
+
+// Says who has written the bytes after all, for those who look for the barrier that is missing.
+void name_later_write(const Cluster& cluster, Finding& f) {
+  if (f.kind != Kind::uninitialised || f.message.find(" of shared ") == std::string::npos) return;
+  for (const auto& cta : cluster.ctas) {
+    if (!std::equal(f.block, f.block + 3, cta->index)) continue;
+    const std::string later = cta->shadow.writer_of(static_cast<uint32_t>(f.address));
+    if (!later.empty()) f.message += "; the " + later + " comes later: is a barrier missing?";
+  }
+}
+
+// The findings of a cluster at the end of its turn: those behind which it went on, and in `error` what ends it. An
+// error that was postponed is this, unless what came after it is its cause.
+Findings settle(const Cluster& cluster, std::optional<Finding>& error) {
+  Findings others;
+  for (const auto& [key, finding] : cluster.findings) {
+    Finding f = finding;
+    name_later_write(cluster, f);
+    if (!cluster.launch->options.policy.postpones(f))
+      others.add(std::move(f));
+    else if (!error || !is_cause(*error, f))
+      error = std::move(f);
+  }
+  return others;
+}
+
 // One turn of a cluster. True: it is over, one way or another.
 bool turn(Grid& grid, Resident& r) {
   Cluster& cluster = *r.cluster;
+  const FindingPolicy& policy = grid.launch.options.policy;
+  const auto is_postponed = [&](const auto& entry) { return policy.postpones(entry.second); };
+  std::optional<Finding> error;
   try {
     const uint64_t budget = grid.launch.trace ? kRecordedTurn * cluster.ctas.size() : kTurn;
     if (!cluster.run(std::min(budget, grid.launch.options.step_limit * cluster.ctas.size()))) {
-      if (cluster.steps() < grid.launch.options.step_limit * cluster.ctas.size()) return false;
-      cluster.warps[0]->fail(Kind::deadlock,
-                             "the CTA has not ended after " + std::to_string(cluster.steps()) +
-                                 " warp instructions; a loop waits for what never comes, or the limit is low");
+      const bool goes_on = cluster.steps() < grid.launch.options.step_limit * cluster.ctas.size();
+      for (const auto& [key, f] : cluster.findings) log_finding(f, 0);
+      if (goes_on && std::none_of(cluster.findings.begin(), cluster.findings.end(), is_postponed)) return false;
+      if (!goes_on)
+        cluster.warps[0]->fail(Kind::deadlock,
+                               "the CTA has not ended after " + std::to_string(cluster.steps()) +
+                                   " warp instructions; a loop waits for what never comes, or the limit is low");
     }
   } catch (Finding& f) {
     if (!f.ptx_line) cluster.place(f);
     grid.launch.describe(f);
-    grid.report(r.begun, std::move(f));
+    error = std::move(f);
   }
-  grid.add(std::move(cluster.findings));
+  grid.add(settle(cluster, error));
+  if (error) grid.report(r.begun, std::move(*error));
   // a sample is large enough by clusters or by instructions; those that have begun end
   if (grid.launch.options.sample > 0 && (grid.steps += cluster.steps()) > kSampleSteps) {
     grid.total = std::min<uint64_t>(grid.total, grid.next);

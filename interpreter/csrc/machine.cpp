@@ -233,7 +233,7 @@ void run_warp(Warp& w, uint64_t slice) {
       Strand& s = w.strands[w.running];
       w.frame = s.frame;
       const Instruction& i = s.frame->code->instructions[s.pc];
-      const Mask mask = s.mask & (w.predicate(i.guard) ^ i.guard_flip);
+      const Mask here = s.mask, mask = here & (w.predicate(i.guard) ^ i.guard_flip);
       const bool divided = w.strands.size() > 1;
       if (divided && !forced && waits_for_others(w, i, s)) {
         s.waiting = true;
@@ -246,12 +246,12 @@ void run_warp(Warp& w, uint64_t slice) {
           w.count = count = w.trace ? w.trace->begin(w, code, i, mask) : w.cta->sheet->at(code, i.index);
         }
         if (__builtin_expect(w.watched, 0)) {
-          step = run_watched(w, i, s.mask, mask);
+          step = run_watched(w, i, here, mask);
         } else if (mask) {
           step = i.run(w, i, mask);
         }
         if constexpr (kCounted) {
-          count->step(step, mask);
+          count->step(step, here, mask);
           w.trace ? w.trace->end(w, i, step, mask) : w.length.step(i, step);
         }
         if (step == Step::next || step == Step::yielded) {

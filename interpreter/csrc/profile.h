@@ -15,6 +15,13 @@ extern "C" {
 const char* gpuless_profile_json(uint64_t name);
 void gpuless_profile_forget(uint64_t name);
 
+// Every instruction of the kernels that were counted under a name, and of the functions that they called, with whether
+// it was executed: [{kernel, function, module, instructions: [{opcode, file, line, ..., ptx_line, guarded, active,
+// passed}]}]. active: times with a lane at least; passed: times that lanes of it went by, as the guard was off. The
+// environment's GPULESS_COVERAGE=FILE counts every launch of a process, and writes that of all names to the file at
+// exit.
+const char* gpuless_coverage_json(uint64_t name);
+
 // The modelled time of each kernel and shape of launch under a name (gpuless_options::timeline), whose kernel's name
 // has `kernel` in it; "" and a finding where that fails. `machine` has a rate or latency a line, "name<tab>value", as
 // python/gpuless/latencies.py writes them; `resident`: clusters of a multiprocessor, 0: as assumed.

@@ -92,6 +92,7 @@ class Shadow {
   bool loaded_unwritten() { return std::exchange(loaded_unwritten_, false); }
   bool written(uint32_t begin, uint32_t bytes);
   Finding unwritten(const Actor&, uint32_t begin, uint32_t bytes);  // what there is to say about them
+  std::string writer_of(uint32_t begin) const;                      // "write by warp 3 at file.cu:12", "" for none
   void store_undefined(uint32_t begin, uint32_t bytes);             // what was stored there is as if nothing had been
 
   // An asynchronous operation will write the range: anybody's access until land() is a finding. To land counts as the

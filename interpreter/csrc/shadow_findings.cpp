@@ -27,7 +27,7 @@ SourceLine source_line(const Module& module, uint32_t ptx_line) {
 
 std::string source_place(const Module& module, uint32_t ptx_line) {
   const SourceLine source = source_line(module, ptx_line);
-  return source.line ? source.file + ":" + std::to_string(source.line) : "PTX line " + std::to_string(ptx_line);
+  return source.line ? shown(source.file) + ":" + std::to_string(source.line) : "PTX line " + std::to_string(ptx_line);
 }
 
 std::string Shadow::name_of(int agent) const {
@@ -97,6 +97,14 @@ Finding Shadow::unwritten_bytes(const Actor& actor, uint32_t number, uint16_t ba
                     access_by(verb(use), actor.agent, actor.line) + " of " + range(address, __builtin_popcount(bad)) +
                         ", which nothing has written",
                     address);
+}
+
+std::string Shadow::writer_of(uint32_t begin) const {
+  const uint32_t number = begin / kGranule, byte = begin % kGranule;
+  if (number >= granules_.size() || !(granules_[number].written >> byte & 1)) return "";
+  const Granule& g = granules_[number];
+  const Cell& cell = cells_[g.shift == 4 ? number : g.split + (byte >> g.shift)];
+  return access_by("write", cell.writer, cell.write_line);
 }
 
 void Shadow::check_write(const Actor& actor, uint32_t index, uint32_t number, uint16_t mask, Use use, bool write_seen) {

@@ -125,6 +125,7 @@ SameLastError::~SameLastError() { last = before; }
 
 cudaError_t unsupported(const char* what) {
   std::fprintf(stderr, "%s is not supported by gpuless\n", what);
+  gpuless_log_incomplete((std::string(what) + " is not supported").c_str());
   gpuless_finding_clear();  // which cudaGetErrorString would take for the reason
   return finish(cudaErrorNotSupported);
 }

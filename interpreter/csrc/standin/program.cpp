@@ -18,12 +18,13 @@
 
 namespace {
 
-constexpr int kFoundSomething = 3;
+// Of the program: something was found; nothing was, but something was not done (a refusal, a limit).
+constexpr int kFoundSomething = 3, kIncomplete = 4;
 
 // By summary, as a program launches a kernel many times.
 struct Entry {
   uint64_t count = 0;
-  bool ignored = false, isa = false, left = false;  // left: the program has failed
+  bool ignored = false, isa = false, left = false, refused = false;  // left: the program has failed
 };
 std::map<std::string, Entry>& entries() {
   static auto* const all = new std::map<std::string, Entry>;  // outlives every destructor
@@ -35,8 +36,9 @@ bool isa_counts = false;
 void note(const gpuless_finding_record* f) {
   const std::lock_guard lock(mutex);
   const bool asserted = f->error == cudaErrorAssert;  // a failed assertion is the program's own finding
-  const bool left = !asserted && !f->ignored && (!f->isa || isa_counts);
-  const auto [entry, is_new] = entries().try_emplace(f->summary, Entry{0, f->ignored != 0, f->isa != 0, left});
+  const bool refused = f->refused && !f->ignored;
+  const bool left = !asserted && !refused && !f->ignored && (!f->isa || isa_counts);
+  const auto [entry, is_new] = entries().try_emplace(f->summary, Entry{0, f->ignored != 0, f->isa != 0, left, refused});
   entry->second.count += f->count;
   if (!is_new || f->ignored) return;
   std::fflush(stdout);
@@ -45,10 +47,11 @@ void note(const gpuless_finding_record* f) {
 
 void leave(int status, void*) {
   const std::lock_guard lock(mutex);
-  size_t left = 0, ignored = 0;
+  size_t left = 0, ignored = 0, refused = static_cast<size_t>(gpuless_times_incomplete());
   for (const auto& [summary, e] : entries()) {
     left += e.left;
     ignored += e.ignored;
+    refused += e.refused;
   }
   if (entries().size() > 1 || ignored) {
     std::fflush(stdout);
@@ -61,9 +64,10 @@ void leave(int status, void*) {
                    static_cast<unsigned long long>(e.count));
     }
   }
-  if (!left || status) return;
-  std::fflush(nullptr);
-  _exit(kFoundSomething);
+  // glibc takes the status of an exit() within a handler, and goes on with the handlers that are left: those of the
+  // library write its files.
+  if (left) std::exit(kFoundSomething);
+  if (refused && !status) std::exit(kIncomplete);
 }
 
 [[noreturn]] void refuse(const std::string& why) {
@@ -111,6 +115,12 @@ __attribute__((constructor(101))) void begin() {
   options.isa = isa_counts ? gpuless_isa_raise : gpuless_isa_report;
   gpuless_set_options(&options);
   if (const char* path = std::getenv("GPULESS_IGNORE"); path && *path) ignore(path);
+  if (const char* limit = std::getenv("GPULESS_TIME_LIMIT"); limit && *limit) {
+    char* end;
+    const double seconds = std::strtod(limit, &end);
+    if (*end || !(seconds > 0)) refuse(std::string("GPULESS_TIME_LIMIT is a number of seconds, not ") + limit);
+    gpuless_set_time_limit(seconds);
+  }
   gpuless_on_finding(note);
   gpuless::standin::errors_stick = true;
   on_exit(leave, nullptr);
