@@ -10,6 +10,7 @@ from . import core
 from .commands.assembled import sass
 from .commands.build import as_nvcc, build
 from .commands.report import report
+from .commands.run import run
 from .commands.toolkit import toolkit
 
 USAGE = """\
@@ -17,8 +18,10 @@ usage: python -m gpuless build PROG.cu [nvcc flags] -o PROG
            then GPULESS_ARCH=sm_90a ./PROG runs it; GPULESS_SEED=N chooses another schedule,
            ..._FINDINGS=collect goes on behind findings, ..._IGNORE=FILE has rules of those that are known, and ..._STRICT=1
            counts those against the letter of the ISA alone too; it exits with 3 if something is left
-       python -m gpuless run [--gpu ARCH] [--seed N] SCRIPT.py [arguments]
-           runs a Python script with torch's cuda device being the interpreted GPU
+       python -m gpuless run [--gpu ARCH] [--seed N] [--json FILE] [--sarif FILE] [--junit FILE] [--coverage]
+                             [--time-limit SECONDS] SCRIPT.py|PROG [arguments]
+           runs a Python script with torch's cuda device being the interpreted GPU, or a program that build made; exits
+           with the verdict: 0 clean, 2 error, 3 finding, 4 incomplete
        python -m gpuless nvcc ...
            is nvcc for a build system, which builds for the interpreter
        python -m gpuless toolkit FOLDER
@@ -45,8 +48,6 @@ def main(arguments: list[str]) -> int:
         if command == "report":
             return report(options)
         if command == "run":
-            from .commands.run import run  # which needs torch
-
             return run(options)
         if command == "sass":
             return sass(options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
+import os
 import pathlib
 from ctypes import POINTER, c_char_p, c_double, c_int, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from typing import Any
@@ -16,8 +17,8 @@ from .version import __version__
 ARCHITECTURES = {"sm_80": "A100", "sm_89": "L40S", "sm_90a": "H100", "sm_100a": "B200", "sm_120": "RTX PRO 6000"}
 FOLDER = pathlib.Path(__file__).parent
 LIBRARY = FOLDER / "libgpuless.so"
-#: what stands in for cudart and cuBLAS in programs; where there was no toolkit, there is none
-STANDIN, CUBLAS = FOLDER / "_standin.a", FOLDER / "_cublas.a"
+#: what stands in for cudart and cuBLAS in programs, and for cudart in libraries; where there was no toolkit, there is none
+STANDIN, CUBLAS, CUDART = FOLDER / "_standin.a", FOLDER / "_cublas.a", FOLDER / "_cudart.a"
 
 #: cudaErrorLaunchTimeout: gpuless_set_time_limit's
 LAUNCH_TIMEOUT = 702
@@ -110,6 +111,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "gpuless_counters_read": (None, [POINTER(Counters)]),
     "gpuless_profile_json": (c_char_p, [c_uint64]),
     "gpuless_profile_forget": (None, [c_uint64]),
+    "gpuless_coverage_json": (c_char_p, [c_uint64]),
     "gpuless_timeline_json": (c_char_p, [c_uint64, c_char_p, c_char_p, c_int]),
     "gpuless_timeline_forget": (None, [c_uint64]),
     "gpuless_rows_json": (c_char_p, []),
@@ -173,6 +175,13 @@ def findings() -> list[Finding]:
     if text == b"[]":  # as after nearly every launch
         return []
     return [Finding(**fields) for fields in json.loads(text.decode(errors="replace"))]
+
+
+def log(event: str, **fields: Any) -> None:
+    """A line of what Python alone knows in the file of GPULESS_LOG, beside those of the core (csrc/finding_log.h)."""
+    if path := os.environ.get("GPULESS_LOG"):
+        with open(path, "a") as file:
+            file.write(json.dumps({"event": event, **fields}) + "\n")
 
 
 def rows() -> list[dict[str, str]]:

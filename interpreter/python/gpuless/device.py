@@ -214,6 +214,7 @@ class Device:
         """Raises what guard mode finds after a launch."""
         if self.guard and (problem := guard.finish()):
             finding = self.record(Finding("out_of_bounds", problem, kernel=kernel, arch=self.arch, seed=self.seed))
+            core.log("finding", **finding.fields())
             if not self._collects:
                 raise finding
 

@@ -75,8 +75,12 @@ class Finding(RuntimeError):
 
         return key(self) == key(other)
 
+    def fields(self) -> dict[str, Any]:
+        """What JSON has of it: its attributes and its text. `Finding(**fields)` is the same again."""
+        return {**self.__dict__, "block": list(self.block), "text": str(self)}
+
     def __reduce__(self) -> tuple[Any, ...]:  # to cross processes: exceptions are made anew from their text alone
-        return _restore, ({**self.__dict__, "text": str(self)},)
+        return _restore, (self.fields(),)
 
 
 class TimeLimit(RuntimeError):

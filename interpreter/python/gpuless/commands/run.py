@@ -1,21 +1,76 @@
-"""`python -m gpuless run`: a Python script that says device="cuda", on the interpreted GPU."""
+"""`python -m gpuless run`: a Python script that says device="cuda", or a program that `build` made, and what to make of it."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import pathlib
-import runpy
+import signal
+import subprocess
 import sys
+import tempfile
+import time
 
-from .. import core, cuda, device
+from .. import core
+from ..verdicts.coverage import read_coverage
+from ..verdicts.finding_log import read_log
+from ..verdicts.junit import write_junit
+from ..verdicts.sarif import write_sarif
+from ..verdicts.verdict import Report
+
+#: launches end by themselves at their time limit; a program that takes so many seconds more, its own work, is ended
+GRACE = 20.0
+NOT_COVERED = (
+    "machine code: the PTX is run",
+    "other schedules than this seed's",
+    "code that was not executed (--coverage)",
+)
 
 
 def run(arguments: list[str]) -> int:
-    """The script's exit status where that is not 0; 3 where a kernel had a finding."""
+    """The exit code of the verdict."""
+    options = _parser().parse_args(arguments)
+    if not options.program.is_file():
+        raise ValueError(f"there is no {options.program}")
+    if options.time_limit < 0:
+        raise ValueError(f"--time-limit is a number of seconds, or 0 for none, not {options.time_limit}")
+    report = run_program(options)
+    if options.program.suffix == ".py":  # a CUDA program prints them itself, as they come
+        for finding in report.findings:
+            print(f"{finding}\n", file=sys.stderr)
+    write_reports(report, options)
+    return report.verdict.exit_code
+
+
+def write_reports(report: Report, options: argparse.Namespace) -> None:
+    """The summary on stderr, and the files that are asked for."""
+    for coverage in report.coverage or []:
+        print(f"coverage of {coverage}", file=sys.stderr)
+    print(report.summary(), file=sys.stderr)
+    if options.json:
+        report.write_json(options.json)
+    if options.sarif:
+        write_sarif(report, options.sarif)
+    if options.junit:
+        write_junit(report, options.junit)
+
+
+def add_report_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the verdict and all it stands on")
+    parser.add_argument("--sarif", type=pathlib.Path, metavar="FILE", help="write the findings for code scanning")
+    parser.add_argument("--junit", type=pathlib.Path, metavar="FILE", help="write them for a CI's list of tests")
+    parser.add_argument(
+        "--coverage", action="store_true", help="list what of the kernels did not run (several times slower)"
+    )
+    parser.add_argument("--strict", action="store_true", help="also what is against the letter of the PTX ISA alone")
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m gpuless run",
-        description="Runs a Python script with torch's cuda device being an interpreted GPU. Its kernels are checked, and what "
-        "they do wrong is listed at the end; what Triton benchmarks is modelled time.",
+        description="Runs a Python script with torch's cuda device being an interpreted GPU, or a CUDA program that `build` made. "
+        "Its kernels are checked. The exit code is the verdict: 0 clean, 2 error, 3 finding, 4 incomplete.",
     )
     parser.add_argument("--gpu", default="sm_90a", choices=core.ARCHITECTURES, help="which (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of its schedule: repeats a finding")
@@ -23,27 +78,84 @@ def run(arguments: list[str]) -> int:
     parser.add_argument(
         "--ignore", type=pathlib.Path, action="append", default=[], metavar="FILE", help="rules of what is known"
     )
-    parser.add_argument("--strict", action="store_true", help="also what is against the letter of the PTX ISA alone")
-    parser.add_argument("script", type=pathlib.Path, help="SCRIPT.py")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own")
-    options = parser.parse_args(arguments)
-    if not options.script.is_file():
-        raise ValueError(f"there is no {options.script}")
-    gpu = device.make(options.gpu, seed=options.seed, guard=options.guard, findings="collect", ignore=options.ignore)
-    cuda.present(gpu)
-    sys.argv = [str(options.script), *options.arguments]
-    sys.path[0] = str(options.script.absolute().parent)
-    try:
-        runpy.run_path(str(options.script), run_name="__main__")
-    finally:
-        faults = [f for f in gpu.findings if options.strict or f.breaks == "hardware"]
-        for fault in faults:
-            print(f"{fault}\n", file=sys.stderr)
-        n, tolerated = gpu.counters, len(gpu.findings) - len(faults)
-        print(
-            f"gpuless: {n['launches']} launch{'es' * (n['launches'] != 1)} on {gpu!r}, "
-            f"{n['warp_instructions'] / 1e6:.1f} million warp instructions, {len(faults)} finding{'s' * (len(faults) != 1)}"
-            + (f", {tolerated} more against the letter of the ISA (--strict)" if tolerated else ""),
-            file=sys.stderr,
+    parser.add_argument(
+        "--time-limit", type=float, default=0, metavar="SECONDS", help="longer is incomplete (default: no limit)"
+    )
+    parser.add_argument("--log", type=pathlib.Path, metavar="FILE", help="write each finding there as it comes")
+    add_report_options(parser)
+    parser.add_argument("program", type=pathlib.Path, help="SCRIPT.py, or a program")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the program's own")
+    return parser
+
+
+def run_program(options: argparse.Namespace) -> Report:
+    report = Report(str(options.program), options.gpu, [options.seed], not_covered=list(NOT_COVERED))
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        log = options.log or pathlib.Path(folder) / "log"
+        log.unlink(missing_ok=True)
+        coverage = pathlib.Path(folder) / "coverage.json"
+        environment = {k: v for k, v in os.environ.items() if k != "GPULESS_ARCH"} | {"GPULESS_LOG": str(log)}
+        if options.coverage:
+            environment["GPULESS_COVERAGE"] = str(coverage)
+        process = subprocess.Popen(_command(options, environment), env=environment)
+        report.status, ran_out = _wait(process, options.time_limit)
+        report.seconds = time.monotonic() - begin
+        seen = read_log(log)
+        if coverage.exists():
+            report.coverage = read_coverage(coverage.read_text())
+    report.launches, report.warp_instructions = seen.launches, seen.warp_instructions
+    report.incomplete += seen.incomplete
+    report.sort(seen.findings, options.strict)
+    if ran_out:
+        report.incomplete.append(
+            f"the program was ended after {options.time_limit:g} s and {GRACE:g} more (--time-limit)"
         )
-    return 3 if faults else 0
+    elif not _succeeded(options.program, report.status) and not any(
+        "ran out of time" in why for why in seen.incomplete
+    ):
+        report.errors.append(_ending(report.status))
+    elif not seen.ended:
+        report.incomplete.append("the program left by _exit, or replaced itself: its last launches are not known")
+    return report
+
+
+def _succeeded(program: pathlib.Path, status: int) -> bool:
+    """The stand-in of CUDA programs tells of findings by 3, and of refusals by 4."""
+    return status == 0 or (program.suffix != ".py" and status in (3, 4))
+
+
+def _command(options: argparse.Namespace, environment: dict[str, str]) -> list[str]:
+    if options.program.suffix == ".py":
+        how = {"arch": options.gpu, "seed": options.seed, "guard": options.guard, "time_limit": options.time_limit,
+               "ignore": [str(file.absolute()) for file in options.ignore]}  # fmt: skip
+        module = [sys.executable, "-m", "gpuless.commands.script", json.dumps(how)]
+        return [*module, str(options.program), *options.arguments]
+    if options.guard or len(options.ignore) > 1:
+        raise ValueError("a CUDA program takes no --guard, and one file of --ignore")
+    environment |= {"GPULESS_ARCH": options.gpu, "GPULESS_SEED": str(options.seed), "GPULESS_FINDINGS": "collect",
+                    "GPULESS_STRICT": str(int(options.strict))}  # fmt: skip
+    if options.ignore:
+        environment["GPULESS_IGNORE"] = str(options.ignore[0])
+    if options.time_limit:
+        environment["GPULESS_TIME_LIMIT"] = str(options.time_limit)
+    return [str(options.program.absolute()), *options.arguments]
+
+
+def _wait(process: subprocess.Popen[bytes], time_limit: float) -> tuple[int, bool]:
+    """(its status, whether it was ended for its time limit)."""
+    try:
+        return process.wait(time_limit + GRACE if time_limit else None), False
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait(), True
+    except BaseException:
+        process.kill()
+        raise
+
+
+def _ending(status: int) -> str:
+    if status >= 0:
+        return f"the program ended with status {status}"
+    name = signal.Signals(-status).name if -status in signal.valid_signals() else f"signal {-status}"
+    return f"the program was ended by {name}"
