@@ -81,6 +81,13 @@ def test_findings_fail_their_tests(faulty):
     assert re.search(r"SKIPPED.*more than 0.25 s on the interpreted GPU", done.stdout)
 
 
+def test_a_budget_that_ran_out_is_no_success(tmp_path):
+    done, _ = run("faulty_kernels.py", "--gpu=sm_90a", "--gpu-budget=0.25", "-k", "long or without", folder=tmp_path)
+    assert done.returncode == 6 and re.search(r"incomplete: \S+test_long took more than 0.25 s", done.stdout), (
+        done.stdout
+    )
+
+
 def test_findings_say_where(faulty):
     done, _, _ = faulty
     line = 1 + (PROJECT / "faulty_kernels.py").read_text().splitlines().index(

@@ -30,7 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--gpu-seed", metavar="SEED", type=int, default=0, help="the first of them: repeats a finding")
     group.addoption(
         "--gpu-budget", metavar="SECONDS", type=float, default=0.0,
-        help="skip tests whose kernels take longer on the interpreted GPU",
+        help="skip tests whose kernels take longer on the interpreted GPU; a run without a failure then ends with 6",
     )  # fmt: skip
     group.addoption("--gpu-guard", action="store_true", help="give kernels padded, poisoned copies of their arguments")
     group.addoption(

@@ -14,10 +14,10 @@ from _pytest.runner import call_and_report
 from gpuless import Finding, Rule, TimeLimit, cuda, device
 from gpuless.rules import write_rules
 
-FINDING, LAUNCHES = (
-    "gpu_finding",
-    "gpu_launches",
-)  # properties of reports, which JUnit shows and pytest-xdist carries over
+from .runs import INCOMPLETE_STATUS
+
+#: properties of reports, which JUnit shows and pytest-xdist carries over
+FINDING, LAUNCHES, INCOMPLETE = "gpu_finding", "gpu_launches", "gpu_incomplete"
 
 
 class Session:
@@ -37,6 +37,8 @@ class Session:
         self.by_letter: dict[str, list[str]] = {}  # those that no GPU is known to mind
         self.rules: list[Rule] = []
         self.launches = 0
+        self.incomplete: dict[str, None] = {}  # tests that the budget ended
+        self.over_budget = False
 
     # ---- a test ----
 
@@ -104,6 +106,7 @@ class Session:
         try:
             return (yield)
         except TimeLimit:
+            self.over_budget = True
             pytest.skip(f"its kernels take more than {self.budget:g} s on the interpreted GPU (--gpu-budget)")
         finally:
             self.findings += self.device.findings
@@ -112,6 +115,10 @@ class Session:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
         report: Any = yield
+        if self.over_budget:
+            self.over_budget = False
+            item.user_properties.append((INCOMPLETE, item.nodeid))
+            report.user_properties.append((INCOMPLETE, item.nodeid))
         if call.when != "call":
             return report
         launches = self.device.counters["launches"] - self.launched
@@ -145,6 +152,7 @@ class Session:
     # ---- the summary ----
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.incomplete |= {str(test): None for name, test in report.user_properties if name == INCOMPLETE}
         if report.when != "call":
             return
         for name, value in report.user_properties:
@@ -156,6 +164,11 @@ class Session:
                 known.setdefault(finding["place"], []).append(report.nodeid)
                 self.rules.append(Rule.parse(finding["rule"]))
 
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        if exitstatus == pytest.ExitCode.OK and self.incomplete:
+            session.exitstatus = INCOMPLETE_STATUS
+
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         write = terminalreporter.write_line
         terminalreporter.section(f"interpreted GPU {self.arch}")
@@ -163,6 +176,8 @@ class Session:
         write(f"{self.launches} launch{plural[0]} with {self._seeds()}, {len(self.known)} finding{plural[1]}")
         write(f"not covered: machine code, other schedules than {'these' if len(self.seeds) > 1 else 'this one'}, fences that are "
               "missing but harmless here, what the tests do not launch")  # fmt: skip
+        if self.incomplete:
+            write(f"incomplete: {_several([*self.incomplete])} took more than {self.budget:g} s (--gpu-budget)")
         for place, tests in self.known.items():
             write(place)
             write(f"  in {_several(tests)}")
