@@ -9,6 +9,7 @@ import sys
 from . import core
 from .commands.assembled import sass
 from .commands.build import as_nvcc, build
+from .commands.mcp import mcp
 from .commands.report import report
 from .commands.run import run
 from .commands.toolkit import toolkit
@@ -22,6 +23,8 @@ usage: python -m gpuless build PROG.cu [nvcc flags] -o PROG
                              [--time-limit SECONDS] SCRIPT.py|PROG [arguments]
            runs a Python script with torch's cuda device being the interpreted GPU, or a program that build made; exits
            with the verdict: 0 clean, 2 error, 3 finding, 4 incomplete
+       python -m gpuless verify KERNEL.py|KERNEL.cu --reference FILE [--gpu ARCH] [--keep-going] [--json FILE] ...
+           compares a kernel with a reference on inputs that kernels are wrong on; exits with the verdict
        python -m gpuless nvcc ...
            is nvcc for a build system, which builds for the interpreter
        python -m gpuless toolkit FOLDER
@@ -32,6 +35,8 @@ usage: python -m gpuless build PROG.cu [nvcc flags] -o PROG
            --timeline also what warps wait for, cycle by cycle
        python -m gpuless sass FILE.cu|FILE.ptx|FILE.cubin [flags]
            reads the machine code: registers of a wgmma that are written too early, spills, ptxas's C75xx
+       python -m gpuless mcp
+           verify, run and build as tools for agents: the Model Context Protocol on stdin and stdout
        python -m gpuless rows
            prints every instruction that it knows, with its section of the PTX ISA"""
 
@@ -51,6 +56,12 @@ def main(arguments: list[str]) -> int:
             return run(options)
         if command == "sass":
             return sass(options)
+        if command == "verify":
+            from .commands.verify import verify  # which needs torch
+
+            return verify(options)
+        if command == "mcp" and not options:
+            return mcp()
         if command == "rows" and not options:
             for r in core.rows():
                 print(f"{r['section']:<16}{r['pattern']}")

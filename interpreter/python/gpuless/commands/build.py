@@ -81,11 +81,11 @@ def library_of(flag: str) -> str:
     return flag[2:] if flag.startswith("-l") and not flag.startswith("-lineinfo") else ""
 
 
-def command(flags: list[str]) -> list[str]:
+def command(flags: list[str], standin: pathlib.Path = core.STANDIN) -> list[str]:
     """The nvcc command for what the user wrote; raises ValueError on flags that cannot be honoured."""
     architectures: list[str] = []
     passed: list[str] = []
-    standins = [core.STANDIN]
+    standins = [standin]
     for flag in joined(flags):
         name, library = flag.partition("=")[0], library_of(flag)
         for names, why in REFUSED.items():
@@ -96,7 +96,7 @@ def command(flags: list[str]) -> list[str]:
         if name in ARCHITECTURE:
             architectures += virtual(flag)
         elif library in CUBLAS:
-            standins = [core.CUBLAS, core.STANDIN]
+            standins = [core.CUBLAS, standin]
         elif library not in STOOD_IN and name not in ("-cudart", "--cudart"):
             passed.append(flag)
     command = [nvcc(), *passed, "--compress-mode=none", "--cudart=none"]
@@ -122,12 +122,12 @@ def installed() -> None:
         raise FileNotFoundError(f"this installation has no {missing[0].name}: reinstall gpuless where `nvcc` is found")
 
 
-def build(flags: list[str]) -> int:
-    """nvcc's exit status."""
+def build(flags: list[str], standin: pathlib.Path = core.STANDIN) -> int:
+    """nvcc's exit status. `standin`: CUDART for a library that Python loads, which has its GPU from there."""
     installed()
     if not names_files(flags):
         raise ValueError("there is nothing to build: name a .cu file")
-    return subprocess.run(command(flags)).returncode
+    return subprocess.run(command(flags, standin)).returncode
 
 
 def as_nvcc(flags: list[str]) -> int:

@@ -1,0 +1,138 @@
+"""What a candidate's output is held to: the reference in float64, and for each element a bound.
+
+    bound = S * (16 * 2^-24 + 3 * u) + |reference| * (4 * u_out + 2 * sqrt(K) * 2^-24) + 4 * |native - reference|
+            + K * tiny
+
+S is how far the element moves when each input changes by its own size, at random signs: the conditioning of the element,
+measured by calling the reference on inputs that are off by 2^-20. u is the unit roundoff of 16-bit inputs, or that of
+PRECISION, and 0 for float32 and float64. u_out is the output's. K is the longest dimension of an input: sums of K terms in
+float32. `native` is the reference called in the inputs' own dtype. tiny is the smallest normal number of the output, because
+atom.add.f32 takes a term that is smaller for 0, as GPUs do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .specification import Specification
+
+STEP = 2.0**-20
+PERTURBATIONS = 4
+
+
+@dataclass
+class Expected:
+    """One output: its value in float64 (or as it is, where it is no floating number), its dtype, and the bound."""
+
+    value: Tensor
+    dtype: torch.dtype
+    bound: Tensor
+    unchecked: Tensor  # elements that the reference's own dtype cannot hold
+
+
+def _outputs(result: Any, spec: Specification) -> list[Tensor]:
+    outputs = [result] if isinstance(result, Tensor) else list(result)
+    if not outputs or not all(isinstance(o, Tensor) for o in outputs):
+        raise ValueError(f"{spec.path}: reference() returns a tensor, or several")
+    return outputs
+
+
+def _call(spec: Specification, args: Sequence[Any]) -> list[Tensor]:
+    with torch.no_grad():
+        return _outputs(spec.reference(*args), spec)
+
+
+def _double(args: Sequence[Any]) -> list[Any]:
+    return [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+
+
+def expected(spec: Specification, args: Sequence[Any]) -> list[Expected]:
+    args = [a.clone() if isinstance(a, Tensor) else a for a in args]  # a reference may write its inputs
+    exact = _call(spec, _double(args))
+    native = _call(spec, [a.clone() if isinstance(a, Tensor) else a for a in args])
+    floating = [a for a in args if isinstance(a, Tensor) and a.is_floating_point()]
+    condition = _condition(spec, args, exact) if floating else [torch.zeros(()) for _ in exact]
+    coarse = max((_roundoff(a.dtype) for a in floating if a.dtype.itemsize < 4), default=0.0)
+    unit = max(coarse, spec.precision or 0.0)
+    longest = max((n for a in args if isinstance(a, Tensor) for n in a.shape), default=1)
+    return [_expected(e, n, c, unit, longest) for e, n, c in zip(exact, native, condition)]
+
+
+def _roundoff(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps / 2
+
+
+def _condition(spec: Specification, args: Sequence[Any], exact: list[Tensor]) -> list[Tensor]:
+    """S of each output: the root mean square of some perturbations, and at least a quarter of its row's."""
+    squares = [torch.zeros(e.shape, dtype=torch.float64) for e in exact]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(PERTURBATIONS):
+        moved = []
+        for a in _double(args):
+            if isinstance(a, Tensor) and a.is_floating_point():
+                signs = torch.randint(0, 2, a.shape, generator=generator, dtype=torch.float64) * 2 - 1
+                a = a * (1 + STEP * signs)
+            moved.append(a)
+        for total, e, m in zip(squares, exact, _call(spec, moved)):
+            if e.is_floating_point():
+                total += ((m.double() - e.double()) / STEP).nan_to_num(0, 0, 0).square() / PERTURBATIONS
+    roots = [total.sqrt() for total in squares]
+    return [torch.maximum(r, 0.25 * r.square().mean(-1, keepdim=True).sqrt()) if r.dim() else r for r in roots]
+
+
+def _expected(exact: Tensor, native: Tensor, condition: Tensor, unit: float, longest: int) -> Expected:
+    if not native.is_floating_point():
+        nothing = torch.zeros(native.shape, dtype=torch.bool)
+        return Expected(native, native.dtype, torch.zeros(native.shape, dtype=torch.float64), nothing)
+    exact = exact.double()
+    unchecked = exact.isfinite() & ~native.isfinite()
+    off = (native.double() - exact).abs().nan_to_num(0, 0, 0)
+    share = 4 * _roundoff(native.dtype) + 2 * math.sqrt(longest) * 2.0**-24
+    bound = condition * (16 * 2.0**-24 + 3 * unit) + exact.abs().nan_to_num(0, 0, 0) * share + 4 * off
+    return Expected(exact, native.dtype, bound + longest * torch.finfo(native.dtype).tiny, unchecked)
+
+
+def is_trivial(outputs: Sequence[Expected]) -> bool:
+    """Whether zeros would pass, so that nothing is checked."""
+    return all(bool((e.value.abs() <= e.bound).all()) if e.value.dtype != torch.bool else not e.value.any()
+               for e in outputs)  # fmt: skip
+
+
+@dataclass
+class Comparison:
+    """share: the largest error, as a share of its bound. problem: "" where it is at most 1."""
+
+    share: float
+    bound: float
+    problem: str = ""
+
+
+def compare(index: str, output: Tensor, e: Expected) -> Comparison:
+    """One output, on the CPU, of the right shape and dtype."""
+    if not output.is_floating_point():
+        wrong = output != e.value
+        share = torch.where(wrong, math.inf, 0.0)
+    else:
+        value = output.double()
+        both = value.isfinite() & e.value.isfinite()
+        same = (value == e.value) | (value.isnan() & e.value.isnan())
+        error = torch.where(same, 0.0, torch.where(both, (value - e.value).abs() / e.bound, math.inf))
+        # The largest number and infinity are neighbours: a value that rounds to either is right.
+        share = torch.where(e.unchecked, 0.0, error)
+        wrong = share > 1
+    if not wrong.any():
+        return Comparison(float(share.max()) if share.numel() else 0.0, float(e.bound.max()) if share.numel() else 0.0)
+    place = int(share.flatten().argmax())
+    at_place = [int(n) for n in torch.unravel_index(torch.tensor(place), share.shape)] if share.dim() else []
+    got, want, bound = (t.flatten()[place].item() for t in (output, e.value, e.bound))
+    count = int(wrong.sum())
+    text = f"{index}{at_place} is {got:.7g} instead of {want:.7g} (allowed: {bound:.2g} off); {count} of {wrong.numel()} are wrong"
+    if output.is_floating_point() and (missing := int((output.isnan() & ~e.value.isnan()).sum())):
+        text += f", {missing} of them NaN where the reference has none, as what nobody has written is"
+    return Comparison(float(share.max()), bound, text)
