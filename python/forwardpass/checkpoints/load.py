@@ -226,7 +226,7 @@ def _fill_layers(
         raise
     changes.put(model)
     joined.put()
-    put_encoders(model, record["encoders"])
+    put_encoders(model, record.get("encoders", ()))
     methods.put(model)
 
 
@@ -247,13 +247,14 @@ def as_recorded(
 
 def convolutions_in_floats(model: nn.Module, record: Mapping[str, Any], fail: Fail) -> list[ConvolutionLeaf]:
     """The convolutions that compute what is behind them in floats."""
-    leaves = {x.fqn: x for x in convolutions(model)} if record["folded"] else {}
-    for fqn in record["folded"]:
+    names = record.get("folded", ())
+    leaves = {x.fqn: x for x in convolutions(model)} if names else {}
+    for fqn in names:
         if fqn not in leaves or not (leaves[fqn].norm or leaves[fqn].activation):
             raise fail(
                 f"it has no convolution {fqn[:80]!r} with a norm or an activation behind it that it could compute"
             )
-    return [leaves[fqn] for fqn in record["folded"]]
+    return [leaves[fqn] for fqn in names]
 
 
 def _same_as_buffers(model: nn.Module, fail: Fail) -> list[tuple[nn.Module, str, str]]:
