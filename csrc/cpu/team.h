@@ -6,7 +6,8 @@
 
 namespace forwardpass::cpu {
 
-// What is to be done has so many shares, of which each thread has some, perhaps one thread all.
+// What is to be done has so many shares, of which each thread has some, perhaps one thread all. A thread that throws
+// leaves the others waiting: arguments are checked, and shared memory is allocated, before a team begins.
 class Team {
  public:
   explicit Team(int64_t shares) : shares_(shares) {}
