@@ -434,5 +434,7 @@ def test_units_of_one_class_share_a_guard_and_those_of_other_code_have_another()
     guard = code_guard(cls)
     assert code_guard(cls) is guard and copy.deepcopy(guard) is guard
     cls.forward = doubled(cls.forward)
-    assert code_guard(cls) is not guard and code_guard(cls).replaced() is None
-    assert guard.replaced() == "Own.forward"
+    block, other = cls(), code_guard(cls)
+    assert other is not guard and other.is_as_proven(block)
+    with pytest.warns(UserWarning, match="Own.forward is another function"):
+        assert not guard.is_as_proven(block)

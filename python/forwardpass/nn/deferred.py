@@ -23,7 +23,7 @@ from ..common.batches import map_tensors
 from ..common.models.modules import is_watched
 from ..dispatch import gpu_takes
 from ..ops.norm_quantize import NORM_QUANTIZE
-from .guard import code_guard, is_as_proven
+from .guard import code_guard
 from .linear.joined import writes
 from .linear.quantized_inputs import Quantized, rows
 
@@ -332,7 +332,7 @@ class DeferringNorm(nn.Module):
             or (x.requires_grad and torch.is_grad_enabled())
         ):
             return False
-        return is_as_proven(self._guard, self._norm[0], "it is computed by itself")
+        return self._guard.is_as_proven(self._norm[0], "it is computed by itself")
 
     def forward(self, x: Tensor) -> Tensor:
         x = computed(x)

@@ -28,16 +28,23 @@ class CodeGuard:
         self.calls = tuple((cls, cls.__call__) for cls in classes)
         self.functions = tuple((cls, name, f, f.__code__) for cls in classes for name, f in _closure(cls))
 
-    def replaced(self) -> str | None:
-        """The name of the first that is another one now; None where none is."""
+    def is_as_proven(self, module: nn.Module, then: str = "its layers are called one by one") -> bool:
+        """Whether a module of the first class still runs that code; says once, of each function, that it does not, and what happens
+        then. Not asked while a model is compiled."""
+        replaced = None
         for cls, call in self.calls:
             if cls.__call__ is not call and not _is_of_a_trace(cls.__call__):
-                return f"{cls.__name__}.__call__"
+                replaced = f"{cls.__name__}.__call__"
         for cls, name, function, code in self.functions:
             now = getattr(cls, name, None)
             if (now is not function and _below_ours(now) is not function) or function.__code__ is not code:
-                return f"{cls.__name__}.{name}"
-        return None
+                replaced = f"{cls.__name__}.{name}"
+        if "forward" in module.__dict__ and forward_replaced(module):
+            replaced = f"the forward of a {type(module).__name__}"
+        if replaced is None:
+            return True
+        warn_once(f"{replaced} is another function than at the swap: {then} from here on")
+        return False
 
     def __reduce__(self) -> Any:
         """Code is not pickled: a copy is guarded from when it is made."""
@@ -81,18 +88,6 @@ def _below_ours(function: Any) -> Any:
 def _is_of_a_trace(call: Any) -> bool:
     """torch.fx's, while it traces: it calls what was there."""
     return isinstance(call, FunctionType) and call.__globals__.get("__name__") == "torch.fx._symbolic_trace"
-
-
-def is_as_proven(guard: CodeGuard, module: nn.Module, then: str = "its layers are called one by one") -> bool:
-    """Whether a module of a guarded class still runs that code; says once, of each class, that it does not, and what happens then.
-    Not asked while a model is compiled."""
-    replaced = guard.replaced()
-    if replaced is None and "forward" in module.__dict__ and forward_replaced(module):
-        replaced = f"the forward of a {type(module).__name__}"
-    if replaced is None:
-        return True
-    warn_once(f"{replaced} is another function than at the swap: {then} from here on")
-    return False
 
 
 class InEpilogue(nn.Identity):
@@ -141,7 +136,7 @@ class InEpilogue(nn.Identity):
             return getattr(other, "activation", None) != layer.activation
         if are_watched_by_others(layer, self):
             return True
-        return not is_as_proven(self._guards[0], activation)
+        return not self._guards[0].is_as_proven(activation)
 
     def begin(self, holder: nn.Module, *_: Any) -> None:
         """A hook before the forward of the module that calls the two."""
@@ -150,7 +145,7 @@ class InEpilogue(nn.Identity):
         guard, modules = self._guards[1], holder._modules
         for name in self._path:
             modules = getattr(modules.get(name), "_modules", {})
-        self.is_apart = self.is_between(modules) or (guard is not None and not is_as_proven(guard, holder))
+        self.is_apart = self.is_between(modules) or (guard is not None and not guard.is_as_proven(holder))
 
     def forward(self, input: Any) -> Any:
         return self._of[0](input) if self.is_apart else input

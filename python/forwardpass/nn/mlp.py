@@ -14,7 +14,7 @@ from ..common.models.modules import HOOK, OLD_FORWARD, are_watched_by_others
 from ..dispatch import gpu_takes, use_backend
 from ..ops.common.activations import GATED, PLAIN, interleave_gate_up, separate_gate_up
 from ..ops.fp8_gemm import BLOCK
-from .guard import CodeGuard, InEpilogue, code_guard, is_as_proven
+from .guard import CodeGuard, InEpilogue, code_guard
 from .linear.dequantized_weight import DequantizedWeight
 from .linear.joined import why_apart
 from .linear.quantized_inputs import Quantized
@@ -79,7 +79,7 @@ class TwoProducts(QuantizedModule):
 
     def _runs_other_code(self) -> bool:
         """Whether the code that the unit stands for is another one than when it was made."""
-        return self._guard is not None and not is_as_proven(self._guard, self)
+        return self._guard is not None and not self._guard.is_as_proven(self)
 
     def _one_by_one(self, x: Tensor) -> Tensor:
         """By the code of the module that it stands for, as that is now."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..common.models.modules import is_watched
 from ..dispatch import gpu_takes
 from ..ops.norm_quantize import NORM_QUANTIZE
-from .guard import code_guard, is_as_proven
+from .guard import code_guard
 from .linear.quantized_inputs import Quantized, rows
 from .mlp import TwoProducts
 
@@ -74,7 +74,7 @@ class QuantizingNorm(nn.Module):
             return True
         modules = self._norm[0], self._reader[0]
         then = "it gives floats, and no rows in 8 bits,"
-        return all(is_as_proven(guard, module, then) for guard, module in zip(self._guards, modules))
+        return all(guard.is_as_proven(module, then) for guard, module in zip(self._guards, modules))
 
     def forward(self, x: Tensor) -> Any:
         how = self._quantization(x) if gpu_takes(x.device) else None

@@ -28,7 +28,7 @@ from ..swap.attention.kv_cache import decide_kv_cache
 from ..swap.attention.projections import Projections
 from ..swap.attention.unpadded_encoders import decide_unpadding
 from ..swap.config import Config, Options
-from ..swap.decision import Decision, refuse_model, refuse_swapped
+from ..swap.decision import Decision, SwappedBefore, refuse_model
 from ..swap.plan import Plan
 from ..swap.precision import LayerPrecision
 from ..swap.rules import Context, may_fold
@@ -182,7 +182,7 @@ def plan(
     refuse_divided("plan", model, "plan for the whole model, in one process")
     with Projections(model):
         leaves = all_leaves(model)
-        refuse_swapped(model)
+        SwappedBefore.of(model).refuse()
         refuse_model(model, leaves)
         samples = list(several("batches", batches))
         default = Decoding.default_of(model)

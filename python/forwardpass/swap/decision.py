@@ -164,28 +164,38 @@ def precision_of(
     return LayerPrecision(preset, preset.takes_calibration and calibrated and not leaf.is_experts)
 
 
-def is_swapped(model: nn.Module) -> bool:
-    """Whether it holds layers or attention that a swap has put there."""
-    return bool(quantised_layers(model) or originals.swapped_attention(model))
+@dataclass(frozen=True)
+class SwappedBefore:
+    """What earlier calls have swapped of a model, by name."""
 
+    layers: tuple[str, ...]
+    attention: tuple[str, ...]
+    fix: str
 
-def of_second_call(model: nn.Module, config: Config) -> tuple[Attention, str | bool]:
-    """attention= and unpad= of a swap: both off where an earlier call has swapped the attention. RuntimeError where they, or
-    kv_cache=, are asked for all the same."""
-    if not originals.swapped_attention(model):
-        return config.attention, config.unpad
-    if is_asked_for(config.attention) or config.kv_cache is not None:
-        asked = config.attention if is_asked_for(config.attention) else True
-        refuse_swapped(model, f", with their attention, and attention={asked!r} and kv_cache= belong to that call")
-    return False, False
-
-
-def refuse_swapped(model: nn.Module, remaining: str = "") -> None:
-    """RuntimeError where a model is swapped already; remaining: what there is to say of what is not."""
-    if swapped := [*quantised_layers(model), *originals.swapped_attention(model)]:
+    @staticmethod
+    def of(model: nn.Module) -> SwappedBefore:
         fix = "call fp.restore(model) first" if originals.find(model) else "start from the original model"
-        text = f"the model already holds {len(swapped)} swapped layers ({next(iter(swapped))}, …)"
-        raise RuntimeError(f"{text}{remaining}: {fix}")
+        return SwappedBefore(tuple(quantised_layers(model)), tuple(originals.swapped_attention(model)), fix)
+
+    def __bool__(self) -> bool:
+        return bool(self.layers or self.attention)
+
+    def choices(self, config: Config) -> tuple[Attention, str | bool]:
+        """attention= and unpad= of a swap: both off where an earlier call has swapped the attention. RuntimeError where they, or
+        kv_cache=, are asked for all the same."""
+        if not self.attention:
+            return config.attention, config.unpad
+        if is_asked_for(config.attention) or config.kv_cache is not None:
+            asked = config.attention if is_asked_for(config.attention) else True
+            self.refuse(f", with their attention, and attention={asked!r} and kv_cache= belong to that call")
+        return False, False
+
+    def refuse(self, remaining: str = "") -> None:
+        """RuntimeError where something is; remaining: what there is to say of what is not."""
+        if self:
+            names = (*self.layers, *self.attention)
+            text = f"the model already holds {len(names)} swapped layers ({names[0]}, …)"
+            raise RuntimeError(f"{text}{remaining}: {self.fix}")
 
 
 def refuse_model(model: nn.Module, leaves: list[Leaf]) -> None:

@@ -35,7 +35,7 @@ from .attention.kv_cache import CacheSwap
 from .attention.projections import Projections
 from .attention.unpadded_encoders import UnpaddingSwap
 from .config import Config, Options
-from .decision import Decision, decide, is_swapped, of_second_call, refuse_model, refuse_skips, refuse_swapped
+from .decision import Decision, SwappedBefore, decide, refuse_model, refuse_skips
 from .keras_layers import KerasLinears
 from .plan import Plan, PlannedAttention, PlannedLayer, layers_of
 from .precision import EARLY, STORED, ByHand, Early, LayerPrecision, Precision
@@ -117,9 +117,10 @@ def swap(
         config = replace(config, keep=keras.where_kept(config.keep))
         leaves = all_leaves(model)
         refuse_model(model, leaves)
-        again, (attention, unpad) = is_swapped(model), of_second_call(model, config)
-        if again and (timesteps or range_of(model)) is not None:
-            refuse_swapped(model, ", and a swap at some timesteps is the only one of a model")
+        before = SwappedBefore.of(model)
+        attention, unpad = before.choices(config)
+        if before and (timesteps or range_of(model)) is not None:
+            before.refuse(", and a swap at some timesteps is the only one of a model")
         calibrated = config.calibrate is not None
         context = Context(model, config.included, config.excluded, config.presets, calibrated)
         decision = decide(
@@ -132,8 +133,8 @@ def swap(
             kv_cache=config.kv_cache,
             calibrated=calibrated,
         )
-        if again and not (decision.swapped or decision.attention.swapped):
-            refuse_swapped(model, ", and nothing else that would be swapped")
+        if not (decision.swapped or decision.attention.swapped):
+            before.refuse(", and nothing else that would be swapped")
         if timesteps is not None and (keras.is_all or decision.unpadding.stacks):
             kind = "of keras" if keras.is_all else "an encoder of text"
             raise ValueError(f"timesteps= is for diffusion models, and this {type(model).__name__} is {kind}: drop it")

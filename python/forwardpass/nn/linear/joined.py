@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...common.models.modules import are_watched_by_others
-from ..guard import code_guard, is_as_proven
+from ..guard import code_guard
 
 if TYPE_CHECKING:
     from .quantized_linear import QuantizedLinear
@@ -99,7 +99,7 @@ class Joined:
             return
         if self._guard is None:  # of a copy
             self._guard = code_guard(type(holder))
-        self._begun = is_as_proven(self._guard, holder) and not are_watched_by_others(*self.members)
+        self._begun = self._guard.is_as_proven(holder) and not are_watched_by_others(*self.members)
 
     def __call__(self, member: QuantizedLinear, x: Tensor) -> Tensor:
         if member is self.members[0]:
