@@ -308,3 +308,33 @@ def test_each_installed_peer_of_generate_runs(small_decoder):
     rates, found = result["cells"][0]["tokens_per_s"], result["candidates"]
     assert set(rates["ctranslate2 int8"]) == {"prefill", "decode"}
     assert found["ctranslate2 int8"]["perplexity"] == pytest.approx(found["eager fp32"]["perplexity"], rel=0.02)
+
+
+def test_networks_of_convolutions_beside_peers(monkeypatch, capsys, tmp_path):
+    """Small random networks on noise; a peer that is not there says so, and one that does other work has another share."""
+    from conv_models import build
+
+    networks = importlib.import_module("benchmarks.convolution_peers")
+
+    def absent(subject):
+        raise ModuleNotFoundError("No module named 'peer'")
+
+    noise = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(networks, "photographs", lambda mean, deviation: (noise[:6], noise[6:]))
+    monkeypatch.setattr(networks, "NETWORKS", {"resnet": networks.Network(lambda: build("resnet"), ([], []), True)})
+    kept = {name: networks.CANDIDATES[name] for name in ("fp32", "int8", "torch int8")}
+    wrong = {"wrong": lambda s: lambda x: -s.model(x), "absent": absent}
+    monkeypatch.setattr(networks, "CANDIDATES", kept | wrong)
+    file = tmp_path / "result.json"
+    monkeypatch.setattr("sys.argv", ["benchmark", "--rounds", "2", "--json", str(file)])
+    networks.main()
+    result = json.loads(file.read_text())["networks"]["resnet"]
+    rows = result["candidates"]
+    assert (
+        rows["fp32"]["same_best_class"] == 1 and rows["int8"]["relative_error"] < 0.05 < rows["wrong"]["relative_error"]
+    )
+    assert {*rows} == {*kept, "wrong"} and result["missing"] == {
+        "absent": "ModuleNotFoundError: No module named 'peer'"
+    }
+    printed = capsys.readouterr().out
+    assert "resnet, torch int8: " in printed and "resnet, absent: ModuleNotFoundError" in printed
