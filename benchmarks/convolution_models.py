@@ -36,6 +36,16 @@ CROPS = [
     (1.0, 0.5, 0.5),
     *((share, y, x) for share in (0.9, 0.75, 0.6) for y in (0.0, 0.5, 1.0) for x in (0.0, 0.4, 0.8)),
 ]
+#: Many more, to tell a share of .99 from one of .98: 101 of each photograph.
+FINE = [
+    (1.0, 0.5, 0.5),
+    *(
+        (share, y, x)
+        for share in (0.95, 0.85, 0.75, 0.65, 0.55)
+        for y in (0.0, 0.33, 0.67, 1.0)
+        for x in (0.1, 0.3, 0.5, 0.7, 0.9)
+    ),
+]
 CALIBRATED = "int8+calibrated"
 PARTS = ("layers", "agreement", "plan", "time")
 ALIKE = 0.999
@@ -104,15 +114,15 @@ def onet() -> nn.Module:
     return model
 
 
-def photographs(mean: list[float], deviation: list[float]) -> tuple[Tensor, Tensor]:
-    """(crops of 224 x 224 to measure on, others to calibrate with)."""
+def photographs(mean: list[float], deviation: list[float], fine: bool = False) -> tuple[Tensor, Tensor]:
+    """(crops of 224 x 224 to measure on, others to calibrate with). fine: those of FINE to measure on."""
     skimage, sklearn = importlib.import_module("skimage"), importlib.import_module("sklearn.datasets")
     folder = pathlib.Path(str(skimage.__file__)).parent / "data"
     read = importlib.import_module("skimage.io").imread
     pictures = [*(read(folder / name) for name in PHOTOGRAPHS), *sklearn.load_sample_images().images]
-    crops = [[crop(picture, 224, *part) for part in CROPS] for picture in pictures]
     measured, others = (
-        torch.stack([c for cs in crops for c in cs[part]]) for part in (slice(0, None, 2), slice(1, None, 2))
+        torch.stack([crop(picture, 224, *part) for picture in pictures for part in parts])
+        for parts in (FINE if fine else CROPS[::2], CROPS[1::2])
     )
     scale = [torch.tensor(x)[:, None, None] for x in (mean, deviation)]
     return (measured - scale[0]) / scale[1], (others - scale[0]) / scale[1]
@@ -126,8 +136,9 @@ def faces() -> tuple[Tensor, Tensor]:
     return x[::2], x[1::2]
 
 
-def subjects(images: int) -> list[Subject]:
-    lite, mobile = photographs([0.498] * 3, [0.502] * 3), photographs([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+def subjects(images: int, fine: bool) -> list[Subject]:
+    lite = photographs([0.498] * 3, [0.502] * 3, fine)
+    mobile = photographs([0.485, 0.456, 0.406], [0.229, 0.224, 0.225], fine)
     made: list[tuple[str, Callable[[], nn.Module], tuple[Tensor, Tensor]]] = [
         ("efficientnet_lite0", efficientnet_lite0, lite),
         ("mobilenet_v2", mobilenet_v2, mobile),
@@ -181,8 +192,8 @@ def wide(model: nn.Module) -> list[str]:
 def agreement(subject: Subject) -> dict[str, Any]:
     names = wide(subject.model)
     result: dict[str, Any] = {"layers": len(names), "images": len(subject.expected)}
-    for name, options in (("int8", {}), (CALIBRATED, {"calibrate": subject.calibration})):
-        with fp.swap(subject.model, "int8", include=names, **options):  # type: ignore[arg-type]
+    for name, options in (("int8", {"include": names}), (CALIBRATED, {"calibrate": subject.calibration})):
+        with fp.swap(subject.model, "int8", **options):  # type: ignore[arg-type]
             result[name] = subject.errors()
         print(f"  {name}: top-1 agreement {result[name]['agreement']:.4f}, relative error {result[name]['relative_error']:.4f}, "
               f"lowest cosine {result[name]['cosine_min']:.5f}", flush=True)  # fmt: skip
@@ -218,13 +229,12 @@ def timed(subject: Subject, rounds: int) -> dict[str, Any]:
     """Milliseconds of a batch as it is, in channels_last too, and calibrated; in turn."""
     x = subject.batches[0][:4].contiguous(memory_format=torch.channels_last)
     plain = subject.batches[0][:4]
-    names = wide(subject.model)
     calls: dict[str, Callable[[], object]] = {
         "fp32": lambda: subject.model(plain),
         "fp32 channels_last": lambda: subject.model(x),
     }
     times = interleave(calls, "cpu", rounds=rounds)
-    with fp.swap(subject.model, "int8", include=names, calibrate=subject.calibration):
+    with fp.swap(subject.model, "int8", calibrate=subject.calibration):
         in_8_bits = interleave({CALIBRATED: lambda: subject.model(x)}, "cpu", rounds=rounds)
     result = {name: t.to_json() for name, t in {**times, **in_8_bits}.items()}
     print("  " + ", ".join(f"{name} {t['low']:.2f} ms" for name, t in result.items()), flush=True)
@@ -258,6 +268,7 @@ def main() -> None:
     p.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     p.add_argument("--models", nargs="+", help="of the three, by name")
     p.add_argument("--images", type=int, default=112, help="of each model, at most; as many others calibrate")
+    p.add_argument("--fine", action="store_true", help="compare on 808 crops, with --images 808, instead of 112")
     p.add_argument("--plot", metavar="FILE", help="draw the errors of layers")
     args = p.parse_args()
     if args.plot:
@@ -265,7 +276,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     result = bench.header("benchmark.convolution_models", "cpu", ["models"]) | {"images": args.images, "models": {}}
     with torch.inference_mode():
-        for subject in subjects(args.images):
+        for subject in subjects(args.images, args.fine):
             if args.models and subject.name not in args.models:
                 continue
             print(subject.name, flush=True)

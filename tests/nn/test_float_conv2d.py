@@ -146,6 +146,13 @@ def test_it_is_the_convolution_by_its_names():
     assert "8, 16, kernel_size=(3, 3), stride=(2, 2), relu" in str(layer)
     with pytest.raises(ValueError, match="activation must be one of"):
         fp.nn.FloatConv2d(conv, "tanh")
+    for other in (
+        nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"),
+        nn.Conv1d(8, 8, 3),
+        type("Own", (nn.Conv2d,), {})(8, 8, 3),
+    ):
+        with pytest.raises(ValueError, match=r"takes an nn.Conv2d that pads with zeros"):
+            fp.nn.FloatConv2d(other)
 
 
 @torch.inference_mode()

@@ -144,6 +144,9 @@ def test_what_is_excluded_waits_or_is_of_another_precision_is_not_folded():
     second = fp.swap(model, "int8", calibrate=[x])
     with torch.inference_mode():
         assert second.swapped and off(model(x), expected) < 0.05
+        assert [(x.first, x.reason.code) for x in second.other_layers if x.module == "FloatConv2d"] == [
+            ("stem.conv", "folded")
+        ]
         fp.restore(model)
         assert torch.equal(model(x), expected)
 

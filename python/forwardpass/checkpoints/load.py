@@ -19,6 +19,7 @@ from ..formats import comfyui
 from ..integrations import sentence_transformers as sentences
 from ..integrations.transformers import model_config
 from ..nn import Experts, Int8Conv2d, QuantizedLinear, QuantizedModule
+from ..nn.conv2d_classes import is_zero_padded
 from ..nn.eight_bits import EightBits
 from ..nn.mlp import quantised_layers
 from ..nn.quantized_experts import experts_sizes
@@ -250,7 +251,8 @@ def convolutions_in_floats(model: nn.Module, record: Mapping[str, Any], fail: Fa
     names = record.get("folded", ())
     leaves = {x.fqn: x for x in convolutions(model)} if names else {}
     for fqn in names:
-        if fqn not in leaves or not (leaves[fqn].norm or leaves[fqn].activation):
+        leaf = leaves.get(fqn)
+        if leaf is None or not (leaf.norm or leaf.activation) or not is_zero_padded(leaf.module):
             raise fail(
                 f"it has no convolution {fqn[:80]!r} with a norm or an activation behind it that it could compute"
             )

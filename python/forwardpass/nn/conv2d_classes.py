@@ -103,9 +103,11 @@ def _even(sides: Sides) -> Pair | None:
     return (top, left) if (left, top) == (right, bottom) else None
 
 
-def pads_with_zeros(module: nn.Module) -> bool:
-    """Whether `padded` does what a convolution does first."""
-    return module.padding_mode == "zeros" and _CONVOLUTIONS[qualified(type(module))](module, 1, 1) is not None
+def is_zero_padded(module: nn.Module) -> bool:
+    """Whether it is a convolution of an input that `padded` gives."""
+    if not is_convolution(module) or module.padding_mode != "zeros":
+        return False
+    return _CONVOLUTIONS[qualified(type(module))](module, 1, 1) is not None
 
 
 def padded(kind: str, module: nn.Module, x: Tensor) -> tuple[Tensor, Pair]:

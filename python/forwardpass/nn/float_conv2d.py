@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.common.activations import PLAIN, activate, check_activation
-from .conv2d_classes import padded
+from .conv2d_classes import is_zero_padded, padded
 from .guard import InEpilogue
 from .linear.quantized_linear import qualified
 from .unread_image import UnreadImage
@@ -89,8 +89,12 @@ class FloatConv2d(FoldsNorm, nn.Module):
     folded weight: on other devices, in float16, in compiled or traced code, under autocast, and where a gradient is asked for.
 
     Args:
-        convolution: one that `why_not` has nothing against. It keeps its parameters, which are this module's too.
+        convolution: an nn.Conv2d that pads with zeros, or of a class that is known to compute one. It keeps its parameters, which
+            are this module's too.
         activation: "relu", "gelu", "gelu_tanh", "silu", "relu6" or "hard_swish"; None: none.
+
+    Raises:
+        ValueError: it is no such convolution, or there is no such activation. Calls raise what torch's convolution raises.
 
     Example:
         >>> conv, norm = torch.nn.Conv2d(8, 8, 3, groups=8), torch.nn.BatchNorm2d(8).eval()
@@ -110,6 +114,9 @@ class FloatConv2d(FoldsNorm, nn.Module):
     def __init__(self, convolution: nn.Module, activation: str | None = None) -> None:
         super().__init__()
         check_activation(type(self).__name__, activation, (None, *PLAIN))
+        if not is_zero_padded(convolution):
+            raise ValueError(f"{type(self).__name__} takes an nn.Conv2d that pads with zeros, not a {type(convolution).__name__} "
+                             "that may compute something else: leave it")  # fmt: skip
         state, before = vars(self), vars(convolution)
         state.update((name, value) for name, value in before.items() if name not in state)  # what others may ask it for
         #: the same dicts: what a cast or a checkpoint puts into one is in both

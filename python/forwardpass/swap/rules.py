@@ -32,7 +32,7 @@ from ..common.models.patterns import Pattern
 from ..dispatch import Reason, gpu_takes, only_reference_on, operations
 from ..integrations.tensor_parallel import sharding_of, whole
 from ..nn import Experts, Int8Linear, MultiheadAttention
-from ..nn.conv2d_classes import is_convolution, pads_with_zeros
+from ..nn.conv2d_classes import is_zero_padded
 from ..nn.linear.quantized_linear import has_other_forward, is_linear
 from ..nn.quantized_experts import experts_operation, is_experts
 from ..ops.common.quantized_rows import FLOATS
@@ -91,9 +91,9 @@ LEAST_SIZES_ON_CPU = {"avx2": _AVX2, "avx_vnni": _VNNI, "avx512": _AVX2, "avx512
 #:       64 ->   64, 3 x 3,  56 x 56   3.46  3.21      1.17  1.13
 #:      256 ->  256, 3 x 3,  14 x 14   3.68  3.98      1.54  1.51
 #:
-#: A convolution that stays computes the norm and the ReLU in floats too (FloatConv2d). The time of that over int8's: from these sizes
-#: on 1.10 to 2.9 on VNNI and 0.97 to 1.27 on AVX2, with 0.84 to 0.88 for the two of 7 x 7 that are deepest; below them, where one of
-#: 32 x 192 has 1.3, 0.26 to 1.3 and 0.26 to 0.97 (35 shapes, the least of 25 calls, the same machine).
+#: A convolution that stays computes the norm and the ReLU in floats too (FloatConv2d). The time of that over int8's (35 shapes, the
+#: least of 25 calls, the same machine): from these sizes on 1.10 to 2.9 on VNNI. On AVX2 .97 to 1.27, and .84 and .88 for two of
+#: 7 x 7. Below these sizes .26 to 1.33 on VNNI, .26 to 1.34 on AVX2.
 #:
 #: AVX-VNNI and AMX were not there to be measured.
 _VNNI_CONVOLUTIONS, _AVX2_CONVOLUTIONS = LeastSize(8192, 32), LeastSize(16384, 64)
@@ -531,7 +531,7 @@ def may_fold(leaf: Leaf, context: Context, precision: Precision) -> TypeGuard[Co
     there. On CPUs alone: nobody has measured it on a GPU."""
     if not isinstance(leaf, ConvolutionLeaf) or not (leaf.norm or leaf.activation) or precision.convolution is None:
         return False
-    if leaf.weight.device.type != "cpu" or not is_convolution(leaf.module) or not pads_with_zeros(leaf.module):
+    if leaf.weight.device.type != "cpu" or not is_zero_padded(leaf.module):
         return False
     asked = (rule for rule in (*_USER, *_MODEL) if rule not in _NOT_OF_CONVOLUTIONS)
     return all(rule(leaf, context, precision) is None for rule in asked)

@@ -19,7 +19,7 @@ from ..dispatch import Reason, only_reference_on
 from ..formats.loaded import Decompression, is_stored, note_on, refuse_inference_mode
 from ..integrations.tensor_parallel import refuse_divided, sharding_of, whole
 from ..integrations.timesteps import Timesteps, TimestepSwap, range_of
-from ..nn import Experts, Int8Conv2d, QuantizedModule
+from ..nn import Experts, FloatConv2d, Int8Conv2d, QuantizedModule
 from ..nn.conv2d_classes import is_pointwise, padding_of
 from ..nn.eight_bits import EightBits
 from ..nn.quantized_experts import experts_sizes
@@ -525,6 +525,7 @@ def _float_bytes(modules: Iterable[nn.Module]) -> int:
 
 #: What takes time whatever it weighs: (class, code, why it stays, what to do).
 _COMPUTING: tuple[tuple[Any, str, str, str], ...] = (
+    (FloatConv2d, "folded", "an earlier swap left it in floats, with what is behind it", "fp.restore, and swap with include="),
     (_ConvNd, "convolution", "only nn.Conv2d has a kernel here", "write one of 1 x 1 as an nn.Linear to swap it"),
     (nn.ParameterDict, "held", "it holds weights that code elsewhere computes with", "leave it"),
     ((nn.RNNBase, nn.RNNCellBase), "recurrent", "recurrent layers have no kernel here", "leave it"),
