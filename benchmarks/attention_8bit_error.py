@@ -159,17 +159,24 @@ def _e4m3(largest: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Rounded]:
     return lambda x: to_e4m3(x, largest(x))
 
 
-def _int8_by_block(x: Tensor) -> Rounded:
+def _by_block(x: Tensor, largest: float, to_8bit: Callable[[Tensor, Tensor], Rounded]) -> Rounded:
     """By channel, and of 64 keys one factor more for all channels."""
-    scale = by_channel(x).clamp_min(1e-30) / 127
-    factor = torch.cat([keys.abs().amax().expand(len(keys), 1) for keys in (x / (127 * scale)).split(64)])
-    factor = factor.clamp_min(1e-30)
-    return (x / (scale * factor)).round() * factor, scale
+    scale = by_channel(x).clamp_min(1e-30) / largest
+    blocks = [to_8bit(keys, keys.abs().amax().reshape(1, 1)) for keys in (x / scale).split(64)]
+    return torch.cat([values * factor for values, factor in blocks]), scale
+
+
+def _int8_by_block(x: Tensor) -> Rounded:
+    return _by_block(x, 127, to_int8)
+
+
+def _e4m3_by_block(x: Tensor) -> Rounded:
+    return _by_block(x, LARGEST_E4M3, to_e4m3)
 
 
 ARITHMETICS = {
     "fp16": Arithmetic(_fp16, _fp16, _fp16, _p_fp16),
-    "int8": Arithmetic(_int8(by_row), _int8(by_row), _int8(by_channel), _p_u8, rotates=True, centre=mean, by_block=True),
+    "int8": Arithmetic(_int8(by_row), _int8(by_row), _int8_by_block, _p_u8, rotates=True, centre=mean, by_block=True),
     "fp8": Arithmetic(_int8(by_row), _int8(by_row), _e4m3(by_channel), _p_e4m3, rotates=True, centre=mean, by_block=True),
     "Sage 2": Arithmetic(_int8(Q_OF_THREAD), _int8(K_OF_THREAD), _e4m3(by_channel), _p_e4m3, centre=mean),
     "FA3 fp8": Arithmetic(_e4m3(by_tensor), _e4m3(by_tensor), _e4m3(by_tensor), _p_e4m3, block=128),
@@ -178,21 +185,24 @@ ARITHMETICS = {
         sums_rounded=True,
     ),
     # what the int8 and fp8 above are without one of their parts
-    "int8, not rotated": Arithmetic(_int8(by_row), _int8(by_row), _int8(by_channel), _p_u8, centre=mean, by_block=True),
-    "int8, not centred": Arithmetic(_int8(by_row), _int8(by_row), _int8(by_channel), _p_u8, rotates=True, by_block=True),
-    "int8, p by the row": Arithmetic(_int8(by_row), _int8(by_row), _int8(by_channel), _p_u8, rotates=True, centre=mean),
+    "int8, not rotated": Arithmetic(_int8(by_row), _int8(by_row), _int8_by_block, _p_u8, centre=mean, by_block=True),
+    "int8, not centred": Arithmetic(_int8(by_row), _int8(by_row), _int8_by_block, _p_u8, rotates=True, by_block=True),
+    "int8, p by the row": Arithmetic(_int8(by_row), _int8(by_row), _int8_by_block, _p_u8, rotates=True, centre=mean),
     "int8, p by 128 keys": Arithmetic(
-        _int8(by_row), _int8(by_row), _int8(by_channel), _p_u8, rotates=True, centre=mean, by_block=True, block=128
+        _int8(by_row), _int8(by_row), _int8_by_block, _p_u8, rotates=True, centre=mean, by_block=True, block=128
     ),
-    "int8, v by 64 keys too": Arithmetic(
-        _int8(by_row), _int8(by_row), _int8_by_block, _p_u8, rotates=True, centre=mean, by_block=True
+    "int8, v by channel": Arithmetic(
+        _int8(by_row), _int8(by_row), _int8(by_channel), _p_u8, rotates=True, centre=mean, by_block=True
     ),
     "int8, k by thread": Arithmetic(
-        _int8(by_row), _int8(K_OF_THREAD), _int8(by_channel), _p_u8, rotates=True, centre=mean, by_block=True
+        _int8(by_row), _int8(K_OF_THREAD), _int8_by_block, _p_u8, rotates=True, centre=mean, by_block=True
     ),
     "fp8, p by the row": Arithmetic(_int8(by_row), _int8(by_row), _e4m3(by_channel), _p_e4m3, rotates=True, centre=mean),
     "fp8, p by 128 keys": Arithmetic(
         _int8(by_row), _int8(by_row), _e4m3(by_channel), _p_e4m3, rotates=True, centre=mean, by_block=True, block=128
+    ),
+    "fp8, v by 64 keys too": Arithmetic(
+        _int8(by_row), _int8(by_row), _e4m3_by_block, _p_e4m3, rotates=True, centre=mean, by_block=True
     ),
     "int8 q k, fp16 p v": Arithmetic(_int8(by_row), _int8(by_row), _fp16, _p_fp16, rotates=True, centre=mean),
 }  # fmt: skip

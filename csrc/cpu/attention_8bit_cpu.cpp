@@ -227,6 +227,7 @@ INLINE void attend(const Head& h, const Rows& rows, Tile& t) {
   const int64_t depth = whole(t.keys, A::kDepth);
   for (int r = 0; r < t.rows; ++r) t.units[r] = scores<V>(h, rows, t, r), probabilities<V>(t, r, depth);
   weigh<V>(rows, t);
+  const float unit = h.keys.v_block_scale[t.first_key / kBlockKeys] * (1 / 255.0f);
   for (int64_t c = 0; c < h.p.value_dim; c += kPanelColumns) {
     float* out = rows.out + t.first_row * rows.out_stride + c;
     multiply_bytes<A>(
@@ -235,7 +236,7 @@ INLINE void attend(const Head& h, const Rows& rows, Tile& t) {
         [](int64_t) __attribute__((always_inline)) { return Ints<V>{}; },
         [&](int64_t r, int64_t v, auto sums) __attribute__((always_inline)) {
           float* to = out + r * rows.out_stride + v * kLanes<V>;
-          const V added = __builtin_convertvector(sums, V) * (t.weight[r] * (1 / 255.0f));
+          const V added = __builtin_convertvector(sums, V) * (t.weight[r] * unit);
           store<Dtype::f32>(load<V, Dtype::f32>(to, 0) * t.rescale[r] + added, to, 0);
         });
   }

@@ -34,23 +34,28 @@ INLINE void find_centre(const AttentionParams& p, const Sequence& s, int64_t hea
       0, p.head_dim, VECTOR_BODY(&) { store<Dtype::f32>(load<V, Dtype::f32>(centre, c, n) * share, centre, c, n); });
 }
 
-// Of each channel of v the largest magnitude of all keys, NaN where one is NaN or infinite; and its scale.
+// Of each channel of v the largest magnitude in each block and of all keys, NaN where one is NaN or infinite; and the
+// channel's scale.
 template <class V, Dtype D>
 INLINE void find_v_range(const AttentionParams& p, const Sequence& s, int64_t head, int64_t value_columns,
-                         float* v_range, float* v_scale) {
-  std::fill_n(v_range, value_columns, 0.0f);
-  const auto highs = reinterpret_cast<uint32_t*>(v_range);
-  for (int64_t key = 0; key < s.keys; ++key) {
-    const char* v = key_of(p, p.v, s, head, key);
+                         const Keys8bit& to) {
+  std::fill_n(to.v_range, value_columns, 0.0f);
+  const auto highs = reinterpret_cast<uint32_t*>(to.v_range);
+  for (int64_t first = 0; first < s.keys; first += kBlockKeys) {
+    const auto of_block = reinterpret_cast<uint32_t*>(to.v_block_range + first / kBlockKeys * value_columns);
+    const int64_t end = std::min(first + kBlockKeys, s.keys);
     for_each_vector<V>(
         0, p.value_dim, VECTOR_BODY(&) {
-          store_bits(max(load_bits<Uints<V>>(highs + c, n), bits<Uints<V>>(load<V, D>(v, c, n)) & 0x7fffffff),
-                     highs + c, n);
+          Uints<V> high{};
+          for (int64_t key = first; key < end; ++key)
+            high = max(high, bits<Uints<V>>(load<V, D>(key_of(p, p.v, s, head, key), c, n)) & 0x7fffffff);
+          store_bits(high, of_block + c, n);
+          store_bits(max(load_bits<Uints<V>>(highs + c, n), high), highs + c, n);
         });
   }
   for (int64_t c = 0; c < p.value_dim; ++c)
-    if (!(v_range[c] < INFINITY)) v_range[c] = NAN;
-  for (int64_t c = 0; c < value_columns; ++c) v_scale[c] = v_range[c] / 127;
+    if (!(to.v_range[c] < INFINITY)) to.v_range[c] = NAN;
+  for (int64_t c = 0; c < value_columns; ++c) to.v_scale[c] = to.v_range[c] / 127;
 }
 
 // Integers of a key, or zeros behind the last one, to the block's key i.
@@ -81,11 +86,27 @@ INLINE void pack_k(const Operands8bit& o, const Sequence& s, int64_t head, int64
   }
 }
 
+// The largest magnitude of a block of v in units of its channels, of those without a NaN.
+template <class V>
+INLINE float range_in_units(const float* v_block_range, const float* inverse, int64_t columns) {
+  Uints<V> highs{};
+  for_each_vector<V>(
+      0, columns, VECTOR_BODY(&) {
+        const V range = load<V, Dtype::f32>(v_block_range, c, n) * load<V, Dtype::f32>(inverse, c, n);
+        const Uints<V> high = bits<Uints<V>>(range) & 0x7fffffff;
+        highs = max(highs, high > 0x7f800000 ? Uints<V>{} : high);
+      });
+  return range_of<V>(highs);
+}
+
 // A block of v.
 template <class V, Dtype D>
 INLINE void pack_v(const Operands8bit& o, const Sequence& s, int64_t head, int64_t block, const Keys8bit& to,
                    const float* inverse) {
   const AttentionParams& p = o.params();
+  const float range = range_in_units<V>(to.v_block_range + block * o.value_columns(), inverse, p.value_dim),
+              inverse_of_block = inverse_of(range);
+  to.v_block_scale[block] = range / 127;
   int8_t* panels = to.v + block * kBlockKeys * o.value_columns();
   for (int64_t i = 0; i < kBlockKeys; i += 4) {
     const int64_t key = block * kBlockKeys + i;
@@ -94,7 +115,7 @@ INLINE void pack_v(const Operands8bit& o, const Sequence& s, int64_t head, int64
           Ints<V> four{};
           for (int64_t j = 0; j < 4 && key + j < s.keys; ++j) {
             const V x = load<V, D>(key_of(p, p.v, s, head, key + j), c, n) * load<V, Dtype::f32>(inverse, c);
-            four |= (to_int(x, -127, 127) & 255) << static_cast<int>(8 * j);
+            four |= (to_int(x * inverse_of_block, -127, 127) & 255) << static_cast<int>(8 * j);
           }
           int8_t* panel = panels + c / kPanelColumns * kPanelColumns * kBlockKeys + i / 4 * kPanelRow;
           store_bits(four, reinterpret_cast<int32_t*>(panel) + c % kPanelColumns, kLanes<V>);
@@ -133,8 +154,10 @@ Operands8bit::Operands8bit(const Attention8bitParams& p, std::vector<Sequence> s
   const int64_t keys = blocks * kBlockKeys * p.kv_heads, heads = std::ssize(sequences_) * p.kv_heads;
   k_ = allocate(keys * columns_ + 1), v_ = allocate(keys * value_columns() + 1);
   k_scale_ = allocate(4 * keys + 1), corrections_ = allocate(4 * keys + 1);
-  v_range_ = allocate(4 * heads * value_columns() + 1), centre_ = allocate(4 * heads * row_floats() + 1);
-  v_scale_ = allocate(4 * heads * value_columns() + 1);
+  v_range_ = allocate(4 * heads * value_columns() + 1);
+  v_block_range_ = allocate(4 * keys / kBlockKeys * value_columns() + 1);
+  centre_ = allocate(4 * heads * row_floats() + 1);
+  v_scale_ = allocate(4 * heads * value_columns() + 1), v_block_scale_ = allocate(4 * blocks * p.kv_heads + 1);
   if (p.quantized.q) {
     take_given();
   } else {
@@ -151,7 +174,9 @@ Keys8bit Operands8bit::keys(int64_t sequence, int64_t kv_head) const {
           .corrections = at<int32_t>(corrections_, key),
           .v = at<int8_t>(v_, key * value_columns()),
           .v_range = at<float>(v_range_, head * value_columns()),
+          .v_block_range = at<float>(v_block_range_, key / kBlockKeys * value_columns()),
           .v_scale = at<float>(v_scale_, head * value_columns()),
+          .v_block_scale = at<float>(v_block_scale_, key / kBlockKeys),
           .centre = at<float>(centre_, head * row_floats())};
 }
 
@@ -164,7 +189,7 @@ void Operands8bit::find_ranges() {
                                const int64_t head = i % p_.kv_heads;
                                const Keys8bit to = keys(i / p_.kv_heads, head);
                                find_centre<V, D>(p_, s, head, to.centre);
-                               find_v_range<V, D>(p_, s, head, value_columns(), to.v_range, to.v_scale);
+                               find_v_range<V, D>(p_, s, head, value_columns(), to);
                              }
                            });
   });
@@ -212,6 +237,7 @@ void Operands8bit::take_given() {
         const int64_t token = s.key_token(p_, key) * p_.kv_heads + head;
         const bool inside = key < s.keys;
         to.k_scale[key] = inside ? from.k_scale[token] : 0;
+        if (key % kBlockKeys == 0) to.v_block_scale[key / kBlockKeys] = from.v_block_scale[token];
         std::fill_n(integers.data(), row_floats(), int8_t{0});
         if (inside) std::copy_n(from.k + token * p_.head_dim, p_.head_dim, integers.data());
         with_vectors(VECTOR_CODE { pack_key<V>(*this, to, key, integers.data()); });
@@ -236,7 +262,7 @@ void return_keys(const QuantizeAttentionParams& p, const Operands8bit& o, int64_
   std::copy_n(from.v_scale, p.value_dim, p.to.v_scale + (sequence * p.kv_heads + head) * p.value_dim);
   for (int64_t key = 0; key < s.keys; ++key) {
     const int64_t to = s.key_token(p, key) * p.kv_heads + head;
-    p.to.k_scale[to] = from.k_scale[key];
+    p.to.k_scale[to] = from.k_scale[key], p.to.v_block_scale[to] = from.v_block_scale[key / kBlockKeys];
     for (int64_t c = 0; c < p.head_dim; ++c) p.to.k[to * p.head_dim + c] = from.k_at(o.columns(), key, c);
     for (int64_t c = 0; c < p.value_dim; ++c) p.to.v[to * p.value_dim + c] = from.v_at(o.value_columns(), key, c);
   }

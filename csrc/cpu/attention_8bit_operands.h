@@ -39,7 +39,9 @@ struct Keys8bit {
   int32_t* corrections;  // [blocks * 64]: -128 times the sum of a key's integers, as those of q are 128 too large
   int8_t* v;             // [blocks][panels][16][64 columns][4 keys]
   float* v_range;        // [panels * 64], the largest magnitude of a channel; where k and v are not given
+  float* v_block_range;  // [blocks][panels * 64], that of each block; where k and v are not given
   float* v_scale;        // [panels * 64], 1/127 of that
+  float* v_block_scale;  // [blocks], of v in units of v_scale
   float* centre;         // [columns], of k; where k and v are not given
 
   // Where an integer is; columns: of a row, as Operands8bit has them.
@@ -79,7 +81,7 @@ class Operands8bit {
   const std::vector<Sequence> sequences_;
   const int64_t columns_, panels_, rotated_;
   std::vector<int64_t> offsets_;  // of the sequences, in blocks
-  CacheLines k_, k_scale_, corrections_, v_, v_range_, v_scale_, centre_;
+  CacheLines k_, k_scale_, corrections_, v_, v_range_, v_block_range_, v_scale_, v_block_scale_, centre_;
 };
 
 // The lowest byte of each lane. Written as assembly: here g++ 12 made of narrow() a fifth of the op's time, lane by

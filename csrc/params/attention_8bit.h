@@ -12,6 +12,7 @@ struct AttentionOperands {
   float* k_scale;            // [token, kv head]
   int8_t* v;                 // [token, kv head, value_dim], int8 or e4m3
   float* v_scale;            // [sequence, kv head, value_dim]
+  float* v_block_scale;      // [token, kv head], of v in int8; of each 64 keys of a sequence the first one's counts
 };
 
 // attention_8bit or, with an lse, attention_8bit_with_lse: attention whose products are of 8 bits, with the integers

@@ -28,15 +28,17 @@ T* memory(Tensor& x) {
 
 // Scales of operands in 8 bits, where q, k and v are such.
 struct GivenScales {
-  OptionalTensorRef q_scale, q_shift, k_scale, v_scale;
-  bool any() const { return q_scale || q_shift || k_scale || v_scale; }
+  OptionalTensorRef q_scale, q_shift, k_scale, v_scale, v_block_scale;
+  bool any() const { return q_scale || q_shift || k_scale || v_scale || v_block_scale; }
+  bool all(bool fp8) const {
+    return q_scale && q_shift && k_scale && v_scale && static_cast<bool>(v_block_scale) != fp8;
+  }
 };
 
 // What a call has of `scales`. What AttentionOperands points to is not written.
 AttentionOperands given_operands(const AttentionParams& p, const Tensor& q, const Tensor& k, const Tensor& v, bool fp8,
                                  const GivenScales& scales, const char* op) {
-  STD_TORCH_CHECK(scales.q_scale && scales.q_shift && scales.k_scale && scales.v_scale, op,
-                  ": q_scale, q_shift, k_scale, v_scale and out_dtype go together");
+  STD_TORCH_CHECK(scales.all(fp8), op, ": q_scale, q_shift, k_scale, v_scale, v_block_scale and out_dtype go together");
   const int64_t sequences = p.cu_seqlens_q ? 1 : p.batch, rows = sequences * p.rows * p.heads,
                 keys = sequences * p.keys * p.kv_heads;
   const auto integers = [&](const Tensor& x, ScalarType type, const char* name) {
@@ -51,7 +53,8 @@ AttentionOperands given_operands(const AttentionParams& p, const Tensor& q, cons
           .k = integers(k, ScalarType::Char, "k"),
           .k_scale = floats_of(scales.k_scale, keys, "k_scale"),
           .v = integers(v, value_type(fp8), "v"),
-          .v_scale = floats_of(scales.v_scale, int64_t{p.batch} * p.kv_heads * p.value_dim, "v_scale")};
+          .v_scale = floats_of(scales.v_scale, int64_t{p.batch} * p.kv_heads * p.value_dim, "v_scale"),
+          .v_block_scale = fp8 ? nullptr : floats_of(scales.v_block_scale, keys, "v_block_scale")};
 }
 
 Tensor run_8bit(Backend backend, const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
@@ -59,7 +62,7 @@ Tensor run_8bit(Backend backend, const char* op, const Tensor& q, const Tensor& 
                 Tensor* lse) {
   const bool fp8 = is_fp8(dtype, backend, op);
   STD_TORCH_CHECK(scales.any() == o.out_dtype.has_value(), op,
-                  ": q_scale, q_shift, k_scale, v_scale and out_dtype go together");
+                  ": q_scale, q_shift, k_scale, v_scale, v_block_scale and out_dtype go together");
   Attention8bitParams p{attention_params(op, q, k, v, o), fp8, rotates, {}};
   check_columns(p, op);
   if (scales.any()) p.quantized = given_operands(p, q, k, v, fp8, scales, op);
@@ -75,8 +78,9 @@ std::conditional_t<kLse, std::tuple<Tensor, Tensor>, Tensor> attention_8bit(
     double softcap, const OptionalTensor& mask, const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
     const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, bool batch_invariant,
     const OptionalTensor& q_scale, const OptionalTensor& q_shift, const OptionalTensor& k_scale,
-    const OptionalTensor& v_scale, std::optional<ScalarType> out_dtype) {
-  const GivenScales scales{.q_scale = q_scale, .q_shift = q_shift, .k_scale = k_scale, .v_scale = v_scale};
+    const OptionalTensor& v_scale, const OptionalTensor& v_block_scale, std::optional<ScalarType> out_dtype) {
+  const GivenScales scales{
+      .q_scale = q_scale, .q_shift = q_shift, .k_scale = k_scale, .v_scale = v_scale, .v_block_scale = v_block_scale};
   const AttentionOptions options{.scale = scale,
                                  .causal = causal,
                                  .window_left = window_left,
@@ -98,7 +102,7 @@ std::conditional_t<kLse, std::tuple<Tensor, Tensor>, Tensor> attention_8bit(
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> quantize_attention(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> quantize_attention(
     Backend backend, const Tensor& q, const Tensor& k, const Tensor& v, const std::string& dtype, bool rotates,
     const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k) {
   const char* op = "quantize_attention";
@@ -118,17 +122,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> quantize_atte
                     empty(k, ScalarType::Char),
                     scales(k),
                     empty(v, value_type(fp8)),
-                    contiguous_rows({p.batch, p.kv_heads, p.value_dim}, ScalarType::Float, q)};
-  auto& [q8, q_scale, q_shift, k8, k_scale, v8, v_scale] = result;
+                    contiguous_rows({p.batch, p.kv_heads, p.value_dim}, ScalarType::Float, q),
+                    fp8 ? contiguous_rows({0}, ScalarType::Float, q) : scales(k)};
+  auto& [q8, q_scale, q_shift, k8, k_scale, v8, v_scale, v_block_scale] = result;
   p.to = {.q = memory<int8_t>(q8),
           .q_scale = memory<float>(q_scale),
           .q_shift = memory<float>(q_shift),
           .k = memory<int8_t>(k8),
           .k_scale = memory<float>(k_scale),
           .v = memory<int8_t>(v8),
-          .v_scale = memory<float>(v_scale)};
+          .v_scale = memory<float>(v_scale),
+          .v_block_scale = memory<float>(v_block_scale)};
   if (cu_seqlens_q) {  // what is of no known sequence
-    for (Tensor* x : {&q_scale, &q_shift, &k_scale}) torch::stable::fill_(*x, NAN);
+    for (Tensor* x : {&q_scale, &q_shift, &k_scale, &v_block_scale}) torch::stable::fill_(*x, NAN);
     for (Tensor* x : {&q8, &k8, &v8, &v_scale}) torch::stable::zero_(*x);
   }
   if (p.keys == 0) torch::stable::zero_(v_scale);

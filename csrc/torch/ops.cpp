@@ -124,18 +124,20 @@ constexpr std::tuple kOps{
         "attention_8bit(Tensor q, Tensor k, Tensor v, str dtype, bool rotates, float? scale, bool causal, "
         "int? window_left, int? window_right, float softcap, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks, "
         "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, bool batch_invariant, Tensor? q_scale=None, Tensor? q_shift=None, "
-        "Tensor? k_scale=None, Tensor? v_scale=None, ScalarType? out_dtype=None) -> Tensor"},
+        "Tensor? k_scale=None, Tensor? v_scale=None, Tensor? v_block_scale=None, ScalarType? out_dtype=None) -> "
+        "Tensor"},
 
     Op<attention_8bit<true>>{
         "attention_8bit_with_lse(Tensor q, Tensor k, Tensor v, str dtype, bool rotates, float? scale, bool causal, "
         "int? window_left, int? window_right, float softcap, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks, "
         "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, bool batch_invariant, Tensor? q_scale=None, Tensor? q_shift=None, "
-        "Tensor? k_scale=None, Tensor? v_scale=None, ScalarType? out_dtype=None) -> (Tensor o, Tensor lse)"},
+        "Tensor? k_scale=None, Tensor? v_scale=None, Tensor? v_block_scale=None, ScalarType? out_dtype=None) -> "
+        "(Tensor o, Tensor lse)"},
 
     Op<quantize_attention>{
         "quantize_attention(Tensor q, Tensor k, Tensor v, str dtype, bool rotates, Tensor? cu_seqlens_q, "
         "Tensor? cu_seqlens_k) -> (Tensor q, Tensor q_scale, Tensor q_shift, Tensor k, Tensor k_scale, Tensor v, "
-        "Tensor v_scale)"},
+        "Tensor v_scale, Tensor v_block_scale)"},
 
     Op<attention_decode<false>>{
         "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seq_lens, Tensor? block_table, "

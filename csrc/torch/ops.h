@@ -116,10 +116,10 @@ std::conditional_t<kLse, std::tuple<Tensor, Tensor>, Tensor> attention_8bit(
     double softcap, const OptionalTensor& mask, const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
     const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, bool batch_invariant,
     const OptionalTensor& q_scale, const OptionalTensor& q_shift, const OptionalTensor& k_scale,
-    const OptionalTensor& v_scale, std::optional<ScalarType> out_dtype);
+    const OptionalTensor& v_scale, const OptionalTensor& v_block_scale, std::optional<ScalarType> out_dtype);
 
-// q, q_scale, q_shift, k, k_scale, v, v_scale.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> quantize_attention(
+// q, q_scale, q_shift, k, k_scale, v, v_scale, v_block_scale.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> quantize_attention(
     Backend backend, const Tensor& q, const Tensor& k, const Tensor& v, const std::string& dtype, bool rotates,
     const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k);
 

@@ -14,7 +14,7 @@ struct Case {
   int64_t batch, rows, keys, heads, kv_heads, head_dim, value_dim, is_bf16, fp8, rotates, arch;
 };
 
-// places: of q, q_scale, shift, k, k_scale, v, v_scale in the workspace; room: the columns of q and k, and of v;
+// places: of q, q_scale, shift, k, scales, v, v_scale in the workspace; room: the columns of q and k, and of v;
 // blocks. Without a workspace: only how large it has to be.
 extern "C" int64_t quantized(const char* library, void* stream, const Case& c, int64_t (&places)[10]) {
   void* const opened = dlopen(library, RTLD_NOW);
@@ -41,7 +41,7 @@ extern "C" int64_t quantized(const char* library, void* stream, const Case& c, i
   if (!c.workspace) return p.choice.workspace_bytes;
   const int room = p.head_dim <= 64 ? 64 : p.head_dim <= 128 ? 128 : 256;
   const auto x = Int8Operands::of(p, room, room, c.arch == 90);
-  const void* const parts[] = {x.q, x.q_scale, x.shift, x.k, x.k_scale, x.v, x.v_scale};
+  const void* const parts[] = {x.q, x.q_scale, x.shift, x.k, x.scales, x.v, x.v_scale};
   for (int i = 0; i < 7; ++i) places[i] = static_cast<const char*>(parts[i]) - static_cast<const char*>(c.workspace);
   places[7] = x.head_dim, places[8] = x.value_dim, places[9] = x.blocks;
   return launch(&p, stream) ? -3 : p.choice.workspace_bytes;

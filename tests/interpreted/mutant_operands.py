@@ -38,10 +38,11 @@ class Case(cases.Case):
             return q, k, v, products, rotates, *cu_seqlens
         if not self.given:
             return q, k, v, products, rotates, *options
-        q8, q_scale, q_shift, k8, k_scale, v8, v_scale = reference.quantize_attention(
+        q8, q_scale, q_shift, k8, k_scale, v8, v_scale, of_block = reference.quantize_attention(
             q, k, v, products, rotates, *cu_seqlens
         )
-        return q8, k8, v8, products, rotates, *options, q_scale, q_shift, k_scale, v_scale, q.dtype
+        of_block = of_block if products == "int8" else None
+        return q8, k8, v8, products, rotates, *options, q_scale, q_shift, k_scale, v_scale, of_block, q.dtype
 
 
 def assert_matches(actual, args):
@@ -53,9 +54,9 @@ def assert_matches(actual, args):
     elif isinstance(actual, tuple):
         expected = reference.quantize_attention(*args)
         for b, (rows, keys) in enumerate(reference.sequences_of(args[0], args[1], *args[-2:])):
-            places = (rows, rows, rows, keys, keys, keys, b)
+            places = (rows, rows, rows, keys, keys, keys, b, keys)[: 8 if args[3] == "int8" else 7]
             x, y = ([part[where].float() for part, where in zip(parts, places)] for parts in (actual, expected))
-            for n in (1, 2, 4, 6):  # k's scales have 22 bits; shifts are sums in another order
+            for n in (1, 2, 4, 6, *range(7, len(places))):  # k's scales have 22 bits; shifts are sums in another order
                 torch.testing.assert_close(x[n], y[n], rtol=1e-4, atol=1e-3, equal_nan=True)
             # of a scale that is NaN: any integers
             for n, scale in ((0, y[1][..., None]), (3, y[4][..., None]), (5, y[6])):

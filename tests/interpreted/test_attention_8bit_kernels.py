@@ -120,8 +120,8 @@ INTERPRETED_STREAM = 2
 
 
 def dumped(quantized, q, k, v, rotates, starts, products="int8", arch="sm_80"):
-    """The workspace's (q, q_scale, shift, k, k_scale, v, v_scale) of one call, in memory that only the kernels have written. For
-    wgmma an int8 v is unsigned there, 128 more."""
+    """The workspace's (q, q_scale, shift, k, k_scale, v, v_scale, v_block_scale) of one call, in memory that only the kernels have
+    written. For wgmma an int8 v is unsigned there, 128 more, and its blocks' scales are 2^109 times as large."""
     from gpuless.operators import Operator
 
     varlen = starts is not None
@@ -154,15 +154,18 @@ def dumped(quantized, q, k, v, rotates, starts, products="int8", arch="sm_80"):
         count = torch.Size(shape).numel()
         return workspace[places[i] : places[i] + count * dtype.itemsize].view(dtype).reshape(shape)
 
+    of_wgmma = (products, arch) == ("int8", "sm_90a")
     v8 = part(5, (hk, blocks, values, 64), torch.int8)
+    scales = part(4, (hk, blocks, 68), torch.float32)
     return (
         part(0, (rows, columns), torch.int8),
         part(1, (rows,), torch.float32),
         part(2, (rows,), torch.float32),
         part(3, (hk, blocks * 64, columns), torch.int8),
-        part(4, (hk, blocks * 64), torch.float32),
-        v8.bitwise_xor(-128) if (products, arch) == ("int8", "sm_90a") else v8,
+        scales[..., :64].flatten(1),
+        v8.bitwise_xor(-128) if of_wgmma else v8,
         part(6, (call.batch, hk, values), torch.float32),
+        scales[..., 64] * (2.0**-109 if of_wgmma else 1),
     )
 
 
@@ -174,7 +177,7 @@ def in_order(v):
 
 def assert_quantized_as_the_reference(operands, q, k, v, rotates, starts, products="int8", arch="sm_80"):
     """The integers and e4m3 bit for bit, and scales; columns, keys and rows beyond those that there are: zeros."""
-    q8, q_scale, shift, k8, k_scale, v8, v_scale = operands(q, k, v, rotates, starts, products, arch)
+    q8, q_scale, shift, k8, k_scale, v8, v_scale, v_block_scale = operands(q, k, v, rotates, starts, products, arch)
     v8 = in_order(v8)
     v8 = v8.view(torch.float8_e4m3fn).float() if products == "fp8" else v8
     (h, d), dv, varlen = q.shape[-2:], v.shape[-1], starts is not None
@@ -198,6 +201,8 @@ def assert_quantized_as_the_reference(operands, q, k, v, rotates, starts, produc
             torch.testing.assert_close(k_scale[:, first : first + n], expected.k_scale[..., 0], rtol=2**-22, atol=0)
             assert torch.equal(v8[:, first : first + n, :dv].float(), expected.v)
             assert torch.equal(v_scale[b, :, :dv], expected.v_scale[:, 0])
+            if products == "int8":
+                assert torch.equal(v_block_scale[:, first // 64 : end // 64], expected.v_block_scale[:, ::64, 0])
             assert not k8[:, first:end, d:].any() and not k8[:, first + n : end].any()
             assert not v8[:, first:end, dv:].any() and not v8[:, first + n : end].any()
     assert not k_scale.view(torch.int32).bitwise_and(3)[..., first:end].any()  # 22 bits
@@ -337,6 +342,16 @@ def test_scales_of_the_softmax_that_are_far_from_1(dtype, arch, scale):
         cases.assert_matches(*with_lse(arch, q * times, k * times, v, causal=True, **options))
     if scale < 1:
         cases.assert_matches(*with_lse(arch, q * 2.0**-100, k * 50, v, window_left=90, window_right=90, **options))
+
+
+@pytest.mark.parametrize(("dims", "arch"), paired([64, 128, 256], ["sm_80", "sm_90a"]))
+def test_blocks_of_v_of_other_sizes(dims, arch):
+    """Each block of 64 keys has its own scale of v: of two that a kernel multiplies at a time too."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 300, 2, dims, generator=g).half() for _ in range(3))
+    v *= torch.tensor([1, 0.01, 30, 0.1, 3]).repeat_interleave(64)[:300, None, None]
+    for options in ({}, {"causal": True}, {"window_left": 70, "window_right": 0, "softcap": 20.0}):
+        cases.assert_matches(*with_lse(arch, q, k, v, **options))
 
 
 @on_each_kernel

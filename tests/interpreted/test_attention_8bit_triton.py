@@ -165,6 +165,15 @@ def test_no_probability_is_256_of_255():
             torch.testing.assert_close(o, v, rtol=4e-3, atol=0)
 
 
+def test_blocks_of_v_of_other_sizes():
+    """Each block of 64 keys has its own scale of v."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 300, 2, 64, generator=g).half() for _ in range(3))
+    v *= torch.tensor([1, 0.01, 30, 0.1, 3]).repeat_interleave(64)[:300, None, None]
+    for options in ({}, {"causal": True}):
+        cases.assert_matches(*with_lse("sm_80", q, k, v, **options))
+
+
 def test_a_peak_and_a_long_tail():
     """A key whose probability is a thousand times that of each of 4096 others leaves these what they add up to."""
     g = torch.Generator().manual_seed(0)

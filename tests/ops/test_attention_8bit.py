@@ -61,6 +61,40 @@ def test_error(kind, d, backend, dtype):
     assert torch.cosine_similarity(o.double(), exact, -1).min() >= COSINES[kind][dtype == "fp8"]
 
 
+@pytest.mark.parametrize("kind", ["normal", "peaked"])
+def test_error_of_many_keys(kind):
+    """A channel's largest value grows with the keys: with one scale for a channel alone these are .0156 and .0257."""
+    q, k, v = operands(kind, 128, 131072)
+    of_keys = (torch.softmax(rows @ k[0, :, 0].T / 128**0.5, -1) for rows in q[0, :, 0].split(64))
+    exact = torch.cat([p @ v[0, :, 0] for p in of_keys])
+    o = run((q.float(), k.float(), v.float(), *options()), False)
+    assert relative_error(o[0, :, 0], exact) <= BARS[kind][0]
+
+
+@pytest.mark.parametrize(("backend", "dtype"), PRODUCTS)
+def test_small_values_beside_large_ones(backend, dtype):
+    """Sixty-four keys of v that are a thousandth of the others have all steps for themselves."""
+    q, k, v = operands("normal", 64, 192, 192)
+    v[:, 64:128] /= 1000
+    given = {"window_left": 63, "window_right": 0}  # row 127 sees keys 64 to 127
+    o = run((q.float(), k.float(), v.float(), *options(dtype=dtype, **given)), False, backend)[0, 127, 0]
+    exact = attention.attention(q, k, v, *options(**given)[2:])[0, 127, 0]
+    assert relative_error(o, exact) <= BARS["normal"][dtype == "fp8"] * 1.5
+
+
+@pytest.mark.parametrize(("backend", "dtype"), PRODUCTS)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_channel_with_a_nan_leaves_others_their_scale(value, backend, dtype):
+    q, k, v = (x.float() for x in operands("normal", 64, 100, 9))
+    v[..., 3] = 0
+    without = run((q, k, v, *options(dtype=dtype)), False, backend)
+    v[0, 70, 0, 3] = value
+    o = run((q, k, v, *options(dtype=dtype)), False, backend)
+    assert o[..., 3].isnan().all()
+    others = torch.arange(64) != 3
+    assert_equal(o[..., others], without[..., others])
+
+
 def test_outliers_need_the_rotation():
     """What the bar of outliers is for: the same scores without it are far off."""
     q, k, v = operands("outliers", 64, 1024)
@@ -153,7 +187,7 @@ def test_values_are_the_references_integers(dv, dtype):
     v = torch.randn(1, 70, 2, dv, generator=torch.Generator().manual_seed(dv)).to(dtype)
     o, _ = each_key_alone(torch.zeros(1, 1, 2, 8, dtype=dtype), torch.zeros(1, 70, 2, 8, dtype=dtype), v)
     x = reference.quantize(torch.zeros(1, 2, 8), torch.zeros(70, 2, 8), v[0], True)
-    got = (o[:, 0].transpose(0, 1).double() / x.v_scale).round()  # [heads, keys, columns]
+    got = (o[:, 0].transpose(0, 1).double() / (x.v_scale * x.v_block_scale)).round()  # [heads, keys, columns]
     assert_equal(got.contiguous(), x.v.double().contiguous())
 
 

@@ -13,7 +13,7 @@ from forwardpass.ops.attention import bucket
 from forwardpass.ops.attention_8bit import AttentionOperands, cases, reference
 from forwardpass.testing import assert_equal, poisoned_outputs
 
-FIELDS = ("q", "q_scale", "q_shift", "k", "k_scale", "v", "v_scale")
+FIELDS = ("q", "q_scale", "q_shift", "k", "k_scale", "v", "v_scale", "v_block_scale")
 CASES = list(cases.cases())
 #: a kind of each: packed, with a mask, with sinks and without, of several heads to a kv head, and cu_seqlens that are wrong
 FEW = [
@@ -67,6 +67,9 @@ def assert_operands_of_the_reference(x, case, k_scale_bits=24):
         expected = fp.ops.quantize_attention(*tensors, **of_both)
     for name in FIELDS:
         a, b = (getattr(y, name) for y in (x, expected))
+        if case.products == "fp8" and name == "v_block_scale":
+            assert a is b is None
+            continue
         assert a.is_contiguous() and (a.shape, a.dtype) == (b.shape, b.dtype), name
         if name == "q_shift":
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3, equal_nan=True)
@@ -119,7 +122,7 @@ def test_what_they_are():
     scores = scores + x.q_shift.transpose(1, 2)[..., None]
     exact = torch.einsum("bihd,bjhd->bhij", q, k)
     assert (scores - exact).norm() < 0.01 * exact.norm()
-    values = x.v.double() * x.v_scale[:, None]
+    values = x.v.double() * x.v_scale[:, None] * x.v_block_scale[..., None]
     assert (values - v).abs().max() <= v.abs().max() / 254
 
 
@@ -165,7 +168,7 @@ def test_an_int8_cache_is_operands(backend, arch, of_token, page):
 
 @pytest.mark.parametrize("page", [None, 64])
 def test_what_of_a_cache_is_kept(page):
-    """k's integers and scales, and v's of heads; of tokens v is that of quantize_attention."""
+    """k's integers and scales, and v's of heads, whose blocks then have the scale 1; of tokens v is that of quantize_attention."""
     for of_token in (False, True):
         q, (k_cache, v_cache, lengths), given = of_a_cache(of_token, page)
         x = AttentionOperands.of_cache(q, k_cache, v_cache, lengths, **given)
@@ -177,12 +180,15 @@ def test_what_of_a_cache_is_kept(page):
             assert_equal(x.k[mine], k)
             assert_equal(x.k_scale[mine], k_scale.contiguous())
             if of_token:
-                v, of_channel = reference.to_8bit(v * v_scale[..., None], 0, "int8")
-                assert_equal(x.v[mine].float(), v)
-                assert_equal(x.v_scale[b], of_channel[0])
+                values = (v * v_scale[..., None]).transpose(0, 1)
+                v, of_channel, of_block = reference.values_to_8bit(values, "int8")
+                assert_equal(x.v[mine].float(), v.transpose(0, 1).contiguous())
+                assert_equal(x.v_scale[b], of_channel[:, 0])
+                assert_equal(x.v_block_scale[mine], of_block[..., 0].T.contiguous())
             else:
                 assert_equal(x.v[mine], v)
                 assert_equal(x.v_scale[b], given["v_scale"][:, None].expand(2, 64).contiguous())
+                assert x.v_block_scale[mine].eq(1).all()
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -224,7 +230,7 @@ def test_one_scale_for_a_whole_cache():
     two = {name: scale.expand(2).contiguous() for name, scale in one.items()}
     for dtype in ("int8", "fp8"):
         x, y = (AttentionOperands.of_cache(q, *cache, **scales, dtype=dtype) for scales in (one, two))
-        for name in FIELDS:
+        for name in FIELDS[: None if dtype == "int8" else -1]:
             assert_equal(*(getattr(t, name).view(torch.int8) if getattr(t, name).dtype == torch.float8_e4m3fn else
                            getattr(t, name) for t in (x, y)), name)  # fmt: skip
 
@@ -278,7 +284,7 @@ def test_compiles_whole():
 def test_opcheck(backend):
     x = operands()
     given = [x.q, x.k, x.v, "int8", True, None, False, None, None, 0.0, *[None] * 5, False, x.q_scale, x.q_shift, x.k_scale,
-             x.v_scale, torch.float16]  # fmt: skip
+             x.v_scale, x.v_block_scale, torch.float16]  # fmt: skip
     if backend != "cpu":
         given = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in given]
     for name in ("attention_8bit", "attention_8bit_with_lse"):
@@ -311,12 +317,17 @@ def test_refusals():
             ValueError,
             "v_scale of the operands must be .2, 2, 16., contiguous",
         ),
+        ({"v_block_scale": None}, TypeError, "v_block_scale of the operands must be a tensor of torch.float32"),
+        ({"v_block_scale": x.v_block_scale[:, :1]}, ValueError, "v_block_scale of the operands must be .2, 7, 2."),
         ({"k": x.k[:, :5].contiguous()}, ValueError, "k_scale of the operands must be .2, 5, 2."),
         ({"out_dtype": torch.int8}, TypeError, "out_dtype of the operands must be float16"),
         ({"q": x.q.to("meta")}, ValueError, "on meta, and is"),
     ):
         with pytest.raises(error, match=f"attention_8bit: {text}" if text[0] != "o" else text):
             fp.ops.attention_8bit(dataclasses.replace(x, **change))
+    with_block_scale = dataclasses.replace(operands("fp8"), v_block_scale=x.v_block_scale)
+    with pytest.raises(TypeError, match="v_block_scale of the operands is of int8 alone"):
+        fp.ops.attention_8bit(with_block_scale, dtype="fp8")
     with fp.use_backend("cpu"), pytest.raises(fp.Unsupported, match="no CPU multiplies e4m3"):
         fp.ops.attention_8bit(operands("fp8"), dtype="fp8")
     with fp.interpret("sm_80"), fp.use_backend("triton"), pytest.raises(fp.Unsupported, match="q is float32"):

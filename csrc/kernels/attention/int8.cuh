@@ -34,7 +34,7 @@ struct Int8AttentionConfig {
 
   struct Stage {  // a block of keys; bytes in pairs
     alignas(128) uint16_t k[kN * kHeadDim / 2], v[kValueDim * kN / 2];
-    float k_scale[kN];
+    float scales[kInt8Scales];  // of the keys, and of v
   };
   struct SharedStorage {
     union {

@@ -19,8 +19,9 @@ struct Int8AttentionArguments {
 };
 
 // Probabilities and v in 8 bits, and their product. kLog2Unit: what is added to a score so that its exponential is in
-// the units in which probabilities are rounded; round(p), of such a one, is what pack() takes. kUnit: what is left to
-// multiply the output by. kFar: of larger scores, of either sign, a float has too few bits behind the point.
+// the units in which probabilities are rounded; round(p), of such a one, is what pack() takes. kBlockScales: v has a
+// scale for each block of keys. kUnit: what is left to multiply the output by. kFar: of larger scores, of either sign,
+// a float has too few bits behind the point.
 template <Dtype kValues>
 struct ValueArithmetic;
 template <>
@@ -28,6 +29,7 @@ struct ValueArithmetic<Dtype::i8> {  // whole 255ths
   using Sum = int32_t;
   static constexpr float kLog2Unit = 0, kUnit = 1.f / 255;
   static constexpr float kFar = 0x1p20f;  // up to here the largest is 234 of 255, or more
+  static constexpr bool kBlockScales = true;
   __device__ static float round(float p) { return fmaf(p, 255, kInt8Magic); }
   // Four bytes: elements e and e + 1 of two tiles.
   __device__ static uint32_t pack(const float (&low)[4], const float (&high)[4], int e) {
@@ -48,6 +50,7 @@ struct ValueArithmetic<Dtype::e4m3> {
   using Sum = float;
   static constexpr float kLog2Unit = 8.80735492f, kUnit = 1;  // log2(448); the sum of p has it too
   static constexpr float kFar = 0x1p16f;  // beyond 2^18 the largest may be less than 432, which is rounded to 416
+  static constexpr bool kBlockScales = false;
   __device__ static float round(float p) { return p; }  // by pack()
   __device__ static uint32_t pack(const float (&low)[4], const float (&high)[4], int e) {
     return to_e4m3x2(low[e + 1], low[e]) | uint32_t{to_e4m3x2(high[e + 1], high[e])} << 16;
@@ -166,9 +169,9 @@ struct Int8Source {
   __device__ static void copy(typename Config::Stage& to, const Int8Operands& x, int64_t block) {
     CopyK k({.data = x.k, .row = Config::kHeadDim / 2}, block * (Config::kN * Config::kHeadDim / 2));
     CopyV v({.data = x.v, .row = kInt8Keys / 2}, block * (Config::kValueDim * kInt8Keys / 2));
-    if (threadIdx.x < Config::kN / 4)
-      ptx::cp_async_16(ptx::shared_address(to.k_scale + threadIdx.x * 4),
-                       x.k_scale + block * Config::kN + threadIdx.x * 4);
+    if (threadIdx.x < kInt8Scales / 4)
+      ptx::cp_async_16(ptx::shared_address(to.scales + threadIdx.x * 4),
+                       x.k_scale(block, static_cast<int>(threadIdx.x) * 4));
     k.template copy<true>(to.k, kStepK, Config::kN, Config::kHeadDim / 2);
     v.template copy<true>(to.v, kStepV, Config::kValueDim, kInt8Keys / 2);
   }
@@ -281,6 +284,7 @@ struct Int8AttentionConsumer {
     Row weight, one;
     each_row([&](int i, int half) { one[i][half] = 1; });
     sums.update(scores, kModified ? one : scale, weight, o);
+    if (Values::kBlockScales) each_row([&](int i, int half) { weight[i][half] *= stage.scales[kInt8Keys]; });
     uint32_t packed[Config::kN / 32][kTilesM][4];
     pack_bytes(packed, scores);
     pv(packed, stage, weight);
@@ -321,7 +325,7 @@ struct Int8AttentionConsumer {
     }
 #pragma unroll
     for (int j = 0; j < Scores::kTilesN; ++j) {
-      const auto k = *reinterpret_cast<const float2*>(stage.k_scale + j * 8 + accumulator_column(0));
+      const auto k = *reinterpret_cast<const float2*>(stage.scales + j * 8 + accumulator_column(0));
       const float offset[2] = {-kInt8Magic * k.x, -kInt8Magic * k.y};  // exact, as the scales have 22 bits
 #pragma unroll
       for (int i = 0; i < kTilesM; ++i)

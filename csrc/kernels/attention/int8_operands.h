@@ -11,6 +11,9 @@ namespace forwardpass {
 // Keys of a block, which share the unit of their probabilities. Each sequence begins with a block of its own.
 constexpr int kInt8Keys = 64;
 
+// Floats of a block of keys: a scale of each key of k, one of v, and the rest of 16 bytes, which is not written.
+constexpr int kInt8Scales = kInt8Keys + 4;
+
 // Accumulators of int8 products begin with its bits: as a float each is then this plus the sum, below 2^22.
 constexpr float kInt8Magic = 0x1.8p23f;
 constexpr int32_t kInt8MagicBits = 0x4b400000;
@@ -27,7 +30,7 @@ struct Int8Operands {
   int8_t* q;                    // [row, head_dim]; rows are in the order of the lse
   float *q_scale, *shift;       // of each row; shift: q times k's centre, what all scores of the row have lost
   int8_t* k;                    // [kv head, block, key, head_dim]; keys beyond the sequence's are 0
-  float* k_scale;               // of each key: 22 bits of it, so that kInt8Magic times it is exact
+  float* scales;                // [kv head, block, kInt8Scales]; k_scale and v_block_scale are where
   int8_t* v;       // [kv head, block, value_dim, key]; keys in the order of `int8_key`; int8, unsigned or e4m3
   float* v_scale;  // [sequence, kv head, value_dim]
   float* centre;   // of k: [sequence, kv head, head_dim]
@@ -49,12 +52,20 @@ struct Int8Operands {
       next += (n * int64_t{sizeof *to} + 255) / 256 * 256;
     };
     take(x.q, rows * head_dim), take(x.q_scale, rows), take(x.shift, rows);
-    take(x.k, keys * head_dim), take(x.k_scale, keys);
+    take(x.k, keys * head_dim), take(x.scales, x.blocks * p.kv_heads * kInt8Scales);
     take(x.v, keys * value_dim), take(x.v_scale, sequences * value_dim);
     take(x.centre, sequences * head_dim), take(x.largest, sequences * x.chunks * value_dim);
     x.bytes = next - reinterpret_cast<char*>(p.workspace);
     return x;
   }
+  // block: of all heads'. Of a key 22 bits of its scale, so that kInt8Magic times it is exact.
+  HOST_DEVICE float* k_scale(int64_t block, int key) const { return scales + block * kInt8Scales + key; }
+  // Of unsigned v it is v_unit() times the scale.
+  HOST_DEVICE float* v_block_scale(int64_t block) const { return k_scale(block, kInt8Keys); }
+  // Sums of unsigned products are read as the floats that have their bits, denormal ones: the kernel would have to
+  // multiply each block's weight by this.
+  HOST_DEVICE float v_unit() const { return unsigned_v ? 0x1p109f : 1; }
+
   HOST_DEVICE static int blocks_of(int keys) { return (keys + kInt8Keys - 1) / kInt8Keys; }
   // A sequence's first block, among those of a kv head. first_key: of a packed sequence, in k.
   HOST_DEVICE static int64_t first_block(const AttentionParams& p, int sequence, int64_t first_key) {

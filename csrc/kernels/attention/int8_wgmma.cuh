@@ -83,11 +83,14 @@ struct Int8WgmmaAttentionConfig {
     alignas(1024) float scale[kM];
     alignas(128) float shift[kM];
   };
+  struct Scales {  // of 64 keys, and of their v
+    alignas(128) float value[kInt8Scales];
+  };
   struct SharedStorage {
     Query q[kQStages];
     Key k[kStages];
     Value v[kStages];
-    alignas(128) float k_scale[kStages][kN];
+    Scales scales[kStages][kN / kInt8Keys];
     WgmmaAttentionWork work[kQStages];
     int known;
     typename Source::Shared source;
@@ -96,7 +99,7 @@ struct Int8WgmmaAttentionConfig {
   };
   // That arrive with q, and with a block's k.
   static constexpr int kQueryBytes = sizeof(Query::panel) + 2 * sizeof(Query::scale);
-  static constexpr int kKeyBytes = sizeof(Key) + sizeof(float) * kN;
+  static constexpr int kKeyBytes = sizeof(Key) + kN / kInt8Keys * sizeof(Scales::value);
 };
 
 template <class Config>

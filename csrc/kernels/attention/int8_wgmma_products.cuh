@@ -16,14 +16,13 @@ struct Int8WgmmaArguments {
   int64_t blocks;  // both as in AttentionArguments
   Int8Operands x;
   CUtensorMap q, k, v;         // matrices of bytes; rows of k and v are those of all blocks of keys
-  CUtensorMap k_scale;         // a row a block of keys
+  CUtensorMap scales;          // a row a block of keys
   CUtensorMap q_scale, shift;  // one row each
 
   // m, n: rows of q in a tile, and keys of a block.
   cudaError_t encode(int m, int n) {
     const int64_t rows = int64_t{p.heads} * p.rows * (p.cu_seqlens_q ? 1 : p.batch), all = x.blocks * p.kv_heads;
     const int row_bytes = std::min(x.head_dim, 128);
-    const int together = n / kInt8Keys;  // blocks of 64 keys
     if (std::max({rows, all * kInt8Keys, all * x.value_dim}) > INT32_MAX) return cudaErrorInvalidConfiguration;
     const auto bytes = [&](CUtensorMap& to, const void* data, int64_t rows, int columns, int box_rows, int box) {
       return encode_boxes(to, CU_TENSOR_MAP_DATA_TYPE_UINT8, data, rows, columns, columns, box_rows, box,
@@ -38,7 +37,7 @@ struct Int8WgmmaArguments {
     };
     if (auto e = floats(q_scale, x.q_scale, 1, static_cast<int>(rows), 1, m)) return e;
     if (auto e = floats(shift, x.shift, 1, static_cast<int>(rows), 1, m)) return e;
-    return floats(k_scale, x.k_scale, all, kInt8Keys, together, kInt8Keys);
+    return floats(scales, x.scales, all, kInt8Scales, 1, kInt8Scales);
   }
 };
 
@@ -67,18 +66,21 @@ struct Int8Boxes {
     ptx::tma_load(ptx::shared_address(to.scale), a.q_scale, row, 0, barrier);
     ptx::tma_load(ptx::shared_address(to.shift), a.shift, row, 0, barrier);
   }
+  // Of k's and v's scales, and of v, there are zeros beyond the sequence's units, which lie behind the columns: a scale
+  // that lies there, or a byte of e4m3, may be a NaN, which a probability of 0 does not take away.
   template <class Storage>
   __device__ static void load_k(const Int8WgmmaArguments& a, Storage& s, int stage, uint32_t barrier) {
     if (lane() > 0) return;
     const int block = s.source.block[stage];
     load(s.k[stage].panel, a.k, block * kInt8Keys, barrier);
-    ptx::tma_load(ptx::shared_address(s.k_scale[stage]), a.k_scale, 0, block, barrier);
+#pragma unroll
+    for (int unit = 0; unit < kUnits; ++unit)
+      ptx::tma_load(ptx::shared_address(s.scales[stage][unit].value), a.scales,
+                    unit < s.source.units[stage] ? 0 : kInt8Scales, block + unit, barrier);
   }
   template <class Storage>
   __device__ static void load_v(const Int8WgmmaArguments& a, Storage& s, int stage, uint32_t barrier) {
     if (lane() > 0) return;
-    // Beyond the sequence's units zeros, which there are behind the columns: what lies there in e4m3 may be a NaN,
-    // which a probability of 0 does not take away.
 #pragma unroll
     for (int unit = 0; unit < kUnits; ++unit)
       ptx::tma_load(ptx::shared_address(s.v[stage].row[unit * Config::kValueDim]), a.v,
@@ -98,8 +100,8 @@ struct Int8Boxes {
 };
 
 // Probabilities and v in 8 bits, and their product. kBelow: what the exponential of the largest score of a unit is
-// below 1, in powers of 2. A sum of p v as value() has it, times kOfSum, kOfOutput and its unit's weight, is in units
-// of v.
+// below 1, in powers of 2. A sum of p v as value() has it, times kOfOutput and its unit's weight, is in units of v.
+// kBlockScales: v has a scale for each unit, and the weight is times it.
 template <Dtype kValues>
 struct WgmmaValueArithmetic;
 template <>
@@ -107,10 +109,11 @@ struct WgmmaValueArithmetic<Dtype::i8> {
   using Sum = int32_t;
   // p is in units of 2^-24, so that it is one of fp16's denormals once it is rounded to 16 bits, whose bits are the
   // whole number: 255 of them are 2^-kBelow.
-  static constexpr float kBelow = 16.0056467f;                    // 24 - log2(255)
-  static constexpr float kOfSum = 0x1p109f, kOfOutput = 0x1p16f;  // 2^(149 - 109 - 24)
+  static constexpr float kBelow = 16.0056467f;  // 24 - log2(255)
+  static constexpr float kOfOutput = 0x1p16f;   // 2^(149 - 24) / v_unit()
   static constexpr float kFar = 0x1p20f;
   static constexpr bool kUnsigned = true;  // v is 128 more
+  static constexpr bool kBlockScales = true;
   // Four bytes: elements e and e + 1 of two tiles.
   __device__ static uint32_t pack(const float (&low)[4], const float (&high)[4], int e) {
     return __byte_perm(forwardpass::pack<Dtype::f16>(low[e], low[e + 1]),
@@ -127,9 +130,10 @@ template <>
 struct WgmmaValueArithmetic<Dtype::e4m3> {
   using Sum = float;
   static constexpr float kBelow = -8.80735492f;  // -log2(448)
-  static constexpr float kOfSum = 1, kOfOutput = 1;
+  static constexpr float kOfOutput = 1;
   static constexpr float kFar = 0x1p16f;  // beyond 2^18 the largest may be less than 432, which is rounded to 416
   static constexpr bool kUnsigned = false;
+  static constexpr bool kBlockScales = false;
   __device__ static uint32_t pack(const float (&low)[4], const float (&high)[4], int e) {
     return to_e4m3x2(low[e + 1], low[e]) | uint32_t{to_e4m3x2(high[e + 1], high[e])} << 16;
   }
@@ -149,6 +153,7 @@ struct Int8Products {
   // A unit: 64 keys, which have a maximum of their own. A step: p v of a unit and kPart columns.
   static constexpr int kUnits = Config::kN / kInt8Keys, kParts = Config::kValueDim / Config::kPart,
                        kSteps = kUnits * kParts;
+  static constexpr int kTiles = kInt8Keys / 8;  // of a unit
   using Scores = typename Config::Scores;
   using Output = typename Config::Output;
   struct Sums {
@@ -160,7 +165,8 @@ struct Int8Products {
   uint32_t q_rows, k_rows, v_rows;  // low halves of the wgmma descriptors: of this warpgroup's rows; in the first stage
   RowValues<1> scale;               // of a row's scores: with modifiers q's alone
   RowValues<1> shift;               // what all scores of a row lack
-  RowValues<kUnits> weight;         // of the units whose p v comes next, times kOfSum
+  RowValues<kUnits> weight;         // of the units whose p v comes next, times their scales of v
+  float v_scale[kUnits];            // of the units whose scores there are
   RowValues<1> total;               // of unsigned v: sums of this thread's p as whole numbers, in units of o
   uint32_t packed[Config::kN / 32][4];  // p of the block of keys whose p v comes next: an mma's first operand
   typename Values::Sum values[Config::kPart / 8][4];  // p v of a step
@@ -195,11 +201,15 @@ struct Int8Products {
     }
   }
   // Once it has completed, while the stage is there: times the scales of the keys, and with modifiers of the rows.
-  __device__ Scores& scores(Sums& sums, const typename Config::SharedStorage& s, int k_stage) const {
+  __device__ Scores& scores(Sums& sums, const typename Config::SharedStorage& s, int k_stage) {
     ptx::wgmma_keep(sums.tile);
+    const auto& scales = s.scales[k_stage];
+#pragma unroll
+    for (int unit = 0; unit < kUnits; ++unit) v_scale[unit] = Values::kBlockScales ? scales[unit].value[kInt8Keys] : 1;
 #pragma unroll
     for (int j = 0; j < Scores::kTilesN; ++j) {
-      const auto k = *reinterpret_cast<const float2*>(&s.k_scale[k_stage][j * 8 + accumulator_column(0)]);
+      const float* const of_k = scales[j / kTiles].value + j % kTiles * 8 + accumulator_column(0);
+      const auto k = *reinterpret_cast<const float2*>(of_k);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         float& score = sums.scores[0][j][e];
@@ -248,7 +258,7 @@ struct Int8Products {
       for (int half = 0; half < 2; ++half) {
         const float w = ptx::ex2(top[unit][half] - sums.max[0][half]);
         sums.sum[0][half] = fmaf(add[unit][half], w, sums.sum[0][half]);
-        weight[unit][half] = w * Values::kOfSum;
+        weight[unit][half] = w * v_scale[unit];
         const float bytes = __uint_as_float(pack_unit(s, unit, half));
         if (Values::kUnsigned) total[0][half] = fmaf(bytes, weight[unit][half], total[0][half]);
       }
@@ -289,7 +299,6 @@ struct Int8Products {
   // Beyond this kBelow is no longer exact enough as a part of the maximum, beyond 2^27 it is lost.
   static constexpr float kFar = Values::kFar;
   __device__ float of_row(int half) const { return Config::kModified ? 1 : scale[0][half]; }
-  static constexpr int kTiles = kInt8Keys / 8;  // of a unit
   // Of a row's scores of a unit.
   __device__ static float largest(const Scores& s, int unit, int half) {
     const auto& tiles = s[0];

@@ -1,6 +1,6 @@
 // q, k and v of attention_8bit to int8, or v to e4m3. The first launch reads v, for each channel's largest value, and
-// 64 keys, for k's centre; the second reads all and writes them. Memory binds: 6 bytes of q and k an element are moved,
-// and 5 of v.
+// 64 keys, for k's centre; the second reads all and writes them, and finds the scale of each block of v. Memory binds:
+// 6 bytes of q and k an element are moved, and 5 of v.
 #include "device/dependent_launch.cuh"
 #include "device/vec.cuh"
 #include "kernels/attention/int8_operands.h"
@@ -10,6 +10,7 @@ namespace forwardpass {
 
 constexpr int kThreads = 256, kRows = kInt8Keys;  // rows of q or k that a block has
 constexpr int kSamples = 64;                      // keys whose mean is subtracted
+constexpr int kWords = kInt8Keys / 4;             // of a channel of v, in a block of keys
 
 struct QuantizeArguments {
   AttentionParams p;
@@ -276,7 +277,7 @@ __device__ inline void quantize_k(const QuantizeArguments& a, const KeysOf& keys
         uint2 q;
         const float scale = quantize_row(x, q, across, a.rotation);
         *reinterpret_cast<uint2*>(a.to.k + to * a.to.head_dim + column) = q;
-        if (column == 0) a.to.k_scale[to] = without_two_bits(__fmul_rn(scale, 1.f / a.rotation));
+        if (column == 0) *a.to.k_scale(block, r) = without_two_bits(__fmul_rn(scale, 1.f / a.rotation));
       });
 }
 // The largest absolute values of eight channels of v: of all chunks, one or more of which each thread of 16 loads.
@@ -292,14 +293,13 @@ __device__ inline void load_largest(float (&largest)[kVec], const QuantizeArgume
 #pragma unroll
   for (float& v : largest) v = over_row(v, kSharing, ptx::max_nan);
 }
-// A thread has four keys of eight channels, those that are a word of each channel: a warp writes 64 bytes of two
-// channels at a time, and reads 32 bytes of each of its keys.
-__device__ inline void quantize_v(const QuantizeArguments& a, const KeysOf& keys, int head, int64_t block) {
+// f(column, stored, largest, raw): of eight channels from `column` on the largest values, and four keys of v, which are
+// a word of each channel. A warp reads 32 bytes of each of its keys. stored: the kernel has these columns.
+template <class F>
+__device__ inline void each_word(const QuantizeArguments& a, const KeysOf& keys, int head, F f) {
   const AttentionParams& p = a.p;
-  constexpr int kWords = kInt8Keys / 4;
   const int word = threadIdx.x % kWords;
   const int64_t from = keys.sequence * p.v.batch + head * p.v.head + keys.first_of_sequence * p.v.row;
-  const int64_t sequence = int64_t{keys.sequence} * p.kv_heads + head;
 #pragma unroll 1
   for (int begin = 0; begin < a.to.value_dim; begin += kThreads / kWords * kVec) {  // all threads: shuffles
     const int column = begin + static_cast<int>(threadIdx.x) / kWords * kVec;
@@ -311,13 +311,55 @@ __device__ inline void quantize_v(const QuantizeArguments& a, const KeysOf& keys
       if (inside && key < keys.keys) raw[i] = load16(p.v.data, from + key * p.v.row + column);
     }
     float largest[kVec];
-    load_largest(largest, a, sequence, stored ? column : 0);
+    load_largest(largest, a, int64_t{keys.sequence} * p.kv_heads + head, stored ? column : 0);
+    f(column, stored, largest, raw);
+  }
+}
+// The largest of all threads' values that are no NaN.
+__device__ inline float over_block(float v) {
+  constexpr int kWarps = kThreads / 32;
+  __shared__ float shared[kWarps];
+  v = over_row(v, 32, fmaxf);
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = v;
+  __syncthreads();
+  return over_row(shared[threadIdx.x % kWarps], kWarps, fmaxf);
+}
+// The scale of a block of v whose values are in units of their channels: one for all channels, of those without a NaN.
+// e4m3 has none: its steps grow with the values.
+__device__ inline Scale block_scale(const QuantizeArguments& a, const KeysOf& keys, int head, float steps) {
+  float most = 0;
+  each_word(a, keys, head, [&](int, bool, const float (&largest)[kVec], const uint4(&raw)[4]) {
+    float of_keys[kVec] = {};
+#pragma unroll
+    for (const uint4& key : raw) {
+      float x[kVec];
+      widen(x, key, a.p.dtype);
+#pragma unroll
+      for (int c = 0; c < kVec; ++c) of_keys[c] = fmaxf(of_keys[c], fabsf(x[c]));
+    }
+#pragma unroll
+    for (int c = 0; c < kVec; ++c) most = fmaxf(most, __fmul_rn(of_keys[c], Scale(largest[c], steps).inverse));
+  });
+  return Scale(over_block(most), steps);
+}
+// A warp writes 64 bytes of two channels at a time.
+__device__ inline void quantize_v(const QuantizeArguments& a, const KeysOf& keys, int head, int64_t block) {
+  const float steps = a.fp8 ? 448 : 127;
+  float inverse_of_block = 1;
+  if (!a.fp8) {
+    const Scale s = block_scale(a, keys, head, steps);
+    inverse_of_block = s.inverse;
+    if (threadIdx.x == 0) *a.to.v_block_scale(block) = s.scale * a.to.v_unit();
+  }
+  const int word = threadIdx.x % kWords;
+  float* const v_scale = a.to.v_scale + (int64_t{keys.sequence} * a.p.kv_heads + head) * a.to.value_dim;
+  each_word(a, keys, head, [&](int column, bool stored, const float (&largest)[kVec], const uint4(&raw)[4]) {
     float inverse[kVec];
 #pragma unroll
     for (int c = 0; c < kVec; ++c) {
-      const Scale s(largest[c], a.fp8 ? 448 : 127);
+      const Scale s(largest[c], steps);
       inverse[c] = s.inverse;
-      if (stored && keys.first == 0 && word == 0) a.to.v_scale[sequence * a.to.value_dim + column + c] = s.scale;
+      if (stored && keys.first == 0 && word == 0) v_scale[column + c] = s.scale;
     }
     uint32_t words[kVec] = {};
     const uint32_t sign = a.to.unsigned_v ? 0x80808080 : 0;
@@ -325,21 +367,21 @@ __device__ inline void quantize_v(const QuantizeArguments& a, const KeysOf& keys
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float x[kVec];
-        widen(x, raw[i], p.dtype);
+        widen(x, raw[i], a.p.dtype);
 #pragma unroll
-        for (int c = 0; c < kVec; ++c) words[c] |= to_byte(x[c], inverse[c]) << i * 8;
+        for (int c = 0; c < kVec; ++c) words[c] |= to_byte(__fmul_rn(x[c], inverse[c]), inverse_of_block) << i * 8;
       }
     };
     if (a.fp8)
       round([](float v, float inverse) { return uint32_t{to_e4m3x2(0, __fmul_rn(v, inverse))}; });
     else
       round(to_int8);
-    if (!stored) continue;
+    if (!stored) return;
 #pragma unroll
     for (int c = 0; c < kVec; ++c)
       *reinterpret_cast<uint32_t*>(a.to.v + (block * a.to.value_dim + column + c) * kInt8Keys + word * 4) =
           words[c] ^ sign;
-  }
+  });
 }
 
 // What a block does: q of rows of q, k or v of a block of keys.
@@ -414,8 +456,9 @@ __device__ inline void exchange_k(const ExchangeArguments& e, const KeysOf& keys
     exchange<kGive>(words(bytes(p.k), from + column), words(a.to.k, to * a.to.head_dim + column),
                     inside && column < p.head_dim);
     if (column > 0) continue;
-    exchange<kGive>(e.scales.k_scale + from / p.head_dim, a.to.k_scale + to, inside);
-    if (kGive) a.to.k_scale[to] = without_two_bits(a.to.k_scale[to]);
+    float* const scale = a.to.k_scale(block, r);
+    exchange<kGive>(e.scales.k_scale + from / p.head_dim, scale, inside);
+    if (kGive) *scale = without_two_bits(*scale);
   }
 }
 
@@ -424,10 +467,14 @@ template <bool kGive>
 __device__ inline void exchange_v(const ExchangeArguments& e, const KeysOf& keys, int head, int64_t block) {
   const QuantizeArguments& a = e.a;
   const AttentionParams& p = a.p;
-  constexpr int kWords = kInt8Keys / 4;
   const int word = threadIdx.x % kWords;
   const int64_t from = keys.sequence * p.v.batch + head * p.v.head + keys.first_of_sequence * p.v.row;
   const int64_t sequence = int64_t{keys.sequence} * p.kv_heads + head;
+  // Callers have a block's scale for each of its keys.
+  if (const int r = static_cast<int>(threadIdx.x); !a.fp8 && r < (kGive ? 1 : kInt8Keys))
+    exchange<kGive>(e.scales.v_block_scale + (from + (keys.first + r) * p.v.row) / p.value_dim,
+                    a.to.v_block_scale(block), keys.first + r < keys.keys);
+  if (kGive && a.to.unsigned_v && threadIdx.x == 0) *a.to.v_block_scale(block) *= a.to.v_unit();
 #pragma unroll 1
   for (int c = static_cast<int>(threadIdx.x) / kWords; c < a.to.value_dim; c += kThreads / kWords) {
     const bool is_column = c < p.value_dim;

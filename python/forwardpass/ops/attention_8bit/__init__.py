@@ -34,8 +34,8 @@ MAX_COLUMNS = 2**17
 class AttentionOperands:
     """q, k and v in 8 bits, as `quantize_attention` and `of_cache` return them. `attention_8bit` takes them in place of q, k and v.
 
-    Of row i and key j, `scale * (q_i k_j * q_scale_i * k_scale_j + q_shift_i)` is the score; v times v_scale are the values. With
-    cu_seqlens B and S are one dimension, T, except in v_scale, whose B are the sequences. All are contiguous.
+    Of row i and key j, `scale * (q_i k_j * q_scale_i * k_scale_j + q_shift_i)` is the score; v times v_scale and v_block_scale are
+    the values. With cu_seqlens B and S are one dimension, T, except in v_scale, whose B are the sequences. All are contiguous.
 
     Attributes:
         q: int8 [B, Sq, H, D], rotated where `rotate`.
@@ -45,6 +45,8 @@ class AttentionOperands:
         k_scale: float32 [B, Sk, Hk].
         v: int8, with dtype "fp8" float8_e4m3fn, [B, Sk, Hk, Dv].
         v_scale: float32 [B, Hk, Dv].
+        v_block_scale: float32 [B, Sk, Hk], or None with dtype "fp8": the same for 64 keys, from the first one of each sequence on.
+            Kernels read it of the first of these keys.
         dtype: "int8" or "fp8", of the probabilities and v.
         rotate: whether q and k are rotated.
         out_dtype: the dtype that q had, which the output has.
@@ -58,6 +60,7 @@ class AttentionOperands:
     k_scale: Tensor
     v: Tensor
     v_scale: Tensor
+    v_block_scale: Tensor | None
     dtype: str
     rotate: bool
     out_dtype: torch.dtype
@@ -82,7 +85,7 @@ class AttentionOperands:
 
         `attention_8bit(x, rotate=False, causal=True)` then computes what `attention_decode` does with the same arguments, with both
         products in 8 bits. k's integers and scales are the cache's. v's are too where a head has one scale and dtype is "int8";
-        else they are rounded again, to one scale for each channel of a sequence. A copy of the sequences' keys is made, of as many
+        else they are rounded again, to the scales of `quantize_attention`. A copy of the sequences' keys is made, of as many
         as the cache has room for. No number of the device is looked at.
 
         Args:
@@ -147,10 +150,11 @@ def quantize_attention(
         True
     """
     _check_dtype("quantize_attention", dtype, rotate)
-    q8, q_scale, q_shift, k8, k_scale, v8, v_scale = QUANTIZE_ATTENTION(
+    q8, q_scale, q_shift, k8, k_scale, v8, v_scale, of_block = QUANTIZE_ATTENTION(
         q, k, v, dtype, rotate, cu_seqlens_q, cu_seqlens_k
     )
-    return AttentionOperands(q8, q_scale, q_shift, k8, k_scale, v8, v_scale, dtype, rotate, q.dtype)
+    v_block_scale = of_block if dtype == "int8" else None
+    return AttentionOperands(q8, q_scale, q_shift, k8, k_scale, v8, v_scale, v_block_scale, dtype, rotate, q.dtype)
 
 
 def attention_8bit(
@@ -175,9 +179,10 @@ def attention_8bit(
 
     k loses the mean of 64 of its keys, which softmax does not see. The columns of q and k are rotated by a Hadamard matrix, which
     spreads outliers of a channel. q and k are then int8, with a scale for each row and each key, and the sums of their products are
-    exact. v has a scale for each channel. Probabilities are relative to the largest of 64 keys. A row is divided by their sum
-    before rounding, in float32. Against float64, random normal q, k and v: an error of 1.4 % of the output's norm with "int8",
-    3.5 % with "fp8" (`python -m benchmarks.attention_8bit_error` has other data, and other arithmetics).
+    exact. v has a scale for each channel and, in int8, one for each 64 keys. Probabilities are relative to the largest of 64 keys.
+    A row is divided by their sum before rounding, in float32. Against float64, random normal q, k and v: an error of 1.4 % of the
+    output's norm with "int8", 3.5 % with "fp8" (`python -m benchmarks.attention_8bit_error` has other data, and other
+    arithmetics).
 
     Args:
         q, k, v: as `attention` takes them; or q alone, the AttentionOperands that `quantize_attention` or
@@ -295,7 +300,7 @@ def _operands(op: str, q: Any, k: Any, v: Any, dtype: str, rotate: bool) -> tupl
         if value != before:
             raise ValueError(f"{op}: the operands were quantised with {name}={before!r}, and {name} is {value!r}: "
                              f"pass {name}={before!r}")  # fmt: skip
-    return q.q, q.k, q.v, q.q_scale, q.q_shift, q.k_scale, q.v_scale, q.out_dtype
+    return q.q, q.k, q.v, q.q_scale, q.q_shift, q.k_scale, q.v_scale, q.v_block_scale, q.out_dtype
 
 
 def _check(
@@ -333,12 +338,13 @@ def _check_operands(
     q_shift: Tensor,
     k_scale: Tensor,
     v_scale: Tensor,
+    v_block_scale: Tensor | None,
     out_dtype: torch.dtype,
 ) -> list[Tensor]:
     """AttentionOperands, whose fields anyone may have put there. Returns tensors of their shapes in out_dtype, without values."""
     if out_dtype not in FLOATS:
         raise TypeError(f"{op}: out_dtype of the operands must be float16, bfloat16 or float32, not {out_dtype}")
-    shapes = {
+    shapes: dict[str, tuple[Tensor | None, torch.dtype, Any]] = {
         "q": (q, torch.int8, q.shape),
         "k": (k, torch.int8, k.shape),
         "v": (v, VALUES[dtype], v.shape),
@@ -347,6 +353,12 @@ def _check_operands(
         "k_scale": (k_scale, torch.float32, k.shape[:-1]),
         "v_scale": (v_scale, torch.float32, (batch, *v.shape[-2:])),
     }
+    if dtype == "int8":
+        shapes["v_block_scale"] = v_block_scale, torch.float32, k.shape[:-1]
+    elif v_block_scale is not None:
+        raise TypeError(
+            f"{op}: v_block_scale of the operands is of int8 alone, and dtype is {dtype!r}: it must be None"
+        )
     for name, (x, expected, shape) in shapes.items():
         if not isinstance(x, Tensor) or x.dtype is not expected:
             raise TypeError(

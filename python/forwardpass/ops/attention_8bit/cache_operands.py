@@ -44,15 +44,18 @@ def operands(
     )
     if dtype == "int8" and not is_per_token(v_scale):
         v8, of_channel = v_cache[first, row], v_scale[:, None].expand(batch, *v_cache.shape[2:]).contiguous()
+        of_block = torch.ones_like(k8_scale)
     else:
-        v8, of_channel = _by_channel(v_cache, torch.where(known, seq_lens, 0), block_table, v_scale, room, dtype)
-        v8 = v8[sequence, key]
+        v8, of_channel, of_block = _rounded_again(
+            v_cache, torch.where(known, seq_lens, 0), block_table, v_scale, room, dtype
+        )
+        v8, of_block = v8[sequence, key], of_block[sequence, key]
     q8, q_scale, _ = quantize(q, torch.int8)
     q_scale = q_scale.flatten(0, 1).contiguous()
     starts_q = torch.arange(batch + 1, device=q.device, dtype=torch.int32) * rows
     return (
-        q8.flatten(0, 1).contiguous(), q_scale, torch.zeros_like(q_scale), k_cache[first, row], k8_scale, v8, of_channel, dtype,
-        False, q.dtype, starts_q, starts,
+        q8.flatten(0, 1).contiguous(), q_scale, torch.zeros_like(q_scale), k_cache[first, row], k8_scale, v8, of_channel,
+        of_block if dtype == "int8" else None, dtype, False, q.dtype, starts_q, starts,
     )  # fmt: skip
 
 
@@ -76,17 +79,19 @@ def _scales(scale: Tensor, first: Tensor, row: Tensor) -> Tensor:
     return scale[first, row] if is_per_token(scale) else scale.expand(*first.shape, -1)
 
 
-def _by_channel(
+def _rounded_again(
     v_cache: Tensor, lengths: Tensor, block_table: Tensor | None, v_scale: Tensor, room: int, dtype: str
-) -> tuple[Tensor, Tensor]:
-    """v [B, room, Hk, Dv] in 8 bits, and [B, Hk, Dv], the scale of each channel of a sequence: of the keys that there are."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """v [B, room, Hk, Dv] in 8 bits, the scales of sequences' channels, [B, Hk, Dv], and of their blocks, [B, room, Hk]: of keys
+    that there are."""
     key = torch.arange(room, device=v_cache.device).expand(len(lengths), room)
     sequence = torch.arange(len(lengths), device=v_cache.device)[:, None].expand_as(key)
     first, row, valid = _places(v_cache, sequence, key, block_table)
     there = (valid & (key < lengths[:, None]))[..., None, None]
     values = torch.where(there, v_cache[first, row] * _scales(v_scale, first, row)[..., None], 0)
-    v8, of_channel = reference.to_8bit(values, 1, dtype)
-    return v8.to(torch.int8 if dtype == "int8" else torch.float8_e4m3fn), of_channel[:, 0]
+    v8, of_channel, of_block = reference.values_to_8bit(values.transpose(1, 2), dtype)
+    v8 = v8.transpose(1, 2).to(torch.int8 if dtype == "int8" else torch.float8_e4m3fn)
+    return v8, of_channel[:, :, 0], of_block[..., 0].transpose(1, 2)
 
 
 def _check(

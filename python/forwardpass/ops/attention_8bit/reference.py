@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..attention.reference import known_sequences, outputs_of
 
-#: Keys that share the unit of their probabilities. Sums of their products are exact in int8, 64 x 255 x 127 < 2^21; of e4m3
-#: they are what tensor cores add with fewer bits than float32 has, before float32 adds them up.
+#: Keys that share the unit of their probabilities, and in int8 a scale of v. Sums of their products are exact in int8,
+#: 64 x 255 x 127 < 2^21; of e4m3 they are what tensor cores add with fewer bits than float32 has, before float32 adds them up.
 BLOCK = 64
 #: Keys, evenly spaced over a sequence, whose mean is subtracted from each.
 SAMPLES = 64
@@ -36,6 +37,7 @@ class Operands:
     k_scale: Tensor  #: [Hk, Sk, 1]
     v: Tensor  #: [Hk, Sk, Dv]
     v_scale: Tensor  #: [Hk, 1, Dv]
+    v_block_scale: Tensor  #: [Hk, Sk, 1]: of each BLOCK keys the first one's counts
     dtype: str = "int8"  #: of v and of probabilities
 
 
@@ -44,16 +46,42 @@ def rounded(x: Tensor, dtype: str) -> Tensor:
     return x.round() if dtype == "int8" else x.to(torch.float8_e4m3fn).float()
 
 
-def to_8bit(x: Tensor, dim: int, dtype: str) -> tuple[Tensor, Tensor]:
-    """(whole numbers from -127 to 127 or e4m3 to 448, the largest of which `dim` has, the scale), NaN where there is a NaN or
-    infinity."""
+def in_units(x: Tensor, largest: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
+    """(x in units of which `largest` has as many as there are steps, the unit), NaN where `largest` is a NaN or infinite."""
     steps = LARGEST[dtype][0]
-    largest = x.abs().amax(dim, keepdim=True) if x.shape[dim] else torch.zeros_like(x.sum(dim, keepdim=True))
     largest = torch.where(largest.isinf(), torch.nan, largest)
     # steps / largest would be torch's steps times the reciprocal, which is rounded twice: a step off where a value is half of one.
     inverse = torch.full_like(largest, steps) / largest
     inverse = torch.where(largest < LEAST, 0, inverse)
-    return rounded(x * inverse, dtype), largest / steps
+    return x * inverse, largest / steps
+
+
+def largest_of(x: Tensor, dim: int) -> Tensor:
+    return x.abs().amax(dim, keepdim=True) if x.shape[dim] else torch.zeros_like(x.sum(dim, keepdim=True))
+
+
+def to_8bit(x: Tensor, dim: int, dtype: str) -> tuple[Tensor, Tensor]:
+    """(whole numbers from -127 to 127 or e4m3 to 448, the largest of which `dim` has, the scale)."""
+    values, scale = in_units(x, largest_of(x, dim), dtype)
+    return rounded(values, dtype), scale
+
+
+def values_to_8bit(v: Tensor, dtype: str) -> tuple[Tensor, Tensor, Tensor]:
+    """v [..., keys, columns] in 8 bits, a scale for each column, [..., 1, columns], and one for each BLOCK keys, all their columns,
+    [..., keys, 1].
+
+    The largest value of a column grows with the number of its keys. Most blocks are of smaller values, to which the second scale
+    leaves all steps. It is 1 in e4m3, whose steps grow with the values. A column with a NaN does not change a block's scale.
+    """
+    values, scale = in_units(v, largest_of(v, -2), dtype)
+    if dtype != "int8":
+        return rounded(values, dtype), scale, torch.ones_like(values[..., :1])
+    keys = v.shape[-2]
+    n = math.ceil(keys / BLOCK)
+    blocks = F.pad(values, (0, 0, 0, n * BLOCK - keys)).unflatten(-2, (n, BLOCK))
+    blocks, block_scale = in_units(blocks, blocks.nan_to_num(0).abs().amax((-2, -1), keepdim=True), dtype)
+    of_keys = block_scale.expand(*blocks.shape[:-1], 1).flatten(-3, -2)
+    return rounded(blocks, dtype).flatten(-3, -2)[..., :keys, :], scale, of_keys[..., :keys, :]
 
 
 def rotate(x: Tensor) -> Tensor:
@@ -93,8 +121,8 @@ def quantize(q: Tensor, k: Tensor, v: Tensor, rotates: bool, dtype: str = "int8"
     n = rotation_size(q.shape[-1]) if rotates else 1
     if rotates:
         q, k = rotate(q), rotate(k)
-    (q, q_scale), (k, k_scale), (v, v_scale) = to_8bit(q, -1, "int8"), to_8bit(k, -1, "int8"), to_8bit(v, 1, dtype)
-    return Operands(q, q_scale, shift, k, k_scale * (1 / n), v, v_scale, dtype)
+    (q, q_scale), (k, k_scale) = to_8bit(q, -1, "int8"), to_8bit(k, -1, "int8")
+    return Operands(q, q_scale, shift, k, k_scale * (1 / n), *values_to_8bit(v, dtype), dtype)
 
 
 def attend(
@@ -131,11 +159,12 @@ def attend(
         s = s + mask.float()
         allowed = allowed & ~(mask.float() / math.log(2)).isneginf()
     s = s.masked_fill(~allowed, -torch.inf)
-    return _softmax(s, v, x.v_scale.repeat_interleave(group, 0), x.dtype, shift, sinks)
+    v_scales = (t.repeat_interleave(group, 0).double() for t in (x.v_scale, x.v_block_scale))
+    return _softmax(s, v, *v_scales, x.dtype, shift, sinks)
 
 
 def _softmax(
-    s: Tensor, v: Tensor, v_scale: Tensor, dtype: str, shift: Tensor, sinks: Tensor | None
+    s: Tensor, v: Tensor, v_scale: Tensor, v_block_scale: Tensor, dtype: str, shift: Tensor, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The probabilities of a block of keys are relative to its largest; the denominator is the sum of them as they were."""
     steps = LARGEST[dtype][1]
@@ -152,15 +181,16 @@ def _softmax(
         weight = (unit - finite).exp().double()
         weight = torch.where((p > 0).any(-1, keepdim=True) | p.isnan().any(-1, keepdim=True), weight, 0)
         total = total + p.double().sum(-1, keepdim=True) * weight
-        out = out + rounded(p * steps, dtype).double() @ v[:, begin : begin + BLOCK].double() * (weight / steps)
+        part = rounded(p * steps, dtype).double() @ v[:, begin : begin + BLOCK].double()
+        out = out + part * (weight / steps * v_block_scale[:, begin : begin + 1])
     lse = torch.where(maximum == -torch.inf, -torch.inf, finite + shift + total.log())
-    o = torch.where(total == 0, 0, out / total) * v_scale.double()
+    o = torch.where(total == 0, 0, out / total) * v_scale
     o = torch.where(maximum == -torch.inf, torch.zeros_like(o), o)  # whatever v's scales are
     return o.float(), lse.squeeze(-1).float()
 
 
-#: q, q_scale, q_shift, k, k_scale, v and v_scale, as quantize_attention returns them
-Quantized = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+#: q, q_scale, q_shift, k, k_scale, v, v_scale and v_block_scale, as quantize_attention returns them
+Quantized = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def empty_operands(q: Tensor, k: Tensor, v: Tensor, dtype: str, sequences: int) -> Quantized:
@@ -177,6 +207,7 @@ def empty_operands(q: Tensor, k: Tensor, v: Tensor, dtype: str, sequences: int) 
         scales(*k.shape[:-1]),
         v.new_empty(v.shape, dtype=torch.int8 if dtype == "int8" else torch.float8_e4m3fn),
         scales(sequences, *v.shape[-2:]),
+        scales(*k.shape[:-1]) if dtype == "int8" else scales(0),
     )
 
 
@@ -200,7 +231,7 @@ def quantize_attention(
 ) -> Quantized:
     to = empty_operands(q, k, v, dtype, len(q) if cu_seqlens_q is None else len(cu_seqlens_q) - 1)
     for part in to:  # what is of no known sequence
-        part.fill_(torch.nan if part.dtype is torch.float32 and part is not to[-1] else 0)
+        part.fill_(torch.nan if part.dtype is torch.float32 and part is not to[6] else 0)
     for b, (rows, keys) in enumerate(sequences_of(q, k, cu_seqlens_q, cu_seqlens_k)):
         x = quantize(q[rows], k[keys], v[keys], rotates, dtype)
         of_rows, of_keys = (x.q, x.q_scale[..., 0], x.shift[..., 0]), (x.k, x.k_scale[..., 0], x.v)
@@ -209,6 +240,8 @@ def quantize_attention(
                 value = value.transpose(0, 1)
                 part[where] = value.nan_to_num(0) if part.dtype is torch.int8 else value  # its scale is NaN
         to[6][b] = x.v_scale[:, 0]
+        if dtype == "int8":
+            to[7][keys] = x.v_block_scale[..., 0].transpose(0, 1)
     return to
 
 
@@ -233,11 +266,12 @@ def attention_8bit(
     q_shift: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    v_block_scale: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     return attention_8bit_with_lse(
         q, k, v, dtype, rotates, scale, causal, window_left, window_right, softcap, mask, alibi_slopes, sinks, cu_seqlens_q,
-        cu_seqlens_k, batch_invariant, q_scale, q_shift, k_scale, v_scale, out_dtype,
+        cu_seqlens_k, batch_invariant, q_scale, q_shift, k_scale, v_scale, v_block_scale, out_dtype,
     )[0]  # fmt: skip
 
 
@@ -262,21 +296,34 @@ def attention_8bit_with_lse(
     q_shift: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    v_block_scale: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """With q_scale, q to v_scale are what quantize_attention has returned, and out_dtype is q's before it."""
+    """With q_scale, q to v_block_scale are what quantize_attention has returned, and out_dtype is q's before it."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     right = 0 if causal else window_right
     out_dtype = out_dtype or q.dtype
     if q_scale is None or q_shift is None or k_scale is None or v_scale is None:
-        q, q_scale, q_shift, k, k_scale, v, v_scale = quantize_attention(
+        q, q_scale, q_shift, k, k_scale, v, v_scale, v_block_scale = quantize_attention(
             q, k, v, dtype, rotates, cu_seqlens_q, cu_seqlens_k
         )
+    if v_block_scale is None or dtype != "int8":  # e4m3 has none
+        v_block_scale = torch.ones_like(k_scale)
     o, lse = (x.fill_(torch.nan) for x in outputs_of(q.to(out_dtype), v, torch.float32))
     for b, (rows, keys) in enumerate(sequences_of(q, k, cu_seqlens_q, cu_seqlens_k)):
         of_rows = [y[rows].transpose(0, 1).float() for y in (q, q_scale[..., None], q_shift[..., None])]
-        of_keys = [y[keys].transpose(0, 1).float() for y in (k, k_scale[..., None], v)]
-        x = Operands(of_rows[0], of_rows[1], of_rows[2], of_keys[0], of_keys[1], of_keys[2], v_scale[b, :, None], dtype)
+        of_keys = [y[keys].transpose(0, 1).float() for y in (k, k_scale[..., None], v, v_block_scale[..., None])]
+        x = Operands(
+            of_rows[0],
+            of_rows[1],
+            of_rows[2],
+            of_keys[0],
+            of_keys[1],
+            of_keys[2],
+            v_scale[b, :, None],
+            of_keys[3],
+            dtype,
+        )
         mask_b = mask[b if mask.shape[0] > 1 else 0] if mask is not None and mask.dim() == 4 else mask
         slopes = alibi_slopes[b] if alibi_slopes is not None and alibi_slopes.dim() == 2 else alibi_slopes
         o_part, lse_part = attend(x, scale, window_left, right, softcap, mask_b, slopes, sinks)

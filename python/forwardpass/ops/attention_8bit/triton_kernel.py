@@ -89,10 +89,10 @@ def attend_blocks(
     score_options, dtype: tl.constexpr, D: tl.constexpr, VALUE_D: tl.constexpr, PARTS: tl.constexpr, VALUE_PARTS: tl.constexpr,
     WHOLE: tl.constexpr, GENERAL: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
-    """attention's, with the sums of a block's products added with the block's weight. keys_of_head: k, its scales, v and what its
-    accumulators begin with, from the head's first block on. row_scale [M]: of products of q's integers and k's values, times
-    log2(e) except where GENERAL; row_shift: of scores that a softcap sees, else 0."""
-    k8, k_descriptors, k_scale_ptr, v8, v_descriptors, v_start_ptr = keys_of_head
+    """attention's, with the sums of a block's products added with the block's weight. keys_of_head: k, its scales, v, what its
+    accumulators begin with and its blocks' scales, from the head's first block on. row_scale [M]: of products of q's integers and
+    k's values, times log2(e) except where GENERAL; row_shift: of scores that a softcap sees, else 0."""
+    k8, k_descriptors, k_scale_ptr, v8, v_descriptors, v_start_ptr, v_block_scale_ptr = keys_of_head
     for i in tl.range(first, last - gap, disable_licm=GENERAL):
         block = i if WHOLE else tl.where(i < middle, i, i + gap)
         n = block * KEYS + tl.arange(0, KEYS)
@@ -121,6 +121,8 @@ def attend_blocks(
         maxima = highest
         total = tl.fma(total, correction, tl.sum(p, 1) * weight)
         p8 = to_bytes(p, FP8)
+        if not FP8:
+            weight *= tl.load(v_block_scale_ptr + place)
         sums = ()
         column = 0
         for j in tl.static_range(len(VALUE_PARTS)):
@@ -139,11 +141,11 @@ def attend_blocks(
 
 @kernel
 def attention_8bit_kernel(
-    q8, q_scale_ptr, shift_ptr, k8, k_descriptors, k_scale_ptr, v8, v_descriptors, v_scale_ptr, v_start_ptr, blocks, out,
-    lse_ptr, has_lse, batch, heads, group, rows, keys, tiles, value_dim, scale, softcap, left, right, mask_ptr, mask_kind,
-    mask_batch, mask_head, mask_row, mask_column, alibi_ptr, has_alibi, alibi_batch, sinks_ptr, sinks_kind, packed,
-    cu_seqlens_q_ptr, cu_seqlens_k_ptr, M: tl.constexpr, D: tl.constexpr, VALUE_D: tl.constexpr, PARTS: tl.constexpr,
-    VALUE_PARTS: tl.constexpr, GENERAL: tl.constexpr, FP8: tl.constexpr,
+    q8, q_scale_ptr, shift_ptr, k8, k_descriptors, k_scale_ptr, v8, v_descriptors, v_scale_ptr, v_start_ptr,
+    v_block_scale_ptr, blocks, out, lse_ptr, has_lse, batch, heads, group, rows, keys, tiles, value_dim, scale, softcap, left,
+    right, mask_ptr, mask_kind, mask_batch, mask_head, mask_row, mask_column, alibi_ptr, has_alibi, alibi_batch, sinks_ptr,
+    sinks_kind, packed, cu_seqlens_q_ptr, cu_seqlens_k_ptr, M: tl.constexpr, D: tl.constexpr, VALUE_D: tl.constexpr,
+    PARTS: tl.constexpr, VALUE_PARTS: tl.constexpr, GENERAL: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """attention_kernel, of quantised operands. value_dim counts 8 elements, as it does there."""
     head, tile = tl.program_id(0) % heads, tl.program_id(0) // heads  # heads that share keys run together
@@ -177,7 +179,7 @@ def attention_8bit_kernel(
     before = kv_head.to(tl.int64) * blocks
     keys_of_head = (
         k8 + before * (KEYS * D), k_descriptors, k_scale_ptr + before * KEYS, v8 + before * (KEYS * VALUE_D), v_descriptors,
-        v_start_ptr + before * VALUE_D,
+        v_start_ptr + before * VALUE_D, v_block_scale_ptr + before,
     )  # fmt: skip
     row_scale = tl.load(q_scale_ptr + row_index, mask=inside, other=0.0) * scale
     shift = tl.load(shift_ptr + row_index, mask=inside, other=0.0) * scale
@@ -284,7 +286,8 @@ def attend(
     k_descriptors, v_descriptors = descriptors(x, tiling, arch)
     grid, shape = tiles_of(q, keys, x.k.shape[0], tiling.block_m, cu_seqlens_q)
     attention_8bit_kernel[grid](
-        x.q, x.q_scale, x.shift, x.k, k_descriptors, x.k_scale, x.v, v_descriptors, x.v_scale, x.v_start, x.blocks,
+        x.q, x.q_scale, x.shift, x.k, k_descriptors, x.k_scale, x.v, v_descriptors, x.v_scale, x.v_start,
+        x.v_block_scale, x.blocks,
         **outputs(out, lse), **shape, value_dim=out.shape[-1] // 8, scale=scale,
         **score_options(out, shape, softcap=softcap, mask=mask, alibi_slopes=alibi_slopes, **options),
         **sequences(out, cu_seqlens_q, cu_seqlens_k), M=tiling.block_m, D=dims[0], VALUE_D=dims[1], PARTS=tiling.parts,
@@ -316,6 +319,7 @@ def run(
     q_shift: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    v_block_scale: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> None:
     """Fills out, and lse where there is one. Batch invariant it always is."""
@@ -329,7 +333,9 @@ def run(
             q, k, v = (aligned(x) for x in (q, k, v))
             x = quantize(q, k, v, dtype == "fp8", rotates, dims, cu_seqlens_q, cu_seqlens_k)
         else:
-            x = to_kernels(q, k, v, (q_scale, q_shift, k_scale, v_scale), dims, cu_seqlens_q, cu_seqlens_k)
+            x = to_kernels(
+                q, k, v, (q_scale, q_shift, k_scale, v_scale, v_block_scale), dims, cu_seqlens_q, cu_seqlens_k
+            )
         attend(
             out, lse, q, x, keys, dims, q.shape[-1] ** -0.5 if scale is None else scale, softcap, mask, alibi_slopes,
             cu_seqlens_q, cu_seqlens_k, causal=causal, window_left=window_left, window_right=window_right, sinks=sinks,

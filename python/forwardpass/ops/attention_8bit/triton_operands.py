@@ -174,7 +174,7 @@ def quantize_q_kernel(
 @kernel
 def quantize_kv_kernel(
     k, v, k_batch, k_step, k_head, v_batch, v_step, v_head, centre_ptr, range_ptr, k8, k_scale_ptr, v8, v_scale_ptr,
-    v_start_ptr, batch, kv_heads, rows, keys, blocks, tiles, chunks, dim, value_dim, packed, cu_seqlens_q_ptr,
+    v_start_ptr, v_block_scale_ptr, batch, kv_heads, rows, keys, blocks, tiles, chunks, dim, value_dim, packed, cu_seqlens_q_ptr,
     cu_seqlens_k_ptr, D: tl.constexpr, COLUMNS: tl.constexpr, VALUE_D: tl.constexpr, VALUE_COLUMNS: tl.constexpr,
     ROTATION: tl.constexpr, STEPS: tl.constexpr, CHUNKS: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
@@ -212,7 +212,10 @@ def quantize_kv_kernel(
     if FP8:
         values = to_e4m3_bits(in_units(x, largest[None, :], 448.0))
     else:
-        values = to_int8(x, largest[None, :])
+        x = in_units(x, largest[None, :], 127.0)
+        most = tl.max(tl.max(tl.where(x == x, tl.abs(x), 0.0), 1), 0)  # of no channel with a NaN
+        tl.store(v_block_scale_ptr + head.to(tl.int64) * blocks + block, tl.math.div_rn(most, 127.0))
+        values = to_int8(x, most)
         start = tl.sum(values.to(tl.int32), 0) * 128 + MAGIC_BITS
         tl.store(v_start_ptr + columns_of_v, start, mask=c < VALUE_D)
     tl.store(v8 + columns_of_v[:, None] * KEYS + n[None, :], tl.trans(values), mask=(c < VALUE_D)[:, None])
@@ -232,6 +235,7 @@ class Operands:
     v_start: (
         Tensor  #: int32 [Hk, blocks, value columns]: what the accumulators of a block's products begin with, in int8
     )
+    v_block_scale: Tensor  #: float32 [Hk, blocks], in int8
     blocks: int
 
 
@@ -254,6 +258,7 @@ def allocate(q: Tensor, k: Tensor, fp8: bool, dims: tuple[int, int], cu_seqlens_
         empty(kv_heads, blocks, dims[1], BLOCK, dtype=E4M3 if fp8 else torch.int8),
         empty(batch, kv_heads, dims[1]),
         empty(kv_heads, 0 if fp8 else blocks, dims[1], dtype=torch.int32),
+        empty(kv_heads, 0 if fp8 else blocks),
         blocks,
     )
 
@@ -290,8 +295,8 @@ def quantize(
         **rotates_by, **EXACT,
     )  # fmt: skip
     quantize_kv_kernel[(to.blocks * kv_heads,)](
-        *kv, to.k, to.k_scale, to.v.view(torch.uint8) if fp8 else to.v, to.v_scale, to.v_start, batch, kv_heads, rows, keys,
-        to.blocks, triton.cdiv(keys, BLOCK), chunks, dim // 8, value_dim // 8, **packed, D=dims[0], COLUMNS=columns,
+        *kv, to.k, to.k_scale, to.v.view(torch.uint8) if fp8 else to.v, to.v_scale, to.v_start, to.v_block_scale, batch, kv_heads,
+        rows, keys, to.blocks, triton.cdiv(keys, BLOCK), chunks, dim // 8, value_dim // 8, **packed, D=dims[0], COLUMNS=columns,
         VALUE_D=dims[1], VALUE_COLUMNS=value_columns, CHUNKS=triton.next_power_of_2(chunks), FP8=fp8, num_warps=8,
         **rotates_by, **EXACT,
     )  # fmt: skip
@@ -342,7 +347,8 @@ def to_callers(
     x: Operands, to: Quantized, known: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None
 ) -> None:
     """The kernels' operands in the layout of AttentionOperands."""
-    (q, q_scale, q_shift), (k, k_scale, v), v_scale = to[:3], to[3:6], to[6]
+    (q, q_scale, q_shift), (k, k_scale, v), v_scale, v_block_scale = to[:3], to[3:6], to[6], to[7]
+    of_keys = [k, k_scale, v]
     (heads, dim), value_dim = q.shape[-2:], v.shape[-1]
     rows_of = (*((len(q),) if known is None else ()), heads, q.shape[-3])
     for source, target in ((x.q.view(*rows_of, -1)[..., :dim], q), (x.q_scale, q_scale), (x.shift, q_shift)):
@@ -350,7 +356,10 @@ def to_callers(
     keys = k.shape[-3]
     token = tokens_of(x.blocks, keys, len(x.v_scale), known, cu_seqlens_k, q)
     v8 = x.v.view(torch.uint8).transpose(-1, -2)
-    pairs = (x.k[..., :dim], 2, k), (x.k_scale, 1, k_scale), (v8[..., :value_dim], 2, v)
+    pairs = [(x.k[..., :dim], 2, k), (x.k_scale, 1, k_scale), (v8[..., :value_dim], 2, v)]
+    if v.dtype is torch.int8:
+        pairs.append((x.v_block_scale[..., None].expand_as(x.k_scale), 1, v_block_scale))
+        of_keys.append(v_block_scale)
     for source, dims, target in pairs:
         by_token = source.flatten(1, 2).transpose(0, 1)
         ordered = torch.zeros(len(flat(target, dims)) + 1, *by_token.shape[1:], dtype=source.dtype, device=q.device)
@@ -358,7 +367,7 @@ def to_callers(
         flat(target, dims).view(source.dtype).copy_(ordered[:-1])
     v_scale.copy_(x.v_scale[..., :value_dim])
     if known is not None and cu_seqlens_q is not None and cu_seqlens_k is not None:
-        for cu_seqlens, values in ((cu_seqlens_q, (q, q_scale, q_shift)), (cu_seqlens_k, (k, k_scale, v))):
+        for cu_seqlens, values in ((cu_seqlens_q, [q, q_scale, q_shift]), (cu_seqlens_k, of_keys)):
             end = torch.where(known, cu_seqlens[1:], 0).amax()
             unknown = torch.arange(len(values[0]), device=q.device) >= end
             for y in values:
@@ -372,14 +381,14 @@ def to_kernels(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    scales: tuple[Tensor, ...],
+    scales: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None],
     dims: tuple[int, int],
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
 ) -> Operands:
     """AttentionOperands in the kernels' layout."""
     to = allocate(q, k, v.dtype is E4M3, dims, cu_seqlens_q)
-    q_scale, q_shift, k_scale, v_scale = scales
+    q_scale, q_shift, k_scale, v_scale, v_block_scale = scales
     to.q.zero_()[:, : q.shape[-1]].copy_(q.transpose(-2, -3).flatten(0, -2))
     to.q_scale.copy_(q_scale.transpose(-1, -2).flatten())
     to.shift.copy_(q_shift.transpose(-1, -2).flatten())
@@ -398,6 +407,7 @@ def to_kernels(
     v8 = to.v.view(torch.uint8) if v.dtype is E4M3 else to.v
     v8.zero_()[..., : v.shape[-1], :].copy_(in_blocks(v, 2).transpose(-1, -2))
     to.v_scale.zero_()[..., : v.shape[-1]].copy_(v_scale)
-    if v.dtype is torch.int8:
+    if v_block_scale is not None:
+        to.v_block_scale.copy_(in_blocks(v_block_scale, 1)[..., 0])
         to.v_start.copy_(v8.sum(-1, dtype=torch.int32) * 128 + MAGIC_BITS.value)
     return to
