@@ -57,7 +57,7 @@ def classifier(folder):
 def test_a_sentence_transformer(tmp_path):
     model = encoder(tmp_path)
     before, expected = objects(model), model.encode(TEXTS)
-    report = fp.swap(model, precision="int8")
+    report = fp.swap(model, precision="int8", encoder=False)  # a hook below would change how its attention rounds
     assert [x.fqn for x in report.unpadding.encoders] == ["0.model.encoder.layer"]
     assert (
         model[0].model.encoder.layer[0].intermediate.dense.activation == "gelu"

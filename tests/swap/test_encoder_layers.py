@@ -242,8 +242,8 @@ def test_folders_have_it(tmp_path, calls, calibrate):
     y = hidden(model)
     fp.save_pretrained(model, tmp_path)
     for load in (fp.load_pretrained, transformers.AutoModel.from_pretrained):
-        loaded, before = load(tmp_path), len(calls)  # which is run in a proof
-        assert before > 1 and torch.equal(hidden(loaded), y) and len(calls) == before + 1
+        loaded, before = load(tmp_path), len(calls)
+        assert torch.equal(hidden(loaded), y) and len(calls) == before + 1
     fp.save_pretrained(loaded, tmp_path / "again")
     assert torch.equal(hidden(fp.load_pretrained(tmp_path / "again")), y)
 

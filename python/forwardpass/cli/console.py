@@ -248,10 +248,10 @@ def latencies(result: dict[str, Any], names: dict[str, str]) -> list[tuple[str, 
 def qualities(result: dict[str, Any], names: dict[str, str]) -> list[tuple[str, ...]]:
     """What a search by a model's embeddings keeps of what it found before."""
     rows = [(f"search in {count(result['parity']['texts'], 'text')}", *SEARCHES.values())]
-    found = {"after": result["parity"], DYNAMIC_INT8: result[DYNAMIC_INT8]}
+    parities = {"after": result["parity"], DYNAMIC_INT8: result[DYNAMIC_INT8]}
     for key, name in (names | {DYNAMIC_INT8: "torch's dynamic INT8"}).items():
-        if found.get(key) is not None:
-            rows.append((name, *(f"{found[key][quality]:.5f}" for quality in SEARCHES)))
+        if parities.get(key) is not None:
+            rows.append((name, *(f"{parities[key][quality]:.5f}" for quality in SEARCHES)))
     return rows
 
 

@@ -222,8 +222,8 @@ def search_agreement(actual: Tensor, expected: Tensor) -> dict[str, float]:
     similarities = [x @ x.T for x in (F.normalize(t.double(), dim=-1) for t in (actual, expected))]
     upper = tuple(torch.triu_indices(len(expected), len(expected), 1))
     ranks = torch.stack([_ranks(x[upper]) for x in similarities])
-    found = [x.fill_diagonal_(-torch.inf).topk(10).indices for x in similarities]
-    stays = (found[0].unsqueeze(2) == found[1].unsqueeze(1)).any(2)
+    nearest = [x.fill_diagonal_(-torch.inf).topk(10).indices for x in similarities]
+    stays = (nearest[0].unsqueeze(2) == nearest[1].unsqueeze(1)).any(2)
     return {"spearman": torch.corrcoef(ranks)[0, 1].item(), "recall_at_10": stays.double().mean().item()}
 
 

@@ -12,6 +12,7 @@ autocast, training, torch.compile, a cache, a mask that is no padding on the rig
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -262,20 +263,19 @@ class Stack:
         return OPERATION(x, cu_seqlens, self._weights, heads, eps, activation, False, scale, dtype, key_lens)
 
     def _floats(self, x: Tensor, cu_seqlens: Tensor, key_lens: Tensor | None) -> Tensor:
-        """The formula, by the layers' own modules, of sequences of one length."""
-        f, batch = self.form, len(cu_seqlens) - 1
-        allowed = None
-        if key_lens is not None:
-            allowed = (torch.arange(len(x) // batch) < key_lens[:, None])[:, None, None]
+        """The formula, by the layers' own modules."""
+        f, spans = self.form, [*itertools.pairwise(cu_seqlens.tolist())]
+        keys = [b - a for a, b in spans] if key_lens is None else key_lens.tolist()
         for layer in self.layers:
             part = {name: self.part(layer, name) for name in (*f.linears, f.norm1, f.norm2, f.activation, f.attention)}
-            of_attention = part[f.attention]
-            q, k, v = (
-                part[name](x).view(batch, -1, x.shape[1] // of_attention.attention_head_size, of_attention.attention_head_size)
-                .transpose(1, 2) for name in f.qkv
-            )  # fmt: skip
-            attended = F.scaled_dot_product_attention(q, k, v, allowed, scale=float(of_attention.scaling))
-            y = part[f.norm1](x + part[f.out](attended.transpose(1, 2).reshape(x.shape)))
+            size, scale = part[f.attention].attention_head_size, float(part[f.attention].scaling)
+            q, k, v = (part[name](x).unflatten(1, (-1, size)).transpose(0, 1) for name in f.qkv)
+            sequences = [
+                F.scaled_dot_product_attention(q[:, a:b], k[:, a : a + n], v[:, a : a + n], scale=scale)
+                for (a, b), n in zip(spans, keys)
+            ]
+            attended = torch.cat(sequences, 1)
+            y = part[f.norm1](x + part[f.out](attended.transpose(0, 1).reshape(x.shape)))
             x = part[f.norm2](y + part[f.down](part[f.activation](part[f.up](y))))
         return x
 

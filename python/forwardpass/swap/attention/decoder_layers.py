@@ -20,7 +20,7 @@ from ...integrations.transformers.stacks.decoder_stack import DecoderStack, form
 from ...integrations.transformers.unpadding import why_replaced
 from ...proofs import inputs, run
 from ...proofs.activation import formula_of
-from .encoder_layers import EncoderDecision, InPlace
+from .encoder_layers import EncoderDecision, InOrder
 from .unpadded_encoders import is_pretrained
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def decide_decoder(
     if stacks:
         users = inputs.of_batch(batch, forward) if batch is not None else ()
         prover = run.Prover(decision.model, users, inputs.made_up(decision.model))
-        reason = prover.why_not([InPlace(tuple(x for _, x in stacks))]) if prover.runs else run.UNPROVEN
+        reason = prover.why_not([InOrder(tuple(x for _, x in stacks))]) if prover.runs else run.UNPROVEN
         if reason is None and not all(x.calls for _, x in stacks):
             reason = _NOT_CALLED
         if reason is None:

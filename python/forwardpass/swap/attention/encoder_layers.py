@@ -70,7 +70,7 @@ def decide_encoder(
     if stacks:
         users = inputs.of_batch(batch, forward) if batch is not None else ()
         prover = run.Prover(decision.model, users, inputs.made_up(decision.model))
-        reason = prover.why_not([InPlace(tuple(x for _, x in stacks))]) if prover.runs else run.UNPROVEN
+        reason = prover.why_not([InOrder(tuple(x for _, x in stacks))]) if prover.runs else run.UNPROVEN
         if reason is None and not all(x.calls for _, x in stacks):
             reason = _NOT_CALLED
         if reason is None:
@@ -88,7 +88,8 @@ def put_encoders(model: nn.Module, names: Iterable[str]) -> None:
     if not ready:
         return
     prover = run.Prover(model, inputs.made_up(model), again=True)
-    reason = prover.why_not([InPlace(tuple(ready.values()))]) if prover.runs else None
+    in_order = InOrder(tuple(_stack(model, fqn, in_floats=True) for fqn in ready))
+    reason = prover.why_not([in_order]) if prover.runs else None
     if reason is None:
         EncoderSwap(EncoderDecision(tuple(ready.items()), None)).put()
     else:
@@ -116,7 +117,7 @@ def _why_not_here(model: nn.Module, fqn: str) -> Reason | None:
 
 
 def _why_not_layers(layers: nn.ModuleList) -> Reason | None:
-    """Of layers whatever their precision."""
+    """The reasons that hold for layers of any precision."""
     form = form_of(layers[0])
     if form is None or any(form_of(layer) != form for layer in layers):
         return Reason("other_layers", f"the parts of a {type(layers[0]).__name__} are none that are known", "leave it")
@@ -162,8 +163,8 @@ def _why_not(decision: Decision, layers: nn.ModuleList, int8: Container[int]) ->
 
 
 @dataclass(frozen=True)
-class InPlace:
-    """In floats, for a proof before the swap: in the order that the operation has. In int8, after a load: the operation itself."""
+class InOrder:
+    """By the layers' own modules, in the order that the operation has."""
 
     stacks: tuple[Stack, ...]
 
