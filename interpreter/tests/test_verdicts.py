@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -240,37 +241,67 @@ def test_a_read_that_comes_too_early_names_the_write():
     assert message.split("; ")[1].startswith("the write by warp 1 at PTX line ") and "is a barrier missing?" in message
 
 
-@needs_nvcc
-def test_a_cuda_program(tmp_path, capfd):
-    """The source line is printed; paths below the folder are relative; no line is longer than 100 columns."""
-    source = tmp_path / "reverse.cu"
-    source.write_text("""#include <cstdio>
+CUDA_PROGRAM = """#include <cstdio>
 __global__ void reverse(int* x) {
   __shared__ int s[256];
   s[threadIdx.x] = x[threadIdx.x];
   x[threadIdx.x] = s[255 - threadIdx.x];  // HAZARD
 }
-int main() {
+__global__ void spin(volatile int* x) {
+  for (int k = 1; k; k += 2) *x = k;
+}
+int main(int n, char**) {
   int* x;
   cudaMallocManaged(&x, 1024);
   for (int k = 0; k < 256; ++k) x[k] = k;
-  reverse<<<1, 256>>>(x);
+  n == 1 ? reverse<<<1, 256>>>(x) : spin<<<1, 1>>>(x);
   std::printf("%d\\n", cudaDeviceSynchronize());
 }
-""")
-    program = tmp_path / "reverse"
-    assert build([str(source), "-arch=sm_80", "-o", str(program)]) == 0
-    command = [sys.executable, "-m", "gpuless", "run", "--gpu=sm_80", "--json=v.json", "--sarif=v.sarif", "reverse"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 3, done.stderr
-    place, line = re.search(r"^  at reverse.cu:(4|5)\n    \| (.*)$", done.stderr, re.M).groups()
-    assert line == source.read_text().splitlines()[int(place) - 1].strip()
-    assert max(map(len, done.stderr.splitlines())) <= 100
-    document = json.loads((tmp_path / "v.json").read_text())
+"""
+
+
+@pytest.fixture(scope="module")
+def cuda_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cuda")
+    (folder / "reverse.cu").write_text(CUDA_PROGRAM)
+    assert build([str(folder / "reverse.cu"), "-arch=sm_80", "-o", str(folder / "reverse")]) == 0
+    return folder
+
+
+def run_in(folder, *options):
+    """(exit code, stderr, the JSON document)."""
+    command = [sys.executable, "-m", "gpuless", "run", "--gpu=sm_80", "--json=v.json", "--sarif=v.sarif", *options]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    return done.returncode, done.stderr, json.loads((folder / "v.json").read_text())
+
+
+@needs_nvcc
+def test_a_cuda_program(cuda_folder):
+    """The source line is printed; paths below the folder are relative; no line is longer than 100 columns."""
+    code, printed, document = run_in(cuda_folder, "reverse")
+    assert code == 3, printed
+    place, line = re.search(r"^  at reverse.cu:(4|5)\n    \| (.*)$", printed, re.M).groups()
+    assert line == CUDA_PROGRAM.splitlines()[int(place) - 1].strip()
+    assert max(map(len, printed.splitlines())) <= 100
     assert document["status"] == 3 and document["launches"] == 1
     assert document["findings"][0]["kind"] == "race"
-    (location,) = json.loads((tmp_path / "v.sarif").read_text())["runs"][0]["results"][0]["locations"]
+    (location,) = json.loads((cuda_folder / "v.sarif").read_text())["runs"][0]["results"][0]["locations"]
     assert location["physicalLocation"] == {
         "artifactLocation": {"uri": "reverse.cu"},
         "region": {"startLine": document["findings"][0]["line"]},
     }
+
+
+@needs_nvcc
+def test_a_cuda_program_has_a_time_limit(cuda_folder):
+    code, _, document = run_in(cuda_folder, "--time-limit=0.2", "reverse", "spin")
+    assert code == 4 and document["status"] == 4
+    assert document["incomplete"] == ["a launch of spin(int volatile*) ran out of time"]
+
+    def alone(limit):
+        environment = {**os.environ, "GPULESS_ARCH": "sm_80", "GPULESS_TIME_LIMIT": limit}
+        return subprocess.run([cuda_folder / "reverse", "spin"], capture_output=True, text=True, env=environment)
+
+    assert alone("0.2").returncode == 4
+    wrong = alone("soon")
+    assert wrong.returncode == 2 and "GPULESS_TIME_LIMIT is a number of seconds, not soon" in wrong.stderr

@@ -52,7 +52,7 @@ def library(tmp_path_factory):
     return library_of
 
 
-@pytest.mark.parametrize(("file", "entry"), entries())
+@pytest.mark.parametrize(("file", "entry"), list(entries()))
 def test_candidates(file, entry, library):
     if file.suffix == ".cu" and (shutil.which("nvcc") is None or not core.CUDART.exists()):
         pytest.skip("there is no nvcc")
@@ -61,7 +61,7 @@ def test_candidates(file, entry, library):
     text = json.dumps(report.as_json(), indent=1)
     assert not report.incomplete and not report.errors, text
     if entry.startswith("right_"):
-        assert report.verdict.value == "clean" and len(report.cases) >= 12, text
+        assert report.verdict.value == "clean" and len(report.cases) >= 6, text
         assert all(case.error <= 0.7 for case in report.cases), text  # and not by a hair
     else:
         assert report.verdict.value == "finding", text
@@ -123,7 +123,9 @@ def test_the_command(tmp_path, capfd):
 
 def test_what_proves_nothing_is_incomplete(tmp_path):
     """A reference whose result zeros would pass for."""
-    code, document = verify(tmp_path, COPY.replace("tl.load(x + i, mask=i < n)", "0.0"), REFERENCE % "x * 0")
+    code, document = verify(
+        tmp_path, COPY.replace("tl.load(x + i, mask=i < n)", "0.0"), REFERENCE % "torch.zeros_like(x)"
+    )
     assert code == 4 and "zeros would pass" in document["incomplete"][0]
 
 
@@ -140,6 +142,16 @@ def test_a_candidate_that_cannot_be_called_is_an_error(candidate, words, tmp_pat
     assert code == 2 and words in document["errors"][0]
 
 
+def test_what_the_interpreter_does_not_know_is_incomplete(tmp_path):
+    """The output is wrong then, and that says nothing about the kernel."""
+    unknown = (
+        'tl.inline_asm_elementwise("nonsense.b32 $0, $1;", "=r,r", [tl.load(x + i, mask=i < n)], tl.float32, True, 1)'
+    )
+    code, document = verify(tmp_path, COPY.replace("tl.load(x + i, mask=i < n)", unknown))
+    assert code == 4 and "nonsense.b32" in " ".join(document["incomplete"])
+    assert [c["kind"] for c in document["cases"]] == ["refused"]
+
+
 def test_a_candidate_that_does_not_end_is_incomplete(tmp_path):
     code, document = verify(tmp_path, "while True: pass", REFERENCE % "x", "--time-limit=3")
     assert code == 4 and "--time-limit" in document["incomplete"][0]
@@ -149,6 +161,8 @@ def test_a_candidate_that_does_not_end_is_incomplete(tmp_path):
     ("text", "words"),
     [
         ("def inputs(): pass", "needs a function reference"),
+        ("import nowhere", "fails with ModuleNotFoundError"),
+        (REFERENCE % "x.softmin(-1)", "fails with AttributeError"),
         (REFERENCE % "x" + "WITHOUT = {'nans': 'why'}", "WITHOUT names nans"),
         (REFERENCE % "x" + "WITHOUT = {'nan': ''}", "gives a reason"),
         (REFERENCE % "x" + "PRECISION = 'int4'", "PRECISION is a number"),
@@ -156,7 +170,7 @@ def test_a_candidate_that_does_not_end_is_incomplete(tmp_path):
     ],
 )
 def test_reference_files_that_are_refused(text, words, tmp_path, capsys):
-    assert verify(tmp_path, "", text) == (2, None)
+    assert verify(tmp_path, "def candidate(x): pass", text) == (2, None)
     assert words in capsys.readouterr().err
 
 
@@ -172,7 +186,7 @@ def specification(reference, *args, **fields):
 def test_sizes_from_ranges():
     chosen = chosen_sizes({"rows": (1, 9), "cols": (2, 300)})
     assert chosen[:3] == [{"rows": 8, "cols": 256}, {"rows": 7, "cols": 283}, {"rows": 1, "cols": 2}]
-    assert {"rows": 1, "cols": 299} in chosen and {"rows": 9, "cols": 2} in chosen
+    assert chosen[3:] == [{"rows": 1, "cols": 300}, {"rows": 8, "cols": 2}]
     assert chosen_sizes([{"n": 5}]) == [{"n": 5}] and chosen_sizes({"n": 5}) == [{"n": 5}]
 
 
@@ -195,7 +209,7 @@ def test_torch_s_own_results_are_within_half_of_the_bound(dtype):
     """Of what kernels do: sums in another order, softmax, products; and another operation is far beyond."""
     x, w = torch.randn(7, 300).to(dtype), torch.randn(300, 11).to(dtype)
     for reference, other in (
-        (lambda x, w: torch.softmax(x, -1), lambda x, w: torch.softmax(x * 1.05, -1)),
+        (lambda x, w: torch.softmax(x, -1), lambda x, w: torch.softmax(x * 1.3, -1)),
         (lambda x, w: x @ w, lambda x, w: x[:, :-1] @ w[:-1]),
         (lambda x, w: x.sum(-1), lambda x, w: x.abs().sum(-1)),
     ):

@@ -68,7 +68,7 @@ def wrong_strides(a, b):
 
 
 def wrong_transposed(a, b):
-    return _launch(b.t(), a.t()).t()[: a.shape[0], : b.shape[1]].contiguous() if a.shape[0] == 1 else _launch(a, b).t()
+    return _launch(a, b).t()
 
 
 def wrong_dtype(a, b):

@@ -39,14 +39,15 @@ __global__ void atomics(const float* x, float* y, int cols) {
   atomicAdd(y + blockIdx.x, partial(x + static_cast<long>(blockIdx.x) * cols, cols));
 }
 
-__global__ void no_barrier(const float* x, float* y, int cols) {
+// None after the last addition: the thread that made it stores it.
+__global__ void barrier_before(const float* x, float* y, int cols) {
   __shared__ float s[kThreads];
   s[threadIdx.x] = partial(x + static_cast<long>(blockIdx.x) * cols, cols);
   for (int n = kThreads / 2; n; n /= 2) {
     __syncthreads();
     if (threadIdx.x < n) s[threadIdx.x] += s[threadIdx.x + n];
   }
-  if (!threadIdx.x) y[blockIdx.x] = s[0] + 0 * s[1];  // lane 1's, and nothing orders the two
+  if (!threadIdx.x) y[blockIdx.x] = s[0];
 }
 
 __global__ void no_first_barrier(const float* x, float* y, int cols) {
@@ -98,7 +99,9 @@ extern "C" {
 void right_tree(const float* x, float* y, int rows, int cols) { tree<<<rows, kThreads>>>(x, y, cols); }
 void right_shuffles(const float* x, float* y, int rows, int cols) { shuffles<<<rows, kThreads>>>(x, y, cols); }
 void right_atomics(const float* x, float* y, int rows, int cols) { atomics<<<rows, kThreads>>>(x, y, cols); }
-void wrong_no_barrier(const float* x, float* y, int rows, int cols) { no_barrier<<<rows, kThreads>>>(x, y, cols); }
+void right_barrier_before(const float* x, float* y, int rows, int cols) {
+  barrier_before<<<rows, kThreads>>>(x, y, cols);
+}
 void wrong_first_barrier(const float* x, float* y, int rows, int cols) {
   no_first_barrier<<<rows, kThreads>>>(x, y, cols);
 }

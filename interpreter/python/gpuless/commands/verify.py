@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import pathlib
 import tempfile
+import textwrap
 
 from .. import core
 from ..verdicts.verdict import Report
@@ -73,8 +74,11 @@ def text(report: Report) -> str:
     lines = []
     for case in report.cases:
         share = "" if case.error is None or case.problem else f"  {case.error:.2g} of the bound"
-        lines.append(f"{'FAIL' if case.problem else 'ok  '} {case.name}{share}")
+        mark = "FAIL" if case.problem else "skip" if case.kind == "refused" else "ok  "
+        lines.append(f"{mark} {case.name}{share}")
         if case.problem:
-            lines.append(f"     {case.kind}: {case.problem}")
+            lines += textwrap.wrap(
+                f"{case.kind}: {case.problem}", 100, initial_indent=" " * 5, subsequent_indent=" " * 9
+            )
     lines += [f"\n{finding}" for finding in report.findings]
     return "\n".join(lines)

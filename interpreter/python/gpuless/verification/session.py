@@ -38,13 +38,21 @@ class Process:
     """The worker, and the wire to it."""
 
     def __init__(self, arch: str, environment: dict[str, str], deadline: float, budget: float):
-        theirs, ours = os.pipe(), os.pipe()  # to it, and from it
-        command = [sys.executable, "-m", "gpuless.verification.worker", arch, str(theirs[0]), str(ours[1]), str(budget)]
-        self._process = subprocess.Popen(command, env=environment, pass_fds=(theirs[0], ours[1]))
-        os.close(theirs[0])
-        os.close(ours[1])
-        self._answers, self._deadline = ours[0], deadline
-        self.wire = Wire(ours[0], theirs[1])
+        requests, answers = os.pipe(), os.pipe()
+        command = [
+            sys.executable,
+            "-m",
+            "gpuless.verification.worker",
+            arch,
+            str(requests[0]),
+            str(answers[1]),
+            str(budget),
+        ]
+        self._process = subprocess.Popen(command, env=environment, pass_fds=(requests[0], answers[1]))
+        os.close(requests[0])
+        os.close(answers[1])
+        self._answers, self._deadline = answers[0], deadline
+        self.wire = Wire(answers[0], requests[1])
 
     def ask(self, message: dict[str, Any], blobs: Sequence[bytes] = ()) -> tuple[dict[str, Any], list[bytes]]:
         self.wire.send(message, blobs)
@@ -69,7 +77,7 @@ class Process:
 
 
 class Verification:
-    """Of one candidate.
+    """Calls one candidate, and compares.
 
     Args:
         entry: the function that is called.
@@ -140,6 +148,8 @@ class Verification:
                 continue
             case = self._trial(process, trial)
             self.report.cases.append(case)
+            if case.kind == "refused":
+                return
             if case.problem and not self.keep_going:
                 self.report.not_covered.append("calls after the first that failed (--keep-going)")
                 return
@@ -148,14 +158,17 @@ class Verification:
 
     def _trial(self, process: Process, trial: Trial) -> Case:
         case = Case(str(trial))
-        wanted = expected(self.spec, trial.args)
+        references = expected(self.spec, trial.args)
         message, blobs = packed(trial.args)
-        outputs = [{"dtype": name_of(e.dtype), "shape": list(e.value.shape)} for e in wanted]
+        outputs = [{"dtype": name_of(e.dtype), "shape": list(e.value.shape)} for e in references]
         message |= {"do": "call", "seed": trial.seed, "reuses": trial.reuses, "outputs": outputs,
                     "sizes": list(trial.sizes.values()), "allowed": list(self.spec.allowed)}  # fmt: skip
         answer, answers = process.ask(message, blobs)
         case.seconds = answer["seconds"]
-        if answer["error"]:
+        if answer["refused"] and not answer["findings"]:
+            case.kind = "refused"
+            self.report.incomplete.append(f"{case.name}: {answer['refused']}")
+        elif answer["error"]:
             case.kind, case.problem = "error", answer["error"]
         elif answer["problem"]:
             case.kind, case.problem = answer["problem"]
@@ -165,15 +178,17 @@ class Verification:
                 f"the outputs are {_shapes(answer['outputs'])} instead of {_shapes(outputs)}",
             )
         else:
-            self._compare(case, trial, wanted, [from_bytes(b, e.dtype, e.value.shape) for b, e in zip(answers, wanted)])
+            self._compare(
+                case, trial, references, [from_bytes(b, e.dtype, e.value.shape) for b, e in zip(answers, references)]
+            )
         if answer["findings"] and not case.problem:
             case.kind, case.problem = "finding", "a kernel did what the findings say"
         return case
 
-    def _compare(self, case: Case, trial: Trial, wanted: list[Expected], outputs: list[Tensor]) -> None:
+    def _compare(self, case: Case, trial: Trial, references: list[Expected], outputs: list[Tensor]) -> None:
         comparisons = [
-            compare("output" if len(wanted) == 1 else f"output {k}", o, e)
-            for k, (o, e) in enumerate(zip(outputs, wanted))
+            compare("output" if len(references) == 1 else f"output {k}", o, e)
+            for k, (o, e) in enumerate(zip(outputs, references))
         ]
         worst = max(comparisons, key=lambda c: c.share)
         case.error, case.bound, case.problem = worst.share, worst.bound, worst.problem
@@ -186,7 +201,7 @@ class Verification:
                     f"the result of the call before came again for other inputs: {case.problem}",
                 )
         if trial.family in FAMILIES[:2]:
-            self.random.append((outputs, wanted))
+            self.random.append((outputs, references))
 
 
 def _raw(t: Tensor) -> Tensor:

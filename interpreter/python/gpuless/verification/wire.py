@@ -55,7 +55,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def as_bytes(t: Tensor) -> bytes:
-    """Of a tensor's elements in order, or of a storage's bytes."""
+    """The bytes of a tensor's elements, in order."""
     return t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 

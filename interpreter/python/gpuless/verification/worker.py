@@ -6,7 +6,6 @@ that outputs share, inputs that were changed.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import importlib.util
 import os
@@ -14,7 +13,7 @@ import pathlib
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -139,7 +138,7 @@ class Worker:
         self.gpu.reseed(message["seed"])
         launches, findings = self.gpu.counters["launches"], len(self.gpu.findings)
         begin = time.monotonic()
-        reply: dict[str, Any] = {"error": "", "problem": None, "outputs": []}
+        reply: dict[str, Any] = {"error": "", "problem": None, "refused": "", "outputs": []}
         answers: list[bytes] = []
         watch = Watch(message["allowed"])
         try:
@@ -152,11 +151,16 @@ class Worker:
                 answers = [as_bytes(o.cpu()) for o in outputs]
                 self.earlier = [*self.earlier, *zip(outputs, answers)][-8:]
         except TimeLimit as e:
-            reply["problem"] = ("time_limit", str(e))
+            reply["refused"] = str(e)
         except BaseException as e:
-            reply["error"] = _words(e)
+            is_limit = isinstance(e, NotImplementedError) and "the interpreted GPU" in str(e)
+            reply["refused" if is_limit else "error"] = _words(e)
         reply["seconds"] = time.monotonic() - begin
-        reply["findings"] = len(self.gpu.findings) - findings
+        latest = self.gpu.findings[findings:]
+        reply["findings"] = sum(f.kind != "unsupported" and f.breaks == "hardware" for f in latest)
+        for finding in latest:
+            if finding.kind == "unsupported":  # its launch did nothing: what came of the call says nothing
+                reply["refused"] = finding.message
         self.wire.send(reply, answers)
 
     def _arguments(self, message: dict[str, Any], blobs: list[bytes]) -> list[Any]:
@@ -195,16 +199,9 @@ class Worker:
 def _words(e: BaseException) -> str:
     """The last lines of a traceback: the candidate's own frame, and the error."""
     frames = traceback.extract_tb(e.__traceback__)
-    own = [f for f in frames if "gpuless" not in f.filename and "importlib" not in f.filename][:1]
-    where = f"{own[0].filename}:{own[0].lineno}: " if own else ""
+    candidates = [f for f in frames if "gpuless" not in f.filename and "importlib" not in f.filename][:1]
+    where = f"{candidates[0].filename}:{candidates[0].lineno}: " if candidates else ""
     return f"{where}{type(e).__name__}: {str(e).strip() or 'no reason'}"
-
-
-@contextlib.contextmanager
-def _stdout_is_stderr() -> Iterator[None]:
-    """What a candidate prints is not the command's output."""
-    os.dup2(2, 1)
-    yield
 
 
 def main(arch: str, reading: str, writing: str, budget: str) -> None:
@@ -212,16 +209,16 @@ def main(arch: str, reading: str, writing: str, budget: str) -> None:
     gpu = device.make(arch, findings="collect")
     cuda.present(gpu)
     worker = Worker(wire, gpu)
-    with _stdout_is_stderr():
-        while True:
-            message, blobs = wire.receive()
-            if message["do"] == "end":
-                break
-            gpu.time_limit(float(budget))
-            if message["do"] == "load":
-                worker.load(message)
-            else:
-                worker.call(message, blobs)
+    os.dup2(2, 1)  # what a candidate prints is not the command's output
+    while True:
+        message, blobs = wire.receive()
+        if message["do"] == "end":
+            break
+        gpu.time_limit(float(budget))
+        if message["do"] == "load":
+            worker.load(message)
+        else:
+            worker.call(message, blobs)
 
 
 if __name__ == "__main__":
