@@ -1,5 +1,6 @@
 #include "core.h"
 
+#include <cstdio>
 #include <cstring>
 #include <mutex>
 #include <new>
@@ -209,6 +210,8 @@ int launch(const Module& module, const Code& code, const gpuless_launch_config& 
   l.parameters = std::move(parameters);
   l.programmatic = config.programmatic;
   l.memory = &s.memory;
+  if (l.options.largest > 0)
+    l.growth = static_cast<double>(l.options.largest) / static_cast<double>(std::max<uint64_t>(1, s.memory.largest()));
   l.counters = &s.counters;
   const int blocks =
       std::max(1, resident_blocks(*device, code, static_cast<int>(threads), code.shared_bytes + l.dynamic_shared));
@@ -234,6 +237,22 @@ int launch(const Module& module, const Code& code, const gpuless_launch_config& 
   return kSuccess;
 }
 
+// Once, after a launch that came through: its functions hold instructions that would have ended it.
+void warn_of_refused(Module& module) {
+  const std::lock_guard lock(module.mutex);
+  for (auto& [name, code] : module.functions) {
+    if (code.refused.empty()) continue;
+    const Statement& first = *code.statements[code.refused[0]];
+    const auto& why = *static_cast<const std::string*>(code.instructions[code.refused[0]].data);
+    std::fprintf(
+        stderr,
+        "gpuless: warning: %s has instructions that the interpreter refuses, and would end there; none has run. "
+        "%zu in all, the first in PTX line %d, %s: %s\n",
+        demangled(name).c_str(), code.refused.size(), first.line, first.opcode.c_str(), why.c_str());
+    code.refused.clear();
+  }
+}
+
 }  // namespace
 
 int launch(Module& module, const std::string& kernel, const gpuless_launch_config& config,
@@ -241,7 +260,9 @@ int launch(Module& module, const std::string& kernel, const gpuless_launch_confi
   try {
     const Code* const code = function(module, kernel);
     if (!code || !code->source->entry) return kInvalidValue;
-    return launch(module, *code, config, arguments(*code), largest_cluster);
+    const int error = launch(module, *code, config, arguments(*code), largest_cluster);
+    if (!error) warn_of_refused(module);
+    return error;
   } catch (Finding& f) {
     if (f.mangled.empty()) f.mangled = kernel;
     f.kernel = demangled(f.mangled);
@@ -281,6 +302,7 @@ void gpuless_set_options(const gpuless_options* o) {
     options.timeline = o->timeline != 0;
     options.sample = o->sample;
     options.step_limit = o->step_limit ? o->step_limit : Options().step_limit;
+    options.largest = o->largest;
     options.policy.collect = o->findings == gpuless_findings_collect;
     options.policy.isa = static_cast<FindingPolicy::Isa>(o->isa);
   });
@@ -300,7 +322,8 @@ void gpuless_get_options(gpuless_options* o) {
           options.timeline,
           options.sample,
           options.policy.collect,
-          static_cast<int32_t>(options.policy.isa)};
+          static_cast<int32_t>(options.policy.isa),
+          options.largest};
   });
 }
 

@@ -171,8 +171,9 @@ std::vector<Line> describe(const Module& m, const Code& code) {
   std::vector<std::string_view> slots;
   for (const Statement* s : code.statements) {
     const ptx::Location &outer = m.source.outermost(s->location), &inner = m.source.locations[s->location];
+    const Row* const row = find_row(s->opcode, slots);  // null: it is refused where it runs
     lines.push_back({s->opcode, m.source.files[outer.file], m.source.files[inner.file], outer.line, inner.line, s->line,
-                     s->guard >= 0, class_of(find_row(s->opcode, slots)->section, s->opcode), matrix_work(*s)});
+                     s->guard >= 0, row ? class_of(row->section, s->opcode) : "other", matrix_work(*s)});
   }
   return lines;
 }

@@ -9,6 +9,8 @@
 
 #include "blocks.h"
 #include "finding.h"
+#include "machine.h"
+#include "offsets.h"
 #include "ptx_limits.h"
 #include "table.h"
 #include "undefined.h"
@@ -146,6 +148,23 @@ struct Spelling {
   bool lanewise = false, aligned = false;
 };
 
+// An instruction that the table does not know, or whose operands it does not take. Programs have those where they never
+// come, as in an arm for another architecture, and ptxas takes some: so it is an error where it runs.
+Step run_refused(Warp& w, const Instruction& i, Mask) {
+  w.fail(Kind::unsupported, *static_cast<const std::string*>(i.data));
+}
+
+void refuse_to_run(Code& code, uint32_t index, std::string why) {
+  auto data = std::make_shared<std::string>(std::move(why));
+  Instruction& i = code.instructions[index];
+  i = Instruction();
+  i.index = index;
+  i.run = run_refused;
+  i.data = data.get();
+  code.data.push_back(data);
+  code.refused.push_back(index);
+}
+
 void decode(Module& m, Code& code) {
   lay_out(code);
   const auto& body = code.source->body;
@@ -171,12 +190,14 @@ void decode(Module& m, Code& code) {
     if (spelling.lanewise) i.undefined = Undefined::lanewise;
     i.aligned = spelling.aligned;
     code.statements.push_back(&s);
-    if (!spelling.row) {
-      refuse(m, s.line, code.name, "instruction " + s.opcode + " is not known to the interpreter");
+    try {
+      if (!spelling.row) refuse(m, s.line, code.name, "instruction " + s.opcode + " is not known to the interpreter");
+      Bind b(m, code, s, i, spelling.slots);
+      spelling.row->bind(b);
+      if (!i.run) b.refuse("internal: the table has a row but no handler for " + s.opcode);
+    } catch (const Finding& f) {
+      refuse_to_run(code, i.index, f.message);
     }
-    Bind b(m, code, s, i, spelling.slots);
-    spelling.row->bind(b);
-    if (!i.run) b.refuse("internal: the table has a row but no handler for " + s.opcode);
     if (s.guard >= 0) {
       i.guard = code.offset_of[s.guard];
       i.guard_flip = s.guard_negated ? kAllLanes : 0;
@@ -190,6 +211,7 @@ void decode(Module& m, Code& code) {
   }
   code.order = converging_order(code);
   find_missing_wgmma_fences(code);
+  find_offset_uses(code);
   share_registers(code);
   code.decoded = true;
 }

@@ -13,8 +13,8 @@
 namespace gpuless {
 
 const char* name_of(Kind kind) {
-  static const char* names[] = {"race",    "in_flight", "uninitialised", "out_of_bounds", "misaligned", "deadlock",
-                                "barrier", "mbarrier",  "illegal",       "assertion",     "unsupported"};
+  static const char* names[] = {"race",     "in_flight", "uninitialised", "out_of_bounds", "overflow",  "misaligned",
+                                "deadlock", "barrier",   "mbarrier",      "illegal",       "assertion", "unsupported"};
   return names[static_cast<int>(kind)];
 }
 

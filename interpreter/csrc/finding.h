@@ -17,6 +17,7 @@ enum class Kind : uint8_t {
   in_flight,      // data of an asynchronous operation used before it was waited for
   uninitialised,  // shared memory read before anything wrote it
   out_of_bounds,
+  overflow,  // an address whose 32-bit offset wrapped
   misaligned,
   deadlock,     // every warp waits and nothing is under way
   barrier,      // wrong thread counts, lanes missing at an aligned or .sync instruction

@@ -33,6 +33,7 @@ struct gpuless_options {
   int32_t timeline;     // records besides what gpuless_timeline_json spends time on
   int32_t sample;       // not 0: only so many clusters of a launch run, and count for all of them
   int32_t findings, isa;
+  int64_t largest;  // not 0: bytes that a tensor may have, for which 32-bit offsets of smaller ones are judged
 };
 // gpuless_options::findings: the first is an error of its launch, or each is kept and the launch goes on where it can.
 // isa: what becomes of those that break the letter of the ISA and no hardware: kept, an error as others are, or

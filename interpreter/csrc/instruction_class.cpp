@@ -73,6 +73,12 @@ constexpr Entry kTable[] = {
     {"9.7.14.5.17", "", "shuffle and vote"},  // movmatrix
     {"9.7.14.5.15", "", "ldmatrix"},
     {"9.7.14.5.16", "", "stmatrix"},
+    {"9.7.14.4.3", "shared", "shared load"},
+    {"9.7.14.4.3", "global", "global load"},
+    {"9.7.14.4.3", "", "generic load"},
+    {"9.7.14.4.4", "shared", "shared store"},
+    {"9.7.14.4.4", "global", "global store"},
+    {"9.7.14.4.4", "", "generic store"},
     {"9.7.14", "", "mma"},
     {"9.7.15.7", "", "wgmma wait"},  // its fence and groups
     {"9.7.15", "", "wgmma"},
@@ -137,7 +143,8 @@ MatrixWork matrix_work(const Statement& s) {
     for (const auto& [kind, type] : kKinds)
       if (part == kind) work.type = type;
   }
-  if (!wgmma && parts[0] != "mma") return work;
+  const bool wmma = s.opcode.rfind("wmma.mma.", 0) == 0;
+  if (!wgmma && !wmma && parts[0] != "mma") return work;
   uint64_t shape[3];
   size_t shape_part = 0;
   while (shape_part < parts.size() && !parse_shape(parts[shape_part], shape)) ++shape_part;
@@ -145,8 +152,8 @@ MatrixWork matrix_work(const Statement& s) {
   for (size_t k = shape_part + 1; k < parts.size(); ++k)
     if (ptx::type_of(parts[k]) != ptx::Type::none) types.push_back(parts[k]);
   if (work.type.empty()) {
-    if (types.size() < 3) return work;
-    work.type = types[1];
+    if (types.size() < 3 && !wmma) return work;
+    work.type = types.size() < 3 ? "f16" : types[1];  // wmma names D and C alone where A and B are f16
   }
   const bool sparse = parts[1].substr(0, 2) == "sp";  // half of A's elements are not there
   work.macs = shape[0] * shape[1] * shape[2] / (wgmma ? 4 : sparse ? 2 : 1);

@@ -44,6 +44,7 @@ struct Options {
   bool timeline = false;                // records what timeline_replay.h spends time on; needs counters
   int sample = 0;                       // not 0: clusters of a launch that run, the first ones
   uint64_t step_limit = 4'000'000'000;  // warp instructions of one CTA
+  int64_t largest = 0;  // not 0: bytes that a tensor may have; 32-bit offsets have to be right there too
   FindingPolicy policy;
 };
 
@@ -86,6 +87,7 @@ struct Pending {
 
 struct Wgmma;              // rows/wgmma.cpp
 class UndefinedRegisters;  // undefined.h
+class WrappedOffsets;      // offsets.h
 struct CpAsync;            // rows/cp_async.cpp
 struct Bulk;               // rows/bulk.cpp
 struct Tcgen05;            // rows/tcgen05.h
@@ -120,7 +122,7 @@ struct alignas(64) Warp {
 
   // Registers in flight (wgmma accumulators and A fragments): by frame offset / 64 of the frame that runs; empty when
   // nothing is under way. Reading or writing one is a finding; a plain mov is deferred (run_watched).
-  // The same of registers that are undefined (undefined.h).
+  // The same of registers that are undefined (undefined.h), and of offsets that do not fit (offsets.h).
   bool watched = false;  // there are some: the loop calls run_watched in place of the handler
 
   // Per-warp state of the asynchronous instructions; each row file owns its own struct.
@@ -129,6 +131,7 @@ struct alignas(64) Warp {
   std::shared_ptr<Wgmma> wgmma;
   std::shared_ptr<Tcgen05> tcgen05;
   std::shared_ptr<UndefinedRegisters> undefined;
+  std::shared_ptr<WrappedOffsets> offsets;
   bool acquires = false;        // a strong read of global memory is under way: access() to its handler
   Mask unwritten = 0;           // lanes whose bytes of the load under way nothing has written: access() to its handler
   uint64_t cluster_phases = 0;  // of the cluster's barrier that it has waited for
@@ -306,6 +309,7 @@ struct Launch {
   uint64_t first_concurrent = 0;    // the lowest launch that may still be running: what it wrote needs the wait
   Options options;
   const Memory* memory = nullptr;  // storage intervals
+  double growth = 0;               // Options::largest, as a multiple of the largest of them
   struct Counters {
     std::atomic<uint64_t> launches{0}, warp_instructions{0}, matrix_ns{0}, matrix_macs{0};
   }* counters = nullptr;

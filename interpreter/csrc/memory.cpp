@@ -60,6 +60,13 @@ bool Memory::find(uint64_t address, uint64_t bytes, Region* region) const {
   return true;
 }
 
+uint64_t Memory::largest() const {
+  const std::shared_lock lock(mutex_);
+  uint64_t most = 0;
+  for (const auto& [begin, i] : intervals_) most = std::max(most, i.end - begin);
+  return most;
+}
+
 std::string Memory::describe(uint64_t address) const {
   const std::shared_lock lock(mutex_);
   if (intervals_.empty()) return hexadecimal(address) + " (no storage is registered)";

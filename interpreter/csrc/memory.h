@@ -47,6 +47,7 @@ class Memory {
   void add(const void* begin, int64_t bytes, std::string name, bool read_only = false);
   int64_t remove(const void* begin);  // the last one added there; its bytes
   bool find(uint64_t address, uint64_t bytes, Region*) const;
+  uint64_t largest() const;  // bytes of an interval
   uint64_t version() const { return version_.load(std::memory_order_acquire); }
   std::string describe(uint64_t address) const;  // "12 bytes past the end of argument q (4096 bytes)"
 

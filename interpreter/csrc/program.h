@@ -46,6 +46,28 @@ constexpr Offset kAlwaysTrue = 0;     // a predicate of ones, the guard of ungua
 // mma; what is stored becomes undefined.
 enum class Undefined : uint8_t { finding, lanewise, product, store };
 
+// What an instruction does to an offset on its way to an address (offsets.h). From add to join: in 32 bits.
+enum class OffsetRole : uint8_t {
+  none,
+  add,
+  subtract,
+  shift,
+  multiply,
+  multiply_add,
+  join,  // or, of numbers that have no bit in common
+  copy,
+  select,
+  widen_signed,  // cvt, mul.wide, mad.wide
+  widen_unsigned,
+  follow,   // sums, products and shifts in 64 bits
+  address,  // accesses memory
+};
+struct OffsetUse {
+  OffsetRole role = OffsetRole::none;
+  uint8_t operand = 0;    // of an access: its 64-bit base
+  uint8_t constants = 0;  // sources that are no registers of the PTX, a bit each
+};
+
 // Where an instruction may lead, besides on: branch to Instruction::option, table to data's std::vector<uint32_t>.
 enum class Flow : uint8_t { next, branch, table, end };
 
@@ -83,6 +105,8 @@ struct Code {
   std::vector<Instruction> instructions;
   std::vector<const Statement*> statements;  // by instruction index
   std::vector<uint32_t> order;               // by instruction index: who goes first of lanes that have diverged
+  std::vector<uint32_t> refused;             // instructions that end a launch where they run: warned of once
+  std::vector<OffsetUse> offset_uses;        // by instruction index; empty: no 32-bit arithmetic gets into an address
   std::vector<Preset> presets;
   std::vector<uint8_t> image;                             // what a new frame holds: immediates, the rest poison
   std::vector<Offset> offset_of;                          // by PTX register id

@@ -49,7 +49,8 @@ T saturated(int64_t value) {  // what does not fit is out of every limit
 // What exists and is not modelled here.
 std::string not_supported(const TensorMap& m) {
   if (m.interleave == 1 || m.interleave == 2) return "interleaved layouts are not supported; use INTERLEAVE_NONE";
-  if (m.swizzle >= 4 && m.swizzle <= 6) return "128-byte swizzles of 32- and 64-byte atoms are not supported";
+  if (m.swizzle == 5) return "the 128-byte swizzle of 32-byte atoms that flips 8 bytes is not supported";
+  if (m.swizzle == 6) return "the 128-byte swizzle of 64-byte atoms is not supported";
   if (m.im2col && m.padded()) return "im2col of elements that are padded is not supported";
   return "";
 }
@@ -131,8 +132,8 @@ std::string TensorMap::problem() const {
   if (row_bytes() % 16) {
     return width + " times the element's size must be a multiple of 16 bytes, not " + number(row_bytes());
   }
-  if (swizzle && row_bytes() > 16u << swizzle) {
-    return width + " times the element's size must be at most the swizzle's " + number(16u << swizzle) +
+  if (swizzle && row_bytes() > swizzle_bytes()) {
+    return width + " times the element's size must be at most the swizzle's " + number(swizzle_bytes()) +
            " bytes, not " + number(row_bytes());
   }
   if (fill && !element.nan) return "oobFill by NaN needs a floating-point tensorDataType";

@@ -9,6 +9,7 @@ namespace gpuless {
 struct alignas(64) TensorMap {
   static constexpr uint64_t kMagic = 0x70616d726f736e74;
   static constexpr int kMaxRank = 5;
+  static constexpr uint8_t kAtoms32 = 4;  // CU_TENSOR_MAP_SWIZZLE_128B_ATOM_32B
 
   // im2col (ISA 5.5.4): consecutive pixels of the bounding box, whose corners are relative to those of the tensor's
   // spatial dimensions, the innermost first.
@@ -38,6 +39,7 @@ struct alignas(64) TensorMap {
   bool padded() const;
   uint32_t in_global(uint32_t elements) const { return elements * element_bits() / 8; }  // bytes
   uint32_t box_elements(int dim) const { return dim ? (box[dim] + steps[dim] - 1) / steps[dim] : box[0]; }
+  uint32_t swizzle_bytes() const { return swizzle == kAtoms32 ? 128 : 16u << swizzle; }
   uint32_t row_bytes() const { return padded() ? box[0] : in_global(box[0]); }  // in shared memory
   uint32_t box_bytes() const {
     uint32_t bytes = row_bytes();
@@ -49,8 +51,10 @@ struct alignas(64) TensorMap {
     return box_bytes() / row_bytes() * in_global(box[0]);
   }  // padding does not count
   // Where a byte of the box goes, by the bits of its address in shared memory: the index of a 16-byte chunk is
-  // exclusive- ored with the index of the 128-byte line, both within the pattern (ISA 5.5.6).
+  // exclusive- ored with the index of the 128-byte line, both within the pattern (ISA 5.5.6). Atoms of 32 bytes move
+  // whole, as the operands that tcgen05 takes of such a swizzle do.
   uint32_t swizzled(uint32_t address) const {
+    if (swizzle == kAtoms32) return address ^ ((address >> 7 & 3) << 5);
     const uint32_t bits = (1u << swizzle) - 1;  // none, 1, 2, 3 bits for 0, 32, 64 and 128 bytes
     return address ^ ((address >> 7 & bits) << 4);
   }

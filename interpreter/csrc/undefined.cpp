@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "offsets.h"
 #include "rows/tcgen05.h"
 #include "rows/wgmma.h"
 
@@ -132,7 +133,7 @@ void store_undefined(Warp& w, const Instruction& i, int n, Mask mask, uint8_t* c
 
 void update_watched(Warp& w) {
   w.watched = (w.wgmma && !w.wgmma->flight.empty()) || (w.tcgen05 && !w.tcgen05->loads.empty()) ||
-              (w.undefined && !w.undefined->empty());
+              (w.undefined && !w.undefined->empty()) || (w.offsets && !w.offsets->empty());
 }
 
 Step run_watched(Warp& w, const Instruction& i, Mask here, Mask mask) {
@@ -141,6 +142,7 @@ Step run_watched(Warp& w, const Instruction& i, Mask here, Mask mask) {
     w.undefined->before(w, i, mask);
   }
   if (!mask) return Step::next;
+  if (w.offsets) w.offsets->before(w, i, mask);
   if (w.tcgen05 && !w.tcgen05->loads.empty()) w.tcgen05->loads.before(w, i);
   const bool in_flight = w.wgmma && !w.wgmma->flight.empty();
   const Step step = in_flight ? run_in_flight(w, i, mask) : i.run(w, i, mask);

@@ -6,13 +6,15 @@ import torch
 
 def in_shared_memory(rows, base, swizzle):
     """The bytes of a box as they lie in memory at address `base`: 16-byte chunk j of 128-byte line i goes to j ^ i within
-    the span of the swizzle."""
+    the span of the swizzle; by atoms, atom j of line i goes to j ^ i within it."""
+    swizzle, atom = swizzle if isinstance(swizzle, tuple) else (swizzle, 16)
     rows = np.ascontiguousarray(rows).reshape(-1).view(np.uint8).reshape(-1, 16)
     memory = np.zeros_like(rows)
     for k, chunk in enumerate(rows):
         address = base // 16 + k
         line, within = address // 8, address % max(swizzle // 16, 1)
-        memory[address - within + (within ^ line % max(swizzle // 16, 1)) - base // 16] = chunk
+        moved = within ^ line % max(swizzle // atom, 1) * (atom // 16)
+        memory[address - within + moved - base // 16] = chunk
     return memory.reshape(-1)
 
 

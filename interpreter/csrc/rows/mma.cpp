@@ -1,4 +1,6 @@
 // mma.sync, PTX ISA 9.7.14.5.14.
+#include "rows/mma.h"
+
 #include <cmath>
 #include <cstring>
 
@@ -7,12 +9,6 @@
 
 namespace gpuless {
 namespace {
-
-struct Mma {
-  Product exact, truncating;
-  int a_registers, b_registers, d_registers;
-  uint64_t macs;
-};
 
 constexpr uint32_t kNoRows[kLanes] = {};  // the lower half of A and C where the shape has 8 rows
 
@@ -55,8 +51,6 @@ void multiply_undefined(Warp& w, const Instruction& i, const MmaRegisters& m, ui
   }
 }
 
-namespace {
-
 Step mma(Warp& w, const Instruction& i, Mask mask) {
   require_whole_warp(w, mask);
   const Mma& m = *static_cast<const Mma*>(i.data);
@@ -86,6 +80,8 @@ Step mma(Warp& w, const Instruction& i, Mask mask) {
   }
   return Step::next;
 }
+
+namespace {
 
 void bind_mma(Bind& b) {
   expect_operands(b, 4);
@@ -167,10 +163,6 @@ void refuse(Bind& b) {
 }
 const char* const kVolta = "mma.m8n8k4 with f16 is for Volta and slow since; use m16n8k16";
 const char* const kSubByte = "products of 4-bit and 1-bit elements are not supported by the interpreter; use s8 or u8";
-const char* const kWmma = "wmma is not supported by the interpreter; use ldmatrix and mma.sync";
-
-#define GPULESS_WMMA_SHAPES "m16n16k16|m32n8k16|m8n32k16|m16n16k8|m8n8k4|m8n8k32|m8n8k128"
-#define GPULESS_WMMA_TYPES "f16|bf16|tf32|f32|f64|s32|s8|u8|s4|u4|b1"
 constexpr char kSection[] = "9.7.14.5.14";
 
 const Row rows[] = {
@@ -187,13 +179,6 @@ const Row rows[] = {
     {"mma.sync.aligned.m8n8k4.row|col.row|col.f16|f32.f16.f16.f16|f32", kSection, refuse<kVolta>},
     {"mma.sync.aligned.m8n8k32|m16n8k32|m16n8k64.row.col.satfinite?.s32.s4|u4.s4|u4.s32", kSection, refuse<kSubByte>},
     {"mma.sync.aligned.m8n8k128|m16n8k128|m16n8k256.row.col.s32.b1.b1.s32.xor|and.popc", kSection, refuse<kSubByte>},
-    {"wmma.load.a|b|c.sync.aligned.row|col." GPULESS_WMMA_SHAPES ".global|shared|shared::cta?." GPULESS_WMMA_TYPES,
-     "9.7.14.4.3", refuse<kWmma>},
-    {"wmma.store.d.sync.aligned.row|col." GPULESS_WMMA_SHAPES ".global|shared|shared::cta?." GPULESS_WMMA_TYPES,
-     "9.7.14.4.4", refuse<kWmma>},
-    {"wmma.mma.xor|and?.popc?.sync.aligned.row|col.row|col.rn|rz|rm|rp?." GPULESS_WMMA_SHAPES "." GPULESS_WMMA_TYPES
-     "." GPULESS_WMMA_TYPES "." GPULESS_WMMA_TYPES "?." GPULESS_WMMA_TYPES "?.satfinite?",
-     "9.7.14.4.5", refuse<kWmma>},
 };
 const Register registered(rows);
 

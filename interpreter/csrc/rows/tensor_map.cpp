@@ -42,10 +42,10 @@ TensorMap read_tensor_map(Warp& w, uint64_t address, int rank, bool im2col, int 
               "the tensor map has rank " + std::to_string(map.rank) + ", the instruction " + std::to_string(rank), lane,
               address);
   }
-  if (map.swizzle && map.row_bytes() < 16u << map.swizzle) {
+  if (map.swizzle && map.row_bytes() < map.swizzle_bytes()) {
     w.fail_at(Kind::unsupported,
               "boxes narrower than their swizzle are not supported: box rows of " + std::to_string(map.row_bytes()) +
-                  " bytes, swizzle of " + std::to_string(16 << map.swizzle) + "; choose the swizzle that fits",
+                  " bytes, swizzle of " + std::to_string(map.swizzle_bytes()) + "; choose the swizzle that fits",
               lane, address);
   }
   return map;

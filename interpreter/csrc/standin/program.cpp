@@ -88,6 +88,21 @@ int choice(const char* name, std::initializer_list<const char*> words) {
   refuse(std::string(name) + " is " + all + ", not " + text);
 }
 
+// "32GB", "34359738368", or 0.
+int64_t bytes_of(const char* name) {
+  const char* const text = std::getenv(name);
+  if (!text || !*text) return 0;
+  std::istringstream words(text);
+  int64_t n = -1;
+  std::string unit;
+  words >> n >> unit;
+  const size_t power = unit.empty() || unit == "B" ? 0 : std::string("KMGT").find(unit[0]) + 1;
+  const bool good = words.eof() && n >= 0 && power <= 4 && (unit.size() < 2 || unit.substr(1) == "B");
+  if (!good || n > INT64_MAX >> 10 * power)
+    refuse(std::string(name) + " is a number of bytes, such as 34359738368 or 32GB, not " + text);
+  return n << 10 * power;
+}
+
 void ignore(const char* path) {
   std::ifstream file(path);
   std::stringstream rules;
@@ -110,6 +125,7 @@ __attribute__((constructor(101))) void begin() {
   gpuless_get_options(&options);
   if (const char* seed = std::getenv("GPULESS_SEED"))  // not strtoull: it binds programs to glibc 2.38
     std::istringstream(seed) >> std::setbase(0) >> options.seed;
+  options.largest = bytes_of("GPULESS_LARGEST");
   options.findings = choice("GPULESS_FINDINGS", {"raise", "collect"});
   isa_counts = choice("GPULESS_STRICT", {"0", "1"});
   options.isa = isa_counts ? gpuless_isa_raise : gpuless_isa_report;

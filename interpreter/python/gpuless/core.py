@@ -30,7 +30,7 @@ class Options(ctypes.Structure):
     _fields_ = [
         ("seed", c_uint64), ("checks", c_int32), ("truncating", c_int32), ("approximate", c_int32), ("threads", c_int32),
         ("step_limit", c_uint64), ("counters", c_uint64), ("timeline", c_int32), ("sample", c_int32), ("findings", c_int32),
-        ("isa", c_int32),
+        ("isa", c_int32), ("largest", c_int64),
     ]  # fmt: skip
 
 

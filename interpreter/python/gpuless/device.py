@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import threading
 import warnings
 import weakref
@@ -277,6 +278,14 @@ def _choice(name: str, value: str, words: tuple[str, ...]) -> int:
     return words.index(value)
 
 
+def _bytes(name: str, value: int | str) -> int:
+    """Of "32GB" as of 34359738368."""
+    match = re.fullmatch(r"(\d+) ?([KMGT]?)B?", str(value))
+    if not match or (n := int(match[1]) << 10 * " KMGT".index(match[2] or " ")) >= 2**63:
+        raise ValueError(f"{name} is a number of bytes, such as 34359738368 or '32GB', not {value!r}")
+    return n
+
+
 def make(
     arch: str,
     *,
@@ -293,6 +302,7 @@ def make(
     ignore: Ignore = (),
     isa: str | None = None,
     strict: bool | None = None,
+    largest: int | str = 0,
 ) -> Device:
     """A device, once everything that it needs is known to be there."""
     if arch not in core.ARCHITECTURES:
@@ -317,6 +327,7 @@ def make(
         seed=seed, checks=checks, truncating=truncating, approximate=approximate, threads=threads, step_limit=0,
         counters=next(_names) if counters or timeline else 0, timeline=timeline,
         findings=_choice("findings", findings, FINDINGS), isa=ISA.index("raise") if strict else _choice("isa", isa, ISA[:2]),
+        largest=_bytes("largest", largest),
     )  # fmt: skip
     return Device(arch, options, guard, multiprocessors, rules)
 
@@ -338,6 +349,7 @@ def gpu(
     ignore: Ignore = (),
     isa: str | None = None,
     strict: bool | None = None,
+    largest: int | str = 0,
 ) -> Iterator[Device]:
     """Within the block and this thread, CUDA and Triton kernels take CPU tensors, and are executed and checked without a GPU.
 
@@ -367,6 +379,8 @@ def gpu(
         isa: what becomes of findings that break no hardware, only the letter of the PTX ISA (`Finding.breaks`):
             "report" warns, once, and goes on, "ignore" forgets them. None: as GPULESS_ISA_FINDINGS has it, else "report".
         strict: they are raised as all others are. By default GPULESS_STRICT=1 says so.
+        largest: how large the largest tensor may become, as "32GB" or in bytes: a 32-bit offset that is right in a launch's tensors
+            and overflows in tensors that are so much larger is a finding.
 
     Yields:
         The `Device`: its counters, and its findings.
@@ -379,7 +393,7 @@ def gpu(
     device = make(
         arch, seed=seed, checks=checks, truncating=truncating, approximate=approximate, guard=guard,
         counters=counters, timeline=timeline, threads=threads, multiprocessors=multiprocessors, findings=findings,
-        ignore=ignore, isa=isa, strict=strict,
+        ignore=ignore, isa=isa, strict=strict, largest=largest,
     )  # fmt: skip
     before = device_or_none()
     _take_triton()
@@ -407,6 +421,7 @@ def interpret_process() -> None:
             seed=int(seed),
             findings=findings,
             ignore=pathlib.Path(path) if path else (),
+            largest=os.environ.get("GPULESS_LARGEST") or 0,
         )
     except (ValueError, OSError) as e:
         raise ValueError(f"GPULESS_ARCH: {e}") from None

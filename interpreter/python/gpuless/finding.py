@@ -7,7 +7,7 @@ from typing import Any
 
 #: what can be found, as csrc/finding.h has it
 KINDS = (
-    "race", "in_flight", "uninitialised", "out_of_bounds", "misaligned", "deadlock", "barrier", "mbarrier", "illegal",
+    "race", "in_flight", "uninitialised", "out_of_bounds", "overflow", "misaligned", "deadlock", "barrier", "mbarrier", "illegal",
     "assertion", "unsupported",
 )  # fmt: skip
 

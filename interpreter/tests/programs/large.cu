@@ -35,7 +35,10 @@ bool touched(const int* device, int first, int neighbour) {
 
 int main() {
   int *a, *b, *c;
-  check(cudaMalloc(&a, kElements * 4) == cudaSuccess && cudaMalloc(&b, kElements * 4) == cudaSuccess, "two of 32 GB");
+  if (cudaMalloc(&a, kElements * 4) != cudaSuccess || cudaMalloc(&b, kElements * 4) != cudaSuccess) {
+    std::printf("no memory for two of 32 GB\n");
+    return 1;
+  }
   check(cudaMalloc(&c, kElements * 4) == cudaErrorMemoryAllocation, "no third in 80 GB");
   touch<<<4, 256>>>(a, kTouched);
   check(cudaDeviceSynchronize() == cudaSuccess && touched(a, -1, -1), "poison where nothing was written");

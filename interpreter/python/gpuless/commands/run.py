@@ -79,6 +79,9 @@ def _parser() -> argparse.ArgumentParser:
         "--ignore", type=pathlib.Path, action="append", default=[], metavar="FILE", help="rules of what is known"
     )
     parser.add_argument(
+        "--largest", default="0", metavar="BYTES", help="32-bit offsets have to be right in tensors of 32GB, say"
+    )
+    parser.add_argument(
         "--time-limit", type=float, default=0, metavar="SECONDS", help="longer is incomplete (default: no limit)"
     )
     parser.add_argument("--log", type=pathlib.Path, metavar="FILE", help="write each finding there as it comes")
@@ -127,14 +130,16 @@ def _succeeded(program: pathlib.Path, status: int) -> bool:
 
 def _command(options: argparse.Namespace, environment: dict[str, str]) -> list[str]:
     if options.program.suffix == ".py":
-        how = {"arch": options.gpu, "seed": options.seed, "guard": options.guard, "time_limit": options.time_limit,
-               "ignore": [str(file.absolute()) for file in options.ignore]}  # fmt: skip
+        how = {"arch": options.gpu, "seed": options.seed, "guard": options.guard, "largest": options.largest,
+               "time_limit": options.time_limit, "ignore": [str(file.absolute()) for file in options.ignore]}  # fmt: skip
         module = [sys.executable, "-m", "gpuless.commands.script", json.dumps(how)]
         return [*module, str(options.program), *options.arguments]
     if options.guard or len(options.ignore) > 1:
         raise ValueError("a CUDA program takes no --guard, and one file of --ignore")
     environment |= {"GPULESS_ARCH": options.gpu, "GPULESS_SEED": str(options.seed), "GPULESS_FINDINGS": "collect",
                     "GPULESS_STRICT": str(int(options.strict))}  # fmt: skip
+    if options.largest != "0":
+        environment["GPULESS_LARGEST"] = options.largest
     if options.ignore:
         environment["GPULESS_IGNORE"] = str(options.ignore[0])
     if options.time_limit:

@@ -13,7 +13,14 @@ from .. import cuda, device
 def main(text: str, script: str, arguments: list[str]) -> None:
     options = json.loads(text)
     ignore = [pathlib.Path(file) for file in options["ignore"]]
-    gpu = device.make(options["arch"], seed=options["seed"], guard=options["guard"], findings="collect", ignore=ignore)
+    gpu = device.make(
+        options["arch"],
+        seed=options["seed"],
+        guard=options["guard"],
+        findings="collect",
+        ignore=ignore,
+        largest=options["largest"],
+    )
     cuda.present(gpu)
     gpu.time_limit(options["time_limit"])
     sys.argv = [script, *arguments]

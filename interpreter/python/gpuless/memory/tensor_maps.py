@@ -16,8 +16,9 @@ DATA_TYPES = {
     torch.int16: 1, torch.uint32: 2, torch.int32: 3, torch.uint64: 4, torch.int64: 5, torch.float16: 6, torch.float32: 7,
     torch.float64: 8, torch.bfloat16: 9,
 }  # fmt: skip
-#: bytes -> CUtensorMapSwizzle
-SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
+Swizzle = int | tuple[int, int]
+#: bytes, and bytes that stay together where those are not 16 -> CUtensorMapSwizzle
+SWIZZLES: dict[Swizzle, int] = {0: 0, 32: 1, 64: 2, 128: 3, (128, 32): 4}
 #: CUtensorMapFloatOOBfill
 FILLS = {"zero": 0, "nan": 1}
 
@@ -50,7 +51,7 @@ class TensorMap:
     """A tensor and how TMA sees it; made by `tensor_map`. Kernels take it by value."""
 
     def __init__(
-        self, tensor: Tensor, box: Sequence[int], swizzle: int, fill: str, element_strides: Sequence[int] | None
+        self, tensor: Tensor, box: Sequence[int], swizzle: Swizzle, fill: str, element_strides: Sequence[int] | None
     ):
         self.tensor = tensor
         self._how = box, swizzle, fill, element_strides
@@ -69,7 +70,7 @@ class TensorMap:
 def tensor_map(
     tensor: Tensor,
     box: Sequence[int],
-    swizzle: int = 0,
+    swizzle: Swizzle = 0,
     fill: str = "zero",
     element_strides: Sequence[int] | None = None,
 ) -> TensorMap:
@@ -78,7 +79,7 @@ def tensor_map(
     Args:
         tensor: on the CPU; its last dimension has stride 1, the strides of the others are multiples of 16 bytes.
         box: elements of a box in each dimension of the tensor, outermost first.
-        swizzle: 0, 32, 64 or 128 bytes.
+        swizzle: 0, 32, 64 or 128 bytes; (128, 32): of 128 bytes, by atoms of 32 (CU_TENSOR_MAP_SWIZZLE_128B_ATOM_32B).
         fill: what is read outside of the tensor: "zero", or "nan".
         element_strides: the step between elements in each dimension, 1 by default.
 
