@@ -159,8 +159,8 @@ def attend(
         s = s + mask.float()
         allowed = allowed & ~(mask.float() / math.log(2)).isneginf()
     s = s.masked_fill(~allowed, -torch.inf)
-    v_scales = (t.repeat_interleave(group, 0).double() for t in (x.v_scale, x.v_block_scale))
-    return _softmax(s, v, *v_scales, x.dtype, shift, sinks)
+    v_scale, v_block_scale = (t.repeat_interleave(group, 0).double() for t in (x.v_scale, x.v_block_scale))
+    return _softmax(s, v, v_scale, v_block_scale, x.dtype, shift, sinks)
 
 
 def _softmax(
