@@ -60,9 +60,7 @@ def add_report_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the verdict and all it stands on")
     parser.add_argument("--sarif", type=pathlib.Path, metavar="FILE", help="write the findings for code scanning")
     parser.add_argument("--junit", type=pathlib.Path, metavar="FILE", help="write them for a CI's list of tests")
-    parser.add_argument(
-        "--coverage", action="store_true", help="list what of the kernels did not run (several times slower)"
-    )
+    parser.add_argument("--coverage", action="store_true", help="list what of the kernels did not run; slower")
     parser.add_argument("--strict", action="store_true", help="also what is against the letter of the PTX ISA alone")
 
 
