@@ -125,7 +125,7 @@ class OffsetUses {
       open_.pop_back();
       for (const uint32_t k : definitions_[id]) define(code_.instructions[k]);
     }
-    if (!found_) return;
+    if (!computes_) return;
     code_.offset_uses = std::move(uses_);
     for (Instruction& i : code_.instructions)
       if (const OffsetRole r = code_.offset_uses[i.index].role; computes(r)) i.run = checked_handler(r);
@@ -161,7 +161,7 @@ class OffsetUses {
     if (use.role != OffsetRole::none || i.destinations != 1) return;
     use.role = role_of(code_.statements[i.index]->opcode);
     if (use.role == OffsetRole::none) return;
-    found_ |= computes(use.role);
+    computes_ |= computes(use.role);
     for (int k = 0; k < i.sources; ++k) {
       const Offset o = i.operand[1 + k];
       if (size_of(o) >= 4) reach(o);
@@ -174,7 +174,7 @@ class OffsetUses {
   std::vector<OffsetUse> uses_;
   std::vector<char> reached_;
   std::vector<int> open_;
-  bool found_ = false;
+  bool computes_ = false;
 };
 
 }  // namespace
@@ -291,8 +291,8 @@ WrappedOffsets::Entry WrappedOffsets::follow(const Warp& w, const Instruction& i
     switch (role) {
       case OffsetRole::copy:
       case OffsetRole::select: {
-        const int chosen = role == OffsetRole::copy || (w.predicate(i.operand[3]) >> l & 1) ? 1 : 2;
-        if (const Entry* const e = find(w, i.operand[chosen]); e && (e->lanes >> l & 1)) to.add(l, e->values[l], *e);
+        const int source = role == OffsetRole::copy || (w.predicate(i.operand[3]) >> l & 1) ? 1 : 2;
+        if (const Entry* const e = find(w, i.operand[source]); e && (e->lanes >> l & 1)) to.add(l, e->values[l], *e);
         break;
       }
       case OffsetRole::widen_signed:

@@ -25,16 +25,17 @@ struct Tiles {
 
 // The first element of a lane in a register: of A, or of B transposed, a row and an index along K; of C a row and a
 // column. The others of the register follow in the second index.
+constexpr int kQuad = 4;  // lanes have a row of a fragment
 struct Place {
   int row, along;
 };
 Place operand_place(int reg, int lane, int rows, int halves, int per_register) {
   const int eighth = reg % rows, part = reg / rows;
-  return {(part / halves * rows + eighth) * 8 + lane / 4, (part % halves * 4 + lane % 4) * per_register};
+  return {(part / halves * rows + eighth) * 8 + lane / kQuad, (part % halves * 4 + lane % kQuad) * per_register};
 }
 Place accumulator_place(int reg, int lane, const Tiles& t, int per_register) {
   const int each = 2 / per_register, part = reg / each, tile = part / t.rows;
-  return {(tile / t.n * t.rows + part % t.rows) * 8 + lane / 4, tile % t.n * 8 + lane % 4 * 2 + reg % each};
+  return {(tile / t.n * t.rows + part % t.rows) * 8 + lane / kQuad, tile % t.n * 8 + lane % kQuad * 2 + reg % each};
 }
 
 struct Transfer {
@@ -166,44 +167,50 @@ Step wmma_mma(Warp& w, const Instruction& i, Mask mask) {
 }
 
 // Slot 9 is the shape; behind it D and C, where A and B are f16, or D, A, B and C.
-void bind_products(Bind& b) {
-  expect_operands(b, 4);
-  const bool halves = b.slot(12).empty();
+bool of_halves(const Bind& b) { return b.slot(12).empty(); }
+
+Product product_of(const Bind& b, const Shape& shape) {
+  const bool halves = of_halves(b);
   for (int slot = 10; slot < 14; ++slot)
     if (!b.slot(slot).empty()) bytes_of(b, slot);
   if (!b.slot(2).empty() || !b.slot(3).empty() || !b.slot(8).empty() || (!halves && b.slot(13).empty()))
     b.refuse(b.statement.opcode + ": its modifiers do not fit its types");
-  const Shape shape = shape_of(b.slot(9));
-  auto& p = b.data<Products>();
-  Product& product = p.mma.exact;
+  Product product{};
   product.a = halves ? Element::f16 : element_of(b, 11);
   product.b = halves ? Element::f16 : element_of(b, 12);
   product.d = accumulate_of(b, 10);
   product.saturate = b.has("satfinite");
   const int bytes = gpuless::bytes_of(product.a);
   require_shape(b, shape, bytes, false);
+  product.halves = Tiles(shape, bytes).halves;
   if (b.slot(halves ? 11 : 13) != b.slot(10)) b.refuse(b.statement.opcode + ": C and D of two types are not supported");
   if (product.a != product.b) b.refuse(b.statement.opcode + ": A and B are of one type");
   if ((product.d == Accumulate::s32) != (bytes == 1) || (product.d == Accumulate::f16 && !halves))
     b.refuse(b.statement.opcode + ": sums of this type are not those of such products");
   if (product.saturate && product.d != Accumulate::s32)
     b.refuse(b.statement.opcode + ": .satfinite of f16 is not supported by the interpreter");
-  const Tiles t(shape, bytes);
-  product.halves = t.halves;
-  p.mma.truncating = product;
+  return product;
+}
+
+void bind_products(Bind& b) {
+  expect_operands(b, 4);
+  const Shape shape = shape_of(b.slot(9));
+  auto& p = b.data<Products>();
+  const Product product = p.mma.exact = p.mma.truncating = product_of(b, shape);
+  const Tiles t(shape, gpuless::bytes_of(product.a));
   p.mma.a_registers = t.rows * t.halves;
   p.mma.b_registers = t.halves;
   p.mma.d_registers = t.rows * (product.d == Accumulate::f16 ? 1 : 2);
   p.mma.macs = static_cast<uint64_t>(8 * t.rows) * 8 * shape.k;
 
   const int d = t.m * t.n * p.mma.d_registers;
-  const int held[] = {d, halves ? 8 : t.m * p.mma.a_registers, halves ? 8 : t.n * p.mma.b_registers, d};
+  const int counts[] = {d, of_halves(b) ? 8 : t.m * p.mma.a_registers, of_halves(b) ? 8 : t.n * p.mma.b_registers, d};
   const Type type = product.d == Accumulate::f32 ? Type::f32 : Type::b32;
   std::vector<Offset> operands[4];
   for (int k = 0; k < 4; ++k) {
-    for (const Operand& o : registers_of(b, k, static_cast<size_t>(held[k]))) {
-      const Type of = k == 0 || k == 3 ? type : Type::b32;
-      k ? b.source(o, of) : destination(b, o, of);
+    for (const Operand& o : registers_of(b, k, static_cast<size_t>(counts[k]))) {
+      const Type each = k == 0 || k == 3 ? type : Type::b32;
+      k ? b.source(o, each) : destination(b, o, each);
       operands[k].push_back(b.instruction.operand[b.instruction.destinations + b.instruction.sources - 1]);
       const bool overwritten =
           (k == 1 || k == 2) && std::count(operands[0].begin(), operands[0].end(), operands[k].back());

@@ -279,7 +279,7 @@ def _choice(name: str, value: str, words: tuple[str, ...]) -> int:
 
 
 def _bytes(name: str, value: int | str) -> int:
-    """Of "32GB" as of 34359738368."""
+    """The number of bytes that a number or "32GB" stands for."""
     match = re.fullmatch(r"(\d+) ?([KMGT]?)B?", str(value))
     if not match or (n := int(match[1]) << 10 * " KMGT".index(match[2] or " ")) >= 2**63:
         raise ValueError(f"{name} is a number of bytes, such as 34359738368 or '32GB', not {value!r}")

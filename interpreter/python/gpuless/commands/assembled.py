@@ -22,22 +22,22 @@ _TARGET = re.compile(r"^\s*\.target\s+(sm_\w+)", re.M)
 
 
 def tool(name: str) -> str:
-    """Of a toolkit, or of a wheel that carries it: Triton's, NVIDIA's own."""
+    """A toolkit, or of a wheel that carries it: Triton's, NVIDIA's own."""
     folders = [pathlib.Path(os.environ["CUDA_HOME"], "bin")] if os.environ.get("CUDA_HOME") else []
-    if found := shutil.which(name, path=os.pathsep.join([*map(str, folders), os.environ.get("PATH", "")])):
-        return found
+    if path := shutil.which(name, path=os.pathsep.join([*map(str, folders), os.environ.get("PATH", "")])):
+        return path
     for package, within in (("triton", "backends/nvidia/bin"), ("nvidia", "cu13/bin"), ("nvidia", f"cuda_{name}/bin")):
         spec = importlib.util.find_spec(package)
         for base in (spec.submodule_search_locations or ()) if spec else ():
-            if (path := pathlib.Path(base, within, name)).is_file():
-                return str(path)
+            if (program := pathlib.Path(base, within, name)).is_file():
+                return str(program)
     raise FileNotFoundError(
         f"there is no {name}, which reads machine code: put a CUDA toolkit on PATH, or pip install triton"
     )
 
 
 def assembled(source: pathlib.Path, flags: list[str], folder: pathlib.Path) -> tuple[pathlib.Path, str]:
-    """The cubin, and what the assembler said of it."""
+    """The cubin, and the report of the assembler: "" for a file that is a cubin already."""
     if source.suffix == ".cubin":
         return source, ""
     cubin = folder / "checked.cubin"
@@ -56,10 +56,10 @@ def assembled(source: pathlib.Path, flags: list[str], folder: pathlib.Path) -> t
     return cubin, done.stdout + done.stderr
 
 
-def _by_place(found: list[Overwritten]) -> list[str]:
+def _by_place(conflicts: list[Overwritten]) -> list[str]:
     """A line of source that fills several registers once."""
     groups: dict[tuple[str, int, str], Overwritten] = {}
-    for o in found:
+    for o in conflicts:
         key = o.writer.file, o.writer.line, str(o.reader)
         first = groups.get(key, o)
         registers = tuple(sorted({*first.registers, *o.registers}))
@@ -68,16 +68,16 @@ def _by_place(found: list[Overwritten]) -> list[str]:
 
 
 def findings(source: pathlib.Path, flags: list[str]) -> list[str]:
-    """Of a file, in the order of its kernels."""
+    """The findings of a file, in the order of its kernels."""
     with tempfile.TemporaryDirectory() as name:
-        cubin, said = assembled(source, flags, pathlib.Path(name))
+        cubin, report = assembled(source, flags, pathlib.Path(name))
         text = subprocess.run([tool("nvdisasm"), "-c", "-g", cubin], capture_output=True, text=True, check=True).stdout
-    texts = [f"ptxas {found[1]}: {found[0].strip()}" for found in _ADVISORY.finditer(said)]
-    spills = [found for found in _SPILLS.finditer(said) if int(found[1]) or int(found[2])]
+    texts = [f"ptxas {match[1]}: {match[0].strip()}" for match in _ADVISORY.finditer(report)]
+    spills = [match for match in _SPILLS.finditer(report) if int(match[1]) or int(match[2])]
     for function in parse(text):
         texts += _by_place(overwritten(function))
         local = local_accesses(function)
-        if local and (spills or not said):  # a cubin does not tell a spill from an array that is indexed
+        if local and (spills or not report):  # a cubin does not tell a spill from an array that is indexed
             what = "spills" if spills else "local memory: spills, or an array that is indexed"
             texts.append(f"{what}: {len(local)} loads and stores\n  kernel {function.name}\n  the first at {local[0]}")
     return texts
@@ -96,9 +96,9 @@ def sass(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if not options.file.is_file():
         raise ValueError(f"there is no {options.file}")
-    found = findings(options.file, options.flags)
+    texts = findings(options.file, options.flags)
     if options.json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(texts, indent=1))
     else:
-        print("\n\n".join([*found, f"gpuless: {len(found)} finding{'s' * (len(found) != 1)} in machine code"]))
-    return 3 if found else 0
+        print("\n\n".join([*texts, f"gpuless: {len(texts)} finding{'s' * (len(texts) != 1)} in machine code"]))
+    return 3 if texts else 0

@@ -77,7 +77,7 @@ class Instruction:
         if re.match(r"[A-Z]MMA", self.opcode):
             return 4
         if self.name == "LDSM":
-            return int(found[1]) if (found := re.search(r"\.(?:M\w+\.)?([124])$", self.opcode)) else 1
+            return int(match[1]) if (match := re.search(r"\.(?:M\w+\.)?([124])$", self.opcode)) else 1
         if ".128" in self.opcode:
             return 4
         wide = re.search(r"\.(?:64|WIDE|F64)(?=\.|$)", self.opcode) or self.name in ("DADD", "DMUL", "DFMA")
@@ -93,7 +93,7 @@ class Instruction:
 
     @property
     def waits_for(self) -> int | None:
-        """Of a wait: so many groups may still be under way."""
+        """How many groups may still be under way behind a wait; None: it is no wait."""
         if not self.opcode.startswith("WARPGROUP.DEPBAR"):
             return None
         return int(self.operands[-1], 16)
@@ -128,17 +128,17 @@ def parse(text: str) -> list[Function]:
     functions: list[Function] = []
     file, line = "", 0
     for row in text.splitlines():
-        if found := _FUNCTION.match(row):
-            functions.append(Function(found[1], [], {}))
+        if match := _FUNCTION.match(row):
+            functions.append(Function(match[1], [], {}))
             file, line = "", 0
         elif not functions:
             continue
-        elif found := _LINE.match(row):
-            file, line = found[1], int(found[2])
-        elif found := _LABEL.match(row):
-            functions[-1].labels[found[1]] = len(functions[-1].instructions)
-        elif found := _INSTRUCTION.match(row):
-            _, guard, opcode, operands = found.groups()
+        elif match := _LINE.match(row):
+            file, line = match[1], int(match[2])
+        elif match := _LABEL.match(row):
+            functions[-1].labels[match[1]] = len(functions[-1].instructions)
+        elif match := _INSTRUCTION.match(row):
+            _, guard, opcode, operands = match.groups()
             place = Place(functions[-1].name, file, line, f"{opcode} {operands}".strip())
             split = [o.strip() for o in re.split(r",(?![^\[]*\])", operands)] if operands else []
             functions[-1].instructions.append(Instruction(place, guard, opcode, split))
@@ -170,14 +170,14 @@ def overwritten(function: Function) -> list[Overwritten]:
     before: list[dict[int, int] | None] = [None] * len(code)
     before[0] = {}
     todo = [0]
-    found: dict[tuple[int, int], Overwritten] = {}
+    conflicts: dict[tuple[int, int], Overwritten] = {}
     while todo:
         index = todo.pop()
         i = code[index]
         state = dict(before[index] or {})
         for wgmma in state:
             if registers := set(i.results) & set(code[wgmma].a_registers):
-                found[index, wgmma] = Overwritten(tuple(sorted(registers)), i.place, code[wgmma].place)
+                conflicts[index, wgmma] = Overwritten(tuple(sorted(registers)), i.place, code[wgmma].place)
         if i.a_registers:
             state[index] = -1
         if _WGMMA.match(i.opcode) and any("gsb" in o for o in i.operands):
@@ -192,7 +192,7 @@ def overwritten(function: Function) -> list[Overwritten]:
             if known is None or merged != known:
                 before[target] = merged
                 todo.append(target)
-    return [found[key] for key in sorted(found)]
+    return [conflicts[key] for key in sorted(conflicts)]
 
 
 def local_accesses(function: Function) -> list[Place]:
