@@ -99,7 +99,7 @@ def rules(out, home, version):
     # Its handlers are loops over 32 lanes, which want AVX2 (2013); the matrix products look for AVX-512 at run time.
     avx2 = "-march=x86-64-v3 -mtune=generic"
     text.append(f"build build/ninja/precompiled.h.gch: cxx csrc/precompiled.h\n flags = {avx2} -x c++-header")
-    files = (*csrc.glob("*.cpp"), *csrc.glob("rows/*.cpp"))
+    files = (*csrc.glob("*.cpp"), *csrc.glob("rows/*.cpp"), *csrc.glob("explore/*.cpp"))
     core = objects(files, f"{avx2} -include precompiled.h", " | build/ninja/precompiled.h.gch")
     flags = "-Wl,-soname,libgpuless.so -Wl,-Bsymbolic -Wl,-z,defs -lpthread"
     text.append(f"build {path(out / 'libgpuless.so')}: link {core} | csrc/exports.map\n flags = {flags}")

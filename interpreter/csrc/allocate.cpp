@@ -27,6 +27,7 @@ class Bits {
   explicit Bits(size_t n) : words_((n + 63) / 64) {}
   bool test(int i) const { return words_[i / 64] >> (i % 64) & 1; }
   void set(int i) { words_[i / 64] |= uint64_t{1} << (i % 64); }
+  void clear(int i) { words_[i / 64] &= ~(uint64_t{1} << (i % 64)); }
   // this |= from & ~without; true if it grew
   bool merge(const Bits& from, const Bits* without = nullptr) {
     bool grew = false;
@@ -99,6 +100,28 @@ class Liveness {
     return intervals;
   }
 
+  // f(instruction, the registers that live before it) for those that look.
+  template <class F>
+  void each_look(F f) const {
+    for (size_t n = 0; n < blocks_.size(); ++n) {
+      const BasicBlock& b = blocks_[n];
+      const auto looks = [&](int k) { return code_.instructions[k].visible == Visible::looks; };
+      int last = b.end - 1;
+      while (last >= b.begin && !looks(last)) --last;
+      if (last < b.begin) continue;
+      Bits live = sets_[n].out;
+      for (int k = b.end - 1; k >= b.begin; --k) {
+        registers_.visit(code_.instructions[k], [&](int id, bool replaces) {
+          if (replaces) live.clear(id);
+        });
+        registers_.visit(code_.instructions[k], [&](int id, bool replaces) {
+          if (!replaces) live.set(id);
+        });
+        if (looks(k)) f(k, live);
+      }
+    }
+  }
+
  private:
   const Code& code_;
   const Registers& registers_;
@@ -111,7 +134,8 @@ class Liveness {
 void share_registers(Code& code) {
   const Registers registers(code);
   const std::vector<char> pin = asynchronous_registers(code, registers);
-  std::vector<Interval> intervals = Liveness(code, registers).intervals();
+  const Liveness liveness(code, registers);
+  std::vector<Interval> intervals = liveness.intervals();
   std::sort(intervals.begin(), intervals.end(), [](const auto& a, const auto& b) { return a.begin < b.begin; });
 
   const auto bytes_of = [&](int id) { return frame_bytes(code.source->registers[id]); };
@@ -136,6 +160,19 @@ void share_registers(Code& code) {
     }
     if (!pin[i.id]) active.push(i);
   }
+
+  const auto add_place = [&](auto& places, int id) {
+    const bool predicate = code.source->registers[id] == ptx::Type::pred;
+    places.emplace_back(place[id], predicate ? sizeof(Mask) : bytes_of(id));
+  };
+  liveness.each_look([&](int k, const auto& live) {
+    auto& places = code.live[static_cast<uint32_t>(k)];
+    live.each([&](int id) { add_place(places, id); });
+  });
+  auto& all = code.live[kAnywhere];
+  for (const Interval& i : intervals) add_place(all, i.id);
+  std::sort(all.begin(), all.end());
+  all.erase(std::unique(all.begin(), all.end()), all.end());
 
   // What follows the registers (immediates and presets) moves up behind them.
   uint32_t registers_end = 64;

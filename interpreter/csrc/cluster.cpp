@@ -100,6 +100,7 @@ void Cluster::complete(Pending& p) {
   p.complete(*p.cta);
   completing_ = nullptr;
   happened();
+  ++progress;
 }
 
 void Cluster::place(Finding& f) const {
@@ -124,6 +125,43 @@ bool Cluster::again(Kind kind, uint32_t other_line, bool within_warp) {
   return findings.again({launch->code->name, kind, f.ptx_line, static_cast<int>(other_line), within_warp});
 }
 
+namespace {
+
+// Whether a race, or data in flight, is why the other one read what nobody had written: it is about the same load, or
+// the same bytes, and no access by an address that was made of what was read.
+bool is_cause(const Finding& f, const Finding& unwritten) {
+  const bool unordered = f.kind == Kind::race || f.kind == Kind::in_flight;
+  const bool same_load = f.ptx_line == unwritten.ptx_line || f.other_ptx_line == unwritten.ptx_line;
+  const bool same_bytes = f.has_address && f.address / 16 == unwritten.address / 16;
+  const bool follows = unwritten.other_ptx_line && f.ptx_line == unwritten.other_ptx_line;
+  return unordered && !follows && std::equal(f.block, f.block + 3, unwritten.block) && (same_load || same_bytes);
+}
+
+// Says who has written the bytes after all, for those who look for the barrier that is missing.
+void name_later_write(const Cluster& cluster, Finding& f) {
+  if (f.kind != Kind::uninitialised || f.message.find(" of shared ") == std::string::npos) return;
+  for (const auto& cta : cluster.ctas) {
+    if (!std::equal(f.block, f.block + 3, cta->index)) continue;
+    const std::string later = cta->shadow.writer_of(static_cast<uint32_t>(f.address));
+    if (!later.empty()) f.message += "; the " + later + " comes later: is a barrier missing?";
+  }
+}
+
+}  // namespace
+
+Findings Cluster::settle(std::optional<Finding>& error) const {
+  Findings others;
+  for (const auto& [key, finding] : findings) {
+    Finding f = finding;
+    name_later_write(*this, f);
+    if (!launch->options.policy.postpones(f))
+      others.add(std::move(f));
+    else if (!error || !is_cause(*error, f))
+      error = std::move(f);
+  }
+  return others;
+}
+
 void Cluster::report(Finding f) {
   const FindingPolicy& policy = launch->options.policy;
   if (f.breaks == Breaks::isa && policy.isa == FindingPolicy::Isa::ignore) return;
@@ -136,7 +174,9 @@ void Cluster::report(Finding f) {
 
 Warp* Cluster::pick() {
   const int count = static_cast<int>(warps.size());
-  const auto runnable = [&](int k) { return warps[k]->live && warps[k]->blocked_at != events; };
+  const auto runnable = [&](int k) {
+    return warps[k]->live && warps[k]->blocked_at != events && warps[k]->spins_at != progress;
+  };
   if (order_ == Order::ahead && random() % 64 == 0) favourite_ = static_cast<int>(random() % count);
   if (order_ == Order::ahead && runnable(favourite_)) return warps[favourite_];
   const int start = static_cast<int>(random() % count);
@@ -151,24 +191,64 @@ Warp* Cluster::pick() {
   return last;
 }
 
-bool Cluster::run(uint64_t budget) {
-  uint64_t used = 0;
-  const auto complete_one = [&] {
-    for (size_t tries = pending.size(), k = random() % pending.size(); tries; --tries, k = (k + 1) % pending.size()) {
-      const auto p = pending[k];
-      if (p->done) continue;
-      if (!p->ready(*p->cta)) continue;
-      complete(*p);
-      return true;
-    }
-    return false;
-  };
-  const auto sweep = [&] {
-    pending.erase(std::remove_if(pending.begin(), pending.end(), [](const auto& p) { return p->done; }), pending.end());
-  };
+bool Cluster::complete_one() {
+  for (size_t tries = pending.size(), k = random() % pending.size(); tries; --tries, k = (k + 1) % pending.size()) {
+    const auto p = pending[k];
+    if (p->done) continue;
+    if (!p->ready(*p->cta)) continue;
+    complete(*p);
+    return true;
+  }
+  return false;
+}
+
+void Cluster::sweep() {
+  pending.erase(std::remove_if(pending.begin(), pending.end(), [](const auto& p) { return p->done; }), pending.end());
+}
+
+// No warp can go on. What is pending completes, then time limits expire, then warps that go round in circles look
+// again, each twice: first at what is there now, and then whether it has made a difference. False: none of it helps.
+bool Cluster::stir() {
+  sweep();
+  if (!pending.empty() && complete_one()) return true;
+  if (idle_at != events) {
+    idle_at = events;
+    for (Warp* blocked : warps) blocked->blocked_at = ~uint64_t{0};
+    return true;
+  }
+  if (looked_at_ != progress) rounds_ = 0;
+  looked_at_ = progress;
+  const auto spins = [](const Warp* w) { return w->live && w->spins_at; };
+  if (rounds_ == 2 || std::none_of(warps.begin(), warps.end(), spins)) return false;
+  ++rounds_;
+  for (Warp* w : warps) w->spins_at = 0;
+  return true;
+}
+
+// A slice of a warp. Returns what it costs.
+uint64_t Cluster::run_slice(Warp& w) {
   static constexpr uint64_t slices[] = {1, 8, 32, 64, 128, 256};
+  const bool far = order_ == Order::ahead && &w == warps[favourite_];
+  const uint64_t steps = w.steps, before = events;
+  const uint32_t effects = w.effects;
+  running_ = &w;
+  (w.cta->sheet ? run_warp<true> : run_warp<false>)(w, far ? kLongSlice : slices[random() % 6]);
+  running_ = nullptr;
+  if (w.effects != effects || events != before) ++progress;
+  if (std::exchange(w.spins, false)) w.spins_at = progress;
+  if (far && w.steps - steps >= kLongSlice && random() % 4 == 0) {  // it might spin on what the others do
+    favourite_ = static_cast<int>(random() % warps.size());
+  }
+  return std::max<uint64_t>(w.steps - steps, 1);  // a slice that found itself blocked costs too
+}
+
+Cluster::Turn Cluster::run(uint64_t budget) {
+  uint64_t used = 0;
+  const uint64_t before = progress;
   running_ = nullptr;
   completing_ = nullptr;
+  rounds_ = 0;
+  for (Warp* w : warps) w->spins_at = 0;  // other clusters may have gone on
   while (live_warps) {
     if (!pending.empty()) {
       sweep();
@@ -177,37 +257,42 @@ bool Cluster::run(uint64_t budget) {
                                                           : false;
       if (now && !pending.empty()) complete_one();
     }
-    Warp* w = pick();
-    if (!w) {
-      sweep();
-      if (!pending.empty() && complete_one()) continue;
-      if (idle_at == events) deadlock();
-      idle_at = events;
-      for (Warp* blocked : warps) blocked->blocked_at = ~uint64_t{0};
-      continue;
+    if (Warp* w = pick()) {
+      used += run_slice(*w);
+      if (used > budget) return {Turn::End::used_up, progress != before};
+    } else if (!stir()) {
+      const auto spins = [](const Warp* w) { return w->live && w->spins_at; };
+      if (std::none_of(warps.begin(), warps.end(), spins)) throw deadlock();
+      return {Turn::End::stuck, progress != before};
     }
-    const bool far = order_ == Order::ahead && w == warps[favourite_];
-    const uint64_t steps = w->steps;
-    running_ = w;
-    (w->cta->sheet ? run_warp<true> : run_warp<false>)(*w, far ? kLongSlice : slices[random() % 6]);
-    running_ = nullptr;
-    used += w->steps - steps;
-    if (far && w->steps - steps >= kLongSlice && random() % 4 == 0) {  // it might spin on what the others do
-      favourite_ = static_cast<int>(random() % warps.size());
-    }
-    if (w->steps == steps) ++used;  // a slice that found itself blocked costs too
-    if (used > budget) return false;
   }
   sweep();
   while (!pending.empty() && complete_one()) sweep();
+  end();
+  return {Turn::End::over};
+}
+
+void Cluster::step(Warp& w, uint64_t slice) {
+  running_ = &w;
+  run_warp<false, true>(w, slice);
+  running_ = nullptr;
+}
+
+void Cluster::end() {
+  running_ = nullptr;
+  completing_ = nullptr;
   Clock highest = 0;
   for (const Warp* w : warps) highest = std::max(highest, w->knowledge.seen.clocks[w->agent]);
   for (const Clock clock : series_clocks) highest = std::max(highest, clock);
   base = highest + 1;
-  return true;
 }
 
-void Cluster::deadlock() {
+Finding Cluster::deadlock() const {
+  // A warp that goes round in a circle has stopped at its look, or behind it.
+  const auto place_of = [](const Warp& w, const Strand& s) {
+    const auto& code = s.frame->code->instructions;
+    return w.spins_at && s.pc && code[s.pc].visible != Visible::looks ? s.pc - 1 : s.pc;
+  };
   Finding f;
   f.kind = Kind::deadlock;
   f.message = "every warp waits and nothing is under way:";
@@ -219,15 +304,18 @@ void Cluster::deadlock() {
     for (const Strand& s : w->strands) {
       if (++named > 8) break;
       Finding there;
-      w->cta->place(there, *s.frame->code, s.pc);
+      const uint32_t pc = place_of(*w, s);
+      w->cta->place(there, *s.frame->code, pc);
       f.message += " " + w->cta->shadow.name_of(w->agent) + " at line " +
                    std::to_string(there.line ? there.line : there.ptx_line) + " (" +
-                   s.frame->code->statements[s.pc]->opcode + ");";
+                   s.frame->code->statements[pc]->opcode + (w->spins_at ? ", again and again" : "") + ");";
     }
   }
   if (named > 8) f.message += " and more";
-  first->cta->place(f, *first);
-  throw f;
+  const Strand& s = first->strands[first->running];
+  first->cta->place(f, *s.frame->code, place_of(*first, s));
+  f.warp = first->id;
+  return f;
 }
 
 }  // namespace gpuless

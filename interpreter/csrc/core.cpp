@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "device.h"
+#include "explore/search.h"
 #include "finding_log.h"
 #include "global_shadow.h"
 #include "ignore_rules.h"
@@ -25,7 +26,8 @@ struct State {
   uint64_t seeded = 0;            // launches since the options were set
   uint64_t first_concurrent = 0;  // of the chain of programmatic launches that the last one belongs to
   Launch::Counters counters;
-  Findings recorded;  // until gpuless_findings_json
+  Findings recorded;                     // until gpuless_findings_json
+  std::vector<ExploredLaunch> explored;  // until gpuless_explored_json
   std::atomic<void (*)(const gpuless_finding_record*)> listener{nullptr};
   std::atomic<void (*)(const gpuless_launch_record*)> recorder{nullptr};
   std::atomic<Deadline::rep> allowance{Deadline::max().count()};  // what launches may still take together
@@ -67,6 +69,14 @@ void tell(const Finding& f, int error) {
   const gpuless_finding_record record{
       text.c_str(), summary.c_str(), f.count, error, f.rule >= 0, f.breaks == Breaks::isa, f.kind == Kind::unsupported};
   listener(&record);
+}
+
+void keep(const Launch& l) {
+  if (!l.options.explore) return;
+  const std::lock_guard lock(state().mutex);
+  const ExploredLaunch& e =
+      state().explored.emplace_back(ExploredLaunch{l.explored, demangled(l.code->name), l.stream});
+  if (!e.complete) log_incomplete(e.text());
 }
 
 void keep(Findings&& findings) {
@@ -222,19 +232,19 @@ int launch(const Module& module, const Code& code, const gpuless_launch_config& 
                                              " threads with " + std::to_string(code.shared_bytes + l.dynamic_shared) +
                                              " bytes of shared memory each: no GPC of " + device->arch +
                                              " has room for one");
+  bool in_time = false;
   try {
     const TimeLimit limit(s.allowance, l.deadline);
-    if (!l.run()) {
-      keep(std::move(l.findings));
-      log_incomplete("a launch of " + demangled(code.name) + " ran out of time");
-      return kLaunchTimeout;
-    }
+    in_time = l.run();
+    if (!in_time) log_incomplete("a launch of " + demangled(code.name) + " ran out of time");
   } catch (...) {
+    keep(l);
     keep(std::move(l.findings));
     throw;
   }
+  keep(l);
   keep(std::move(l.findings));
-  return kSuccess;
+  return in_time ? kSuccess : kLaunchTimeout;
 }
 
 // Once, after a launch that came through: its functions hold instructions that would have ended it.
@@ -324,6 +334,39 @@ void gpuless_get_options(gpuless_options* o) {
           options.policy.collect,
           static_cast<int32_t>(options.policy.isa),
           options.largest};
+  });
+}
+
+const char* gpuless_wrong_schedule(const char* schedule) {
+  return guarded<const char*>("no memory", [&] { return wrong_schedule(schedule); });
+}
+
+void gpuless_explore(uint64_t orders, const char* schedule) {
+  guarded([&] {
+    const std::lock_guard lock(state().mutex);
+    state().options.explore = orders;
+    state().options.schedule = schedule;
+  });
+}
+
+const char* gpuless_explored_text() {
+  return guarded("", [&]() -> const char* {
+    thread_local std::string text;
+    text.clear();
+    const std::lock_guard lock(state().mutex);
+    for (const ExploredLaunch& e : std::exchange(state().explored, {})) text += e.text() + "\n";
+    return text.c_str();
+  });
+}
+
+const char* gpuless_explored_json() {
+  return guarded("[]", [&]() -> const char* {
+    thread_local std::string json;
+    const std::lock_guard lock(state().mutex);
+    json = "[";
+    for (const ExploredLaunch& e : std::exchange(state().explored, {})) json += (json.size() > 1 ? "," : "") + e.json();
+    json += "]";
+    return json.c_str();
   });
 }
 

@@ -1,9 +1,11 @@
 // From the syntax tree to code: where variables and registers live, and a handler for every statement.
 #include "decode.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <new>
 #include <unordered_map>
 
@@ -141,11 +143,27 @@ void lay_out(Code& code) {
   }
 }
 
+Visible visible_of(std::string_view opcode) {
+  const auto begins = [&](std::initializer_list<std::string_view> words) {
+    return std::any_of(words.begin(), words.end(), [&](std::string_view w) { return opcode.starts_with(w); });
+  };
+  const auto has = [&](std::initializer_list<std::string_view> words) {
+    return std::any_of(words.begin(), words.end(), [&](auto w) { return opcode.find(w) != opcode.npos; });
+  };
+  if (begins({"atom.", "mbarrier.test_wait", "mbarrier.try_wait"})) return Visible::looks;
+  if (begins({"ld."})) return has({".volatile", ".relaxed", ".acquire", ".cg", ".cv"}) ? Visible::looks : Visible::no;
+  if (begins({"st."})) return has({".volatile", ".relaxed", ".release"}) ? Visible::yes : Visible::no;
+  return begins({"bar.", "barrier.", "mbarrier.", "red.", "cp.async.mbarrier", "tcgen05.alloc", "tcgen05.dealloc"})
+             ? Visible::yes
+             : Visible::no;
+}
+
 // What follows from an opcode alone. A function has far fewer of them than instructions.
 struct Spelling {
   const Row* row = nullptr;
   std::vector<std::string_view> slots;
   bool lanewise = false, aligned = false;
+  Visible visible = Visible::no;
 };
 
 // An instruction that the table does not know, or whose operands it does not take. Programs have those where they never
@@ -185,10 +203,12 @@ void decode(Module& m, Code& code) {
     if (fresh) {
       spelling.row = find_row(s.opcode, spelling.slots);
       spelling.lanewise = is_lanewise(s.opcode);
+      spelling.visible = visible_of(s.opcode);
       spelling.aligned = s.opcode.find(".aligned") != std::string::npos;
     }
     if (spelling.lanewise) i.undefined = Undefined::lanewise;
     i.aligned = spelling.aligned;
+    i.visible = spelling.visible;
     code.statements.push_back(&s);
     try {
       if (!spelling.row) refuse(m, s.line, code.name, "instruction " + s.opcode + " is not known to the interpreter");

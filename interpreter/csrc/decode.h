@@ -14,7 +14,9 @@ int shared_variable(const Module&, const Code&, const std::string& name);
 std::vector<uint32_t> branch_targets(const Instruction&);
 // Marks each wgmma.mma_async before which a wgmma.fence is missing. Must be called before share_registers.
 void find_missing_wgmma_fences(Code&);
-// Rewrites every Offset in the code, so that one that was stored elsewhere is no longer valid.
+// The key in Code::live of all registers.
+constexpr uint32_t kAnywhere = ~uint32_t{0};
+// Rewrites every Offset in the code, so that one that was stored elsewhere is no longer valid. Fills in Code::live.
 void share_registers(Code&);
 
 }  // namespace gpuless

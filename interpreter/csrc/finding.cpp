@@ -97,6 +97,7 @@ std::string Finding::text() const {
   }
   if (count > 1) s += "\n  " + std::to_string(count) + " times";
   if (!arch.empty()) s += "\n  repeat with arch " + arch + ", seed " + std::to_string(seed);
+  if (!schedule.empty()) s += ", schedule " + schedule;
   return s;
 }
 
@@ -131,7 +132,7 @@ std::string Finding::json() const {
          number("ptx_line", ptx_line) + ",\"block\":[" + std::to_string(block[0]) + "," + std::to_string(block[1]) +
          "," + std::to_string(block[2]) + "]" + number("warp", warp) + number("lane", lane) +
          ",\"address\":" + (has_address ? std::to_string(address) : "null") + ",\"seed\":" + std::to_string(seed) +
-         ",\"text\":" + quoted(text()) + "}";
+         ",\"schedule\":" + quoted(schedule) + ",\"text\":" + quoted(text()) + "}";
 }
 
 std::string hexadecimal(uint64_t n) {

@@ -48,6 +48,7 @@ struct Finding {
   uint64_t address = 0, seed = 0;
   bool has_address = false;
   std::string arch;
+  std::string schedule;  // of the order that it came of, where orders were explored (explore/search.h)
   uint64_t cluster = 0;  // of the grid, whose finding it is
   int rule = -1;         // that ignores it: IgnoreRules
   uint64_t count = 1;    // how often it came

@@ -60,7 +60,8 @@ GlobalShadow::Recording::Recording(GlobalShadow& shadow, Launch& l) : shadow_(sh
   if (alone && (shadow.pages_ > kManyPages || shadow.next_serial_ + ctas > UINT32_MAX)) shadow.forget_everything();
   auto& past = shadow.past_;
   l.first_serial = l.concurrent_serial = shadow.next_serial_;
-  for (auto p = past.rbegin(); p != past.rend() && p->number >= l.first_concurrent; ++p) l.concurrent_serial = p->first;
+  for (auto p = past.rbegin(); p != past.rend() && p->number >= l.first_concurrent; ++p)
+    if (p->number != l.number) l.concurrent_serial = p->first;  // not this one in another order
   past.push_back({l.number, l.first_serial, l.code->name});
   if (past.size() > kPast) past.pop_front();
   shadow.next_serial_ += static_cast<uint32_t>(ctas);

@@ -44,6 +44,17 @@ enum { gpuless_isa_report, gpuless_isa_ignore, gpuless_isa_raise };
 void gpuless_set_options(const struct gpuless_options*);
 void gpuless_get_options(struct gpuless_options*);
 
+// Before each launch tries so many orders of its synchronisation, from the next launch on; 0: none. Or repeats the
+// order that a finding's schedule names, in the launch that it names; "": none.
+void gpuless_explore(uint64_t orders, const char* schedule);
+// What is wrong with a schedule; null: nothing.
+const char* gpuless_wrong_schedule(const char* schedule);
+// What was explored since it was asked last: a sentence for each launch; or a list of {kernel, launch, orders, runs,
+// complete, limit}. `launch`: its number since the options were set; `orders`: those that differ; `limit`: why there
+// may be more.
+const char* gpuless_explored_text(void);
+const char* gpuless_explored_json(void);
+
 // Launches may take so many seconds together from now on, and then end with cudaErrorLaunchTimeout. 0: no limit.
 void gpuless_set_time_limit(double seconds);
 // Rules of findings that are kept and no errors, a line each (ignore_rules.h), in place of those before. Null, or what

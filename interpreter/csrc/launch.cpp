@@ -12,6 +12,7 @@
 #include <system_error>
 #include <thread>
 
+#include "explore/search.h"
 #include "finding_log.h"
 #include "formats.h"
 #include "global_shadow.h"
@@ -30,6 +31,12 @@ constexpr uint64_t kRecordedTurn = 1 << 13;
 
 // What is enough of a launch that is sampled, in warp instructions.
 constexpr uint64_t kSampleSteps = 1 << 18;
+
+struct Resident {
+  std::unique_ptr<Cluster> cluster;
+  uint64_t begun;         // as the n-th
+  uint64_t waits_at = 0;  // Grid::progress when it could not go on
+};
 
 struct Grid {
   explicit Grid(Launch& l) : launch(l), all(l.grid_size() / l.cluster_size()), total(all) {
@@ -58,6 +65,42 @@ struct Grid {
   std::atomic<bool> failed{false};
   std::atomic<bool> expired{false};              // the deadline
   std::atomic<uint64_t> found_at{~uint64_t{0}};  // when that was begun
+
+  // Grows with each turn in which a cluster did more than wait.
+  std::atomic<uint64_t> progress{1};
+  // Whether all that have begun wait for ever, and whether that is new: not where one of them has had a finding.
+  enum class Stuck : uint8_t { no, known, found };
+  std::atomic<Stuck> stuck{Stuck::no};
+  uint64_t waiting = 0, waiting_at = 0;  // clusters that could not go on, at which progress
+
+  // The cluster could not go on, and nothing has happened since `seen`.
+  void wait(Resident& r, uint64_t seen) {
+    const std::lock_guard lock(mutex);
+    if (progress != seen) return;
+    if (std::exchange(waiting_at, seen) != seen) waiting = 0;
+    r.waits_at = seen;
+    ++waiting;
+  }
+  // Notices if all wait, and none can begin.
+  void rest() {
+    {
+      const std::lock_guard lock(mutex);
+      const bool all = waiting_at == progress && waiting == static_cast<uint64_t>(resident);
+      if (all && (next >= total || resident == launch.resident))
+        stuck = found_at == ~uint64_t{0} ? Stuck::found : Stuck::known;
+    }
+    std::this_thread::yield();
+  }
+  // As no cluster can go on: its finding, if that is new.
+  void give_up(const Cluster& cluster) const {
+    Finding f = cluster.deadlock();
+    if (next < total) {
+      f.message += " " + std::to_string(launch.resident) + " of " + std::to_string(total) +
+                   (launch.cluster_size() > 1 ? " clusters" : " blocks") +
+                   " have begun, and the others have room only when one of these ends;";
+    }
+    throw f;
+  }
 
   void report(uint64_t begun, Finding f) {
     const std::lock_guard lock(mutex);
@@ -141,46 +184,6 @@ Helpers& helpers() {
   return *current;
 }
 
-struct Resident {
-  std::unique_ptr<Cluster> cluster;
-  uint64_t begun;  // as the n-th
-};
-
-// Whether a race, or data in flight, is why the other one read what nobody had written: it is about the same load, or
-// the same bytes, and no access by an address that was made of what was read.
-bool is_cause(const Finding& f, const Finding& unwritten) {
-  const bool unordered = f.kind == Kind::race || f.kind == Kind::in_flight;
-  const bool same_load = f.ptx_line == unwritten.ptx_line || f.other_ptx_line == unwritten.ptx_line;
-  const bool same_bytes = f.has_address && f.address / 16 == unwritten.address / 16;
-  const bool follows = unwritten.other_ptx_line && f.ptx_line == unwritten.other_ptx_line;
-  return unordered && !follows && std::equal(f.block, f.block + 3, unwritten.block) && (same_load || same_bytes);
-}
-
-// Says who has written the bytes after all, for those who look for the barrier that is missing.
-void name_later_write(const Cluster& cluster, Finding& f) {
-  if (f.kind != Kind::uninitialised || f.message.find(" of shared ") == std::string::npos) return;
-  for (const auto& cta : cluster.ctas) {
-    if (!std::equal(f.block, f.block + 3, cta->index)) continue;
-    const std::string later = cta->shadow.writer_of(static_cast<uint32_t>(f.address));
-    if (!later.empty()) f.message += "; the " + later + " comes later: is a barrier missing?";
-  }
-}
-
-// The findings of a cluster at the end of its turn: those behind which it went on, and in `error` what ends it. An
-// error that was postponed is this, unless what came after it is its cause.
-Findings settle(const Cluster& cluster, std::optional<Finding>& error) {
-  Findings others;
-  for (const auto& [key, finding] : cluster.findings) {
-    Finding f = finding;
-    name_later_write(cluster, f);
-    if (!cluster.launch->options.policy.postpones(f))
-      others.add(std::move(f));
-    else if (!error || !is_cause(*error, f))
-      error = std::move(f);
-  }
-  return others;
-}
-
 // One turn of a cluster. True: it is over, one way or another.
 bool turn(Grid& grid, Resident& r) {
   Cluster& cluster = *r.cluster;
@@ -189,10 +192,17 @@ bool turn(Grid& grid, Resident& r) {
   std::optional<Finding> error;
   try {
     const uint64_t budget = grid.launch.trace ? kRecordedTurn * cluster.ctas.size() : kTurn;
-    if (!cluster.run(std::min(budget, grid.launch.options.step_limit * cluster.ctas.size()))) {
-      const bool goes_on = cluster.steps() < grid.launch.options.step_limit * cluster.ctas.size();
+    const uint64_t limit = grid.launch.options.step_limit * cluster.ctas.size(), before = grid.progress;
+    if (grid.stuck != Grid::Stuck::no) grid.give_up(cluster);
+    const Cluster::Turn t = cluster.run(std::min(budget, limit));
+    if (t.progressed) ++grid.progress;
+    if (t.end != Cluster::Turn::End::over) {
+      const bool goes_on = cluster.steps() < limit;
       for (const auto& [key, f] : cluster.findings) log_finding(f, 0);
-      if (goes_on && std::none_of(cluster.findings.begin(), cluster.findings.end(), is_postponed)) return false;
+      if (goes_on && std::none_of(cluster.findings.begin(), cluster.findings.end(), is_postponed)) {
+        if (t.end == Cluster::Turn::End::stuck && !t.progressed) grid.wait(r, before);
+        return false;
+      }
       if (!goes_on)
         cluster.warps[0]->fail(Kind::deadlock,
                                "the CTA has not ended after " + std::to_string(cluster.steps()) +
@@ -201,9 +211,9 @@ bool turn(Grid& grid, Resident& r) {
   } catch (Finding& f) {
     if (!f.ptx_line) cluster.place(f);
     grid.launch.describe(f);
-    error = std::move(f);
+    if (grid.stuck != Grid::Stuck::known) error = std::move(f);
   }
-  grid.add(settle(cluster, error));
+  grid.add(cluster.settle(error));
   if (error) grid.report(r.begun, std::move(*error));
   // a sample is large enough by clusters or by instructions; those that have begun end
   if (grid.launch.options.sample > 0 && (grid.steps += cluster.steps()) > kSampleSteps) {
@@ -249,7 +259,13 @@ void work(Grid& grid) {
     }
     Resident r = std::move(residents.front());
     residents.pop_front();
-    const bool hopeless = r.begun > grid.found_at;
+    const bool hopeless = r.begun > grid.found_at && grid.stuck == Grid::Stuck::no;
+    if (!hopeless && r.waits_at == grid.progress && grid.stuck == Grid::Stuck::no) {  // until another goes on
+      residents.push_back(std::move(r));
+      grid.rest();
+      continue;
+    }
+    if (hopeless) ++grid.progress;  // those that wait are fewer
     if (hopeless || turn(grid, r)) {
       const uint64_t left = r.cluster->successor;
       if (!hopeless && l.may_be_cancelled(left) && left < grid.found_at) {  // nobody has cancelled it
@@ -301,10 +317,11 @@ void Launch::describe(Finding& f) const {
 }
 
 bool Launch::run() {
-  const GlobalShadow::Recording recording(global_shadow(), *this);
   constexpr std::string_view kCancels = "clusterlaunchcontrol.try_cancel";
   cancels = std::any_of(code->statements.begin(), code->statements.end(),
                         [&](const Statement* s) { return s->opcode.compare(0, kCancels.size(), kCancels) == 0; });
+  if (options.explore || !options.schedule.empty()) explore(*this);
+  const GlobalShadow::Recording recording(global_shadow(), *this);
   Grid grid(*this);
   if (recorded(options)) trace = begin_trace(*this);
   const unsigned hardware = std::max(1u, std::thread::hardware_concurrency());

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "explore/execution.h"
 #include "ptx_limits.h"
 #include "timeline_trace.h"
 
@@ -14,11 +15,6 @@ uint64_t mix(uint64_t x) {  // splitmix64's finaliser (Steele, Lea and Flood 201
   return x ^ (x >> 31);
 }
 uint32_t next_random(uint64_t& state) { return static_cast<uint32_t>(mix(state += 0x9e3779b97f4a7c15u) >> 32); }
-
-namespace {
-// A divergent strand gives way to the others after so many instructions, so that one that spins cannot starve them.
-constexpr int kTurn = 512;
-}  // namespace
 
 // ---- Warp ----
 
@@ -196,7 +192,7 @@ bool choose_strand(Warp& w, Mask blocked, Mask refused, bool* forced) {
     }
     if (!all[k].waiting && before(k, best)) best = k;
   }
-  if (best >= 0 && w.turn > kTurn) {  // another one's turn, if there is one
+  if (best >= 0 && w.turn > kStrandTurn) {  // another one's turn, if there is one
     w.turn = 0;
     const int count = static_cast<int>(all.size()), start = static_cast<int>(w.random() % count);
     for (int k = 0; k < count; ++k) {
@@ -221,9 +217,9 @@ bool choose_strand(Warp& w, Mask blocked, Mask refused, bool* forced) {
 }  // namespace
 
 // Runs a warp for about `slice` instructions, or until it blocks, yields or ends.
-template <bool kCounted>
+template <bool kCounted, bool kStops>
 void run_warp(Warp& w, uint64_t slice) {
-  const uint64_t end = w.steps + slice;
+  const uint64_t begin = w.steps, end = begin + slice;
   while (w.live) {
     bool forced = false;
     Mask blocked = 0, refused = 0;  // lanes of strands that found themselves blocked in this slice
@@ -234,6 +230,7 @@ void run_warp(Warp& w, uint64_t slice) {
       w.frame = s.frame;
       const Instruction& i = s.frame->code->instructions[s.pc];
       const Mask here = s.mask, mask = here & (w.predicate(i.guard) ^ i.guard_flip);
+      if (kStops && w.steps != begin && mask && i.visible != Visible::no) return;
       const bool divided = w.strands.size() > 1;
       if (divided && !forced && waits_for_others(w, i, s)) {
         s.waiting = true;
@@ -283,6 +280,7 @@ void run_warp(Warp& w, uint64_t slice) {
 
 template void run_warp<false>(Warp&, uint64_t);
 template void run_warp<true>(Warp&, uint64_t);
+template void run_warp<false, true>(Warp&, uint64_t);
 
 // ---- Cta ----
 
@@ -348,6 +346,8 @@ void Cta::forget() {
 
 void Cta::add(std::shared_ptr<Pending> p) {
   p->cta = this;
+  if (p->warp >= 0) ++warps[p->warp].effects;
+  if (launch->execution) launch->execution->issued(p);
   cluster->pending.push_back(std::move(p));
 }
 

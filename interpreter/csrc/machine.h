@@ -14,6 +14,7 @@
 #include <mutex>
 #include <random>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "clock.h"
@@ -31,6 +32,7 @@ struct Cluster;
 struct Cta;
 struct Launch;
 class LaunchTrace;
+class Execution;  // explore/execution.h
 class WarpTrace;
 
 struct Options {
@@ -44,7 +46,9 @@ struct Options {
   bool timeline = false;                // records what timeline_replay.h spends time on; needs counters
   int sample = 0;                       // not 0: clusters of a launch that run, the first ones
   uint64_t step_limit = 4'000'000'000;  // warp instructions of one CTA
-  int64_t largest = 0;  // not 0: bytes that a tensor may have; 32-bit offsets have to be right there too
+  int64_t largest = 0;   // not 0: bytes that a tensor may have; 32-bit offsets have to be right there too
+  uint64_t explore = 0;  // not 0: tries so many orders of a launch's synchronisation
+  std::string schedule;  // not empty: of an order that is repeated (explore/schedule.h)
   FindingPolicy policy;
 };
 
@@ -94,6 +98,15 @@ struct Tcgen05;            // rows/tcgen05.h
 struct MBarrier;           // mbarrier.h
 struct ClusterBarrier;     // rows/cluster_barrier.cpp
 
+// The looks of a warp since it last had an effect that others may notice. A warp that comes to the same look in the
+// same state again goes round in a circle until what it looks at changes (spin.cpp).
+struct Looks {
+  uint32_t effects = 0;  // Warp::effects, at the first of them
+  uint32_t count = 0;
+  uint32_t switches = 0;  // to another strand of the warp, as this one goes round
+  uint64_t state = 0;     // at one of them
+};
+
 struct alignas(64) Warp {
   Cta* cta;
   int id;                       // within the CTA
@@ -107,6 +120,9 @@ struct alignas(64) Warp {
   uint64_t blocked_at = ~uint64_t{0};  // Cluster::events when it last found itself blocked
   uint64_t polled_at = 0;              // and at the failed looks at an mbarrier that `polls` counts
   int polls = 0;
+  uint32_t effects = 0;   // so far, on shared or global memory or a barrier
+  uint64_t spins_at = 0;  // Cluster::progress when it was found to go round in a circle
+  Looks looks;
   Knowledge knowledge;
   LaneOrder lane_order;
   std::unique_ptr<Knowledge> fenced;  // at its last fence: what a relaxed arrival at the cluster's barrier gives away
@@ -132,7 +148,8 @@ struct alignas(64) Warp {
   std::shared_ptr<Tcgen05> tcgen05;
   std::shared_ptr<UndefinedRegisters> undefined;
   std::shared_ptr<WrappedOffsets> offsets;
-  bool acquires = false;        // a strong read of global memory is under way: access() to its handler
+  // From access() to the handler of a strong read: of global memory; the warp goes round in a circle.
+  bool acquires = false, spins = false;
   Mask unwritten = 0;           // lanes whose bytes of the load under way nothing has written: access() to its handler
   uint64_t cluster_phases = 0;  // of the cluster's barrier that it has waited for
   std::vector<const Instruction*> register_changes;  // setmaxnreg so far
@@ -238,6 +255,8 @@ struct Cluster {
   uint64_t events = 1;  // grows whenever something happened that a blocked warp may wait for
   // The value of `events` at which every warp was blocked and no operation pending: time limits then expire.
   uint64_t idle_at = 0;
+  // Grows with each slice in which a warp did anything but wait: one that goes round in a circle looks again then.
+  uint64_t progress = 1;
   std::vector<std::shared_ptr<Pending>> pending;
   int first_series = 0;              // its agent
   std::vector<Clock> series_clocks;  // of each
@@ -269,6 +288,9 @@ struct Cluster {
   // Of the instruction that runs, or that issued what completes now, unless the finding has a place already. Throws it
   // where the launch's policy has it end there.
   void report(Finding);
+  // The findings at the end of a turn: those behind which it went on, and in `error` what ends it. An error that was
+  // postponed is this, unless what came after it is its cause.
+  Findings settle(std::optional<Finding>& error) const;
   // Whether the same has been reported before, with the same instruction at its other end. It is then counted, and need
   // not be put into words again.
   bool again(Kind, uint32_t other_line, bool within_warp = false);
@@ -276,13 +298,30 @@ struct Cluster {
   Findings findings;
 
   void begin(Launch&, uint64_t number, Sheet*);  // of the cluster within the grid
-  // Runs until every warp has exited (true) or `budget` warp instructions are used up (false). Throws Finding.
-  bool run(uint64_t budget);
+  // How a turn ends: every warp has exited; its instructions are used up; nothing goes on before another cluster has
+  // done something. The last two with whether any warp did more than wait.
+  struct Turn {
+    enum class End : uint8_t { over, used_up, stuck } end;
+    bool progressed = true;
+  };
+  // Throws Finding.
+  Turn run(uint64_t budget);
   uint64_t steps() const;
+  // Of all warps, which wait for ever.
+  Finding deadlock() const;
+  // For the orders that are explored (explore/execution.h): to the warp's next visible instruction; and the end,
+  // however it came.
+  void step(Warp&, uint64_t slice);
+  void end();
 
  private:
   Warp* pick();
-  [[noreturn]] void deadlock();
+  bool complete_one();  // of what is pending; false: none is ready
+  void sweep();         // out of `pending` what has completed
+  bool stir();
+  uint64_t run_slice(Warp&);
+  int rounds_ = 0;  // in which warps that go round in circles have looked again, since looked_at_
+  uint64_t looked_at_ = 0;
   enum class Completion : uint8_t { late, early, mixed } completion_ = Completion::mixed;
   enum class Order : uint8_t { fair, ahead, behind } order_ = Order::fair;
   int favourite_ = 0;
@@ -291,6 +330,14 @@ struct Cluster {
   Pending* completing_ = nullptr;
   uint64_t random_state_ = 0;
   uint32_t random();
+};
+
+// The orders of a launch that were explored.
+struct Explored {
+  uint64_t orders = 0;    // that differ
+  uint64_t runs = 0;      // that it took
+  bool complete = false;  // there are no others
+  std::string limit;      // else why
 };
 
 // Of std::chrono::steady_clock, since its epoch.
@@ -317,9 +364,11 @@ struct Launch {
   Releases releases;
   std::shared_ptr<LaunchTrace> trace;  // if it is recorded
   Deadline deadline = Deadline::max();
-  Findings findings;     // behind which it went on
-  int resident = 1;      // clusters that the device holds at once: they may wait for each other
-  bool cancels = false;  // its clusters may cancel others that have not begun
+  Findings findings;               // behind which it went on
+  int resident = 1;                // clusters that the device holds at once: they may wait for each other
+  bool cancels = false;            // its clusters may cancel others that have not begun
+  Execution* execution = nullptr;  // of an order that is explored
+  Explored explored;
 
   // Whether a cluster waits for the one before it to cancel it, or to end: the seed decides, so that it does not depend
   // on the threads which cluster gets whose work.
@@ -336,15 +385,23 @@ struct Launch {
   void describe(Finding&) const;  // whose it is
 };
 
-// The end of a load or an atomic: it might have been a strong read of global memory.
-inline void acquired(Warp& w) {
-  if (__builtin_expect(!w.acquires, 1)) return;
-  w.acquires = false;
-  w.cta->launch->releases.acquire(w);
+// The end of a load or an atomic: it might have been a strong read, of global memory, or by a warp that goes round in a
+// circle.
+inline Step acquired(Warp& w) {
+  if (__builtin_expect(!(w.acquires | w.spins), 1)) return Step::next;
+  if (std::exchange(w.acquires, false)) w.cta->launch->releases.acquire(w);
+  return w.spins ? Step::yielded : Step::next;
 }
 
-// Runs a warp for about `slice` instructions, or until it blocks, yields or ends.
-template <bool kCounted>
+// A divergent strand gives way to the others after so many instructions, so that one that spins cannot starve them.
+constexpr int kStrandTurn = 512;
+// Before a warp looks. Sets Warp::spins if it goes round in a circle.
+void look(Warp&);
+// What decides what the warp does next, but for memory: where its strands are, and the registers that they may read.
+uint64_t state_of(const Warp&);
+
+// Runs a warp for about `slice` instructions, or until it blocks, yields or ends; or to its next visible instruction.
+template <bool kCounted, bool kStops = false>
 void run_warp(Warp&, uint64_t slice);
 // Seeded random numbers: the next of a stream, and the finaliser that makes streams from numbers.
 uint32_t next_random(uint64_t& state);

@@ -3,6 +3,7 @@
 // in the 8 bytes of shared memory, which the shadow reserves for it.
 #include <cstdint>
 
+#include "explore/trace.h"
 #include "machine.h"
 
 namespace gpuless {
@@ -30,6 +31,7 @@ struct MBarrier {
   void arrive(Cta&, uint32_t count, bool drop = false);
   void expect_transactions(Cta&, int64_t bytes);
   void complete_transactions(Cta&, int64_t bytes);
+  void touch(Cta&, Touch) const;  // in an order that is explored
 
  private:
   void settle(Cta&);

@@ -4,6 +4,7 @@
 #include <array>
 #include <mutex>
 
+#include "explore/execution.h"
 #include "global_shadow.h"
 #include "machine.h"
 #include "undefined.h"
@@ -172,7 +173,9 @@ class GlobalCheck {
           bytes_at(use_, bytes, hexadecimal(address)) + ", which is read-only: " + describe(*w_.cta->launch, address),
           lane, address);
     }
-    if (w_.cta->launch->options.checks) shadow_(address, bytes);
+    const Launch& launch = *w_.cta->launch;
+    if (is_write(use_) && __builtin_expect(launch.execution != nullptr, 0)) launch.execution->save(address, bytes);
+    if (launch.options.checks) shadow_(address, bytes);
     return true;
   }
 
@@ -419,7 +422,7 @@ uint8_t* nowhere(Use use, int lane) {
 }
 
 // What strong accesses to shared and global memory teach: before the access, as a release must not cover it.
-void synchronise(Warp& w, bool shared, const uint64_t a[kLanes], Use use, Mask mask, Ordering ordering) {
+void synchronise(Warp& w, bool shared, const uint64_t a[kLanes], int bytes, Use use, Mask mask, Ordering ordering) {
   uint64_t last = ~uint64_t{0};
   for (int l = 0; l < kLanes; ++l) {
     uint64_t line = a[l] >> 7;
@@ -428,6 +431,8 @@ void synchronise(Warp& w, bool shared, const uint64_t a[kLanes], Use use, Mask m
     last = line;
   }
   Launch& l = *w.cta->launch;
+  if (is_read(use)) look(w);
+  if (l.execution) l.execution->access(*w.cta, shared, a, bytes, use, mask);
   if (shared || ordering.scope != Scope::gpu || !l.options.checks) return;
   if (is_write(use)) l.releases.release(w, ordering.releases);
   w.acquires = is_read(use);
@@ -509,7 +514,11 @@ void access(Warp& w, ptx::Space space, const uint64_t address[kLanes], int bytes
   if (w.count) count_access(w, space, lanes, bytes, use, mask);
   const bool shared = space == Space::shared || space == Space::shared_cluster;
   const bool ordered = is_strong(use) && space != Space::local && space != Space::param;
-  if (ordered) synchronise(w, shared, lanes, use, mask, ordering);
+  if (ordered) synchronise(w, shared, lanes, bytes, use, mask, ordering);
+  if (use == Use::fresh) look(w);
+  if (use == Use::fresh && w.cta->launch->execution)
+    w.cta->launch->execution->access(*w.cta, shared, lanes, bytes, use, mask);
+  if (is_write(use) && use != Use::atomic && (shared || space == Space::global)) ++w.effects;
   const LaneAddresses accessing(w, lanes, bytes, mask, shared);
   const Mask lost = shared                  ? access_shared(w, space, lanes, bytes, use, mask, host, on_behalf)
                     : space == Space::local ? access_local(w, lanes, bytes, mask, host)
@@ -528,6 +537,7 @@ void access(Warp& w, ptx::Space space, const uint64_t address[kLanes], int bytes
 }
 
 uint8_t* access_global(Warp& w, uint64_t address, uint64_t bytes, Use use, int lane, bool under_way) {
+  w.effects += is_write(use);
   if (!GlobalCheck(w, use, under_way)(address, bytes, lane))
     throw outside(w, ptx::Space::global, address, bytes, use, lane);
   return reinterpret_cast<uint8_t*>(address);

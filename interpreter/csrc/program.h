@@ -67,6 +67,10 @@ struct OffsetUse {
   uint8_t operand = 0;    // of an access: its 64-bit base
   uint8_t constants = 0;  // sources that are no registers of the PTX, a bit each
 };
+// What other warps may notice of an instruction, or it of them, but for data: it synchronises, or it looks, which
+// changes nothing if it finds nothing new (a strong load, a failed wait, an atomic that fails). Orders are explored
+// between these.
+enum class Visible : uint8_t { no, yes, looks };
 
 // Where an instruction may lead, besides on: branch to Instruction::option, table to data's std::vector<uint32_t>.
 enum class Flow : uint8_t { next, branch, table, end };
@@ -85,6 +89,7 @@ struct Instruction {
   bool aligned = false;       // .aligned: waits for lanes that may still come here
   bool updates = false;       // may leave a destination's old value in a lane that it runs for
   bool asynchronous = false;  // reads or writes its registers later (wgmma)
+  Visible visible = Visible::no;
   Flow flow = Flow::next;
   Undefined undefined = Undefined::finding;
 };
@@ -108,6 +113,8 @@ struct Code {
   std::vector<uint32_t> refused;             // instructions that end a launch where they run: warned of once
   std::vector<OffsetUse> offset_uses;        // by instruction index; empty: no 32-bit arithmetic gets into an address
   std::vector<Preset> presets;
+  // By the index of an instruction that looks: places and bytes of the registers that it or a later one may read.
+  std::map<uint32_t, std::vector<std::pair<Offset, uint32_t>>> live;
   std::vector<uint8_t> image;                             // what a new frame holds: immediates, the rest poison
   std::vector<Offset> offset_of;                          // by PTX register id
   std::map<std::pair<int, uint64_t>, Offset> immediates;  // by bytes and bits

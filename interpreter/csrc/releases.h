@@ -38,6 +38,10 @@ class Releases {
   void release(const Warp&, bool itself);  // false: it is relaxed
   // Called after a strong read of global memory, so that the release of the value has been recorded.
   void acquire(Warp&) const;
+  void forget() {
+    logs_.clear();
+    releases_ = 0;
+  }
   // The clock of a warp of a cluster, since the cluster began, up to which a warp that last acquired at time `acquired`
   // knows it; 0: not at all.
   Clock known(uint64_t cluster, int warp, Clock acquired);

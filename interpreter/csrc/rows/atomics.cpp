@@ -2,6 +2,7 @@
 // order that the seed decides.
 #include <cstring>
 
+#include "explore/execution.h"
 #include "rows/addresses.h"
 #include "rows/lanewise.h"
 #include "rows/reductions.h"
@@ -52,12 +53,22 @@ void in_seeded_order(Warp& w, Mask mask, F f) {
   }
 }
 
+// Whether nobody can tell in which order two of them came: nothing looks at what they return. Otherwise 0, else which.
+template <class Op>
+uint64_t commutes(const Instruction& i, const Atomic& a) {
+  if (std::is_same_v<Op, Exchange> || std::is_same_v<Op, CompareAndSwap>) return 0;
+  for (int k = 0; a.returns && k < a.count; ++k)
+    if (i.operand[k] != kSink) return 0;
+  return reinterpret_cast<uint64_t>(i.run);
+}
+
 template <class Op, class T, int kSources, int kPacked = 1>
 Step atomic(Warp& w, const Instruction& i, Mask mask) {
   const auto& a = *static_cast<const Atomic*>(i.data);
   uint8_t* host[kLanes];
   a.access(w, i, a.count * kPacked * static_cast<int>(sizeof(T)), Use::atomic, mask, host);
   const int values = a.operand + 1;
+  Mask changed = 0;
   in_seeded_order(w, mask, [&](int l) {
     for (int k = 0; k < a.count; ++k) {
       for (int p = 0; p < kPacked; ++p) {  // a pair of 16 bits each is two atomics: ISA 9.7.13.5
@@ -65,19 +76,23 @@ Step atomic(Warp& w, const Instruction& i, Mask mask) {
         const auto source = [&](int n) {
           return from_register<T>(w.operand<uint8_t>(i, values + n * a.count + k), part);
         };
+        T after;
         const T before = exchange<T>(host[l] + (k * kPacked + p) * sizeof(T), [&](T old) {
           if constexpr (kSources == 2) {
-            return Op{}(old, source(0), source(1));
+            after = Op{}(old, source(0), source(1));
           } else {
-            return Op{}(old, source(0));
+            after = Op{}(old, source(0));
           }
+          return after;
         });
+        changed |= Mask{std::memcmp(&before, &after, sizeof(T)) != 0} << l;
         if (a.returns && i.operand[k] != kSink) to_register(w.operand<uint8_t>(i, k), part, before);
       }
     }
   });
-  acquired(w);
-  return Step::next;
+  if (changed) ++w.effects;
+  if (w.cta->launch->execution) w.cta->launch->execution->atomic(changed, commutes<Op>(i, a));
+  return acquired(w);
 }
 
 // Operands, for any type: atom has destinations, a vector has several of each.

@@ -1,4 +1,5 @@
 // Barriers of a CTA and of a warp, PTX ISA 9.7.13.1 to 9.7.13.3.
+#include "../explore/execution.h"
 #include "../lanes.h"
 #include "../table.h"
 
@@ -42,6 +43,8 @@ Step barrier(Warp& w, const Instruction& i, Mask mask) {
     }
     b.gathering.join(w.knowledge);
     w.release();
+    ++w.effects;
+    if (Execution* e = w.cta->launch->execution) e->phase(barrier_object(*w.cta, number), b.generation, Touch::arrive);
     if (count && b.arrived > count) {
       w.fail(Kind::barrier, "barrier " + std::to_string(number) + ": " + std::to_string(b.arrived) +
                                 " threads have arrived and " + std::to_string(count) + " are expected");
@@ -54,6 +57,7 @@ Step barrier(Warp& w, const Instruction& i, Mask mask) {
     }
   }
   if (b.generation == s.ticket) return Step::blocked;
+  if (Execution* e = w.cta->launch->execution) e->phase(barrier_object(*w.cta, number), s.ticket + 1, Touch::pass);
   s.ticket = 0;
   w.acquire(mask, b.last);
   if (how.verb == Verb::popc) {

@@ -1,4 +1,5 @@
 // The barrier of a cluster (ISA 9.7.13.3), and the fence that makes mbarriers known across it (9.7.13.4).
+#include "../explore/execution.h"
 #include "../mbarrier.h"
 #include "../table.h"
 
@@ -51,6 +52,8 @@ Step arrive(Warp& w, const Instruction&, Mask mask) {
            __builtin_ctz(twice));
   }
   lanes.arrived |= mask;
+  ++w.effects;
+  if (Execution* e = w.cta->launch->execution) e->phase(cluster_barrier_object(*w.cta), b.phases, Touch::arrive);
   if (release) {
     b.gathering.join(w.knowledge);
     w.release();
@@ -70,6 +73,7 @@ Step wait(Warp& w, const Instruction&, Mask mask) {
   if (mask & lanes.arrived) settle(*w.cta->cluster, b);  // others may have exited
   if (mask & lanes.arrived) return Step::blocked;
   lanes.released &= ~mask;
+  if (Execution* e = w.cta->launch->execution) e->phase(cluster_barrier_object(*w.cta), b.phases, Touch::pass);
   w.cluster_phases = b.phases;
   w.acquire(mask, b.completed);
   return Step::next;

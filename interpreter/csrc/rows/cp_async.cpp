@@ -307,6 +307,7 @@ Step arrive(Warp& w, const Instruction& i, Mask mask) {
     MBarrier& b = use_mbarrier(w, *w.cta, a->mbarrier);
     const int count = __builtin_popcount(a->lanes);
     if (w.trace) w.trace->signal(Signal::Kind::copies, *w.cta, b, count, noinc ? 0 : count);
+    if (!noinc) b.touch(*w.cta, Touch::expect);
     if (!noinc && (b.pending += count) > MBarrier::kMaxCount) {
       w.fail_at(Kind::mbarrier, "the pending count passes 2^20 - 1", first, b.address);
     }

@@ -1,6 +1,7 @@
 // mbarrier.* (ISA 9.7.13.15), but for cp.async.mbarrier.arrive, which is in cp_async.cpp.
 #include "../mbarrier.h"
 
+#include "../explore/execution.h"
 #include "../lanes.h"
 #include "../table.h"
 #include "../timeline_trace.h"
@@ -10,6 +11,7 @@ namespace gpuless {
 
 void MBarrier::settle(Cta& cta) {
   if (pending || transactions) return;
+  if (Execution* e = cta.launch->execution) e->completed(mbarrier_object(cta, address), phase);
   ++phase;
   pending = expected;
   completed = gathering;
@@ -17,7 +19,12 @@ void MBarrier::settle(Cta& cta) {
   cta.cluster->happened();
 }
 
+void MBarrier::touch(Cta& cta, Touch how) const {
+  if (Execution* e = cta.launch->execution) e->phase(mbarrier_object(cta, address), phase, how);
+}
+
 void MBarrier::arrive(Cta& cta, uint32_t count, bool drop) {
+  touch(cta, Touch::arrive);
   if (count == 0 || count > kMaxCount) {
     fault(Kind::mbarrier, "an arrival must count 1 to 2^20 - 1, this one counts " + std::to_string(count), address);
   }
@@ -42,7 +49,10 @@ void MBarrier::expect_transactions(Cta& cta, int64_t bytes) {
   if (bytes) settle(cta);
 }
 
-void MBarrier::complete_transactions(Cta& cta, int64_t bytes) { expect_transactions(cta, -bytes); }
+void MBarrier::complete_transactions(Cta& cta, int64_t bytes) {
+  touch(cta, Touch::arrive);
+  expect_transactions(cta, -bytes);
+}
 
 MBarrier& mbarrier_at(Cta& cta, uint32_t address) {
   const auto entry = cta.mbarriers.find(address);
@@ -184,6 +194,7 @@ Step arrive(Warp& w, const Instruction& i, Mask mask) {
     b.arrive(cta, arrivals, dropping);
   }
   if (form.acquire_release) w.release();
+  ++w.effects;
   return Step::next;
 }
 
@@ -196,8 +207,10 @@ Step transactions(Warp& w, const Instruction& i, Mask mask) {
     const int l = __builtin_ctz(rest);
     MBarrier& b = objects[l];
     if (w.trace) w.trace->signal(Signal::Kind::arrive, objects.cta(), b, 0, expect ? bytes[l] : -bytes[l]);
+    if (expect) b.touch(objects.cta(), Touch::expect);
     expect ? b.expect_transactions(objects.cta(), bytes[l]) : b.complete_transactions(objects.cta(), bytes[l]);
   }
+  ++w.effects;
   return Step::next;
 }
 
@@ -242,6 +255,7 @@ Step wait(Warp& w, const Instruction& i, Mask mask) {
     MBarrier& b = objects[l];
     if (phase_over(w, form, i, b, l)) {
       over |= Mask{1} << l;
+      if (waited != &b) b.touch(objects.cta(), form.parity ? Touch::wait : Touch::wait_token);
       if (w.trace) w.trace->signal(Signal::Kind::wait, objects.cta(), b, 0, 0);
       if (form.acquire_release && waited != &b) w.acquire(mask, b.completed);
       waited = &b;
@@ -251,12 +265,16 @@ Step wait(Warp& w, const Instruction& i, Mask mask) {
     // Lanes that wait alone may be suspended, and look again when something has happened.
     const Cluster& cluster = *w.cta->cluster;
     if (suspends && cluster.idle_at != cluster.events) {
-      if (w.random() % kTimeout) return Step::blocked;
-    } else {
+      if (w.random() % kTimeout || w.cta->launch->execution) return Step::blocked;
+    } else if (!w.cta->launch->execution) {
       if (w.polled_at != cluster.events) w.polls = 0;
       w.polled_at = cluster.events;
       if (++w.polls > kPolls) return Step::blocked;
     }
+  }
+  if (over != mask && w.cta->launch->execution) {
+    for (Mask rest = mask & ~over; rest; rest &= rest - 1)
+      objects[__builtin_ctz(rest)].touch(objects.cta(), Touch::poll);
   }
   if (i.operand[0] != kSink) {
     Mask& result = *w.operand<Mask>(i, 0);

@@ -42,9 +42,9 @@ Step load(Warp& w, const Instruction& i, Mask mask) {
       d[l] = static_cast<R>(value);
     });
   }
-  acquired(w);
+  const Step step = acquired(w);
   loaded(w, i);
-  return Step::next;
+  return step;
 }
 
 template <class M, class R>
@@ -74,9 +74,9 @@ Step load128(Warp& w, const Instruction& i, Mask mask) {
     for (int half = 0; half < 2; ++half)
       each_lane(mask, [&](int l) { std::memcpy(d + half * kLanes + l, host[l] + half * 8, 8); });
   }
-  acquired(w);
+  const Step step = acquired(w);
   loaded(w, i);
-  return Step::next;
+  return step;
 }
 
 Step store128(Warp& w, const Instruction& i, Mask mask) {

@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "explore/execution.h"
 #include "rows/async.h"
 #include "rows/matrix_rows.h"
 
@@ -149,6 +150,8 @@ Step mma_async(Warp& w, const Instruction& i, Mask mask) {
   ++state.issued;
   state.now = op.now;
   op.issued |= 1u << w.id % 4;
+  ++w.effects;
+  if (Execution* e = w.cta->launch->execution) e->phase(warpgroup_object(*w.cta, w.id / 4), op.number, Touch::arrive);
   if (op.issued == 15) w.cta->cluster->happened();
   return Step::next;
 }
@@ -172,6 +175,7 @@ Step wait_group(Warp& w, const Instruction& i, Mask mask) {
   const size_t done = state.groups.size() - i.immediate;
   const auto [last, now] = state.groups[done - 1];
   if (!complete_until(w, last)) return Step::blocked;
+  if (Execution* e = w.cta->launch->execution) e->phase(warpgroup_object(*w.cta, w.id / 4), last + 1, Touch::pass);
   if (!state.flight.empty()) {
     if (state.frame != w.frame) {
       w.fail(Kind::unsupported, "wgmma operations in flight across a function call: wait for them within the function");

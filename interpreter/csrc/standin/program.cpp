@@ -64,6 +64,7 @@ void leave(int status, void*) {
                    static_cast<unsigned long long>(e.count));
     }
   }
+  std::fprintf(stderr, "%s", gpuless_explored_text());
   // glibc takes the status of an exit() within a handler, and goes on with the handlers that are left: those of the
   // library write its files.
   if (left) std::exit(kFoundSomething);
@@ -111,6 +112,13 @@ void ignore(const char* path) {
   if (const char* why = gpuless_ignore(rules.str().c_str())) refuse(std::string(path) + ": " + why);
 }
 
+void explore(const char* text, const char* schedule) {
+  uint64_t orders = 0;
+  if (!(std::istringstream(text) >> orders)) refuse(std::string("GPULESS_EXPLORE is a number of orders, not ") + text);
+  if (const char* why = gpuless_wrong_schedule(schedule)) refuse(std::string("GPULESS_SCHEDULE: ") + why);
+  gpuless_explore(orders, schedule);
+}
+
 // Before the constructors of the program, so that `leave` comes after its destructors.
 __attribute__((constructor(101))) void begin() {
   const char* arch = std::getenv("GPULESS_ARCH");
@@ -137,6 +145,8 @@ __attribute__((constructor(101))) void begin() {
     if (*end || !(seconds > 0)) refuse(std::string("GPULESS_TIME_LIMIT is a number of seconds, not ") + limit);
     gpuless_set_time_limit(seconds);
   }
+  const char *const orders = std::getenv("GPULESS_EXPLORE"), *const schedule = std::getenv("GPULESS_SCHEDULE");
+  explore(orders ? orders : "0", schedule ? schedule : "");
   gpuless_on_finding(note);
   gpuless::standin::errors_stick = true;
   on_exit(leave, nullptr);

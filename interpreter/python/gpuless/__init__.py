@@ -17,6 +17,7 @@ from .version import __version__ as __version__
 _MODULES = {
     "core": ("ARCHITECTURES", "Unavailable"),
     "device": ("Device", "gpu"),
+    "explored": ("Explored",),
     "finding": ("Finding", "FindingWarning", "TimeLimit"),
     "timing.model": ("Modelled",),
     "module": ("Kernel", "Module"),
@@ -28,8 +29,9 @@ _MODULES = {
 _PLACES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
-    "ARCHITECTURES", "Counts", "Device", "Finding", "FindingWarning", "Kernel", "KernelProfile", "KernelTimeline", "LineProfile",
-    "LineTime", "Modelled", "Module", "Rule", "TensorMap", "TimeLimit", "Timeline", "Unavailable", "gpu", "tensor_map",
+    "ARCHITECTURES", "Counts", "Device", "Explored", "Finding", "FindingWarning", "Kernel", "KernelProfile",
+    "KernelTimeline", "LineProfile", "LineTime", "Modelled", "Module", "Rule", "TensorMap", "TimeLimit", "Timeline",
+    "Unavailable", "gpu", "tensor_map",
 ]  # fmt: skip
 
 

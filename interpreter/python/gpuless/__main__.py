@@ -17,10 +17,11 @@ from .commands.toolkit import toolkit
 USAGE = """\
 usage: python -m gpuless build PROG.cu [nvcc flags] -o PROG
            then GPULESS_ARCH=sm_90a ./PROG runs it; GPULESS_SEED=N chooses another schedule,
+           ..._EXPLORE=N tries N orders of each launch's synchronisation, ..._SCHEDULE=... repeats one,
            ..._FINDINGS=collect goes on behind findings, ..._IGNORE=FILE has rules of those that are known, and ..._STRICT=1
            counts those against the letter of the ISA alone too; it exits with 3 if something is left
-       python -m gpuless run [--gpu ARCH] [--seed N] [--json FILE] [--sarif FILE] [--junit FILE] [--coverage]
-                             [--time-limit SECONDS] SCRIPT.py|PROG [arguments]
+       python -m gpuless run [--gpu ARCH] [--seed N] [--explore N] [--json FILE] [--sarif FILE] [--junit FILE]
+                             [--coverage] [--time-limit SECONDS] SCRIPT.py|PROG [arguments]
            runs a Python script with torch's cuda device being the interpreted GPU, or a program that build made; exits
            with the verdict: 0 clean, 2 error, 3 finding, 4 incomplete
        python -m gpuless verify KERNEL.py|KERNEL.cu --reference FILE [--gpu ARCH] [--keep-going] [--json FILE] ...

@@ -10,6 +10,7 @@ import pathlib
 from ctypes import POINTER, c_char_p, c_double, c_int, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from typing import Any
 
+from .explored import Explored
 from .finding import Finding
 from .version import __version__
 
@@ -108,6 +109,9 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "gpuless_finding_clear": (None, []),
     "gpuless_findings_json": (c_char_p, []),
     "gpuless_ignore": (c_char_p, [c_char_p]),
+    "gpuless_explore": (None, [c_uint64, c_char_p]),
+    "gpuless_wrong_schedule": (c_char_p, [c_char_p]),
+    "gpuless_explored_json": (c_char_p, []),
     "gpuless_counters_read": (None, [POINTER(Counters)]),
     "gpuless_profile_json": (c_char_p, [c_uint64]),
     "gpuless_profile_forget": (None, [c_uint64]),
@@ -182,6 +186,11 @@ def log(event: str, **fields: Any) -> None:
     if path := os.environ.get("GPULESS_LOG"):
         with open(path, "a") as file:
             file.write(json.dumps({"event": event, **fields}) + "\n")
+
+
+def explored() -> list[Explored]:
+    """What was explored since this was asked last."""
+    return [Explored(**fields) for fields in json.loads(load().gpuless_explored_json().decode(errors="replace"))]
 
 
 def rows() -> list[dict[str, str]]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from . import core
 from .capture import prohibit_in_capture
 from .current import device_or_none, use_everywhere, using
+from .explored import Explored
 from .finding import Finding, FindingWarning, TimeLimit
 from .latencies import as_text, machine
 from .memory.guard import Guard
@@ -53,16 +54,26 @@ class Device:
         findings: every Finding so far, in order, but for those that are ignored; what launches went on behind is
             there once, with a count.
         ignored: those that a rule of `ignore=` matches.
+        explored: an `Explored` for each launch, where `explore=` asked for it.
     """
 
     def __init__(
-        self, arch: str, options: core.Options, guard: bool, multiprocessors: int = 0, rules: Sequence[Rule] = ()
+        self,
+        arch: str,
+        options: core.Options,
+        guard: bool,
+        multiprocessors: int = 0,
+        rules: Sequence[Rule] = (),
+        explore: int = 0,
+        schedule: str = "",
     ):
         self.arch, self.seed, self.guard = arch, int(options.seed), guard
         self._name = f"{arch}/{multiprocessors}" if multiprocessors else arch
         self.counters = dict.fromkeys(core.COUNTERS, 0)
         self.findings: list[Finding] = []
         self.ignored: list[Finding] = []
+        self.explored: list[Explored] = []
+        self._explore, self._schedule = explore, schedule
         self._rules = list(rules)
         self._collects = options.findings == FINDINGS.index("collect")
         self._options = options
@@ -187,7 +198,9 @@ class Device:
         return finding
 
     def _keep(self) -> None:
-        """Takes what launches went on behind."""
+        """Takes what launches went on behind, and what was explored."""
+        if self._explore:
+            self.explored += core.explored()
         for finding in core.findings():
             place = self.findings if finding.rule < 0 else self.ignored
             if same := next(filter(finding.is_same, place), None):
@@ -269,6 +282,7 @@ def _install(device: Device | None) -> None:
         api.gpuless_set_options(ctypes.byref(device._options))
         if complaint := api.gpuless_ignore("\n".join(map(str, device._rules)).encode()):
             raise ValueError(complaint.decode())
+        api.gpuless_explore(device._explore, device._schedule.encode())
     _installed = device
 
 
@@ -303,6 +317,8 @@ def make(
     isa: str | None = None,
     strict: bool | None = None,
     largest: int | str = 0,
+    explore: int = 0,
+    schedule: str = "",
 ) -> Device:
     """A device, once everything that it needs is known to be there."""
     if arch not in core.ARCHITECTURES:
@@ -315,6 +331,8 @@ def make(
         raise ValueError(f"threads is a number of threads, or 0 for one a core, not {threads!r}")
     if not isinstance(multiprocessors, int) or multiprocessors < 0:
         raise ValueError(f"multiprocessors is how many a slice of the GPU has, or 0 for all, not {multiprocessors!r}")
+    if not isinstance(explore, int) or explore < 0:
+        raise ValueError(f"explore is a number of orders, or 0 for none but the seed's, not {explore!r}")
     if isa is None:
         isa = "report" if strict else os.environ.get("GPULESS_ISA_FINDINGS") or "report"
     if strict is None:
@@ -322,14 +340,16 @@ def make(
     if strict and isa == "ignore":
         raise ValueError('strict=True raises what isa="ignore" forgets: choose one of them')
     rules = collected(ignore)
-    core.load()
+    api = core.load()
+    if complaint := api.gpuless_wrong_schedule(schedule.encode()):
+        raise ValueError(f"{complaint.decode()}, not {schedule!r}")
     options = core.Options(
         seed=seed, checks=checks, truncating=truncating, approximate=approximate, threads=threads, step_limit=0,
         counters=next(_names) if counters or timeline else 0, timeline=timeline,
         findings=_choice("findings", findings, FINDINGS), isa=ISA.index("raise") if strict else _choice("isa", isa, ISA[:2]),
         largest=_bytes("largest", largest),
     )  # fmt: skip
-    return Device(arch, options, guard, multiprocessors, rules)
+    return Device(arch, options, guard, multiprocessors, rules, explore, schedule)
 
 
 @contextlib.contextmanager
@@ -350,6 +370,8 @@ def gpu(
     isa: str | None = None,
     strict: bool | None = None,
     largest: int | str = 0,
+    explore: int = 0,
+    schedule: str = "",
 ) -> Iterator[Device]:
     """Within the block and this thread, CUDA and Triton kernels take CPU tensors, and are executed and checked without a GPU.
 
@@ -381,6 +403,9 @@ def gpu(
         strict: they are raised as all others are. By default GPULESS_STRICT=1 says so.
         largest: how large the largest tensor may become, as "32GB" or in bytes: a 32-bit offset that is right in a launch's tensors
             and overflows in tensors that are so much larger is a finding.
+        explore: before each launch, at most so many orders of its warps' synchronisation are tried, and `Device.explored` says
+            whether these are all. Memory is put back after each, and the launch then runs as it would without.
+        schedule: the launch that it names runs in the order that it names, as `Finding.schedule` has it.
 
     Yields:
         The `Device`: its counters, and its findings.
@@ -393,7 +418,7 @@ def gpu(
     device = make(
         arch, seed=seed, checks=checks, truncating=truncating, approximate=approximate, guard=guard,
         counters=counters, timeline=timeline, threads=threads, multiprocessors=multiprocessors, findings=findings,
-        ignore=ignore, isa=isa, strict=strict, largest=largest,
+        ignore=ignore, isa=isa, strict=strict, largest=largest, explore=explore, schedule=schedule,
     )  # fmt: skip
     before = device_or_none()
     _take_triton()
@@ -413,6 +438,9 @@ def interpret_process() -> None:
     seed = os.environ.get("GPULESS_SEED", "0")
     if not seed.isdecimal():
         raise ValueError(f"GPULESS_SEED is an integer from 0 to 2**64 - 1, not {seed!r}")
+    explore = os.environ.get("GPULESS_EXPLORE", "0")
+    if not explore.isdecimal():
+        raise ValueError(f"GPULESS_EXPLORE is a number of orders, not {explore!r}")
     findings = os.environ.get("GPULESS_FINDINGS") or "raise"
     path = os.environ.get("GPULESS_IGNORE")
     try:
@@ -422,6 +450,8 @@ def interpret_process() -> None:
             findings=findings,
             ignore=pathlib.Path(path) if path else (),
             largest=os.environ.get("GPULESS_LARGEST") or 0,
+            explore=int(explore),
+            schedule=os.environ.get("GPULESS_SCHEDULE", ""),
         )
     except (ValueError, OSError) as e:
         raise ValueError(f"GPULESS_ARCH: {e}") from None

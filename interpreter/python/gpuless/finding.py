@@ -28,7 +28,8 @@ class Finding(RuntimeError):
         address: the address in question, or None.
         count: how often it came, where launches went on.
         rule: the number of the rule that ignores it, or -1.
-        arch, seed: `gpuless.gpu(arch, seed=seed)` repeats it.
+        arch, seed: `gpuless.gpu(arch, seed=seed)` repeats it,
+        schedule: with `schedule=` where it came of an order that was explored; else "".
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Finding(RuntimeError):
         rule: int = -1,
         arch: str = "",
         seed: int = 0,
+        schedule: str = "",
         text: str = "",
     ):
         super().__init__(text or f"{kind}: {message}\n  kernel {kernel}\n  repeat with arch {arch}, seed {seed}")
@@ -65,7 +67,7 @@ class Finding(RuntimeError):
         self.within_warp = within_warp
         self.block, self.warp, self.lane, self.address = tuple(block), warp, lane, address
         self.count, self.rule = count, rule
-        self.arch, self.seed = arch, seed
+        self.arch, self.seed, self.schedule = arch, seed, schedule
 
     def is_same(self, other: Finding) -> bool:
         """Whether both are of one kind, between the same instructions of one kernel, and both within a warp or both not."""

@@ -72,6 +72,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--gpu", default="sm_90a", choices=core.ARCHITECTURES, help="which (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of its schedule: repeats a finding")
+    parser.add_argument(
+        "--explore", type=int, default=0, metavar="N", help="try N orders of each launch's synchronisation"
+    )
+    parser.add_argument("--schedule", default="", help="of a finding that one of these had: repeats it")
     parser.add_argument("--guard", action="store_true", help="kernels get padded, poisoned copies of their arguments")
     parser.add_argument(
         "--ignore", type=pathlib.Path, action="append", default=[], metavar="FILE", help="rules of what is known"
@@ -129,6 +133,7 @@ def _succeeded(program: pathlib.Path, status: int) -> bool:
 def _command(options: argparse.Namespace, environment: dict[str, str]) -> list[str]:
     if options.program.suffix == ".py":
         how = {"arch": options.gpu, "seed": options.seed, "guard": options.guard, "largest": options.largest,
+               "explore": options.explore, "schedule": options.schedule,
                "time_limit": options.time_limit, "ignore": [str(file.absolute()) for file in options.ignore]}  # fmt: skip
         module = [sys.executable, "-m", "gpuless.commands.script", json.dumps(how)]
         return [*module, str(options.program), *options.arguments]
@@ -136,6 +141,10 @@ def _command(options: argparse.Namespace, environment: dict[str, str]) -> list[s
         raise ValueError("a CUDA program takes no --guard, and one file of --ignore")
     environment |= {"GPULESS_ARCH": options.gpu, "GPULESS_SEED": str(options.seed), "GPULESS_FINDINGS": "collect",
                     "GPULESS_STRICT": str(int(options.strict))}  # fmt: skip
+    if options.explore:
+        environment["GPULESS_EXPLORE"] = str(options.explore)
+    if options.schedule:
+        environment["GPULESS_SCHEDULE"] = options.schedule
     if options.largest != "0":
         environment["GPULESS_LARGEST"] = options.largest
     if options.ignore:

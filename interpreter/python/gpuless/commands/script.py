@@ -20,6 +20,8 @@ def main(text: str, script: str, arguments: list[str]) -> None:
         findings="collect",
         ignore=ignore,
         largest=options["largest"],
+        explore=options["explore"],
+        schedule=options["schedule"],
     )
     cuda.present(gpu)
     gpu.time_limit(options["time_limit"])
