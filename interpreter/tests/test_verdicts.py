@@ -250,11 +250,17 @@ __global__ void reverse(int* x) {
 __global__ void spin(volatile int* x) {
   for (int k = 1; k; k += 2) *x = k;
 }
+__global__ void take(int* x) {
+  x[atomicAdd(x, 1) + 1] = blockIdx.x;
+}
 int main(int n, char**) {
   int* x;
   cudaMallocManaged(&x, 1024);
   for (int k = 0; k < 256; ++k) x[k] = k;
-  n == 1 ? reverse<<<1, 256>>>(x) : spin<<<1, 1>>>(x);
+  if (n == 1) reverse<<<1, 256>>>(x);
+  if (n == 2) spin<<<1, 1>>>(x);
+  x[0] = 0;
+  if (n == 3) take<<<3, 1>>>(x);
   std::printf("%d\\n", cudaDeviceSynchronize());
 }
 """
@@ -290,6 +296,25 @@ def test_a_cuda_program(cuda_folder):
         "artifactLocation": {"uri": "reverse.cu"},
         "region": {"startLine": document["findings"][0]["line"]},
     }
+
+
+@needs_nvcc
+@pytest.mark.parametrize(("executions", "code"), [(100, 0), (2, 4)])
+def test_orders_that_were_not_explored_are_incomplete(cuda_folder, executions, code):
+    """Three blocks take tickets, in 3! orders."""
+    ended, printed, document = run_in(cuda_folder, f"--explore={executions}", "reverse", "take", "tickets")
+    assert ended == code, printed
+    assert bool(document["incomplete"]) == (code == 4)
+    assert all(
+        re.search(r"take\(int\*\), launch 1: explored 1 order of more", why) for why in document["incomplete"]
+    )
+
+
+@needs_nvcc
+def test_a_race_that_is_read_first_is_found_by_exploring(cuda_folder):
+    """The read of what nobody has written is postponed there too."""
+    code, printed, document = run_in(cuda_folder, "--explore=10", "reverse")
+    assert code == 3 and document["findings"][0]["kind"] == "race", printed
 
 
 @needs_nvcc

@@ -19,6 +19,7 @@ MEANING = {
     "in_flight": "Data of an asynchronous operation is used before it was waited for.",
     "uninitialised": "Memory is read that nothing has written.",
     "out_of_bounds": "An access beyond the memory that the kernel was given.",
+    "overflow": "An offset that does not fit 32 bits reaches an address.",
     "misaligned": "An address that is no multiple of the access's size.",
     "deadlock": "Threads wait for what never comes.",
     "barrier": "A barrier with the wrong number of threads, or without some lanes of a warp.",

@@ -161,5 +161,5 @@ class Report:
 
 def _rank(finding: Finding) -> tuple[int, int]:
     """The cause before its effects: what is unordered is read too early, and what is read too early is an address."""
-    order = ("race", "in_flight", "mbarrier", "barrier", "uninitialised", "misaligned", "out_of_bounds")
+    order = ("race", "in_flight", "mbarrier", "barrier", "uninitialised", "misaligned", "overflow", "out_of_bounds")
     return (order.index(finding.kind) if finding.kind in order else len(order), finding.seed)
