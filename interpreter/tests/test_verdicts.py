@@ -305,9 +305,7 @@ def test_orders_that_were_not_explored_are_incomplete(cuda_folder, executions, c
     ended, printed, document = run_in(cuda_folder, f"--explore={executions}", "reverse", "take", "tickets")
     assert ended == code, printed
     assert bool(document["incomplete"]) == (code == 4)
-    assert all(
-        re.search(r"take\(int\*\), launch 1: explored 1 order of more", why) for why in document["incomplete"]
-    )
+    assert all(re.search(r"take\(int\*\), launch 1: explored 1 order of more", why) for why in document["incomplete"])
 
 
 @needs_nvcc
