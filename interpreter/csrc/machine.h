@@ -106,6 +106,7 @@ struct Looks {
   uint32_t count = 0;
   uint32_t switches = 0;  // to another strand of the warp, as this one goes round
   uint64_t state = 0;     // at one of them
+  uint64_t circle = 0;    // at one of the switches, the last that is a power of two
 };
 
 struct alignas(64) Warp {

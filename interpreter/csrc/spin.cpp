@@ -15,6 +15,8 @@ namespace {
 constexpr uint32_t kPatience = 16;
 // Then one state is kept at each power of two, and so many looks after it are compared with it.
 constexpr uint32_t kPeriod = 64;
+// Turns of each other strand of a warp between two states that are compared.
+constexpr uint32_t kTurns = 64;
 
 class Hash {
  public:
@@ -82,13 +84,14 @@ void look(Warp& w) {
   if (n == std::bit_floor(n) || state != l.state) return;
   l.count = kPatience + 1;  // it is compared with this state from now on
   const auto goes_on = [](const Strand& s) { return !s.waiting; };
-  const auto others = std::count_if(w.strands.begin(), w.strands.end(), goes_on) - 1;
-  if (l.switches < 2 * others) {  // of its own lanes, those that it may wait for have their turn
-    ++l.switches;
-    w.turn = kStrandTurn + 1;
-    return;
-  }
-  w.spins = true;
+  const auto others = static_cast<uint32_t>(std::count_if(w.strands.begin(), w.strands.end(), goes_on)) - 1;
+  // Of its own lanes, those that it may wait for have their turns, an instruction each, until they go round too: the
+  // whole warp is as it was before so many turns that by chance none of them went without.
+  const uint32_t turns = l.switches - std::bit_floor(l.switches);
+  w.spins = !others || (state == l.circle && turns >= kTurns * others);
+  if (w.spins) return;
+  if (std::has_single_bit(++l.switches)) l.circle = state;
+  w.turn = kStrandTurn + 1;
 }
 
 }  // namespace gpuless
