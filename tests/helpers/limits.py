@@ -79,7 +79,9 @@ def int8_depth(k: int) -> tuple[Any, ...]:
 
 def convolution_depth(k: int) -> tuple[Any, ...]:
     args = case("int8_conv2d", images=(1, 1, 2), channels=k, out_channels=16, kernel=(1, 1), padding=(0, 0))
-    full = {name: full_weight(*a.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2) for name, a in zip("xw", args)}
+    full = {
+        name: full_weight(*a.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2) for name, a in zip(("x", "weight"), args)
+    }
     return replaced("int8_conv2d", args, **full)
 
 
@@ -440,7 +442,7 @@ def product_limits() -> Iterator[Limit]:
         of = "K" if zero_point is None else "K with a_zero_point"
         yield Limit("int8_gemm_quantize", of, last, last + 1, quantized_depth(zero_point))
     yield Limit("int8_conv2d", "K", MAX_K, MAX_K + 1, convolution_depth)
-    yield Limit("int8_conv2d", "rows of w", MOST_SIDE, MOST_SIDE + 1, convolution_height, refused_by("cuda"))
+    yield Limit("int8_conv2d", "rows of weight", MOST_SIDE, MOST_SIDE + 1, convolution_height, refused_by("cuda"))
     yield Limit("int8_conv2d", "columns of a depthwise window, dilated", MOST_DEPTHWISE_COLUMNS, MOST_DEPTHWISE_COLUMNS + 1,
                 depthwise_columns, refused_by("cpu", *GPU), refuses_last=GPU)  # fmt: skip
     yield Limit("int8_linear", "K", MAX_K, MAX_K + 1, linear_depth(True))

@@ -19,7 +19,7 @@ def swapped():
         model, tokenizer = embedding.load(embedding.find_model("minilm"))
     except ValueError as e:
         pytest.skip(str(e))
-    fp.swap(model, precision="int8", keep=False)
+    fp.swap(model, precision="int8", keep=False, encoder=False)
     assert sum(isinstance(m, Int8Linear) for m in model.modules()) > 30
     texts = embedding.builtin_texts()[1]
     (batch,) = embedding.tokenize(tokenizer, sorted(texts, key=len)[:2], model)

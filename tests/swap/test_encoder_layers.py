@@ -333,3 +333,14 @@ def test_why_not():
     assert report.encoder.reason.code == "other_layers" and "MPNetLayer" in str(report)
     with pytest.raises(TypeError, match="encoder is True or False"):
         fp.swap(bert(), "int8", encoder="auto")
+
+
+def test_a_backend_that_is_asked_for_is_for_the_layers_own_operations(calls):
+    model = swapped(bert())[0]
+    with fp.use_backend("cpu"):
+        alone = hidden(model)
+    with fp.interpret("sm_80", seed=1):
+        assert close(hidden(model), alone)
+    assert not calls
+    hidden(model)
+    assert calls

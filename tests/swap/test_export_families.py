@@ -59,7 +59,9 @@ def swapped(cls, config, precision):
     model = getattr(transformers, cls)
     model = model(model.config_class(**{k: v for k, v in config.items() if v is not None})).eval()
     experts = [name for name, _ in model.named_modules() if name.endswith(".experts")]
-    fp.swap(model, precision, include="**", exclude=experts)
+    fp.swap(
+        model, precision, include="**", exclude=experts, encoder=False
+    )  # an export does not say that layers are one
     return model
 
 

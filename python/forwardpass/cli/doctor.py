@@ -13,7 +13,8 @@ from ..common.models.compare import finite_relative_error
 from ..dispatch import BACKENDS, Operation, Reason, interpreted, library
 from ..testing import benchmark_cases
 
-#: Relative L2 error beside the reference: int8 rounds to the other side now and then, a broken kernel is far off.
+#: Relative L2 error beside the reference: int8 rounds to the other side now and then, a broken kernel is far off. Of several layers
+#: in one call these roundings add up as random ones do, by the root of their number.
 PARITY_BOUND = 1e-2
 #: Reasons for which a machine is not to blame.
 EXPECTED = ("not_written", "no_fp8", "emulated_fp8")
@@ -133,9 +134,11 @@ def _kernel(op: Operation, name: str) -> dict[str, Any]:
 @torch.inference_mode()
 def _parity(op: Operation, name: str, device: torch.device) -> dict[str, Any]:
     """The op's smallest benchmark case on this backend, beside the reference on the same device."""
-    args = min(benchmark_cases(op), key=lambda c: c.bytes()).arguments(str(device))
+    case = min(benchmark_cases(op), key=lambda c: c.bytes())
+    args = case.arguments(str(device))
     with dispatch.use_backend(name):
         actual = op.results(op, args)
     pairs = zip(actual, op.results(op.runs["reference"], args))
     worst = max((finite_relative_error(g, e) for g, e in pairs if e.numel()), default=0.0)
-    return {"ok": worst <= PARITY_BOUND, "relative_error": worst, "text": f"relative error {worst:.1e}"}
+    bound = PARITY_BOUND * getattr(case, "layers", 1) ** 0.5
+    return {"ok": worst <= bound, "relative_error": worst, "text": f"relative error {worst:.1e}"}

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ...common.environment import has_bfloat16_products
+from ...dispatch import asked_for_by_name, interpreter
 from ...dispatch.calls import take
 from ...nn import Int8Linear
 from ...nn.guard import code_guard
@@ -172,6 +173,10 @@ class Stack:
         if torch.is_grad_enabled() and (hidden.requires_grad or any(p.requires_grad for p in self._norms)):
             return False
         if torch.is_autocast_enabled("cpu") or self.layers[0].training:
+            return False
+        if not self.in_floats and (
+            interpreter() is not None or asked_for_by_name()
+        ):  # which is for the layers' own operations
             return False
         if attention.collects() or torch.jit.is_tracing():
             return False
