@@ -130,7 +130,7 @@ namespace {
 // Whether a race, or data in flight, is why the other one read what nobody had written: it is about the same load, or
 // the same bytes, and no access by an address that was made of what was read.
 bool is_cause(const Finding& f, const Finding& unwritten) {
-  const bool unordered = f.kind == Kind::race || f.kind == Kind::in_flight;
+  const bool unordered = f.other_ptx_line && (f.kind == Kind::race || f.kind == Kind::in_flight);
   const bool same_load = f.ptx_line == unwritten.ptx_line || f.other_ptx_line == unwritten.ptx_line;
   const bool same_bytes = f.has_address && f.address / 16 == unwritten.address / 16;
   const bool follows = unwritten.other_ptx_line && f.ptx_line == unwritten.other_ptx_line;
