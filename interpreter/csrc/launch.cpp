@@ -69,7 +69,7 @@ struct Grid {
   // Grows with each turn in which a cluster did more than wait.
   std::atomic<uint64_t> progress{1};
   // Whether all that have begun wait for ever, and whether that is new: not where one of them has had a finding.
-  enum class Stuck : uint8_t { no, known, found };
+  enum class Stuck : uint8_t { no, known, fresh };
   std::atomic<Stuck> stuck{Stuck::no};
   uint64_t waiting = 0, waiting_at = 0;  // clusters that could not go on, at which progress
 
@@ -87,7 +87,7 @@ struct Grid {
       const std::lock_guard lock(mutex);
       const bool all = waiting_at == progress && waiting == static_cast<uint64_t>(resident);
       if (all && (next >= total || resident == launch.resident))
-        stuck = found_at == ~uint64_t{0} ? Stuck::found : Stuck::known;
+        stuck = found_at == ~uint64_t{0} ? Stuck::fresh : Stuck::known;
     }
     std::this_thread::yield();
   }

@@ -16,7 +16,7 @@ constexpr uint32_t kPatience = 16;
 // Then one state is kept at each power of two, and so many looks after it are compared with it.
 constexpr uint32_t kPeriod = 64;
 // Turns of each other strand of a warp between two states that are compared.
-constexpr uint32_t kTurns = 64;
+constexpr uint32_t kRounds = 64;
 
 class Hash {
  public:
@@ -88,7 +88,7 @@ void look(Warp& w) {
   // Of its own lanes, those that it may wait for have their turns, an instruction each, until they go round too: the
   // whole warp is as it was before so many turns that by chance none of them went without.
   const uint32_t turns = l.switches - std::bit_floor(l.switches);
-  w.spins = !others || (state == l.circle && turns >= kTurns * others);
+  w.spins = !others || (state == l.circle && turns >= kRounds * others);
   if (w.spins) return;
   if (std::has_single_bit(++l.switches)) l.circle = state;
   w.turn = kStrandTurn + 1;

@@ -112,7 +112,7 @@ def module(statements, runs=False):
     text = ".version 9.0\n.target sm_90a\n.address_size 64\n"
     for i, s in enumerate(statements):
         text += f".visible .entry k{i}() .reqntid 128 .maxnreg 64 {{\n"
-        text += f".reg .b32 %r<10>; .reg .b64 %rd<10>; .reg .pred %p<4>;\n"
+        text += ".reg .b32 %r<10>; .reg .b64 %rd<10>; .reg .pred %p<4>;\n"
         text += f"{'' if runs else 'ret;'}\n{s}\nret;\n}}\n"
     return text
 

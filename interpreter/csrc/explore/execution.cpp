@@ -142,8 +142,8 @@ uint32_t Execution::by_itself() {
 }
 
 uint32_t Execution::find(const Thread& thread) const {
-  const auto at = std::find(trace_->threads.begin(), trace_->threads.end(), thread);
-  return at == trace_->threads.end() ? Trace::kNone : static_cast<uint32_t>(at - trace_->threads.begin());
+  const auto place = std::find(trace_->threads.begin(), trace_->threads.end(), thread);
+  return place == trace_->threads.end() ? Trace::kNone : static_cast<uint32_t>(place - trace_->threads.begin());
 }
 
 // The next of a beginning that can act; kNone: it is over. Where nobody could go on, time limits have expired.
@@ -210,8 +210,8 @@ void Execution::goes_round(Actor& a) {
   }
   const size_t since = same->second;
   a.waits_for = trace_->touched_since(since);
-  const auto own = [&](const Event& e) { return e.thread == now_; };
-  if (std::all_of(trace_->events.begin() + static_cast<int64_t>(since), trace_->events.end(), own)) {
+  const auto is_its = [&](const Event& e) { return e.thread == now_; };
+  if (std::all_of(trace_->events.begin() + static_cast<int64_t>(since), trace_->events.end(), is_its)) {
     trace_->drop(since);
     for (Actor& other : actors_)
       for (auto& l : other.looks) l.second = std::min(l.second, since);
@@ -299,11 +299,11 @@ Outcome Execution::run(const std::vector<Thread>& beginning, const Decisions& de
       begin_clusters();
       if (running_.empty()) break;
       uint32_t thread = by_itself();
-      uint32_t chosen = next_of(beginning, next);
-      if (const auto d = decisions.find(steps_); d != decisions.end()) chosen = find(d->second);
-      if (chosen != Trace::kNone && chosen != thread && ready(chosen)) {
-        outcome.decisions[steps_] = trace_->threads[chosen];
-        thread = chosen;
+      uint32_t forced = next_of(beginning, next);
+      if (const auto d = decisions.find(steps_); d != decisions.end()) forced = find(d->second);
+      if (forced != Trace::kNone && forced != thread && ready(forced)) {
+        outcome.decisions[steps_] = trace_->threads[forced];
+        thread = forced;
       }
       if (thread != Trace::kNone) {
         act(thread);

@@ -10,8 +10,7 @@ import pathlib
 from ctypes import POINTER, c_char_p, c_double, c_int, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from typing import Any
 
-from .explored import Explored
-from .finding import Finding
+from .finding import Explored, Finding
 from .version import __version__
 
 #: architecture -> the GPU that is modelled

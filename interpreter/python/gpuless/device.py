@@ -21,8 +21,7 @@ from torch import Tensor
 from . import core
 from .capture import prohibit_in_capture
 from .current import device_or_none, use_everywhere, using
-from .explored import Explored
-from .finding import Finding, FindingWarning, TimeLimit
+from .finding import Explored, Finding, FindingWarning, TimeLimit
 from .latencies import as_text, machine
 from .memory.guard import Guard
 from .memory.storage import Scope, add_function

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -99,3 +100,30 @@ for _type in (Finding, TimeLimit, FindingWarning):
 
 def _restore(fields: dict[str, Any]) -> Finding:
     return Finding(**fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class Explored:
+    """The orders in which a launch's warps may synchronise, as far as they were explored before it ran (`gpuless.gpu(explore=)`).
+
+    Attributes:
+        kernel: its name.
+        launch: its number since the seed was set, as schedules name it.
+        orders: those that differ. Blocks that do not synchronise with each other count one by one.
+        runs: executions of the launch, or of some of its blocks, that this took.
+        complete: there are no other orders.
+        limit: why there may be more; "" where there are none.
+    """
+
+    kernel: str
+    launch: int
+    orders: int
+    runs: int
+    complete: bool
+    limit: str
+
+    def __str__(self) -> str:
+        orders = f"{self.orders} order{'s' * (self.orders != 1)}"
+        if self.complete:
+            return f"{self.kernel}, launch {self.launch}: explored all {orders}"
+        return f"{self.kernel}, launch {self.launch}: explored {orders} of more ({self.limit})"
