@@ -17,8 +17,7 @@ from .version import __version__ as __version__
 _MODULES = {
     "core": ("ARCHITECTURES", "Unavailable"),
     "device": ("Device", "gpu"),
-    "explored": ("Explored",),
-    "finding": ("Finding", "FindingWarning", "TimeLimit"),
+    "finding": ("Explored", "Finding", "FindingWarning", "TimeLimit"),
     "timing.model": ("Modelled",),
     "module": ("Kernel", "Module"),
     "timing.profile": ("Counts", "KernelProfile", "LineProfile"),
