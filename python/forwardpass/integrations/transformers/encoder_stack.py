@@ -131,7 +131,7 @@ class Stack:
 
     def undo(self) -> None:
         for layer in self.layers:
-            if is_in_stack(layer):
+            if stack_of(layer) is not None:
                 del vars(layer)["forward"]
         self._handle.remove()
         self._forget()
@@ -174,9 +174,8 @@ class Stack:
             return False
         if torch.is_autocast_enabled("cpu") or self.layers[0].training:
             return False
-        if not self.in_floats and (
-            interpreter() is not None or asked_for_by_name()
-        ):  # which is for the layers' own operations
+        # A backend that is asked for is for the layers' own operations.
+        if not self.in_floats and (interpreter() is not None or asked_for_by_name()):
             return False
         if attention.collects() or torch.jit.is_tracing():
             return False
@@ -252,7 +251,7 @@ class Stack:
         f = self.form
         qkv = [self.part(layer, name) for name in f.qkv]
         others = [self.part(layer, name) for name in (f.out, f.up, f.down)]
-        if not all(map(_is_plain, (*qkv, *others))):
+        if not all(map(is_plain, (*qkv, *others))):
             return None
         norms = [self.part(layer, name) for name in (f.norm1, f.norm2)]
         if any(m.activation for m in (*qkv, others[0], others[2])) or self._activation(layer) not in PLAIN:
@@ -297,20 +296,21 @@ class _Forward:
             is_last = self.index + 1 == len(stack.layers)
             if self.index == 0:
                 result = stack.result_of_begun(hidden_states, attention_mask, _options(args, kwargs))
-            else:
-                result = getattr(hidden_states, _RESULT, None)
-            if result is not None:
-                return result if is_last else _between(result)
+                if result is not None:
+                    return result if is_last else _between(result)
+            elif (result := getattr(hidden_states, _RESULT, None)) is not None:
+                return result if is_last else hidden_states
         return type(layer).forward(layer, hidden_states, attention_mask, *args, **kwargs)
 
 
-def is_in_stack(layer: nn.Module) -> bool:
-    """Whether a stack's operation computes this layer."""
-    return isinstance(vars(layer).get("forward"), _Forward)
+def stack_of(layer: nn.Module) -> Stack | None:
+    """The stack whose operation computes this layer."""
+    forward = vars(layer).get("forward")
+    return forward.stack if isinstance(forward, _Forward) else None
 
 
 def _between(result: Tensor) -> Tensor:
-    """What a layer but the last one gives."""
+    """What all layers but the last one give."""
     nan = torch.full((1, 1, 1), torch.nan, dtype=result.dtype).expand(result.shape)
     setattr(nan, _RESULT, result)
     return nan
@@ -341,7 +341,7 @@ def _is_silent(hook: Any) -> bool:
     return hook in _HOOKS or (_is_ours(type(getattr(hook, "__self__", None))) and hook.__name__ == "begin")
 
 
-def _is_plain(m: nn.Module) -> bool:
+def is_plain(m: nn.Module) -> bool:
     """Whether it quantises its input row by row, and does nothing else that the operation has not."""
     return type(m) is Int8Linear and m.input_scale is None and m.rotate is None and m.sharding is None
 

@@ -19,7 +19,7 @@ from ...common.environment import cpu_tier
 from ...common.printing.quiet import warn_once
 from ...dispatch import Reason
 from ...integrations.transformers.attention import register
-from ...integrations.transformers.encoder_stack import Stack, form_of, is_in_stack
+from ...integrations.transformers.encoder_stack import Stack, form_of, stack_of
 from ...integrations.transformers.unpadding import why_replaced
 from ...ops.common.activations import PLAIN
 from ...proofs import inputs, run
@@ -98,7 +98,8 @@ def put_encoders(model: nn.Module, names: Iterable[str]) -> None:
 
 def stacks_in(model: nn.Module) -> list[str]:
     """The names of lists whose layers are one operation, for a record."""
-    return [fqn for fqn, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) and is_in_stack(m[0])]
+    lists = ((fqn, m) for fqn, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m))
+    return [fqn for fqn, m in lists if type(stack_of(m[0])) is Stack]  # and of no decoder
 
 
 def _stack(model: nn.Module, fqn: str, in_floats: bool = False) -> Stack:

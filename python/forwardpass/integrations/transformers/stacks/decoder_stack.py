@@ -22,16 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ....dispatch.calls import take
-from ....nn import GatedMLP, Int8Linear
+from ....nn import GatedMLP
 from ....nn.mlp import TwoProducts
 from ....ops.decoder_layer import OPERATION, DecoderWeights, Int8Weight, flat
 from ...class_source import body_of, is_as_written, named, owner_of_forward, tree_of_module
 from .. import key_ranges
-from ..encoder_stack import Stack
+from ..encoder_stack import Stack, is_plain
 from ..norm_formulas import NormFormula, norm_formula
-
-#: The attribute of a tensor of NaN between layers that has what the last layer gives.
-_RESULT = "_forwardpass_decoded"
 
 
 @dataclass(frozen=True)
@@ -109,18 +106,6 @@ class DecoderStack(Stack):
 
     form: Form  # type: ignore[assignment]
 
-    def put(self) -> None:
-        for i, layer in enumerate(self.layers):
-            vars(layer)["forward"] = _Forward(self, i)
-        self._handle = self.holder.register_forward_pre_hook(self.begin)
-
-    def undo(self) -> None:
-        for layer in self.layers:
-            if isinstance(vars(layer).get("forward"), _Forward):
-                del vars(layer)["forward"]
-        self._handle.remove()
-        self._forget()
-
     def result(self, hidden: Tensor, mask: Any, options: dict[str, Any]) -> Tensor | None:
         """What all layers give; None where they are to be called one by one."""
         cache, rotary = options.pop("cache", None), options.pop("position_embeddings", None)
@@ -158,7 +143,7 @@ class DecoderStack(Stack):
     def _weights_of(self, layer: nn.Module) -> Any:
         f = self.form
         qkv, out, mlp = [self.part(layer, name) for name in f.qkv], self.part(layer, f.out), self.part(layer, f.mlp)
-        if type(mlp) is not GatedMLP or not all(map(_is_plain, (*qkv, out, *mlp.layers))):
+        if type(mlp) is not GatedMLP or not all(map(is_plain, (*qkv, out, *mlp.layers))):
             return None
         if mlp._between or mlp._behind or any(m.activation for m in (*qkv, out, mlp.layers[1])):
             return None
@@ -207,38 +192,6 @@ class DecoderStack(Stack):
             normed = part[f.norm2](y)
             x = y + part[f.down](part[f.activation](part[f.gate](normed)) * part[f.up](normed))
         return x
-
-
-class _Forward:
-    """In the place of a layer's forward."""
-
-    def __init__(self, stack: DecoderStack, index: int) -> None:
-        self.stack, self.index = stack, index
-
-    def __call__(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
-        stack, layer = self.stack, self.stack.layers[self.index]
-        if not torch.compiler.is_compiling():
-            is_last = self.index + 1 == len(stack.layers)
-            if self.index == 0:
-                options = {**{str(i): x for i, x in enumerate(args)}, **kwargs}
-                result = stack.result_of_begun(hidden_states, attention_mask, options)
-                if result is not None:
-                    return result if is_last else _between(result)
-            elif (result := getattr(hidden_states, _RESULT, None)) is not None:
-                return result if is_last else hidden_states
-        return type(layer).forward(layer, hidden_states, attention_mask, *args, **kwargs)
-
-
-def _between(result: Tensor) -> Tensor:
-    """What all layers but the last one give."""
-    nan = torch.full((1, 1, 1), torch.nan, dtype=result.dtype).expand(result.shape)
-    setattr(nan, _RESULT, result)
-    return nan
-
-
-def _is_plain(m: nn.Module) -> bool:
-    """Whether it quantises its input row by row, and does nothing else that the operation has not."""
-    return type(m) is Int8Linear and m.input_scale is None and m.rotate is None and m.sharding is None
 
 
 def _int8_weight(m: Any) -> Int8Weight:
