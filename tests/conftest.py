@@ -8,7 +8,7 @@ import pathlib
 import pytest
 import torch
 from processes import fork
-from rotation import pytest_addoption, pytest_pyfunc_call, pytest_sessionstart  # noqa: F401
+from rotation import pytest_addoption, pytest_pyfunc_call, pytest_sessionstart, take_turns  # noqa: F401
 from triton_version import triton_version
 
 import forwardpass as fp
@@ -117,7 +117,9 @@ LONGEST = ("interpreted/test_gemm.py", "interpreted/test_mutants.py", "interpret
            "ops/test_attention.py", "interpreted/test_kernels.py", "gates/test_gates.py")  # fmt: skip
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at `-m`
 def pytest_collection_modifyitems(items):
+    take_turns(items)
     rank = {name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get("/".join(item.path.parts[-2:]), len(rank)))
     if not torch.cuda.is_available():

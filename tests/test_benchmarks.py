@@ -59,6 +59,7 @@ def test_a_row_has_every_figure():
     assert row["case"] in bench.table_row(row)
 
 
+@pytest.mark.every(3)
 def test_a_case_that_nothing_of_ours_runs_is_left_out_with_the_reasons():
     """FP8 on a CPU: plain torch alone took 20 minutes of one operation's cases."""
     op = dispatch.operations["fp8_grouped_gemm"]

@@ -16,6 +16,7 @@ def python(code, **kwargs):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, **kwargs).stdout
 
 
+@pytest.mark.every(3)
 def test_costs_less_than_three_tenths_of_a_second_and_no_cuda():
     """Of a core: other tests run beside it, and the least of several is what it costs."""
     code = """
@@ -45,6 +46,7 @@ print(*(new & {"transformers", "safetensors", "typer", "rich", "triton", "numpy"
     assert (done.stdout.strip(), done.returncode) == ("", 0), done.stderr
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("damage", in_turn(["missing", "broken", "of another version"]))
 def test_a_library_that_does_not_load_is_said_when_it_is_needed(tmp_path, damage):
     package = tmp_path / "forwardpass"

@@ -230,6 +230,7 @@ def test_generate_beside_its_peers(small_decoder, monkeypatch):
     json.dumps(result)
 
 
+@pytest.mark.every(3)
 def test_candidates_have_processes_of_their_own(small_decoder, tmp_path):
     own, peers = (importlib.import_module(f"benchmarks.{name}") for name in ("own_process", "generate_peers"))
     from forwardpass.cli.source import find_model

@@ -4,6 +4,7 @@ import pytest
 from processes import fork
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("script", "code", "said"),
     [

@@ -4,12 +4,13 @@ import dataclasses
 import importlib
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import rotation
 from every_backend import OF_TRITON, on_each
 from processes import two_threads
-from rotation import VARIABLE, in_parts, in_turn, paired, some_of
+from rotation import VARIABLE, in_parts, in_turn, paired, some_of, take_turns
 
 from forwardpass.dispatch import operations
 
@@ -41,6 +42,7 @@ def test_parts_are_the_whole(monkeypatch, parts):
     assert sum(map(len, taken)) == 50 + 17 + max(parts, 3)  # few ones are in several parts
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("parts", [4, OF_TRITON])
 @pytest.mark.parametrize("name", sorted({operation.package for operation in operations.values()}))
 def test_every_run_has_each_operation_on_each_architecture(monkeypatch, name, parts):
@@ -162,3 +164,33 @@ def test_one_case_is_run_again(tmp_path):
     done = run(tmp_path, "-q", "-m", "not slow", "--case", "11")
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout
     assert "no case has the text of --case in its name" in done.stdout
+
+
+class Item:
+    """What `take_turns` asks of a test that pytest has collected."""
+
+    def __init__(self, nodeid, *marks):
+        self.nodeid, self.marks = nodeid, {mark.name: mark for mark in marks}
+
+    def get_closest_marker(self, name):
+        return self.marks.get(name)
+
+    def add_marker(self, mark):
+        self.marks[mark.name] = mark.mark
+
+
+def test_tests_take_turns(monkeypatch):
+    """As many runs as a mark says have each test of its function; what has no mark is in all of them."""
+    half, third = pytest.mark.every(2).mark, pytest.mark.every(3).mark
+    runs = []
+    for number in range(6):
+        monkeypatch.setenv(VARIABLE, str(number))
+        items = [Item(f"nine[{n}]", half) for n in range(9)] + [Item(f"all[{n}]") for n in range(9)]
+        items.append(Item("one", third))
+        take_turns(items)
+        runs.append({item.nodeid for item in items if "slow" not in item.marks})
+    sizes = [Counter(name.split("[")[0] for name in run) for run in runs]
+    assert [size["nine"] for size in sizes] in ([4, 5] * 3, [5, 4] * 3)
+    assert [size["one"] for size in sizes] in ([1, 0, 0] * 2, [0, 1, 0] * 2, [0, 0, 1] * 2)
+    assert {size["all"] for size in sizes} == {9}
+    assert len(set.union(*runs)) == 9 + 9 + 1

@@ -50,6 +50,7 @@ def test_options_that_do_not_go_together_are_refused_before_a_model_is_read(fold
     refused(run("swap", folder, "--kv-cache", "int4"), "kv_cache is None or one of")
 
 
+@pytest.mark.every(3)
 def test_a_layer_that_no_text_reaches_fails(folder, monkeypatch):
     """Its error is unknown: it was a line of the report, and the command's status was 0."""
     monkeypatch.setattr(ParityReport, "unreached", property(lambda report: [report.layers[0].fqn]))

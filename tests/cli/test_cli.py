@@ -62,6 +62,7 @@ def test_version():
     assert run("--version").stdout == f"forwardpass {fp.__version__}\n"
 
 
+@pytest.mark.every(3)
 def test_swap_plan_and_save(folder, tmp_path):
     args = ("swap", folder, "--calibrate", "none", "--batch", 2, "--length", 16, "--min-cosine", 0.99, "--json", "-")
     done = run(*args, "--precision", "int8", "--save", tmp_path / "saved")
@@ -114,6 +115,7 @@ def saved(folder, tmp_path_factory):
     return made
 
 
+@pytest.mark.every(3)
 def test_a_saved_folder_is_usable_on_its_own(folder, saved, tmp_path):
     model, tokenizer = embedding.load(embedding.find_model(str(saved)))
     assert {type(m).__name__ for m in model.encoder.layer[0].output.modules()} >= {"W8A16Linear"}
@@ -469,6 +471,7 @@ def test_torch_dynamic_int8_says_why_it_is_missing(monkeypatch):
     assert "quantize_dynamic" in comparison.torch_dynamic_int8(torch.nn.Linear(8, 8))[1]
 
 
+@pytest.mark.every(3)
 def test_without_the_extra_it_prints_the_pip_line():
     code = (
         "import sys; sys.modules['typer'] = None\n"
@@ -480,6 +483,7 @@ def test_without_the_extra_it_prints_the_pip_line():
     assert done.stderr == f"forwardpass: the command line needs typer: {needed}\n"
 
 
+@pytest.mark.every(3)
 def test_the_command_itself():
     done = subprocess.run([sys.executable, "-m", "forwardpass", "--version"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"forwardpass {fp.__version__}\n"), done.stderr
@@ -540,6 +544,7 @@ def test_parity_lists_layers_and_draws(folder, tmp_path):
     refused(run("parity", folder, "--precision", "int8", "--plot", tmp_path / "parity.txt"), "give it another name")
 
 
+@pytest.mark.every(3)
 def test_size_batch_gives_a_policy_and_tries_it(folder, tmp_path):
     files = {"json": tmp_path / "size.json", "plot": tmp_path / "size.png"}
     result = run("size-batch", folder, "--slo-ms", 60_000, "--rate", 50, "--length", 8, "--max-batch", 2, "--seconds", 0.1,
@@ -558,6 +563,7 @@ def test_size_batch_gives_a_policy_and_tries_it(folder, tmp_path):
     assert files["plot"].read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.every(3)
 def test_size_batch_tries_what_it_simulated(folder, monkeypatch):
     """One of three replicas gets each third request; a run that took longer than any that was simulated is said to."""
     sent = []
@@ -577,6 +583,7 @@ def test_size_batch_tries_what_it_simulated(folder, monkeypatch):
     assert "FAILS the objective p99 is not as simulated" in fails
 
 
+@pytest.mark.every(3)
 def test_size_batch_with_a_trace_an_objective_that_cannot_hold_and_bad_usage(folder, tmp_path):
     trace = tmp_path / "trace.txt"
     trace.write_text("\n".join(str(i / 20) for i in range(40)))

@@ -31,6 +31,7 @@ def text(tmp_path):
     return file
 
 
+@pytest.mark.every(3)
 def test_swap_times_prefill_and_decode_and_compares_perplexity(folder, text, tmp_path):
     args = ("swap", folder, "--text", text, "--length", 8, "--steps", 3, "--max-perplexity-increase", "5%")
     done = run(*args, "--precision", "w8a16", "--include", "*", "--include", "lm_head", "--save", tmp_path / "saved",
@@ -100,6 +101,7 @@ def test_steps_see_what_is_before_them(folder):
         torch.testing.assert_close(logits_by_steps(model, ids), model(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.every(3)
 def test_plan_of_a_decoder_replays(folder, text, tmp_path):
     file = tmp_path / "plan.json"
     args = ("--text", text, "--length", 8, "--steps", 2, "--calibrate", "none")

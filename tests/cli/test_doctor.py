@@ -27,6 +27,7 @@ def one_operation(monkeypatch):
     monkeypatch.setattr(fp.dispatch, "operations", {"quantize": fp.dispatch.operations["quantize"]})
 
 
+@pytest.mark.every(3)
 def test_doctor_json(examined):
     found = examined
     assert found["schema"] == "forwardpass.doctor/1"

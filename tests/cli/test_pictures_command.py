@@ -59,6 +59,7 @@ def test_a_model_of_timm_by_name(photographs, weights, tmp_path):
     assert (tmp_path / "saved" / "forwardpass.json").is_file()
 
 
+@pytest.mark.every(3)
 def test_a_precision_without_calibration_and_a_check_that_fails(photographs, weights):
     args = ("swap", "timm:test_resnet", "--weights", weights, "--images", photographs, "--batch", 1)
     done = run(*args, "--calibrate", "none", "--json", "-")
@@ -84,6 +85,7 @@ def test_a_folder_of_transformers(photographs, tmp_path):
     assert out["size"] == 32 and len(out["swapped"]) > 8 and out["parity"]["top1_agreement"] is not None
 
 
+@pytest.mark.every(3)
 def test_a_folder_of_diffusers_draws(photographs, tmp_path):
     """What it gives are pictures, so that PSNR is what is told."""
     diffusers = pytest.importorskip("diffusers")

@@ -18,6 +18,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.every(3)
 def test_swap_takes_the_bytes_over_and_compares_with_transformers(folder, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(TEXT * 4)

@@ -95,6 +95,7 @@ def test_a_call_checked_once_is_checked_again_for_another_shape():
         fp.ops.quantize(X, torch.int8, channel_scale=torch.ones(39))
 
 
+@pytest.mark.every(3)
 def test_dispatch_is_logged_once_a_shape():
     code = """
 import torch, forwardpass as fp

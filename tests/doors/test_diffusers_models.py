@@ -258,6 +258,7 @@ def pipeline():
     return pipe
 
 
+@pytest.mark.every(3)
 def test_pictures_of_a_pipeline():
     pytest.importorskip("skimage", reason="the extra images is not installed")
     pipe = pipeline()

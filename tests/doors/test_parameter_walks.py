@@ -35,6 +35,7 @@ def sharded():
         assert torch.equal(FullyShardedDataParallel(model(), device_id=torch.device("cpu"), **options)(X), expected)
 
 
+@pytest.mark.every(3)
 def test_fsdp():
     pool = ranks.Ranks()
     try:

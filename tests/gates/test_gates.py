@@ -80,6 +80,7 @@ def kernels():
     return cubin.kernels(LIBRARY)
 
 
+@pytest.mark.every(3)
 def test_the_build_has_every_kernel(kernels):
     assert {"quantize_kernel", "norm_quantize_kernel"} <= {k.name.split("<")[0] for k in kernels}
     assert not gates.missing_architectures(kernels)
@@ -141,6 +142,7 @@ def test_main_loops_of_experts_are_those_of_one_product(kernels, arch):
     assert max(more.values(), default=1) <= 1.03, more
 
 
+@pytest.mark.every(3)
 def test_the_command_reports_and_fails(bad_object, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gates, "assembler_messages", lambda commands: ["x.cu: C7510"])
     wheel = tmp_path / "forwardpass.whl"
@@ -161,6 +163,7 @@ def test_the_command_reports_and_fails(bad_object, tmp_path, monkeypatch, capsys
         gates.main(str(wheel))
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("kernel", "arch"),
     [
@@ -194,6 +197,7 @@ def test_a_bad_kernel_fails(bad, kernel, arch, sentences):
     assert len(messages) == len(sentences) and all(map(re.match, sentences, messages)), messages
 
 
+@pytest.mark.every(3)
 def test_what_attention_s_main_loop_issues(kernels):
     k = next(k for k in kernels if k.arch == "sm_90a" and HEAD_DIM_128 in k.name)
     issued = attention_gates.counted(k)
@@ -292,6 +296,7 @@ def test_machine_code_has_no_copy_of_its_ptx(tmp_path):
     assert not any(name.startswith((".nv_debug", ".debug_line")) for i in images for name in cubin.sections(i))
 
 
+@pytest.mark.every(3)
 def test_machine_code_without_its_ptx_is_refused(commands, tmp_path):
     nvcc = shlex.split(commands[0]["command"].lstrip("("))[0]
     (source := tmp_path / "kernel_sm80.cu").write_text("__global__ void kernel() {}")

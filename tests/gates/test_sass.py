@@ -165,6 +165,7 @@ def matmul(a, b, c, k, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, OUT: t
     tl.store(c + rows[:, None] * N + columns[None, :], acc)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("capability", "dtype", "opcode", "count"),
     [

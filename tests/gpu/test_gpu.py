@@ -68,6 +68,7 @@ def test_what_failed_is_tried_again_last(run, tmp_path, capsys):
         assert {"results/summary.json", "logs/one-broken.log"} <= set(archive.getnames())
 
 
+@pytest.mark.every(3)
 def test_time(run, tmp_path):
     """A part that had all of the time is too long; one that did not is left."""
     sleep = "import time; time.sleep(60)"
@@ -89,6 +90,7 @@ def test_tests_that_all_skip_are_a_failure(run, tmp_path):
     assert run({"one": [part("tests", "print('5 passed, 5 skipped in 1s')", selection=SELECTION)]}) == 0
 
 
+@pytest.mark.every(3)
 def test_a_build_goes_on_where_it_was_cut_off_and_nothing_runs_without_one(run, tmp_path, capsys):
     """A build of more than nine minutes on few cores is no failure."""
     count_down = f"""if True:
@@ -123,6 +125,7 @@ def test_what_racecheck_finds_is_to_be_read(run, tmp_path, capsys):
         assert run({"one": [part("check", code, selection=SELECTION, reports=reports)]}, "--again") == 1
 
 
+@pytest.mark.every(3)
 def test_every_part_selects_a_test(monkeypatch, tmp_path, capsys):
     """The dry run of what needs a GPU: each of its selections is collected, by one process. One that selects nothing fails."""
     nothing = part("of none", "", selection=gpu.Selection(["tests/gpu/test_gpu.py"], "gpu", "no_such_operation"))

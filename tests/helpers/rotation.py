@@ -5,6 +5,9 @@
 
 This is two tests: one calls the function with an eighth of the cases, the other, which is slow, with all others. Which eighth it is
 follows from the commit, so that a few commits run the whole. `some_of` chooses in the same way within a test.
+
+`@pytest.mark.every(3)` is for functions that take more than a core-second: a run has a third of the function's tests. If it has only
+one, one commit in three runs it.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import itertools
 import os
 import pathlib
 import subprocess
+import zlib
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -107,6 +111,20 @@ def paired(first: Iterable[Any], second: Iterable[Any]) -> list[Any]:
         name = None if given.id is None else f"{x}-{given.id}"
         pairs.append(pytest.param(x, *given.values, id=name, marks=(*given.marks, *[pytest.mark.slow] * slow)))
     return pairs
+
+
+def take_turns(items: list[pytest.Item]) -> None:
+    """Of each function with `@pytest.mark.every(n)`, marks all but an nth of the tests as slow. The order is by hashes of names, as
+    neighbours differ in one parameter."""
+    functions: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("every"):
+            functions.setdefault(item.nodeid.split("[")[0], []).append(item)
+    for name, tests in functions.items():
+        first = zlib.crc32(name.encode()) - number()
+        for i, test in enumerate(sorted(tests, key=lambda test: zlib.crc32(test.nodeid.encode()))):
+            if (i + first) % test.get_closest_marker("every").args[0]:
+                test.add_marker(pytest.mark.slow)
 
 
 # What pytest calls, by way of conftest.py.

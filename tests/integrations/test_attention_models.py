@@ -77,6 +77,7 @@ def on(model, inputs):
     return {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("name", "run"), paired(ATTENTION, RUNS))
 @torch.inference_mode()
 def test_outputs(name, run):
@@ -131,6 +132,7 @@ def logits_of(model, name, tokens=None, steps=64):
     return torch.stack(logits, 1), torch.stack(chosen, 1)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("name", "run"), paired(GENERATING, RUNS))
 @torch.inference_mode()
 def test_generation(name, run):

@@ -72,6 +72,7 @@ assert all(tokens == keys > sequences for tokens, sequences, keys in in_pages), 
 """
 
 
+@pytest.mark.every(3)
 @pytest.mark.interpreted
 @pytest.mark.parametrize("arch", in_turn(["sm_80", "sm_90a"]))
 def test_chunks_read_the_pages_of_their_prompt_on_a_gpu(arch):

@@ -229,6 +229,7 @@ def test_one_thread_alone():
     assert not elsewhere[0].kernel_calls and not elsewhere[0].fallbacks
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     ("where", "dynamic"), in_turn([("around", False), ("within", True), ("around", True), ("within", False)])
 )
@@ -261,6 +262,7 @@ def test_compiled(where, dynamic):
 # ---- models
 
 
+@pytest.mark.every(3)
 @torch.inference_mode()
 def test_a_vision_transformer():
     model = VisionTransformer().eval()

@@ -169,6 +169,7 @@ def test_scores_that_are_ordered_otherwise():
     assert readout.Scores().parity(expected, expected)["cosine_min"] == pytest.approx(1)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -298,6 +299,7 @@ def test_what_would_not_come_back_is_refused_when_it_is_saved(tmp_path):
     assert type(fp.load_pretrained(tmp_path / "saved")) is transformers.BertModel
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [
@@ -347,6 +349,7 @@ def json_of(*args):
     return json.loads(result.stdout), " ".join(result.stderr.split())
 
 
+@pytest.mark.every(3)
 @A_HALF
 def test_commands_read_what_was_saved(tmp_path, texts, parts):
     """Every command that takes a model takes the folder of a SentenceTransformer, and the ones without a swap what was saved."""
@@ -385,6 +388,7 @@ def test_commands_read_what_was_saved(tmp_path, texts, parts):
         assert json_of("size-batch", name, *short)[0]["policy"] is not None
 
 
+@pytest.mark.every(3)
 @A_HALF
 def test_commands_read_a_cross_encoder(tmp_path, texts, parts):
     folder, saved = tmp_path / "model", tmp_path / "saved"

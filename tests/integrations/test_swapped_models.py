@@ -188,6 +188,7 @@ def test_weights_of_some_layers_alone():
     assert len(model(**batch("llama"), output_attentions=True).attentions) == 2
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", in_turn(["llama", "gpt2"]))
 @torch.inference_mode()
 def test_weights_of_a_compiled_call(name):

@@ -67,6 +67,7 @@ def test_where_padding_is_returned_it_stays(result):
     assert fp.swap(model, "w8a16", include="**", unpad=True).unpadding.encoders
 
 
+@pytest.mark.every(3)
 def test_plans_measure_what_swaps_do():
     plans = {unpad: fp.plan(build("bert"), [ragged()], candidates="w8a16", max_error=1.0, target="memory", unpad=unpad)
              for unpad in ("auto", True)}  # fmt: skip

@@ -208,6 +208,7 @@ def assert_quantized_as_the_reference(operands, q, k, v, rotates, starts, produc
     assert not k_scale.view(torch.int32).bitwise_and(3)[..., first:end].any()  # 22 bits
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("dims", "dtype"),
     paired(
@@ -369,6 +370,7 @@ def test_a_peak_and_a_long_tail(dtype, arch):
     assert (o.double() - exact.transpose(1, 2)).norm() < 0.02 * exact.norm()
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("arch", ["sm_89", "sm_90a"])
 def test_one_level_of_sums_against_two_under_the_truncating_accumulator(arch, seed):
     """64k values of one sign: tensor cores cut a product to 13 bits below their sum, so a sum of all keys stops growing. The

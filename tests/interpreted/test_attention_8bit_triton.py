@@ -99,6 +99,7 @@ def test_a_sequence_has_its_bits_whatever_is_beside_it():
         assert bool(o[rows].isnan().any()) == (b == 1)
 
 
+@pytest.mark.every(3)
 def test_sums_of_a_block_are_exact():
     """Products of one sign, 255 * 127 * 64, and 127 * 127 * 256: what an accumulator holds at most."""
     n, d = 64, 256
@@ -112,6 +113,7 @@ def test_sums_of_a_block_are_exact():
         torch.testing.assert_close(lse, torch.full_like(lse, 127.0**2 * d + math.log(n / 2)), rtol=1e-6, atol=0)
 
 
+@pytest.mark.every(3)
 def test_rows_without_keys():
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, n, 2, 64, generator=g).half() for n in (200, 150, 150))
@@ -142,6 +144,7 @@ def test_large_scores_and_rows_of_zeros():
     cases.assert_matches(*with_lse("sm_80", q, k, v, scale=3e4))
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("arch", "dtype"), [("sm_80", "int8"), ("sm_90a", "fp8")])
 @torch.inference_mode()
 def test_scales_of_the_softmax_that_are_far_from_1(arch, dtype):
@@ -153,6 +156,7 @@ def test_scales_of_the_softmax_that_are_far_from_1(arch, dtype):
         cases.assert_matches(*with_lse(arch, q * times, k * of_k, v, causal=True, scale=scale, dtype=dtype))
 
 
+@pytest.mark.every(3)
 def test_no_probability_is_256_of_255():
     """The byte of 256 would be that of 0. Scores beyond 2^15 have units of 2^-8 and less: what rounds a score once in one place and
     twice in another is then a part of a 255th."""

@@ -111,6 +111,7 @@ def bits(t):
     return t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90a"])
 @pytest.mark.parametrize(("name", "case"), CASES, ids=str)
 def test_replay_is_a_call(name, case, arch):

@@ -81,6 +81,7 @@ GEOMETRIES = {
 }
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_geometry(name, arch, seed):

@@ -95,6 +95,7 @@ def test_fp8_kernel_with_exact_sums(case, name, implementation, arch):
     check(name, case, implementation, arch, 0, truncating=False)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("implementation", "case", "arch"),
     cuda_and_triton(on_each(("sm_89", "sm_90a"), fp8_gemm.PROMOTION_CASES, 2), ("sm_89", "sm_90a"), at=1),
@@ -104,6 +105,7 @@ def test_sums_are_promoted(case, arch, implementation, seed):
     check("fp8_gemm", case, implementation, arch, seed, truncating=True)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("implementation", "arch", "w_dtype"),
     cuda_and_triton(paired(ARCHITECTURES, (torch.int8, E4M3)), ARCHITECTURES),

@@ -122,6 +122,7 @@ def main_loops(arch, part):
     return found
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(("arch", "part"), in_turn(PARTS))
 def test_wavefronts_of_the_main_loops_are_ideal(arch, part):
     found = main_loops(arch, part)

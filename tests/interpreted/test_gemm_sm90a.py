@@ -40,6 +40,7 @@ def interpreted(case, seed, kernel, truncating=False, op="int8_gemm"):
     return got, args
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("shape", in_parts(SHAPES, 3))
 def test_int8(shape, seed):
     got, args = interpreted(int8_gemm.Case(*shape), seed, "gemm_wgmma_kernel")
@@ -54,6 +55,7 @@ OF_WEIGHTS = [
 ]
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("case", in_parts(OF_WEIGHTS, 8))
 def test_w8a16(case, seed):
     got, args = interpreted(case, seed, "gemm_wgmma_kernel", op="w8a16_gemm")

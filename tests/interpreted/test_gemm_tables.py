@@ -175,6 +175,7 @@ def one_product(row, case, m, n, out_dtype, residual):
     return case(m, n, K, EpilogueCase(out_dtype=out_dtype, residual=residual))
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("row", in_parts(table(), 6))
 def test_every_row_is_right_at_its_limits(row):
     tried = cases_of(row)

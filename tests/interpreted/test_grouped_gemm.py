@@ -56,6 +56,7 @@ LARGE = {
 }
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("tile", "room"), paired(LARGE, [False, True]))
 def test_blocks_compute_tile_after_tile(tile, room, seed):
     counts, n, k = LARGE[tile]

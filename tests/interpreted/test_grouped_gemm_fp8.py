@@ -47,6 +47,7 @@ def test_kernel(case, implementation, arch, seed):
     cases.assert_matches(got, args, truncating=True)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("implementation", "case", "arch"),
     cuda_and_triton(on_each(ARCHITECTURES[:2], cases.PROMOTION_CASES, 2), ARCHITECTURES, at=1),
@@ -71,6 +72,7 @@ def test_bits_are_those_of_fp8_gemm(arch, blocks, seed):
         assert_equal(got[where], alone)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("implementation", "kind", "arch"),
     cuda_and_triton(paired(["fp8", "fp8_block"], ARCHITECTURES[:2]), ARCHITECTURES, at=1),

@@ -98,6 +98,7 @@ LIMITS = [
 ]
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     "limit", [pytest.param(x, marks=[pytest.mark.slow] * (i > 0)) for i, x in enumerate(LIMITS)], ids=str
 )

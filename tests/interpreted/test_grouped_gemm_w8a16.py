@@ -40,6 +40,7 @@ def test_kernel(case, arch, seed):
     assert device.findings == []
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("case", "arch"),
     on_each(

@@ -35,6 +35,7 @@ def models(name):
     return minilm() if name == "minilm" else (build(name), batch(name))
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("implementation", "name", "precision"),
     cuda_and_triton(paired(["bert", "llama", "minilm"], PRECISIONS), ["bert", "llama", "minilm"], every=3),

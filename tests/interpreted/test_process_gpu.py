@@ -17,6 +17,7 @@ pytestmark = pytest.mark.interpreted
 CHECKS = pathlib.Path(__file__).parent / "swapped_checks.py"
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("guard", in_turn([[], ["--gpu-guard"]]))
 def test_swapped_models_run_on_it(guard):
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-c", "/dev/null", f"--rootdir={CHECKS.parent}",
@@ -28,6 +29,7 @@ def test_swapped_models_run_on_it(guard):
     assert re.search(r"^\d{2,} launches with 1 schedule .*, 0 findings", done.stdout, re.M)
 
 
+@pytest.mark.every(3)
 def test_a_script_runs_a_swapped_model(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(

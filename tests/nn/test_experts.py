@@ -223,6 +223,7 @@ def test_kept_and_moved(name, kind):
         new.load_state_dict({n: t.float() for n, t in new.state_dict().items()})
 
 
+@pytest.mark.every(3)
 @torch.inference_mode()
 def test_compiled():
     new, x = swapped(module("Normed"), "int8"), inputs()

@@ -135,6 +135,7 @@ def test_fewer_bytes_between_the_products(cls):
     assert written == [40]
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("arch", "backend"), paired(["sm_80", "sm_89", "sm_90a"], ["cuda", "triton"]))
 @torch.no_grad()
 def test_on_gpus(arch, backend):

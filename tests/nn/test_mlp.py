@@ -254,6 +254,7 @@ CASES = [("sm_80", Int8Linear, None, {}), ("sm_89", Fp8Linear, None, {}), ("sm_9
          ("sm_90a", Fp8Linear, None, BLOCKS), ("sm_89", Fp8Linear, None, BLOCKS), ("sm_120", Int8Linear, None, {})]  # fmt: skip
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize(("arch", "cls", "down", "up"), in_turn(CASES, 3), ids=lambda x: getattr(x, "__name__", str(x)))
 @torch.no_grad()

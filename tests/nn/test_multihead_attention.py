@@ -213,6 +213,7 @@ def test_halves_and_autocast(dtype):
     assert (got - exact).norm() < 0.02 * exact.norm()
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_compiles(kind):

@@ -353,6 +353,7 @@ def test_quantised_weights_are_not_loaded_without_their_scales():
         bf16.load_state_dict(other, strict=False)
 
 
+@pytest.mark.every(2)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++")
 @pytest.mark.parametrize("cls", [W8A16Linear, Int8Linear, Fp8Linear, Bf16Linear])
 @torch.inference_mode()
@@ -365,6 +366,7 @@ def test_under_inductor(cls):
         assert torch.equal(got, expected)
 
 
+@pytest.mark.every(3)
 @torch.no_grad()
 def test_exports():
     x = torch.randn(5, 33)

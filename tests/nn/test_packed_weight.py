@@ -90,6 +90,7 @@ print("right")
 """
 
 
+@pytest.mark.every(3)
 @pytest.mark.skipif("avx2" not in torch.ops.forwardpass._cpu_tiers(), reason="no other tier keeps a packed weight")
 def test_packed_weight_is_never_stale():
     done = fork.run(_NEVER_STALE, env=two_threads({"FORWARDPASS_CPU": "avx2"}))

@@ -98,6 +98,7 @@ def column_wise(kind, k, n, bias, dtype):
                 torch.testing.assert_close(y, expected, rtol=torch.finfo(dtype).eps * 4, atol=1e-5)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("way", "kind"), paired([row_wise, column_wise], KINDS))
 def test_two_processes_compute_what_one_does(processes, way, kind):
     sizes = [(512, 256)] if kind in ("w8a16_group", "fp8_block") else [(64, 48), (71, 51)]

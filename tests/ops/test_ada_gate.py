@@ -53,6 +53,7 @@ def parts(dtype):
     return r, (six.chunk(6, 1)[2], six[:, :N].contiguous(), six[:1, :N].expand(B, N), odd[:, 1 : N + 1])
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("name", "backend", "arch"), list(runs()))
 def test_each_step_is_rounded_to_float32_once(name, backend, arch):
     """As float32 outputs of the same backend, times the gate, plus the residual; of w8a16_gemm, whose outputs are of x's dtype,

@@ -134,6 +134,7 @@ WITH_SUMS = (
 )
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("case", "backend"), paired(WITH_SUMS, EVERY_BACKEND))
 def test_the_lse(case, backend, seed):
     """Beside the bits of o that attention_decode gives. Of several blocks, which share the keys of a head, too."""
@@ -282,6 +283,7 @@ def widened(args, columns):
     return (*args[:4], table, *args[5:])
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("page", [None, 16])
 @pytest.mark.parametrize(("backend", "arch"), in_turn_of_triton(ON_GPUS))
 def test_a_batch_invariant_row_of_a_gpu_is_that_of_its_own(backend, arch, page, monkeypatch):
@@ -553,6 +555,7 @@ with pytest.raises(RuntimeError, match="append_kv: FORWARDPASS_DEBUG=1 reads len
 """
 
 
+@pytest.mark.every(3)
 def test_lengths_are_looked_at_where_that_is_asked_for():
     """On every backend, in every call, and nothing is written."""
     done = fork.run(_DEBUG, env=two_threads({"FORWARDPASS_DEBUG": "1"}))

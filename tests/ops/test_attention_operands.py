@@ -92,6 +92,7 @@ def test_same_bits(case, backend):
     assert_same_bits(case, backend)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("case", FEW + FP8)
 @pytest.mark.parametrize("arch", ["sm_80", pytest.param("sm_90a", marks=pytest.mark.slow)])
 @pytest.mark.interpreted

@@ -21,6 +21,7 @@ def test_every_tier(tier, parts):
     assert (done.stdout.strip(), done.returncode) == (tier, 0), done.stderr
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("capability", in_turn(["default", "avx2"]))
 def test_it_may_be_torch_that_takes_less(capability):
     below_avx512 = [t for t in TIERS if t in ("baseline", "avx2", "avx_vnni")]

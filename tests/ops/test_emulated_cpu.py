@@ -39,6 +39,7 @@ def test_what_the_cpu_has_is_not_emulated(emulated_cpu):
     assert said.stdout.split() == [*lacks, "False"]
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("tier", "least", "shapes"),
     [
@@ -63,6 +64,7 @@ def run(code, tier, **environment):
     return subprocess.run(command, capture_output=True, text=True, env=env)
 
 
+@pytest.mark.every(3)
 def test_attention_8bit_on_tiles_has_the_bits_of_vnni(emulated_cpu):
     """Rows, columns and keys that are whole tiles and that are not; the other tiers' floats are added in another order."""
     if "avx512_vnni" not in TIERS:

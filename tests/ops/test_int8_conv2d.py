@@ -150,6 +150,7 @@ def test_bits_are_those_of_every_layout():
         assert_equal(y, expected)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("case", in_parts([*cases.cases()][::9], 3))
 def test_opcheck(case):
     torch.library.opcheck(torch.ops.forwardpass.int8_conv2d_cpu.default, case.arguments())

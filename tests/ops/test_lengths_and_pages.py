@@ -127,6 +127,7 @@ PREFILLED = (
 )  # fmt: skip
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("numbered", "backend", "arch"), list(on_backends((*WRONG, *RIGHT, *PREFILLED))))
 def test_attention_decode(numbered, backend, arch):
     index, wrong = numbered

@@ -136,6 +136,7 @@ def test_triton_reads_choices_as_often_whatever_the_experts():
     assert read_while_counting(choices_of_all(2**11, MOST_EXPERTS), "triton") < 1e6
 
 
+@pytest.mark.every(2)
 @pytest.mark.interpreted
 @pytest.mark.parametrize(("experts", "most"), paired([1, 31, 32, 200], [2, 3, 1024]))
 def test_triton_of_several_slices(experts, most, monkeypatch):

@@ -38,6 +38,7 @@ def test_matrix(size):
     torch.testing.assert_close(rotate(x, size), expected, rtol=0, atol=1e-13)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_bits_where_no_tensor_core_adds(size, symmetric):

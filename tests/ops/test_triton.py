@@ -196,6 +196,7 @@ def compiler():
         yield pool
 
 
+@pytest.mark.every(2)
 @pytest.mark.skipif(
     TRITON == "3.6" and tuple(int(n) for n in numpy.__version__.split(".")[:2]) >= (2, 4),
     reason="Triton 3.6's interpreter breaks on numpy 2.4",
@@ -295,6 +296,7 @@ def in_turn_for(architectures, cases, parts, *values, all_of=()):
     return on_each(architectures, cases, parts, *values, slow=(*slow, *({89} - {*all_of})))
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("case", "name", "architecture"),
     [p for name, cases in COMPILED.items() for p in in_turn_for(ARCHITECTURES, cases, len(cases), name)],
@@ -333,6 +335,7 @@ COMPILED_GEMMS = [
 GEMMS = list(dict.fromkeys(name for name, _ in COMPILED_GEMMS))
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("case", "name", "architecture"),
     [
@@ -380,6 +383,7 @@ def attention_cases():
             yield attention.Case((256, 512), dims, dtype, causal=True, lse=True, mask=mask, sinks="float32")
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(("case", "architecture"), in_turn_for(ARCHITECTURES, attention_cases(), 7))
 def test_attention_compiles_for_tensor_cores_without_more_spills(compiler, case, architecture):
     ptx, stack = compiler.submit(compile_for, architecture, "attention", case).result()

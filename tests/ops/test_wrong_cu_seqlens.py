@@ -99,6 +99,7 @@ def check(wrong, args, right):
             assert_equal(lse[:, rows].contiguous(), whole_lse[:, rows].contiguous(), f"lse of {b}")
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("backend", "arch"), in_turn_of_triton())
 @pytest.mark.parametrize(("index", "wrong"), list(enumerate(WRONG)), ids=str)
 def test_rows_that_they_concern_are_nan(index, wrong, backend, arch):
@@ -107,6 +108,7 @@ def test_rows_that_they_concern_are_nan(index, wrong, backend, arch):
         check(wrong, args, right)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 @pytest.mark.parametrize("modified", [False, True])
 @pytest.mark.parametrize("dims", [(64, 64), (96, 96), (128, 128), (192, 192), (256, 256), (192, 128)], ids=str)
@@ -119,6 +121,7 @@ def test_of_each_tile(dims, modified, arch):
             check(wrong, args, right)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("sequences", "backend"), paired([127, 128, 129, 300], EVERY_BACKEND))
 def test_of_many_sequences(sequences, backend):
     """The first wrong number is any thread's, and of either."""

@@ -50,6 +50,7 @@ def with_ends(args, ends, at):
     return (*args[:at], torch.tensor(ends, dtype=torch.int32), *args[at + 1 :])
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("op", ["int8_grouped_gemm", "fp8_grouped_gemm", "w8a16_grouped_gemm"])
 @pytest.mark.parametrize(("backend", "arch"), in_turn_of_triton(BACKENDS))
 def test_rows_that_they_concern_are_nan(op, backend, arch, seed):
@@ -75,6 +76,7 @@ def test_rows_that_they_concern_are_nan(op, backend, arch, seed):
         assert (values == -127 if got.dtype == torch.int8 else values.isnan()).all(), f"{given} of {room}"
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 @pytest.mark.parametrize("experts", [31, 33, 300, 512])
 def test_of_many_experts(experts, arch):

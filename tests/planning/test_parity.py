@@ -16,6 +16,7 @@ from forwardpass.planning.parity import Comparison, LayerParity, ParityReport
 from forwardpass.swap import originals
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("precision", ["int8", "fp8", "w8a16", "bf16"])
 def test_architectures(name, precision):
@@ -403,6 +404,7 @@ def test_the_task_is_what_the_class_is_called():
         fp.parity(llama, [tokens], task="translation")
 
 
+@pytest.mark.every(3)
 def test_a_model_under_compile_is_compared_too():
     model, x = block(), torch.randn(5, 64)
     fp.swap(model, "int8")

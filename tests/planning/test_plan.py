@@ -338,6 +338,7 @@ def test_calibration_is_asked_for_again_and_must_be_the_same(times):
     fp.swap(model, plan=dataclasses.replace(plan, calibration=None), calibrate=[inputs(256, 4)])
 
 
+@pytest.mark.every(3)
 def test_another_process_gets_the_same_outputs(times, tmp_path):
     times["int8"] = 9.0
     plan = planned(max_error=0.012)
@@ -503,6 +504,7 @@ def command(folder, *args, text=None):
     return run("plan", folder, "--batch", 2, "--length", 16, *texts, *args)
 
 
+@pytest.mark.every(3)
 @pytest.mark.usefixtures("fewer_texts")
 def test_the_command_writes_a_plan_that_swap_replays(times, folder, tmp_path):
     file = tmp_path / "plan.json"

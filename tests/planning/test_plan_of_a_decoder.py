@@ -84,6 +84,7 @@ def test_a_tied_head_is_a_choice_of_the_plan(times):
     assert "lm_head" not in {x.fqn for x in alone.layers}
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("steps", "chosen"), [((0.8, 0.7, 0.6), "fp8"), ((0.8, 0.7, 0.75), "int8"), ((0.8, 0.8, 0.9), None)]
 )

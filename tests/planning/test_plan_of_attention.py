@@ -290,6 +290,7 @@ def test_several_candidates(times, monkeypatch):
     assert set(plan.evidence["candidates"]) == {"int8", "w8a16", *DTYPES}
 
 
+@pytest.mark.every(3)
 @pytest.mark.usefixtures("fewer_texts")
 def test_the_command(times, folder, tmp_path):
     """Plans it, and swap replays that."""

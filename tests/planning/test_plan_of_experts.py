@@ -1,5 +1,6 @@
 """fp.plan of a model with experts: a module of experts is a layer, timed on routings, chosen like any."""
 
+import pytest
 import torch
 from small_models import build, names
 
@@ -15,6 +16,7 @@ MODEL = {
 }
 
 
+@pytest.mark.every(3)
 def test_experts_are_chosen_like_layers(tmp_path, monkeypatch):
     monkeypatch.setattr(precision, "PRECISIONS", list(precision.PRECISIONS))
     fp.register_precision(fp.Precision("fp8_block", 1, fp.nn.Fp8Linear, {"scales": "block"}, experts="fp8_block"))

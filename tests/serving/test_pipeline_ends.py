@@ -361,6 +361,7 @@ else:
 """
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("how", in_turn(["with", "cycle"]))
 def test_the_interpreter_exits_with_a_pipeline_open(how):
     done = subprocess.run([sys.executable, "-c", SCRIPT, how], capture_output=True, text=True, timeout=60)

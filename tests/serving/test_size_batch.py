@@ -213,6 +213,7 @@ def sized(model=None, make=make_batch, **options):
     return size_batch(model or Sleeper(), make, **{**defaults, **options})
 
 
+@pytest.mark.every(3)
 def test_a_sleeping_model_is_sized():
     found = sized()
     assert [p.batch for p in found.points] == [1, 2, 4, 8] and "larger than 8" in found.ended
@@ -268,6 +269,7 @@ def test_short_runs_need_more_to_spare():
     assert [replicas(t) for t in (100.0, 4.0)] == [(1, 1000), (2, 20)]
 
 
+@pytest.mark.every(3)
 def test_an_objective_that_cannot_hold_keeps_what_was_measured():
     found = sized(latency_slo_ms=1.0)
     assert found.policy is None and "free server" in found.reason and found.points[0].batch == 1
@@ -287,6 +289,7 @@ def test_what_is_printed_fits_and_its_line_is_not_below_0(exact):
     assert "takes about 40.00 ms" in text
 
 
+@pytest.mark.every(3)
 def test_the_plot_says_why_there_is_no_policy(tmp_path):
     matplotlib = pytest.importorskip("matplotlib")
     with matplotlib.rc_context({"svg.fonttype": "none"}):
@@ -355,6 +358,7 @@ def test_what_is_refused(options, message):
         sized(**options)
 
 
+@pytest.mark.every(3)
 def test_memory_ends_the_measurement(exact, monkeypatch):
     tried = []
     monkeypatch.setattr(module._Server, "check_batch", lambda self, n: tried.append(n))

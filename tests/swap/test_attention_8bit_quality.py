@@ -26,6 +26,7 @@ def test_retrieval(keys):
         assert found["int8"]["nrmse"] < 0.015
 
 
+@pytest.mark.every(3)
 @torch.inference_mode()
 def test_minilm():
     model, tokenizer, readout = loaded("minilm")

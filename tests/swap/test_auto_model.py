@@ -144,6 +144,7 @@ print(type(model.model.layers[0].mlp).__name__)
 """
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     ("imports", "expected"),
     in_turn(

@@ -45,6 +45,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("case", OPTIONS)
 @torch.inference_mode()
 def test_as_fp_swap(floats, case):

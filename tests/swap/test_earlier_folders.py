@@ -31,6 +31,7 @@ def as_before(folder):
     assert not any("qweight" in name for name in load_file(weights))
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("precision", ["int8", "w8a16"])
 @pytest.mark.parametrize("name", ["llama", "t5", "gpt2", "bert"])
 @pytest.mark.filterwarnings("ignore")

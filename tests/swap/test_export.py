@@ -70,6 +70,7 @@ def test_a_plan_of_several_precisions(tmp_path):
         assert (reference - outputs(model, X)).norm() < 0.05 * reference.norm()
 
 
+@pytest.mark.every(3)
 @pytest.mark.skipif(NO_MINILM, reason="the extra demo is not installed")
 @torch.inference_mode()
 def test_a_plan_of_minilm(tmp_path):
@@ -103,6 +104,7 @@ def rescaled_norms(model):
     return model
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("heads", [2, 4], ids=["shared", "own"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.inference_mode()

@@ -65,6 +65,7 @@ def swapped(cls, config, precision):
     return model
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("family", "precision"), paired(FAMILIES, ["int8", "mixed"]))
 @torch.inference_mode()
 def test_read_back(family, precision, tmp_path):

@@ -317,6 +317,7 @@ EXPECTED = {name: (2, {"phi3", "llama", "gemma3", "modernbert"}) for name in MLP
                                                                                       "siglip": (3, ())}  # fmt: skip
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", MLPS)
 def test_models(name, tmp_path, monkeypatch):
     """One module for each MLP computes what its layers do one by one, saved, loaded, copied, compiled, and restored."""
@@ -343,6 +344,7 @@ def test_models(name, tmp_path, monkeypatch):
     torch.testing.assert_close(outputs(model, x), after, rtol=0, atol=1e-4)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", in_turn(["gpt2", "t5_gated", "phi3"]))
 def test_compiled_models(name):
     model, x = build(name, MLPS), batch(name)
@@ -352,6 +354,7 @@ def test_compiled_models(name):
     torch.testing.assert_close(outputs(compiled, x), outputs(model, x), rtol=0, atol=1e-5)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("precision", ["int8", "fp8", "w8a16"])
 @pytest.mark.parametrize("kept", [False, True])
 def test_t5_converts_to_the_dtype_of_its_last_layer(precision, kept):

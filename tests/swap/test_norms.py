@@ -129,6 +129,7 @@ def test_timm():
     assert 0 < (outputs(model, x) - before).norm() < 0.05 * before.norm()
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", in_turn(["llama", "gemma3", "gpt2"]))
 def test_restored_stored_and_compiled(name, tmp_path):
     model, x = build(name, MLPS), batch(name)

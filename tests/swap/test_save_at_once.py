@@ -35,6 +35,7 @@ def models():
     return made
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("how", in_turn(SAVES))
 def test_one_wins_whole(how, tmp_path):
     both, inputs = models(), {"input_ids": torch.arange(3, 23).reshape(2, 10)}
@@ -75,6 +76,7 @@ def test_a_save_beside_another_is_refused_and_writes_nothing(tmp_path):
         save(model, folder)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("step", [6, pytest.param(1, marks=pytest.mark.slow)])
 def test_an_export_that_is_killed_leaves_the_old_one_the_new_one_or_none(tmp_path, step):
     both, inputs = models(), {"input_ids": torch.arange(3, 23).reshape(2, 10)}

@@ -95,6 +95,7 @@ def test_a_loaded_model_is_saved_where_it_came_from(tmp_path):
     assert torch.equal(outputs(fp.load_pretrained(tmp_path / "saved"), batch("bert")), outputs(model, batch("bert")))
 
 
+@pytest.mark.every(3)
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("size", in_turn(["5GB", "50KB"]))
@@ -183,6 +184,7 @@ def test_other_programs_find_no_weights(tmp_path, monkeypatch):
             cls.from_pretrained(tmp_path)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("made", ["swapped", "copied", "pickled", "compiled", "loaded", "part"])
 def test_a_swapped_models_own_method_writes_our_folder(tmp_path, made):
     model = build("llama")

@@ -73,6 +73,7 @@ def test_sixteen_bits(tmp_path, dtype):
     assert {t.dtype for t in loaded.parameters()} == {dtype}
 
 
+@pytest.mark.every(3)
 def test_a_new_process_without_the_original_weights(tmp_path):
     model, inputs = build("bert"), batch("bert")
     fp.swap(model, "int8", calibrate=[inputs] * 3)

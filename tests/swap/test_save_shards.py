@@ -234,6 +234,7 @@ HOSTILE = {
 }  # fmt: skip
 
 
+@pytest.mark.every(2)
 @DOORS
 @pytest.mark.parametrize("case", HOSTILE)
 def test_what_is_damaged_or_hostile(tmp_path, case, door, monkeypatch):

@@ -17,6 +17,7 @@ from forwardpass.nn import QuantizedModule
 X = {"input_ids": torch.arange(3, 35).reshape(2, 16)}
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", FORMATS)
 @torch.inference_mode()
 def test_formats(name, tmp_path):

@@ -77,6 +77,7 @@ def with_weights(name, weights, folder):
     return transformers.AutoModelForCausalLM.from_pretrained(folder)
 
 
+@pytest.mark.every(2)
 @pytest.mark.filterwarnings(FINER)
 @pytest.mark.parametrize(("format", "name"), paired(KINDS, MIXTURES))
 @torch.inference_mode()

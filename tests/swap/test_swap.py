@@ -33,6 +33,7 @@ from forwardpass.swap import originals
 OFF = {"int8": 0.018, "fp8": 0.08, "w8a16": 0.016, "bf16": 0.006}
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("precision", OFF)
 def test_architectures(name, precision):

@@ -288,6 +288,7 @@ def test_copies(how):
         fp.restore(model)
 
 
+@pytest.mark.every(3)
 def test_another_process_reads_a_pickle(tmp_path):
     """It has neither swapped nor asked transformers for anything yet."""
     model = build("mistral", ATTENTION)
@@ -351,6 +352,7 @@ def test_threads():
     assert len(got) == 4 and all(torch.equal(y, expected) for y in got)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", in_turn(["llama", "mistral", "gemma2", "bert", "vit"]))
 @torch.inference_mode()
 def test_compiled(name):

@@ -407,6 +407,7 @@ def test_copies(how):
         assert [(call.endswith(" in int8"), n) for call, n in calls.kernel_calls.items()] == [(True, 2)]
 
 
+@pytest.mark.every(3)
 def test_another_process_reads_a_pickle(tmp_path):
     model, inputs = build("mistral", ATTENTION), batch("mistral")
     fp.swap(model, **EVERYWHERE)
@@ -530,6 +531,7 @@ def test_two_threads():
     assert errors[True] < 1e-5 < 1e-3 < errors["int8"]
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", in_turn(["llama", "mistral", "gemma2", "bert", "vit"]))
 @torch.inference_mode()
 def test_compiled(name):
@@ -545,6 +547,7 @@ def test_compiled(name):
     torch.testing.assert_close(got[keep], expected[keep], rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.every(2)
 @pytest.mark.usefixtures("vnni")
 @pytest.mark.parametrize("dynamic", [False, True])
 @torch.inference_mode()

@@ -141,6 +141,7 @@ def experts_of_report(report):
     return [s.fqn for s in report.swapped if s.fqn.endswith("experts")]
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", in_turn(["mixtral", "gpt_oss"]))
 def test_compiled(name):
     model = build(name, MODELS)

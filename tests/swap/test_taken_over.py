@@ -129,6 +129,7 @@ def test_what_has_no_kernels_stays_with_the_reason():
     assert skipped.reason.code == "stored" and "[3, 5]" in str(skipped.reason)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("preset", in_turn(["W8A8", "FP8", "FP8_DYNAMIC", "FP8_BLOCK"]))
 @torch.no_grad()
 def test_what_compressed_tensors_has_not_decompressed_yet(preset, tmp_path):
@@ -150,6 +151,7 @@ def test_what_compressed_tensors_has_not_decompressed_yet(preset, tmp_path):
     assert torch.equal(outputs(model, X), expected)
 
 
+@pytest.mark.every(3)
 def test_what_is_packed_says_how_it_is_read(tmp_path):
     pytest.importorskip("compressed_tensors")
     write_compressed(tmp_path, "W8A16")

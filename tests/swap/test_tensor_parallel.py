@@ -136,6 +136,7 @@ def local(t):
     return t.to_local() if isinstance(t, DTensor) else t
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("precision", in_turn(PRECISIONS))
 def test_a_model_that_transformers_divides_is_swapped(processes, folders, precision):
     processes.run(swapped_after, folders / "llama", precision)
@@ -401,6 +402,7 @@ def test_llama(processes, folders, function):
     processes.run(function, folders / "llama")
 
 
+@pytest.mark.every(3)
 def test_nothing_is_divided_where_nothing_is():
     model = two_layers()
     before = objects(model)

@@ -179,6 +179,7 @@ def test_two_threads_do_not_see_each_others_step(both):
     assert not wrong
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("whole", [True, False])
 def test_compiled_code_is_two_ways_and_no_more(both, whole):
     """Of blocks with fullgraph; of the whole model without."""

@@ -97,6 +97,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.inference_mode()
 def test_families(name, tmp_path, monkeypatch):
@@ -122,6 +123,7 @@ def test_experts(name, tmp_path, monkeypatch):
     assert experts and tensor_bytes(experts) < floats / 3  # one of 4, for all modules
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, "auto"])
 @torch.inference_mode()
 def test_dtypes(dtype, tmp_path):
