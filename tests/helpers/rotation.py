@@ -6,7 +6,7 @@
 This is two tests: one calls the function with an eighth of the cases, the other, which is slow, with all others. Which eighth it is
 follows from the commit, so that a few commits run the whole. `some_of` chooses in the same way within a test.
 
-`@pytest.mark.every(3)` is for functions that take more than a core-second: a run has a third of the function's tests. If it has only
+`@pytest.mark.every(3)` is for functions of more than a core-second: a run has a third of the tests of one. If it has only
 one, one commit in three runs it.
 """
 

@@ -31,7 +31,8 @@ def cases_of(products):
     return [c for c in cases.cases(products) if c.dtype != torch.float32 and bucket(*c.dims)]
 
 
-REFUSED = [c for c in cases.cases() if c not in cases_of("int8")]
+INT8 = cases_of("int8")
+REFUSED = [c for c in cases.cases() if c not in INT8]
 
 
 #: those that take every path of attention's kernels: tiles at edges, maxima that grow, cu_seqlens that are wrong

@@ -64,7 +64,7 @@ def out_of_turn(*architectures):
     ("case", "arch"),
     [
         *on_each(ARCHITECTURES, CASES, 76, slow=("sm_89", "sm_120")),
-        *on_each(ARCHITECTURES, PATHS, 8, slow=("sm_89", "sm_120", *out_of_turn("sm_80", "sm_90a"))),
+        *on_each(ARCHITECTURES, PATHS, 16, slow=("sm_89", "sm_120", *out_of_turn("sm_80", "sm_90a"))),
         *on_each(("sm_90a", "sm_89", "sm_120"), FP8, 76, slow=("sm_120", *out_of_turn("sm_90a", "sm_89"))),
         *(whole(REST, arch, which="of cuda", marks=[pytest.mark.slow]) for arch in ("sm_80", "sm_90a")),
     ],
