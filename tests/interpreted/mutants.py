@@ -25,6 +25,8 @@ import forwardpass as fp
 from forwardpass.ops.common.activations import GATED
 from forwardpass.ops.common.rotated_cases import whole_blocks
 from forwardpass.ops.common.rotation import SIZES
+from forwardpass.ops.dequant_activation.cases import EpilogueCase
+from forwardpass.ops.int8_conv2d import cases as int8_conv2d
 from forwardpass.ops.int8_gemm import cases as int8_gemm
 from forwardpass.testing import apart, poisoned_outputs
 from gpuless import Module
@@ -82,6 +84,8 @@ def operation_launches(name, arch):
     # each case in the one instance; bf16 weights belong to bf16 rows
     rotations = ((SIZES if rotated else (None,)),) if hasattr(module, "ROTATIONS") else ()
     cases = [dataclasses.replace(c, **OPERATIONS[name]) for c in module.cases(*rotations) if math.prod(c.shape)]
+    if name == "dequant_activation":  # of gated ones with a zero point the cases have one, of int8 that saturate
+        cases.append(module.Case((3, 32), epilogue=EpilogueCase(activation=GATED[0], zero_point="row")))
     if name == "norm_quantize":
         cases = [c for c in cases if torch.bfloat16 not in (c.weight, c.bias, c.ada_scale, c.ada_shift)]
     torch.use_deterministic_algorithms(True)
@@ -99,13 +103,25 @@ def operation_launches(name, arch):
             fp.dispatch.operations[getattr(case, "op", op)](*args)
             if shape in longer and not rotated:
                 narrow(launches[-1])
-        if name == "dequant_activation":  # also adds up what the parts of a product leave
-            scaled = [case for case in options(cases) if case.epilogue.a_scale and case.epilogue.b_scale]
-            for case, n, k in itertools.product(scaled, (3, 7, 32), SPLIT_K):
-                n = -(-n // 16) * 16 if needs_whole(case) else n
-                fp.dispatch.operations["int8_gemm"](*int8_gemm.Case(5, n, k, case.epilogue).arguments())
+        if name == "dequant_activation":
+            for op, case in split_products(cases):
+                fp.dispatch.operations[op](*case.arguments())
     torch.use_deterministic_algorithms(False)
     return [launch for launch in launches if launch.kernel == launches[0].kernel]
+
+
+def split_products(cases):
+    """Those whose parts this kernel adds up, with the epilogues of `cases` and what products alone have: a residual, a gate of
+    adaLN, and a residual before the activation."""
+    scaled = [case for case in options(cases) if case.epilogue.a_scale and case.epilogue.b_scale]
+    for case, n, k in itertools.product(scaled, (3, 7, 32), SPLIT_K):
+        yield "int8_gemm", int8_gemm.Case(5, -(-n // 16) * 16 if needs_whole(case) else n, k, case.epilogue)
+    for dtype, layout in itertools.product((torch.float32, torch.float16, torch.bfloat16), ("aligned", "apart")):
+        residual = EpilogueCase(out_dtype=dtype, residual=layout)
+        for gated, n in itertools.product((False, True), (3, 7, 32)):
+            yield "int8_gemm", int8_gemm.Case(6, n, SPLIT_K[-1], dataclasses.replace(residual, ada_gate=gated))
+        first = dataclasses.replace(residual, activation="relu")
+        yield "int8_conv2d", int8_conv2d.Case((1, 3, 3), 128, 24, epilogue=first, residual_first=True)
 
 
 def narrow(launch):
