@@ -31,6 +31,7 @@ class Clock:
         monkeypatch.setattr(phases, "sleep", lambda seconds: self.spend(seconds, 0.0))
         monkeypatch.setattr(phases, "_usage", lambda: None)
         monkeypatch.setattr(phases.os, "sched_getaffinity", lambda _: {0, 1})
+        monkeypatch.setattr(module, "_handover", lambda: 0.0001)  # which is measured with threads, on a machine as busy as it is
 
     def spend(self, seconds, cores, thread=None):
         self.wall += seconds
@@ -179,8 +180,8 @@ def test_an_input_that_waits_is_to_be_overlapped_by_more_threads(clock):
     best = found.advice[0]
     assert best.action == "overlap"
     assert "workers=3" in best.text
-    assert best.speedup == pytest.approx(4.0, rel=0.05)  # less what handing over takes on this machine
-    assert found.overlap.speedup == pytest.approx(120 / 90, rel=0.05)
+    assert best.speedup == pytest.approx(120 / 30.1)
+    assert found.overlap.speedup == pytest.approx(120 / 90.1)
 
 
 def test_nothing_is_advised_where_nothing_is_gained(clock):
