@@ -6,23 +6,18 @@ and the state of asynchronous operations say so at every seed, so every seed mus
 alarm.
 """
 
-import hashlib
-import os
 import pathlib
 import re
-import shutil
-import subprocess
 
 import pytest
 import torch
+from cached_ptx import NVCC, cached_ptx
 
 import gpuless
 
-NVCC = shutil.which(f"{os.environ['CUDA_HOME']}/bin/nvcc" if "CUDA_HOME" in os.environ else "nvcc")
 pytestmark = [pytest.mark.interpreted, pytest.mark.skipif(NVCC is None, reason="there is no nvcc")]
 
 FOLDER = pathlib.Path(__file__).parent / "hazards"
-CACHE = pathlib.Path(__file__).parents[1] / "build/hazards"
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a")
 SEEDS, BROKEN_SEEDS = 20, 10
 RUNS = {}
@@ -40,17 +35,8 @@ class Source:
         self.lines = [i for i, line in enumerate(text.splitlines(), 1) if "// HAZARD" in line]
 
     def module(self, broken, architecture):
-        """Compiled once for each content of the sources."""
-        command = [NVCC, "-ptx", "-lineinfo", "-std=c++17", "-Werror", "all-warnings"]
-        command += [f"-arch={architecture}", f"-DBROKEN={broken}", str(self.path)]
-        content = self.path.read_bytes() + (FOLDER / "hazard.cuh").read_bytes() + repr(command).encode()
-        ptx = CACHE / f"{self.path.stem}-{hashlib.sha256(content).hexdigest()[:16]}.ptx"
-        if not ptx.exists():
-            CACHE.mkdir(parents=True, exist_ok=True)
-            partial = ptx.with_suffix(f".{os.getpid()}")
-            subprocess.run([*command, "-o", partial], check=True)
-            partial.replace(ptx)
-        return gpuless.Module(ptx.read_text(), arch=architecture)
+        ptx = cached_ptx(self.path, [FOLDER / "hazard.cuh"], architecture, f"-DBROKEN={broken}")
+        return gpuless.Module(ptx, arch=architecture)
 
 
 SOURCES = {path.stem: Source(path) for path in sorted(FOLDER.glob("*.cu"))}
