@@ -375,6 +375,11 @@ class Int8Conv2d(FoldsNorm, ReadableWeight, QuantizedModule):
     def as_rows(self, y: Tensor) -> Tensor:
         return y.movedim(-3, -1)
 
+    def in_floats(self, x: Tensor) -> Tensor:
+        """The convolution of x by the values of the weight, without the norm and the activation, in x's dtype."""
+        weight, bias = self._reading()[0]().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
     def exact(self, x: Tensor) -> Tensor:  # type: ignore[override]
         if x.dim() == 3:
             return self.exact(x[None])[0]

@@ -317,6 +317,8 @@ def _stand_ins(
         layer = replacements.get(leaf.fqn)
         if layer is not None and leaf.is_experts:
             stand_ins.append((leaf.parent, leaf.name, layer))
+        elif isinstance(layer, Int8Conv2d):
+            stand_ins.append((leaf.parent, leaf.name, _ConvolutionInFloats(layer)))
         elif (layer is not None or _stays(leaf.module) or Early.of(leaf.module)) and not (
             leaf.is_experts or leaf.is_convolution
         ):
@@ -352,6 +354,21 @@ class _StandIn(nn.Linear):
         y = F.linear(input, self.weight[: self.OWN])
         y = torch.cat([y] * -(-self.out_features // self.OWN), -1)[..., : self.out_features].contiguous()
         return y if self.bias is None else y + self.bias
+
+
+class _ConvolutionInFloats(nn.Module):
+    """A convolution of a quantised one's own values, whose floats are made for each call. In a model on the meta device the
+    convolution itself has none, and torch raises nothing: its result is then memory that nobody wrote."""
+
+    def __init__(self, layer: Int8Conv2d) -> None:
+        super().__init__()
+        self._layer = (layer,)  # in a tuple, which holds no child: the model runs in floats
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._layer[0].in_floats(input)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["_layer"][0], name)
 
 
 def _stays(module: nn.Module) -> bool:
