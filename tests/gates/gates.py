@@ -28,7 +28,7 @@ import cubin
 import gemm_gates
 
 ROOT = pathlib.Path(__file__).parents[2]
-BUDGETS = {"compiled instances": 300, "compile time, core seconds": 900, "wheel, MB": 30}
+BUDGETS = {"compile time, core seconds": 900, "wheel, MB": 30}
 SHIPPED = ("80", "89", "90", "120")  # of portable files; a file of one architecture is built for that one
 COMPILE_ONLY = ("100a",)  # runs the portable files' PTX: the assembler has to accept it without a message
 # but for mma.sync of fp8 where it is emulated, on 9.0 and 10.0, which takes more registers than there are: it runs, and spills
@@ -234,10 +234,10 @@ def main(wheel: str) -> int:
     tables = table(kernels), gemm_gates.table(kernels), attention_gates.table(kernels), ada_gates.table(pairs)
     print(*tables, sep="\n\n", end="\n\n")
     figures = {
-        "compiled instances": sum(not left_out(k) for k in kernels),
         "compile time, core seconds": compile_seconds(ROOT / "build/ninja/.ninja_log"),
         "wheel, MB": pathlib.Path(wheel).stat().st_size / 1e6,
     }
+    print(f"{'compiled instances':<28}{sum(not left_out(k) for k in kernels):>8}")
     for name, n in figures.items():
         print(f"{name:<28}{n:>8.1f} of {BUDGETS[name]:>4}")
     failed = [f"{k.name} on {k.arch}: {sentence}" for k in kernels + elsewhere(kernels) for sentence in failures(k)]

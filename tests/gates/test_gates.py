@@ -151,7 +151,7 @@ def test_the_command_reports_and_fails(bad_object, tmp_path, monkeypatch, capsys
     assert gates.main(str(wheel)) == 1
     printed = capsys.readouterr().out
     assert re.search(r"^kernel +arch +registers", printed, re.M) and re.search(
-        r"compiled instances +14.0 of +300", printed
+        r"compiled instances +14$", printed, re.M
     )
     for sentence in (
         "int8_gemm_dp4a_kernel on sm_80: no loop",

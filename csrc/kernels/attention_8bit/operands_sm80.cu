@@ -299,19 +299,20 @@ template <class F>
 __device__ inline void each_word(const QuantizeArguments& a, const KeysOf& keys, int head, F f) {
   const AttentionParams& p = a.p;
   const int word = threadIdx.x % kWords;
-  const int64_t from = keys.sequence * p.v.batch + head * p.v.head + keys.first_of_sequence * p.v.row;
+  const int left = keys.keys - keys.first;
+  const int64_t from = keys.sequence * p.v.batch + head * p.v.head + (keys.first_of_sequence + keys.first) * p.v.row;
 #pragma unroll 1
   for (int begin = 0; begin < a.to.value_dim; begin += kThreads / kWords * kVec) {  // all threads: shuffles
     const int column = begin + static_cast<int>(threadIdx.x) / kWords * kVec;
     const bool inside = column < p.value_dim, stored = column < a.to.value_dim;
+    float largest[kVec];  // first: behind the loads of v it spills on a B200
+    load_largest(largest, a, int64_t{keys.sequence} * p.kv_heads + head, stored ? column : 0);
     uint4 raw[4] = {};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int key = keys.first + int8_key(word, i);
-      if (inside && key < keys.keys) raw[i] = load16(p.v.data, from + key * p.v.row + column);
+      const int key = int8_key(word, i);
+      if (inside && key < left) raw[i] = load16(p.v.data, from + key * p.v.row + column);
     }
-    float largest[kVec];
-    load_largest(largest, a, int64_t{keys.sequence} * p.kv_heads + head, stored ? column : 0);
     f(column, stored, largest, raw);
   }
 }
