@@ -31,7 +31,8 @@ class Clock:
         monkeypatch.setattr(phases, "sleep", lambda seconds: self.spend(seconds, 0.0))
         monkeypatch.setattr(phases, "_usage", lambda: None)
         monkeypatch.setattr(phases.os, "sched_getaffinity", lambda _: {0, 1})
-        monkeypatch.setattr(module, "_handover", lambda: 0.0001)  # which is measured with threads, on a machine as busy as it is
+        # measured with threads, on a machine as busy as it is
+        monkeypatch.setattr(module, "_handover", lambda: 0.0001)
 
     def spend(self, seconds, cores, thread=None):
         self.wall += seconds
