@@ -76,6 +76,7 @@ void keep(const Launch& l) {
   const std::lock_guard lock(state().mutex);
   const ExploredLaunch& e =
       state().explored.emplace_back(ExploredLaunch{l.explored, demangled(l.code->name), l.stream});
+  log_explored(e.json());
   if (!e.complete) log_incomplete(e.text());
 }
 

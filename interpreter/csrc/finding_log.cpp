@@ -34,6 +34,10 @@ class Log {
     const std::lock_guard lock(mutex_);
     if (reasons_.insert(why).second) write("incomplete", "\"why\":" + quoted(why) + "}");
   }
+  void add_explored(const std::string& json) {
+    const std::lock_guard lock(mutex_);
+    write("explored", json.substr(1));
+  }
   void end() {
     const std::lock_guard lock(mutex_);
     gpuless_counters c;
@@ -74,6 +78,10 @@ void log_finding(const Finding& f, uint64_t times) {
 void log_incomplete(const std::string& why) {
   ++incomplete;
   if (the_log) the_log->add_incomplete(why);
+}
+
+void log_explored(const std::string& json) {
+  if (the_log) the_log->add_explored(json);
 }
 
 int times_incomplete() { return incomplete; }

@@ -4,6 +4,7 @@
 //
 //   {"event": "finding", "pid": 7, "kind": "race", ...}    the fields of Finding::json()
 //   {"event": "incomplete", "pid": 7, "why": "..."}        something was asked for and not done
+//   {"event": "explored", "pid": 7, "orders": 6, ...}      the fields of ExploredLaunch::json()
 //   {"event": "end", "pid": 7, "launches": 3, "warp_instructions": 1234, "counts": [2, 1]}
 //
 // counts: how often each finding of the process came, in order. Each line is one write() to a file opened for
@@ -19,6 +20,8 @@ namespace gpuless {
 void log_finding(const Finding&, uint64_t times);
 // What was asked for and not done: a limit that ran out, a call that is refused.
 void log_incomplete(const std::string& why);
+// The JSON of a launch whose orders were explored.
+void log_explored(const std::string& json);
 // How often log_incomplete was called in this process, with or without a file.
 int times_incomplete();
 

@@ -81,6 +81,17 @@ def test_tensors_of_32_gb(programs):
     assert done.returncode == 1 and done.stdout == "no memory for two of 32 GB\n"
 
 
+def test_offsets_in_a_tensor_of_32_gb(programs):
+    """2^33 elements: as an int, a row's offset wraps."""
+    right = execute(programs["large"], "wide")
+    assert right.returncode == 0, right.stdout + right.stderr
+    wrong = execute(programs["large"], "narrow", FINDINGS="collect")
+    assert wrong.returncode == 3 and "overflow: " in wrong.stderr, wrong.stdout + wrong.stderr
+    line = 1 + (FOLDER / "large.cu").read_text().splitlines().index("  x[row * columns] += 1;  // HAZARD")
+    assert f"large.cu:{line}" in wrong.stderr
+    assert all(int(run.stdout.removesuffix(" MB\n")) < 200 for run in (right, wrong))
+
+
 def test_report(programs):
     command = [sys.executable, "-m", "gpuless", "report", "--arch", "sm_80", programs["features"]]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -155,6 +155,15 @@ def test_a_run_that_is_clean(tmp_path, capfd):
 
 
 @needs_torch
+def test_a_script_prints_what_was_explored(tmp_path, capfd):
+    code, document = run(tmp_path, "bar.sync 0;\n", "bar.sync 0;\n", options=["--explore=9"])
+    printed = capfd.readouterr().err
+    assert code == 0 and [launch["launch"] for launch in document["explored"]] == [1, 2]
+    assert "k, launch 2: explored all 1 order\n" in printed
+    assert "not covered: orders that are never explored" in printed
+
+
+@needs_torch
 def test_a_process_that_is_killed_loses_no_finding(tmp_path):
     code, document = run(tmp_path, SKIPPED, then="os.kill(os.getpid(), signal.SIGKILL)")
     assert code == 3 and document["status"] == -9
@@ -306,6 +315,11 @@ def test_orders_that_were_not_explored_are_incomplete(cuda_folder, executions, c
     assert ended == code, printed
     assert bool(document["incomplete"]) == (code == 4)
     assert all(re.search(r"take\(int\*\), launch 1: explored 1 order of more", why) for why in document["incomplete"])
+    (launch,) = document["explored"]
+    assert (launch["kernel"], launch["complete"]) == ("take(int*)", code == 0)
+    left_out = "orders that are never explored (docs/orders.md)" if code == 0 else "orders that were not explored"
+    assert left_out in document["not_covered"] and f"not covered: {left_out}" in printed
+    assert "other schedules than this seed's" not in printed
 
 
 @needs_nvcc

@@ -1,6 +1,7 @@
 // Tensors of 32 GB: what nobody writes costs nothing.
 #include <cuda_runtime.h>
 
+#include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <fstream>
@@ -14,6 +15,13 @@ constexpr size_t kStep = kElements / kTouched;
 __global__ void touch(int* x, int n) {
   const int k = blockIdx.x * blockDim.x + threadIdx.x;
   if (k < n) x[k * kStep] += k;
+}
+
+// 1024 rows of 2^23 columns. As an int, the offset wraps from row 256 on.
+template <typename Index>
+__global__ void touch_rows(float* x, Index columns) {
+  const Index row = blockIdx.x * blockDim.x + threadIdx.x;
+  x[row * columns] += 1;  // HAZARD
 }
 
 bool passed = true;
@@ -42,7 +50,21 @@ bool touched(const int* device, int first, int neighbour) {
   return good;
 }
 
-int main() {
+int touch_all_rows(bool wide) {
+  float* x;
+  if (cudaMalloc(&x, kElements * 4) != cudaSuccess || cudaMemset(x, 0, kElements * 4) != cudaSuccess) return 1;
+  if (wide) {
+    touch_rows<int64_t><<<8, 128>>>(x, kElements / 1024);
+  } else {
+    touch_rows<int><<<8, 128>>>(x, kElements / 1024);
+  }
+  const cudaError_t error = cudaDeviceSynchronize();
+  std::printf("%ld MB\n", most_memory() / 1024);
+  return error == cudaSuccess ? 0 : 1;
+}
+
+int main(int argc, char** argv) {
+  if (argc > 1) return touch_all_rows(!std::strcmp(argv[1], "wide"));
   int *a, *b, *c;
   if (cudaMalloc(&a, kElements * 4) != cudaSuccess || cudaMalloc(&b, kElements * 4) != cudaSuccess) {
     std::printf("no memory for two of 32 GB\n");

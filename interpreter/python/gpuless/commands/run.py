@@ -14,18 +14,15 @@ import time
 
 from .. import core
 from ..verdicts.coverage import read_coverage
-from ..verdicts.finding_log import read_log
+from ..verdicts.finding_log import FindingLog, read_log
 from ..verdicts.junit import write_junit
 from ..verdicts.sarif import write_sarif
 from ..verdicts.verdict import Report
 
 #: launches end by themselves at their time limit; a program that takes so many seconds more, its own work, is ended
 GRACE = 20.0
-NOT_COVERED = (
-    "machine code: the PTX is run",
-    "other schedules than this seed's",
-    "code that was not executed (--coverage)",
-)
+#: lines about explored launches that a script's run prints; --json has all
+MOST_LINES = 20
 
 
 def run(arguments: list[str]) -> int:
@@ -39,6 +36,10 @@ def run(arguments: list[str]) -> int:
     if options.program.suffix == ".py":  # a CUDA program prints them itself, as they come
         for finding in report.findings:
             print(f"{finding}\n", file=sys.stderr)
+        for launch in report.explored[:MOST_LINES]:
+            print(launch, file=sys.stderr)
+        if len(report.explored) > MOST_LINES:
+            print(f"... and {len(report.explored) - MOST_LINES} launches more (--json)", file=sys.stderr)
     write_reports(report, options)
     return report.verdict.exit_code
 
@@ -94,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def run_program(options: argparse.Namespace) -> Report:
-    report = Report(str(options.program), options.gpu, [options.seed], not_covered=list(NOT_COVERED))
+    report = Report(str(options.program), options.gpu, [options.seed])
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         log = options.log or pathlib.Path(folder) / "log"
@@ -111,6 +112,8 @@ def run_program(options: argparse.Namespace) -> Report:
             report.coverage = read_coverage(coverage.read_text())
     report.launches, report.warp_instructions = seen.launches, seen.warp_instructions
     report.incomplete += seen.incomplete
+    report.explored = seen.explored
+    report.not_covered = _not_covered(seen)
     report.sort(seen.findings, options.strict)
     if ran_out:
         report.incomplete.append(
@@ -123,6 +126,14 @@ def run_program(options: argparse.Namespace) -> Report:
     elif not seen.ended:
         report.incomplete.append("the program left by _exit, or replaced itself: its last launches are not known")
     return report
+
+
+def _not_covered(seen: FindingLog) -> list[str]:
+    orders = "other schedules than this seed's"
+    if seen.explored:
+        complete = len(seen.explored) == seen.launches and all(launch.complete for launch in seen.explored)
+        orders = "orders that are never explored (docs/orders.md)" if complete else "orders that were not explored"
+    return ["machine code: the PTX is run", orders, "code that was not executed (--coverage)"]
 
 
 def _succeeded(program: pathlib.Path, status: int) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..finding import Finding
+from ..finding import Explored, Finding
 
 
 @dataclass
@@ -18,11 +18,13 @@ class FindingLog:
 
     Attributes:
         incomplete: what was asked for and not done.
+        explored: the orders of each launch, where that was asked for.
         ended: whether a process came to its end: one that was killed leaves what it had seen until then.
     """
 
     findings: list[Finding] = field(default_factory=list)
     incomplete: list[str] = field(default_factory=list)
+    explored: list[Explored] = field(default_factory=list)
     launches: int = 0
     warp_instructions: int = 0
     ended: bool = False
@@ -55,6 +57,8 @@ def _from_events(events: Iterable[dict[str, Any]]) -> FindingLog:
             of_process.setdefault(pid, []).append(Finding(**fields))
         elif event == "incomplete":
             log.incomplete.append(fields["why"])
+        elif event == "explored":
+            log.explored.append(Explored(**fields))
         elif event == "end":
             log.ended = True
             log.launches += fields["launches"]

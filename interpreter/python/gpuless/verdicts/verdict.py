@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..finding import Finding
+from ..finding import Explored, Finding
 from ..version import __version__
 from .coverage import Coverage
 
@@ -67,6 +67,7 @@ class Report:
         incomplete: what was not done, in sentences.
         errors: why the program failed.
         not_covered: what such a run never checks.
+        explored: the orders of each launch, where that was asked for.
         status: the program's own exit status, None where it has none.
     """
 
@@ -79,6 +80,7 @@ class Report:
     incomplete: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     not_covered: list[str] = field(default_factory=list)
+    explored: list[Explored] = field(default_factory=list)
     cases: list[Case] = field(default_factory=list)
     coverage: list[Coverage] | None = None
     launches: int = 0
@@ -133,6 +135,7 @@ class Report:
             "cases": [vars(case) for case in self.cases],
             "coverage": None if self.coverage is None else [c.as_json() for c in self.coverage],
             "not_covered": self.not_covered,
+            "explored": [vars(launch) for launch in self.explored],
         }
 
     def reasons(self) -> list[str]:
