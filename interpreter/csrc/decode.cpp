@@ -277,12 +277,27 @@ std::string_view Module::line(int n) const {
   return rest;
 }
 
+// Whether a write to global memory has a predicate. Where warps share elements, one of them stores them, by a
+// predicate.
+bool writes_by_predicate(std::string_view text) {
+  while (!text.empty()) {
+    std::string_view line = text.substr(0, text.find('\n'));
+    text.remove_prefix(std::min(line.size() + 1, text.size()));
+    line.remove_prefix(std::min(line.find_first_not_of(" \t"), line.size()));
+    if (line.substr(0, 1) != "@" || line.find("global") == line.npos) continue;
+    for (const char* verb : {" st.", " red.", " atom."})
+      if (line.find(verb) != line.npos) return true;
+  }
+  return false;
+}
+
 std::unique_ptr<Module> load(std::string text) {
   static std::atomic<uint64_t> serial{0};
   auto m = std::make_unique<Module>();
   m->serial = ++serial;
   m->text = std::move(text);
-  m->replicates = m->text.substr(0, 256).find("LLVM NVPTX Back-End") != std::string::npos;
+  m->replicates =
+      m->text.substr(0, 256).find("LLVM NVPTX Back-End") != std::string::npos && writes_by_predicate(m->text);
   try {
     m->source = ptx::parse(m->text);
   } catch (const ptx::SyntaxError& e) {

@@ -12,7 +12,7 @@
 // accesses order, as far as one has released and the other acquired (releases.h). What a bulk store writes is known to
 // nobody until it has been waited for (under_way). Not found: writes after reads, as reads leave no trace, but where
 // blocks of a launch begin in another order at other seeds and the write comes first; reads after writes between the
-// warps of a CTA in PTX of LLVM's (Module::replicates).
+// warps of a CTA in PTX of LLVM's whose writes have predicates (Module::replicates).
 #include <atomic>
 #include <cstdint>
 #include <deque>

@@ -52,3 +52,13 @@ def flash_attention_2789(x, y, m, BROKEN: tl.constexpr, BLOCK: tl.constexpr):
         tl.store(y + i, value)  # HAZARD
     else:
         tl.store(y + i, value, rows)
+
+
+@triton.jit
+def tensorrt_llm_17539(x, y, n, BROKEN: tl.constexpr, BLOCK: tl.constexpr):
+    """A state is overwritten in another layout than it was read in, by warps that do not wait for each other."""
+    i = tl.arange(0, BLOCK)
+    old = tl.load(y + BLOCK - 1 - i)  # HAZARD
+    if not BROKEN:
+        tl.debug_barrier()
+    tl.store(y + i, old + tl.load(x + i), i < n)  # HAZARD

@@ -22,6 +22,7 @@ struct Transfer : Pending {
   Cta* signalled = nullptr;   // and whose mbarrier: the target's, or that of its pair of CTAs
   uint32_t to = 0;            // distribute: where in it
   Reduce reduce = nullptr;    // store, distribute: in place of a copy
+  uint64_t map_address = 0;
   TensorMap map;
   int32_t coordinates[TensorMap::kMaxRank];
   uint16_t offsets[TensorMap::kMaxRank - 2];  // im2col
@@ -236,6 +237,7 @@ Transfer described(Warp& w, const Instruction& i, const BulkForm& form, uint64_t
   t.reduce = form.reduce;
   if (form.tensor) {
     t.tensor = true;
+    t.map_address = global;
     t.map = read_tensor_map(w, global, form.rank, form.offsets >= 0, l);
     for (int d = 0; d < coordinates_of(form); ++d) t.coordinates[d] = w.operand<int32_t>(i, form.coordinates + d)[l];
     if (t.map.im2col) read_offsets(w, i, form, t, l);
@@ -387,6 +389,27 @@ Step bulk_wait_group(Warp& w, const Instruction& i, Mask mask) {
 }
 template Step bulk_wait_group<false>(Warp&, const Instruction&, Mask);
 template Step bulk_wait_group<true>(Warp&, const Instruction&, Mask);
+
+// A GPU reads the map some time before the copy is complete; a store that has read its shared memory has read it.
+void check_map_unused(const Warp& w, uint64_t map, int lane) {
+  const Cta& cta = *w.cta;
+  if (!checked(cta)) return;
+  for (const auto& pending : cta.cluster->pending) {
+    const auto* t = dynamic_cast<const Transfer*>(pending.get());
+    if (!t || !t->tensor || t->done || t->has_read) continue;
+    if (map + sizeof(TensorMap) <= t->map_address || t->map_address + sizeof(TensorMap) <= map) continue;
+    const uint32_t line = t->code->statements[t->instruction->index]->line;
+    if (cta.cluster->again(Kind::in_flight, line)) return;
+    Finding f = finding_at(Kind::in_flight,
+                           "a tensor map is changed while the copy issued at " +
+                               source_place(*cta.launch->module, line) + " may still read it: wait for the copy first",
+                           map);
+    f.lane = lane;
+    cta.place_other(f, line);
+    cta.cluster->report(std::move(f));
+    return;
+  }
+}
 
 void check_bulk_at_end(const Cta& cta) {
   if (!checked(cta)) return;

@@ -37,4 +37,7 @@ Step bulk_commit_group(Warp&, const Instruction&, Mask);
 template <bool read>
 Step bulk_wait_group(Warp&, const Instruction&, Mask);
 
+// A tensor map in global memory is about to change: no copy that is under way may still read it.
+void check_map_unused(const Warp&, uint64_t map, int lane);
+
 }  // namespace gpuless

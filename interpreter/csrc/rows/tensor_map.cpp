@@ -3,6 +3,7 @@
 
 #include "../table.h"
 #include "async.h"
+#include "bulk.h"
 
 namespace gpuless {
 
@@ -150,6 +151,7 @@ Step replace(Warp& w, const Instruction& i, Mask mask) {
       bytes = w.cta->shared.data() + offset;
     } else {
       if (address[l] % 64) w.fail_at(Kind::misaligned, "a tensor map must be aligned to 64 bytes", l, address[l]);
+      check_map_unused(w, address[l], l);
       bytes = access_global(w, address[l], sizeof(TensorMap), Use::write, l);
     }
     TensorMap map;
@@ -171,6 +173,7 @@ Step copy(Warp& w, const Instruction& i, Mask mask) {
   const uint32_t source = shared_offset(w, form.source, from[l], sizeof(TensorMap), 64, l, "a tensor map");
   if (to[l] % 64) w.fail_at(Kind::misaligned, "a tensor map must be aligned to 64 bytes", l, to[l]);
   if (checked(*w.cta)) w.cta->shadow.read(w.actor(), source, sizeof(TensorMap));
+  check_map_unused(w, to[l], l);
   std::memcpy(access_global(w, to[l], sizeof(TensorMap), Use::write, l), w.cta->shared.data() + source,
               sizeof(TensorMap));
   return Step::next;
