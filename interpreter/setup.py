@@ -76,8 +76,7 @@ def rules(out, home, version):
     text = [
         "ninja_required_version = 1.8\nbuilddir = build/ninja",
         f"rule cxx\n command = {compile_cxx}\n depfile = $out.d\n deps = gcc\n description = {compiler} $in",
-        f"rule link\n command = {compiler} -shared $in $flags -Wl,--version-script=csrc/exports.map -o $out\n"
-        " description = link $out",
+        f"rule link\n command = {compiler} -shared $in $flags -o $out\n description = link $out",
         # One member, so that whoever needs a name of it gets what runs before main too.
         f"rule archive\n command = rm -f $out && {compiler} -r -nostdlib $in -o $flags && ar rcs $out $flags\n"
         " description = archive $out",
@@ -86,11 +85,11 @@ def rules(out, home, version):
     def path(p):
         return re.sub(r"([$ :])", r"$\1", str(p))
 
-    def objects(sources, flags="", after=""):
+    def objects(sources, flags="", after="", kind=""):
         outputs = []
         for s in sorted(sources):
             s = s.relative_to(ROOT)
-            outputs.append(f"build/ninja/{str(s).replace('/', '.')}.o")
+            outputs.append(f"build/ninja/{kind}{str(s).replace('/', '.')}.o")
             extra = f" -DGPULESS_VERSION='\"{version}\"'" if s.name == "core.cpp" else ""
             text.append(f"build {outputs[-1]}: cxx {s}{after}\n flags = {flags}{extra}")
         return " ".join(outputs)
@@ -101,7 +100,8 @@ def rules(out, home, version):
     text.append(f"build build/ninja/precompiled.h.gch: cxx csrc/precompiled.h\n flags = {avx2} -x c++-header")
     files = (*csrc.glob("*.cpp"), *csrc.glob("rows/*.cpp"), *csrc.glob("explore/*.cpp"))
     core = objects(files, f"{avx2} -include precompiled.h", " | build/ninja/precompiled.h.gch")
-    flags = "-Wl,-soname,libgpuless.so -Wl,-Bsymbolic -Wl,-z,defs -lpthread"
+    exports = "-Wl,--version-script=csrc/exports.map"
+    flags = f"{exports} -Wl,-soname,libgpuless.so -Wl,-Bsymbolic -Wl,-z,defs -lpthread"
     text.append(f"build {path(out / 'libgpuless.so')}: link {core} | csrc/exports.map\n flags = {flags}")
     if HOST:
         import pybind11
@@ -115,7 +115,7 @@ def rules(out, home, version):
         name = out / f"_host{sysconfig.get_config_var('EXT_SUFFIX')}"
         text.append(
             f"build {path(name)}: link {objects(csrc.glob('python/*.cpp'), include)} {parser} | csrc/exports.map\n"
-            " flags = -Wl,-Bsymbolic"
+            f" flags = {exports} -Wl,-Bsymbolic"
         )
     if home:
         cuda = f"-isystem {q(f'{home}/include')}"
@@ -123,6 +123,13 @@ def rules(out, home, version):
         program = objects([p for p in standin if p.stem == "program"], cuda)
         cudart = objects([p for p in standin if p.stem != "program"], cuda)
         cublas = objects(csrc.glob("standin/cublas/*.cpp"), f"{cuda} -march=x86-64-v3")
+        # The driver's functions by name, for what opens libcuda.so.1 itself: NVRTC's users, Numba, TileLang.
+        driver = objects([p for p in standin if p.stem != "program"], f"{cuda} -fvisibility=default", kind="driver.")
+        text.append(
+            f"build {path(out / 'libcuda.so.1')}: link {driver} {path(out / 'libgpuless.so')} | csrc/standin/driver.map\n"
+            " flags = -Wl,-soname,libcuda.so.1 -Wl,-Bsymbolic -Wl,-z,defs -Wl,-rpath,'$$ORIGIN'"
+            " -Wl,--version-script=csrc/standin/driver.map"
+        )
         for name, members in {"_standin": f"{cudart} {program}", "_cudart": cudart, "_cublas": cublas}.items():
             text.append(f"build {path(out / name)}.a: archive {members}\n flags = build/ninja/{name}.o")
     return "\n".join(text) + "\n", sum(rule.startswith("build build/ninja/") for rule in text)
@@ -130,7 +137,8 @@ def rules(out, home, version):
 
 class Build(build_ext):
     """Writes build.ninja and runs it: libgpuless.so always; where there is a toolkit, what stands in for cudart and cuBLAS:
-    _standin.a for programs, _cudart.a for libraries, _cublas.a for both. _build.json says which."""
+    _standin.a for programs, _cudart.a for libraries, _cublas.a for both, libcuda.so.1 for what opens it itself.
+    _build.json says which."""
 
     def run(self):
         out = pathlib.Path(self.get_ext_fullpath("gpuless.libgpuless")).parent.resolve()
@@ -146,6 +154,7 @@ class Build(build_ext):
             for name in (
                 "_standin.a",
                 "_cudart.a",
+                "libcuda.so.1",
                 "_cublas.a",
             ):  # pip builds in the tree: an earlier build's would be shipped
                 out.joinpath(name).unlink(missing_ok=True)

@@ -145,6 +145,12 @@ CUresult cuCtxGetStreamPriorityRange(int* least, int* greatest) {
   return driver([=] { return cudaDeviceGetStreamPriorityRange(least, greatest); });
 }
 
+// The driver's private tables, of which there are none. NVRTC asks for one where cuInit succeeds, and crashes where the
+// function itself is missing.
+CUresult cuGetExportTable(const void** table, const CUuuid*) {
+  *table = nullptr;
+  return CUDA_ERROR_NOT_FOUND;
+}
 CUresult cuGetProcAddress(const char* name, void** function, int, cuuint64_t, CUdriverProcAddressQueryResult* status) {
   *function = driver_function(name);
   if (status) *status = *function ? CU_GET_PROC_ADDRESS_SUCCESS : CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND;
@@ -171,6 +177,7 @@ void* gpuless::standin::driver_function(const char* name) {
       ROW(cuGetErrorName),
       ROW(cuGetErrorString),
       ROW(cuGetProcAddress),
+      ROW(cuGetExportTable),
       ROW(cuDeviceGet),
       ROW(cuDeviceGetCount),
       ROW(cuDeviceGetAttribute),
@@ -205,6 +212,11 @@ void* gpuless::standin::driver_function(const char* name) {
       ROW(cuLibraryGetKernel),
       ROW(cuLibraryGetModule),
       ROW(cuKernelGetFunction),
+      ROW(cuLinkCreate),
+      ROW(cuLinkAddData),
+      ROW(cuLinkAddFile),
+      ROW(cuLinkComplete),
+      ROW(cuLinkDestroy),
       ROW(cuFuncGetAttribute),
       ROW(cuFuncSetAttribute),
       ROW(cuFuncGetName),

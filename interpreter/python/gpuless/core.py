@@ -19,6 +19,8 @@ FOLDER = pathlib.Path(__file__).parent
 LIBRARY = FOLDER / "libgpuless.so"
 #: what stands in for cudart and cuBLAS in programs, and for cudart in libraries; where there was no toolkit, there is none
 STANDIN, CUBLAS, CUDART = FOLDER / "_standin.a", FOLDER / "_cublas.a", FOLDER / "_cudart.a"
+#: the driver's functions, for libraries that open libcuda.so.1; missing where there was no toolkit
+DRIVER = FOLDER / "libcuda.so.1"
 
 #: cudaErrorLaunchTimeout: gpuless_set_time_limit's
 LAUNCH_TIMEOUT = 702
@@ -156,6 +158,14 @@ def load() -> ctypes.CDLL:
         function = getattr(core, name)
         function.restype, function.argtypes = result, arguments
     return core
+
+
+@functools.cache
+def offer_driver() -> ctypes.CDLL | None:
+    """Opens the stand-in for the driver. From then on, whoever opens libcuda.so.1 by this name gets it, because the loader
+    compares names with those of the libraries that are there."""
+    load()
+    return ctypes.CDLL(str(DRIVER)) if DRIVER.exists() else None
 
 
 def device_properties() -> DeviceProperties:

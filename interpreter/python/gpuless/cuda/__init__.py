@@ -10,6 +10,7 @@ import importlib.util
 
 import torch
 
+from .. import core
 from ..device import Device, install_process
 from . import benchmark, cublas, graphs, inductor, tensors, torch_cuda
 
@@ -34,6 +35,7 @@ def present(device: Device) -> None:
         )
     device.memory = "cuda"
     install_process(device)
+    core.offer_driver()
     tensors.install()
     torch_cuda.install(device)
     graphs.install()
