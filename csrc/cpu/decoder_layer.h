@@ -2,13 +2,13 @@
 // decoder_layer on a CPU: the layers of a transformer's decoder in one call, for new tokens of sequences with a cache.
 #include <vector>
 
-#include "cpu/encoder_layer.h"
+#include "cpu/layer_linear.h"
 #include "params/attention.h"
 
 namespace forwardpass {
 
 struct DecoderLayer {
-  EncoderLinear qkv, out, up, down;
+  LayerLinear qkv, out, up, down;
   Affine norm1, norm2;  // fp32 weights
   KvCache cache;        // of the attention's dtype, contiguous
 };

@@ -11,7 +11,6 @@
 #include "cpu/attention_decode.h"
 #include "cpu/attention_rows.h"
 #include "cpu/decoder_layer.h"
-#include "cpu/int8_blocks.h"
 #include "cpu/norm_rows.h"
 #include "cpu/team.h"
 #include "cpu/vector.h"
@@ -20,28 +19,12 @@
 namespace forwardpass {
 namespace {
 
+using cpu::at;
 using cpu::CacheLines;
-
-// The most rows that a thread takes at a time, which then share copies of their sequence's keys.
-constexpr int64_t kMostRows = 128;
-// Of sums of 32 rows, 128 KB.
-constexpr int64_t kChunkColumns = 1024;
-
-template <class T>
-T* at(const CacheLines& memory) {
-  return reinterpret_cast<T*>(memory[0].bytes);
-}
-
-// n elements of one float dtype as another.
-void convert(const void* from, Dtype from_dtype, void* to, Dtype to_dtype, int64_t n) {
-  cpu::with_vectors(VECTOR_CODE {
-    cpu::with_float_dtype(from_dtype, [&](auto From) __attribute__((always_inline)) {
-      cpu::with_float_dtype(to_dtype, [&](auto To) __attribute__((always_inline)) {
-        cpu::for_each_vector<V>(0, n, VECTOR_BODY(&) { cpu::store<To()>(cpu::load<V, From()>(from, c, n), to, c, n); });
-      });
-    });
-  });
-}
+using cpu::convert;
+using cpu::floats;
+using cpu::kMostRows;
+using cpu::Outputs;
 
 // Rows of `columns` floats, which are `stride` apart, as a dtype has them.
 void round_rows(float* x, int64_t rows, int64_t columns, int64_t stride, Dtype dtype) {
@@ -57,38 +40,6 @@ void round_rows(float* x, int64_t rows, int64_t columns, int64_t stride, Dtype d
             });
     });
   });
-}
-
-Matrix floats(const float* data, int64_t rows, int64_t columns) { return {data, Dtype::f32, rows, columns, columns}; }
-
-// Where a linear layer's results go, and what is added to them: [rows, columns] each, contiguous.
-struct Outputs {
-  void* data;
-  int64_t stride;
-  Dtype dtype = Dtype::f32;
-  const float* residual = nullptr;
-  Activation activation = Activation::none;
-};
-
-// A row's scales and zero points are at scale and zero_point.
-QuantizeParams quantization(const EncoderLinear& linear, const Matrix& x, float* scale, int32_t* zero_point) {
-  QuantizeParams q{};
-  q.x = x;
-  q.out.dtype = Dtype::i8, q.out.columns = q.out.group = x.columns, q.out.scale_stride = x.rows;
-  q.out.scale = scale, q.out.zero_point = linear.sum ? zero_point : nullptr, q.out.symmetric = !linear.sum;
-  q.out.channel_scale = linear.channel_scale;
-  return q;
-}
-
-Epilogue epilogue_of(const EncoderLinear& linear, const QuantizeParams& q, const Outputs& o) {
-  Epilogue e{};
-  e.a_scale = q.out.scale, e.a_scale_per_row = true;
-  e.zero_point = q.out.zero_point, e.zero_point_per_row = linear.sum, e.b_sum = linear.sum;
-  e.b_scale = linear.scale, e.b_scale_per_column = true;
-  e.bias = linear.bias, e.bias_dtype = linear.bias_dtype, e.activation = o.activation;
-  e.out = o.data, e.out_stride = o.stride, e.out_dtype = o.dtype;
-  e.residual = o.residual, e.residual_stride = o.stride;
-  return e;
 }
 
 // Sizes of a call's rows.
@@ -230,9 +181,9 @@ class SharedSteps {
 
     void meet() { all_.team_.wait(end_ - begin_); }
 
-    void linear(const EncoderLinear& linear, const Matrix& x, const Outputs& o) {
-      QuantizeParams q = quantization(linear, x, at<float>(scales_), at<int32_t>(zero_points_));
-      const Epilogue e = epilogue_of(linear, q, o);
+    void linear(const LayerLinear& linear, const Matrix& x, const Outputs& o) {
+      QuantizeParams q = cpu::quantization(linear, x, at<float>(scales_), at<int32_t>(zero_points_));
+      const Epilogue e = cpu::epilogue_of(linear, q, o);
       if (!all_.kernel_)
         return int8_gemm_cpu(all_.tensor_, {nullptr, Dtype::i8, x.rows, x.columns, 0}, linear.weight, e, &q,
                              linear.packed);
@@ -297,68 +248,37 @@ class SharedSteps {
   CacheLines x_, sum_, mid_, qkv_, q_, attended_, workspace_;
 };
 
-// A linear layer's weight as blocks read it.
-struct BlockLinear {
-  const EncoderLinear* linear;
-  cpu::PackedWeight weight;
-  cpu::WeightMemory memory;
-};
-
-struct BlockLayer {
-  const DecoderLayer* layer;
-  BlockLinear linears[4];
-};
-
 // What one thread has for its rows, a block of at most 32 at a time.
 class Block {
  public:
-  Block(const DecoderLayerParams& p, const Sizes& sizes, const cpu::Int8Kernel& kernel) : kernel_(kernel) {
-    const auto& [rows, h, q, qkv, mid, depth] = sizes;
-    rows_ = cpu::allocate(cpu::kBlockRows * cpu::stride_of_block(depth));
-    scratch_ = cpu::allocate(kernel.scratch_bytes_per_column * depth);
-    sums_ = cpu::allocate(cpu::kBlockRows * kChunkColumns * 4);
-    attended_ = cpu::allocate(kMostRows * q * size_of(p.x.dtype));
-    floats_ = cpu::allocate(cpu::kBlockRows * (3 * h + mid) * 4);
-    const auto floats = at<float>(floats_);
-    x = floats;
-    buffers = {floats + cpu::kBlockRows * h, floats + 2 * cpu::kBlockRows * h, floats + 3 * cpu::kBlockRows * h};
+  Block(const DecoderLayerParams& p, const Sizes& sizes, const cpu::Int8Kernel& kernel)
+      : products_(kernel, sizes.depth),
+        attended_(cpu::allocate(kMostRows * sizes.q_columns * size_of(p.x.dtype))),
+        floats_(cpu::allocate(cpu::kBlockRows * (3 * sizes.columns + sizes.mid) * 4)) {
+    const int64_t each = cpu::kBlockRows * sizes.columns;
+    x = at<float>(floats_), buffers = {x + each, x + 2 * each, x + 3 * each};
   }
 
   float* x;  // of the block's rows
   Buffers buffers;
 
   char* attended() const { return at<char>(attended_); }
-  void take(const BlockLayer& layer) { layer_ = &layer; }
+  void take(const cpu::BlockLayer& layer) { layer_ = &layer; }
   void meet() {}
 
-  void linear(const EncoderLinear& linear, const Matrix& x, const Outputs& o) {
-    const BlockLinear& b = *std::find_if(std::begin(layer_->linears), std::end(layer_->linears),
-                                         [&](const BlockLinear& b) { return b.linear == &linear; });
-    const int64_t stride = cpu::stride_of_block(b.weight.depth);
-    QuantizeParams q = quantization(linear, x, scales_, zero_points_);
-    q.out.q = at<uint8_t>(rows_), q.out.q_stride = stride;
-    quantize_cpu(q);
-    kernel_.prepare_block(b.weight, at<uint8_t>(rows_), stride, at<uint8_t>(scratch_));
-    cpu::multiply_block(kernel_,
-                        {at<uint8_t>(rows_), stride, x.rows, at<uint8_t>(scratch_), at<int32_t>(sums_), kChunkColumns},
-                        linear.weight.rows, b.weight, 0, b.weight.columns, epilogue_of(linear, q, o));
-  }
+  void linear(const LayerLinear& linear, const Matrix& x, const Outputs& o) { products_.linear(*layer_, linear, x, o); }
 
  private:
-  const cpu::Int8Kernel& kernel_;
-  const BlockLayer* layer_ = nullptr;
-  CacheLines rows_, scratch_, sums_, attended_, floats_;
-  float scales_[cpu::kBlockRows];
-  int32_t zero_points_[cpu::kBlockRows];
+  cpu::BlockProducts products_;
+  const cpu::BlockLayer* layer_ = nullptr;
+  CacheLines attended_, floats_;
 };
 
 // Many rows: some at a time, each by one thread.
 class Blocks {
  public:
   Blocks(const DecoderLayerParams& p, const cpu::Int8Kernel& kernel) : p_(p), one_(p), kernel_(kernel) {
-    for (const DecoderLayer& layer : p.layers)
-      layers_.push_back(
-          {&layer, {{&layer.qkv, {}, {}}, {&layer.out, {}, {}}, {&layer.up, {}, {}}, {&layer.down, {}, {}}}});
+    for (const DecoderLayer& l : p.layers) layers_.push_back(cpu::BlockLayer{&l.qkv, &l.out, &l.up, &l.down});
   }
 
   void run() {
@@ -370,7 +290,7 @@ class Blocks {
     const int64_t size = size_of(p_.x.dtype);
     const CacheLines of_qkv = cpu::allocate(rows * qkv * size), of_q = cpu::allocate(rows * q * size);
     for (int64_t l = -1; l < std::ssize(layers_); ++l) {
-      if (l + 1 < std::ssize(layers_)) pack(layers_[l + 1], l > 0 ? &layers_[l - 1] : nullptr);
+      if (l + 1 < std::ssize(layers_)) layers_[l + 1].pack(kernel_, l > 0 ? &layers_[l - 1] : nullptr);
       // Each thread has parts from everywhere, as later rows attend to more keys.
       torch::stable::parallel_for(0, threads * slots, 1, [&](int64_t begin, int64_t end) {
         Block block(p_, one_.sizes, kernel_);
@@ -383,33 +303,22 @@ class Blocks {
   }
 
  private:
-  // A layer's weights, in the memory of one that is done.
-  void pack(BlockLayer& layer, BlockLayer* done) const {
-    for (int64_t i = 0; i < std::ssize(layer.linears); ++i) {
-      BlockLinear& b = layer.linears[i];
-      if (done) b.memory = std::move(done->linears[i].memory);
-      const auto& packed = b.linear->packed;
-      const auto data = static_cast<const uint8_t*>(packed ? packed->const_data_ptr() : nullptr);
-      b.weight = cpu::weight_for_blocks(kernel_, {b.linear->weight, data, packed ? packed->numel() : 0}, b.memory);
-    }
-  }
-
   // Layer l but its q, k and v, which are in q and in its cache; and those of the next layer. -1: of the first alone.
   void layer(Block& block, int64_t l, int64_t first, int64_t last, char* qkv, char* q) const {
     const int64_t h = one_.sizes.columns, size = size_of(p_.x.dtype);
-    if (l >= 0) attend(*layers_[l].layer, first, last, q, block.attended());
+    if (l >= 0) attend(p_.layers[l], first, last, q, block.attended());
     for (int64_t r = first; r < last; r += cpu::kBlockRows) {
       const int64_t count = std::min(cpu::kBlockRows, last - r);
       for (int64_t i = 0; i < count; ++i) convert(input(l, r + i), p_.x.dtype, block.x + i * h, Dtype::f32, h);
       if (l >= 0) {
         block.take(layers_[l]);
-        one_.rest(*layers_[l].layer, block, block.x, count,
-                  block.attended() + (r - first) * one_.sizes.q_columns * size, block.buffers);
+        one_.rest(p_.layers[l], block, block.x, count, block.attended() + (r - first) * one_.sizes.q_columns * size,
+                  block.buffers);
         convert(block.x, Dtype::f32, out(r), p_.x.dtype, count * h);
         round_rows(block.x, 1, count * h, 0, p_.x.dtype);
       }
       if (l + 1 == std::ssize(layers_)) continue;
-      const DecoderLayer& next = *layers_[l + 1].layer;
+      const DecoderLayer& next = p_.layers[l + 1];
       block.take(layers_[l + 1]);
       one_.qkv(next, block, block.x, count, block.buffers, qkv + r * one_.sizes.qkv_columns * size);
       cpu::append(one_.append(next, qkv, q), r, r + count);
@@ -467,7 +376,7 @@ class Blocks {
   const DecoderLayerParams& p_;
   const Formula one_;
   const cpu::Int8Kernel& kernel_;
-  std::vector<BlockLayer> layers_;
+  std::vector<cpu::BlockLayer> layers_;
 };
 
 }  // namespace

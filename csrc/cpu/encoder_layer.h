@@ -2,24 +2,12 @@
 // encoder_layer on a CPU: the layers of a transformer's encoder in one call.
 #include <vector>
 
-#include "params/affine.h"
-#include "torch/check.h"
+#include "cpu/layer_linear.h"
 
 namespace forwardpass {
 
-// A linear layer of int8, whose input is quantised row by row.
-struct EncoderLinear {
-  Matrix weight;       // i8 [N, K]
-  const float* scale;  // [N]
-  const void* bias;    // [N] or null
-  Dtype bias_dtype;
-  const int32_t* sum;          // [N], of the weight's rows: the input has zero points; null: it has none
-  const float* channel_scale;  // [K], multiplies the input first; or null
-  OptionalTensor packed;       // what pack_int8_weight made of the weight, or none
-};
-
 struct EncoderLayer {
-  EncoderLinear qkv[3], out, up, down;
+  LayerLinear qkv[3], out, up, down;
   Affine norm1_weight, norm1_bias, norm2_weight, norm2_bias;  // fp32; bias: or null
 };
 

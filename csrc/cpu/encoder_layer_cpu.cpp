@@ -14,22 +14,20 @@
 #include "cpu/attention.h"
 #include "cpu/attention_rows.h"
 #include "cpu/encoder_layer.h"
-#include "cpu/int8_blocks.h"
 #include "cpu/norm_rows.h"
 #include "cpu/sequences.h"
-#include "cpu/vector.h"
 #include "torch/int8_operands.h"
 #include "torch/torch_ops.h"
 
 namespace forwardpass {
 namespace {
 
+using cpu::at;
 using cpu::CacheLines;
-
-// The most rows that a thread takes at a time, which then share copies of their sequence's keys.
-constexpr int64_t kMostRows = 128;
-// Of sums of 32 rows, 128 KB.
-constexpr int64_t kChunkColumns = 1024;
+using cpu::convert;
+using cpu::floats;
+using cpu::kMostRows;
+using cpu::Outputs;
 
 struct Sequence {
   int64_t first, last, keys;
@@ -50,57 +48,13 @@ std::vector<Sequence> sequences_of(const EncoderLayerParams& p) {
   return all;
 }
 
-template <class F>
-void with_convertible(Dtype from, Dtype to, F f) {
-  cpu::with_vectors(VECTOR_CODE {
-    cpu::with_float_dtype(from, [&](auto From) __attribute__((always_inline)) {
-      cpu::with_float_dtype(to, [&](auto To) __attribute__((always_inline)) { f(V{}, From, To); });
-    });
-  });
-}
-
-// n elements of one float dtype as another.
-void convert(const void* from, Dtype from_dtype, void* to, Dtype to_dtype, int64_t n) {
-  with_convertible(from_dtype, to_dtype, [&]<class V>(V, auto From, auto To) __attribute__((always_inline)) {
-    cpu::for_each_vector<V>(
-        0, n,
-        VECTOR_BODY(&) { cpu::store<decltype(To)::value>(cpu::load<V, decltype(From)::value>(from, c, n), to, c, n); });
-  });
-}
-
 void fill_nan(void* to, Dtype dtype, int64_t n) {
   const float nan = NAN;
   for (int64_t i = 0; i < n; ++i) convert(&nan, Dtype::f32, static_cast<char*>(to) + i * size_of(dtype), dtype, 1);
 }
 
-template <class T>
-T* at(const CacheLines& memory) {
-  return reinterpret_cast<T*>(memory[0].bytes);
-}
-
-// Of rows whose scales and zero points are at scale and zero_point.
-QuantizeParams quantization(const EncoderLinear& linear, const Matrix& x, float* scale, int32_t* zero_point) {
-  QuantizeParams q{};
-  q.x = x;
-  q.out.dtype = Dtype::i8, q.out.columns = q.out.group = x.columns, q.out.scale_stride = x.rows;
-  q.out.scale = scale, q.out.zero_point = linear.sum ? zero_point : nullptr, q.out.symmetric = !linear.sum;
-  q.out.channel_scale = linear.channel_scale;
-  return q;
-}
-
-Epilogue epilogue_of(const EncoderLinear& linear, const QuantizeParams& q, Activation activation, void* out,
-                     int64_t out_stride, Dtype out_dtype) {
-  Epilogue e{};
-  e.a_scale = q.out.scale, e.a_scale_per_row = true;
-  e.zero_point = q.out.zero_point, e.zero_point_per_row = linear.sum, e.b_sum = linear.sum;
-  e.b_scale = linear.scale, e.b_scale_per_column = true;
-  e.bias = linear.bias, e.bias_dtype = linear.bias_dtype, e.activation = activation;
-  e.out = out, e.out_stride = out_stride, e.out_dtype = out_dtype;
-  return e;
-}
-
 // Whether both give one input the same bytes, scales and zero points.
-bool quantize_alike(const EncoderLinear& a, const EncoderLinear& b) {
+bool quantize_alike(const LayerLinear& a, const LayerLinear& b) {
   return a.channel_scale == b.channel_scale && !a.sum == !b.sum;
 }
 
@@ -108,15 +62,6 @@ bool quantize_alike(const EncoderLinear& a, const EncoderLinear& b) {
 struct Buffers {
   void* attended;             // [rows, H] of the attention's dtype
   float *sum, *normed, *mid;  // [rows, H], [rows, H], [rows, I]
-};
-
-// Where a linear layer's results go, and what is added to them: [rows, columns] each, contiguous.
-struct Outputs {
-  void* data;
-  int64_t stride;
-  Dtype dtype = Dtype::f32;
-  const float* residual = nullptr;
-  Activation activation = Activation::none;
 };
 
 // The steps of a layer, written once for both ways. Steps: linear(linear layer, x, outputs, whether the call before it
@@ -164,10 +109,6 @@ class Formula {
   }
 
  private:
-  static Matrix floats(const float* data, int64_t rows, int64_t columns) {
-    return {data, Dtype::f32, rows, columns, columns};
-  }
-
   // x, contiguous; in `to` unless it is that already.
   static Matrix as_floats(const Matrix& x, float* to) {
     if (x.dtype == Dtype::f32 && x.stride == x.columns) return x;
@@ -185,6 +126,13 @@ class Formula {
 
   const EncoderLayerParams& p_;
 };
+
+int64_t most_mid_columns(const EncoderLayerParams& p) {
+  const Formula one(p);
+  int64_t most = 0;
+  for (const EncoderLayer& layer : p.layers) most = std::max(most, one.mid_columns(layer));
+  return most;
+}
 
 // q, k or v of a row and of a head, within the product's rows.
 struct Projected {
@@ -234,17 +182,15 @@ class Steps {
   Steps(const EncoderLayerParams& p, const Tensor& x)
       : x_(x), scales_(p.x.rows), zero_points_(p.x.rows), one_(p), p_(p) {}
 
-  void linear(const EncoderLinear& linear, const Matrix& x, const Outputs& o, bool = false) {
-    const QuantizeParams q = quantization(linear, x, scales_.data(), zero_points_.data());
-    Epilogue e = epilogue_of(linear, q, o.activation, o.data, o.stride, o.dtype);
-    e.residual = o.residual, e.residual_stride = o.stride;
-    int8_gemm_cpu(x_, {nullptr, Dtype::i8, x.rows, x.columns, 0}, linear.weight, e, &q, linear.packed);
+  void linear(const LayerLinear& linear, const Matrix& x, const Outputs& o, bool = false) {
+    const QuantizeParams q = cpu::quantization(linear, x, scales_.data(), zero_points_.data());
+    int8_gemm_cpu(x_, {nullptr, Dtype::i8, x.rows, x.columns, 0}, linear.weight, cpu::epilogue_of(linear, q, o), &q,
+                  linear.packed);
   }
 
   void run() {
     const int64_t rows = p_.x.rows, h = one_.columns();
-    int64_t mid = 0;
-    for (const EncoderLayer& layer : p_.layers) mid = std::max(mid, one_.mid_columns(layer));
+    const int64_t mid = most_mid_columns(p_);
     const Tensor qkv = contiguous_rows({rows, 3 * h}, scalar_type(), x_);
     Tensor attended = contiguous_rows({rows, h}, scalar_type(), x_);
     const CacheLines sum = cpu::allocate(rows * h * 4), normed = cpu::allocate(rows * h * 4),
@@ -295,64 +241,33 @@ class Steps {
   const EncoderLayerParams& p_;
 };
 
-// A linear layer's weight as blocks read it.
-struct BlockLinear {
-  const EncoderLinear* linear;
-  cpu::PackedWeight weight;
-  cpu::WeightMemory memory;
-};
-
-struct BlockLayer {
-  const EncoderLayer* layer;
-  BlockLinear linears[6];
-};
-
 // What one thread has for its rows, a block of at most 32 at a time.
 class Block {
  public:
-  Block(const EncoderLayerParams& p, const cpu::Int8Kernel& kernel) : kernel_(kernel) {
-    const Formula one(p);
-    const int64_t h = one.columns();
-    int64_t mid = 0;
-    for (const EncoderLayer& layer : p.layers) mid = std::max(mid, one.mid_columns(layer));
-    const int64_t depth = round_up(std::max(h, mid), cpu::kTileBytes);
-    rows_ = cpu::allocate(cpu::kBlockRows * cpu::stride_of_block(depth));
-    scratch_ = cpu::allocate(kernel.scratch_bytes_per_column * depth);
-    sums_ = cpu::allocate(cpu::kBlockRows * kChunkColumns * 4);
-    attended_ = cpu::allocate(kMostRows * h * size_of(p.attention));
-    floats_ = cpu::allocate(cpu::kBlockRows * (2 * h + mid) * 4);
-    const auto floats = at<float>(floats_);
-    buffers_ = {at<char>(attended_), floats, floats + cpu::kBlockRows * h, floats + 2 * cpu::kBlockRows * h};
-  }
+  Block(const EncoderLayerParams& p, const cpu::Int8Kernel& kernel)
+      : Block(p, kernel, p.x.columns, most_mid_columns(p)) {}
 
-  void take(const BlockLayer& layer) { layer_ = &layer; }
+  void take(const cpu::BlockLayer& layer) { layer_ = &layer; }
 
-  void linear(const EncoderLinear& linear, const Matrix& x, const Outputs& o, bool is_quantized = false) {
-    const BlockLinear& b = *std::find_if(std::begin(layer_->linears), std::end(layer_->linears),
-                                         [&](const BlockLinear& b) { return b.linear == &linear; });
-    const int64_t stride = cpu::stride_of_block(b.weight.depth);
-    QuantizeParams q = quantization(linear, x, scales_, zero_points_);
-    q.out.q = at<uint8_t>(rows_), q.out.q_stride = stride;
-    if (!is_quantized) {
-      quantize_cpu(q);
-      kernel_.prepare_block(b.weight, at<uint8_t>(rows_), stride, at<uint8_t>(scratch_));
-    }
-    Epilogue e = epilogue_of(linear, q, o.activation, o.data, o.stride, o.dtype);
-    e.residual = o.residual, e.residual_stride = o.stride;
-    cpu::multiply_block(kernel_,
-                        {at<uint8_t>(rows_), stride, x.rows, at<uint8_t>(scratch_), at<int32_t>(sums_), kChunkColumns},
-                        linear.weight.rows, b.weight, 0, b.weight.columns, e);
+  void linear(const LayerLinear& linear, const Matrix& x, const Outputs& o, bool is_quantized = false) {
+    products_.linear(*layer_, linear, x, o, is_quantized);
   }
 
   const Buffers& buffers() const { return buffers_; }
 
  private:
-  const cpu::Int8Kernel& kernel_;
-  const BlockLayer* layer_ = nullptr;
-  CacheLines rows_, scratch_, sums_, attended_, floats_;
+  Block(const EncoderLayerParams& p, const cpu::Int8Kernel& kernel, int64_t h, int64_t mid)
+      : products_(kernel, std::max(h, mid)),
+        attended_(cpu::allocate(kMostRows * h * size_of(p.attention))),
+        floats_(cpu::allocate(cpu::kBlockRows * (2 * h + mid) * 4)) {
+    const auto floats = at<float>(floats_);
+    buffers_ = {at<char>(attended_), floats, floats + cpu::kBlockRows * h, floats + 2 * cpu::kBlockRows * h};
+  }
+
+  cpu::BlockProducts products_;
+  const cpu::BlockLayer* layer_ = nullptr;
+  CacheLines attended_, floats_;
   Buffers buffers_{};
-  float scales_[cpu::kBlockRows];
-  int32_t zero_points_[cpu::kBlockRows];
 };
 
 // Some rows at a time, each by one thread.
@@ -360,14 +275,8 @@ class Blocks {
  public:
   Blocks(const EncoderLayerParams& p, const cpu::Int8Kernel& kernel)
       : p_(p), one_(p), kernel_(kernel), sequences_(sequences_of(p)) {
-    for (const EncoderLayer& layer : p.layers)
-      layers_.push_back({&layer,
-                         {{&layer.qkv[0], {}, {}},
-                          {&layer.qkv[1], {}, {}},
-                          {&layer.qkv[2], {}, {}},
-                          {&layer.out, {}, {}},
-                          {&layer.up, {}, {}},
-                          {&layer.down, {}, {}}}});
+    for (const EncoderLayer& l : p.layers)
+      layers_.push_back(cpu::BlockLayer{&l.qkv[0], &l.qkv[1], &l.qkv[2], &l.out, &l.up, &l.down});
   }
 
   void run() {
@@ -378,7 +287,7 @@ class Blocks {
     const CacheLines qkv[2] = {cpu::allocate(rows * 3 * h * size_of(p_.attention)),
                                cpu::allocate(layers_.size() > 1 ? rows * 3 * h * size_of(p_.attention) : 0)};
     for (int64_t l = -1; l < std::ssize(layers_); ++l) {
-      if (l + 1 < std::ssize(layers_)) pack(layers_[l + 1], l > 0 ? &layers_[l - 1] : nullptr);
+      if (l + 1 < std::ssize(layers_)) layers_[l + 1].pack(kernel_, l > 0 ? &layers_[l - 1] : nullptr);
       torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
         Block block(p_, kernel_);
         for (int64_t i = begin; i < end; ++i)
@@ -388,17 +297,6 @@ class Blocks {
   }
 
  private:
-  // A layer's weights, in the memory of one that is done.
-  void pack(BlockLayer& layer, BlockLayer* done) const {
-    for (int64_t i = 0; i < std::ssize(layer.linears); ++i) {
-      BlockLinear& b = layer.linears[i];
-      if (done) b.memory = std::move(done->linears[i].memory);
-      const auto& packed = b.linear->packed;
-      const auto data = static_cast<const uint8_t*>(packed ? packed->const_data_ptr() : nullptr);
-      b.weight = cpu::weight_for_blocks(kernel_, {b.linear->weight, data, packed ? packed->numel() : 0}, b.memory);
-    }
-  }
-
   // Layer l but its q, k and v, which are in qkv; and those of the next layer, to next. -1: of the first layer alone.
   void layer(Block& block, int64_t l, int64_t first, int64_t last, char* qkv, char* next) const {
     const int64_t h = one_.columns();
@@ -413,11 +311,11 @@ class Blocks {
         Buffers b = block.buffers();
         b.attended = static_cast<char*>(b.attended) + (r - first) * h * size_of(p_.attention);
         block.take(layers_[l]);
-        one_.rest(*layers_[l].layer, block, input(l, r, count), b, out(r));
+        one_.rest(p_.layers[l], block, input(l, r, count), b, out(r));
       }
       if (l + 1 == std::ssize(layers_)) continue;
       block.take(layers_[l + 1]);
-      one_.qkv(*layers_[l + 1].layer, block, input(l + 1, r, count), block.buffers().normed,
+      one_.qkv(p_.layers[l + 1], block, input(l + 1, r, count), block.buffers().normed,
                next + r * 3 * h * size_of(p_.attention));
     }
   }
@@ -435,7 +333,7 @@ class Blocks {
   const Formula one_;
   const cpu::Int8Kernel& kernel_;
   const std::vector<Sequence> sequences_;
-  std::vector<BlockLayer> layers_;
+  std::vector<cpu::BlockLayer> layers_;
 };
 
 // Whether rows go by blocks: there are enough of them for every thread.

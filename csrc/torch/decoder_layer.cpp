@@ -10,7 +10,7 @@ namespace {
 constexpr const char* kOp = "decoder_layer";
 // Of a layer, in this order: the tensors of qkv, out, up and down, and the weights of both norms (LAYER in
 // ops/decoder_layer/reference.py).
-constexpr int64_t kLinears = 4, kOfLayer = kLinears * kOfEncoderLinear + 2;
+constexpr int64_t kLinears = 4, kOfLayer = kLinears * kOfLayerLinear + 2;
 
 void check_written(const Tensor& x, const char* name) {
   for (int64_t d = 0; d < x.dim(); ++d)
@@ -35,7 +35,7 @@ DecoderLayer layer_of(const std::vector<OptionalTensor>& weights, int64_t first,
   DecoderLayer l{};
   const int64_t h = p.x.columns, q = int64_t{p.heads} * p.head_dim, kv = int64_t{p.kv_heads} * p.head_dim;
   const auto linear = [&](int64_t i, int64_t n, int64_t k) {
-    return encoder_linear(weights, first + i * kOfEncoderLinear, n, k, x, kOp);
+    return layer_linear(weights, first + i * kOfLayerLinear, n, k, x, kOp);
   };
   l.qkv = linear(0, q + 2 * kv, h), l.out = linear(1, h, q), l.up = linear(2, 0, h);
   const bool gated = is_gated(p.activation);
@@ -44,7 +44,7 @@ DecoderLayer layer_of(const std::vector<OptionalTensor>& weights, int64_t first,
   l.down = linear(3, h, l.up.weight.rows / (gated ? 2 : 1));
   Affine* norms[] = {&l.norm1, &l.norm2};
   for (int64_t i = 0; i < 2; ++i) {
-    const OptionalTensor& weight = weights[first + kLinears * kOfEncoderLinear + i];
+    const OptionalTensor& weight = weights[first + kLinears * kOfLayerLinear + i];
     STD_TORCH_CHECK(weight, kOp, ": a norm has a weight");
     *norms[i] = {floats(weight, h, x, kOp, "a norm's weight"), Dtype::f32};
   }

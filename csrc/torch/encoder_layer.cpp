@@ -9,19 +9,19 @@ namespace {
 constexpr const char* kOp = "encoder_layer";
 // Of a layer, in this order: of q, k, v, out, up and down weight, scale, bias, sum, channel_scale and packed each; of
 // both norms weight and bias (LAYER in ops/encoder_layer/__init__.py).
-constexpr int64_t kLinears = 6, kOfLinear = kOfEncoderLinear, kOfLayer = kLinears * kOfLinear + 4;
+constexpr int64_t kLinears = 6, kOfLinear = kOfLayerLinear, kOfLayer = kLinears * kOfLinear + 4;
 
 using Weights = std::vector<std::optional<Tensor>>;
 
 EncoderLayer layer_of(const Weights& weights, int64_t first, int64_t h, Activation activation, const Tensor& x) {
   EncoderLayer l{};
-  for (int64_t i = 0; i < 3; ++i) l.qkv[i] = encoder_linear(weights, first + i * kOfLinear, h, h, x, kOp);
-  l.out = encoder_linear(weights, first + 3 * kOfLinear, h, h, x, kOp);
-  l.up = encoder_linear(weights, first + 4 * kOfLinear, 0, h, x, kOp);
+  for (int64_t i = 0; i < 3; ++i) l.qkv[i] = layer_linear(weights, first + i * kOfLinear, h, h, x, kOp);
+  l.out = layer_linear(weights, first + 3 * kOfLinear, h, h, x, kOp);
+  l.up = layer_linear(weights, first + 4 * kOfLinear, 0, h, x, kOp);
   const bool gated = is_gated(activation);
   STD_TORCH_CHECK(!gated || l.up.weight.rows % 16 == 0, kOp,
                   ": a gated activation needs a multiple of 16 columns, 8 of gate beside 8 of up");
-  l.down = encoder_linear(weights, first + 5 * kOfLinear, h, l.up.weight.rows / (gated ? 2 : 1), x, kOp);
+  l.down = layer_linear(weights, first + 5 * kOfLinear, h, l.up.weight.rows / (gated ? 2 : 1), x, kOp);
   Affine* norms[] = {&l.norm1_weight, &l.norm1_bias, &l.norm2_weight, &l.norm2_bias};
   for (int64_t i = 0; i < 4; ++i)
     *norms[i] = {floats(weights[first + kLinears * kOfLinear + i], h, x, kOp, "a norm's weight or bias"), Dtype::f32};
@@ -30,9 +30,9 @@ EncoderLayer layer_of(const Weights& weights, int64_t first, int64_t h, Activati
 
 }  // namespace
 
-EncoderLinear encoder_linear(const std::vector<OptionalTensor>& weights, int64_t i, int64_t n, int64_t k,
-                             const Tensor& x, const char* op) {
-  EncoderLinear l{};
+LayerLinear layer_linear(const std::vector<OptionalTensor>& weights, int64_t i, int64_t n, int64_t k, const Tensor& x,
+                         const char* op) {
+  LayerLinear l{};
   STD_TORCH_CHECK(weights[i] && weights[i + 1], op, ": a layer has weights and their scales");
   l.weight = b_operand(*weights[i], Dtype::i8, k, x, op, "a weight");
   if (n == 0) n = l.weight.rows;

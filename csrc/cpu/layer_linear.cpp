@@ -1,0 +1,74 @@
+#include "cpu/layer_linear.h"
+
+#include "cpu/vector.h"
+
+namespace forwardpass::cpu {
+namespace {
+
+// Of sums of 32 rows, 128 KB.
+constexpr int64_t kChunkColumns = 1024;
+
+}  // namespace
+
+void convert(const void* from, Dtype from_dtype, void* to, Dtype to_dtype, int64_t n) {
+  with_vectors(VECTOR_CODE {
+    with_float_dtype(from_dtype, [&](auto From) __attribute__((always_inline)) {
+      with_float_dtype(to_dtype, [&](auto To) __attribute__((always_inline)) {
+        for_each_vector<V>(0, n, VECTOR_BODY(&) { store<To()>(load<V, From()>(from, c, n), to, c, n); });
+      });
+    });
+  });
+}
+
+QuantizeParams quantization(const LayerLinear& linear, const Matrix& x, float* scale, int32_t* zero_point) {
+  QuantizeParams q{};
+  q.x = x;
+  q.out.dtype = Dtype::i8, q.out.columns = q.out.group = x.columns, q.out.scale_stride = x.rows;
+  q.out.scale = scale, q.out.zero_point = linear.sum ? zero_point : nullptr, q.out.symmetric = !linear.sum;
+  q.out.channel_scale = linear.channel_scale;
+  return q;
+}
+
+Epilogue epilogue_of(const LayerLinear& linear, const QuantizeParams& q, const Outputs& o) {
+  Epilogue e{};
+  e.a_scale = q.out.scale, e.a_scale_per_row = true;
+  e.zero_point = q.out.zero_point, e.zero_point_per_row = linear.sum, e.b_sum = linear.sum;
+  e.b_scale = linear.scale, e.b_scale_per_column = true;
+  e.bias = linear.bias, e.bias_dtype = linear.bias_dtype, e.activation = o.activation;
+  e.out = o.data, e.out_stride = o.stride, e.out_dtype = o.dtype;
+  e.residual = o.residual, e.residual_stride = o.stride;
+  return e;
+}
+
+void BlockLayer::pack(const Int8Kernel& kernel, BlockLayer* done) {
+  for (size_t i = 0; i < weights_.size(); ++i) {
+    Weight& w = weights_[i];
+    if (done) w.memory = std::move(done->weights_[i].memory);
+    const auto& packed = w.linear->packed;
+    const auto data = static_cast<const uint8_t*>(packed ? packed->const_data_ptr() : nullptr);
+    w.packed = weight_for_blocks(kernel, {w.linear->weight, data, packed ? packed->numel() : 0}, w.memory);
+  }
+}
+
+BlockProducts::BlockProducts(const Int8Kernel& kernel, int64_t depth)
+    : kernel_(kernel),
+      rows_(allocate(kBlockRows * stride_of_block(round_up(depth, kTileBytes)))),
+      scratch_(allocate(kernel.scratch_bytes_per_column * round_up(depth, kTileBytes))),
+      sums_(allocate(kBlockRows * kChunkColumns * 4)) {}
+
+void BlockProducts::linear(const BlockLayer& layer, const LayerLinear& linear, const Matrix& x, const Outputs& o,
+                           bool is_quantized) {
+  const PackedWeight& b = layer[linear];
+  const auto rows = at<uint8_t>(rows_), scratch = at<uint8_t>(scratch_);
+  const int64_t stride = stride_of_block(b.depth);
+  QuantizeParams q = quantization(linear, x, scales_, zero_points_);
+  q.out.q = rows, q.out.q_stride = stride;
+  if (!is_quantized) {
+    quantize_cpu(q);
+    kernel_.prepare_block(b, rows, stride, scratch);
+  }
+  multiply_block(kernel_, {rows, stride, x.rows, scratch, at<int32_t>(sums_), kChunkColumns}, linear.weight.rows, b, 0,
+                 b.columns, epilogue_of(linear, q, o));
+}
+
+}  // namespace forwardpass::cpu

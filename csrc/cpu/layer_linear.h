@@ -1,0 +1,98 @@
+#pragma once
+// What encoder_layer and decoder_layer share on a CPU: their linear layers, and what a thread needs to take a block of
+// rows through these.
+#include <algorithm>
+#include <vector>
+
+#include "cpu/int8_blocks.h"
+#include "params/affine.h"
+#include "torch/check.h"
+
+namespace forwardpass {
+
+// A linear layer of int8, whose input is quantised row by row.
+struct LayerLinear {
+  Matrix weight;       // i8 [N, K]
+  const float* scale;  // [N]
+  const void* bias;    // [N] or null
+  Dtype bias_dtype;
+  const int32_t* sum;          // [N], of the weight's rows: the input has zero points; null: it has none
+  const float* channel_scale;  // [K], multiplies the input first; or null
+  OptionalTensor packed;       // what pack_int8_weight made of the weight, or none
+};
+
+namespace cpu {
+
+// The most rows that a thread takes at a time, which then share copies of their sequence's keys.
+constexpr int64_t kMostRows = 128;
+
+template <class T>
+T* at(const CacheLines& memory) {
+  return reinterpret_cast<T*>(memory[0].bytes);
+}
+
+inline Matrix floats(const float* data, int64_t rows, int64_t columns) {
+  return {data, Dtype::f32, rows, columns, columns};
+}
+
+// n elements of one float dtype as another.
+void convert(const void* from, Dtype from_dtype, void* to, Dtype to_dtype, int64_t n);
+
+// Where a linear layer's results go, and what is added to them: [rows, columns] each, rows `stride` apart.
+struct Outputs {
+  void* data;
+  int64_t stride;
+  Dtype dtype = Dtype::f32;
+  const float* residual = nullptr;
+  Activation activation = Activation::none;
+};
+
+// How x is quantised. A row's scale and zero point go to scale and zero_point.
+QuantizeParams quantization(const LayerLinear& linear, const Matrix& x, float* scale, int32_t* zero_point);
+
+Epilogue epilogue_of(const LayerLinear& linear, const QuantizeParams& q, const Outputs& o);
+
+// The weights of one layer as blocks read them.
+class BlockLayer {
+ public:
+  // Of a weight, in the order of the layer's linear layers.
+  struct Weight {
+    const LayerLinear* linear;
+    PackedWeight packed{};
+    WeightMemory memory{};
+  };
+
+  explicit BlockLayer(std::initializer_list<const LayerLinear*> linears) {
+    for (const LayerLinear* linear : linears) weights_.push_back({linear});
+  }
+
+  // By all threads, in the memory of a layer that is done; null: in new memory.
+  void pack(const Int8Kernel& kernel, BlockLayer* done);
+
+  const PackedWeight& operator[](const LayerLinear& linear) const {
+    return std::find_if(weights_.begin(), weights_.end(), [&](const Weight& w) { return w.linear == &linear; })->packed;
+  }
+
+ private:
+  std::vector<Weight> weights_;
+};
+
+// The products of one thread, of a block of at most 32 rows at a time.
+class BlockProducts {
+ public:
+  // depth: the most columns that an input has.
+  BlockProducts(const Int8Kernel& kernel, int64_t depth);
+
+  // is_quantized: the call before this one quantised the same x in the same way.
+  void linear(const BlockLayer& layer, const LayerLinear& linear, const Matrix& x, const Outputs& o,
+              bool is_quantized = false);
+
+ private:
+  const Int8Kernel& kernel_;
+  CacheLines rows_, scratch_, sums_;
+  float scales_[kBlockRows];
+  int32_t zero_points_[kBlockRows];
+};
+
+}  // namespace cpu
+}  // namespace forwardpass
