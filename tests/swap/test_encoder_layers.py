@@ -335,6 +335,15 @@ def test_why_not():
         fp.swap(bert(), "int8", encoder="auto")
 
 
+def test_weights_are_passed_with_what_the_layers_have_packed(monkeypatch):
+    passed = []
+    monkeypatch.setattr(encoder_stack, "OPERATION", lambda *args: passed.extend(args[2]) or OPERATION(*args))
+    model = swapped(bert())[0]
+    hidden(model)
+    packed = [m.packed() for m in model.encoder.modules() if type(m) is fp.nn.Int8Linear]
+    assert len(packed) == 18 and all(any(t is p for t in passed) for p in packed)
+
+
 def test_a_backend_that_is_asked_for_is_for_the_layers_own_operations(calls):
     model = swapped(bert())[0]
     with fp.use_backend("cpu"):

@@ -113,6 +113,10 @@ class Stack:
         self._config: Any = None
         self._implementation: str | None = None
 
+    def in_int8(self) -> Stack:
+        """The same stack, computed by the layers' own weights, once its form is proven in floats."""
+        return type(self)(self.holder, self.layers, self.form, self.activation)
+
     def __getstate__(self) -> dict[str, Any]:
         """A copy has modules and weights of its own, which its first call finds."""
         return {
@@ -257,7 +261,7 @@ class Stack:
         if any(m.activation for m in (*qkv, others[0], others[2])) or self._activation(layer) not in PLAIN:
             return None
         pairs = [(n.weight, n.bias) for n in norms]
-        q, k, v, out, up, down = map(_int8_weight, (*qkv, *others))
+        q, k, v, out, up, down = map(int8_weight, (*qkv, *others))
         return EncoderWeights(q, k, v, out, up, down, *pairs)
 
     def _int8(self, x: Tensor, cu_seqlens: Tensor, key_lens: Tensor | None) -> Tensor:
@@ -346,8 +350,8 @@ def is_plain(m: nn.Module) -> bool:
     return type(m) is Int8Linear and m.input_scale is None and m.rotate is None and m.sharding is None
 
 
-def _int8_weight(m: Int8Linear) -> Int8Weight:
-    return Int8Weight(m.qweight, m.weight_scale, m.bias, m.weight_sum, m.channel_scale)
+def int8_weight(m: Int8Linear) -> Int8Weight:
+    return Int8Weight(m.qweight, m.weight_scale, m.bias, m.weight_sum, m.channel_scale, m.packed())
 
 
 def _lengths(hidden: Tensor, mask: Any) -> tuple[Tensor, Tensor | None] | None:

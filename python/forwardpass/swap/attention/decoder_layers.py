@@ -18,9 +18,8 @@ from ...integrations.transformers.attention import register
 from ...integrations.transformers.kv_scales import KV_CACHES
 from ...integrations.transformers.stacks.decoder_stack import DecoderStack, form_of
 from ...integrations.transformers.unpadding import why_replaced
-from ...proofs import inputs, run
 from ...proofs.activation import formula_of
-from .encoder_layers import EncoderDecision, InOrder
+from .encoder_layers import EncoderDecision, decide_by_running
 from .unpadded_encoders import is_pretrained
 
 if TYPE_CHECKING:
@@ -28,11 +27,6 @@ if TYPE_CHECKING:
 
 _OFF = Reason("decoder_off", "decoder=False keeps them", "pass decoder=True")
 _NO_DECODER = Reason("no_decoder", "there is no decoder of a known form in transformers' code", "leave it")
-_NOT_CALLED = Reason(
-    "not_called",
-    "run on made-up inputs, its layers were not called with a cache by the module that holds their list",
-    "pass calibrate= with a batch of your own, or leave it",
-)
 
 
 def decide_decoder(
@@ -44,25 +38,12 @@ def decide_decoder(
     """
     if not asked:
         return EncoderDecision((), _OFF)
-    stacks: list[tuple[str, DecoderStack]] = []
-    reasons: list[Reason] = []
-    for fqn, layers in _stacks_of(decision.model):
-        if (reason := _why_not(decision, layers)) is None:
-            holder = decision.model.get_submodule(fqn.rpartition(".")[0])
-            stacks.append((fqn, _stack(holder, layers, in_floats=True)))
-        else:
-            reasons.append(reason)
-    if stacks:
-        users = inputs.of_batch(batch, forward) if batch is not None else ()
-        prover = run.Prover(decision.model, users, inputs.made_up(decision.model))
-        reason = prover.why_not([InOrder(tuple(x for _, x in stacks))]) if prover.runs else run.UNPROVEN
-        if reason is None and not all(x.calls for _, x in stacks):
-            reason = _NOT_CALLED
-        if reason is None:
-            proven = ((fqn, _stack(x.holder, x.layers)) for fqn, x in stacks)
-            return EncoderDecision(tuple(proven), next(iter(reasons), None))
-        reasons.append(reason)
-    return EncoderDecision((), next(iter(reasons), _NO_DECODER))
+    model = decision.model
+    candidates = (
+        (fqn, _why_not(decision, layers) or _stack(model.get_submodule(fqn.rpartition(".")[0]), layers))
+        for fqn, layers in _stacks_of(model)
+    )
+    return decide_by_running(decision, [*candidates], _NO_DECODER, batch, forward)
 
 
 def _stacks_of(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
@@ -76,10 +57,11 @@ def _stacks_of(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
             yield fqn, layers
 
 
-def _stack(holder: nn.Module, layers: Any, in_floats: bool = False) -> DecoderStack:
+def _stack(holder: nn.Module, layers: nn.ModuleList) -> DecoderStack:
+    """In floats, for a proof."""
     form = form_of(layers[0])
     assert form is not None
-    return DecoderStack(holder, [*layers], form, in_floats=in_floats)  # type: ignore[arg-type]
+    return DecoderStack(holder, [*layers], form, in_floats=True)  # type: ignore[arg-type]
 
 
 def _why_not(decision: Decision, layers: nn.ModuleList) -> Reason | None:

@@ -34,7 +34,7 @@ _OFF = Reason("encoder_off", "encoder=False keeps them", "drop it")
 _NO_ENCODER = Reason("no_encoder", "there is no text encoder of a known form in transformers' code", "leave it")
 _NOT_CALLED = Reason(
     "not_called",
-    "run on made-up inputs, its layers were not called by the module that holds their list",
+    "run on made-up inputs, its layers were not called by the module that holds their list, or a decoder's without a cache",
     "pass calibrate= with a batch of your own, or leave it",
 )
 
@@ -57,16 +57,28 @@ def decide_encoder(
     """
     if not asked:
         return EncoderDecision((), _OFF)
-    stacks: list[tuple[str, Stack]] = []
-    reasons: list[Reason] = []
     int8 = {id(leaf.module) for leaf, p in decision.swapped if p.precision.name == "int8" and p.rotate is None}
+    candidates: list[tuple[str, Stack | Reason]] = []
     for fqn, layers in stacks_of(decision.model, decision.attention):
-        if not any(id(m) in int8 for layer in layers for m in layer.modules()):
-            continue
-        if (reason := _why_not(decision, layers, int8)) is None:
-            stacks.append((fqn, _stack(decision.model, fqn, in_floats=True)))
-        else:
-            reasons.append(reason)
+        if any(id(m) in int8 for layer in layers for m in layer.modules()):
+            reason = _why_not(decision, layers, int8)
+            candidates.append((fqn, reason or _stack(decision.model, fqn, in_floats=True)))
+    return decide_by_running(decision, candidates, _NO_ENCODER, batch, forward)
+
+
+def decide_by_running(
+    decision: Decision,
+    candidates: Iterable[tuple[str, Stack | Reason]],
+    no_stack: Reason,
+    batch: Any,
+    forward: Forward | None,
+) -> EncoderDecision:
+    """candidates: by name, stacks in floats, or the reason why one is none. All are stacks of the model, or none is.
+
+    no_stack: the reason where there is no candidate.
+    """
+    stacks = [(fqn, x) for fqn, x in candidates if isinstance(x, Stack)]
+    reasons = [x for _, x in candidates if isinstance(x, Reason)]
     if stacks:
         users = inputs.of_batch(batch, forward) if batch is not None else ()
         prover = run.Prover(decision.model, users, inputs.made_up(decision.model))
@@ -74,10 +86,9 @@ def decide_encoder(
         if reason is None and not all(x.calls for _, x in stacks):
             reason = _NOT_CALLED
         if reason is None:
-            proven = ((fqn, Stack(x.holder, x.layers, x.form, x.activation)) for fqn, x in stacks)
-            return EncoderDecision(tuple(proven), next(iter(reasons), None))
+            return EncoderDecision(tuple((fqn, x.in_int8()) for fqn, x in stacks), next(iter(reasons), None))
         reasons.append(reason)
-    return EncoderDecision((), next(iter(reasons), _NO_ENCODER))
+    return EncoderDecision((), next(iter(reasons), no_stack))
 
 
 def put_encoders(model: nn.Module, names: Iterable[str]) -> None:

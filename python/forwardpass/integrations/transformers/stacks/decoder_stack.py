@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from ....dispatch.calls import take
 from ....nn import GatedMLP
 from ....nn.mlp import TwoProducts
-from ....ops.decoder_layer import OPERATION, DecoderWeights, Int8Weight, flat
+from ....ops.decoder_layer import OPERATION, DecoderWeights, flat
 from ...class_source import body_of, is_as_written, named, owner_of_forward, tree_of_module
 from .. import key_ranges
-from ..encoder_stack import Stack, is_plain
+from ..encoder_stack import Stack, int8_weight, is_plain
 from ..norm_formulas import NormFormula, norm_formula
 
 
@@ -151,7 +151,7 @@ class DecoderStack(Stack):
         if joined is None or joined.members != tuple(qkv) or not joined.is_whole(anew=True):
             return None
         norms = (self.part(layer, name).weight for name in (f.norm1, f.norm2))
-        weights = [_int8_weight(m) for m in (joined.layer, out, *mlp.layers)]
+        weights = [int8_weight(m) for m in (joined.layer, out, *mlp.layers)]
         return DecoderWeights(*weights, *norms)  # type: ignore[arg-type]
 
     def _flat(self, weights: Sequence[Any]) -> list[Tensor | None]:
@@ -192,10 +192,6 @@ class DecoderStack(Stack):
             normed = part[f.norm2](y)
             x = y + part[f.down](part[f.activation](part[f.gate](normed)) * part[f.up](normed))
         return x
-
-
-def _int8_weight(m: Any) -> Int8Weight:
-    return Int8Weight(m.qweight, m.weight_scale, m.bias, m.weight_sum, m.channel_scale, m.packed())
 
 
 def _before(cache: Any, count: int, in_floats: bool) -> int | None:
