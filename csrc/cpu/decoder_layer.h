@@ -16,9 +16,9 @@ struct DecoderLayer {
 //   q, k, v = qkv(norm1(x)), q and k rotated; k and v go to the cache
 //   y = x + out(attention(q, cache)), x = y + down(activation(up(norm2(y))))
 //
-// Norms are RMS norms. Values are fp32, and are rounded to x's dtype in q, k, v, what attention returns, and between
-// layers. Token i of a sequence is at position seq_len - tokens + i of its cache, as append_kv has it; it attends to
-// the keys from leftpad to itself, as attention_decode has it.
+// Linear layers are all of one kind, weight_only or not. Norms are RMS norms. Values are fp32, and are rounded to x's
+// dtype in q, k, v, what attention returns, and between layers. Token i of a sequence is at position seq_len - tokens +
+// i of its cache, as append_kv has it; it attends to the keys from leftpad to itself, as attention_decode has it.
 struct DecoderLayerParams {
   Matrix x;   // [batch * tokens, H] of a float dtype
   void* out;  // as x, contiguous
@@ -30,6 +30,8 @@ struct DecoderLayerParams {
   float scale, eps;
   Activation activation;
   std::vector<DecoderLayer> layers;
+
+  bool weight_only() const { return layers[0].qkv.weight_only; }
 };
 
 void decoder_layer_cpu(const DecoderLayerParams& p, const Tensor& x);

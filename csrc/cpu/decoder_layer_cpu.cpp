@@ -151,7 +151,8 @@ class SharedSteps {
       const int64_t rows = sizes_.rows;
       normed_ = cpu::allocate(rows * sizes_.columns * 4), scales_ = cpu::allocate(rows * 4);
       zero_points_ = cpu::allocate(rows * 4), corrections_ = cpu::allocate(rows * 4);
-      if (!all.kernel_) return;
+      if (p_.weight_only()) floats_ = cpu::allocate(rows * sizes_.depth * 4);
+      if (!all.kernel_ || p_.weight_only()) return;
       quantized_ = cpu::allocate(rows * sizes_.depth);
       prepared_ = cpu::allocate(rows * sizes_.depth * all.kernel_->few_bytes);
     }
@@ -182,6 +183,11 @@ class SharedSteps {
     void meet() { all_.team_.wait(end_ - begin_); }
 
     void linear(const LayerLinear& linear, const Matrix& x, const Outputs& o) {
+      const auto [begin, end] = columns_of(linear.weight.rows);
+      if (linear.weight_only) {
+        const W8a16Product product = cpu::weight_only_product(linear, x, o, at<float>(floats_));
+        return product.few_rows(begin, end);
+      }
       QuantizeParams q = cpu::quantization(linear, x, at<float>(scales_), at<int32_t>(zero_points_));
       const Epilogue e = cpu::epilogue_of(linear, q, o);
       if (!all_.kernel_)
@@ -195,7 +201,6 @@ class SharedSteps {
       const cpu::Int8Kernel& kernel = *all_.kernel_;
       kernel.prepare_few(rows, x.rows, depth, at<uint8_t>(prepared_), at<uint32_t>(corrections_));
       const cpu::FewRows few{at<uint8_t>(prepared_), x.rows, depth * kernel.few_bytes, at<uint32_t>(corrections_)};
-      const auto [begin, end] = columns_of(linear.weight.rows);
       cpu::multiply_columns<Dtype::i32>(x.rows, begin, end, e,
                                         [&](int64_t first, int64_t last, int32_t* sums, int64_t stride) {
                                           kernel.multiply_few(few, linear.weight, first, last, sums, stride);
@@ -225,7 +230,7 @@ class SharedSteps {
     const DecoderLayerParams& p_;
     const Sizes& sizes_;
     const int64_t begin_, end_;
-    CacheLines normed_, scales_, zero_points_, corrections_, quantized_, prepared_;
+    CacheLines normed_, scales_, zero_points_, corrections_, quantized_, prepared_, floats_;
   };
 
   // A thread has so many products in a layer that meeting the others does not take a tenth of its time.
@@ -252,7 +257,7 @@ class SharedSteps {
 class Block {
  public:
   Block(const DecoderLayerParams& p, const Sizes& sizes, const cpu::Int8Kernel& kernel)
-      : products_(kernel, sizes.depth),
+      : products_(kernel, sizes.depth, p.weight_only()),
         attended_(cpu::allocate(kMostRows * sizes.q_columns * size_of(p.x.dtype))),
         floats_(cpu::allocate(cpu::kBlockRows * (3 * sizes.columns + sizes.mid) * 4)) {
     const int64_t each = cpu::kBlockRows * sizes.columns;

@@ -8,6 +8,16 @@ namespace {
 // Of sums of 32 rows, 128 KB.
 constexpr int64_t kChunkColumns = 1024;
 
+// But for what is of a quantised input.
+Epilogue epilogue_of(const LayerLinear& linear, const Outputs& o) {
+  Epilogue e{};
+  e.b_scale = linear.scale, e.b_scale_per_column = linear.scale;
+  e.bias = linear.bias, e.bias_dtype = linear.bias_dtype, e.activation = o.activation;
+  e.out = o.data, e.out_stride = o.stride, e.out_dtype = o.dtype;
+  e.residual = o.residual, e.residual_stride = o.stride;
+  return e;
+}
+
 }  // namespace
 
 void convert(const void* from, Dtype from_dtype, void* to, Dtype to_dtype, int64_t n) {
@@ -30,19 +40,22 @@ QuantizeParams quantization(const LayerLinear& linear, const Matrix& x, float* s
 }
 
 Epilogue epilogue_of(const LayerLinear& linear, const QuantizeParams& q, const Outputs& o) {
-  Epilogue e{};
+  Epilogue e = epilogue_of(linear, o);
   e.a_scale = q.out.scale, e.a_scale_per_row = true;
   e.zero_point = q.out.zero_point, e.zero_point_per_row = linear.sum, e.b_sum = linear.sum;
-  e.b_scale = linear.scale, e.b_scale_per_column = true;
-  e.bias = linear.bias, e.bias_dtype = linear.bias_dtype, e.activation = o.activation;
-  e.out = o.data, e.out_stride = o.stride, e.out_dtype = o.dtype;
-  e.residual = o.residual, e.residual_stride = o.stride;
   return e;
+}
+
+W8a16Product weight_only_product(const LayerLinear& linear, const Matrix& x, const Outputs& o, float* buffer) {
+  const int64_t stride = floats_of(x.columns);
+  rows_to_fp32(x, 0, x.rows, buffer, stride);
+  return {buffer, x.rows, stride, linear.weight, linear.block_scale, epilogue_of(linear, o)};
 }
 
 void BlockLayer::pack(const Int8Kernel& kernel, BlockLayer* done) {
   for (size_t i = 0; i < weights_.size(); ++i) {
     Weight& w = weights_[i];
+    if (w.linear->weight_only) continue;
     if (done) w.memory = std::move(done->weights_[i].memory);
     const auto& packed = w.linear->packed;
     const auto data = static_cast<const uint8_t*>(packed ? packed->const_data_ptr() : nullptr);
@@ -50,14 +63,16 @@ void BlockLayer::pack(const Int8Kernel& kernel, BlockLayer* done) {
   }
 }
 
-BlockProducts::BlockProducts(const Int8Kernel& kernel, int64_t depth)
-    : kernel_(kernel),
-      rows_(allocate(kBlockRows * stride_of_block(round_up(depth, kTileBytes)))),
-      scratch_(allocate(kernel.scratch_bytes_per_column * round_up(depth, kTileBytes))),
-      sums_(allocate(kBlockRows * kChunkColumns * 4)) {}
+BlockProducts::BlockProducts(const Int8Kernel& kernel, int64_t depth, bool weight_only) : kernel_(kernel) {
+  depth = round_up(depth, kTileBytes);
+  rows_ = allocate(kBlockRows * (weight_only ? 4 * depth : stride_of_block(depth)));
+  if (weight_only) return;
+  scratch_ = allocate(kernel.scratch_bytes_per_column * depth), sums_ = allocate(kBlockRows * kChunkColumns * 4);
+}
 
 void BlockProducts::linear(const BlockLayer& layer, const LayerLinear& linear, const Matrix& x, const Outputs& o,
                            bool is_quantized) {
+  if (linear.weight_only) return weight_only_product(linear, x, o, at<float>(rows_)).few_rows(0, linear.weight.rows);
   const PackedWeight& b = layer[linear];
   const auto rows = at<uint8_t>(rows_), scratch = at<uint8_t>(scratch_);
   const int64_t stride = stride_of_block(b.depth);

@@ -5,16 +5,19 @@
 #include <vector>
 
 #include "cpu/int8_blocks.h"
+#include "cpu/w8a16_gemm.h"
 #include "params/affine.h"
 #include "torch/check.h"
 
 namespace forwardpass {
 
-// A linear layer of int8, whose input is quantised row by row.
+// A linear layer. Its input is quantised row by row, or stays as it is (weight_only).
 struct LayerLinear {
-  Matrix weight;       // i8 [N, K]
-  const float* scale;  // [N]
-  const void* bias;    // [N] or null
+  Matrix weight;             // i8 [N, K]; weight_only: or e4m3
+  bool weight_only;          // then there are no sum, channel_scale and packed
+  const float* scale;        // [N]; null where there is a block_scale
+  const float* block_scale;  // [N, ceil(K / 128)], weight_only; or null
+  const void* bias;          // [N] or null
   Dtype bias_dtype;
   const int32_t* sum;          // [N], of the weight's rows: the input has zero points; null: it has none
   const float* channel_scale;  // [K], multiplies the input first; or null
@@ -52,7 +55,11 @@ QuantizeParams quantization(const LayerLinear& linear, const Matrix& x, float* s
 
 Epilogue epilogue_of(const LayerLinear& linear, const QuantizeParams& q, const Outputs& o);
 
-// The weights of one layer as blocks read them.
+// x, f32 or of another float dtype, as W8a16Product has it, in `buffer`, of x.rows rows of floats_of(x.columns).
+W8a16Product weight_only_product(const LayerLinear& linear, const Matrix& x, const Outputs& o, float* buffer);
+inline int64_t floats_of(int64_t columns) { return round_up(columns, kTileBytes); }
+
+// The weights of one layer as blocks read them. Those of weight_only are read as they are.
 class BlockLayer {
  public:
   // Of a weight, in the order of the layer's linear layers.
@@ -80,8 +87,8 @@ class BlockLayer {
 // The products of one thread, of a block of at most 32 rows at a time.
 class BlockProducts {
  public:
-  // depth: the most columns that an input has.
-  BlockProducts(const Int8Kernel& kernel, int64_t depth);
+  // depth: the most columns that an input has; weight_only: of all linear layers.
+  BlockProducts(const Int8Kernel& kernel, int64_t depth, bool weight_only = false);
 
   // is_quantized: the call before this one quantised the same x in the same way.
   void linear(const BlockLayer& layer, const LayerLinear& linear, const Matrix& x, const Outputs& o,

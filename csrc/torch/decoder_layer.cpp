@@ -31,11 +31,11 @@ AttentionTensor rotary(const Tensor& x, const DecoderLayerParams& p, const Tenso
 }
 
 DecoderLayer layer_of(const std::vector<OptionalTensor>& weights, int64_t first, const DecoderLayerParams& p,
-                      const Tensor& x) {
+                      const Tensor& x, bool weight_only) {
   DecoderLayer l{};
   const int64_t h = p.x.columns, q = int64_t{p.heads} * p.head_dim, kv = int64_t{p.kv_heads} * p.head_dim;
   const auto linear = [&](int64_t i, int64_t n, int64_t k) {
-    return layer_linear(weights, first + i * kOfLayerLinear, n, k, x, kOp);
+    return layer_linear(weights, first + i * kOfLayerLinear, n, k, x, kOp, weight_only);
   };
   l.qkv = linear(0, q + 2 * kv, h), l.out = linear(1, h, q), l.up = linear(2, 0, h);
   const bool gated = is_gated(p.activation);
@@ -57,7 +57,7 @@ Tensor decoder_layer(Backend, const Tensor& x, const std::vector<Tensor>& k_cach
                      const Tensor& seq_lens, const std::vector<OptionalTensor>& weights, int64_t heads,
                      const OptionalTensor& cos, const OptionalTensor& sin, double eps,
                      const std::optional<std::string>& activation, std::optional<double> scale,
-                     const OptionalTensor& leftpad) {
+                     const OptionalTensor& leftpad, bool weight_only) {
   DecoderLayerParams p{};
   p.x = matrix(x, kOp, "x");
   STD_TORCH_CHECK(x.dim() == 3 && is_float(p.x.dtype), kOp, ": x must be float32, float16 or bfloat16 [B, S, H]");
@@ -86,7 +86,7 @@ Tensor decoder_layer(Backend, const Tensor& x, const std::vector<Tensor>& k_cach
   // The tokens as the cache's checks have them.
   const Tensor like = empty_strided({p.batch, p.tokens, p.kv_heads, p.head_dim}, {0, 0, 0, 1}, x.scalar_type(), x);
   for (int64_t i = 0; i < layers; ++i) {
-    p.layers.push_back(layer_of(weights, i * kOfLayer, p, x));
+    p.layers.push_back(layer_of(weights, i * kOfLayer, p, x, weight_only));
     p.layers[i].cache = kv_cache(like, k_caches[i], v_caches[i], seq_lens, {}, {}, {}, kOp);
     const KvCache& c = p.layers[i].cache;
     STD_TORCH_CHECK(c.heads == p.kv_heads && c.value_dim == p.head_dim, kOp,

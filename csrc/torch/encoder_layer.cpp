@@ -31,17 +31,26 @@ EncoderLayer layer_of(const Weights& weights, int64_t first, int64_t h, Activati
 }  // namespace
 
 LayerLinear layer_linear(const std::vector<OptionalTensor>& weights, int64_t i, int64_t n, int64_t k, const Tensor& x,
-                         const char* op) {
+                         const char* op, bool weight_only) {
   LayerLinear l{};
   STD_TORCH_CHECK(weights[i] && weights[i + 1], op, ": a layer has weights and their scales");
-  l.weight = b_operand(*weights[i], Dtype::i8, k, x, op, "a weight");
+  const Dtype dtype = weight_only ? dtype_of(weights[i]->scalar_type(), op, "a weight") : Dtype::i8;
+  STD_TORCH_CHECK(dtype == Dtype::i8 || dtype == Dtype::e4m3, op, ": a weight must be int8 or float8_e4m3fn");
+  l.weight = b_operand(*weights[i], dtype, k, x, op, "a weight"), l.weight_only = weight_only;
   if (n == 0) n = l.weight.rows;
   STD_TORCH_CHECK(l.weight.rows == n, op, ": a weight must be [", n, ", ", k, "]");
-  l.scale = floats(weights[i + 1], n, x, op, "a weight's scale");
+  const bool blocks = weight_only && weights[i + 1]->dim() == 2;
+  const int64_t scales = blocks ? n * ceil_div(k, kScaleBlock) : n;
+  (blocks ? l.block_scale : l.scale) = floats(weights[i + 1], scales, x, op, "a weight's scale");
   if (const OptionalTensor& bias = weights[i + 2]) {
     l.bias_dtype = dtype_of(bias->scalar_type(), op, "a bias");
     STD_TORCH_CHECK(is_float(l.bias_dtype), op, ": a bias must be float32, float16 or bfloat16");
     l.bias = vector<void>(bias, n, bias->scalar_type(), x, op, "a bias");
+  }
+  if (weight_only) {
+    for (int64_t j = i + 3; j < i + kOfLayerLinear; ++j)
+      STD_TORCH_CHECK(!weights[j], op, ": a weight whose input stays as it is has a scale and a bias alone");
+    return l;
   }
   l.sum = ints(weights[i + 3], n, x, op, "a weight's sum");
   check_int8_depth(k, l.sum, op);

@@ -96,7 +96,8 @@ constexpr std::tuple kOps{
 
     CpuOp<decoder_layer>{
         "decoder_layer(Tensor x, Tensor(a!)[] k_caches, Tensor(b!)[] v_caches, Tensor seq_lens, Tensor?[] weights, "
-        "int heads, Tensor? cos, Tensor? sin, float eps, str? activation, float? scale, Tensor? leftpad) -> Tensor"},
+        "int heads, Tensor? cos, Tensor? sin, float eps, str? activation, float? scale, Tensor? leftpad, "
+        "bool weight_only=False) -> Tensor"},
 
     Op<w8a16_gemm>{"w8a16_gemm(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, str? activation, "
                    "Tensor? residual=None, Tensor? ada_gate=None) -> Tensor"},

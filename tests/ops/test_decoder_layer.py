@@ -15,6 +15,7 @@ from forwardpass.testing import poisoned_outputs
 
 OPERATION = operations["decoder_layer"]
 RUNS = OPERATION.runs
+E4M3 = torch.float8_e4m3fn
 SIZES = (64, 4, 2, 16, 96)
 STEP = Case((9, 1, 300), 1, *SIZES, layers=2)
 #: By blocks of rows, of which some have rows of two sequences.
@@ -48,7 +49,8 @@ def test_cpu_against_reference(case, seed):
 @pytest.mark.parametrize(
     "case",
     [STEP, PROMPTS, OTHER_HEADS, dataclasses.replace(PROMPTS, dtype=torch.bfloat16, leftpad=True),
-     Case((2000, 1), 1, *SIZES), Case((17,), 17, 256, 4, 1, 64, 512, dtype=torch.float16)],
+     Case((2000, 1), 1, *SIZES), dataclasses.replace(STEP, scales="row"), dataclasses.replace(PROMPTS, scales="group"),
+     Case((17,), 17, 256, 4, 1, 64, 512, dtype=torch.float16)],
     ids=str,
 )  # fmt: skip
 def test_bits_do_not_depend_on_the_threads(case):
@@ -74,7 +76,10 @@ def part_of(args, first, last):
     return tuple((dict(zip(names, args)) | changed).values())
 
 
-@pytest.mark.parametrize("case", [STEP, PROMPTS, dataclasses.replace(PROMPTS, dtype=torch.float16)])
+@pytest.mark.parametrize(
+    "case",
+    [STEP, PROMPTS, dataclasses.replace(PROMPTS, dtype=torch.float16), dataclasses.replace(PROMPTS, scales="row")],
+)
 def test_layers_in_one_call_are_as_many_calls(case):
     args = case.arguments()
     y, after = run(args)
@@ -87,15 +92,22 @@ def test_layers_in_one_call_are_as_many_calls(case):
 
 def of_sequence(args, b):
     at = slice(b, b + 1)
-    x, k_caches, v_caches, seq_lens, weights, heads, cos, sin, *rest = args
-    pad = rest.pop()
+    x, k_caches, v_caches, seq_lens, weights, heads, cos, sin, *rest, pad, weight_only = args
     return (
         x[at], [t[at] for t in k_caches], [t[at] for t in v_caches], seq_lens[at], weights, heads, cos[at], sin[at], *rest,
-        pad if pad is None else pad[at],
+        pad if pad is None else pad[at], weight_only,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("case", [STEP, dataclasses.replace(PROMPTS, leftpad=True), OTHER_HEADS])
+@pytest.mark.parametrize(
+    "case",
+    [
+        STEP,
+        dataclasses.replace(PROMPTS, leftpad=True),
+        OTHER_HEADS,
+        dataclasses.replace(PROMPTS, scales="row", weight_dtype=E4M3),
+    ],
+)
 def test_bits_are_those_of_a_sequence_alone(case):
     args = case.arguments()
     y = run(args)[0]
@@ -205,6 +217,8 @@ def weights(**changed):
 
 
 LAYER_WEIGHTS = weights()
+PARTS = ("qkv", "out", "up", "down")
+WEIGHT_ONLY = fp.ops.W8a16Weight(torch.zeros(64, 64, dtype=torch.int8), torch.ones(64))
 
 
 def part(name, **changed):
@@ -222,6 +236,10 @@ def cache(*shape, **options):
         ([], {}, ValueError, "layers must be one DecoderWeights for each cache: 1, not 0"),
         (LAYER_WEIGHTS, {}, TypeError, "layers must be a list of DecoderWeights"),
         ([part("qkv", weight=torch.zeros(64, 64, dtype=torch.int8))], {}, ValueError, r"qkv.weight must be \[128, 64\]"),
+        ([weights(out=WEIGHT_ONLY)], {}, TypeError, "must all be Int8Weight, or all W8a16Weight"),
+        ([weights(**dict.fromkeys(PARTS, WEIGHT_ONLY))], {}, ValueError, r"qkv.weight must be \[128, 64\], and has 64 rows"),
+        ([weights(**dict.fromkeys(PARTS, WEIGHT_ONLY._replace(weight=torch.ones(64, 64))))], {}, TypeError,
+         "qkv.weight must be an int8 or float8_e4m3fn tensor"),
         ([part("out", weight=None)], {}, TypeError, "out must be an Int8Weight with weight and scale"),
         ([part("up", scale=torch.ones(3))], {}, ValueError, "up.scale must be contiguous with 192 elements"),
         ([weights(norm2=torch.ones(64).half())], {}, TypeError, "norm2 must be a tensor of torch.float32"),

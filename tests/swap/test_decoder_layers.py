@@ -1,6 +1,7 @@
 """swap(decoder=True): a decoder's layers as one operation, and everything that sends a call back to the layers one by one."""
 
 import copy
+import dataclasses
 import io
 
 import pytest
@@ -42,9 +43,9 @@ def llama(kind="Llama", **changed):
     return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
 
 
-def swapped(model, **options):
+def swapped(model, precision="int8", **options):
     report = fp.swap(
-        model, "int8", **{"decoder": True, "kv_cache": "auto", "include": "**", "exclude": "lm_head", **options}
+        model, precision, **{"decoder": True, "kv_cache": "auto", "include": "**", "exclude": "lm_head", **options}
     )
     return model, report
 
@@ -82,12 +83,15 @@ def close(a, b, mask=None):
     return torch.cosine_similarity(a, b).min() > 0.99 and (a - b).norm() < 0.05 * b.norm()
 
 
-@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2"])
-def test_layers_are_one_operation(kind, calls):
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    [("Llama", "int8"), ("Mistral", "int8"), ("Qwen2", "int8"), ("Llama", "w8a16"), ("Qwen2", "w8a16")],
+)
+def test_layers_are_one_operation(kind, precision, calls):
     model = llama(kind, **({"sliding_window": None} if kind == "Mistral" else {}))
     exact, exact_padded = logits(model), logits(model, attention_mask=PADDED)
     names = [name for name, _ in model.named_modules()]
-    model, report = swapped(model)
+    model, report = swapped(model, precision)
     assert "decoder: the 3 layers of model.layers are one operation" in str(report)
     assert close(logits(model), exact) and calls == [20]
     assert close(in_steps(model), exact) and calls[1:] == [15, 1, 3, 1]
@@ -109,6 +113,26 @@ def test_it_is_what_the_layers_are(calls):
     assert (y - one_by_one).norm() / one_by_one.norm() < 2e-2
     handle.remove()
     assert torch.equal(in_steps(model), y) and len(calls) == 8
+
+
+def test_weights_alone_in_8_bits_differ_from_the_layers_by_rounding_alone(calls):
+    model = swapped(llama(), "w8a16")[0]
+    y = in_steps(model)
+    model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+    one_by_one = in_steps(model)
+    assert len(calls) == 4 and not torch.equal(y, one_by_one)
+    assert (y - one_by_one).norm() / one_by_one.norm() < 1e-5
+
+
+def test_layers_of_two_precisions_stay_apart(calls):
+    model = llama()
+    plan = fp.swap(model, "w8a16", include="**", exclude="lm_head", dry_run=True).plan
+    of_down = fp.swap(model, "int8", include="**.down_proj", dry_run=True).plan
+    changed = {layer.fqn: layer for layer in of_down.layers}
+    mixed = dataclasses.replace(plan, layers=tuple(changed.get(x.fqn, x) for x in plan.layers))
+    report = fp.swap(model, plan=mixed, decoder=True, kv_cache="auto")
+    assert report.decoder.reason.code == "precision" and "int8 and w8a16" in str(report)
+    assert logits(model).isfinite().all() and not calls
 
 
 def test_calls_may_change_from_one_way_to_the_other_within_a_cache(calls):

@@ -8,6 +8,7 @@ from .attention_8bit import attention_8bit, attention_8bit_with_lse, quantize_at
 from .attention_decode import attention_decode, attention_decode_with_lse
 from .common.activations import interleave_gate_up, separate_gate_up
 from .decoder_layer import DecoderWeights as DecoderWeights
+from .decoder_layer import W8a16Weight as W8a16Weight
 from .decoder_layer import decoder_layer
 from .dequant_activation import dequant_activation
 from .encoder_layer import EncoderWeights as EncoderWeights

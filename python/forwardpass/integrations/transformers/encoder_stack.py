@@ -113,7 +113,7 @@ class Stack:
         self._config: Any = None
         self._implementation: str | None = None
 
-    def in_int8(self) -> Stack:
+    def in_8_bits(self) -> Stack:
         """The same stack, computed by the layers' own weights, once its form is proven in floats."""
         return type(self)(self.holder, self.layers, self.form, self.activation)
 

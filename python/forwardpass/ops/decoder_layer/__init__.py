@@ -14,19 +14,32 @@ from ..common.activations import GATED, PLAIN, check_activation, is_gated
 from ..common.cache_layout import check_apart, check_cache, check_rotary, rotary_pair
 from ..common.quantized_rows import FLOATS, check_float_rows, check_vector
 from ..encoder_layer import Int8Weight, check_linear
+from ..w8a16_gemm import check_weight_only
 from . import reference
 from .reference import LAYER, LINEAR, LINEARS
+
+
+class W8a16Weight(NamedTuple):
+    """A linear layer whose input stays as it is, as in `w8a16_gemm`.
+
+    weight: int8 or float8_e4m3fn [N, K]; scale: float32 [N], or [N, ceil(K / 128)] for blocks of 128 columns; bias: float32,
+    float16 or bfloat16 [N].
+    """
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None = None
 
 
 class DecoderWeights(NamedTuple):
     """One layer of H columns, with H' columns of all query heads and Hk' of all key heads: qkv [H' + 2 Hk', H], the rows of q, k
     and v one after another; out [H, H']; up [I, H], gated [2 I, H] by `interleave_gate_up`; down [H, I]; the weights of both norms,
-    float32 [H]."""
+    float32 [H]. All of a call are `Int8Weight`s, or all are `W8a16Weight`s."""
 
-    qkv: Int8Weight
-    out: Int8Weight
-    up: Int8Weight
-    down: Int8Weight
+    qkv: Int8Weight | W8a16Weight
+    out: Int8Weight | W8a16Weight
+    up: Int8Weight | W8a16Weight
+    down: Int8Weight | W8a16Weight
     norm1: Tensor
     norm2: Tensor
 
@@ -35,7 +48,19 @@ def flat(layers: Sequence[DecoderWeights]) -> list[Tensor | None]:
     """In the order of the schema. TypeError where they are none."""
     if not isinstance(layers, (list, tuple)) or not all(isinstance(layer, DecoderWeights) for layer in layers):
         raise TypeError("decoder_layer: layers must be a list of DecoderWeights, one a layer")
-    return [t for layer in layers for part in layer for t in (part if isinstance(part, tuple) else (part,))]
+    if len({type(part) for layer in layers for part in layer[:LINEARS]}) > 1:
+        raise TypeError("decoder_layer: the linear layers of a call must all be Int8Weight, or all W8a16Weight")
+    return [t for layer in layers for part in layer for t in _tensors(part)]
+
+
+def is_weight_only(layers: Sequence[DecoderWeights]) -> bool:
+    return bool(layers) and isinstance(layers[0].qkv, W8a16Weight)
+
+
+def _tensors(part: Int8Weight | W8a16Weight | Tensor) -> Sequence[Tensor | None]:
+    if isinstance(part, W8a16Weight):
+        return (*part, *(None,) * (LINEAR - len(part)))
+    return part if isinstance(part, Int8Weight) else (part,)
 
 
 def decoder_layer(
@@ -58,9 +83,10 @@ def decoder_layer(
         y = x + out(attention(q, cache))
         x = y + down(activation(up(norm2(y))))
 
-    Norms are RMS norms. Each product is `int8_linear`, dynamic per row. Keys go to the cache as `append_kv` writes them. Attention
-    reads it as `attention_decode` does, for any number of tokens. Values between the steps are float32. They are rounded to x's
-    dtype in q, k, v and what attention returns, and between layers: layers in one call give the bits of as many calls.
+    Norms are RMS norms. Each product is `int8_linear`, dynamic per row, or with `W8a16Weight`s `w8a16_gemm` of float32 values. Keys
+    go to the cache as `append_kv` writes them. Attention reads it as `attention_decode` does, for any number of tokens. Values
+    between the steps are float32. They are rounded to x's dtype in q, k, v and what attention returns, and between layers: layers
+    in one call give the bits of as many calls.
 
     Args:
         x: float32, float16 or bfloat16 [B, S, H], last stride 1: S new tokens of each sequence.
@@ -103,25 +129,43 @@ def decoder_layer(
                 f"decoder_layer: {name} must be a list of tensors, one a layer, not {type(caches).__name__}"
             )
     return OPERATION(
-        x, [*k_caches], [*v_caches], seq_lens, flat(layers), heads, cos, sin, eps, activation, scale, leftpad
+        x, [*k_caches], [*v_caches], seq_lens, flat(layers), heads, cos, sin, eps, activation, scale, leftpad,
+        is_weight_only(layers),
     )  # fmt: skip
 
 
-def _check_layer(weights: Sequence[Tensor | None], activation: str | None, x: Tensor, q: int, kv: int) -> None:
+def _check_layer(
+    weights: Sequence[Tensor | None], activation: str | None, x: Tensor, q: int, kv: int, weight_only: bool
+) -> None:
     op, h = "decoder_layer", x.shape[2]
     qkv, out, up, down = (weights[i * LINEAR : (i + 1) * LINEAR] for i in range(LINEARS))
     inputs = x.new_empty(0, h)
-    check_linear(op, qkv, "qkv", q + 2 * kv, inputs)
-    check_linear(op, out, "out", h, x.new_empty(0, q))
-    n = check_linear(op, up, "up", None, inputs)
+    check = _check_weight_only if weight_only else check_linear
+    check(op, qkv, "qkv", q + 2 * kv, inputs)
+    check(op, out, "out", h, x.new_empty(0, q))
+    n = check(op, up, "up", None, inputs)
     if is_gated(activation) and n % 16:
         raise ValueError(f"{op}: the rows of up must be a multiple of 16 with {activation}, 8 of gate beside 8 of up, and are {n}: "
                          "pad them with zeros")  # fmt: skip
-    check_linear(op, down, "down", h, x.new_empty(0, n // 2 if is_gated(activation) else n))
+    check(op, down, "down", h, x.new_empty(0, n // 2 if is_gated(activation) else n))
     for name, v in zip(("norm1", "norm2"), weights[LINEARS * LINEAR :]):
         if v is None:
             raise TypeError(f"{op}: {name} must be a tensor of torch.float32, and is None")
         check_vector(op, name, v, h, torch.float32, x)
+
+
+def _check_weight_only(op: str, weights: Sequence[Tensor | None], name: str, rows: int | None, inputs: Tensor) -> int:
+    """As `check_linear`."""
+    weight, scale, bias, *others = weights
+    if any(t is not None for t in others):
+        raise TypeError(f"{op}: {name} has a weight, a scale and a bias where its input stays as it is, and no others")
+    n = check_weight_only(op, f"{name}.", weight, scale, inputs)
+    if rows is not None and n != rows:
+        raise ValueError(f"{op}: {name}.weight must be [{rows}, {inputs.shape[-1]}], and has {n} rows")
+    if isinstance(scale, Tensor) and scale.dim() != 2:
+        check_vector(op, f"{name}.scale", scale, n, torch.float32, inputs)
+    check_vector(op, f"{name}.bias", bias, n, FLOATS, inputs)
+    return n
 
 
 def _check_caches(x: Tensor, k_caches: list[Tensor], v_caches: list[Tensor], seq_lens: Tensor) -> tuple[int, int]:
@@ -172,6 +216,7 @@ def _check(
     activation: str | None,
     scale: float | None,
     leftpad: Tensor | None,
+    weight_only: bool = False,
 ) -> None:
     op = "decoder_layer"
     check_float_rows(op, "x", x)
@@ -191,7 +236,7 @@ def _check(
             f"{op}: layers must be one DecoderWeights for each cache: {len(k_caches)}, not {len(weights) // LAYER}"
         )
     for i in range(0, len(weights), LAYER):
-        _check_layer(weights[i : i + LAYER], activation, x, heads * columns, kv_heads * columns)
+        _check_layer(weights[i : i + LAYER], activation, x, heads * columns, kv_heads * columns, weight_only)
 
 
 def _fake(x: Tensor, *options: object) -> Tensor:

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from ...testing import pairwise
 from ..common.activations import GATED, PLAIN, interleave_gate_up, is_gated
-from ..common.quantized_rows import FLOATS
+from ..common.quantized_rows import E4M3, FLOATS
 from ..encoder_layer import Int8Weight
 from ..encoder_layer.cases import OF_ROW, STEP, TOTAL
 from ..int8_linear import pack_int8_weight
 from ..quantize.reference import quantize
-from . import DecoderWeights, flat, reference
+from . import DecoderWeights, W8a16Weight, flat, reference
 
 #: Keys that a cache has room for beyond those that a case has in it.
 ROOM = 5
@@ -38,6 +38,8 @@ class Case:
     bias: bool = False
     channel_scale: bool = False
     packed: bool = False
+    scales: str | None = None  #: "row" or "group": weights alone are in 8 bits, as W8A16Linear has them; None: int8
+    weight_dtype: torch.dtype = torch.int8  #: with scales
     rotated: int | None = None  #: columns; None: all; 0: none
     leftpad: bool = False
     heads_first: bool = True  #: in the memory of the caches, as transformers has them
@@ -48,7 +50,18 @@ class Case:
         g = torch.Generator().manual_seed(seed)
         q, kv, batch = self.heads * self.columns, self.kv_heads * self.columns, len(self.lengths)
 
-        def linear(n: int, k: int, gated: bool = False) -> Int8Weight:
+        def weight_only(n: int, k: int, gated: bool) -> W8a16Weight:
+            group = None if self.scales == "row" else 128
+            values = torch.randn(n, k, generator=g) / k**0.5
+            w, scale, _ = quantize(values, self.weight_dtype, None, group, None, True, None)
+            if gated:
+                w, scale = (interleave_gate_up(t[: n // 2], t[n // 2 :]) for t in (w, scale))
+            bias = torch.randn(n, generator=g).to(device) / 4 if self.bias else None
+            return W8a16Weight(w.to(device), scale.contiguous().to(device), bias)
+
+        def linear(n: int, k: int, gated: bool = False) -> Int8Weight | W8a16Weight:
+            if self.scales is not None:
+                return weight_only(n, k, gated)
             w, scale, _ = quantize(torch.randn(n, k, generator=g) / k**0.5, torch.int8, None, None, None, True, None)
             if gated:
                 w, scale = (interleave_gate_up(t[: n // 2], t[n // 2 :]) for t in (w, scale))
@@ -85,7 +98,7 @@ class Case:
         padding = [min(i % 3, n - 1) for i, n in enumerate(self.lengths, 1)]
         leftpad = torch.tensor(padding, dtype=torch.int32, device=device).clamp(min=0) if self.leftpad else None
         return (x[..., : self.h], caches(), caches(), seq_lens, flat(weights), self.heads, *rotary, 1e-6, self.activation, None,
-                leftpad)  # fmt: skip
+                leftpad, self.scales is not None)  # fmt: skip
 
     def bytes(self) -> int:
         """Weights, and the keys and values."""
@@ -149,6 +162,8 @@ def cases() -> Iterator[Case]:
         "bias": (False, True),
         "channel_scale": (False, True),
         "packed": (False, True),
+        "scales": (None, "row", None, "group"),
+        "weight_dtype": (torch.int8, E4M3),
         "rotated": (None, 0, 8),
         "leftpad": (False, True),
         "heads_first": (True, False),

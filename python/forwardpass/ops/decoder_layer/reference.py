@@ -1,4 +1,4 @@
-"""decoder_layer in plain torch: the specification, made of the specifications of int8_linear, append_kv and attention_decode."""
+"""decoder_layer in plain torch: the specification, made of those of int8_linear, w8a16_gemm, append_kv and attention_decode."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from ..attention_decode.reference import attention_decode
 from ..encoder_layer.reference import LINEAR
 from ..int8_linear.reference import int8_linear
 from ..norm_quantize.reference import normalize
+from ..w8a16_gemm.reference import w8a16_gemm
 
 #: How many linear layers a layer has (q, k and v in one, out, up, down), and how many tensors the schema has of it: those of its
 #: linear layers, and the weights of two norms.
@@ -30,14 +31,17 @@ def decoder_layer(
     activation: str | None,
     scale: float | None,
     leftpad: Tensor | None,
+    weight_only: bool = False,
 ) -> Tensor:
-    """Products in exact integers, norms and attention in float64, each step's result rounded to float32."""
+    """Products in exact integers or float64, norms and attention in float64, each step's result rounded to float32."""
     dtype = x.dtype
 
     def linear(i: int, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
         weight, w_scale, bias, total, channel_scale, _ = layer[i * LINEAR : (i + 1) * LINEAR]
         assert weight is not None and w_scale is not None
         x, residual = x.flatten(0, 1), residual if residual is None else residual.flatten(0, 1)
+        if weight_only:
+            return w8a16_gemm(x.float(), weight, w_scale, bias, activation, residual).unflatten(0, shape)
         y = int8_linear(
             x, weight, w_scale, bias, activation, torch.float32, None, None, total is None, channel_scale, total, None, residual
         )  # fmt: skip

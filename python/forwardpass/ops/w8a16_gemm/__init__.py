@@ -66,26 +66,31 @@ def _check(
 ) -> None:
     op = "w8a16_gemm"
     check_float_rows(op, "x", x)
-    if not isinstance(weight, Tensor) or weight.dtype not in (torch.int8, E4M3):
-        raise TypeError(
-            f"{op}: weight must be an int8 or float8_e4m3fn tensor, not {getattr(weight, 'dtype', type(weight).__name__)}"
-        )
-    check_weight(op, "weight", weight, "x", x)
-    if not isinstance(weight_scale, Tensor):
-        raise TypeError(f"{op}: weight_scale must be a float32 tensor, not {type(weight_scale).__name__}")
-    n, groups = weight.shape[0], -(-weight.shape[1] // 128)
+    n = check_weight_only(op, "", weight, weight_scale, x, "weight_scale")
     unit = x.new_empty(1, dtype=torch.float32)
     blocks = weight_scale.dim() == 2
-    if blocks:
-        if tuple(weight_scale.shape) != (n, groups):
-            raise ValueError(
-                f"{op}: weight_scale of blocks must be [{n}, {groups}], and has shape {tuple(weight_scale.shape)}"
-            )
-        check_elements(op, "weight_scale", weight_scale, n * groups, torch.float32, x)
     check_epilogue(
         op, x, tuple(x.shape[:-1]), n, unit, unit if blocks else weight_scale, bias, activation, x.dtype, None, None, None,
         residual=residual, operand="weight", ada_gate=ada_gate,
     )  # fmt: skip
+
+
+def check_weight_only(op: str, prefix: str, weight: object, scale: object, x: Tensor, name: str = "scale") -> int:
+    """The rows of a weight. Its scale is checked if it is of blocks. Words name them by prefix, and the scale by `name`."""
+    if not isinstance(weight, Tensor) or weight.dtype not in (torch.int8, E4M3):
+        dtype = getattr(weight, "dtype", type(weight).__name__)
+        raise TypeError(f"{op}: {prefix}weight must be an int8 or float8_e4m3fn tensor, not {dtype}")
+    check_weight(op, f"{prefix}weight", weight, "x", x)
+    if not isinstance(scale, Tensor):
+        raise TypeError(f"{op}: {prefix}{name} must be a float32 tensor, not {type(scale).__name__}")
+    n, groups = weight.shape[0], -(-weight.shape[1] // 128)
+    if scale.dim() == 2:
+        if tuple(scale.shape) != (n, groups):
+            raise ValueError(
+                f"{op}: {prefix}{name} of blocks must be [{n}, {groups}], and has shape {tuple(scale.shape)}"
+            )
+        check_elements(op, f"{prefix}{name}", scale, n * groups, torch.float32, x)
+    return n
 
 
 def _fake(

@@ -25,6 +25,8 @@ from .unpadded_encoders import is_pretrained
 if TYPE_CHECKING:
     from ..decision import Decision
 
+#: Of all linear layers of a layer: one of these.
+PRECISIONS = ("int8", "w8a16")
 _OFF = Reason("decoder_off", "decoder=False keeps them", "pass decoder=True")
 _NO_DECODER = Reason("no_decoder", "there is no decoder of a known form in transformers' code", "leave it")
 
@@ -81,11 +83,18 @@ def _why_not(decision: Decision, layers: nn.ModuleList) -> Reason | None:
     if decision.attention.bits:
         return Reason("attention_8bit", "its attention is asked for in 8 bits", "drop attention=")
     precisions = {id(leaf.module): p for leaf, p in decision.swapped}
+    names = {precisions[i].precision.name for i in map(id, layers.modules()) if i in precisions}
+    if len(names) > 1:
+        return Reason(
+            "precision", f"its layers are in {' and '.join(sorted(names))}", "swap all of them into one precision"
+        )
     for layer in layers:
         for name in form.linears:
             p = precisions.get(id(layer.get_submodule(name)))
-            if p is None or p.precision.name != "int8" or p.rotate is not None:
-                return Reason("precision", f"its {name} is not in int8", "swap all of its layers into int8")
+            if p is None or p.precision.name not in PRECISIONS or p.rotate is not None:
+                return Reason(
+                    "precision", f"its {name} is not in int8 or w8a16", "swap all of its layers into one of these"
+                )
         if any(precisions[id(layer.get_submodule(name))].calibrated for name in (*form.qkv, form.gate, form.up)):
             text = "calibrated layers of one input scale it each in its own way"
             return Reason("calibrated", text, "leave out calibrate=, or keep them layer by layer")

@@ -86,7 +86,7 @@ def decide_by_running(
         if reason is None and not all(x.calls for _, x in stacks):
             reason = _NOT_CALLED
         if reason is None:
-            return EncoderDecision(tuple((fqn, x.in_int8()) for fqn, x in stacks), next(iter(reasons), None))
+            return EncoderDecision(tuple((fqn, x.in_8_bits()) for fqn, x in stacks), next(iter(reasons), None))
         reasons.append(reason)
     return EncoderDecision((), next(iter(reasons), no_stack))
 

@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ....dispatch.calls import take
-from ....nn import GatedMLP
+from ....nn import GatedMLP, W8A16Linear
 from ....nn.mlp import TwoProducts
-from ....ops.decoder_layer import OPERATION, DecoderWeights, flat
+from ....ops.decoder_layer import OPERATION, DecoderWeights, Int8Weight, W8a16Weight, flat, is_weight_only
 from ...class_source import body_of, is_as_written, named, owner_of_forward, tree_of_module
 from .. import key_ranges
 from ..encoder_stack import Stack, int8_weight, is_plain
@@ -119,7 +119,7 @@ class DecoderStack(Stack):
         y = (
             self._in_floats(hidden, mask, cache, rotary)
             if self.in_floats
-            else self._in_int8(hidden, padding[0], cache, before, rotary)
+            else self._in_8_bits(hidden, padding[0], cache, before, rotary)
         )
         for _ in self.layers:
             take(self._name)
@@ -129,7 +129,8 @@ class DecoderStack(Stack):
         of_attention, norm = self.part(layer, self.form.attention), self.part(layer, self.form.norm1)
         mlp = self.part(layer, self.form.mlp)
         activation = mlp.layers[0].activation if isinstance(mlp, TwoProducts) else None
-        return of_attention.head_dim, float(of_attention.scaling), norm.variance_epsilon, activation
+        kind = type(self.part(layer, self.form.out))
+        return of_attention.head_dim, float(of_attention.scaling), norm.variance_epsilon, activation, kind
 
     def _tensors(self) -> Iterator[tuple[dict[str, Any], str, Any]]:
         """But those of q, k and v, which their product looks after."""
@@ -143,7 +144,7 @@ class DecoderStack(Stack):
     def _weights_of(self, layer: nn.Module) -> Any:
         f = self.form
         qkv, out, mlp = [self.part(layer, name) for name in f.qkv], self.part(layer, f.out), self.part(layer, f.mlp)
-        if type(mlp) is not GatedMLP or not all(map(is_plain, (*qkv, out, *mlp.layers))):
+        if type(mlp) is not GatedMLP or not _are_of_one_kind(*qkv, out, *mlp.layers):
             return None
         if mlp._between or mlp._behind or any(m.activation for m in (*qkv, out, mlp.layers[1])):
             return None
@@ -151,16 +152,17 @@ class DecoderStack(Stack):
         if joined is None or joined.members != tuple(qkv) or not joined.is_whole(anew=True):
             return None
         norms = (self.part(layer, name).weight for name in (f.norm1, f.norm2))
-        weights = [int8_weight(m) for m in (joined.layer, out, *mlp.layers)]
+        weights = [_weight(m) for m in (joined.layer, out, *mlp.layers)]
         return DecoderWeights(*weights, *norms)  # type: ignore[arg-type]
 
     def _flat(self, weights: Sequence[Any]) -> list[Tensor | None]:
+        self._weight_only = is_weight_only(weights)
         return flat(weights)
 
-    def _in_int8(
+    def _in_8_bits(
         self, hidden: Tensor, leftpad: Tensor | None, cache: Any, before: int, rotary: tuple[Tensor, Tensor]
     ) -> Tensor:
-        head_dim, scale, eps, activation = self._constants(self.layers[0])
+        head_dim, scale, eps, activation, _ = self._constants(self.layers[0])
         batch, tokens = hidden.shape[:2]
         out, k_proj = self.part(self.layers[0], self.form.out), self.part(self.layers[0], self.form.qkv[1])
         like = hidden.new_empty(1).expand(batch, k_proj.out_features // head_dim, tokens, head_dim)
@@ -168,7 +170,7 @@ class DecoderStack(Stack):
         seq_lens = torch.full((batch,), before + tokens, dtype=torch.int32)
         y: Tensor = OPERATION(
             hidden, [*k_caches], [*v_caches], seq_lens, self._weights, out.in_features // head_dim, *rotary, eps, activation,
-            scale, leftpad,
+            scale, leftpad, self._weight_only,
         )  # fmt: skip
         return y
 
@@ -192,6 +194,15 @@ class DecoderStack(Stack):
             normed = part[f.norm2](y)
             x = y + part[f.down](part[f.activation](part[f.gate](normed)) * part[f.up](normed))
         return x
+
+
+def _are_of_one_kind(*linears: nn.Module) -> bool:
+    """Whether the operation has their products: in int8 of inputs that are quantised row by row, or of weights in 8 bits alone."""
+    return all(map(is_plain, linears)) or all(type(m) is W8A16Linear and m.sharding is None for m in linears)
+
+
+def _weight(m: Any) -> Int8Weight | W8a16Weight:
+    return W8a16Weight(m.qweight, m.weight_scale, m.bias) if type(m) is W8A16Linear else int8_weight(m)
 
 
 def _before(cache: Any, count: int, in_floats: bool) -> int | None:
