@@ -40,7 +40,7 @@ extern "C" int64_t quantized(const char* library, void* stream, const Case& c, i
   if (select(&p, &p.choice)) return -2;
   if (!c.workspace) return p.choice.workspace_bytes;
   const int room = p.head_dim <= 64 ? 64 : p.head_dim <= 128 ? 128 : 256;
-  const auto x = Int8Operands::of(p, room, room, c.arch == 90);
+  const auto x = Int8Operands::of(p, room, room, !c.fp8);
   const void* const parts[] = {x.q, x.q_scale, x.shift, x.k, x.scales, x.v, x.v_scale};
   for (int i = 0; i < 7; ++i) places[i] = static_cast<const char*>(parts[i]) - static_cast<const char*>(c.workspace);
   places[7] = x.head_dim, places[8] = x.value_dim, places[9] = x.blocks;

@@ -122,7 +122,7 @@ INTERPRETED_STREAM = 2
 
 def dumped(quantized, q, k, v, rotates, starts, products="int8", arch="sm_80"):
     """The workspace's (q, q_scale, shift, k, k_scale, v, v_scale, v_block_scale) of one call, in memory that only the kernels have
-    written. For wgmma an int8 v is unsigned there, 128 more, and its blocks' scales are 2^109 times as large."""
+    written. An int8 v is unsigned there, 128 more, and its blocks' scales are 2^109 times as large."""
     from gpuless.operators import Operator
 
     varlen = starts is not None
@@ -155,7 +155,7 @@ def dumped(quantized, q, k, v, rotates, starts, products="int8", arch="sm_80"):
         count = torch.Size(shape).numel()
         return workspace[places[i] : places[i] + count * dtype.itemsize].view(dtype).reshape(shape)
 
-    of_wgmma = (products, arch) == ("int8", "sm_90a")
+    is_unsigned = products == "int8"
     v8 = part(5, (hk, blocks, values, 64), torch.int8)
     scales = part(4, (hk, blocks, 68), torch.float32)
     return (
@@ -164,9 +164,9 @@ def dumped(quantized, q, k, v, rotates, starts, products="int8", arch="sm_80"):
         part(2, (rows,), torch.float32),
         part(3, (hk, blocks * 64, columns), torch.int8),
         scales[..., :64].flatten(1),
-        v8.bitwise_xor(-128) if of_wgmma else v8,
+        v8.bitwise_xor(-128) if is_unsigned else v8,
         part(6, (call.batch, hk, values), torch.float32),
-        scales[..., 64] * (2.0**-109 if of_wgmma else 1),
+        scales[..., 64] * (2.0**-109 if is_unsigned else 1),
     )
 
 

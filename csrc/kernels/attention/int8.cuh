@@ -62,7 +62,7 @@ int launch_int8(const AttentionParams& base, void* cuda_stream) {
   const int64_t tiles = row_tiles(p, Config::kM), grid = tiles * all_heads(p);
   if (grid > INT32_MAX) return cudaErrorInvalidConfiguration;
   if (auto e = allow_shared<attention_mma_kernel<Config>>(kShared)) return e;
-  const auto operands = Int8Operands::of(p, Config::kHeadDim, Config::kValueDim);
+  const auto operands = int8_operands<Config>(p);
   if (auto e = quantize_attention(p, operands, stream)) return e;
   const Int8AttentionArguments arguments{
       .p = p, .tiles = static_cast<unsigned>(tiles), .x = operands, .scale = p.scale * kLog2e};
@@ -73,9 +73,7 @@ int launch_int8(const AttentionParams& base, void* cuda_stream) {
 // No split-KV: a row's bits depend on nothing but its sequence.
 template <class Config>
 AttentionChoice choose_int8(const AttentionParams& p) {
-  return {.launch = launch_int8<Config>,
-          .splits = 1,
-          .workspace_bytes = Int8Operands::of(p, Config::kHeadDim, Config::kValueDim).bytes};
+  return {.launch = launch_int8<Config>, .splits = 1, .workspace_bytes = int8_operands<Config>(p).bytes};
 }
 template <AttentionInstance kInstance>
 constexpr AttentionKernel int8_attention{

@@ -1,12 +1,13 @@
 #pragma once
 // What a warp of attention_8bit does: the copies that it shares with the others, the products of its own rows in 8
-// bits, their softmax and output. Sums of int8 products are exact. An accumulator of theirs begins with the bits of
+// bits, their softmax and output. Sums of int8 products are exact. An accumulator of q k^T begins with the bits of
 // kInt8Magic, so that as a float it is kInt8Magic plus the sum: no conversion, which would go through the pipe of the
 // exponentials.
 #include "device/mma_u8.cuh"
 #include "device/softmax.cuh"
 #include "device/vec.cuh"
 #include "kernels/attention/int8_operands.h"
+#include "kernels/attention/int8_values.cuh"
 #include "kernels/attention/mma_consumer.cuh"
 
 namespace forwardpass {
@@ -18,50 +19,16 @@ struct Int8AttentionArguments {
   float scale;  // of the softmax, in units of log2(e)
 };
 
-// Probabilities and v in 8 bits, and their product. kLog2Unit: what is added to a score so that its exponential is in
-// the units in which probabilities are rounded; round(p), of such a one, is what pack() takes. kBlockScales: v has a
-// scale for each block of keys. kUnit: what is left to multiply the output by. kFar: of larger scores, of either sign,
-// a float has too few bits behind the point.
-template <Dtype kValues>
-struct ValueArithmetic;
-template <>
-struct ValueArithmetic<Dtype::i8> {  // whole 255ths
-  using Sum = int32_t;
-  static constexpr float kLog2Unit = 0, kUnit = 1.f / 255;
-  static constexpr float kFar = 0x1p20f;  // up to here the largest is 234 of 255, or more
-  static constexpr bool kBlockScales = true;
-  __device__ static float round(float p) { return fmaf(p, 255, kInt8Magic); }
-  // Four bytes: elements e and e + 1 of two tiles.
-  __device__ static uint32_t pack(const float (&low)[4], const float (&high)[4], int e) {
-    const auto pair = [&](const float (&tile)[4]) {
-      return __byte_perm(__float_as_uint(tile[e]), __float_as_uint(tile[e + 1]), 0x0040);
-    };
-    return __byte_perm(pair(low), pair(high), 0x5410);
-  }
-  __device__ static void multiply(Sum (&d)[4], const uint32_t (&p)[4], const uint32_t* v, const Sum (&c)[4]) {
-    ptx::mma_m16n8k32_u8(d, p, v, c);
-  }
-  __device__ static float value(Sum sum) { return __int_as_float(sum) - kInt8Magic; }
-};
-// e4m3, of p's largest 448. Tensor cores add these products with fewer bits than a float has, so the sums of a block of
-// keys are accumulators of their own.
-template <>
-struct ValueArithmetic<Dtype::e4m3> {
-  using Sum = float;
-  static constexpr float kLog2Unit = 8.80735492f, kUnit = 1;  // log2(448); the sum of p has it too
-  static constexpr float kFar = 0x1p16f;  // beyond 2^18 the largest may be less than 432, which is rounded to 416
-  static constexpr bool kBlockScales = false;
-  __device__ static float round(float p) { return p; }  // by pack()
-  __device__ static uint32_t pack(const float (&low)[4], const float (&high)[4], int e) {
-    return to_e4m3x2(low[e + 1], low[e]) | uint32_t{to_e4m3x2(high[e + 1], high[e])} << 16;
-  }
-  __device__ static void multiply(Sum (&d)[4], const uint32_t (&p)[4], const uint32_t* v, const Sum (&c)[4]) {
+// p v of a block of keys: d = c + p v.
+__device__ inline void multiply_values(int32_t (&d)[4], const uint32_t (&p)[4], const uint32_t* v,
+                                       const int32_t (&c)[4]) {
+  ptx::mma_m16n8k32_u8(d, p, v, c);
+}
+__device__ inline void multiply_values(float (&d)[4], const uint32_t (&p)[4], const uint32_t* v, const float (&c)[4]) {
 #if __CUDA_ARCH__ >= 890
-    ptx::mma_m16n8k32(d, p, v, c);
+  ptx::mma_m16n8k32(d, p, v, c);
 #endif
-  }
-  __device__ static float value(Sum sum) { return sum; }
-};
+}
 
 // Online softmax whose probabilities are relative to the largest of their block of keys. Values of a block are
 // multiplied by `weight` before they are added up. Until finish(), max is kMostGrowth more than the largest score that
@@ -72,9 +39,10 @@ template <int kTilesM, class Values>
 struct BlockSoftmax : OnlineSoftmax<kTilesM> {
   using Row = RowValues<kTilesM>;
   static constexpr float kLowest = -0x1.fffffep127f;
+  Row bytes;  // of unsigned v: sums of this thread's p as whole numbers, in units of the output
 
   __device__ BlockSoftmax() {
-    each_row([&](int i, int half) { this->max[i][half] = kLowest; });
+    each_row([&](int i, int half) { this->max[i][half] = kLowest, bytes[i][half] = 0; });
   }
   template <class F>
   __device__ static void each_row(F f) {
@@ -92,7 +60,7 @@ struct BlockSoftmax : OnlineSoftmax<kTilesM> {
     each_row([&](int i, int half) {
       // Rounded up: no score times the scale is more, so that no probability is more than 1.
       largest[i][half] = fmaxf(__fmul_ru(largest_of(s[i], half), scale[i][half]), kLowest);
-      unit[i][half] = largest[i][half] - Values::kLog2Unit;
+      unit[i][half] = __fsub_ru(largest[i][half], Values::kLog2Unit);
       rare |= largest[i][half] > this->max[i][half] || fabsf(largest[i][half]) > Values::kFar;
     });
     if (__any_sync(0xffffffff, rare)) {
@@ -106,12 +74,34 @@ struct BlockSoftmax : OnlineSoftmax<kTilesM> {
       for (int j = 0; j < kTilesN; ++j)
 #pragma unroll
         for (int e = half * 2; e < half * 2 + 2; ++e) {
-          const float p = ptx::ex2(fmaf(s[i][j][e], scale[i][half], -unit[i][half]));
-          add = j == 0 && e == half * 2 ? p : add + p;
-          s[i][j][e] = Values::round(p);
+          s[i][j][e] = ptx::ex2(fmaf(s[i][j][e], scale[i][half], -unit[i][half]));
+          add = j == 0 && e == half * 2 ? s[i][j][e] : add + s[i][j][e];
         }
       this->sum[i][half] = fmaf(add, weight[i][half], this->sum[i][half]);
     });
+  }
+  // Unsigned v is 128 more, so each row of the output is too large by 128 times the sum of its bytes of p. Adds up
+  // those of a block.
+  template <int kSteps>
+  __device__ void add_bytes(const uint32_t (&packed)[kSteps][kTilesM][4], const Row& weight) {
+    each_row([&](int i, int half) {
+      uint32_t sum = 0;
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step)
+#pragma unroll
+        for (int r = half; r < 4; r += 2) sum = __dp4a(packed[step][i][r], 0x01010101u, sum);
+      bytes[i][half] = fmaf(__uint_as_float(sum), weight[i][half], bytes[i][half]);
+    });
+  }
+  // After all keys: takes 128 times the sum off the output.
+  template <class Output>
+  __device__ void take_off_bytes(Output& o) {
+    each_row([&](int i, int half) {
+      float& sum = bytes[i][half];
+      sum += __shfl_xor_sync(0xffffffff, sum, 1);
+      sum += __shfl_xor_sync(0xffffffff, sum, 2);
+    });
+    o.for_each([&](float& v, int i, int, int e) { v = fmaf(bytes[i][e / 2], -128, v); });
   }
   template <class F>
   __device__ void finish(F sink_of, Row& factor) {
@@ -138,6 +128,7 @@ struct BlockSoftmax : OnlineSoftmax<kTilesM> {
       if (largest[i][half] > before) max = largest[i][half] + kMostGrowth;
       factor[i][half] = ptx::ex2(before - max);
       this->sum[i][half] *= factor[i][half];
+      bytes[i][half] *= factor[i][half];
     });
     rescale(o, factor);
   }
@@ -287,24 +278,16 @@ struct Int8AttentionConsumer {
     if (Values::kBlockScales) each_row([&](int i, int half) { weight[i][half] *= stage.scales[kInt8Keys]; });
     uint32_t packed[Config::kN / 32][kTilesM][4];
     pack_bytes(packed, scores);
+    if (Values::kUnsigned) sums.add_bytes(packed, weight);
     pv(packed, stage, weight);
   }
-  // What accumulators begin with. From shared memory, as of constants there are four MOVs for each mma; and anew for
-  // each product, as registers that keep it would spill.
-  template <class Sum>
-  struct Begin {
-    Sum bits[4];
-    __device__ explicit Begin(const int32_t (&magic)[4]) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) bits[e] = std::is_same_v<Sum, int32_t> ? magic[e] : 0;
-    }
-    // What a step of a product adds to.
-    __device__ const Sum (&or_sums(int step, const Sum (&sums)[4]) const)[4] { return step == 0 ? bits : sums; }
-  };
-  // scores = q k^T, times the scales of the keys.
+  // scores = q k^T, times the scales of the keys. What accumulators begin with comes from shared memory, as of
+  // constants there are four MOVs for each mma; and anew for each block, as registers that keep it would spill.
   __device__ void qk(Scores& scores, const typename Config::Stage& stage) const {
     using P = Panels<Config::kHeadDim / 2>;
-    const Begin<int32_t> begin(s.magic);
+    int32_t magic[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) magic[e] = s.magic[e];
     Fragments<int32_t, kTilesM, Scores::kTilesN> sums;
 #pragma unroll
     for (int step = 0; step < Config::kHeadDim / 32; ++step) {
@@ -320,7 +303,7 @@ struct Int8AttentionConsumer {
         for (int next = 0; next < 2; ++next)
 #pragma unroll
           for (int i = 0; i < kTilesM; ++i)
-            ptx::mma_m16n8k32(sums[i][j + next], q[i], k + next * 2, begin.or_sums(step, sums[i][j + next]));
+            ptx::mma_m16n8k32(sums[i][j + next], q[i], k + next * 2, step == 0 ? magic : sums[i][j + next]);
       }
     }
 #pragma unroll
@@ -361,8 +344,8 @@ struct Int8AttentionConsumer {
   __device__ void pv(int j, const uint32_t (&packed)[Config::kN / 32][kTilesM][4], const typename Config::Stage& stage,
                      const Row& weight) {
     using P = Panels<kInt8Keys / 2>;
-    const Begin<typename Values::Sum> begin(s.magic);
     Fragments<typename Values::Sum, kTilesM, 2> sums;
+    sums.clear();
 #pragma unroll
     for (int step = 0; step < Config::kN / 32; ++step) {
       uint32_t v[4];
@@ -370,8 +353,7 @@ struct Int8AttentionConsumer {
 #pragma unroll
       for (int next = 0; next < 2; ++next)
 #pragma unroll
-        for (int i = 0; i < kTilesM; ++i)
-          Values::multiply(sums[i][next], packed[step][i], v + next * 2, begin.or_sums(step, sums[i][next]));
+        for (int i = 0; i < kTilesM; ++i) multiply_values(sums[i][next], packed[step][i], v + next * 2, sums[i][next]);
     }
     sums.for_each([&](typename Values::Sum sum, int i, int next, int e) {
       float& to = o[i][j + next][e];
@@ -380,6 +362,7 @@ struct Int8AttentionConsumer {
   }
   // After all keys: the rows of out and their lse.
   __device__ void finish() {
+    if (Values::kUnsigned) sums.take_off_bytes(o);
     const bool shifted = p.softcap == 0 && tile.known();
     const float sink = tile.known() ? sink_of(p, tile.head) : NAN, unit = p.scale * kLog2e;
     Row factor;
@@ -412,7 +395,7 @@ struct Int8AttentionConsumer {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const float f = factor[i][e / 2];
-          o[i][j][e] = f == 0 ? 0 : o[i][j][e] * f * ((e % 2 ? v.y : v.x) * Values::kUnit);
+          o[i][j][e] = f == 0 ? 0 : o[i][j][e] * f * ((e % 2 ? v.y : v.x) * Values::kOfOutput);
         }
     }
   }

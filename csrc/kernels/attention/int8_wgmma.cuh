@@ -21,6 +21,7 @@
 // So issue binds, and 8 a score is out of reach: what units of 64 keys cost is 2 for p v, where 128 would take 1. In
 // e4m3 it is 11.05: four probabilities are packed by two F2FP, and their bytes are not added up. 7.4, which q k^T in
 // e4m3 without scales of keys would come near, is out of reach by those 2 and by the 2.25 of the keys' scales.
+// What was tried to come nearer is in csrc/README.md.
 //
 // - **No sum is converted by the pipe of the exponentials.** q k^T goes through I2FP, which has a fixed latency as the
 //   ALU's instructions have. To begin with the bits of 1.5 * 2^23, as on mma.sync, takes a MOV a score and an offset
@@ -30,8 +31,7 @@
 // - **p is rounded where it is packed.** 2^x is in units of 2^-24, so that of fp16 it is a denormal, whose bits are the
 //   whole number: F2FP rounds two at once.
 // - **p v is four steps** of a unit and 64 columns: all 128 columns at a time spill 100 bytes. A step ends before a
-// part
-//   of the softmax, and the next one begins.
+//   part of the softmax, and the next one begins.
 // - **Consumers take turns at the exponentials**, which take twice as long as the wgmmas of a block.
 // - **Tried**, modelled, 8 heads of 2048 rows and 4096 keys, which take 41.8 us: no turns 44.3; blocks of 64 keys 45.6,
 //   there without turns 53.7 and in turns at the wgmmas 55.5; q in registers 42.4, and 36 bytes spilled; exponentials
@@ -51,7 +51,7 @@ template <AttentionInstance kInstance, WgmmaAttentionTile kTile>
 struct Int8WgmmaAttentionConfig {
   static constexpr int kHeadDim = kInstance.head_dim, kValueDim = kInstance.value_dim;
   static constexpr bool kModified = kInstance.modified;
-  using Values = WgmmaValueArithmetic<kInstance.dtype>;
+  using Values = ValueArithmetic<kInstance.dtype>;
   static constexpr int kConsumers = kTile.consumers, kM = ptx::kWgmmaRows * kConsumers, kN = kTile.n, kStages = 4;
   static constexpr int kBlocksPerSm = 1, kThreads = ptx::kWarpgroup * (1 + kConsumers);
   static constexpr int kRowBytes = kHeadDim < 128 ? kHeadDim : 128, kPanelsD = kHeadDim / kRowBytes;
@@ -103,15 +103,10 @@ struct Int8WgmmaAttentionConfig {
 };
 
 template <class Config>
-Int8Operands int8_wgmma_operands(const AttentionParams& p) {
-  return Int8Operands::of(p, Config::kHeadDim, Config::kValueDim, Config::Values::kUnsigned);
-}
-
-template <class Config>
 int launch_int8_wgmma(const AttentionParams& base, void* cuda_stream) {
   const auto& p = static_cast<const Attention8bitParams&>(base);
   const auto stream = static_cast<cudaStream_t>(cuda_stream);
-  Int8WgmmaArguments a{.p = p, .x = int8_wgmma_operands<Config>(p)};
+  Int8WgmmaArguments a{.p = p, .x = int8_operands<Config>(p)};
   if (auto e = quantize_attention(p, a.x, stream)) return e;
   return launch_tiles<Config>(a, stream);
 }
@@ -120,7 +115,7 @@ int launch_int8_wgmma(const AttentionParams& base, void* cuda_stream) {
 template <AttentionInstance kInstance>
 AttentionChoice choose_int8_wgmma(const AttentionParams& p) {
   using Config = Int8WgmmaAttentionConfig<kInstance, int8_wgmma_tile_of(kInstance)>;
-  return {.launch = launch_int8_wgmma<Config>, .splits = 1, .workspace_bytes = int8_wgmma_operands<Config>(p).bytes};
+  return {.launch = launch_int8_wgmma<Config>, .splits = 1, .workspace_bytes = int8_operands<Config>(p).bytes};
 }
 template <AttentionInstance kInstance>
 constexpr AttentionKernel int8_wgmma_attention{.arch = sm_90a,

@@ -1,11 +1,12 @@
 #pragma once
-// The products of attention_8bit on wgmma, and what a consumer makes of their sums. The integers and e4m3 are those of
-// int8_consumer.cuh. Beside the Config, in int8_wgmma.cuh, is what that takes.
+// The products of attention_8bit on wgmma, and what a consumer makes of their sums. int8_values.cuh has the integers
+// and e4m3, which are those of the kernel on mma.sync too. Beside the Config, in int8_wgmma.cuh, is what that takes.
 #include "device/pipeline.cuh"
 #include "device/softmax.cuh"
 #include "device/vec.cuh"
 #include "device/wgmma_8bit.cuh"
 #include "kernels/attention/int8_operands.h"
+#include "kernels/attention/int8_values.cuh"
 #include "kernels/attention/wgmma_consumer.cuh"
 
 namespace forwardpass {
@@ -99,57 +100,22 @@ struct Int8Boxes {
   }
 };
 
-// Probabilities and v in 8 bits, and their product. kBelow: what the exponential of the largest score of a unit is
-// below 1, in powers of 2. A sum of p v as value() has it, times kOfOutput and its unit's weight, is in units of v.
-// kBlockScales: v has a scale for each unit, and the weight is times it.
-template <Dtype kValues>
-struct WgmmaValueArithmetic;
-template <>
-struct WgmmaValueArithmetic<Dtype::i8> {
-  using Sum = int32_t;
-  // p is in units of 2^-24, so that it is one of fp16's denormals once it is rounded to 16 bits, whose bits are the
-  // whole number: 255 of them are 2^-kBelow.
-  static constexpr float kBelow = 16.0056467f;  // 24 - log2(255)
-  static constexpr float kOfOutput = 0x1p16f;   // 2^(149 - 24) / v_unit()
-  static constexpr float kFar = 0x1p20f;
-  static constexpr bool kUnsigned = true;  // v is 128 more
-  static constexpr bool kBlockScales = true;
-  // Four bytes: elements e and e + 1 of two tiles.
-  __device__ static uint32_t pack(const float (&low)[4], const float (&high)[4], int e) {
-    return __byte_perm(forwardpass::pack<Dtype::f16>(low[e], low[e + 1]),
-                       forwardpass::pack<Dtype::f16>(high[e], high[e + 1]), 0x6420);
-  }
-  template <int kRowBytes, int kTiles>
-  __device__ static void multiply(Sum (&d)[kTiles][4], const uint32_t (&p)[4], uint32_t v, bool accumulate) {
-    ptx::wgmma_u8<kRowBytes>(d, p, v, accumulate);
-  }
-  __device__ static float value(Sum sum) { return __int_as_float(sum); }
-};
-// p's largest is 448. The sums of a unit are accumulators of their own, as tensor cores add with about 13 bits.
-template <>
-struct WgmmaValueArithmetic<Dtype::e4m3> {
-  using Sum = float;
-  static constexpr float kBelow = -8.80735492f;  // -log2(448)
-  static constexpr float kOfOutput = 1;
-  static constexpr float kFar = 0x1p16f;  // beyond 2^18 the largest may be less than 432, which is rounded to 416
-  static constexpr bool kUnsigned = false;
-  static constexpr bool kBlockScales = false;
-  __device__ static uint32_t pack(const float (&low)[4], const float (&high)[4], int e) {
-    return to_e4m3x2(low[e + 1], low[e]) | uint32_t{to_e4m3x2(high[e + 1], high[e])} << 16;
-  }
-  template <int kRowBytes, int kTiles>
-  __device__ static void multiply(Sum (&d)[kTiles][4], const uint32_t (&p)[4], uint32_t v, bool accumulate) {
-    ptx::wgmma_e4m3<kRowBytes>(d, p, v, accumulate);
-  }
-  __device__ static float value(Sum sum) { return sum; }
-};
+// d += p v, or d = p v, of 32 keys; v: low half of a descriptor.
+template <int kRowBytes, int kTiles>
+__device__ inline void multiply_values(int32_t (&d)[kTiles][4], const uint32_t (&p)[4], uint32_t v, bool accumulate) {
+  ptx::wgmma_u8<kRowBytes>(d, p, v, accumulate);
+}
+template <int kRowBytes, int kTiles>
+__device__ inline void multiply_values(float (&d)[kTiles][4], const uint32_t (&p)[4], uint32_t v, bool accumulate) {
+  ptx::wgmma_e4m3<kRowBytes>(d, p, v, accumulate);
+}
 
 template <class Config>
 struct Int8Products {
   using Values = typename Config::Values;
   static constexpr int kStep = 32 / ptx::kDescriptorUnit;  // 32 columns
   static constexpr int kRowBytes = Config::kRowBytes;
-  static constexpr float kBelow = Values::kBelow;
+  static constexpr float kBelow = -Values::kLog2Unit;  // what the exponential of a unit's largest score is below 1
   // A unit: 64 keys, which have a maximum of their own. A step: p v of a unit and kPart columns.
   static constexpr int kUnits = Config::kN / kInt8Keys, kParts = Config::kValueDim / Config::kPart,
                        kSteps = kUnits * kParts;
@@ -369,7 +335,7 @@ struct Int8Products {
     ptx::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 2; ++k)
-      Values::template multiply<kInt8Keys>(values, packed[step / kParts * 2 + k], rows + k * kStep, k > 0);
+      multiply_values<kInt8Keys>(values, packed[step / kParts * 2 + k], rows + k * kStep, k > 0);
     ptx::wgmma_commit();
   }
   // Waits for steps from `first` to `end`, adds them to o, and issues the next one each time.
