@@ -6,7 +6,7 @@ import torch
 from mutant_instances import Instance
 
 from forwardpass.ops.attention.cases import Case
-from forwardpass.ops.attention_8bit.cases import of_attention
+from forwardpass.ops.attention_8bit.cases import GrowingCase, of_attention
 from forwardpass.ops.attention_decode.cases import Case as OfCache
 
 F16, BF16 = torch.float16, torch.bfloat16
@@ -120,7 +120,7 @@ def triton(cases):
 
 def of_8_bits(arch, kind, products, dim, cases, dtype, **every):
     """The launches of 16 bits. Out's dtype is a branch of these kernels, so a few more have it otherwise: packed, several
-    sequences, rows of fewer columns. And scores beyond 2^20."""
+    sequences, rows of fewer columns. And scores beyond 2^20, and maxima that grow for eight rows of a warp alone."""
     other = {F16: BF16, BF16: F16}[dtype]
 
     def case(sizes, d, dtype, **options):
@@ -137,7 +137,8 @@ def of_8_bits(arch, kind, products, dim, cases, dtype, **every):
     if every:  # score modifiers
         more += (case((40, 90), dim, dtype, packed=True, softcap=8.0, sinks="float32", heads=(2, 1)),)
     both = tuple(of_attention(case, n % 2 == 0, products) for n, case in enumerate((*cases, *more)))
-    return Instance((arch,), kernel, both, clusters=2 * (arch == "sm_90a"))
+    growing = GrowingCase(**vars(of_attention(case((64, 300), dim, dtype, awkward=False), True, products)))
+    return Instance((arch,), kernel, (*both, growing), clusters=2 * (arch == "sm_90a"))
 
 
 def of_8_bits_triton(archs, products, cases):

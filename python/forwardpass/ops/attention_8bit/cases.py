@@ -32,6 +32,18 @@ class Case(attention.Case):
 
 
 @dataclass(frozen=True)
+class GrowingCase(Case):
+    """Maxima grow for eight of 32 rows at a time: the scores of each of the first four blocks of keys are large for these alone."""
+
+    def arguments(self, device: str = "cpu", seed: int = 0) -> tuple[Any, ...]:
+        q, k, *rest = super().arguments(device, seed)
+        for i in range(4):
+            q[..., i] = torch.where(torch.arange(q.shape[1]) // 8 % 4 == i, 40, 0)[:, None]
+            k[:, i * reference.BLOCK : (i + 1) * reference.BLOCK, :, i] = 20
+        return q, k, *rest
+
+
+@dataclass(frozen=True)
 class QuantizeCase(Case):
     """quantize_attention, of a case's q, k and v."""
 
