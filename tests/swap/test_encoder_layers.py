@@ -178,6 +178,24 @@ def test_layers_can_be_called_alone(calls):
     assert len(calls) == 1
 
 
+def test_a_forward_that_raises_before_its_layers_does_not_begin_a_later_call(calls):
+    model = swapped(bert())[0]
+    x = torch.randn(1, 5, 64)
+    with torch.inference_mode():
+        with pytest.raises(TypeError):
+            model.encoder()
+        y = model.encoder.layer[0](x)
+    assert not calls and close(y, bert().encoder.layer[0](x))
+
+
+def test_goes_layer_by_layer_where_a_part_is_called_in_another_way(calls, monkeypatch):
+    model, floats = swapped(bert())[0], bert()
+    cls = type(model.encoder.layer[0].intermediate)
+    call = cls.__call__
+    monkeypatch.setattr(cls, "__call__", lambda self, x: 2 * call(self, x))
+    assert close(hidden(model), hidden(floats)) and not calls
+
+
 def test_copies_and_pickles_run_so_too(calls):
     model = swapped(bert())[0]
     y = hidden(model)

@@ -210,6 +210,18 @@ def test_layers_that_are_called_by_hand_see_what_their_input_is_now():
         assert torch.equal(layers.b(x), layers.b.product(x.clone()))
 
 
+def test_a_forward_that_raises_before_its_layers_does_not_begin_a_later_call():
+    model, _ = swapped()
+    layers = model[0]
+    with torch.inference_mode():
+        x = torch.randn(3, SIZE)  # torch does not count what is written into it
+        with pytest.raises(TypeError):
+            layers()
+        layers.a(x)
+        x.mul_(2)
+        assert torch.equal(layers.b(x), layers.b.product(x.clone()))
+
+
 def test_an_interrupted_forward_leaves_nothing_behind():
     model, _ = swapped(Straight)
     layers = model[0]
@@ -402,7 +414,7 @@ def test_scales_that_are_written_into_count(write, alike, mode):
                         t.copy_(new._buffers[name])
         expected = [layer.product(x) for layer in layers]
         for _ in range(2):
-            joined.begin()
+            joined.begin(nn.Module())
             assert all(torch.equal(layer(x), y) for layer, y in zip(layers, expected))
 
 
@@ -412,7 +424,7 @@ def test_an_input_that_is_written_into_through_a_view_counts():
     with torch.no_grad():
         layers = static_layers(0.03)
         joined, view = Joined(layers), x.view(-1)
-        joined.begin()
+        joined.begin(nn.Module())
         layers[0](x)
         torch.relu_(view)
         assert all(torch.equal(layer(x), layer.product(x)) for layer in layers[1:])

@@ -9,6 +9,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ..common.models.modules import are_watched_by_others, forward_replaced
 from ..common.printing.quiet import warn_once
@@ -25,7 +26,7 @@ class CodeGuard:
 
     def __init__(self, *classes: type[nn.Module]) -> None:
         self.classes = classes
-        self.calls = tuple((cls, cls.__call__) for cls in classes)
+        self.calls: tuple[tuple[type[nn.Module], Any], ...] = tuple((cls, cls.__call__) for cls in classes)
         self.functions = tuple((cls, name, f, f.__code__) for cls in classes for name, f in _closure(cls))
 
     def is_as_proven(self, module: nn.Module, then: str = "its layers are called one by one") -> bool:
@@ -46,9 +47,15 @@ class CodeGuard:
         warn_once(f"{replaced} is another function than at the swap: {then} from here on")
         return False
 
+    def __deepcopy__(self, _: Any) -> CodeGuard:
+        return self  # a copied module has the same class
+
     def __reduce__(self) -> Any:
-        """Code is not pickled: a copy is guarded from when it is made."""
-        return code_guard, self.classes
+        """Code is not pickled: what is unpickled is guarded from then on. If the code is another one already, it is not
+        proven there either."""
+        now = CodeGuard(*self.classes)
+        is_other = (self.functions, self.calls) != (now.functions, now.calls)
+        return (_never_as_proven if is_other else code_guard), self.classes
 
 
 _guards: WeakValueDictionary[tuple[type[nn.Module], ...], CodeGuard] = WeakValueDictionary()
@@ -60,6 +67,12 @@ def code_guard(*classes: type[nn.Module]) -> CodeGuard:
     if shared is not None and (shared.functions, shared.calls) == (guard.functions, guard.calls):
         return shared
     _guards[classes] = guard
+    return guard
+
+
+def _never_as_proven(*classes: type[nn.Module]) -> CodeGuard:
+    guard = CodeGuard(*classes)
+    guard.calls = tuple((cls, None) for cls in classes)
     return guard
 
 
@@ -88,6 +101,29 @@ def _below_ours(function: Any) -> Any:
 def _is_of_a_trace(call: Any) -> bool:
     """torch.fx's, while it traces: it calls what was there."""
     return isinstance(call, FunctionType) and call.__globals__.get("__name__") == "torch.fx._symbolic_trace"
+
+
+class Beginning:
+    """Base of what the first call of a layer within its holder's forward starts, and no other call of that layer does.
+
+    Where that forward raises before the call, its end takes the beginning back. Else a later call of the layer alone would be taken
+    for it.
+    """
+
+    _begun = False
+
+    def watch(self, holder: nn.Module) -> tuple[RemovableHandle, RemovableHandle]:
+        """Hooks around the forward of the module that calls the layers."""
+        after = holder.register_forward_hook(self.end, always_call=True)
+        return holder.register_forward_pre_hook(self.begin), after
+
+    def begin(self, holder: nn.Module, *_: Any) -> None:
+        """Before the forward: the next call of the first layer is its."""
+        self._begun = True
+
+    def end(self, *_: Any) -> None:
+        """After the forward, though it may have raised."""
+        self._begun = False
 
 
 class InEpilogue(nn.Identity):

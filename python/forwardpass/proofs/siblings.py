@@ -186,8 +186,8 @@ class JoinedSwap:
             for run in siblings(leaf for leaf, _ in self._alone.values())
             if run[0].fqn not in apart and why_apart(members := [self._alone[leaf.fqn][1] for leaf in run]) is None
         ]
-        #: hooks before the forwards of modules that call such layers
-        self._begun: list[tuple[weakref.ref[nn.Module], Callable[..., None]]] = []
+        #: modules that call such layers, and what puts hooks around their forwards
+        self._holders: list[tuple[weakref.ref[nn.Module], Callable[[nn.Module], Iterable[RemovableHandle]]]] = []
         self._handles: list[RemovableHandle] = []
 
     @property
@@ -207,7 +207,7 @@ class JoinedSwap:
         for run, members in self._runs:
             holder = run[0].parent
             joined = Joined(members, type(holder))  # type: ignore[arg-type]
-            self._begun.append((weakref.ref(holder), joined.begin))
+            self._holders.append((weakref.ref(holder), joined.watch))
         self._runs, self._alone = [], {}
         layers = (Replaced(leaf.fqn, leaf.module, new) for leaf, new in alone)
         mlps, norms = self._mlps.build()
@@ -224,7 +224,7 @@ class JoinedSwap:
             if isinstance(leaf, ConvolutionLeaf) and isinstance(new, Int8Conv2d | FloatConv2d):
                 for behind, begins, begin in stand_ins(leaf, new, shared):
                     replaced += [] if behind is None else [behind]
-                    self._begun.append((begins, begin))
+                    self._holders.append((begins, _before(begin)))
                 continue
             if leaf.activation is None or new.activation is None:
                 continue
@@ -236,13 +236,18 @@ class JoinedSwap:
                 leaf.activation.module, new, (leaf.name, name), type(holder), tuple(path[len(chain) :])
             )
             replaced.append(Replaced(leaf.activation.fqn, leaf.activation.module, instead))
-            self._begun.append((weakref.ref(holder), instead.begin))
+            self._holders.append((weakref.ref(holder), _before(instead.begin)))
         return replaced
 
     def put(self) -> None:
-        holders = ((holder(), begin) for holder, begin in self._begun)
-        self._handles = [h.register_forward_pre_hook(begin) for h, begin in holders if h is not None]
+        holders = ((holder(), watch) for holder, watch in self._holders)
+        self._handles = [handle for h, watch in holders if h is not None for handle in watch(h)]
 
     def undo(self) -> None:
         while self._handles:
             self._handles.pop().remove()
+
+
+def _before(hook: Callable[..., None]) -> Callable[[nn.Module], Iterable[RemovableHandle]]:
+    """What puts a hook before a module's forward."""
+    return lambda holder: (holder.register_forward_pre_hook(hook),)

@@ -26,7 +26,7 @@ from ...common.environment import has_bfloat16_products
 from ...dispatch import asked_for_by_name, interpreter
 from ...dispatch.calls import take
 from ...nn import Int8Linear
-from ...nn.guard import code_guard
+from ...nn.guard import Beginning, code_guard
 from ...ops.common.activations import PLAIN
 from ...ops.common.quantized_rows import FLOATS
 from ...ops.encoder_layer import OPERATION, EncoderWeights, Int8Weight, flat
@@ -80,7 +80,7 @@ def form_of(layer: nn.Module) -> Form | None:
     return None
 
 
-class Stack:
+class Stack(Beginning):
     """Layers of one form, and what computes them: in 8 bits by the layers' own weights, or in floats for a proof."""
 
     def __init__(
@@ -95,7 +95,7 @@ class Stack:
         compute it."""
         self.holder, self.layers, self.form = holder, tuple(layers), form
         self.activation, self.in_floats = activation, in_floats
-        self.calls, self._begun = 0, False
+        self.calls = 0
         self._name = type(self.part(self.layers[0], form.attention)).__name__
         self._in_bfloat16 = has_bfloat16_products()  # attention of floats
         classes = {type(m): None for layer in layers for m in layer.modules() if not _is_ours(type(m))}
@@ -104,6 +104,7 @@ class Stack:
 
     def _forget(self) -> None:
         self._code = tuple(function for g in self._guards for function in g.functions)
+        self._calls = tuple(call for g in self._guards for call in g.calls)
         self._weights: list[Tensor | None] | None = None
         self._watched: list[tuple[dict[str, Any], str, Any]] = []
         self._modules: tuple[nn.Module, ...] = ()
@@ -125,28 +126,25 @@ class Stack:
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, calls=0, _begun=False)
+        vars(self).update(state, calls=0)
         self._forget()
 
     def put(self) -> None:
         for i, layer in enumerate(self.layers):
             vars(layer)["forward"] = _Forward(self, i)
-        self._handle = self.holder.register_forward_pre_hook(self.begin)
+        self._handles = self.watch(self.holder)
 
     def undo(self) -> None:
         for layer in self.layers:
             if stack_of(layer) is not None:
                 del vars(layer)["forward"]
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
         self._forget()
 
     def is_ready(self) -> bool:
         """Whether the modules that are there now can be one operation."""
         return self._find() and all(p.dtype is torch.float32 for p in self._norms)
-
-    def begin(self, *_: Any) -> None:
-        """A hook before the holder's forward: the next call of the first layer is its."""
-        self._begun = True
 
     def result_of_begun(self, hidden: Tensor, mask: Any, options: dict[str, Any]) -> Tensor | None:
         """`result` in the holder's forward; a first layer that is called alone computes itself."""
@@ -198,6 +196,9 @@ class Stack:
                 return False
         for cls, name, function, code in self._code:
             if getattr(cls, name, None) is not function or function.__code__ is not code:
+                return False
+        for cls, call in self._calls:
+            if cls.__call__ is not call:
                 return False
         for p in self._norms:
             if p.dtype is not torch.float32:
@@ -342,7 +343,7 @@ def _is_watched(m: nn.Module) -> bool:
 def _is_silent(hook: Any) -> bool:
     if getattr(hook, "__module__", None) == "transformers.utils.output_capturing":
         return True
-    return hook in _HOOKS or (_is_ours(type(getattr(hook, "__self__", None))) and hook.__name__ == "begin")
+    return hook in _HOOKS or (_is_ours(type(getattr(hook, "__self__", None))) and hook.__name__ in ("begin", "end"))
 
 
 def is_plain(m: nn.Module) -> bool:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Container, Sequence
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ...common.models.modules import are_watched_by_others
-from ..guard import code_guard
+from ..guard import Beginning, code_guard
 
 if TYPE_CHECKING:
     from .quantized_linear import QuantizedLinear
@@ -21,7 +20,7 @@ _joining = threading.Lock()
 MOST_ROWS_ON_CPU = 32
 
 
-class Joined:
+class Joined(Beginning):
     """The layers of one input: their weights are rows of one, which the first of them multiplies for all.
 
     That reads the input, and quantises it, once; and where rows are few, a call's fixed time is much of it. The layers stay:
@@ -37,15 +36,13 @@ class Joined:
         """holder: the class whose code calls them."""
         self.members = tuple(members)
         self._guard = None if holder is None else code_guard(holder)
-        self._begun = False
         #: the input, how often it had been written to, and each layer's columns
-        self._result: tuple[Tensor, int | None, list[Tensor]] | None = None
+        self._result: tuple[Tensor, int | None, Sequence[Tensor]] | None = None
         self._join()
 
     def _join(self) -> None:
         """Makes the weight of all, and the layers' buffers views of it, one at a time."""
         first, sizes = self.members[0], [m.out_features for m in self.members]
-        self._columns = [*zip(accumulate(sizes, initial=0), sizes)]
         config = first.config() | {"out_features": sum(sizes)}
         with torch.inference_mode(False), torch.no_grad():  # for a later load_state_dict, which writes in place
             layer = type(first)(**config, device=first.qweight.device).eval()
@@ -66,7 +63,7 @@ class Joined:
             member.joined = self
         self._views = [(m._buffers, name, t) for m in self.members for name, t in m._buffers.items() if t is not None]
         self._scales = [(t, t._version) for _, name, t in self._views if name not in first.output_buffers]
-        self._is_copy, self.layer = False, layer
+        self._is_copy, self.layer, self._sizes = False, layer, sizes
 
     def _is_whole(self) -> bool:
         if self._is_copy:
@@ -91,15 +88,18 @@ class Joined:
                 self._join()
         return True
 
-    def begin(self, holder: nn.Module | None = None, *_: Any) -> None:
-        """A hook before the forward of the module that calls the layers: the next calls are those that were read, where its code is
-        what it was, and no hook on a layer may write into their input."""
-        self._begun, self._result = True, None
-        if holder is None or torch.compiler.is_compiling():
+    def begin(self, holder: nn.Module, *_: Any) -> None:
+        """The next calls are those that were read, where the holder's code is what it was, and no hook on a layer may write into
+        their input."""
+        if torch.compiler.is_compiling():
+            self._begun = True
             return
         if self._guard is None:  # of a copy
             self._guard = code_guard(type(holder))
         self._begun = self._guard.is_as_proven(holder) and not are_watched_by_others(*self.members)
+
+    def end(self, *_: Any) -> None:
+        self._begun, self._result = False, None
 
     def __call__(self, member: QuantizedLinear, x: Tensor) -> Tensor:
         if member is self.members[0]:
@@ -112,7 +112,7 @@ class Joined:
                 if not self.is_whole(anew=True):
                     return member.product(x)
             y = self.layer.product(x)
-            columns = [y.narrow(-1, start, n) for start, n in self._columns]
+            columns = y.split(self._sizes, -1)
             self._result = x, writes(x), columns
             return columns[0]
         result = self._result
@@ -135,7 +135,7 @@ def writes(x: Tensor) -> int | None:
 def _has_too_many_rows(x: Tensor) -> bool:
     """On a CPU the product itself is then all of the time, and an output in one piece is new memory for each call, where those of
     the layers are used again: SmolLM2-135M in int8, 512 rows, two cores of Zen 4: 520 ms joined, 390 ms apart."""
-    return x.device.type == "cpu" and x.numel() > MOST_ROWS_ON_CPU * x.shape[-1]
+    return x.is_cpu and x.numel() > MOST_ROWS_ON_CPU * x.shape[-1]
 
 
 def why_apart(
