@@ -46,7 +46,8 @@ def gpu_capability(device: torch.device) -> tuple[int, int]:
 
 def gpu_takes(device: torch.device) -> bool:
     """Whether this device's tensors are for CUDA and Triton kernels: on a GPU, or interpreted as if they were."""
-    return device.type == "cuda" or (device.type == "cpu" and selected.arch is not None)
+    kind = device.type
+    return kind == "cuda" or (kind == "cpu" and selected.arch is not None)
 
 
 def _interpreter_of(device: torch.device) -> Interpreter | None:
