@@ -39,9 +39,13 @@ LayerLinear layer_linear(const std::vector<OptionalTensor>& weights, int64_t i, 
   l.weight = b_operand(*weights[i], dtype, k, x, op, "a weight"), l.weight_only = weight_only;
   if (n == 0) n = l.weight.rows;
   STD_TORCH_CHECK(l.weight.rows == n, op, ": a weight must be [", n, ", ", k, "]");
-  const bool blocks = weight_only && weights[i + 1]->dim() == 2;
-  const int64_t scales = blocks ? n * ceil_div(k, kScaleBlock) : n;
-  (blocks ? l.block_scale : l.scale) = floats(weights[i + 1], scales, x, op, "a weight's scale");
+  if (weight_only && weights[i + 1]->dim() == 2) {
+    const int64_t blocks = ceil_div(k, kScaleBlock);
+    check_sizes(*weights[i + 1], {n, blocks}, op, "a weight's scale");
+    l.block_scale = elements<float>(*weights[i + 1], n * blocks, ScalarType::Float, x, op, "a weight's scale");
+  } else {
+    l.scale = floats(weights[i + 1], n, x, op, "a weight's scale");
+  }
   if (const OptionalTensor& bias = weights[i + 2]) {
     l.bias_dtype = dtype_of(bias->scalar_type(), op, "a bias");
     STD_TORCH_CHECK(is_float(l.bias_dtype), op, ": a bias must be float32, float16 or bfloat16");

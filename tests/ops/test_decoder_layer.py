@@ -50,7 +50,8 @@ def test_cpu_against_reference(case, seed):
     "case",
     [STEP, PROMPTS, OTHER_HEADS, dataclasses.replace(PROMPTS, dtype=torch.bfloat16, leftpad=True),
      Case((2000, 1), 1, *SIZES), dataclasses.replace(STEP, scales="row"), dataclasses.replace(PROMPTS, scales="group"),
-     Case((17,), 17, 256, 4, 1, 64, 512, dtype=torch.float16)],
+     Case((17,), 17, 256, 4, 1, 64, 512, dtype=torch.float16), Case((40,), 40, 256, 4, 1, 64, 512, scales="group"),
+     Case((9, 4), 3, 256, 4, 1, 64, 512, scales="group", weight_dtype=E4M3)],
     ids=str,
 )  # fmt: skip
 def test_bits_do_not_depend_on_the_threads(case):

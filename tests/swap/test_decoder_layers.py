@@ -236,6 +236,15 @@ def test_goes_layer_by_layer_in_training_under_autocast_and_for_other_masks_and_
     assert not calls
 
 
+def test_compiled_code_runs_the_layers_one_by_one(calls):
+    model = swapped(llama())[0]
+    exact = logits(model)
+    with torch.inference_mode():
+        compiled = torch.compile(model, backend="eager")(IDS).logits
+    assert close(compiled, exact) and calls == [20]
+    assert torch.equal(logits(model), exact) and calls == [20, 20]
+
+
 def test_copies_and_pickles_run_so_too(calls):
     model = swapped(llama())[0]
     y = logits(model)

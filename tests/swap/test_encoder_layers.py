@@ -345,10 +345,6 @@ def test_why_not():
     for options, code in (({"exclude": "**.key"}, "precision"), ({"encoder": False}, "encoder_off")):
         assert swapped(bert(), **options)[1].encoder.reason.code == code
     assert swapped(bert().bfloat16())[1].encoder.reason.code == "dtype"
-    torch.manual_seed(0)
-    mpnet = transformers.MPNetModel(transformers.MPNetConfig(**SIZES)).eval()
-    report = swapped(mpnet)[1]
-    assert report.encoder.reason.code == "other_layers" and "MPNetLayer" in str(report)
     with pytest.raises(TypeError, match="encoder is True or False"):
         fp.swap(bert(), "int8", encoder="auto")
 
@@ -360,6 +356,21 @@ def test_weights_are_passed_with_what_the_layers_have_packed(monkeypatch):
     hidden(model)
     packed = [m.packed() for m in model.encoder.modules() if type(m) is fp.nn.Int8Linear]
     assert len(packed) == 18 and all(any(t is p for t in passed) for p in packed)
+
+
+def tokens(**names):
+    return {f"{name}_token_id": i for name, i in names.items()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("MPNet", {}), ("ModernBert", tokens(pad=98, cls=1, sep=2, bos=1, eos=2))]
+)
+def test_layers_of_another_form_run_one_by_one(kind, options, calls):
+    model = bert(kind, **options)
+    exact = hidden(model)
+    report = swapped(model)[1]
+    assert report.encoder.reason.code == "other_layers" and f"the parts of a {kind}" in str(report)
+    assert close(hidden(model), exact) and not calls
 
 
 def test_a_backend_that_is_asked_for_is_for_the_layers_own_operations(calls):

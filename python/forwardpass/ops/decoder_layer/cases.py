@@ -53,7 +53,7 @@ class Case:
         def weight_only(n: int, k: int, gated: bool) -> W8a16Weight:
             group = None if self.scales == "row" else 128
             values = torch.randn(n, k, generator=g) / k**0.5
-            w, scale, _ = quantize(values, self.weight_dtype, None, group, None, True, None)
+            w, scale, _ = quantize(values, self.weight_dtype, None, None, group, True, None)
             if gated:
                 w, scale = (interleave_gate_up(t[: n // 2], t[n // 2 :]) for t in (w, scale))
             bias = torch.randn(n, generator=g).to(device) / 4 if self.bias else None
