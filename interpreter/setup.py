@@ -64,6 +64,11 @@ def cuda_home():
     return None
 
 
+def major(home):
+    """The toolkit's major version, by which libcudart.so is called: structures of cudart change with it."""
+    return int(re.search(r"define CUDA_VERSION (\d+)", (home / "include/cuda.h").read_text())[1]) // 1000
+
+
 def rules(out, home, version):
     """(the text of build.ninja, the number of files it compiles)"""
     q, compiler = shlex.quote, shlex.join(cxx())
@@ -123,13 +128,15 @@ def rules(out, home, version):
         program = objects([p for p in standin if p.stem == "program"], cuda)
         cudart = objects([p for p in standin if p.stem != "program"], cuda)
         cublas = objects(csrc.glob("standin/cublas/*.cpp"), f"{cuda} -march=x86-64-v3")
-        # The driver's functions by name, for what opens libcuda.so.1 itself: NVRTC's users, Numba, TileLang.
-        driver = objects([p for p in standin if p.stem != "program"], f"{cuda} -fvisibility=default", kind="driver.")
-        text.append(
-            f"build {path(out / 'libcuda.so.1')}: link {driver} {path(out / 'libgpuless.so')} | csrc/standin/driver.map\n"
-            " flags = -Wl,-soname,libcuda.so.1 -Wl,-Bsymbolic -Wl,-z,defs -Wl,-rpath,'$$ORIGIN'"
-            " -Wl,--version-script=csrc/standin/driver.map"
-        )
+        # The same by name, for what opens libcuda.so.1 or cudart itself: NVRTC's users, Numba, TileLang.
+        opened = objects([p for p in standin if p.stem != "program"], f"{cuda} -fvisibility=default", kind="driver.")
+        exports = "csrc/standin/opened.map"
+        for name, file in {"libcuda.so.1": "libcuda.so.1", f"libcudart.so.{major(home)}": "_cudart.so"}.items():
+            text.append(
+                f"build {path(out / file)}: link {opened} {path(out / 'libgpuless.so')} | {exports}\n"
+                f" flags = -Wl,-soname,{name} -Wl,-Bsymbolic -Wl,-z,defs -Wl,-rpath,'$$ORIGIN'"
+                f" -Wl,--version-script={exports}"
+            )
         for name, members in {"_standin": f"{cudart} {program}", "_cudart": cudart, "_cublas": cublas}.items():
             text.append(f"build {path(out / name)}.a: archive {members}\n flags = build/ninja/{name}.o")
     return "\n".join(text) + "\n", sum(rule.startswith("build build/ninja/") for rule in text)
@@ -137,8 +144,8 @@ def rules(out, home, version):
 
 class Build(build_ext):
     """Writes build.ninja and runs it: libgpuless.so always; where there is a toolkit, what stands in for cudart and cuBLAS:
-    _standin.a for programs, _cudart.a for libraries, _cublas.a for both, libcuda.so.1 for what opens it itself.
-    _build.json says which."""
+    _standin.a for programs, _cudart.a for libraries, _cublas.a for both, libcuda.so.1 and _cudart.so for what opens
+    the libraries itself. _build.json says which."""
 
     def run(self):
         out = pathlib.Path(self.get_ext_fullpath("gpuless.libgpuless")).parent.resolve()
@@ -154,6 +161,7 @@ class Build(build_ext):
             for name in (
                 "_standin.a",
                 "_cudart.a",
+                "_cudart.so",
                 "libcuda.so.1",
                 "_cublas.a",
             ):  # pip builds in the tree: an earlier build's would be shipped

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from gpuless import core
+from gpuless.__main__ import main
 
 pytestmark = [
     pytest.mark.interpreted,
@@ -55,6 +56,13 @@ def test_its_kernels_are_checked(how):
     assert "out_of_bounds: read of 4 bytes" in done.stderr and "(4000 bytes)" in done.stderr
     if how == "nvrtc":
         assert "at twice.cu:3" in done.stderr
+
+
+def test_the_toolkit_s_nvcc_makes_ptx_where_a_cubin_is_asked_for(tmp_path):
+    source, cubin = tmp_path / "twice.cu", tmp_path / "twice.cubin"
+    source.write_text('extern "C" __global__ void twice(float* x) { x[threadIdx.x] *= 2; }')
+    assert main(["nvcc", "--cubin", "-O3", "-arch=sm_90a", "-o", str(cubin), str(source)]) == 0
+    assert ".target sm_90a" in cubin.read_text() and ".entry twice" in cubin.read_text()
 
 
 @needs_numba

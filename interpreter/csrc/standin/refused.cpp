@@ -114,6 +114,11 @@ ACCEPT(cuMemAdvise_v2)
 ACCEPT(cuMemPrefetchAsync_v2)
 ACCEPT(cuProfilerStart)
 ACCEPT(cuProfilerStop)
+ACCEPT(cuStreamSetAttribute)
+
+// With addresses of 32 bits, before CUDA 3.2. TileLang looks for these names.
+REFUSE(cuModuleGetGlobal)
+REFUSE(cuMemsetD32)
 
 REFUSE(cuTensorMapEncodeIm2colWide)
 REFUSE(cuTensorMapReplaceAddress)

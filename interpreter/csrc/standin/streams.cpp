@@ -117,6 +117,11 @@ cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* executable, cudaGraph
   *executable = static_cast<cudaGraphExec_t>(gpuless_graph_copy(graph));
   return finish(*executable ? cudaSuccess : cudaErrorMemoryAllocation);
 }
+// By an asm label, as headers declare it with other arguments; no alias, as TileLang needs it from _cudart.so.
+cudaError_t instantiate(cudaGraphExec_t*, cudaGraph_t, unsigned long long) asm("cudaGraphInstantiate");
+cudaError_t instantiate(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long flags) {
+  return cudaGraphInstantiateWithFlags(executable, graph, flags);
+}
 cudaError_t cudaGraphUpload(cudaGraphExec_t executable, cudaStream_t) {
   return finish(executable ? cudaSuccess : cudaErrorInvalidValue);
 }
@@ -192,7 +197,6 @@ cudaError_t cudaDeviceSynchronize() { return finish(gpuless_capture_refuses(gpul
 
 }  // extern "C"
 
-ALSO(cudaGraphInstantiate, cudaGraphInstantiateWithFlags);
 ALSO(cudaStreamSynchronize_ptsz, cudaStreamSynchronize);
 ALSO(cudaStreamQuery_ptsz, cudaStreamQuery);
 ALSO(cudaStreamWaitEvent_ptsz, cudaStreamWaitEvent);

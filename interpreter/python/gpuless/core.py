@@ -19,8 +19,8 @@ FOLDER = pathlib.Path(__file__).parent
 LIBRARY = FOLDER / "libgpuless.so"
 #: what stands in for cudart and cuBLAS in programs, and for cudart in libraries; where there was no toolkit, there is none
 STANDIN, CUBLAS, CUDART = FOLDER / "_standin.a", FOLDER / "_cublas.a", FOLDER / "_cudart.a"
-#: the driver's functions, for libraries that open libcuda.so.1; missing where there was no toolkit
-DRIVER = FOLDER / "libcuda.so.1"
+#: the driver's and cudart's functions, for libraries that open them; where there was no toolkit, there are none
+DRIVER, OPENED = FOLDER / "libcuda.so.1", (FOLDER / "libcuda.so.1", FOLDER / "_cudart.so")
 
 #: cudaErrorLaunchTimeout: gpuless_set_time_limit's
 LAUNCH_TIMEOUT = 702
@@ -161,11 +161,11 @@ def load() -> ctypes.CDLL:
 
 
 @functools.cache
-def offer_driver() -> ctypes.CDLL | None:
-    """Opens the stand-in for the driver. From then on, whoever opens libcuda.so.1 by this name gets it, because the loader
-    compares names with those of the libraries that are there."""
+def offer_libraries() -> list[ctypes.CDLL]:
+    """Opens the stand-ins for the driver and for cudart. From then on, whoever opens libcuda.so.1 or libcudart.so by its name
+    gets these, because the loader compares names with those of the libraries that are there."""
     load()
-    return ctypes.CDLL(str(DRIVER)) if DRIVER.exists() else None
+    return [ctypes.CDLL(str(file)) for file in OPENED if file.exists()]
 
 
 def device_properties() -> DeviceProperties:

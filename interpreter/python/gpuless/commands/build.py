@@ -131,6 +131,10 @@ def build(flags: list[str], standin: pathlib.Path = core.STANDIN) -> int:
 
 
 def as_nvcc(flags: list[str]) -> int:
-    """nvcc for build systems, which also ask it things: --version, say."""
+    """nvcc for build systems, which also ask it things: --version, say.
+
+    A cubin that is asked for is PTX, because TileLang, say, asks for one, and loads it by a function that takes both.
+    """
     installed()
+    flags = ["--ptx" if flag in ("-cubin", "--cubin") else flag for flag in flags]
     return subprocess.run(command(flags) if names_files(flags) else [nvcc(), *flags]).returncode

@@ -35,7 +35,7 @@ def present(device: Device) -> None:
         )
     device.memory = "cuda"
     install_process(device)
-    core.offer_driver()
+    core.offer_libraries()
     tensors.install()
     torch_cuda.install(device)
     graphs.install()

@@ -536,6 +536,30 @@ def _set_device_guard() -> None:
         _keep(table, guard)
         registry[1] = ctypes.addressof(guard)
     torch._C._ensureCUDADeviceGuardSet()
+    _set_native_handle(ctypes.c_void_p.from_address(registry[1] or 0))
+
+
+def _set_native_handle(table: ctypes.c_void_p) -> None:
+    """TileLang launches into the stream whose native handle the guard returns, and torch's guard that does nothing raises
+    instead: it gets a copy of its table of virtual functions where this one returns the legacy stream, 0. Which one it is
+    follows from what a stream's handle is when one of them returns 1. torch before 2.11 asks no guard.
+    """
+    stream = torch.Stream(stream_id=0, device_index=0, device_type=1)
+    if not hasattr(torch.Stream, "native_handle"):
+        return
+    first, count, address = 2, 64, table.value or 0
+    before = (ctypes.c_void_p * (first + count)).from_address(address - 8 * first)
+    for slot in range(2, 40):  # behind the destructors
+        copy = (ctypes.c_void_p * (first + count))(*before)
+        copy[first + slot] = _address(_yes)
+        table.value = ctypes.addressof(copy) + 8 * first
+        with contextlib.suppress(RuntimeError):
+            if stream.native_handle == 1:  # type: ignore[attr-defined]
+                copy[first + slot] = _address(_no)
+                _keep(copy)
+                return
+    table.value = address
+    raise RuntimeError(f"torch {torch.__version__} does not let the interpreter's streams have a native handle")
 
 
 def _set_hooks() -> None:
