@@ -19,24 +19,19 @@
 namespace forwardpass {
 namespace {
 
-using cpu::at;
-using cpu::CacheLines;
-using cpu::convert;
-using cpu::floats;
-using cpu::kMostRows;
-using cpu::Outputs;
+using namespace cpu;
 
 // Rows of `columns` floats, which are `stride` apart, as a dtype has them.
 void round_rows(float* x, int64_t rows, int64_t columns, int64_t stride, Dtype dtype) {
   if (dtype == Dtype::f32) return;
-  cpu::with_vectors(VECTOR_CODE {
-    cpu::with_float_dtype(dtype, [&](auto D) __attribute__((always_inline)) {
+  with_vectors(VECTOR_CODE {
+    with_float_dtype(dtype, [&](auto D) __attribute__((always_inline)) {
       for (int64_t r = 0; r < rows; ++r)
-        cpu::for_each_vector<V>(
+        for_each_vector<V>(
             0, columns, VECTOR_BODY(&) {
               V rounded[1];
-              cpu::store<D()>(cpu::load<V, Dtype::f32>(x + r * stride, c, n), rounded, 0, n);
-              cpu::store<Dtype::f32>(cpu::load<V, D()>(rounded, 0, n), x + r * stride, c, n);
+              store<D()>(load<V, Dtype::f32>(x + r * stride, c, n), rounded, 0, n);
+              store<Dtype::f32>(load<V, D()>(rounded, 0, n), x + r * stride, c, n);
             });
     });
   });
@@ -52,7 +47,7 @@ struct Sizes {
         q_columns(int64_t{p.heads} * p.head_dim),
         qkv_columns(int64_t{p.heads + 2 * p.kv_heads} * p.head_dim) {
     for (const DecoderLayer& layer : p.layers) mid = std::max(mid, layer.down.weight.columns);
-    depth = round_up(std::max({columns, q_columns, mid}), cpu::kTileBytes);
+    depth = round_up(std::max({columns, q_columns, mid}), kTileBytes);
   }
 };
 
@@ -125,15 +120,15 @@ class Formula {
 // Few rows: threads share the columns of each product.
 class SharedSteps {
  public:
-  SharedSteps(const DecoderLayerParams& p, const Tensor& x, const cpu::Int8Kernel* kernel)
+  SharedSteps(const DecoderLayerParams& p, const Tensor& x, const Int8Kernel* kernel)
       : p_(p), tensor_(x), kernel_(kernel), one_(p), team_(shares()) {
     const auto& [rows, h, q, qkv, mid, depth] = one_.sizes;
     const int64_t size = size_of(p.x.dtype);
-    x_ = cpu::allocate(rows * h * 4), sum_ = cpu::allocate(rows * h * 4), mid_ = cpu::allocate(rows * mid * 4);
-    qkv_ = cpu::allocate(rows * qkv * size), q_ = cpu::allocate(rows * q * size);
-    attended_ = cpu::allocate(rows * q * size);
+    x_ = allocate(rows * h * 4), sum_ = allocate(rows * h * 4), mid_ = allocate(rows * mid * 4);
+    qkv_ = allocate(rows * qkv * size), q_ = allocate(rows * q * size);
+    attended_ = allocate(rows * q * size);
     // All layers attend to as many keys.
-    workspace_ = cpu::allocate(4 * decode(p.layers[0]).workspace_floats());
+    workspace_ = allocate(4 * decode(p.layers[0]).workspace_floats());
   }
 
   void run() {
@@ -149,12 +144,12 @@ class SharedSteps {
     Member(SharedSteps& all, int64_t begin, int64_t end)
         : all_(all), p_(all.p_), sizes_(all.one_.sizes), begin_(begin), end_(end) {
       const int64_t rows = sizes_.rows;
-      normed_ = cpu::allocate(rows * sizes_.columns * 4), scales_ = cpu::allocate(rows * 4);
-      zero_points_ = cpu::allocate(rows * 4), corrections_ = cpu::allocate(rows * 4);
-      if (p_.weight_only()) floats_ = cpu::allocate(rows * sizes_.depth * 4);
+      normed_ = allocate(rows * sizes_.columns * 4), scales_ = allocate(rows * 4);
+      zero_points_ = allocate(rows * 4), corrections_ = allocate(rows * 4);
+      if (p_.weight_only()) floats_ = allocate(rows * sizes_.depth * 4);
       if (!all.kernel_ || p_.weight_only()) return;
-      quantized_ = cpu::allocate(rows * sizes_.depth);
-      prepared_ = cpu::allocate(rows * sizes_.depth * all.kernel_->few_bytes);
+      quantized_ = allocate(rows * sizes_.depth);
+      prepared_ = allocate(rows * sizes_.depth * all.kernel_->few_bytes);
     }
 
     void run() {
@@ -168,7 +163,7 @@ class SharedSteps {
       for (const DecoderLayer& layer : p_.layers) {
         one.qkv(layer, *this, x, rows, b, at<char>(all_.qkv_));
         meet();
-        cpu::append(one.append(layer, at<char>(all_.qkv_), at<char>(all_.q_)), of(rows, begin_), of(rows, end_));
+        append(one.append(layer, at<char>(all_.qkv_), at<char>(all_.q_)), of(rows, begin_), of(rows, end_));
         meet();
         attend(layer);
         one.rest(layer, *this, x, rows, at<char>(all_.attended_), b);
@@ -185,39 +180,39 @@ class SharedSteps {
     void linear(const LayerLinear& linear, const Matrix& x, const Outputs& o) {
       const auto [begin, end] = columns_of(linear.weight.rows);
       if (linear.weight_only) {
-        const W8a16Product product = cpu::weight_only_product(linear, x, o, at<float>(floats_));
+        const W8a16Product product = weight_only_product(linear, x, o, at<float>(floats_));
         return product.few_rows(begin, end);
       }
-      QuantizeParams q = cpu::quantization(linear, x, at<float>(scales_), at<int32_t>(zero_points_));
-      const Epilogue e = cpu::epilogue_of(linear, q, o);
+      QuantizeParams q = quantization(linear, x, at<float>(scales_), at<int32_t>(zero_points_));
+      const Epilogue e = epilogue_of(linear, q, o);
       if (!all_.kernel_)
         return int8_gemm_cpu(all_.tensor_, {nullptr, Dtype::i8, x.rows, x.columns, 0}, linear.weight, e, &q,
                              linear.packed);
-      const int64_t depth = round_up(x.columns, cpu::kTileBytes);
+      const int64_t depth = round_up(x.columns, kTileBytes);
       const auto rows = at<uint8_t>(quantized_);
       q.out.q = rows, q.out.q_stride = depth;
       quantize_cpu(q);
       for (int64_t r = 0; r < x.rows; ++r) std::fill_n(rows + r * depth + x.columns, depth - x.columns, 0);
-      const cpu::Int8Kernel& kernel = *all_.kernel_;
+      const Int8Kernel& kernel = *all_.kernel_;
       kernel.prepare_few(rows, x.rows, depth, at<uint8_t>(prepared_), at<uint32_t>(corrections_));
-      const cpu::FewRows few{at<uint8_t>(prepared_), x.rows, depth * kernel.few_bytes, at<uint32_t>(corrections_)};
-      cpu::multiply_columns<Dtype::i32>(x.rows, begin, end, e,
-                                        [&](int64_t first, int64_t last, int32_t* sums, int64_t stride) {
-                                          kernel.multiply_few(few, linear.weight, first, last, sums, stride);
-                                        });
+      const FewRows few{at<uint8_t>(prepared_), x.rows, depth * kernel.few_bytes, at<uint32_t>(corrections_)};
+      multiply_columns<Dtype::i32>(x.rows, begin, end, e,
+                                   [&](int64_t first, int64_t last, int32_t* sums, int64_t stride) {
+                                     kernel.multiply_few(few, linear.weight, first, last, sums, stride);
+                                   });
     }
 
    private:
     // The first of n that are a share's.
     int64_t of(int64_t n, int64_t share) const { return n * share / all_.team_.shares(); }
     std::pair<int64_t, int64_t> columns_of(int64_t n) const {
-      const int64_t groups = (n + cpu::kGroupColumns - 1) / cpu::kGroupColumns;
-      return {std::min(n, of(groups, begin_) * cpu::kGroupColumns), std::min(n, of(groups, end_) * cpu::kGroupColumns)};
+      const int64_t groups = (n + kGroupColumns - 1) / kGroupColumns;
+      return {std::min(n, of(groups, begin_) * kGroupColumns), std::min(n, of(groups, end_) * kGroupColumns)};
     }
 
     void attend(const DecoderLayer& layer) {
       const auto attention = all_.one_.attention(layer, at<char>(all_.q_), at<char>(all_.attended_));
-      const cpu::SharedDecode decode(attention, all_.team_.shares());
+      const SharedDecode decode(attention, all_.team_.shares());
       const int64_t first = std::min(begin_, decode.shares()), last = std::min(end_, decode.shares());
       if (first < last) decode.attend(first, last, at<float>(all_.workspace_));
       meet();
@@ -238,29 +233,29 @@ class SharedSteps {
     if (!kernel_) return 1;
     const auto& [rows, h, q, qkv, mid, depth] = one_.sizes;
     const int64_t products = rows * (h * (qkv + q) + 3 * h * mid);
-    return std::clamp<int64_t>(products / cpu::kLeastProducts, 1, torch::stable::get_num_threads());
+    return std::clamp<int64_t>(products / kLeastProducts, 1, torch::stable::get_num_threads());
   }
 
-  cpu::SharedDecode decode(const DecoderLayer& layer) const {
+  SharedDecode decode(const DecoderLayer& layer) const {
     return {one_.attention(layer, nullptr, nullptr), team_.shares()};
   }
 
   const DecoderLayerParams& p_;
   const Tensor& tensor_;
-  const cpu::Int8Kernel* const kernel_;
+  const Int8Kernel* const kernel_;
   const Formula one_;
-  cpu::Team team_;
+  Team team_;
   CacheLines x_, sum_, mid_, qkv_, q_, attended_, workspace_;
 };
 
 // What one thread has for its rows, a block of at most 32 at a time.
 class Block {
  public:
-  Block(const DecoderLayerParams& p, const Sizes& sizes, const cpu::Int8Kernel& kernel)
+  Block(const DecoderLayerParams& p, const Sizes& sizes, const Int8Kernel& kernel)
       : products_(kernel, sizes.depth, p.weight_only()),
-        attended_(cpu::allocate(kMostRows * sizes.q_columns * size_of(p.x.dtype))),
-        floats_(cpu::allocate(cpu::kBlockRows * (3 * sizes.columns + sizes.mid) * 4)) {
-    const int64_t each = cpu::kBlockRows * sizes.columns;
+        attended_(allocate(kMostRows * sizes.q_columns * size_of(p.x.dtype))),
+        floats_(allocate(kBlockRows * (3 * sizes.columns + sizes.mid) * 4)) {
+    const int64_t each = kBlockRows * sizes.columns;
     x = at<float>(floats_), buffers = {x + each, x + 2 * each, x + 3 * each};
   }
 
@@ -268,32 +263,32 @@ class Block {
   Buffers buffers;
 
   char* attended() const { return at<char>(attended_); }
-  void take(const cpu::BlockLayer& layer) { layer_ = &layer; }
+  void take(const BlockLayer& layer) { layer_ = &layer; }
   void meet() {}
 
   void linear(const LayerLinear& linear, const Matrix& x, const Outputs& o) { products_.linear(*layer_, linear, x, o); }
 
  private:
-  cpu::BlockProducts products_;
-  const cpu::BlockLayer* layer_ = nullptr;
+  BlockProducts products_;
+  const BlockLayer* layer_ = nullptr;
   CacheLines attended_, floats_;
 };
 
 // Many rows: some at a time, each by one thread.
 class Blocks {
  public:
-  Blocks(const DecoderLayerParams& p, const cpu::Int8Kernel& kernel) : p_(p), one_(p), kernel_(kernel) {
-    for (const DecoderLayer& l : p.layers) layers_.push_back(cpu::BlockLayer{&l.qkv, &l.out, &l.up, &l.down});
+  Blocks(const DecoderLayerParams& p, const Int8Kernel& kernel) : p_(p), one_(p), kernel_(kernel) {
+    for (const DecoderLayer& l : p.layers) layers_.push_back(BlockLayer{&l.qkv, &l.out, &l.up, &l.down});
   }
 
   void run() {
     const auto& [rows, h, q, qkv, mid, depth] = one_.sizes;
     const int64_t threads = torch::stable::get_num_threads(), each = (rows + threads - 1) / threads;
     // Four parts a thread, so that threads have equal shares, but blocks that are full.
-    const int64_t part = each <= cpu::kBlockRows ? each : std::min(kMostRows, round_up(each / 4 + 1, cpu::kBlockRows)),
+    const int64_t part = each <= kBlockRows ? each : std::min(kMostRows, round_up(each / 4 + 1, kBlockRows)),
                   parts = (rows + part - 1) / part, slots = (parts + threads - 1) / threads;
     const int64_t size = size_of(p_.x.dtype);
-    const CacheLines of_qkv = cpu::allocate(rows * qkv * size), of_q = cpu::allocate(rows * q * size);
+    const CacheLines of_qkv = allocate(rows * qkv * size), of_q = allocate(rows * q * size);
     for (int64_t l = -1; l < std::ssize(layers_); ++l) {
       if (l + 1 < std::ssize(layers_)) layers_[l + 1].pack(kernel_, l > 0 ? &layers_[l - 1] : nullptr);
       // Each thread has parts from everywhere, as later rows attend to more keys.
@@ -312,8 +307,8 @@ class Blocks {
   void layer(Block& block, int64_t l, int64_t first, int64_t last, char* qkv, char* q) const {
     const int64_t h = one_.sizes.columns, size = size_of(p_.x.dtype);
     if (l >= 0) attend(p_.layers[l], first, last, q, block.attended());
-    for (int64_t r = first; r < last; r += cpu::kBlockRows) {
-      const int64_t count = std::min(cpu::kBlockRows, last - r);
+    for (int64_t r = first; r < last; r += kBlockRows) {
+      const int64_t count = std::min(kBlockRows, last - r);
       for (int64_t i = 0; i < count; ++i) convert(input(l, r + i), p_.x.dtype, block.x + i * h, Dtype::f32, h);
       if (l >= 0) {
         block.take(layers_[l]);
@@ -326,7 +321,7 @@ class Blocks {
       const DecoderLayer& next = p_.layers[l + 1];
       block.take(layers_[l + 1]);
       one_.qkv(next, block, block.x, count, block.buffers, qkv + r * one_.sizes.qkv_columns * size);
-      cpu::append(one_.append(next, qkv, q), r, r + count);
+      append(one_.append(next, qkv, q), r, r + count);
     }
   }
 
@@ -380,15 +375,15 @@ class Blocks {
 
   const DecoderLayerParams& p_;
   const Formula one_;
-  const cpu::Int8Kernel& kernel_;
-  std::vector<cpu::BlockLayer> layers_;
+  const Int8Kernel& kernel_;
+  std::vector<BlockLayer> layers_;
 };
 
 }  // namespace
 
 void decoder_layer_cpu(const DecoderLayerParams& p, const Tensor& x) {
   if (p.x.rows == 0) return;
-  const cpu::Int8Kernel* kernel = cpu::int8_kernel(cpu::tier());
+  const Int8Kernel* kernel = int8_kernel(tier());
   if (kernel && p.x.rows > kernel->few_rows) {
     Blocks(p, *kernel).run();
   } else {

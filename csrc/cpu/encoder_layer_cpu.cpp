@@ -22,12 +22,7 @@
 namespace forwardpass {
 namespace {
 
-using cpu::at;
-using cpu::CacheLines;
-using cpu::convert;
-using cpu::floats;
-using cpu::kMostRows;
-using cpu::Outputs;
+using namespace cpu;
 
 struct Sequence {
   int64_t first, last, keys;
@@ -183,8 +178,8 @@ class Steps {
       : x_(x), scales_(p.x.rows), zero_points_(p.x.rows), one_(p), p_(p) {}
 
   void linear(const LayerLinear& linear, const Matrix& x, const Outputs& o, bool = false) {
-    const QuantizeParams q = cpu::quantization(linear, x, scales_.data(), zero_points_.data());
-    int8_gemm_cpu(x_, {nullptr, Dtype::i8, x.rows, x.columns, 0}, linear.weight, cpu::epilogue_of(linear, q, o), &q,
+    const QuantizeParams q = quantization(linear, x, scales_.data(), zero_points_.data());
+    int8_gemm_cpu(x_, {nullptr, Dtype::i8, x.rows, x.columns, 0}, linear.weight, epilogue_of(linear, q, o), &q,
                   linear.packed);
   }
 
@@ -193,8 +188,7 @@ class Steps {
     const int64_t mid = most_mid_columns(p_);
     const Tensor qkv = contiguous_rows({rows, 3 * h}, scalar_type(), x_);
     Tensor attended = contiguous_rows({rows, h}, scalar_type(), x_);
-    const CacheLines sum = cpu::allocate(rows * h * 4), normed = cpu::allocate(rows * h * 4),
-                     wide = cpu::allocate(rows * mid * 4);
+    const CacheLines sum = allocate(rows * h * 4), normed = allocate(rows * h * 4), wide = allocate(rows * mid * 4);
     const Buffers buffers{attended.mutable_data_ptr(), at<float>(sum), at<float>(normed), at<float>(wide)};
     const auto all = sequences_of(p_);
     Matrix x = p_.x;
@@ -244,10 +238,9 @@ class Steps {
 // What one thread has for its rows, a block of at most 32 at a time.
 class Block {
  public:
-  Block(const EncoderLayerParams& p, const cpu::Int8Kernel& kernel)
-      : Block(p, kernel, p.x.columns, most_mid_columns(p)) {}
+  Block(const EncoderLayerParams& p, const Int8Kernel& kernel) : Block(p, kernel, p.x.columns, most_mid_columns(p)) {}
 
-  void take(const cpu::BlockLayer& layer) { layer_ = &layer; }
+  void take(const BlockLayer& layer) { layer_ = &layer; }
 
   void linear(const LayerLinear& linear, const Matrix& x, const Outputs& o, bool is_quantized = false) {
     products_.linear(*layer_, linear, x, o, is_quantized);
@@ -256,16 +249,16 @@ class Block {
   const Buffers& buffers() const { return buffers_; }
 
  private:
-  Block(const EncoderLayerParams& p, const cpu::Int8Kernel& kernel, int64_t h, int64_t mid)
+  Block(const EncoderLayerParams& p, const Int8Kernel& kernel, int64_t h, int64_t mid)
       : products_(kernel, std::max(h, mid)),
-        attended_(cpu::allocate(kMostRows * h * size_of(p.attention))),
-        floats_(cpu::allocate(cpu::kBlockRows * (2 * h + mid) * 4)) {
+        attended_(allocate(kMostRows * h * size_of(p.attention))),
+        floats_(allocate(kBlockRows * (2 * h + mid) * 4)) {
     const auto floats = at<float>(floats_);
-    buffers_ = {at<char>(attended_), floats, floats + cpu::kBlockRows * h, floats + 2 * cpu::kBlockRows * h};
+    buffers_ = {at<char>(attended_), floats, floats + kBlockRows * h, floats + 2 * kBlockRows * h};
   }
 
-  cpu::BlockProducts products_;
-  const cpu::BlockLayer* layer_ = nullptr;
+  BlockProducts products_;
+  const BlockLayer* layer_ = nullptr;
   CacheLines attended_, floats_;
   Buffers buffers_{};
 };
@@ -273,19 +266,19 @@ class Block {
 // Some rows at a time, each by one thread.
 class Blocks {
  public:
-  Blocks(const EncoderLayerParams& p, const cpu::Int8Kernel& kernel)
+  Blocks(const EncoderLayerParams& p, const Int8Kernel& kernel)
       : p_(p), one_(p), kernel_(kernel), sequences_(sequences_of(p)) {
     for (const EncoderLayer& l : p.layers)
-      layers_.push_back(cpu::BlockLayer{&l.qkv[0], &l.qkv[1], &l.qkv[2], &l.out, &l.up, &l.down});
+      layers_.push_back(BlockLayer{&l.qkv[0], &l.qkv[1], &l.qkv[2], &l.out, &l.up, &l.down});
   }
 
   void run() {
     const int64_t rows = p_.x.rows, h = one_.columns(), threads = torch::stable::get_num_threads();
     // Four items a thread, so that threads have equal shares.
-    const int64_t part = std::clamp(round_up(rows / (4 * threads) + 1, cpu::kBlockRows), cpu::kBlockRows, kMostRows),
+    const int64_t part = std::clamp(round_up(rows / (4 * threads) + 1, kBlockRows), kBlockRows, kMostRows),
                   parts = (rows + part - 1) / part;
-    const CacheLines qkv[2] = {cpu::allocate(rows * 3 * h * size_of(p_.attention)),
-                               cpu::allocate(layers_.size() > 1 ? rows * 3 * h * size_of(p_.attention) : 0)};
+    const CacheLines qkv[2] = {allocate(rows * 3 * h * size_of(p_.attention)),
+                               allocate(layers_.size() > 1 ? rows * 3 * h * size_of(p_.attention) : 0)};
     for (int64_t l = -1; l < std::ssize(layers_); ++l) {
       if (l + 1 < std::ssize(layers_)) layers_[l + 1].pack(kernel_, l > 0 ? &layers_[l - 1] : nullptr);
       torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
@@ -305,8 +298,8 @@ class Blocks {
                         [&](const Sequence& s, int64_t begin, int64_t end, void* out) {
                           attention_rows_here(attention_of(p_, {qkv, p_.attention, h}, s, begin, end, out));
                         });
-    for (int64_t r = first; r < last; r += cpu::kBlockRows) {
-      const int64_t count = std::min(cpu::kBlockRows, last - r);
+    for (int64_t r = first; r < last; r += kBlockRows) {
+      const int64_t count = std::min(kBlockRows, last - r);
       if (l >= 0) {
         Buffers b = block.buffers();
         b.attended = static_cast<char*>(b.attended) + (r - first) * h * size_of(p_.attention);
@@ -331,15 +324,15 @@ class Blocks {
 
   const EncoderLayerParams& p_;
   const Formula one_;
-  const cpu::Int8Kernel& kernel_;
+  const Int8Kernel& kernel_;
   const std::vector<Sequence> sequences_;
-  std::vector<cpu::BlockLayer> layers_;
+  std::vector<BlockLayer> layers_;
 };
 
 // Whether rows go by blocks: there are enough of them for every thread.
-bool goes_by_blocks(const EncoderLayerParams& p, const cpu::Int8Kernel* kernel) {
+bool goes_by_blocks(const EncoderLayerParams& p, const Int8Kernel* kernel) {
   if (!kernel || !has_attention_rows(p.attention, p.x.columns / p.heads)) return false;
-  const int64_t threads = torch::stable::get_num_threads(), blocks = (p.x.rows + cpu::kBlockRows - 1) / cpu::kBlockRows;
+  const int64_t threads = torch::stable::get_num_threads(), blocks = (p.x.rows + kBlockRows - 1) / kBlockRows;
   return p.x.rows > kernel->few_rows && (threads == 1 || blocks >= 2 * threads);
 }
 
@@ -347,7 +340,7 @@ bool goes_by_blocks(const EncoderLayerParams& p, const cpu::Int8Kernel* kernel) 
 
 void encoder_layer_cpu(const EncoderLayerParams& p, const Tensor& x) {
   if (p.x.rows == 0) return;
-  const cpu::Int8Kernel* kernel = cpu::int8_kernel(cpu::tier());
+  const Int8Kernel* kernel = int8_kernel(tier());
   if (goes_by_blocks(p, kernel)) {
     Blocks(p, *kernel).run();
   } else {
