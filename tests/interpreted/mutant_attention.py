@@ -137,8 +137,11 @@ def of_8_bits(arch, kind, products, dim, cases, dtype, **every):
     if every:  # score modifiers
         more += (case((40, 90), dim, dtype, packed=True, softcap=8.0, sinks="float32", heads=(2, 1)),)
     both = tuple(of_attention(case, n % 2 == 0, products) for n, case in enumerate((*cases, *more)))
-    growing = GrowingCase(**vars(of_attention(case((64, 300), dim, dtype, awkward=False), True, products)))
-    return Instance((arch,), kernel, (*both, growing), clusters=2 * (arch == "sm_90a"))
+    growing = (
+        GrowingCase(**vars(of_attention(case((64, 560), dim, dtype, awkward=False, scale=scale), True, products)))
+        for scale in (None, 120.0, 1800.0)  # beyond 2^16 and 2^20 as well
+    )
+    return Instance((arch,), kernel, (*both, *growing), clusters=2 * (arch == "sm_90a"))
 
 
 def of_8_bits_triton(archs, products, cases):

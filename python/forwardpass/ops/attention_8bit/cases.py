@@ -33,13 +33,15 @@ class Case(attention.Case):
 
 @dataclass(frozen=True)
 class GrowingCase(Case):
-    """Maxima grow for eight of 32 rows at a time: the scores of each of the first four blocks of keys are large for these alone."""
+    """Maxima grow for eight of 32 rows at a time: the scores of each of four blocks of keys are large for these alone. The next
+    four blocks have the same keys, for which no maximum grows."""
 
     def arguments(self, device: str = "cpu", seed: int = 0) -> tuple[Any, ...]:
         q, k, *rest = super().arguments(device, seed)
         for i in range(4):
             q[..., i] = torch.where(torch.arange(q.shape[1]) // 8 % 4 == i, 40, 0)[:, None]
             k[:, i * reference.BLOCK : (i + 1) * reference.BLOCK, :, i] = 20
+        k[:, 4 * reference.BLOCK : 8 * reference.BLOCK] = k[:, : 4 * reference.BLOCK]
         return q, k, *rest
 
 
