@@ -9,7 +9,7 @@ import pytest
 import torch
 from processes import fork
 from rotation import pytest_addoption, pytest_pyfunc_call, pytest_sessionstart, take_turns  # noqa: F401
-from triton_version import triton_version
+from triton_version import what_is_against_the_isa_is_an_error
 
 import forwardpass as fp
 from forwardpass.common import environment
@@ -19,9 +19,7 @@ from forwardpass.testing import poisoned_outputs
 
 #: Of this checkout: what Triton compiled names the files it came from, and the mutants' reasons go by those names.
 os.environ.setdefault("TRITON_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / "build" / "triton"))
-#: What is against the letter of the ISA alone is an error of our own kernels too. But Triton 3.6 has no fence.proxy.async between a
-#: copy and the wgmma that reads it, which no kernel can add.
-os.environ.setdefault(*("GPULESS_ISA_FINDINGS", "ignore") if triton_version() == "3.6" else ("GPULESS_STRICT", "1"))
+what_is_against_the_isa_is_an_error()  # of our own kernels too
 #: No test has a network, and the hub's client waits 30 s for one, call after call. It reads this as it is imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 #: area -> core-seconds

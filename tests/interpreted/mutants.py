@@ -44,7 +44,7 @@ import mutant_gemms
 import mutant_operands
 from mutant_instances import instance_launches
 from mutant_launches import reached, recording
-from triton_version import triton_version
+from triton_version import triton_version, what_is_against_the_isa_is_an_error
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a")
 SEEDS = range(3)
@@ -306,6 +306,7 @@ def main():
     parser.add_argument("--arch", nargs="*", default=ARCHITECTURES)
     parser.add_argument("--json", type=pathlib.Path, help="where the report goes")
     given = parser.parse_args()
+    what_is_against_the_isa_is_an_error()  # as in the tests
     made = report(run(given.arch, given.names, say=lambda text: print(text, flush=True)))
     print(markdown(made))
     if given.json:
