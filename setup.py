@@ -332,7 +332,8 @@ def rules(out, obj, home):
     if home:
         # ninja goes by this order. norm_quantize takes longest: begun last, it keeps one core busy when the others have ended.
         cu = sorted(
-            (p for p in csrc.glob("kernels/**/*_sm*.cu") if gencode(p)), key=lambda p: (p.parent.name != "norm_quantize", p)
+            (p for p in csrc.glob("kernels/**/*_sm*.cu") if gencode(p)),
+            key=lambda p: (p.parent.name != "norm_quantize", p),
         )
         lib = next(p for p in (home / "lib64", home / "lib") if p.is_dir())
         # -lineinfo: gpuless reads lines of the source from the PTX. ptxas would copy that PTX, compressed 40 % of the library,
