@@ -118,14 +118,15 @@ INLINE void fold(S* x) {
     fold<V, N / 2, Level + 1>(x);
   }
 }
-// Each row's lanes reduced by f, of all rows at once: one after the other their instructions wait for each other.
+// Each row's lanes reduced by f, of all rows at once: one after the other their instructions wait for each other. For
+// every number of rows the lanes are added in one order: neighbours, pairs of them, then fours. So a row's bits do not
+// depend on how many rows it is computed with, which in decoder_layer depends on the number of threads.
 template <int R, class S, class F>
 INLINE auto of_rows(const S (&x)[R], F f) {
   using V = typename Vectors<kLanes<S>>::f32;
   if constexpr (R == 1) {
-    auto all = fours(x[0], f);
-    all = f(all, __builtin_shufflevector(all, all, 2, 3, 0, 1));
-    return f(all, __builtin_shufflevector(all, all, 1, 0, 3, 2));
+    const S pairs = f(x[0], permute<[](int i) { return i ^ 1; }>(x[0], x[0]));
+    return fours(f(pairs, permute<[](int i) { return i ^ 2; }>(pairs, pairs)), f);
   } else {
     const S a = fold_pair<0, V>(x[0], x[1], f), b = R == 2 ? a : fold_pair<0, V>(x[R == 2 ? 0 : 2], x[R - 1], f);
     return fours(fold_pair<1, V>(a, b, f), f);
