@@ -1,6 +1,7 @@
 """What is read from code is run before it is believed: code that does more than was read keeps its layers as they are."""
 
 import dataclasses
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -413,3 +414,12 @@ def test_models_of_16_bits_are_proven(name, dtype):
     model = build(name, {**CONFIGS, **ATTENTION, **MLPS}).to(dtype)
     report = fp.swap(model, "int8", include="**", exclude="lm_head", attention=True, dry_run=True)
     assert not {"disproved", "unproven"} & {s.reason.code for s in (*report.apart, *report.skipped)}
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_transformers_warns_of_nothing(name, monkeypatch):
+    """Neither of a cache that an encoder does not return, nor of a decoder's under its older name."""
+    warned = []
+    monkeypatch.setattr(logging.Logger, "warning_once", lambda _, text, *args: warned.append(text), raising=False)
+    fp.swap(build(name, {**CONFIGS, **ATTENTION, **MLPS}), "int8", include="**")
+    assert not warned

@@ -66,8 +66,7 @@ class Call:
             return _outputs(run(model, batch, self.forward), self.batch)
         result = run(model, {**batch, "use_cache": True})
         outputs = _outputs(result, self.batch)
-        cache = next((x for name in CACHES if (x := _entry(result, name)) is not None), None)
-        if cache is not None:
+        if (cache := _cache_of(result)) is not None:
             name = next(name for name in CACHES if name in _parameters(model))
             step = map_tensors(self.step, Tensor.clone)
             outputs += _outputs(run(model, {**step, name: cache, "use_cache": True}), self.step)
@@ -87,8 +86,10 @@ def _mask_of(t: Tensor, masks: Iterable[Any]) -> Tensor | None:
     return next((x.bool() for x in fits), None)
 
 
-def _entry(result: Any, name: str) -> Any:
-    return result.get(name) if isinstance(result, Mapping) else getattr(result, name, None)
+def _cache_of(result: Any) -> Any:
+    """By either name. A mapping is asked for all that it has: transformers' warn where they are asked for the older name."""
+    entries = dict(result.items()) if isinstance(result, Mapping) else {x: getattr(result, x, None) for x in CACHES}
+    return next((x for name in CACHES if (x := entries.get(name)) is not None), None)
 
 
 def _parameters(model: Any) -> Mapping[str, inspect.Parameter]:
