@@ -35,9 +35,10 @@ def home() -> pathlib.Path:
     return pathlib.Path(top[1]).resolve()
 
 
-def toolkit(folder: pathlib.Path) -> int:
+def write_toolkit(folder: pathlib.Path, standin: pathlib.Path = core.STANDIN) -> None:
+    """`standin`: CUDART for libraries that Python loads, which have their GPU from there."""
     build.installed()
-    folder, real = folder.resolve(), home()
+    real = home()
     (folder / "bin").mkdir(parents=True, exist_ok=True)
     (folder / "lib64").mkdir(exist_ok=True)
     nvcc = folder / "bin" / "nvcc"
@@ -50,9 +51,14 @@ def toolkit(folder: pathlib.Path) -> int:
     (folder / "include").symlink_to(real / "include")
     (folder / "lib").symlink_to("lib64")
     for library in ("libcudart.so", "libcudart_static.a", "libcuda.so"):
-        (folder / "lib64" / library).write_text(f"INPUT({core.STANDIN} {core.LIBRARY} -ldl -lpthread)\n")
+        (folder / "lib64" / library).write_text(f"INPUT({standin} {core.LIBRARY} -ldl -lpthread)\n")
     for library in ("libcublas.so", "libcublasLt.so"):
-        (folder / "lib64" / library).write_text(f"INPUT({core.CUBLAS} {core.STANDIN} {core.LIBRARY} -ldl -lpthread)\n")
+        (folder / "lib64" / library).write_text(f"INPUT({core.CUBLAS} {standin} {core.LIBRARY} -ldl -lpthread)\n")
+
+
+def toolkit(folder: pathlib.Path) -> int:
+    folder = folder.resolve()
+    write_toolkit(folder)
     text = TOOLCHAIN.format(folder=folder, standin=core.STANDIN, interpreter=core.LIBRARY, package=core.LIBRARY.parent)
     (folder / "toolchain.cmake").write_text(text)
     print(f"CMake: -DCMAKE_TOOLCHAIN_FILE={folder}/toolchain.cmake; others: CUDA_HOME={folder}")

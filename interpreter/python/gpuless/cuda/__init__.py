@@ -12,7 +12,7 @@ import torch
 
 from .. import core
 from ..device import Device, install_process
-from . import benchmark, cublas, graphs, inductor, tensors, torch_cuda
+from . import benchmark, cublas, extensions, graphs, inductor, tensors, torch_cuda
 
 _presented: Device | None = None
 
@@ -40,6 +40,7 @@ def present(device: Device) -> None:
     torch_cuda.install(device)
     graphs.install()
     inductor.install()
+    extensions.install(device)
     if importlib.util.find_spec("triton"):
         import triton.testing
 
