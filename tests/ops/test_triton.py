@@ -247,6 +247,17 @@ STACK = {
         "attention (192, 192) sm_80": 24, "attention (192, 192) sm_89": 8, "attention (192, 192) masked sm_80": 40,
         "attention (192, 192) masked sm_89": 56, "attention (256, 256) masked sm_80": 352,
         "attention (256, 256) masked sm_89": 376,
+        "attention_8bit (128, 128) masked sm_80": 32, "attention_8bit (192, 128) masked sm_80": 24,
+        "attention_8bit (192, 192) masked sm_80": 104, "attention_8bit (192, 192) sm_80": 8,
+        "attention_8bit (256, 256) masked sm_80": 248, "attention_8bit (256, 256) sm_80": 16,
+        "attention_8bit (128, 128) fp8 masked sm_89": 32, "attention_8bit (128, 128) masked sm_89": 16,
+        "attention_8bit (192, 128) fp8 masked sm_89": 24, "attention_8bit (192, 128) masked sm_89": 40,
+        "attention_8bit (192, 192) fp8 masked sm_89": 80, "attention_8bit (192, 192) fp8 sm_89": 40,
+        "attention_8bit (192, 192) masked sm_89": 88, "attention_8bit (192, 192) sm_89": 40,
+        "attention_8bit (256, 256) fp8 masked sm_89": 216, "attention_8bit (256, 256) fp8 sm_89": 208,
+        "attention_8bit (256, 256) masked sm_89": 232, "attention_8bit (256, 256) sm_89": 280,
+        "attention_8bit (192, 192) masked sm_90": 24, "attention_8bit (192, 192) sm_90": 32,
+        "attention_8bit (256, 256) fp8 masked sm_90": 56, "attention_8bit (256, 256) masked sm_90": 64,
     },
 }  # fmt: skip
 
