@@ -544,9 +544,9 @@ def _set_native_handle(table: ctypes.c_void_p) -> None:
     instead: it gets a copy of its table of virtual functions where this one returns the legacy stream, 0. Which one it is
     follows from what a stream's handle is when one of them returns 1. torch before 2.11 asks no guard.
     """
-    stream = torch.Stream(stream_id=0, device_index=0, device_type=1)
     if not hasattr(torch.Stream, "native_handle"):
         return
+    stream = torch.Stream(stream_id=0, device_index=0, device_type=1)
     first, count, address = 2, 64, table.value or 0
     before = (ctypes.c_void_p * (first + count)).from_address(address - 8 * first)
     for slot in range(2, 40):  # behind the destructors

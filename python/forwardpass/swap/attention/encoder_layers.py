@@ -6,7 +6,7 @@ What runs then, and when a call goes layer by layer all the same, is in `integra
 from __future__ import annotations
 
 import warnings
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -68,7 +68,7 @@ def decide_encoder(
 
 def decide_by_running(
     decision: Decision,
-    candidates: Iterable[tuple[str, Stack | Reason]],
+    candidates: Sequence[tuple[str, Stack | Reason]],
     no_stack: Reason,
     batch: Any,
     forward: Forward | None,
