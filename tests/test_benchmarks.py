@@ -34,6 +34,7 @@ def scaled_mm_takes_rows():
     return True
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("op", BASELINES, ids=lambda op: op.name)
 def test_baseline_does_the_same_work(op):
     if op.name in ("fp8_gemm", "fp8_linear", "fp8_grouped_gemm") and not scaled_mm_takes_rows():

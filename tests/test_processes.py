@@ -27,6 +27,7 @@ def test_an_exception_is_the_end():
     assert fork.run("import sys; sys.exit('a sentence')").stderr == "a sentence\n"
 
 
+@pytest.mark.every(3)
 def test_what_scripts_cost_is_counted_once():
     fork.run("")
     before = fork.core_seconds()

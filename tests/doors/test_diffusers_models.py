@@ -94,6 +94,7 @@ def run(model, inputs):
         return model(**inputs).sample
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("make", "precision"), paired(MODELS, ["int8", "w8a16"]))
 def test_swapped_and_restored(make, precision, tmp_path):
     model, inputs = built(make)
@@ -144,6 +145,7 @@ def test_attention_runs_on_ours_within_sdpa(make):
         torch.testing.assert_close(run(model, inputs), during, rtol=0, atol=0.02 * float(during.abs().max()))
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("make", MODELS)
 def test_attention_is_swapped(make, tmp_path):
     """As within `fp.sdpa`, in copies and in a checkpoint too, and put back."""

@@ -92,6 +92,7 @@ def test_the_build_has_every_kernel(kernels):
 ONE_ARCHITECTURE = in_parts(ARCHITECTURES, len(ARCHITECTURES))
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("arch", ONE_ARCHITECTURE)
 def test_the_built_kernels_pass(kernels, arch):
     borrowed = [k for k in gates.elsewhere(kernels) if k.arch == arch]

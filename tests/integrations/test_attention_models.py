@@ -159,6 +159,7 @@ def test_generation(name, run):
         assert torch.equal(free[row, :agree], tokens[row, :agree])
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", GENERATING)
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_generate_with_left_padding(name, cache):

@@ -128,6 +128,7 @@ class Wrapped(torch.Tensor):
     pass
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("code", DECLINED)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_declined(code, compiled):

@@ -132,6 +132,7 @@ def weights(output):
     return {key: output[key] for key in KEYS if output.get(key) is not None}
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.inference_mode()
 def test_weights_that_a_call_asks_for(name):

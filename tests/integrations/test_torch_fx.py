@@ -31,6 +31,7 @@ def test_a_class_that_derives_from_ours_is_a_leaf():
     assert [n.op for n in traced.graph.nodes] == ["placeholder", "call_module", "output"]
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
 def test_features_of_a_swapped_convolutional_network(name):
     """create_feature_extractor traces twice, while torch.fx has a function of its own for the call of a module."""

@@ -20,6 +20,7 @@ from forwardpass.integrations.transformers import unpadding
 from forwardpass.swap import originals
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_ragged_batch(name):
     model, batch, attention = build(name), ragged(), FAMILIES[name][3]

@@ -47,6 +47,7 @@ RESULTS = {
 }
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("result", RESULTS)
 @torch.inference_mode()
 def test_where_padding_is_returned_it_stays(result):

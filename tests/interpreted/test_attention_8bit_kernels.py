@@ -411,6 +411,7 @@ def test_rows_that_are_far_apart(arch):
         assert_equal(with_lse(arch, *near)[0][0], expected)
 
 
+@pytest.mark.every(2)
 @on_each_kernel
 @pytest.mark.parametrize(("dims", "causal"), paired([(64, 64), (128, 128), (256, 256)], [True, False]))
 def test_wavefronts(dims, causal, dtype, arch):

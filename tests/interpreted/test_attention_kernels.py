@@ -114,6 +114,7 @@ def packed(dim, seed=0, dtype=torch.float16):
     return [torch.randn(n, heads, dim, generator=g).to(dtype) for n, heads in sizes], starts
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("seen", [{}, {"causal": True}, {"window_left": 70, "window_right": 3}], ids=str)
 def test_packed_sequences_are_a_batch(kernel, seen):
     """A sequence has the bits that it has alone, whatever its neighbours are, and NaN stays where it is."""
@@ -151,6 +152,7 @@ def test_many_sequences(kernel):
     cases.assert_matches(run(kernel, "attention_with_lse", args), args)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("arch", "causal"), paired(["sm_80", "sm_89", "sm_90a"], [True, False]))
 def test_more_heads_than_run_together(arch, causal):
     """Groups of 32, of which every second one has its tiles in the opposite order, the last one few."""

@@ -40,6 +40,7 @@ def test_linear(arch, rows, depth, launches):
     assert programmatic(device) == {name: (2 * n, 2 * of) for name, (n, of) in launches.items()}
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("rows", [1, 16, 300])
 def test_the_weight_is_on_its_way_before_the_quantisation_ends(rows):
     x, w = torch.randn(rows, 4096), torch.randint(-127, 128, (4096, 4096), dtype=torch.int8)

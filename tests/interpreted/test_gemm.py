@@ -127,6 +127,7 @@ def test_weights_are_upconverted_exactly(w_dtype, implementation, arch, seed):
     assert device.findings == []
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("implementation", "arch", "name"),
     cuda_and_triton(paired(ARCHITECTURES, ("int8_gemm", "fp8_gemm", "w8a16_gemm")), ARCHITECTURES),

@@ -45,6 +45,7 @@ def rows_and_columns(args, m, n):
     return a[:m], b[:n], a_scale[: m if a_scale.numel() > 1 else 1], b_scale, bias, *options
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("activation", "launch"), paired(ACTIVATIONS, LAUNCHES))
 def test_direct_and_general_outputs_are_equal(launch, activation, seed):
     """Of 16 bits, and of fp32 rounded to them: whole tiles and ragged ones, each kind of scale and of bias; and with a residual."""

@@ -151,6 +151,7 @@ def test_rows_of_int8_that_a_tile_has_whole_are_quantised_by_the_product(m, n, a
     assert device.findings == []
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("m", "activation"), [(9, None), (61, "silu_mul"), (128, "gelu")])
 def test_sums_of_a_cluster_are_those_of_the_parts_in_order(m, activation, seed):
     """27 tiles beside each other: four splits each, of 384 columns."""

@@ -96,6 +96,7 @@ def test_as_many_experts_as_there_may_be(experts, arch, seed):
     cases.assert_matches(got, args)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("arch", "experts", "n", "tile"),
     [

@@ -108,6 +108,7 @@ LARGE = {
 }
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("tile", "having"), paired(LARGE, itertools.product([False, True], repeat=2)))
 def test_blocks_compute_tile_after_tile(tile, having, seed):
     room, blocks = having

@@ -170,6 +170,7 @@ def test_a_list_counts_any_number_of_tiles(write_list, height, share_bits, room)
         assert torch.equal(kinds[: len(expected)], expected)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("op", [INT8, FP8, W8A16])
 @pytest.mark.parametrize("room", [False, True])
 def test_one_row_or_expert_more_is_refused(op, room):

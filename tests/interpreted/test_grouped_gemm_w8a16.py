@@ -72,6 +72,7 @@ def test_blocks_compute_tile_after_tile(arch, seed):
         cases.assert_matches(got, args)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("experts", "tile"), [(480, 64), (481, 16), (512, 16)])
 def test_as_many_experts_as_there_may_be(experts, tile, seed):
     """More than the list of the larger tile has room for take the smaller."""
@@ -81,6 +82,7 @@ def test_as_many_experts_as_there_may_be(experts, tile, seed):
     cases.assert_matches(got, args)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("x_dtype", [F16, BF16], ids=str)
 @pytest.mark.parametrize("w_dtype", [torch.int8, E4M3], ids=str)
 def test_bits_are_those_of_w8a16_gemm(x_dtype, w_dtype, seed):

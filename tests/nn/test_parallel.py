@@ -214,6 +214,7 @@ def test_parts(processes, function):
     processes.run(function)
 
 
+@pytest.mark.every(3)
 def test_halves_of_one_layer_are_divided_each_by_itself():
     """As transformers' packed styles do, with any number of processes; here without any."""
 

@@ -61,6 +61,7 @@ def test_error(kind, d, backend, dtype):
     assert torch.cosine_similarity(o.double(), exact, -1).min() >= COSINES[kind][dtype == "fp8"]
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("kind", ["normal", "peaked"])
 def test_error_of_many_keys(kind):
     """A channel's largest value grows with the keys: with one scale for a channel alone these are .0156 and .0257."""
@@ -351,6 +352,7 @@ def test_opcheck(case):
     torch.library.opcheck(getattr(torch.ops.forwardpass, f"{case.op}_cpu").default, case.arguments())
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_whole(dynamic):
     q, k, v, mask = torch.randn(2, 9, 4, 33), torch.randn(2, 12, 2, 33), torch.randn(2, 12, 2, 33), torch.randn(9, 12)

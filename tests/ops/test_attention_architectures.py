@@ -99,6 +99,7 @@ def compare(model, run):
         assert torch.equal(x, y)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", in_turn(TEXT, 4))
 @torch.inference_mode()
 def test_text(name):

@@ -109,6 +109,7 @@ def test_cuda(case, arch, seed):
     cases.assert_matches(got, args)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("backend", "arch"), [("cuda", "sm_80"), ("cuda", "sm_90a"), ("triton", "sm_80"), ("triton", "sm_90a")], ids=str
 )
@@ -181,6 +182,7 @@ def prefills(case, arch, seed, backend="cuda", **options):
         return args, result, {k.kernel.partition("<")[0].rpartition(" ")[2] for k in device.kernels()}
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("case", "arch"), on_cuda(MANY_ROWS, 2))
 def test_many_rows_of_cuda(case, arch, seed):
     """In attention's kernels, whose source of keys is a cache, paged or contiguous."""
@@ -214,6 +216,7 @@ def test_many_rows_of_8_bits_or_padded(case, seed):
     assert any("decode" in k for k in kernels)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_a_batch_invariant_prefill_is_that_of_its_own(backend):
     case = cases.Case((150, 40, 64), 70, 64, (4, 2), torch.float16, page=6, batch_invariant=True)
@@ -320,6 +323,7 @@ def allocated(function):
     return max(e.nbytes() for e in results.events() if e.name() == "[memory]")
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_the_workspace_follows_from_the_machine(backend):
     """Not from what a table has room for: parts of a fixed size took 273 MB for 64 sequences, 8 heads, 128k keys."""

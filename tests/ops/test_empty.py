@@ -142,6 +142,7 @@ def outcome(call, sizes, backend, arch=None):
     return got if isinstance(got, tuple) else (got,)
 
 
+@pytest.mark.every(3)
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(("call", "sizes"), CALLS.values(), ids=CALLS)
 def test_all_backends_agree(call, sizes):

@@ -45,6 +45,7 @@ def has_no_kernel(limit, backend, arch):
         return operations[limit.op].why_not_on(backend, torch.device("cpu"))
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(("limit", "backend", "arch"), list(cells([limit for limit in LIMITS if limit.tried])))
 def test_last(limit, backend, arch):
     args = limit.make(limit.last)

@@ -42,6 +42,7 @@ def runs():
             yield pytest.param(name, backend, arch, marks=param.marks)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("name", "backend", "arch"), list(runs()))
 def test_it_is_added_before_the_one_rounding(name, backend, arch):
     """64 + 0.375 is 64.375, of which bfloat16 has 64.5; the product alone and 63.625 + 0.375 are exact. Each row has its own,
@@ -58,6 +59,7 @@ def test_it_is_added_before_the_one_rounding(name, backend, arch):
             torch.testing.assert_close(y.double(), K + 0.1 + residual.double(), rtol=2.0**-8, atol=0)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("activation", ["relu", "silu_mul"])
 @pytest.mark.parametrize(("name", "backend", "arch"), [r for r in runs() if r[1] != "triton"])
 def test_it_is_added_behind_the_activation(name, backend, arch, activation):
@@ -123,6 +125,7 @@ LAYOUTS = [
 ]  # fmt: skip
 
 
+@pytest.mark.every(2)
 @pytest.mark.interpreted
 @pytest.mark.parametrize("activation", [None, "silu_mul"])
 @pytest.mark.parametrize(("name", "arch", "m"), LAYOUTS)

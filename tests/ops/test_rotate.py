@@ -64,6 +64,7 @@ def test_few_steps_differ_on_a_gpu(arch):
         assert off.max() <= 1 and off.float().mean() < 0.03
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("backend", ["cpu", "cuda", "triton"])
 @pytest.mark.parametrize("name", ["int8_linear", "fp8_linear"])
 def test_linears_are_quantize_and_a_product(name, backend):

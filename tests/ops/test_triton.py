@@ -417,6 +417,7 @@ def attention_8bit_cases():
             yield attention_8bit.of_attention(case, True, products)
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize(("case", "architecture"), in_turn_for(ARCHITECTURES, attention_8bit_cases(), 12))
 def test_attention_8bit_compiles_for_tensor_cores_without_more_spills(compiler, case, architecture):
     if case.products == "fp8" and architecture == 80:

@@ -532,6 +532,7 @@ def test_the_command_writes_a_plan_that_swap_replays(times, folder, tmp_path):
         assert "calibrated on other batches" in run(*args, "--calibrate", text).stderr
 
 
+@pytest.mark.every(3)
 def test_the_command_prints_json_alone(times, folder, tmp_path):
     text = tmp_path / "texts.txt"
     text.write_text("one text\nanother\n")

@@ -147,6 +147,7 @@ def test_a_budget_is_spent_layer_by_layer(times, monkeypatch):
     assert errors[0] < 1e-4 < 1e-3 < errors[1]
 
 
+@pytest.mark.every(3)
 def test_a_crossover_that_is_given(times):
     """What is shorter is not in 8 bits, and not measured: a plan of it would hold nothing to the budget."""
     times["layers"] |= {"int8": 1.5, "w8a16": 3.0}
@@ -208,6 +209,7 @@ def test_torchs_attention(times):
     assert calls.kernel_calls == {"MultiheadAttention in int8": 2}
 
 
+@pytest.mark.every(3)
 def test_measurements_are_resumed(times, tmp_path):
     times["layers"] |= {"int8": 1.5, "w8a16": 3.0}
     file = tmp_path / "measured.json"

@@ -308,6 +308,7 @@ def in_a_fork(function):
     return text or "it hung"
 
 
+@pytest.mark.every(3)
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_in_a_forked_child_an_open_pipeline_is_refused_and_the_parents_goes_on():
     model, held = Double().train(), Held()

@@ -57,6 +57,7 @@ def test_replicas_take_turns_with_the_arrivals():
     assert Arrivals(1.0, [5.0, 6.0, 7.0, 9.0]).of_replica(2, 1) == [0.0, 2.0]
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_a_run_is_within_the_spread_of_such_runs(replicas):
     """95 of 100 are, and the percentile of a long simulation alone is no bound for any."""
@@ -80,6 +81,7 @@ def test_the_runs_of_a_trace_are_its_sections():
     assert {len(r) for r in Arrivals(1e4).runs(1, 20.0)} == {1000}
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("load", [0.3, 0.7, 0.9])
 def test_one_at_a_time_with_constant_service_is_m_d_1(load):
     """Pollaczek and Khinchine: the mean wait is load / (2 (1 - load)) of a service."""

@@ -18,6 +18,7 @@ def loaded(name):
     return models.load(name)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("keys", [4096, 131072])
 def test_retrieval(keys):
     """Each row finds its key, also with a fifth of its weight; and no number of keys makes the error larger."""

@@ -359,6 +359,7 @@ def test_load_state_dict_is_refused_and_modes_stay():
     assert all(m.training for m in model.modules())
 
 
+@pytest.mark.every(3)
 @torch.inference_mode()
 def test_compiled_and_exported():
     torch._dynamo.reset()

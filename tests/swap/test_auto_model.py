@@ -21,6 +21,7 @@ from forwardpass.nn import GatedMLP
 X = {"input_ids": torch.arange(3, 35).reshape(2, 16)}
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("precision", ["int8", "w8a16", "fp8", "bf16"])
 @torch.inference_mode()
 def test_bits_are_those_of_load_pretrained(precision, tmp_path):
@@ -37,6 +38,7 @@ def test_bits_are_those_of_load_pretrained(precision, tmp_path):
     assert torch.equal(outputs(AutoModelForCausalLM.from_pretrained(tmp_path / "other"), X), outputs(loaded, X))
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", ["bert", "gpt2", "vit", "t5", "mixtral"])
 @torch.inference_mode()
 def test_models(name, tmp_path):
@@ -71,6 +73,7 @@ def test_other_dtypes_and_devices(tmp_path):
     )  # rotary frequencies stay float32
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, torch.device("cpu"), "auto", "sequential"])
 @torch.inference_mode()
 def test_maps_of_one_device(device_map, tmp_path):
@@ -209,6 +212,7 @@ def damaged(data, rng):
     return len(header).to_bytes(8, "little") + header + data[8 + size :]
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("seed", range(4))
 @torch.inference_mode()
 def test_mutations(seed, tmp_path, monkeypatch):

@@ -69,6 +69,7 @@ def test_a_plan(floats, tmp_path):
         assert torch.equal(outputs(load(floats, plan=plan), X), outputs(model, X))
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", ["bert", "mixtral", "t5", "llama_tied", "gpt2"])
 @torch.inference_mode()
 def test_models(name, tmp_path):
@@ -122,6 +123,7 @@ def test_nothing_of_the_files_is_mapped_any_more(floats):
     assert torch.equal(outputs(model, X), expected)
 
 
+@pytest.mark.every(3)
 @torch.inference_mode()
 def test_an_iterator_of_batches_serves_one_load(floats):
     config = fp.Config("int8", include="**", calibrate=(x for x in [X, X]))

@@ -376,6 +376,7 @@ def test_plan_has_a_row_for_each():
     fp.swap(model, plan=plan, calibrate=[picture()] if plan.calibrated else None) if plan.layers else None
 
 
+@pytest.mark.every(3)
 @torch.inference_mode()
 def test_compiled_code_gives_the_same():
     model, x, _, _ = swapped("resnet")

@@ -236,6 +236,7 @@ def test_goes_layer_by_layer_in_training_under_autocast_and_for_other_masks_and_
     assert not calls
 
 
+@pytest.mark.every(3)
 def test_compiled_code_runs_the_layers_one_by_one(calls):
     model = swapped(llama())[0]
     exact = logits(model)

@@ -298,6 +298,7 @@ def test_parity_sees_each_layer(calls):
     assert "encoder.layer.1.output.dense" in str(report.to_json())
 
 
+@pytest.mark.every(3)
 def test_compiled_models_run_layer_by_layer(calls):
     model = swapped(bert())[0]
     y = hidden(model)

@@ -96,6 +96,7 @@ def test_folders_plans_and_copies_give_the_same_bits(name, tmp_path):
     assert torch.equal(model(x), y) and folded(again) == folded(report)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", MODELS)
 @torch.inference_mode()
 def test_a_load_onto_meta_proves_with_values(name, tmp_path, monkeypatch):

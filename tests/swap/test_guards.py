@@ -433,6 +433,7 @@ def test_a_product_is_read_from_the_forward_that_is_there_now():
     assert not report.joined and off(model, floats) < 0.03
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("cls", CLASSES)
 def test_compiled(cls):
     _, model, _ = built(cls)

@@ -19,6 +19,7 @@ def run(first, count):
     assert counts["right"] > 0.5 * count and sum(v.rewritings > 0 for _, v in verdicts) > 0.3 * count
 
 
+@pytest.mark.every(3)
 def test_a_few_modules_that_are_made_up():
     """Other ones with each commit."""
     run(number() % MANY, FEW)

@@ -92,6 +92,7 @@ def x():
     return 3 * torch.randn(6, WIDTH, generator=torch.Generator().manual_seed(3)) + 0.5
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", MLPS)
 def test_models(name):
     """Found in every MLP of a model; on a CPU bits are as without, and all comes back."""
@@ -185,6 +186,7 @@ def test_left_for_what_is_around_them():
 RMS = lambda: Layer(nn.RMSNorm(WIDTH, eps=1e-5))  # noqa: E731
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize(
     ("on", "given"),

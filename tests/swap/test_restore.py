@@ -16,6 +16,7 @@ import forwardpass as fp
 from forwardpass.swap import originals
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("name", "keep"), paired(CONFIGS, ["auto", "device", "cpu"]))
 def test_the_same_objects_and_outputs(name, keep):
     model, inputs = build(name), batch(name)

@@ -8,6 +8,7 @@ rotation = pytest.importorskip("benchmarks.rotation", reason="benchmarks are in 
 ROTATED = ("int8, rotated", "int8, rotated and calibrated")
 
 
+@pytest.mark.every(3)
 def test_a_hybrid_with_gated_delta_net():
     """Where outliers are planted, rotation loses less than half as much as one scale a row, and groups of 128 hardly less; no error
     grows along the recurrence."""

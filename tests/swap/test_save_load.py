@@ -32,6 +32,7 @@ def saved(tmp_path):
     return tmp_path, x, outputs(model, x)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("name", "precision"), paired(CONFIGS, ["int8", "fp8", "w8a16", "bf16"]))
 def test_bits_are_equal(tmp_path, name, precision):
     model, inputs = build(name), batch(name)
@@ -410,6 +411,7 @@ HUGGINGFACE_DAMAGE = {
 }
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("case", HUGGINGFACE_DAMAGE)
 def test_damaged_huggingface_checkpoints(tmp_path, case, monkeypatch):
     model = build("bert")

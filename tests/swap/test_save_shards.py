@@ -46,6 +46,7 @@ def by_auto_model(folder):
 DOORS = pytest.mark.parametrize("door", [by_name, by_auto_model])
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("size", "most"), [("5GB", 5 * 10**9), (10**6, 10**6), ("200KB", 200_000), ("100 kib", 102_400), (1, 1)]
 )
@@ -110,6 +111,7 @@ def test_a_cached_repository_of_the_hub(tmp_path):
         AutoModelForCausalLM.from_pretrained("someone/llama", **options)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("size", ["5 parsecs", "GB", "", "-5MB", "1.5GB", 0, -1, True, 1.5, None])
 @pytest.mark.parametrize("save", [fp.save_pretrained, fp.export_pretrained])
 def test_sizes_that_are_none(tmp_path, save, size):

@@ -349,6 +349,7 @@ def test_threads_do_not_mix():
     assert not wrong
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("dynamic", in_turn([False, True]))
 def test_compiled_whole(dynamic):
     model, _ = swapped()

@@ -319,6 +319,7 @@ def test_a_hub_id_is_downloaded_without_code(tmp_path, monkeypatch):
         fp.load_pretrained(tmp_path / "nothing" / "here")
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     "name", in_turn(["int8_token", "fp8_block", "gptq", "int8_packed", "bitsandbytes", "modelopt_int8", "torchao"], 3)
 )

@@ -96,6 +96,7 @@ def test_formats(name, format, tmp_path):
     assert torch.equal(outputs(fp.load_pretrained(tmp_path / "ours"), X), y)
 
 
+@pytest.mark.every(2)
 @pytest.mark.filterwarnings(FINER)
 @pytest.mark.parametrize("format", in_turn(KINDS, 2))
 @torch.inference_mode()

@@ -58,6 +58,7 @@ def experts_of(model):
     return [leaf.fqn for leaf in experts_leaves(model)]
 
 
+@pytest.mark.every(2)
 @pytest.mark.filterwarnings("ignore:swap. fp8_.* has no kernel:UserWarning")
 @pytest.mark.parametrize(("name", "precision"), paired(MODELS, PRECISIONS))
 def test_architectures(name, precision, tmp_path):

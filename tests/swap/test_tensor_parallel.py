@@ -397,6 +397,7 @@ def test_modules(processes, function):
     processes.run(function)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("function", [swapped_with_gate_and_up, refusals])
 def test_llama(processes, folders, function):
     processes.run(function, folders / "llama")

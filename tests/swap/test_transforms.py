@@ -46,6 +46,7 @@ def effective(file, fqn, matrix, size):
     return (weight.unflatten(1, (-1, size)) @ matrix.double().T / size**0.5).flatten(1)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("name", "schemes", "sizes"),
     [
