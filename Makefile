@@ -65,7 +65,7 @@ gpu:
 # Each ends in a file of build/bench/: what has ended is not run again, and one that fails does not keep the others from running.
 BENCHES := quantize norm_quantize activation_quantize dequant_activation int8_gemm int8_grouped_gemm int8_linear int8_conv2d \
 	encoder_layer decoder_layer fp8_gemm fp8_grouped_gemm fp8_linear w8a16_gemm w8a16_grouped_gemm attention attention_8bit \
-	attention_decode append_kv permute_quantize unpermute published pipeline plan ragged size_batch train_decoder \
+	attention_decode append_kv permute_quantize unpermute pipeline plan ragged size_batch train_decoder \
 	decode_linears gated_mlp experts host_overhead load_memory families rotation dit gpuless ray_data attention_8bit_error
 BENCHES_WITH_PEERS := int8_conv2d-layers models models-grid models-ragged models-compiled generate convolution_models \
 	convolution_peers stored_checkpoint attention_8bit_models
@@ -75,7 +75,7 @@ bench_models-ragged := models --ragged
 bench_models-compiled := models --compiled
 
 bench:
-	@$(MAKE) --no-print-directory --keep-going -j1 $(patsubst %,build/bench/%.json,$(BENCHES) $(BENCHES_WITH_PEERS))
+	@$(MAKE) --no-print-directory --keep-going -j1 $(patsubst %,build/bench/%.json,$(BENCHES) $(BENCHES_WITH_PEERS) published)
 
 build/bench/%.json: .venv/dev
 	@mkdir -p $(@D)
