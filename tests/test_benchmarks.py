@@ -314,13 +314,19 @@ def test_attention_is_counted_and_modelled():
 def test_published_figures_beside_modelled_ones(monkeypatch, capsys, tmp_path):
     published = needs_kernels("published")
     small = [("int8", (130, 256, 128)), ("fp8 block", (130, 256, 128)), ("fp8 rowwise", (130, 256, 128)),
-             ("attention", (1, 128, 1, 64))]  # fmt: skip
+             ("attention", (1, 128, 1, 64)), ("attention int8", (1, 128, 1, 64)), ("attention fp8", (1, 128, 1, 64))]  # fmt: skip
     rows = [published.Row(kind, shape, "them", "H100", 100, "their paper") for kind, shape in small]
+    rows += [dataclasses.replace(rows[-1], who="nobody", published=None), dataclasses.replace(rows[-1], share=0.5)]
     monkeypatch.setattr(published, "ROWS", rows)
     monkeypatch.setattr("sys.argv", ["published", "--json", str(tmp_path / "out.json")])
     published.main()
     results = json.loads((tmp_path / "out.json").read_text())["results"]
+    *results, nobodys, half = results
     assert [r["kind"] for r in results] == [kind for kind, _ in small]
     assert all(r["modelled"] > 0 and r["even_at"] == r["clock"] * 100 / r["modelled"] for r in results)
+    assert [0 < r["quantising"] < 1 for r in results] == [
+        r["kind"] in ("attention int8", "attention fp8") for r in results
+    ]
+    assert nobodys["even_at"] is None and half["modelled"] == results[-1]["modelled"] / 2
     said = capsys.readouterr().out
     assert "no GPU was timed" in said and "attention 1 x 128 x 1 x 64" in said
