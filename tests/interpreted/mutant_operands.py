@@ -2,6 +2,7 @@
 into the layout of the products and back."""
 
 import dataclasses
+import itertools
 import math
 
 import torch
@@ -16,11 +17,13 @@ F16, BF16 = torch.float16, torch.bfloat16
 @dataclasses.dataclass(frozen=True)
 class Case(cases.Case):
     """`given`: the call has the operands in 8 bits; `returned`: it is quantize_attention. `extremes`: rows and channels of zeros,
-    of numbers too small for a scale, with an infinity and with a NaN; a key with one, in the first sequence."""
+    of numbers too small for a scale, with an infinity and with a NaN; a key with one, in the first sequence. `alone`: the largest
+    value of v in a block of keys is in one place, in each block elsewhere; the channels' are in the first block."""
 
     given: bool = False
     returned: bool = False
     extremes: bool = False
+    alone: bool = False
 
     @property
     def op(self):
@@ -33,6 +36,12 @@ class Case(cases.Case):
             q[:, 0], q[:, 1], q[:, 2, 0, 5], q[:, 3, 0, 6] = 0.0, tiny, math.inf, math.nan
             v[..., 0], v[..., 1], v[:, 5, :, 2], v[:, 6, :, 3] = 0.0, tiny, math.inf, math.nan
             k[0, 7, :, 1] = math.nan
+        if self.alone:
+            v *= 0.01
+            v[:, 0] = 8.0
+            blocks = itertools.product(range(len(v)), range(v.shape[2]), range(1, v.shape[1] // reference.BLOCK))
+            for n, (b, head, block) in enumerate(blocks):
+                v[b, block * reference.BLOCK + 16 * n % 64 + n % 16, head, n // 4 % 8 + 8 * (n % 9)] = 4.0
         cu_seqlens = options[-3:-1]
         if self.returned:
             return q, k, v, products, rotates, *cu_seqlens
@@ -96,6 +105,24 @@ def quantised(*products):
         yield from packed((64, 64), one, product)
 
 
+def quantised_by_triton(dims, dtype, product, keys=130):
+    """Of one kernel: dtypes, products, numbers of columns and, of k and v, of chunks, are constants of Triton's."""
+    options = {"returned": True}
+    yield of_dims((70, keys), dims, dtype, product, batch=2, heads=(4, 2), layout="apart", extremes=True, **options)
+    yield of_dims((70, keys), dims, dtype, product, batch=2, heads=(4, 2), layout="expanded", **options)
+    yield of_dims((5, keys // 64 * 64), dims, dtype, product, batch=4, heads=(2, 2), alone=True, **options)
+    yield of_dims((2, 3), dims, dtype, product, packed=True, batch=140, awkward=False, **options)
+    starts = (
+        ((0, 30, 71, 76), (0, keys + 9, keys + 9, 3 * keys)),
+        (IN_ORDER[0], (0, keys, 2 * keys, 3 * keys + 1)),
+        ((0, 40, 80, 110), (0, keys, keys - 30, 3 * keys)),
+        ((0, 40, 80, 79), (0, keys, 2 * keys, 3 * keys)),
+    )
+    for s in starts:
+        batch = {"packed": True, "batch": 3, "heads": (2, 1), "awkward": False, "cu_seqlens": s}
+        yield of_dims((40, keys), dims, dtype, product, **batch, **options)
+
+
 def exchanged(**options):
     for product, dtype in (("int8", F16), ("fp8", BF16)):
         yield of_dims((70, 150), (64, 64), dtype, product, batch=2, heads=(4, 2), **options)
@@ -109,9 +136,23 @@ def cuda(kernel, cases):
     return Instance(("sm_90a",), kernel, tuple(cases))
 
 
+def triton(arch, kernel, product, keys, **options):
+    """72 columns fill neither the 96 of the products nor the 128 that a program has."""
+    return Instance((arch,), kernel, tuple(quantised_by_triton((72, 72), F16, product, keys)), "triton", **options)
+
+
+#: Which sequence a block is of the other kernels find likewise. In launches of this one's PTX sequences have hundreds of keys, and
+#: so many of them that finding one takes two turns would be 54 thousand.
+_OF_KEYS = {"files": ("python/forwardpass/ops/attention_8bit/triton_operands.py",)}
+
+
 INSTANCES = {
     "attention_8bit_statistics": cuda("qkv_statistics_kernel", quantised("int8", "fp8")),
     "attention_8bit_quantize": cuda("qkv_to_int8_kernel", quantised("int8", "fp8")),
     "attention_8bit_given": cuda("exchange_operands_kernel<true>", exchanged(given=True)),
     "attention_8bit_returned": cuda("exchange_operands_kernel<false>", exchanged(returned=True)),
+    "attention_8bit_statistics_triton": triton("sm_80", "statistics_kernel", "int8", 300),
+    "attention_8bit_quantize_q_triton": triton("sm_80", "quantize_q_kernel", "int8", 130),
+    "attention_8bit_quantize_kv_triton": triton("sm_80", "quantize_kv_kernel", "int8", 400, **_OF_KEYS),
+    "attention_8bit_quantize_kv_triton_fp8": triton("sm_89", "quantize_kv_kernel", "fp8", 400, **_OF_KEYS),
 }
