@@ -8,6 +8,20 @@ namespace forwardpass::cpu {
 // the block, which stays in L1. One loop over vectors that contained all branches took 1.5 times as long.
 constexpr int64_t kBlock = 512;
 
+// What int8 outputs lie between. g++ does not know that these are constants: for the maximum with a constant it makes a
+// comparison and a selection, for that with a register one instruction. 32 x 256 outputs in registers took 0.184 ns
+// each, now 0.143 (AVX-512; AVX2 0.284 and 0.245). A product with the reciprocal of the step instead of the division
+// behind it would save 4 % of that, and 0.06 ns are lost on looking for quotients close to a half, which it rounds
+// otherwise.
+struct Bounds {
+  float low = -127, high = 127;
+  INLINE Bounds() {
+#if defined(__x86_64__)
+    asm("" : "+x"(low), "+x"(high));
+#endif
+  }
+};
+
 // y[i] = fma(float(acc[first + i] - zero_point * b_sum), a_scale * b_scale, bias) for i < n
 template <class V, Dtype Acc>
 INLINE void dequantize(const Epilogue& e, const void* acc, int64_t row, int64_t first, int64_t n, float* y) {
@@ -66,8 +80,9 @@ INLINE void store_block(const Epilogue& e, const float* y, int64_t row, int64_t 
   if (e.out_dtype == Dtype::e4m3) {
     for_each_vector<V>(0, n, VECTOR_BODY(&) { store_bits(to_e4m3(scaled(c, n)), q + c, n); });
   } else {
+    const Bounds int8;
     for_each_vector<V>(
-        0, n, VECTOR_BODY(&) { store_bits(narrow<Chars<V>>(to_int(scaled(c, n), -127.0f, 127.0f)), q + c, n); });
+        0, n, VECTOR_BODY(&) { store_bits(narrow<Chars<V>>(to_int(scaled(c, n), int8.low, int8.high)), q + c, n); });
   }
 }
 
@@ -146,8 +161,9 @@ INLINE void clamped_rows(const Epilogue& e, const int32_t* acc, int64_t stride, 
       }
     };
     if (e.out_dtype == Dtype::i8) {
+      const Bounds int8;
       each_row([&](V y, char* to, int64_t c, int n) __attribute__((always_inline)) {
-        const Ints<V> q = to_int(y / load<V, Dtype::f32>(step, c), -127.0f, 127.0f);
+        const Ints<V> q = to_int(y / load<V, Dtype::f32>(step, c), int8.low, int8.high);
         store_bits(narrow<Chars<V>>(q), reinterpret_cast<int8_t*>(to) + c, n);
       });
       continue;
