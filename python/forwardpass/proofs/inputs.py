@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..common.batches import Forward, device_of, map_tensors, run, tensors
+from ..common.models.decoding import CACHE_NAMES
 from ..common.models.float32 import in_float32
 from ..integrations.sentence_transformers import class_of, transformer_of
 from ..nn.linear.quantized_linear import is_conv1d
@@ -30,8 +31,6 @@ SIDES, LARGEST = (32, 64, 224), 384
 #: Frames of sound: as many as are run at most, and samples of a waveform.
 FRAMES, SAMPLES = 512, 4000
 MASKS = ("attention_mask", "decoder_attention_mask")
-#: What transformers calls a cache, in arguments and in results.
-CACHES = ("cache", "past_key_values")
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class Call:
         result = run(model, {**batch, "use_cache": True})
         outputs = _outputs(result, self.batch)
         if (cache := _cache_of(result)) is not None:
-            name = next(name for name in CACHES if name in _parameters(model))
+            name = next(name for name in CACHE_NAMES if name in _parameters(model))
             step = map_tensors(self.step, Tensor.clone)
             outputs += _outputs(run(model, {**step, name: cache, "use_cache": True}), self.step)
         return outputs
@@ -88,8 +87,10 @@ def _mask_of(t: Tensor, masks: Iterable[Any]) -> Tensor | None:
 
 def _cache_of(result: Any) -> Any:
     """By either name. A mapping is asked for all that it has: transformers' warn where they are asked for the older name."""
-    entries = dict(result.items()) if isinstance(result, Mapping) else {x: getattr(result, x, None) for x in CACHES}
-    return next((x for name in CACHES if (x := entries.get(name)) is not None), None)
+    entries = (
+        dict(result.items()) if isinstance(result, Mapping) else {x: getattr(result, x, None) for x in CACHE_NAMES}
+    )
+    return next((x for name in CACHE_NAMES if (x := entries.get(name)) is not None), None)
 
 
 def _parameters(model: Any) -> Mapping[str, inspect.Parameter]:
@@ -161,7 +162,7 @@ def _with_step(model: Any, batch: dict[str, Tensor]) -> Call:
         step = {"input_ids": ids[:, :1]}
         if "attention_mask" in batch:
             step["attention_mask"] = torch.cat([batch["attention_mask"], torch.ones_like(ids[:, :1])], 1)
-    return Call(batch, step=None if set(CACHES).isdisjoint(_parameters(model)) else step)
+    return Call(batch, step=None if set(CACHE_NAMES).isdisjoint(_parameters(model)) else step)
 
 
 def _ids(model: Any, rows: int, tokens: int) -> Tensor:

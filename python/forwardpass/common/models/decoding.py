@@ -126,9 +126,14 @@ class Generation:
         return torch.cat(generated, 1), times
 
 
+#: What transformers calls a cache, in arguments and in results, and called it before version 5.
+CACHE_NAMES = ("cache", "past_key_values")
+
+
 def cache_argument(model: nn.Module) -> str:
-    """What a decoder's forward calls its cache, which transformers renamed in version 5."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    """What a decoder's forward calls its cache."""
+    new, old = CACHE_NAMES
+    return new if new in inspect.signature(model.forward).parameters else old
 
 
 def logits_by_steps(model: nn.Module, ids: Tensor, tokens: int = 8) -> Tensor:

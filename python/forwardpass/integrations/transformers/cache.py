@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import cache_utils
 
+from ...common.models.decoding import CACHE_NAMES
 from ...ops.append_kv import OPERATION as APPEND_KV
 from ...ops.common.values import may_look
 from . import kv_scales, rotary
@@ -400,7 +401,7 @@ class Adapter:
 
 
 def _caches(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
-    for name in CACHE:
+    for name in CACHE_NAMES:
         if kwargs.get(name) is not None:
             yield kwargs[name]
     for x in args:
@@ -408,9 +409,5 @@ def _caches(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             yield x
 
 
-#: What transformers calls the argument, and called it before.
-CACHE = ("cache", "past_key_values")
-
-
 def takes_cache(model: nn.Module) -> bool:
-    return not set(CACHE).isdisjoint(inspect.signature(type(model).forward).parameters)
+    return not set(CACHE_NAMES).isdisjoint(inspect.signature(type(model).forward).parameters)
