@@ -1,6 +1,9 @@
 """Classes of transformers whose code somebody replaces, as Liger and Unsloth do: what was read of their files no longer counts."""
 
 import importlib
+import inspect
+import textwrap
+import types
 
 import pytest
 import torch
@@ -35,8 +38,35 @@ def other_rotation(rotate):
     return other
 
 
+def halved_rotation(q, k, cos, sin, unsqueeze_dim=1):
+    """Of no other names than those of the module that it is put into."""
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return (q * cos + rotate_half(q) * sin) / 2, k * cos + rotate_half(k) * sin  # noqa: F821
+
+
+def forward_with_halved_queries(module):
+    """That of attention, with a statement more behind the rotation."""
+    source = textwrap.dedent(inspect.getsource(module.Qwen3Attention.forward))
+    call = "query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin)\n"
+    assert call in source
+    names = {}
+    exec(source.replace(call, f"{call}    query_states = query_states / 2\n"), vars(module), names)
+    return names["forward"]
+
+
+#: What is replaced, and how a warning names it.
+REPLACED = {
+    "norm": None,
+    "rotation": "apply_rotary_pos_emb",
+    "code of the rotation": "apply_rotary_pos_emb",
+    "half of the rotation": "rotate_half",
+    "forward of attention": "Qwen3Attention.forward",
+    "forward of one layer's attention": "the forward of a Qwen3Attention",
+}
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("what", ["norm", "rotation"])
+@pytest.mark.parametrize("what", REPLACED)
 @pytest.mark.filterwarnings("ignore:swap")
 @torch.inference_mode()
 def test_steps_do_what_the_code_does_now(what, when, monkeypatch):
@@ -46,8 +76,19 @@ def test_steps_do_what_the_code_does_now(what, when, monkeypatch):
     def replace():
         if what == "norm":
             monkeypatch.setattr(module.Qwen3RMSNorm, "forward", halved(module.Qwen3RMSNorm.forward))
-        else:
+        elif what == "forward of attention":
+            monkeypatch.setattr(module.Qwen3Attention, "forward", forward_with_halved_queries(module))
+        elif what == "forward of one layer's attention":
+            for m in (model, plain):
+                attention = m.model.layers[1].self_attn
+                attention.forward = types.MethodType(forward_with_halved_queries(module), attention)
+        elif what == "rotation":
             monkeypatch.setattr(module, "apply_rotary_pos_emb", other_rotation(module.apply_rotary_pos_emb))
+        elif what == "half of the rotation":
+            monkeypatch.setattr(module, "rotate_half", lambda x: x / 2)
+        else:
+            rotation = getattr(module.apply_rotary_pos_emb, "__wrapped__", module.apply_rotary_pos_emb)
+            monkeypatch.setattr(rotation, "__code__", halved_rotation.__code__)
 
     model, plain = build("qwen3", ATTENTION), build("qwen3", ATTENTION)
     plain.load_state_dict(model.state_dict())
@@ -58,8 +99,8 @@ def test_steps_do_what_the_code_does_now(what, when, monkeypatch):
     if when == "after":
         replace()
         importlib.import_module("forwardpass.common.printing.quiet").warn_once.cache_clear()
-        if what == "rotation":
-            with pytest.warns(UserWarning, match="apply_rotary_pos_emb is another function than at the swap"):
+        if name := REPLACED[what]:
+            with pytest.warns(UserWarning, match=f"{name} is another function than at the swap"):
                 logits_of_steps(model)
     expected = logits_of_steps(plain)
     assert not torch.allclose(expected, original, atol=1e-3)

@@ -39,11 +39,13 @@ def _parsed(module: ModuleType) -> ast.Module | None:
 def is_as_written(owner: Any, name: str) -> bool:
     """Whether the function of a module or class is the one in its file. Libraries (Liger, Unsloth) and users put others in the
     place of transformers' own, of which nothing is known by what the file has."""
-    return _is_as_written(owner, name, patches.below(owner, name))
+    function = patches.below(owner, name)
+    return _is_as_written(owner, name, function, getattr(function, "__code__", None))
 
 
 @functools.lru_cache(maxsize=4096)
-def _is_as_written(owner: Any, name: str, function: Any) -> bool:
+def _is_as_written(owner: Any, name: str, function: Any, code: Any) -> bool:
+    """code: the function's, in whose place somebody may put another one."""
     module = owner if isinstance(owner, ModuleType) else sys.modules.get(owner.__module__)
     while hasattr(function, "__wrapped__") and _package(function) in _DECORATING:
         function = function.__wrapped__

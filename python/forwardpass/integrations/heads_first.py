@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _is_any_autocast_enabled as is_any_autocast_enabled  # asked before what costs more
 
 from ..dispatch import Operation, Reason, asked_for_by_name, interpreter
 from ..ops.attention import ATTENTION, ATTENTION_WITH_LSE
@@ -88,7 +89,7 @@ def decode_arguments(
 
 
 def _rows(x: Tensor) -> Tensor:
-    if (dtype := cast(x.dtype, x.device)) != x.dtype:
+    if is_any_autocast_enabled() and (dtype := cast(x.dtype, x.device)) != x.dtype:
         x = x.to(dtype)
     return (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()).transpose(1, 2)
 
@@ -116,8 +117,13 @@ def _limits_of_attention(call: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _limits_of_decode(call: tuple[Any, ...]) -> tuple[Any, ...]:
     q, k, v = call[:3]
-    aligned = not any(s * x.element_size() % 16 for x in (k, v) for s in (*x.stride()[:-1], x.storage_offset()))
-    return q.dtype, k.dtype, q.device, q.shape[-1], v.shape[-1], aligned
+    return q.dtype, k.dtype, q.device, q.shape[-1], v.shape[-1], _is_aligned(k) and _is_aligned(v)
+
+
+def _is_aligned(x: Tensor) -> bool:
+    """Whether each row begins at a multiple of 16 bytes of the storage."""
+    batch, rows, heads, _ = x.stride()
+    return (batch | rows | heads | x.storage_offset()) * x.element_size() % 16 == 0
 
 
 #: All of a call that the limits of an operation's backends ask for; asking them takes 6 us.

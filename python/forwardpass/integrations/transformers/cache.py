@@ -55,8 +55,10 @@ class _Stored:
     def append(self, key: Tensor, value: Tensor, seq_lens: Tensor) -> None:
         """Rotates the keys and their queries before, where that is pending."""
         k_scale, v_scale = (None, None) if self.scales is None else (x.transpose(1, 2) for x in self.scales)
-        k, v, k_cache, v_cache = (x.transpose(1, 2) for x in (key, value, self.keys, self.values))
-        APPEND_KV(k, v, k_cache, v_cache, seq_lens, None, k_scale, v_scale, *rotary.pending(key))
+        k_cache, v_cache = self.keys.transpose(1, 2), self.values.transpose(1, 2)
+        APPEND_KV(
+            key.transpose(1, 2), value.transpose(1, 2), k_cache, v_cache, seq_lens, None, k_scale, v_scale, *rotary.pending(key)
+        )  # fmt: skip
 
     def between(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """Views, with their scales."""

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ...common.models.modules import forward_replaced
 from ...common.printing.quiet import warn_once
 from ...ops.append_kv import PLAIN, WITHOUT_NORMS
 from .. import patches
@@ -98,15 +99,21 @@ def pending(key: Tensor) -> tuple[Any, ...]:
 def why_apart(attention: nn.Module) -> str | None:
     """None where the code of an attention module says that its queries and keys can be rotated later, else what it lacks."""
     cls: Any = type(attention)  # mypy takes type[nn.Module] for unhashable
-    return _why_apart(cls) or _why_replaced(cls)
+    replaced = "another function stands in the place of its forward" if forward_replaced(attention) else None
+    return replaced or _why_apart(cls) or _why_replaced(cls)
 
 
 def _why_replaced(cls: Any) -> str | None:
-    owner = owner_of_forward(cls)
-    module = sys.modules[owner.__module__]
+    replaced = _replaced(cls)
+    return None if replaced is None else f"another function stands in the place of {replaced}"
+
+
+def _replaced(cls: Any) -> str | None:
+    """Which of the functions that rotate for an attention class is not the one in its file."""
+    owner, module = owner_of_forward(cls), _module(cls)
     for place, name in ((owner, "forward"), (module, NAME), (module, "rotate_half")):
         if not is_as_written(place, name):
-            return f"another function stands in the place of {place.__name__}.{name}"
+            return f"{place.__name__}.{name}"
     return None
 
 
@@ -152,7 +159,7 @@ def defer(attention: nn.Module) -> tuple[Any, ...]:
     tree = tree_of_module(owner_of_forward(cls))
     form = None if tree is None else _rotation(tree)
     assert form is not None  # there is no why_apart
-    rotation = patches.put(_module(attention), NAME, functools.partial(_deferring, form=form))
+    rotation = patches.put(_module(cls), NAME, functools.partial(_deferring, form=form))
     if not norms_precede(cls) or not (norms := head_norms.wrap(attention)):
         return rotation, attention.register_forward_pre_hook(mark, with_kwargs=True)
     return (
@@ -163,9 +170,10 @@ def defer(attention: nn.Module) -> tuple[Any, ...]:
     )
 
 
-def _module(attention: nn.Module) -> Any:
-    """The Python module whose rotation an attention calls."""
-    return sys.modules[owner_of_forward(type(attention)).__module__]
+@functools.lru_cache(maxsize=1024)
+def _module(cls: Any) -> Any:
+    """The Python module whose rotation an attention class calls."""
+    return sys.modules[owner_of_forward(cls).__module__]
 
 
 def mark(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], has_norms: bool = False) -> None:
@@ -213,13 +221,23 @@ def _deferring(rotate: Callable[..., Any], form: Rotation) -> Callable[..., Any]
 
 def why_changed(attention: nn.Module) -> str | None:
     """What of an attention's code is another one than at the swap: its steps then do as the model does, and one of them says so."""
-    owner, module = owner_of_forward(type(attention)), _module(attention)
-    changed = None if patches.is_there(module, NAME) else f"{module.__name__}.{NAME}"
-    if not is_as_written(owner, "forward"):
-        changed = f"{owner.__name__}.forward"
+    cls: Any = type(attention)
+    names = vars(_module(cls))
+    rotate = names.get(NAME)
+    functions = cls.forward, rotate, getattr(rotate, "__wrapped__", None), names.get("rotate_half")
+    changed = _changed(cls, functions, tuple([getattr(x, "__code__", None) for x in functions]))
+    if "forward" in attention.__dict__ and forward_replaced(attention):
+        changed = f"the forward of a {cls.__name__}"
     if changed is not None:
         warn_once(f"{changed} is another function than at the swap: steps with a cache no longer rotate as they append")
     return changed
+
+
+@functools.lru_cache(maxsize=1024)
+def _changed(cls: Any, functions: tuple[Any, ...], codes: tuple[Any, ...]) -> str | None:
+    """`why_changed`, while these functions have this code. Each layer asks in each step: to look anew took ten calls of Python."""
+    module = _module(cls)
+    return _replaced(cls) or (None if patches.is_there(module, NAME) else f"{module.__name__}.{NAME}")
 
 
 def _fits(q: Tensor, k: Tensor, cos: Tensor) -> bool:
