@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import io
+import sys
 
 import pytest
 import torch
@@ -210,6 +211,19 @@ def test_weights_that_change_count(calls):
         layer.self_attn.o_proj.weight_scale = layer.self_attn.o_proj.weight_scale * 2
         assert not torch.equal(logits(model), y)
     assert len(calls) == 4
+
+
+def test_a_rotation_that_is_replaced_counts(calls, monkeypatch):
+    """Liger and Unsloth put another one into the module, of which its classes know nothing."""
+    model = swapped(llama())[0]
+    module = sys.modules[type(model).__module__]
+    y = logits(model)
+    with monkeypatch.context() as patch:
+        rotate = module.apply_rotary_pos_emb
+        patch.setattr(module, "apply_rotary_pos_emb", lambda q, k, *args: tuple(x / 2 for x in rotate(q, k, *args)))
+        other = logits(model)
+        fp.restore(model)
+        assert len(calls) == 1 and not close(other, y) and close(other, logits(model))
 
 
 @pytest.mark.parametrize("asked", [{"output_hidden_states": True}, {"output_attentions": True}, {"use_cache": False}])

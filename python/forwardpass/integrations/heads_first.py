@@ -123,7 +123,7 @@ def _limits_of_decode(call: tuple[Any, ...]) -> tuple[Any, ...]:
 def _is_aligned(x: Tensor) -> bool:
     """Whether each row begins at a multiple of 16 bytes of the storage."""
     batch, rows, heads, _ = x.stride()
-    return (batch | rows | heads | x.storage_offset()) * x.element_size() % 16 == 0
+    return (batch | rows | heads | int(x.storage_offset())) * x.element_size() % 16 == 0
 
 
 #: All of a call that the limits of an operation's backends ask for; asking them takes 6 us.

@@ -221,23 +221,35 @@ def _deferring(rotate: Callable[..., Any], form: Rotation) -> Callable[..., Any]
 
 def why_changed(attention: nn.Module) -> str | None:
     """What of an attention's code is another one than at the swap: its steps then do as the model does, and one of them says so."""
-    cls: Any = type(attention)
-    names = vars(_module(cls))
-    rotate = names.get(NAME)
-    functions = cls.forward, rotate, getattr(rotate, "__wrapped__", None), names.get("rotate_half")
-    changed = _changed(cls, functions, tuple([getattr(x, "__code__", None) for x in functions]))
+    changed = _look(attention)[1]
     if "forward" in attention.__dict__ and forward_replaced(attention):
-        changed = f"the forward of a {cls.__name__}"
+        changed = f"the forward of a {type(attention).__name__}"
     if changed is not None:
         warn_once(f"{changed} is another function than at the swap: steps with a cache no longer rotate as they append")
     return changed
 
 
+def replaced(attention: nn.Module) -> str | None:
+    """Which of the functions that rotate for an attention, its class's forward among them, is not the one in its file by now."""
+    return _look(attention)[0]
+
+
+def _look(attention: nn.Module) -> tuple[str | None, str | None]:
+    """`replaced`, and the same of functions that are in their file, but without ours around them.
+
+    Each layer asks in each step. To look anew took ten calls of Python."""
+    cls: Any = type(attention)
+    names = vars(_module(cls))
+    rotate = names.get(NAME)
+    functions = cls.forward, rotate, getattr(rotate, "__wrapped__", None), names.get("rotate_half")
+    return _looked_up(cls, functions, tuple([getattr(x, "__code__", None) for x in functions]))
+
+
 @functools.lru_cache(maxsize=1024)
-def _changed(cls: Any, functions: tuple[Any, ...], codes: tuple[Any, ...]) -> str | None:
-    """`why_changed`, while these functions have this code. Each layer asks in each step: to look anew took ten calls of Python."""
-    module = _module(cls)
-    return _replaced(cls) or (None if patches.is_there(module, NAME) else f"{module.__name__}.{NAME}")
+def _looked_up(cls: Any, functions: tuple[Any, ...], codes: tuple[Any, ...]) -> tuple[str | None, str | None]:
+    """`_look`, while these functions have this code."""
+    module, other = _module(cls), _replaced(cls)
+    return other, other or (None if patches.is_there(module, NAME) else f"{module.__name__}.{NAME}")
 
 
 def _fits(q: Tensor, k: Tensor, cos: Tensor) -> bool:

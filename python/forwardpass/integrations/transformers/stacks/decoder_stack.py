@@ -26,7 +26,7 @@ from ....nn import GatedMLP, W8A16Linear
 from ....nn.mlp import TwoProducts
 from ....ops.decoder_layer import OPERATION, DecoderWeights, Int8Weight, W8a16Weight, flat, is_weight_only
 from ...class_source import body_of, is_as_written, named, owner_of_forward, tree_of_module
-from .. import key_ranges
+from .. import key_ranges, rotary
 from ..encoder_stack import Stack, int8_weight, is_plain
 from ..norm_formulas import NormFormula, norm_formula
 
@@ -124,6 +124,11 @@ class DecoderStack(Stack):
         for _ in self.layers:
             take(self._name)
         return y
+
+    def _is_as_built(self) -> bool:
+        """The rotation is a function of a Python module, which no class has."""
+        attention = self.part(self.layers[0], self.form.attention)
+        return rotary.replaced(attention) is None and super()._is_as_built()
 
     def _constants(self, layer: nn.Module) -> tuple[Any, ...]:
         of_attention, norm = self.part(layer, self.form.attention), self.part(layer, self.form.norm1)
