@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import functools
 import io
+import json
 import sys
 
 import pytest
@@ -271,6 +273,34 @@ def test_copies_and_pickles_run_so_too(calls):
     assert len(calls) == 3
 
 
+@pytest.mark.parametrize("precision", ["int8", "w8a16"])
+def test_folders_have_it(tmp_path, calls, precision):
+    model = swapped(llama(), precision)[0]
+    y = in_steps(model)
+    fp.save_pretrained(model, tmp_path)
+    for load in (fp.load_pretrained, transformers.AutoModelForCausalLM.from_pretrained):
+        loaded, before = load(tmp_path), len(calls)
+        assert torch.equal(in_steps(loaded), y) and len(calls) == before + 4
+    fp.save_pretrained(loaded, tmp_path / "again")
+    assert torch.equal(in_steps(fp.load_pretrained(tmp_path / "again")), y)
+    below, before = transformers.AutoModel.from_pretrained(tmp_path), len(calls)
+    with torch.inference_mode():
+        assert torch.equal(below(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
+    assert len(calls) == before + 2
+
+
+def test_folders_without_it_are_loaded_without_it(tmp_path, calls):
+    """And those of versions that did not write of it."""
+    fp.save_pretrained(swapped(llama(), decoder=False)[0], tmp_path)
+    for name, at in (("forwardpass.json", []), ("config.json", ["quantization_config"])):
+        content = json.loads((tmp_path / name).read_text())
+        record = functools.reduce(dict.get, at, content)
+        assert record.pop("decoders") == []
+        (tmp_path / name).write_text(json.dumps(content))
+    for load in (fp.load_pretrained, transformers.AutoModelForCausalLM.from_pretrained):
+        assert logits(load(tmp_path)).isfinite().all() and not calls
+
+
 class Reads(transformers.LlamaModel):
     """Code that looks between the layers."""
 
@@ -292,6 +322,16 @@ def test_code_that_reads_between_the_layers_disproves_it(calls):
     report = swapped(model)[1]
     assert report.decoder.stacks == () and report.decoder.reason.code == "disproved"
     assert logits(model).isfinite().all() and not calls
+
+
+def test_a_loaded_class_that_reads_between_its_layers_runs_them_one_by_one(tmp_path, calls):
+    fp.save_pretrained(swapped(llama())[0], tmp_path)
+    other = llama()
+    other.model = Reads(other.config).eval()
+    with pytest.warns(UserWarning, match=r"the layers of model\.layers run one by one"):
+        fp.load_pretrained(tmp_path, model=other)
+    before = len(calls)
+    assert logits(other).isfinite().all() and len(calls) == before
 
 
 def test_another_rotation_disproves_it(calls):

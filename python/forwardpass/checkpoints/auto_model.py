@@ -24,6 +24,7 @@ from ..common.models.exchange import put_in_place
 from ..integrations.tensor_parallel import take_over
 from ..nn import QuantizedModule
 from ..swap import methods
+from ..swap.attention.decoder_layers import put_decoders
 from ..swap.attention.encoder_layers import put_encoders
 from ..swap.attention.projections import Projections
 from ..swap.config import METHOD, Config
@@ -43,7 +44,7 @@ from .record import EARLIER, checked, names_now, weights_of
 
 _QUANTIZERS = "transformers.quantizers.auto"
 _ENTRIES = ("schema", "forwardpass", "weights", "layers", "attention", "unpad", "kv_cache", "attention_8bit", "aliases",
-            "rewritten", "encoders", "folded")  # fmt: skip
+            "rewritten", "encoders", "decoders", "folded")  # fmt: skip
 _NO_MODEL = {"class": "", "attention": None, "config": None, "generation_config": None}
 _FIX = "load it with fp.load_pretrained, or save it again"
 
@@ -245,6 +246,7 @@ class _Filled:
         changes.put(self.model)
         joined.put()
         put_encoders(self.model, self.record["encoders"])
+        put_decoders(self.model, self.record["decoders"])
         methods.put(self.model)
 
 
@@ -276,22 +278,21 @@ def _below(
         for layer in record["layers"]
         if layer["fqn"].startswith(prefix)
     ]
-    attention = [name.removeprefix(prefix) for name in record["attention"] if name.startswith(prefix)]
     in_8_bits = [
         {**x, "fqn": x["fqn"].removeprefix(prefix)} for x in record["attention_8bit"] if x["fqn"].startswith(prefix)
     ]
     rewritings = record["rewritten"]
     if rewritings is not None:
         rewritings = [name.removeprefix(prefix) for name in rewritings if name.startswith(prefix)]
-    encoders = [name.removeprefix(prefix) for name in record["encoders"] if name.startswith(prefix)]
     shapes = {name.removeprefix(prefix): shape for name, shape in shapes.items()}
-    folded = [name.removeprefix(prefix) for name in record["folded"] if name.startswith(prefix)]
+    others = {
+        entry: [name.removeprefix(prefix) for name in record[entry] if name.startswith(prefix)]
+        for entry in ("attention", "folded", "encoders", "decoders")
+    }
     of_model = {
         "layers": layers,
-        "attention": attention,
         "attention_8bit": in_8_bits,
         "rewritten": rewritings,
-        "folded": folded,
-        "encoders": encoders,
+        **others,
     }
     return {**record, **of_model}, shapes

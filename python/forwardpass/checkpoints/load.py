@@ -27,6 +27,7 @@ from ..proofs.siblings import JoinedSwap
 from ..proofs.walker import ConvolutionLeaf, Leaf, all_leaves, convolutions
 from ..swap import methods, originals
 from ..swap.attention.attention_modules import decide_attention
+from ..swap.attention.decoder_layers import put_decoders
 from ..swap.attention.encoder_layers import put_encoders
 from ..swap.attention.kv_cache import decide_kv_cache
 from ..swap.attention.projections import Projections
@@ -228,6 +229,7 @@ def _fill_layers(
     changes.put(model)
     joined.put()
     put_encoders(model, record.get("encoders", ()))
+    put_decoders(model, record.get("decoders", ()))
     methods.put(model)
 
 

@@ -42,6 +42,7 @@ _FORM = {
     ),  # first layers of products and of MLPs that are one unit, and norms that quantise for these
     "folded": [str],  # convolutions in floats that compute what is behind them
     "encoders": [str],  # lists of layers that are one operation on a CPU
+    "decoders": [str],
     "around": dict | None,
 }
 
@@ -90,7 +91,7 @@ def checked(content: Mapping[str, Any], path: str | pathlib.Path) -> dict[str, A
     """A record with every entry of the type that `save_pretrained` writes. Raises ValueError, which names its place."""
     # older ones do not say these
     record: dict[str, Any] = {"unpad": None, "kv_cache": None, "attention_8bit": [], "around": None, "rewritten": None,
-                              "folded": [], "encoders": [], **content}  # fmt: skip
+                              "folded": [], "encoders": [], "decoders": [], **content}  # fmt: skip
     if record.get("schema") not in (SCHEMA, EARLIER):
         raise ValueError(
             f"{path} has the schema {str(record.get('schema'))[:60]!r}, and this version reads {SCHEMA!r}: {FIX}"

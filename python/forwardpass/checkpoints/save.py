@@ -17,6 +17,7 @@ from ..common.models.modules import plain_module
 from ..integrations import sentence_transformers as sentences
 from ..integrations.timesteps import range_of
 from ..integrations.transformers import model_config
+from ..integrations.transformers.stacks.decoder_stack import DecoderStack
 from ..nn import QuantizedModule
 from ..swap import keras_layers, originals
 from ..swap.attention.attention_modules import bits_of, implementation_before
@@ -152,6 +153,7 @@ def write(
         "rewritten": rewritten(model),
         "folded": folded(model),
         "encoders": stacks_in(model),
+        "decoders": stacks_in(model, DecoderStack),
         "around": around,
     }  # fmt: skip
     with saving(folder, sources, overwrite) as folder:

@@ -72,6 +72,11 @@ class TwoProducts(QuantizedModule):
         self._guard = code_guard(type(module), *(() if self._guard is None else self._guard.classes))
 
     @property
+    def written(self) -> nn.Module | None:
+        """The module that it stands for, on this unit's members."""
+        return next(iter(self._written), None)
+
+    @property
     def is_apart(self) -> bool:
         """Whether members are called one by one: something is around one of them, or in its place, or the code that the unit stands
         for is another one."""

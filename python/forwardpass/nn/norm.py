@@ -57,6 +57,11 @@ class QuantizingNorm(nn.Module):
         #: of the code whose formula this is, and of the code that hands what it gives to the MLP alone
         self._guards = code_guard(type(norm)), code_guard(type(holder))
 
+    @property
+    def written(self) -> nn.Module:
+        """The norm that it stands for."""
+        return self._norm[0]
+
     def _quantization(self, x: Tensor) -> tuple[torch.dtype, bool, Tensor | None, int | None] | None:
         """How the one layer that reads it quantises rows; None where the result is to be floats."""
         if torch.is_autocast_enabled(x.device.type):

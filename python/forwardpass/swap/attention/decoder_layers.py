@@ -5,7 +5,7 @@ What runs then, and when a call goes layer by layer all the same, is in `integra
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,7 @@ from ...integrations.transformers.kv_scales import KV_CACHES
 from ...integrations.transformers.stacks.decoder_stack import DecoderStack, form_of
 from ...integrations.transformers.unpadding import why_replaced
 from ...proofs.activation import formula_of
-from .encoder_layers import EncoderDecision, decide_by_running
+from .encoder_layers import EncoderDecision, decide_by_running, put_loaded
 from .unpadded_encoders import is_pretrained
 
 if TYPE_CHECKING:
@@ -42,8 +42,7 @@ def decide_decoder(
         return EncoderDecision((), _OFF)
     model = decision.model
     candidates = (
-        (fqn, _why_not(decision, layers) or _stack(model.get_submodule(fqn.rpartition(".")[0]), layers))
-        for fqn, layers in _stacks_of(model)
+        (fqn, _why_not(decision, layers) or _stack(model, fqn, in_floats=True)) for fqn, layers in _stacks_of(model)
     )
     return decide_by_running(decision, [*candidates], _NO_DECODER, batch, forward)
 
@@ -59,14 +58,21 @@ def _stacks_of(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
             yield fqn, layers
 
 
-def _stack(holder: nn.Module, layers: nn.ModuleList) -> DecoderStack:
-    """In floats, for a proof."""
+def put_decoders(model: nn.Module, names: Iterable[str]) -> None:
+    """Those of a loaded model."""
+    put_loaded(model, names, _why_not_layers, _stack)
+
+
+def _stack(model: nn.Module, fqn: str, in_floats: bool) -> DecoderStack:
+    holder, layers = model.get_submodule(fqn.rpartition(".")[0]), model.get_submodule(fqn)
+    assert isinstance(layers, nn.ModuleList)
     form = form_of(layers[0])
     assert form is not None
-    return DecoderStack(holder, [*layers], form, in_floats=True)  # type: ignore[arg-type]
+    return DecoderStack(holder, [*layers], form, in_floats=in_floats)  # type: ignore[arg-type]
 
 
-def _why_not(decision: Decision, layers: nn.ModuleList) -> Reason | None:
+def _why_not_layers(layers: nn.ModuleList) -> Reason | None:
+    """The reasons that hold for layers of any precision."""
     if reason := register():
         return reason
     form = form_of(layers[0])
@@ -77,6 +83,25 @@ def _why_not(decision: Decision, layers: nn.ModuleList) -> Reason | None:
         return Reason("on_gpu", "it is an operation of CPUs", "leave it")
     if cpu_tier() in (None, "baseline"):
         return Reason("instructions", "this CPU has no AVX2", "leave it")
+    for layer in layers:
+        if (dtype := layer.get_submodule(form.norm1).weight.dtype) != torch.float32:
+            text = f"its norms are {str(dtype).removeprefix('torch.')}, and the operation has norms in float32"
+            return Reason("dtype", text, "load the model in float32")
+    classes = dict.fromkeys(type(m) for layer in layers for m in layer.modules())
+    if (replaced := why_replaced(classes)) is not None:
+        return Reason(
+            "replaced", f"the code of {replaced} is not what transformers has in its file", "undo what replaced it"
+        )
+    if any("forward" in vars(m) for layer in layers for m in layer.modules()):
+        return Reason("replaced", "a forward of its layers was replaced", "undo what replaced it")
+    return None
+
+
+def _why_not(decision: Decision, layers: nn.ModuleList) -> Reason | None:
+    if (reason := _why_not_layers(layers)) is not None:
+        return reason
+    form = form_of(layers[0])
+    assert form is not None
     if decision.kv_cache.kv_cache is None or KV_CACHES[decision.kv_cache.kv_cache] is not None:
         text = f"it writes into a cache of the model's dtype in place, and kv_cache is {decision.kv_cache.kv_cache!r}"
         return Reason("kv_cache", text, 'pass kv_cache="auto"')
@@ -98,16 +123,6 @@ def _why_not(decision: Decision, layers: nn.ModuleList) -> Reason | None:
         if any(precisions[id(layer.get_submodule(name))].calibrated for name in (*form.qkv, form.gate, form.up)):
             text = "calibrated layers of one input scale it each in its own way"
             return Reason("calibrated", text, "leave out calibrate=, or keep them layer by layer")
-        if (dtype := layer.get_submodule(form.norm1).weight.dtype) != torch.float32:
-            text = f"its norms are {str(dtype).removeprefix('torch.')}, and the operation has norms in float32"
-            return Reason("dtype", text, "load the model in float32")
         if formula_of(layer.get_submodule(form.activation)) not in ("silu", "gelu", "gelu_tanh"):
             return Reason("activation", f"its {form.activation} is none of a gate that the operation has", "leave it")
-    classes = dict.fromkeys(type(m) for layer in layers for m in layer.modules())
-    if (replaced := why_replaced(classes)) is not None:
-        return Reason(
-            "replaced", f"the code of {replaced} is not what transformers has in its file", "undo what replaced it"
-        )
-    if any("forward" in vars(m) for layer in layers for m in layer.modules()):
-        return Reason("replaced", "a forward of its layers was replaced", "undo what replaced it")
     return None

@@ -6,7 +6,7 @@ What runs then, and when a call goes layer by layer all the same, is in `integra
 from __future__ import annotations
 
 import warnings
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -92,14 +92,28 @@ def decide_by_running(
 
 
 def put_encoders(model: nn.Module, names: Iterable[str]) -> None:
-    """The stacks of a loaded model in int8 that `stacks_in` named in the model that was saved. Those that cannot be one operation
-    here (a GPU, a CPU without AVX2) run layer by layer. So do, with a warning, all of them where a run disproves them."""
-    stacks = [(fqn, _stack(model, fqn)) for fqn in names if _why_not_here(model, fqn) is None]
+    """Those of a loaded model."""
+    put_loaded(model, names, _why_not_layers, _stack)
+
+
+def put_loaded(
+    model: nn.Module,
+    names: Iterable[str],
+    why_not: Callable[[nn.ModuleList], Reason | None],
+    stack_named: Callable[[nn.Module, str, bool], Stack],
+) -> None:
+    """The stacks of a loaded model in 8 bits that `stacks_in` named in the model that was saved. Those that cannot be one operation
+    here (a GPU, a CPU without AVX2) run layer by layer. So do, with a warning, all of them where a run disproves them.
+
+    stack_named: of a model, the name of a list of layers, and whether it computes in floats.
+    """
+    lists = {fqn: m for fqn, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    stacks = [(fqn, stack_named(model, fqn, False)) for fqn in names if fqn in lists and why_not(lists[fqn]) is None]
     ready = {fqn: stack for fqn, stack in stacks if stack.is_ready()}
     if not ready:
         return
     prover = run.Prover(model, inputs.made_up(model), again=True)
-    in_order = InOrder(tuple(_stack(model, fqn, in_floats=True) for fqn in ready))
+    in_order = InOrder(tuple(stack_named(model, fqn, True) for fqn in ready))
     reason = prover.why_not([in_order]) if prover.runs else None
     if reason is None:
         EncoderSwap(EncoderDecision(tuple(ready.items()), None)).put()
@@ -107,10 +121,10 @@ def put_encoders(model: nn.Module, names: Iterable[str]) -> None:
         warnings.warn(f"load: the layers of {', '.join(ready)} run one by one: {reason.text}", stacklevel=2)
 
 
-def stacks_in(model: nn.Module) -> list[str]:
-    """The names of lists whose layers are one operation, for a record."""
+def stacks_in(model: nn.Module, kind: type[Stack] = Stack) -> list[str]:
+    """The names of lists whose layers are one operation, an encoder's or of another kind, for a record."""
     lists = ((fqn, m) for fqn, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m))
-    return [fqn for fqn, m in lists if type(stack_of(m[0])) is Stack]  # and of no decoder
+    return [fqn for fqn, m in lists if type(stack_of(m[0])) is kind]
 
 
 def _stack(model: nn.Module, fqn: str, in_floats: bool = False) -> Stack:
@@ -119,13 +133,6 @@ def _stack(model: nn.Module, fqn: str, in_floats: bool = False) -> Stack:
     form = form_of(layers[0])
     assert form is not None
     return Stack(holder, [*layers], form, formula_of(layers[0].get_submodule(form.activation)), in_floats)
-
-
-def _why_not_here(model: nn.Module, fqn: str) -> Reason | None:
-    layers = dict(model.named_modules()).get(fqn)
-    if not isinstance(layers, nn.ModuleList) or not len(layers):
-        return Reason("other_layers", f"{fqn[:80]!r} is no list of layers", "leave it")
-    return _why_not_layers(layers)
 
 
 def _why_not_layers(layers: nn.ModuleList) -> Reason | None:

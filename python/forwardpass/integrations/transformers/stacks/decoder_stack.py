@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ....dispatch.calls import take
-from ....nn import GatedMLP, W8A16Linear
+from ....nn import GatedMLP, QuantizingNorm, W8A16Linear
 from ....nn.mlp import TwoProducts
 from ....ops.decoder_layer import OPERATION, DecoderWeights, Int8Weight, W8a16Weight, flat, is_weight_only
 from ...class_source import body_of, is_as_written, named, owner_of_forward, tree_of_module
@@ -60,10 +60,10 @@ def form_of(layer: nn.Module) -> Form | None:
     modules = dict(layer.named_modules())
     if any(name not in modules for name in (FORM.attention, FORM.activation, FORM.norm1, FORM.norm2, *FORM.linears)):
         return None
-    attention, norms = modules[FORM.attention], [modules[name] for name in (FORM.norm1, FORM.norm2)]
+    attention, mlp, *norms = (_written(modules[name]) for name in (FORM.attention, FORM.mlp, FORM.norm1, FORM.norm2))
     windows = (getattr(x, "sliding_window", None) for x in (attention, getattr(attention, "config", None)))
     if not (
-        all(map(_is_llamas, (layer, attention, modules[FORM.mlp]), ("DecoderLayer", "Attention", "MLP")))
+        all(map(_is_llamas, (layer, attention, mlp), ("DecoderLayer", "Attention", "MLP")))
         and all(norm_formula(n) == _RMS for n in norms)
         and norms[0].variance_epsilon == norms[1].variance_epsilon
         and isinstance(getattr(attention, "head_dim", None), int)
@@ -73,7 +73,12 @@ def form_of(layer: nn.Module) -> Form | None:
     return FORM
 
 
-def _is_llamas(module: nn.Module, suffix: str) -> bool:
+def _written(module: nn.Module) -> Any:
+    """The module itself, or the one that a module of ours stands for in a model that is in 8 bits already."""
+    return module.written if isinstance(module, TwoProducts | QuantizingNorm) else module
+
+
+def _is_llamas(module: nn.Module | None, suffix: str) -> bool:
     """Whether its forward is, statement by statement, that of Llama's class with this end of its name."""
     cls: Any = type(module)  # mypy takes type[nn.Module] for unhashable
     owner = owner_of_forward(cls)
