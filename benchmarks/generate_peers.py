@@ -31,7 +31,8 @@ from forwardpass.proofs.walker import linear_like
 from forwardpass.swap.plan import PlannedLayer
 from forwardpass.swap.precision import find_precision
 
-HEAD, COMPILED = "+head", "+compiled"  #: behind a precision: the head in w8a16; steps compiled
+#: Behind a precision, in this order: the head in w8a16; the layers as one operation, `decoder=True`; steps compiled.
+HEAD, DECODER, COMPILED = "+head", "+decoder", "+compiled"
 
 
 @dataclass(frozen=True)
@@ -129,24 +130,30 @@ def ours(precision: str) -> Callable[[Subject], Candidate]:
 
     def build(subject: Subject) -> Candidate:
         model = copy.deepcopy(subject.model)
-        name, head, compiles = parts_of(precision)
+        name, head, decoder, compiles = parts_of(precision)
         options: dict[str, Any] = {} if subject.kv_cache is None else {"kv_cache": subject.kv_cache}
+        if decoder:
+            options = {"kv_cache": "auto", **options, "decoder": True}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             plan = fp.swap(model, name, dry_run=True).plan
             if head:
                 plan = dataclasses.replace(plan, layers=(*plan.layers, head_layer(model)))
-            fp.swap(model, plan=plan, **options)
+            report = fp.swap(model, plan=plan, **options)
+        if decoder and not report.decoder.stacks:
+            raise Missing(f"its layers are no operation: {report.decoder.reason}")
         prepare = compiled_steps(model) if compiles else None
         return of_model(model, prepare, itemsize=4 if KV_CACHES.get(subject.kv_cache or "auto") is None else 1)
 
     return build
 
 
-def parts_of(precision: str) -> tuple[str, bool, bool]:
-    """The precision of the Linears, whether the head has one too, and whether steps are compiled."""
-    name = precision.removesuffix(COMPILED)
-    return name.removesuffix(HEAD), name.endswith(HEAD), precision.endswith(COMPILED)
+def parts_of(precision: str) -> tuple[str, bool, bool, bool]:
+    """The precision of the Linears, whether the head has one too, whether the layers are one operation, and whether steps are
+    compiled."""
+    eager = precision.removesuffix(COMPILED)
+    name = eager.removesuffix(DECODER)
+    return name.removesuffix(HEAD), name.endswith(HEAD), eager.endswith(DECODER), precision.endswith(COMPILED)
 
 
 def head_layer(model: Any) -> PlannedLayer:

@@ -287,6 +287,28 @@ def test_generate_passes_kv_cache_on(small_decoder, monkeypatch):
     assert moved["forwardpass int8"]["a_token"] - sizes["forwardpass int8"] == caches[1]
 
 
+def test_generate_has_the_layers_as_one_operation_or_says_why_not(tmp_path, monkeypatch):
+    from command_line import small_llama
+
+    from forwardpass.integrations.transformers.stacks import decoder_stack
+
+    tokens, operation = [], decoder_stack.OPERATION
+
+    def counted(*args):
+        tokens.append(args[0].shape[1])
+        return operation(*args)
+
+    monkeypatch.setattr(decoder_stack, "OPERATION", counted)
+    options = ("--batch", "1", "--prompt", "4", "--peers", "", "--precisions", "int8+head+decoder,bf16+decoder")
+    model = small_llama(
+        tmp_path, num_key_value_heads=4, max_position_embeddings=300
+    )  # layers that are no smaller than others
+    _, result = generated(str(model), *options)
+    assert list(result["candidates"]) == ["forwardpass int8+head+decoder", "eager fp32"], str(result["not_run"])
+    assert tokens.count(4) > 0 and tokens.count(1) == 3 * tokens.count(4)
+    assert "its layers are no operation: " in result["not_run"]["forwardpass bf16+decoder"]
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
