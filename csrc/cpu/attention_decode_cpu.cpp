@@ -163,6 +163,7 @@ class Worker {
         value_columns_(round_up(p.cache.value_dim, kColumnStep)) {
     thread_local Scratch scratch;
     const int64_t heads = most_heads();
+    float* zeros;
     float** parts[] = {&q_,
                        &factors_,
                        &row_,
@@ -171,7 +172,8 @@ class Worker {
                        &buffers_.k_scale,
                        &buffers_.v_scale,
                        &buffers_.scores,
-                       &buffers_.words};
+                       &buffers_.words,
+                       &zeros};
     const int64_t sizes[] = {heads * most_rows * columns_,
                              round_up(heads * most_rows, kMostLanes),
                              columns_,
@@ -180,9 +182,12 @@ class Worker {
                              kTileKeys,
                              kTileKeys,
                              kMostRows * kTileKeys,
-                             kMostRows * kTileKeys};
+                             kMostRows * kTileKeys,
+                             value_columns_};
     float* next = scratch.get(std::accumulate(std::begin(sizes), std::end(sizes), int64_t{0}));
-    for (int i = 0; i < 9; ++i) *parts[i] = next, next += sizes[i];
+    for (int i = 0; i < std::ssize(sizes); ++i) *parts[i] = next, next += sizes[i];
+    std::fill_n(zeros, value_columns_, 0.0f);
+    buffers_.zeros = reinterpret_cast<const char*>(zeros);
   }
 
   float* own_sums() const { return sums_; }

@@ -40,16 +40,26 @@ constexpr int64_t kMaxColumns = 128, kMaxColumns16 = 256;
 constexpr int64_t kKeys = 256;   // keys of a block: at 64 columns k and v are 128 KB, part of L2
 constexpr int64_t kChunk = 512;  // rows that share the copies of k and v, which take a fortieth of the time
 
-// c [R, N] = or += a [R, depth] b [depth, N], N being the columns of a panel and depth that of the words.
-template <class A, int R, bool kAdd, class V = typename A::V>
+template <class V>
+INLINE V bits_of_both(V a, V b) {
+  return bits<V>(bits<Uints<V>>(a) & bits<Uints<V>>(b));
+}
+
+// c [R, N] = or += a [R, depth] b [depth, N], N being the columns of a panel and depth that of the words. With `bits`,
+// [depth], the bits of b's words that count; the others are read as zeros.
+template <class A, int R, bool kAdd, bool kBits = false, class V = typename A::V>
 INLINE void multiply(const float* a, int64_t a_stride, const float* b, float* c, int64_t c_stride, int64_t depth,
-                     int64_t columns = kPanelColumns<V>) {
+                     int64_t columns = kPanelColumns<V>, const float* bits = nullptr) {
   V sums[R][2];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = V{};
   for (int64_t d = 0; d < depth; ++d) {
     const float* row = b + d * kPanelColumns<V>;
-    const V low = load<V, Dtype::f32>(row, 0), high = load<V, Dtype::f32>(row, kLanes<V>);
+    V low = load<V, Dtype::f32>(row, 0), high = load<V, Dtype::f32>(row, kLanes<V>);
+    if constexpr (kBits) {
+      const V counts = A::broadcast(bits + d);
+      low = bits_of_both(low, counts), high = bits_of_both(high, counts);
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const V x = A::broadcast(a + r * a_stride + d);
@@ -73,6 +83,16 @@ struct Block {
   float *k, *v;         // words: panels of keys [columns][kPanelColumns]; of columns [kKeys][kPanelColumns]
   float* scores;        // of one tile, rows `stride` apart: a constant stride made g++ load 16 lanes to broadcast one
   int64_t stride;
+  bool finite;  // whether all of v is
+};
+
+// The keys of a block that the mask's band lets a row see, as numbers of the block's.
+struct Band {
+  int low, high;
+
+  Band(const AttentionRows& p, const Block& block, int64_t position)
+      : low(static_cast<int>(std::max<int64_t>(position - p.left - block.first, 0))),
+        high(static_cast<int>(std::min(position + p.right - block.first, block.keys - 1))) {}
 };
 
 // Turns a row's scores, in units of log2(e), into exponentials of their distance to the running maximum; updates the
@@ -80,15 +100,16 @@ struct Block {
 template <class A, class V = typename A::V>
 INLINE void exponentials(const AttentionRows& p, const Block& block, float* scores, const float* mask, int64_t position,
                          float& maximum, float& sum, float* out) {
-  const int low = static_cast<int>(std::max<int64_t>(position - p.left - block.first, 0)),
-            high = static_cast<int>(std::min(position + p.right - block.first, block.keys - 1));
+  const auto [low, high] = Band(p, block, position);
   const Ints<V> lanes = lane_numbers<V>();
   const float factor = p.scale * kLog2e;
   V largest = splat<V>(-INFINITY);
   for (int c = 0; c < block.keys; c += kLanes<V>) {
     V s = load<V, Dtype::f32>(scores, c) * factor;
-    if (mask)
-      s += load<V, Dtype::f32>(mask, c, static_cast<int>(std::min<int64_t>(kLanes<V>, block.keys - c))) * kLog2e;
+    if (mask) {
+      const V m = load<V, Dtype::f32>(mask, c, static_cast<int>(std::min<int64_t>(kLanes<V>, block.keys - c)));
+      s = m == splat<V>(-INFINITY) ? m : s + m * kLog2e;  // not the NaN of an infinite score and -infinity
+    }
     if (c < low || c + kLanes<V> - 1 > high) s = (lanes + c >= low) & (lanes + c <= high) ? s : splat<V>(-INFINITY);
     store<Dtype::f32>(s, scores, c);
     largest = max(s, largest);
@@ -134,6 +155,19 @@ INLINE void copy_words(const char* row, int64_t columns, float* words) {
   }
 }
 
+// Adds a row's probabilities times v, with v read as zero where the row does not see the key: 0 * NaN is NaN.
+template <class A, class V = typename A::V>
+INLINE void add_seen(const AttentionRows& p, const Block& block, const float* probabilities, const float* mask,
+                     int64_t position, int64_t depth, float* out) {
+  constexpr int64_t kBytes = 4 / A::kElements;
+  const auto [low, high] = Band(p, block, position);
+  alignas(64) float bits[kKeys]{};
+  for (int j = low; j <= high; ++j)
+    if (!mask || mask[j] != -INFINITY) std::memset(reinterpret_cast<char*>(bits) + j * kBytes, 0xff, kBytes);
+  for (int64_t c = 0; c < p.columns; c += kPanelColumns<V>)
+    multiply<A, 1, true, true>(probabilities, 0, block.v + c * kKeys, out + c, 0, depth, p.columns - c, bits);
+}
+
 // R rows of a chunk, from row i on, against a key block.
 template <class A, int R, class V = typename A::V>
 INLINE void tile(const AttentionRows& p, Block block, Rows& rows, int64_t i) {
@@ -155,19 +189,21 @@ INLINE void tile(const AttentionRows& p, Block block, Rows& rows, int64_t i) {
   for (int64_t j = 0; j < block.keys; j += kPanel)
     multiply<A, R, false>(q, q_stride, block.k + j * words, block.scores + j, block.stride, words);
   float* out = rows.out + i * rows.out_stride;
+  const int64_t depth = (block.keys + A::kElements - 1) / A::kElements;
   for (int r = 0; r < R; ++r) {
     const float* mask = rows.mask ? rows.mask + (i + r) * p.keys + block.first : nullptr;
-    exponentials<A>(p, block, block.scores + r * block.stride, mask, first + r, rows.maximum[i + r], rows.sum[i + r],
-                    out + r * rows.out_stride);
+    float *scores = block.scores + r * block.stride, *out_row = out + r * rows.out_stride;
+    exponentials<A>(p, block, scores, mask, first + r, rows.maximum[i + r], rows.sum[i + r], out_row);
+    if (!block.finite) add_seen<A>(p, block, scores, mask, first + r, depth, out_row);
   }
-  const int64_t depth = (block.keys + A::kElements - 1) / A::kElements;
+  if (!block.finite) return;
   for (int64_t c = 0; c < p.columns; c += kPanel)
     multiply<A, R, true>(block.scores, block.stride, block.v + c * kKeys, out + c, rows.out_stride, depth,
                          p.columns - c);
 }
 
 // Copies k, transposed, and v. The scores of a last panel's unused columns are never read; the probability of a key
-// behind the last one is zero, and so is its v.
+// behind the last one is zero, and so is its v. Finds out whether v is finite.
 template <class A, class V = typename A::V>
 INLINE void copy(const AttentionRows& p, const char* k, const char* v, Block& block) {
   constexpr int64_t kPanel = kPanelColumns<V>, kBytes = kSize<A::kDtype>;
@@ -186,20 +222,26 @@ INLINE void copy(const AttentionRows& p, const char* k, const char* v, Block& bl
       }
     }
   }
+  Ints<V> largest{};  // of v's magnitudes: as integers, of which those of infinities and NaNs are the largest
   for (int64_t j = 0; j < block.keys; j += A::kElements, v += A::kElements * p.v.row * kBytes)
     for (int64_t d = 0; d < p.columns; d += kLanes<V>) {
       float* to = block.v + d / kPanel * kPanel * kKeys + j / A::kElements * kPanel;
       if constexpr (A::kElements == 1) {
-        store<Dtype::f32>(load<V, A::kDtype>(v, d), to, d % kPanel);
+        const V values = load<V, A::kDtype>(v, d);
+        largest = max(bits<Ints<V>>(abs(values)), largest);
+        store<Dtype::f32>(values, to, d % kPanel);
       } else {
         const auto keys = [&](int64_t row) __attribute__((always_inline)) {
           return __builtin_convertvector(
               load_bits<Halves<V>>(reinterpret_cast<const uint16_t*>(v) + row * p.v.row + d, kLanes<V>), Uints<V>);
         };
-        const Uints<V> second = j + 1 < block.keys ? keys(1) : Uints<V>{};
-        store<Dtype::f32>(bits<V>(keys(0) | second << 16), to, d % kPanel);
+        const Uints<V> first = keys(0), second = j + 1 < block.keys ? keys(1) : Uints<V>{};
+        largest = max(bits<Ints<V>>(first << 16 & 0x7fffffff), largest);
+        largest = max(bits<Ints<V>>(second << 16 & 0x7fffffff), largest);
+        store<Dtype::f32>(bits<V>(first | second << 16), to, d % kPanel);
       }
     }
+  block.finite = cpu::largest(largest) < bits<int32_t>(INFINITY);
 }
 
 template <class A, class V = typename A::V>
@@ -292,7 +334,7 @@ void items(const AttentionRows& p, int64_t chunk_rows, int64_t begin, int64_t en
       for (int64_t i = begin; i < end; ++i) {
         const int64_t first = i % chunks * chunk_rows, batch_head = i / chunks;
         chunk<A>(p, batch_head / p.heads, batch_head % p.heads, first, std::min(chunk_rows, p.rows - first),
-                 {0, 0, floats, floats + panel, floats + 2 * panel, 0}, floats + 2 * panel + scores);
+                 {0, 0, floats, floats + panel, floats + 2 * panel, 0, true}, floats + 2 * panel + scores);
       }
     };
 #if defined(__x86_64__)

@@ -2,6 +2,7 @@
 // attention_decode on a CPU: some rows against a tile of keys.
 #include <algorithm>
 #include <cfloat>
+#include <ranges>
 
 #include "cpu/activation.h"
 #include "cpu/words.h"
@@ -73,6 +74,13 @@ struct Tile {
     const KvCache& c = keys.head.p.cache;
     key = first, n = static_cast<int>(std::min<int64_t>(kTileKeys, keys.end - first));
     find_rows(keys.head, c.k, size_of(c.dtype), k), find_rows(keys.head, c.v, size_of(c.dtype), v);
+  }
+  // Its values, with zeros as those of all keys but the ones from low to high.
+  Tile values_between(int low, int high, const char* zeros) const {
+    Tile seen;
+    seen.n = high + 1;
+    for (int i = 0; i < kTileKeys; ++i) seen.v[i] = i < low || i > high ? zeros : v[i];
+    return seen;
   }
   // The same keys of the next head, so many bytes further on.
   void next_head(int64_t k_bytes, int64_t v_bytes) {
@@ -160,12 +168,24 @@ struct Rows {
   int low[kMostRows], high[kMostRows];
   float place[kMostRows], slope[kMostRows];  // where it stands, from the tile's first key on; ALiBi's, times log2(e)
   Sums sums;                                 // the first row's
+
+  bool sees_all(int r, int first, int last) const { return low[r] <= first && high[r] >= last; }
 };
+
+// Lanes of keys from `key` on that row r sees, and what the others are.
+template <class V>
+INLINE V seen(const Rows& rows, int r, int key, V v, float other) {
+  if (rows.sees_all(r, key, key + kLanes<V> - 1)) return v;
+  const auto j = lane_numbers<V>() + key;
+  v = select_less(j, splat<Ints<V>>(rows.low[r]), splat<V>(other), v);
+  return select_less(splat<Ints<V>>(rows.high[r]), j, splat<V>(other), v);
+}
 
 // What a tile's scores and values are multiplied by, scores that become probabilities, and these as words;
 // [kMostRows][kTileKeys] those by row.
 struct Buffers {
   float *k_scale, *v_scale, *scores, *words;
+  const char* zeros;  // a row of the cache
 };
 // What rows are multiplied by: sums so far, and products of words.
 struct Factors {
@@ -273,10 +293,7 @@ INLINE Four find_scores(const AttentionDecodeParams& p, const Tile& tile, const 
       V s = x[r] * (k_scale * rows.factors[r]);
       if (p.softcap > 0) s = tanh(s) * (p.softcap * kLog2e);
       if (p.alibi_slopes) s -= abs(rows.place[r] - __builtin_convertvector(j, V)) * rows.slope[r];
-      if (rows.low[r] > key || rows.high[r] < key + kN - 1) {
-        s = select_less(j, splat<Ints<V>>(rows.low[r]), splat<V>(-INFINITY), s);
-        s = select_less(splat<Ints<V>>(rows.high[r]), j, splat<V>(-INFINITY), s);
-      }
+      s = seen(rows, r(), key, s, -INFINITY);
       store<Dtype::f32>(s, buffers.scores + r * kTileKeys, key);
       largest[r] = max(s, largest[r]);
     });
@@ -286,10 +303,11 @@ INLINE Four find_scores(const AttentionDecodeParams& p, const Tile& tile, const 
 
 // Scores become probabilities, times v_scale, as words.
 template <class A, int R>
-INLINE Factors find_probabilities(const Tile& tile, Four largest, const Sums& sums, const Buffers& buffers) {
+INLINE Factors find_probabilities(const Tile& tile, Four largest, const Rows& rows, const Buffers& buffers) {
   using V = typename A::V;
   constexpr int kN = kLanes<V>;
   const int keys = static_cast<int>(round_up(tile.n, kN));
+  const Sums& sums = rows.sums;
   const Four before = load<Four, Dtype::f32>(sums.maxima, 0), maxima = max(largest, before);
   // While no key counts yet the maximum is -inf, and the difference to it would be NaN.
   const Four subtrahends = select_less(maxima, splat<Four>(-FLT_MAX), Four{}, maxima);
@@ -303,13 +321,13 @@ INLINE Factors find_probabilities(const Tile& tile, Four largest, const Sums& su
     unrolled<R>(UNROLLED_BODY(r) {
       const V e = exp2_negative(load<V, Dtype::f32>(buffers.scores + r * kTileKeys, key) - subtrahends[r()]);
       totals[r] += e;
+      const V x = seen(rows, r(), key, e * v_scale, 0);  // not the NaN of 0 and a scale
       if constexpr (kIntegers<A>) {
-        const V x = e * v_scale;
         // As integers, of which a NaN's is beyond infinity's.
         ranges[r] = max(bits<Ints<V>>(abs(x)), ranges[r]);
         store<Dtype::f32>(x, buffers.scores + r * kTileKeys, key);
       } else {
-        A::store_probabilities(e * v_scale, buffers.words + r * kTileKeys, key);
+        A::store_probabilities(x, buffers.words + r * kTileKeys, key);
       }
     });
   }
@@ -329,20 +347,41 @@ INLINE Factors find_probabilities(const Tile& tile, Four largest, const Sums& su
   return factors;
 }
 
-// R rows against a tile, while a part of the next one is prefetched.
+// sums [R, columns] = sums * correction + unit * p v
 template <class A, int R>
-INLINE void attend(const AttentionDecodeParams& p, const Tile& tile, const Tile& next, const Rows& rows,
-                   const Buffers& buffers) {
-  const Four largest = find_scores<A, R>(p, tile, next, rows, buffers);
-  const Factors factors = find_probabilities<A, R>(tile, largest, rows.sums, buffers);
+INLINE void add_values(const AttentionDecodeParams& p, const Tile& tile, const Tile& next, const float* words,
+                       const Factors& factors, float* sums) {
   const int64_t stride = round_up(p.cache.value_dim, kColumnStep);
   constexpr int kN = kLanes<typename A::V>, kVectors = (kN == 16 ? 4 : 2) / A::kElements;
   const int64_t vectors = round_up(p.cache.value_dim, kN * A::kElements) / (kN * A::kElements);
   int64_t c = 0;
   for (; c + kVectors <= vectors; c += kVectors)
-    add_values<A, R, kVectors>(tile, next, buffers.words, c, factors, rows.sums.values, stride);
+    add_values<A, R, kVectors>(tile, next, words, c, factors, sums, stride);
   if constexpr (kVectors > 1)
-    for (; c < vectors; ++c) add_values<A, R, 1>(tile, next, buffers.words, c, factors, rows.sums.values, stride);
+    for (; c < vectors; ++c) add_values<A, R, 1>(tile, next, words, c, factors, sums, stride);
+}
+
+// R rows against a tile, while a part of the next one is prefetched. Where not all rows see all keys, each adds values
+// by itself, with zeros for those of keys that it does not see: 0 * NaN is NaN. Of float32, 9 heads on 3, 64 columns, 8
+// rows of 16 keys take 20.8 us where they took 15.2, 4 rows of 512 keys 81 where they took 70, one row as long as
+// before.
+template <class A, int R>
+INLINE void attend(const AttentionDecodeParams& p, const Tile& tile, const Tile& next, const Rows& rows,
+                   const Buffers& buffers) {
+  const Four largest = find_scores<A, R>(p, tile, next, rows, buffers);
+  const Factors factors = find_probabilities<A, R>(tile, largest, rows, buffers);
+  const auto sees_all = [&](int r) { return rows.sees_all(r, 0, tile.n - 1); };
+  if constexpr (R > 1)
+    if (std::ranges::all_of(std::views::iota(0, R), sees_all))
+      return add_values<A, R>(p, tile, next, buffers.words, factors, rows.sums.values);
+  for (int r = 0; r < R; ++r) {
+    Tile seen;
+    const bool all = sees_all(r);
+    if (!all) seen = tile.values_between(rows.low[r], rows.high[r], buffers.zeros);
+    const Factors row_factors{splat<Four>(factors.corrections[r]), splat<Four>(factors.units[r])};
+    float* const sums = rows.sums.values + r * round_up(p.cache.value_dim, kColumnStep);
+    add_values<A, 1>(p, all ? tile : seen, next, buffers.words + r * kTileKeys, row_factors, sums);
+  }
 }
 
 }  // namespace forwardpass::cpu

@@ -11,6 +11,8 @@ import itertools
 import sys
 
 import torch
+import unseen_keys
+from processes import by_threads
 from rotation import some_of
 
 import forwardpass as fp
@@ -119,6 +121,8 @@ def attention(parts):
             args = dataclasses.replace(case, dtype=dtype).arguments()
             with fp.use_backend("cpu"):
                 attention_cases.assert_matches(operations[case.op](*args), args, lse_bound=1e-3)
+    if environment.cpu_tier() != "baseline":  # where attention is torch's
+        unseen_keys.attention()
 
 
 def attention_decode(parts):
@@ -132,6 +136,22 @@ def attention_decode(parts):
             args = case.arguments()
             with fp.use_backend("cpu"):
                 decode_cases.assert_matches(operations["attention_decode"](*args), args)
+
+    rows_alone()
+    unseen_keys.attention_decode()
+
+
+def rows_alone():
+    """A row's bits are those of the row by itself, with however many rows it is computed: a decoder's threads share a prompt."""
+    for dtype, cache in ((torch.float32, None), (torch.float32, torch.int8), (torch.bfloat16, E4M3)):
+        case = decode_cases.Case((300,), 7, 40, (3, 1), dtype, cache, page=None)
+        with fp.use_backend("cpu"):
+            q, k, v, seq_lens, *rest = case.arguments()
+            together = operations["attention_decode"](q, k, v, seq_lens, *rest)
+            for first, last in ((0, 1), (1, 3), (3, 4), (4, 7)):
+                part = (q[:, first:last].contiguous(), k, v, seq_lens - (case.rows - last), *rest)
+                got = operations["attention_decode"](*part)
+                assert torch.equal(got, together[:, first:last]), (dtype, cache, first, last)
 
 
 def attention_8bit(parts):
@@ -174,18 +194,46 @@ def print_attention_8bit():
 
 def encoder_layer(parts):
     check("encoder_layer", encoder_cases, some_of(encoder_cases.cases(), parts))
+    encoder_by_threads(encoder_cases.THREADED_CASES)
+
+
+def encoder_by_threads(cases):
+    for case in cases:
+        args = case.arguments()
+        first, *others = by_threads(lambda: torch.ops.forwardpass.encoder_layer_cpu(*args))  # noqa: B023
+        assert all(torch.equal(y, first) for y in others), case
+
+
+def decoder_layer_of(args):
+    """The result, and the arguments with the caches that it changed."""
+    changed = decoder_cases.copied(args)
+    with poisoned_outputs():
+        return operations["decoder_layer"].runs["cpu"](*changed), changed
 
 
 def decoder_layer(parts):
     for case in some_of(decoder_cases.cases(), parts):
         args = case.arguments()
-        changed = decoder_cases.copied(args)
-        with poisoned_outputs():
-            got = operations["decoder_layer"].runs["cpu"](*changed)
         try:
-            decoder_cases.assert_matches(got, changed, args)
+            decoder_cases.assert_matches(*decoder_layer_of(args), args)
         except AssertionError as e:
             raise AssertionError(str(case)) from e
+    decoder_by_threads(decoder_cases.THREADED_CASES)
+    unseen_keys.decoder_layer()
+
+
+def decoder_by_threads(cases):
+    for case in cases:
+        args = case.arguments()
+        results = [[y, *after[1], *after[2]] for y, after in by_threads(lambda: decoder_layer_of(args))]  # noqa: B023
+        for got in results:
+            assert all(map(torch.equal, got, results[0])), case
+
+
+def few_rows_by_threads():
+    """Layers of few instructions, where these are emulated."""
+    encoder_by_threads(encoder_cases.THREADED_CASES[:1])
+    decoder_by_threads(decoder_cases.THREADED_CASES[:1])
 
 
 def rotation(parts):

@@ -8,6 +8,7 @@ import traceback
 import types
 import warnings
 
+import torch
 from rotation import VARIABLE, number
 
 
@@ -18,6 +19,17 @@ def two_threads(variables):
     """
     waits = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
     return {"PATH": "", "PYTHONPATH": ":".join(sys.path), VARIABLE: str(number()), **waits, **variables}
+
+
+def by_threads(run):
+    """What `run` returns with 1, 2, 3 and 7 threads of torch."""
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 2, 3, 7):
+            torch.set_num_threads(n)
+            yield run()
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Fork:

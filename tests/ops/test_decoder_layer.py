@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from processes import by_threads
 from rotation import in_parts, whole
 
 import forwardpass as fp
@@ -17,11 +18,7 @@ OPERATION = operations["decoder_layer"]
 RUNS = OPERATION.runs
 E4M3 = torch.float8_e4m3fn
 SIZES = (64, 4, 2, 16, 96)
-STEP = Case((9, 1, 300), 1, *SIZES, layers=2)
-#: By blocks of rows, of which some have rows of two sequences.
-PROMPTS = Case((50, 45, 40), 40, *SIZES, layers=2)
-#: Heads that attention_rows has no kernel for.
-OTHER_HEADS = Case((70, 40), 40, 40, 2, 2, 20, 48, layers=2)
+STEP, PROMPTS, OTHER_HEADS = cases.THREADED_CASES[:3]
 
 
 def run(args, **changed):
@@ -46,24 +43,12 @@ def test_cpu_against_reference(case, seed):
     cases.assert_matches(*run(args), args)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [STEP, PROMPTS, OTHER_HEADS, dataclasses.replace(PROMPTS, dtype=torch.bfloat16, leftpad=True),
-     Case((2000, 1), 1, *SIZES), dataclasses.replace(STEP, scales="row"), dataclasses.replace(PROMPTS, scales="group"),
-     Case((17,), 17, 256, 4, 1, 64, 512, dtype=torch.float16), Case((40,), 40, 256, 4, 1, 64, 512, scales="group"),
-     Case((9, 4), 3, 256, 4, 1, 64, 512, scales="group", weight_dtype=E4M3)],
-    ids=str,
-)  # fmt: skip
+@pytest.mark.parametrize("case", cases.THREADED_CASES, ids=str)
 def test_bits_do_not_depend_on_the_threads(case):
-    args, threads, results = case.arguments(), torch.get_num_threads(), []
-    try:
-        for n in (1, 2, 3, 7):
-            torch.set_num_threads(n)
-            results.append(run(args))
-    finally:
-        torch.set_num_threads(threads)
-    cases.assert_matches(*results[0], args)
-    assert all(same(r, results[0]) for r in results)
+    args = case.arguments()
+    first, *others = by_threads(lambda: run(args))
+    cases.assert_matches(*first, args)
+    assert all(same(y, first) for y in others)
 
 
 def part_of(args, first, last):
@@ -192,7 +177,9 @@ def test_nothing():
 @pytest.mark.slow
 def test_many_tokens():
     args = Case((8192,), 8192, 64, 2, 1, 32, 128, dtype=torch.bfloat16).arguments()
-    cases.assert_matches(*run(args), args)
+    first, *others = by_threads(lambda: run(args))
+    cases.assert_matches(*first, args)
+    assert all(same(y, first) for y in others)
 
 
 @pytest.mark.parametrize("case", in_parts([*cases.cases()][::9], 2))

@@ -53,7 +53,7 @@ def test_tiers_that_the_cpu_may_lack_are_exact(tier, least, shapes, emulated_cpu
         pytest.skip(f"the tier {tier} needs instructions of {least} that are not emulated")
     if tier == "amx" and "amx_int8" in cpu_flags() and "amx" not in TIERS:
         pytest.skip("the kernel lets no process use this CPU's AMX tiles, whose instructions then trap in part")
-    code = f"c.exact_sums({shapes}); c.small_convolutions(); print(c.environment.cpu_tier())"
+    code = f"c.exact_sums({shapes}); c.small_convolutions(); c.few_rows_by_threads(); print(c.environment.cpu_tier())"
     done = run(code, tier, LD_PRELOAD=emulated_cpu)
     assert done.stdout.strip() == tier, done.stderr
 

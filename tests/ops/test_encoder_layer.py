@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from processes import by_threads
 from rotation import in_parts, whole
 from torch import nn
 
@@ -16,9 +17,8 @@ from forwardpass.ops.encoder_layer.reference import LAYER, LINEAR, LINEARS
 from forwardpass.testing import poisoned_outputs
 
 RUNS = operations["encoder_layer"].runs
-#: in blocks of rows with one thread
-MANY = Case((33, 1, 64, 40), 64, 4, 256, layers=2)
-FEW = Case((5, 2), 64, 4, 256, layers=2)
+#: MANY: in blocks of rows with one thread.
+FEW, MANY = cases.THREADED_CASES[:2]
 
 
 def run(args, **changed):
@@ -38,25 +38,12 @@ def test_cpu_against_reference(case, seed):
     cases.assert_matches(run(args), args)
 
 
-def threaded():
-    """Few rows, blocks of them, and a number between: by blocks with one thread, by columns with seven."""
-    yield FEW
-    yield MANY
-    yield Case((90, 200, 11, 300), 96, 3, 80, layers=3, attention_dtype=torch.bfloat16, pre_norm=True)
-    yield Case((70,), 128, 2, 512, x_dtype=torch.bfloat16, attention_dtype=torch.bfloat16, activation="gelu_mul")
-
-
-@pytest.mark.parametrize("case", [*threaded()])
+@pytest.mark.parametrize("case", cases.THREADED_CASES, ids=str)
 def test_bits_do_not_depend_on_the_threads(case):
-    args, threads, results = case.arguments(), torch.get_num_threads(), []
-    try:
-        for n in (1, 2, 3, 7):
-            torch.set_num_threads(n)
-            results.append(run(args))
-    finally:
-        torch.set_num_threads(threads)
-    cases.assert_matches(results[0], args)
-    assert all(torch.equal(r, results[0]) for r in results)
+    args = case.arguments()
+    first, *others = by_threads(lambda: run(args))
+    cases.assert_matches(first, args)
+    assert all(torch.equal(y, first) for y in others)
 
 
 @pytest.mark.parametrize("case", [FEW, MANY, dataclasses.replace(MANY, x_dtype=torch.float16, pre_norm=True)])
@@ -141,7 +128,9 @@ def test_nothing_and_one_token():
 @pytest.mark.slow
 def test_many_tokens():
     args = Case((8192,), 64, 2, 128, attention_dtype=torch.bfloat16).arguments()
-    cases.assert_matches(run(args), args)
+    first, *others = by_threads(lambda: run(args))
+    cases.assert_matches(first, args)
+    assert all(torch.equal(y, first) for y in others)
 
 
 def quantized(*layers):

@@ -81,7 +81,7 @@ def attention(
     Returns:
         [B, Sq, H, Dv], or [Tq, H, Dv], of q's dtype, contiguous. A row that may attend to no key is 0; one whose sequence is not
         known by cu_seqlens is NaN. NaN passes through; a NaN or an infinity in a key or value that is masked may do so too (0 *
-        NaN is NaN), but not from another sequence.
+        NaN is NaN), but not from another sequence, and not where the call runs our kernel for CPUs instead of torch's.
 
     Raises:
         TypeError: an argument is of another type or dtype than above.

@@ -66,7 +66,8 @@ def attention_decode(
 
     Returns:
         [B, Sq, H, Dv] of q's dtype, contiguous. On every backend rows are NaN whose length, leftpad or pages are out of range, and
-        other rows are what they would be without those. No host looks at these numbers, as it would have to wait for a GPU.
+        other rows are what they would be without those. No host looks at these numbers, as it would have to wait for a GPU. On a
+        CPU a NaN or an infinity in a key, a value or a token's scale reaches the rows that see it, and no others.
 
     Raises:
         TypeError: an argument is of another type or dtype than above.

@@ -103,7 +103,8 @@ def decoder_layer(
 
     Returns:
         [B, S, H] of x's dtype, contiguous. Rows of a sequence with a length beyond 0 to L, or a leftpad below 0, are NaN. Nothing
-        is written for a length out of range. Bits do not depend on the number of threads.
+        is written for a length out of range. Bits do not depend on the number of threads. On a CPU a NaN or an infinity in a row of
+        x reaches that row and those that see its key, and no others.
 
     Raises:
         TypeError: an argument is of another type or dtype than above.

@@ -174,6 +174,21 @@ def cases() -> Iterator[Case]:
         yield Case(lengths, tokens, h, heads, kv_heads, columns, inner, **row)
 
 
+#: Steps, blocks of rows of which some have rows of two sequences, heads that attention_rows has no kernel for, long caches, weights
+#: alone in 8 bits.
+_SMALL, _WIDER = (64, 4, 2, 16, 96), (256, 4, 1, 64, 512)
+THREADED_CASES = (
+    Case((9, 1, 300), 1, *_SMALL, layers=2),
+    Case((50, 45, 40), 40, *_SMALL, layers=2),
+    Case((70, 40), 40, 40, 2, 2, 20, 48, layers=2),
+    Case((50, 45, 40), 40, *_SMALL, layers=2, dtype=torch.bfloat16, leftpad=True),
+    Case((2000, 1), 1, *_SMALL),
+    Case((9, 1, 300), 1, *_SMALL, layers=2, scales="row"),
+    Case((50, 45, 40), 40, *_SMALL, layers=2, scales="group"),
+    Case((17,), 17, *_WIDER, dtype=torch.float16),
+    Case((40,), 40, *_WIDER, scales="group"),
+    Case((9, 4), 3, *_WIDER, scales="group", weight_dtype=E4M3),
+)
 #: Ten layers of SmolLM2-135M, as fewer would stay in a cache: steps of one sequence and of four, prompts.
 _SMOLLM2 = (576, 9, 3, 64, 1536, 10)
 BENCHMARK_CASES = (

@@ -131,6 +131,13 @@ def cases() -> Iterator[Case]:
         yield Case(h=h, heads=heads, inner=inner, **row)
 
 
+#: Few rows, blocks of them, and a number between: by blocks with one thread, by columns with seven.
+THREADED_CASES = (
+    Case((5, 2), 64, 4, 256, layers=2),
+    Case((33, 1, 64, 40), 64, 4, 256, layers=2),
+    Case((90, 200, 11, 300), 96, 3, 80, layers=3, attention_dtype=torch.bfloat16, pre_norm=True),
+    Case((70,), 128, 2, 512, x_dtype=torch.bfloat16, attention_dtype=torch.bfloat16, activation="gelu_mul"),
+)
 #: A layer of MiniLM, of BERT base.
 BENCHMARK_CASES = (
     Case((16,), 384, 12, 1536),
