@@ -18,6 +18,8 @@ pytestmark = [
 ]
 FRONTS = pathlib.Path(__file__).parent / "fronts"
 SOURCE = FRONTS / "load_inline.cu"
+#: seconds: a compilation takes 80 of a core's, and on a machine with two cores and twelve builds it was not over after 600
+LIMIT = 3600
 #: lines that torch puts before the source, in its file cuda.cu
 HEADERS = 3
 #: what torch asks the patched functions when it builds an extension, then an import that lacks a symbol
@@ -39,7 +41,7 @@ except ImportError as error:
 
 def gpuless(script, *arguments, **environment):
     command = [sys.executable, "-m", "gpuless", "run", "--gpu", "sm_90a", str(script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ | environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, env=os.environ | environment)
 
 
 def test_what_torch_is_told(tmp_path):

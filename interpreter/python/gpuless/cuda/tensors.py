@@ -160,8 +160,20 @@ def _has_number(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     return any(not (t.dim() if isinstance(t, Tensor) else t is None) for t in tree_leaves((args, kwargs)))
 
 
+#: called with each operation on the device's tensors, its arguments and its result, in whatever thread it runs: a dispatch mode
+#: sees one thread alone
+watchers: list[Callable[[torch._ops.OpOverload, Sequence[Any], Any], None]] = []
+
+
 def fallback(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
     """An operation on the device's tensors, done by the CPU on the same memory."""
+    result = _carried_out(op, args, kwargs)
+    for watcher in watchers:
+        watcher(op, args, result)
+    return result
+
+
+def _carried_out(op: torch._ops.OpOverload, args: Any, kwargs: Any) -> Any:
     known = _operator(op)
     if known.metadata:
         return op.redispatch(_CPU, *args, **kwargs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ class Trial:
         seed: of the schedule.
         reuses: the candidate gets the memory of the call before, with other numbers in it: what it remembers by address is
             wrong then.
+        weights: of a Model: what the reference gets beside args.
     """
 
     family: str
@@ -32,6 +33,7 @@ class Trial:
     args: list[Any]
     seed: int
     reuses: bool = False
+    weights: list[Tensor] = field(default_factory=list)
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{name}={n}" for name, n in self.sizes.items())
@@ -43,6 +45,7 @@ def trials(spec: Specification) -> Iterator[Trial]:
     ones, primes, leave a part of a block masked, where hostile numbers do harm: they get every family."""
     hostile = min(1, len(spec.sizes) - 1)
     for n, sizes in enumerate(spec.sizes):
+        weights = spec.models.weights(sizes) if spec.models else []
         more = tuple(HOSTILE) if n == hostile else ("strided", "offset") if n == 0 else ()
         for k, family in enumerate(("random", "again", *more)):
             if family in spec.without:
@@ -50,7 +53,7 @@ def trials(spec: Specification) -> Iterator[Trial]:
             args = _inputs(spec, sizes, 1000 * n + k)
             if family in HOSTILE and not HOSTILE[family](args):
                 continue
-            yield Trial(family, sizes, args, seed=k % 2, reuses=family == "again")
+            yield Trial(family, sizes, args, seed=k % 2, reuses=family == "again", weights=weights)
 
 
 def _inputs(spec: Specification, sizes: Mapping[str, int], seed: int) -> list[Any]:

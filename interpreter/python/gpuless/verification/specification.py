@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
+
+from .models import ModelFile, is_model_file
 
 #: kinds of inputs that WITHOUT may leave out (inputs.py)
 FAMILIES = ("random", "again", "zeros", "negative", "shifted", "outliers", "denormals", "nan", "infinity", "strided", "offset",
             "overlap")  # fmt: skip
+#: what WITHOUT has already in KernelBench's format, whose get_inputs() says how the inputs lie in memory
+LAYOUTS_OF_MODELS = dict.fromkeys(FAMILIES[-3:], "get_inputs() makes contiguous tensors of their own")
 #: of sizes that are chosen from a range, the largest power of two that is tried
 LARGEST_POWER = 1 << 10
 
@@ -26,6 +31,8 @@ class Specification:
         without: family of inputs -> why the kernel need not take them.
         precision: the unit roundoff of the arithmetic that is allowed, None for the inputs' own.
         allowed: operations of torch that the candidate may leave to torch, beside those that move data.
+        models: of a file in KernelBench's format: its Model and constants, None in other files.
+        not_covered: what the choice of sizes leaves out.
     """
 
     path: pathlib.Path
@@ -35,6 +42,28 @@ class Specification:
     without: Mapping[str, str] = field(default_factory=dict)
     precision: float | None = None
     allowed: Sequence[str] = ()
+    models: ModelFile | None = None
+    not_covered: Sequence[str] = ()
+
+    def at(self, sizes: Mapping[str, int]) -> Specification:
+        """For inputs of these sizes: the reference is a Model that was made for them."""
+        return self if self.models is None else replace(self, reference=partial(self.models.reference, sizes))
+
+
+@dataclass(frozen=True)
+class Additions:
+    """What the command's options say beside the file, which stays as it is.
+
+    Attributes:
+        sizes: in place of the file's: from and to.
+        allowed, without: beside the file's.
+        precision: in place of the file's.
+    """
+
+    sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    allowed: Sequence[str] = ()
+    without: Mapping[str, str] = field(default_factory=dict)
+    precision: float | str | None = None
 
 
 #: a name for PRECISION -> the unit roundoff
@@ -49,30 +78,85 @@ def trusted(path: pathlib.Path, function: Callable[..., Any], *args: Any, **kwar
         raise ValueError(f"{path} fails with {type(e).__name__}: {e}") from e
 
 
-def read_specification(path: pathlib.Path) -> Specification:
+def read_specification(path: pathlib.Path, additions: Additions | None = None) -> Specification:
     """Runs the file, which is trusted as any test is."""
+    more = additions or Additions()
     spec = importlib.util.spec_from_file_location(f"_reference_{path.stem}", path)
     if spec is None or spec.loader is None or not path.is_file():
         raise ValueError(f"there is no reference {path}")
     module = importlib.util.module_from_spec(spec)
     trusted(path, spec.loader.exec_module, module)
-    for name in ("reference", "inputs"):
-        if not callable(getattr(module, name, None)):
-            raise ValueError(f"{path} needs a function {name}: reference(*inputs) in plain torch, and inputs(**sizes)")
-    without = dict(getattr(module, "WITHOUT", {}))
+    models = ModelFile(module) if is_model_file(module) else None
+    without = {**(LAYOUTS_OF_MODELS if models else {}), **getattr(module, "WITHOUT", {}), **more.without}
     if unknown := without.keys() - set(FAMILIES):
         raise ValueError(f"{path}: WITHOUT names {', '.join(sorted(unknown))}, and there are {', '.join(FAMILIES)}")
     if not all(isinstance(why, str) and why for why in without.values()):
         raise ValueError(f"{path}: WITHOUT gives a reason for each kind of inputs that it leaves out")
-    precision = getattr(module, "PRECISION", None)
+    precision = more.precision if more.precision is not None else getattr(module, "PRECISION", None)
     if isinstance(precision, str):
         if precision not in PRECISIONS:
             raise ValueError(f"{path}: PRECISION is a number, or one of {', '.join(PRECISIONS)}, not {precision!r}")
         precision = PRECISIONS[precision]
-    return Specification(
-        path, module.reference, module.inputs, chosen_sizes(getattr(module, "SIZES", [{}])), without, precision,
-        tuple(getattr(module, "ALLOWED", ())),
-    )  # fmt: skip
+    allowed = (*getattr(module, "ALLOWED", ()), *more.allowed)
+    if models:
+        sizes, not_covered = _sizes_of_models(path, models, more.sizes)
+        return Specification(
+            path, models.reference, models.inputs, sizes, without, precision, allowed, models, not_covered
+        )
+    for name in ("reference", "inputs"):
+        if not callable(getattr(module, name, None)):
+            raise ValueError(
+                f"{path} needs a function {name}: reference(*inputs) in plain torch, and inputs(**sizes); or a class Model, "
+                "get_inputs() and get_init_inputs()"
+            )
+    ranges = getattr(module, "SIZES", [{}])
+    if more.sizes:
+        _known(path, more.sizes, ranges if isinstance(ranges, Mapping) else ())
+        ranges = {**ranges, **more.sizes}
+    return Specification(path, module.reference, module.inputs, chosen_sizes(ranges), without, precision, allowed)
+
+
+def _known(path: pathlib.Path, names: Iterable[str], sizes: Collection[str]) -> None:
+    if unknown := [name for name in names if name not in sizes]:
+        raise ValueError(
+            f"--size: {path} has no {', '.join(unknown)}; it has {', '.join(sizes) or 'no sizes with names'}"
+        )
+
+
+def _sizes_of_models(
+    path: pathlib.Path, models: ModelFile, chosen: Mapping[str, tuple[int, int]]
+) -> tuple[list[dict[str, int]], list[str]]:
+    """Ranges as they are in other files; the file's constants elsewhere, halved until a CPU can execute the kernel."""
+    _known(path, chosen, models.constants)
+    halved = dict(models.constants)
+    if left := [name for name in halved if name not in chosen]:
+        start = _runs(path, models, chosen_sizes({**halved, **chosen}))
+        halved |= {name: n for name, n in models.halved(start, [*chosen]).items() if name in left}
+    changed = [f"{name}={n}" for name, n in models.constants.items() if halved[name] != n]
+    not_covered = [f"the file's own {', '.join(changed)}, which were halved for a CPU (--size)"] if changed else []
+    sizes = []
+    for choice in chosen_sizes({**halved, **chosen}):
+        if why := models.why_not(choice):
+            not_covered.append(f"{', '.join(f'{k}={n}' for k, n in choice.items())}: {why}")
+        else:
+            sizes.append(choice)
+    if not sizes:
+        raise ValueError(f"{path} cannot be verified at {'; '.join(not_covered)}")
+    return sizes, not_covered
+
+
+def _runs(path: pathlib.Path, models: ModelFile, choices: list[dict[str, int]]) -> dict[str, int]:
+    """The first sizes that the model takes."""
+    errors = []
+    for sizes in choices:
+        try:
+            models.cost(sizes)
+            return sizes
+        except Exception as e:
+            errors.append(f"{type(e).__name__}: {e}")
+    raise ValueError(
+        f"{path} fails on tensors without values, which say how large its sizes may be (give each of them by --size): {errors[0]}"
+    )
 
 
 def chosen_sizes(sizes: Mapping[str, Any] | Sequence[Mapping[str, int]]) -> list[dict[str, int]]:

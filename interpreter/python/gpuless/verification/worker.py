@@ -6,11 +6,13 @@ that outputs share, inputs that were changed.
 
 from __future__ import annotations
 
+import ast
 import ctypes
 import importlib.util
 import os
 import pathlib
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -21,7 +23,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import cuda, device
+from ..cuda import tensors
 from ..finding import TimeLimit
+from .models import SEED
 from .wire import DTYPES, Wire, as_bytes, name_of
 
 #: operations that make, move or describe data, and compute nothing
@@ -38,7 +42,7 @@ SCALARS = 8
 
 
 class Watch(TorchDispatchMode):
-    """Notes the operations of a call."""
+    """Notes the operations of a call: those of its own thread, and those on the GPU's tensors of every other."""
 
     def __init__(self, allowed: Sequence[str]):
         super().__init__()
@@ -46,23 +50,39 @@ class Watch(TorchDispatchMode):
         self.computed: dict[str, None] = {}
         self.to_host: dict[str, None] = {}
         self.scalars = 0
+        self.thread = threading.get_ident()
+
+    def __enter__(self) -> Any:
+        tensors.watchers.append(self._elsewhere)
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        tensors.watchers.remove(self._elsewhere)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = function._schema.name.rpartition("::")[2]
         result = function(*args, **(kwargs or {}))
+        self._note(function, args, result)
+        return result
+
+    def _elsewhere(self, function: Any, args: Any, result: Any) -> None:
+        if threading.get_ident() != self.thread:
+            self._note(function, args, result)
+
+    def _note(self, function: Any, args: Any, result: Any) -> None:
+        name = function._schema.name.rpartition("::")[2]
         if name.rstrip("_") not in self.allowed and name not in self.allowed:
             self.computed[name] = None
         elif name == "_local_scalar_dense":
             self.scalars += 1
         elif name in ("_to_copy", "copy_") and _crosses(result, args):
             self.to_host[name] = None
-        return result
 
     def problem(self) -> tuple[str, str] | None:
         if self.computed:
             return (
                 "left_to_torch",
-                f"torch computed {', '.join(self.computed)}: the kernel has to (ALLOWED lists exceptions)",
+                f"torch computed {', '.join(self.computed)}: the kernel has to (ALLOWED or --allow lists exceptions)",
             )
         if self.to_host or self.scalars > SCALARS:
             return "left_to_host", "the candidate copied the GPU's data to the host, where no kernel computes"
@@ -100,10 +120,18 @@ class Candidate:
                 raise AttributeError(f"{path} has no function {message['entry']} (--entry)")
             self.function = getattr(module, message["entry"])
         self.is_library = bool(message["library"])
+        self.made: str | None = None  # the arguments that a model of KernelBench's format was made with
+
+    def make(self, init_inputs: str) -> None:
+        """The model, when its sizes are others than before. What its constructor computes is no part of a call."""
+        if init_inputs != self.made:
+            torch.manual_seed(SEED)
+            self.model = self.function(*ast.literal_eval(init_inputs)).cuda()
+            self.made = init_inputs
 
     def call(self, args: list[Any], message: dict[str, Any], gpu: device.Device) -> list[Any]:
         if not self.is_library:
-            result = self.function(*args)
+            result = self.function(*args) if message["model"] is None else self.model(*args)
             return list(result) if isinstance(result, (tuple, list)) else [result]
         outputs = [torch.empty(o["shape"], dtype=DTYPES[o["dtype"]], device="cuda") for o in message["outputs"]]
         numbers = [*args, *outputs, *message["sizes"]]
@@ -136,14 +164,17 @@ class Worker:
     def call(self, message: dict[str, Any], blobs: list[bytes]) -> None:
         args = self._arguments(message, blobs)
         self.gpu.reseed(message["seed"])
-        launches, findings = self.gpu.counters["launches"], len(self.gpu.findings)
+        findings = len(self.gpu.findings)
         begin = time.monotonic()
         reply: dict[str, Any] = {"error": "", "problem": None, "refused": "", "outputs": []}
         answers: list[bytes] = []
         watch = Watch(message["allowed"])
         try:
             assert self.candidate is not None
-            with watch:
+            if message["model"] is not None:
+                self.candidate.make(message["model"])
+            launches = self.gpu.counters["launches"]
+            with watch, torch.no_grad():
                 outputs = self.candidate.call(args, message, self.gpu)
             reply["problem"] = self._problem(outputs, blobs, watch, self.gpu.counters["launches"] - launches)
             if all(isinstance(o, Tensor) for o in outputs):
