@@ -165,14 +165,13 @@ std::string text_of(const Ptx& ptx) {
 
 // Called with the registry locked. Throws a Finding.
 Module& module_for(Image& image, const Device& device) {
-  auto& module = image.modules[device.arch];
-  if (!module) {
-    const Ptx* ptx = choose(image, device);
-    if (!ptx || ptx->lz4) refuse(image, device);
-    module = load(text_of(*ptx));
-    for (const auto& [name, g] : module->globals) storage().add(g.address, g.bytes, name, g.constant);
-  }
-  return *module;
+  const auto loaded = image.modules.find(device.arch);
+  if (loaded != image.modules.end()) return *loaded->second;
+  const Ptx* ptx = choose(image, device);
+  if (!ptx || ptx->lz4) refuse(image, device);
+  auto module = load(text_of(*ptx));
+  for (const auto& [name, g] : module->globals) storage().add(g.address, g.bytes, name, g.constant);
+  return *image.modules.emplace(device.arch, std::move(module)).first->second;
 }
 
 void drop(Image& image) {

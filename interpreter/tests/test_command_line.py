@@ -136,12 +136,12 @@ def test_a_program_for_one_gpu_alone(tmp_path, capfd):
     source.write_text(CLUSTER)
     assert main(["build", str(source), "-arch=sm_90a", "-o", str(program)]) == 0
     assert execute(program, "sm_90a") == (0, "0101\n")
-    assert execute(program)[0] != 0
+    assert execute(program)[0] > 0  # a signal would be below
     assert main(["build", str(source), "-arch=sm_90", "-o", str(program)]) == 0
     assert execute(program, "sm_90a") == execute(program, "sm_120") == (0, "0101\n")
     assert main(["build", str(source), "-arch=sm_120a", "-o", str(program)]) == 0
     assert execute(program, "sm_120") == (0, "0101\n")
-    assert execute(program, "sm_90a")[0] != 0
+    assert execute(program, "sm_90a")[0] > 0
 
 
 @needs_nvcc
