@@ -11,7 +11,7 @@ import pytest
 
 from gpuless import pytest_plugin
 from gpuless.__main__ import USAGE
-from gpuless.commands.mcp import TOOLS, answer
+from gpuless.commands.mcp import TOOLS, _options, answer
 from gpuless.commands.verify import _parser as verify_parser
 from gpuless.verification.specification import FAMILIES
 
@@ -67,6 +67,20 @@ def test_messages_that_are_none():
 def test_what_cannot_be_run_is_an_error_of_the_tool():
     result = ask("tools/call", name="run", arguments={"program": "nowhere.py"})["result"]
     assert result["isError"] and "there is no nowhere.py" in result["content"][0]["text"]
+
+
+def test_options_of_verify_are_options_of_the_command():
+    arguments = {
+        "candidate": "k.py",
+        "reference": "r.py",
+        "size": ["rows=1..9", "cols=4"],
+        "allow": ["sum"],
+        "coverage": True,
+    }
+    options = verify_parser().parse_args(_options("verify", arguments, pathlib.Path("v.json")))
+    assert options.size == ["rows=1..9", "cols=4"] and options.allow == ["sum"] and options.coverage
+    actions = {action.dest for action in verify_parser()._actions}
+    assert TOOLS["verify"][1].keys() <= actions
 
 
 def test_the_workflow_s_commands_are_accepted():

@@ -10,6 +10,9 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 pytest.importorskip("triton")
+
+from gpuless import core
+
 pytestmark = pytest.mark.interpreted
 PROJECT = pathlib.Path(__file__).parent / "project"
 REPEATED = ["test_unmasked", "test_caught", "test_expected_in_vain", "test_race", "test_overwritten",
@@ -126,6 +129,49 @@ def test_seeds(tmp_path):
         again, outcomes = run("faulty_kernels.py", *options, f"--gpu-seed={seed}", folder=tmp_path)
         assert outcomes["test_overwritten"] == overwritten and f"1 schedule (seed {seed}: " in again.stdout
     assert outcomes["test_mended_race"] == "PASSED"
+
+
+needs_driver = pytest.mark.skipif(not core.DRIVER.exists(), reason="gpuless was built without a CUDA toolkit")
+
+
+@needs_driver
+def test_launches_of_libraries_in_every_place(tmp_path):
+    """No part of gpuless's Python knows of these launches."""
+    options = ["--gpu=sm_80", "--gpu-seeds=1", "--continue-on-collection-errors", str(PROJECT / "wrong_import.py")]
+    done, _ = run("outside_kernels.py", *options, folder=tmp_path)
+    outcomes = set(re.findall(r"^(PASSED|FAILED|ERROR) (?:\S*?::|\S*/)(\S+)", done.stdout, re.M))
+    assert done.returncode == 1 and outcomes == {
+        ("PASSED", "test_right"),
+        ("FAILED", "test_call"),
+        ("FAILED", "test_setup"),
+        ("PASSED", "test_after_it"),
+        ("PASSED", "test_teardown"),
+        ("ERROR", "test_teardown"),
+        ("PASSED", "test_after_teardown"),
+        ("ERROR", "test_failing_setup"),
+        ("ERROR", "wrong_import.py"),
+    }, done.stdout[-4000:] + done.stderr
+    assert "5 launches with 1 schedule" in done.stdout and "2 findings\n" in done.stdout
+    place = "out_of_bounds in twice at PTX line 17"
+    assert re.search(rf"^{place}\n  in \S*wrong_import.py and 4 more$", done.stdout, re.M), done.stdout[-2000:]
+
+
+AT_THE_END = """
+import sys; sys.path.insert(0, %r)
+import outside_kernels
+def pytest_sessionfinish():
+    outside_kernels.wrong()
+"""
+
+
+@needs_driver
+@pytest.mark.parametrize("workers", [[], ["-n", "1"]])
+def test_launches_after_the_tests_fail_the_session(workers, tmp_path):
+    (tmp_path / "conftest.py").write_text(AT_THE_END % str(PROJECT))
+    (tmp_path / "test_nothing.py").write_text("def test_nothing(): pass")
+    done, outcomes = run(tmp_path / "test_nothing.py", "--gpu=sm_80", *workers, folder=tmp_path)
+    assert done.returncode == 1 and outcomes == {"test_nothing": "PASSED"}, done.stdout + done.stderr
+    assert "in no test: a hook, or a thread" in done.stdout
 
 
 SCOPES = """

@@ -35,6 +35,9 @@ from .timing.timeline import KernelTimeline, Timeline
 _lock = threading.RLock()
 _scopes: list[Scope] = []
 _installed: Device | None = None
+#: the core's counters when they were read last, and of that reading
+_counted = dict.fromkeys(core.COUNTERS, 0)
+_reading = threading.RLock()
 #: gpuless_options::findings and ::isa, as csrc/gpuless.h numbers them
 FINDINGS, ISA = ("raise", "collect"), ("report", "ignore", "raise")
 #: warp instructions of a CTA where a launch is sampled
@@ -68,10 +71,10 @@ class Device:
     ):
         self.arch, self.seed, self.guard = arch, int(options.seed), guard
         self._name = f"{arch}/{multiprocessors}" if multiprocessors else arch
-        self.counters = dict.fromkeys(core.COUNTERS, 0)
-        self.findings: list[Finding] = []
-        self.ignored: list[Finding] = []
-        self.explored: list[Explored] = []
+        self._counters = dict.fromkeys(core.COUNTERS, 0)
+        self._findings: list[Finding] = []
+        self._ignored: list[Finding] = []
+        self._explorations: list[Explored] = []
         self._explore, self._schedule = explore, schedule
         self._rules = list(rules)
         self._collects = options.findings == FINDINGS.index("collect")
@@ -87,6 +90,26 @@ class Device:
     def __repr__(self) -> str:
         return f"<interpreted {core.ARCHITECTURES[self.arch]} ({self.arch}), seed {self.seed}>"
 
+    @property
+    def counters(self) -> dict[str, int]:
+        _read()
+        return self._counters
+
+    @property
+    def findings(self) -> list[Finding]:
+        _read()
+        return self._findings
+
+    @property
+    def ignored(self) -> list[Finding]:
+        _read()
+        return self._ignored
+
+    @property
+    def explored(self) -> list[Explored]:
+        _read()
+        return self._explorations
+
     def register(self, tensor: Tensor, name: str) -> None:
         """Lets every kernel touch this tensor's storage: for addresses that kernels read from memory (tables of pointers)."""
         self._registered.append((tensor, name))
@@ -97,25 +120,18 @@ class Device:
         prohibit_in_capture("a launch of compiled code, or of an autotuner's")
         with _lock:
             api = core.load()
-            outermost = not _scopes
-            before = core.counters()
             _install(self)
             api.gpuless_storage_enter()
             _scopes.append(scope := Scope(_scopes[-1] if _scopes else None, self.memory))
             for tensor, name in self._registered:
                 scope.add_tensor(tensor, name)
-            if outermost:
-                core.findings()  # of launches outside of any such block
             try:
                 with using(self):
                     yield scope
             finally:
                 _scopes.pop()
                 api.gpuless_storage_leave()
-                self._keep()
-                if outermost:
-                    for name, n in core.counters().items():
-                        self.counters[name] += n - before[name]
+                _read()
 
     def kernels(self, kernel: str = "") -> list[KernelProfile]:
         """What each kernel whose name contains this has done so far, apart by the shape of its launches."""
@@ -193,15 +209,15 @@ class Device:
         write_rules(path, [*useful, *map(Rule.of_finding, self.findings)])
 
     def record(self, finding: Finding) -> Finding:
-        self.findings.append(finding)
+        self._findings.append(finding)
         return finding
 
-    def _keep(self) -> None:
+    def _keep(self, findings: list[Finding]) -> None:
         """Takes what launches went on behind, and what was explored."""
         if self._explore:
-            self.explored += core.explored()
-        for finding in core.findings():
-            place = self.findings if finding.rule < 0 else self.ignored
+            self._explorations += core.explored()
+        for finding in findings:
+            place = self._findings if finding.rule < 0 else self._ignored
             if same := next(filter(finding.is_same, place), None):
                 same.count += finding.count
                 continue
@@ -211,7 +227,7 @@ class Device:
 
     def check(self, error: int, action: str) -> None:
         """Raises the finding, or the CUDA error, with which a launch ended."""
-        self._keep()
+        _read()
         if error == core.LAUNCH_TIMEOUT:
             raise TimeLimit(f"{action}: the time limit of the interpreted GPU is over")
         if error:
@@ -258,7 +274,7 @@ class Device:
             except Finding:  # from Triton's driver
                 raise
             except RuntimeError:
-                self._keep()
+                _read()
                 if finding := core.finding():
                     raise self.record(finding) from None
                 raise
@@ -269,12 +285,26 @@ class Device:
             return result
 
 
+def _read() -> None:
+    """Gives the core's device what its launches did since the last reading, whoever made them: a library may launch by itself,
+    outside of any `running` block."""
+    global _counted
+    with _reading:
+        counted, findings = core.counters(), core.findings()
+        if _installed is not None:
+            for name, n in counted.items():
+                _installed._counters[name] += n - _counted[name]
+            _installed._keep(findings)
+        _counted = counted
+
+
 def _install(device: Device | None) -> None:
     """Makes it the core's device, None for no device."""
     global _installed
     if device is _installed:
         return
     api = core.load()
+    _read()
     if api.gpuless_set_device(device._name.encode() if device else None) and device:
         raise ValueError(f"an {core.ARCHITECTURES[device.arch]} has not as many multiprocessors as {device._name} says")
     if device:

@@ -25,6 +25,7 @@ LONGEST = 20000
 
 _GPU = {"type": "string", "enum": list(core.ARCHITECTURES), "description": "the GPU (default sm_90a, an H100)"}
 _LIMIT = {"type": "number", "exclusiveMinimum": 0, "description": "seconds; a run that takes longer is incomplete"}
+_TEXTS = {"type": "array", "items": {"type": "string"}}
 _COVERAGE = {"type": "boolean", "description": "list the source lines of kernels that never ran"}
 #: tool -> (what it does, its arguments, those that it needs)
 TOOLS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
@@ -33,8 +34,16 @@ TOOLS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         "bounds. The verdict is clean, finding, incomplete or error; only clean is a success.",
         {
             "candidate": {"type": "string", "description": "KERNEL.py or KERNEL.cu"},
-            "reference": {"type": "string", "description": "the file with reference(), inputs() and SIZES"},
-            "entry": {"type": "string", "description": "the function that is called (default: candidate)"},
+            "reference": {
+                "type": "string",
+                "description": "the file with reference(), inputs() and SIZES, or with KernelBench's Model",
+            },
+            "entry": {
+                "type": "string",
+                "description": "the function (default: candidate) or class (ModelNew) that is called",
+            },
+            "size": {**_TEXTS, "description": "sizes in place of the file's, such as 'rows=1..9'"},
+            "allow": {**_TEXTS, "description": "operations that may be left to torch, such as 'convolution'"},
             "gpu": _GPU,
             "time_limit": _LIMIT,
             "keep_going": {"type": "boolean", "description": "do not end at the first call that fails"},
@@ -154,6 +163,7 @@ def _options(name: str, arguments: dict[str, Any], document: pathlib.Path) -> li
     for key, value in arguments.items():
         flag = f"--{key.replace('_', '-')}"
         if key not in positional and value is not False:
-            options.append(flag if value is True else f"{flag}={value}")
+            values = value if isinstance(value, list) else [value]
+            options += [flag if v is True else f"{flag}={v}" for v in values]
     rest = [arguments[positional[0]], *arguments.get("arguments", [])]
     return [*options, *map(str, rest)]

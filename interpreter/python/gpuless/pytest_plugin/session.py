@@ -18,6 +18,8 @@ from .runs import INCOMPLETE_STATUS
 
 #: properties of reports, which JUnit shows and pytest-xdist carries over
 FINDING, LAUNCHES, INCOMPLETE = "gpu_finding", "gpu_launches", "gpu_incomplete"
+#: what a worker of pytest-xdist found outside of its tests
+OUTSIDE = "gpu_outside"
 
 
 class Session:
@@ -39,6 +41,7 @@ class Session:
         self.launches = 0
         self.incomplete: dict[str, None] = {}  # tests that the budget ended
         self.over_budget = False
+        self.faults_outside = False
 
     # ---- a test ----
 
@@ -55,8 +58,8 @@ class Session:
             if not another:
                 break
         for report in reports:
-            if report.when == "call":
-                report.user_properties = list(item.user_properties)  # of every schedule
+            if _is_decisive(report):
+                report.user_properties = list(item.user_properties)  # of every schedule and phase
             item.ihook.pytest_runtest_logreport(report=report)
         item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
         return True
@@ -67,7 +70,7 @@ class Session:
         self.device.reseed(seed)
         self.device.time_limit(self.budget)
         self.findings: list[Finding] = []
-        self.launched = self.device.counters["launches"]
+        self.launched = self.counted = self.device.counters["launches"]
         function: Any = item
         if hasattr(item, "_request") and not function._request:
             function._initrequest()
@@ -99,6 +102,10 @@ class Session:
         return (yield from self._phase())
 
     @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_teardown(self, item: pytest.Item) -> Iterator[None]:
+        return (yield from self._phase())
+
+    @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
         return (yield from self._phase())
 
@@ -109,8 +116,13 @@ class Session:
             self.over_budget = True
             pytest.skip(f"its kernels take more than {self.budget:g} s on the interpreted GPU (--gpu-budget)")
         finally:
-            self.findings += self.device.findings
-            self.device.findings.clear()
+            self.findings += self._taken()
+
+    def _taken(self) -> list[Finding]:
+        """What came since this was asked last, of launches that the tests' libraries made by themselves too."""
+        findings = [*self.device.findings]
+        self.device.findings.clear()
+        return findings
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
@@ -119,18 +131,22 @@ class Session:
             self.over_budget = False
             item.user_properties.append((INCOMPLETE, item.nodeid))
             report.user_properties.append((INCOMPLETE, item.nodeid))
-        if call.when != "call":
-            return report
-        launches = self.device.counters["launches"] - self.launched
+        if call.when == "setup" and report.passed:
+            return report  # its findings are the call's
+        launches = self.device.counters["launches"] - self.counted
+        self.counted += launches
         self.of_all_seeds += self.findings
         unexpected = self._unexpected(item)
+        self.findings = []
         properties: list[tuple[str, object]] = [(LAUNCHES, launches)]
         properties += [(FINDING, _as_json(f)) for f in unexpected]
         report.user_properties += properties
         item.user_properties += properties  # JUnit writes those of the teardown's report
-        faults = [f for f in unexpected if self.strict or f.breaks == "hardware"]
-        missing = [m for m in item.iter_markers("gpu_expects") if not any(_matches(m, f) for f in self.of_all_seeds)]
-        missing = missing if self.last or not launches else []
+        faults = [f for f in unexpected if self._is_fault(f)]
+        missing: list[pytest.Mark] = []
+        if call.when == "call" and (self.last or not launches):
+            marks = item.iter_markers("gpu_expects")
+            missing = [m for m in marks if not any(_matches(m, f) for f in self.of_all_seeds)]
         if report.skipped:
             return report
         if faults:
@@ -139,6 +155,9 @@ class Session:
             report.outcome = "failed"
             report.longrepr = "\n\n".join([*map(self._text, faults), *(f"no such finding came: {m}" for m in missing)])
         return report
+
+    def _is_fault(self, finding: Finding) -> bool:
+        return self.strict or finding.breaks == "hardware"
 
     def _unexpected(self, item: pytest.Item) -> list[Finding]:
         marks = [*item.iter_markers("gpu_expects"), *item.iter_markers("gpu_ignores")]
@@ -149,25 +168,57 @@ class Session:
         earlier = self.known.get(_place(finding))
         return f"{_place(finding)}: as in {earlier[0]}" if earlier else str(finding)
 
+    # ---- outside of tests ----
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_make_collect_report(self, collector: pytest.Collector) -> Iterator[None]:
+        """A file that launches a wrong kernel when it is imported is no better than one that does not import."""
+        report: Any = yield
+        findings = self._taken()
+        for finding in findings:
+            self._add(_as_json(finding), report.nodeid or "conftest.py")
+        faults = [f for f in findings if self._is_fault(f)]
+        if report.passed and faults and not self.baseline:
+            report.outcome, report.longrepr = "failed", "\n\n".join(map(str, faults))
+        return report
+
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> Iterator[None]:
+        result = yield
+        texts = [_as_json(finding) for finding in self._taken()]
+        if hasattr(session.config, "workeroutput"):
+            session.config.workeroutput[OUTSIDE] = texts
+        self._outside(texts)
+        if session.exitstatus == pytest.ExitCode.OK and self.incomplete:
+            session.exitstatus = INCOMPLETE_STATUS
+        if session.exitstatus in (pytest.ExitCode.OK, INCOMPLETE_STATUS) and self.faults_outside:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        return result
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any, error: object) -> None:
+        self._outside(getattr(node, "workeroutput", {}).get(OUTSIDE, []))
+
+    def _outside(self, texts: list[str]) -> None:
+        for text in texts:
+            self._add(text, "no test: a hook, or a thread")
+            self.faults_outside |= self.strict or json.loads(text)["breaks"] == "hardware"
+
     # ---- the summary ----
+
+    def _add(self, text: str, where: str) -> None:
+        finding = json.loads(text)
+        known = self.known if self.strict or finding["breaks"] == "hardware" else self.by_letter
+        known.setdefault(finding["place"], []).append(where)
+        self.rules.append(Rule.parse(finding["rule"]))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.incomplete |= {str(test): None for name, test in report.user_properties if name == INCOMPLETE}
-        if report.when != "call":
-            return
-        for name, value in report.user_properties:
+        for name, value in report.user_properties if _is_decisive(report) else ():
             if name == LAUNCHES:
                 self.launches += int(str(value))
             elif name == FINDING:
-                finding = json.loads(str(value))
-                known = self.known if self.strict or finding["breaks"] == "hardware" else self.by_letter
-                known.setdefault(finding["place"], []).append(report.nodeid)
-                self.rules.append(Rule.parse(finding["rule"]))
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
-        if exitstatus == pytest.ExitCode.OK and self.incomplete:
-            session.exitstatus = INCOMPLETE_STATUS
+                self._add(str(value), report.nodeid)
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         write = terminalreporter.write_line
@@ -201,6 +252,11 @@ class Session:
             return f"{len(self.seeds)} schedules (seeds {self.seeds[0]} to {self.seeds[-1]})"
         order = "in reverse" if self.seeds[0] % 2 else "in order"
         return f"1 schedule (seed {self.seeds[0]}: blocks begin {order} only)"
+
+
+def _is_decisive(report: pytest.TestReport) -> bool:
+    """The one of a test's reports that the summary counts: of its call, or of a set-up without a call."""
+    return report.when == "call" or (report.when == "setup" and not report.passed)
 
 
 def _place(f: Finding) -> str:

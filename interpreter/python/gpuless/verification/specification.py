@@ -14,7 +14,7 @@ from .models import ModelFile, is_model_file
 #: kinds of inputs that WITHOUT may leave out (inputs.py)
 FAMILIES = ("random", "again", "zeros", "negative", "shifted", "outliers", "denormals", "nan", "infinity", "strided", "offset",
             "overlap")  # fmt: skip
-#: what WITHOUT has already in KernelBench's format, whose get_inputs() says how the inputs lie in memory
+#: the WITHOUT of KernelBench's format, whose get_inputs() says how the inputs lie in memory
 LAYOUTS_OF_MODELS = dict.fromkeys(FAMILIES[-3:], "get_inputs() makes contiguous tensors of their own")
 #: of sizes that are chosen from a range, the largest power of two that is tried
 LARGEST_POWER = 1 << 10
@@ -87,7 +87,7 @@ def read_specification(path: pathlib.Path, additions: Additions | None = None) -
     module = importlib.util.module_from_spec(spec)
     trusted(path, spec.loader.exec_module, module)
     models = ModelFile(module) if is_model_file(module) else None
-    without = {**(LAYOUTS_OF_MODELS if models else {}), **getattr(module, "WITHOUT", {}), **more.without}
+    without = {**getattr(module, "WITHOUT", LAYOUTS_OF_MODELS if models else {}), **more.without}
     if unknown := without.keys() - set(FAMILIES):
         raise ValueError(f"{path}: WITHOUT names {', '.join(sorted(unknown))}, and there are {', '.join(FAMILIES)}")
     if not all(isinstance(why, str) and why for why in without.values()):
@@ -111,8 +111,9 @@ def read_specification(path: pathlib.Path, additions: Additions | None = None) -
             )
     ranges = getattr(module, "SIZES", [{}])
     if more.sizes:
-        _known(path, more.sizes, ranges if isinstance(ranges, Mapping) else ())
-        ranges = {**ranges, **more.sizes}
+        named = ranges if isinstance(ranges, Mapping) else {}
+        _known(path, more.sizes, named)
+        ranges = {**named, **more.sizes}
     return Specification(path, module.reference, module.inputs, chosen_sizes(ranges), without, precision, allowed)
 
 
