@@ -4,6 +4,8 @@ import json
 import pathlib
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -172,6 +174,21 @@ def test_a_candidate_that_does_not_end_is_incomplete(tmp_path):
 def test_reference_files_that_are_refused(text, words, tmp_path, capsys):
     assert verify(tmp_path, "def candidate(x): pass", text) == (2, None)
     assert words in capsys.readouterr().err
+
+
+NO_NUMPY = """
+import sys; sys.modules["numpy"] = None
+import torch; from gpuless.verification.wire import as_bytes, from_bytes, packed
+x = torch.randn(3, 4)[:, 1:]
+assert torch.equal(from_bytes(as_bytes(x), x.dtype, x.shape), x) and not as_bytes(x[:0])
+message, (blob,) = packed([x, 2, x.t()])
+assert len(blob) == 48 and [a.get("offset") for a in message["args"]] == [1, None, 1]
+"""
+
+
+def test_numpy_is_not_needed():
+    """torch for CPUs comes without it."""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", NO_NUMPY], check=True)
 
 
 # ---- Inputs and bounds ----

@@ -29,6 +29,7 @@ from .. import core, current, operators
 from ..capture import Capture
 from ..memory.storage import on_host
 from .benchmark import Benchmark
+from .watching import watched
 
 aten = torch.ops.aten
 _torch_empty, _torch_empty_strided = torch.empty, torch.empty_strided  # projects put functions of theirs in their place
@@ -160,20 +161,9 @@ def _has_number(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     return any(not (t.dim() if isinstance(t, Tensor) else t is None) for t in tree_leaves((args, kwargs)))
 
 
-#: called with each operation on the device's tensors, its arguments and its result, in whatever thread it runs: a dispatch mode
-#: sees one thread alone
-watchers: list[Callable[[torch._ops.OpOverload, Sequence[Any], Any], None]] = []
-
-
+@watched
 def fallback(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
     """An operation on the device's tensors, done by the CPU on the same memory."""
-    result = _carried_out(op, args, kwargs)
-    for watcher in watchers:
-        watcher(op, args, result)
-    return result
-
-
-def _carried_out(op: torch._ops.OpOverload, args: Any, kwargs: Any) -> Any:
     known = _operator(op)
     if known.metadata:
         return op.redispatch(_CPU, *args, **kwargs)

@@ -116,9 +116,9 @@ class Session:
             self.over_budget = True
             pytest.skip(f"its kernels take more than {self.budget:g} s on the interpreted GPU (--gpu-budget)")
         finally:
-            self.findings += self._taken()
+            self.findings += self._new_findings()
 
-    def _taken(self) -> list[Finding]:
+    def _new_findings(self) -> list[Finding]:
         """What came since this was asked last, of launches that the tests' libraries made by themselves too."""
         findings = [*self.device.findings]
         self.device.findings.clear()
@@ -174,7 +174,7 @@ class Session:
     def pytest_make_collect_report(self, collector: pytest.Collector) -> Iterator[None]:
         """A file that launches a wrong kernel when it is imported is no better than one that does not import."""
         report: Any = yield
-        findings = self._taken()
+        findings = self._new_findings()
         for finding in findings:
             self._add(_as_json(finding), report.nodeid or "conftest.py")
         faults = [f for f in findings if self._is_fault(f)]
@@ -185,7 +185,7 @@ class Session:
     @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> Iterator[None]:
         result = yield
-        texts = [_as_json(finding) for finding in self._taken()]
+        texts = [_as_json(finding) for finding in self._new_findings()]
         if hasattr(session.config, "workeroutput"):
             session.config.workeroutput[OUTSIDE] = texts
         self._outside(texts)

@@ -125,18 +125,18 @@ def _known(path: pathlib.Path, names: Iterable[str], sizes: Collection[str]) -> 
 
 
 def _sizes_of_models(
-    path: pathlib.Path, models: ModelFile, chosen: Mapping[str, tuple[int, int]]
+    path: pathlib.Path, models: ModelFile, asked: Mapping[str, tuple[int, int]]
 ) -> tuple[list[dict[str, int]], list[str]]:
     """Ranges as they are in other files; the file's constants elsewhere, halved until a CPU can execute the kernel."""
-    _known(path, chosen, models.constants)
+    _known(path, asked, models.constants)
     halved = dict(models.constants)
-    if left := [name for name in halved if name not in chosen]:
-        start = _runs(path, models, chosen_sizes({**halved, **chosen}))
-        halved |= {name: n for name, n in models.halved(start, [*chosen]).items() if name in left}
+    if left := [name for name in halved if name not in asked]:
+        start = _runs(path, models, chosen_sizes({**halved, **asked}))
+        halved |= {name: n for name, n in models.halved(start, [*asked]).items() if name in left}
     changed = [f"{name}={n}" for name, n in models.constants.items() if halved[name] != n]
     not_covered = [f"the file's own {', '.join(changed)}, which were halved for a CPU (--size)"] if changed else []
     sizes = []
-    for choice in chosen_sizes({**halved, **chosen}):
+    for choice in chosen_sizes({**halved, **asked}):
         if why := models.why_not(choice):
             not_covered.append(f"{', '.join(f'{k}={n}' for k, n in choice.items())}: {why}")
         else:

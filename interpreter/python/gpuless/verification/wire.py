@@ -5,6 +5,7 @@ Nothing is unpickled: what the candidate's process sends is numbers, whatever it
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import struct
@@ -56,7 +57,8 @@ def name_of(dtype: torch.dtype) -> str:
 
 def as_bytes(t: Tensor) -> bytes:
     """The bytes of a tensor's elements, in order."""
-    return t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    t = t.detach().contiguous()
+    return ctypes.string_at(t.data_ptr(), t.nbytes)  # numpy need not be there
 
 
 def from_bytes(data: bytes, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
@@ -77,7 +79,7 @@ def packed(args: Sequence[Any]) -> tuple[dict[str, Any], list[bytes]]:
         storage = a.untyped_storage()
         if storage.data_ptr() not in storages:
             storages[storage.data_ptr()] = len(blobs)
-            blobs.append(torch.empty(0, dtype=torch.uint8).set_(storage).numpy().tobytes())
+            blobs.append(ctypes.string_at(storage.data_ptr(), storage.nbytes()))
         descriptions.append({
             "storage": storages[storage.data_ptr()], "dtype": name_of(a.dtype), "shape": list(a.shape),
             "strides": list(a.stride()), "offset": a.storage_offset(),

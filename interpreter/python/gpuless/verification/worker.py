@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import cuda, device
-from ..cuda import tensors
+from ..cuda.watching import watchers
 from ..finding import TimeLimit
 from .models import SEED
 from .wire import DTYPES, Wire, as_bytes, name_of
@@ -53,12 +53,12 @@ class Watch(TorchDispatchMode):
         self.thread = threading.get_ident()
 
     def __enter__(self) -> Any:
-        tensors.watchers.append(self._elsewhere)
+        watchers.append(self._elsewhere)
         return super().__enter__()
 
     def __exit__(self, *raised: Any) -> None:
         super().__exit__(*raised)
-        tensors.watchers.remove(self._elsewhere)
+        watchers.remove(self._elsewhere)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -120,14 +120,14 @@ class Candidate:
                 raise AttributeError(f"{path} has no function {message['entry']} (--entry)")
             self.function = getattr(module, message["entry"])
         self.is_library = bool(message["library"])
-        self.made: str | None = None  # the arguments that a model of KernelBench's format was made with
+        self.init_inputs: str | None = None  # the arguments that a model of KernelBench's format was made with
 
     def make(self, init_inputs: str) -> None:
         """The model, when its sizes are others than before. What its constructor computes is no part of a call."""
-        if init_inputs != self.made:
+        if init_inputs != self.init_inputs:
             torch.manual_seed(SEED)
             self.model = self.function(*ast.literal_eval(init_inputs)).cuda()
-            self.made = init_inputs
+            self.init_inputs = init_inputs
 
     def call(self, args: list[Any], message: dict[str, Any], gpu: device.Device) -> list[Any]:
         if not self.is_library:
