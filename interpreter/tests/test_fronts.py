@@ -1,8 +1,9 @@
-"""What compiles kernels by itself and loads them by libcuda.so.1: the driver's API, NVRTC, Numba."""
+"""What compiles kernels by itself and loads them by libcuda.so.1: the driver's API, NVRTC, Numba. What cannot: a static cudart."""
 
 import importlib.util
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -33,6 +34,7 @@ needs_numba = pytest.mark.skipif(
     importlib.util.find_spec("numba") is None or importlib.util.find_spec("numba.cuda") is None,
     reason="there is no Numba with CUDA",
 )
+CUDA = pathlib.Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
 
 
 def run(script, *arguments):
@@ -75,3 +77,20 @@ def test_numba():
 def test_a_race_in_a_kernel_of_numba():
     done = run("numba_script.py", "race")
     assert done.returncode == 3 and "race: " in done.stderr, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(
+    not (CUDA / "lib64" / "libcudart_static.a").exists() or shutil.which("cc") is None,
+    reason="there is no static cudart",
+)
+def test_a_library_with_a_cudart_of_its_own_is_refused_in_a_sentence(tmp_path):
+    library, script = tmp_path / "static.so", tmp_path / "script.py"
+    flags = ["-shared", "-fPIC", f"-I{CUDA}/include", f"-L{CUDA}/lib64", "-o", str(library)]
+    subprocess.run(
+        ["cc", str(FOLDER / "static_cudart.c"), *flags, "-lcudart_static", "-ldl", "-lrt", "-lpthread"], check=True
+    )
+    script.write_text(f"import ctypes; print(ctypes.CDLL({str(library)!r}).device_count())")
+    done = run(script)
+    assert (done.returncode, done.stdout) == (4, "500\n"), done.stdout + done.stderr
+    assert f"incomplete: NVIDIA's cudart in {library} needs private tables" in done.stderr
+    assert "give gpuless the kernel's PTX" in done.stderr

@@ -1,6 +1,9 @@
 // The driver's devices and contexts, and its functions by name.
+#include <dlfcn.h>
+
 #include <cstdio>
 #include <cstring>
+#include <string>
 #include <vector>
 
 #include "driver.h"
@@ -23,6 +26,21 @@ CUresult make_context(CUcontext* context, CUdevice device) {
   contexts().push_back(the_context());
   *context = the_context();
   return CUDA_SUCCESS;
+}
+
+// The private table that NVIDIA's cudart asks for when a process first uses it.
+constexpr unsigned char kTableOfCudart[16] = {0x6b, 0xd5, 0xfb, 0x6c, 0x5b, 0xf4, 0xe7, 0x4a,
+                                              0x89, 0x87, 0xd9, 0x39, 0x12, 0xfd, 0x9d, 0xf9};
+
+// A library with a cudart of its own is told by cudart "named symbol not found" alone: this says why, and what to do.
+void refuse_cudart(const void* caller) {
+  Dl_info library{};
+  const bool known = dladdr(caller, &library) && library.dli_fname;
+  const std::string why = std::string("NVIDIA's cudart in ") + (known ? library.dli_fname : "this program") +
+                          " needs private tables of NVIDIA's driver, which gpuless does not have: give gpuless the "
+                          "kernel's PTX (gpuless.Module) or its CUDA source (python -m gpuless verify)";
+  std::fprintf(stderr, "gpuless: %s\n", why.c_str());
+  gpuless_log_incomplete(why.c_str());
 }
 
 }  // namespace
@@ -145,9 +163,10 @@ CUresult cuCtxGetStreamPriorityRange(int* least, int* greatest) {
   return driver([=] { return cudaDeviceGetStreamPriorityRange(least, greatest); });
 }
 
-// The driver's private tables, of which there are none. NVRTC asks for one where cuInit succeeds, and crashes where the
-// function itself is missing.
-CUresult cuGetExportTable(const void** table, const CUuuid*) {
+// gpuless has none of the driver's private tables. NVRTC asks for one if cuInit succeeds, does without, and crashes if
+// this function is missing. NVIDIA's cudart cannot do without its own.
+CUresult cuGetExportTable(const void** table, const CUuuid* id) {
+  if (!std::memcmp(id->bytes, kTableOfCudart, sizeof kTableOfCudart)) refuse_cudart(__builtin_return_address(0));
   *table = nullptr;
   return CUDA_ERROR_NOT_FOUND;
 }
