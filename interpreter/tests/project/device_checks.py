@@ -272,6 +272,38 @@ def test_random_numbers():
     assert torch.equal(first, torch.randn(5, device="cuda"))
     ours = torch.Generator(device="cuda").manual_seed(3)
     assert torch.equal(first, torch.randn(5, device="cuda", generator=ours)) and ours.device.type == "cuda"
+    with pytest.raises(RuntimeError, match="Expected a 'cuda' device type for generator but found 'cpu'"):
+        torch.randn(5, device="cuda", generator=generator)
+
+
+def test_a_library_takes_its_seed_and_offset_from_torch_s_generator():
+    (default,) = torch.cuda.default_generators
+    state = default.get_state()
+    state.view(torch.int64)[:] = torch.tensor([1234, 8])
+    default.set_state(state)
+    assert (default.initial_seed(), default.get_offset()) == (1234, 8)
+    first = torch.rand(5, device="cuda")
+    assert default.get_state().view(torch.int64).tolist() == [1234, 12]
+    assert not torch.equal(first, torch.rand(5, device="cuda"))
+    torch.cuda.set_rng_state(state)
+    assert torch.equal(first, torch.rand(5, device="cuda"))
+    with pytest.raises(RuntimeError, match="multiple of 4"):
+        default.set_offset(6)
+    with pytest.raises(TypeError, match="16 bytes"):
+        default.set_state(torch.get_rng_state())
+
+
+def test_random_numbers_of_the_cpu_and_of_cuda_are_apart():
+    torch.manual_seed(5)
+    without = torch.rand(5)
+    torch.manual_seed(5)
+    cuda = torch.rand(5, device="cuda")
+    dropped = torch.nn.functional.dropout(torch.ones(64, device="cuda"))
+    assert torch.equal(torch.rand(5), without)
+    torch.manual_seed(5)
+    torch.rand(3)
+    assert torch.equal(torch.rand(5, device="cuda"), cuda)
+    assert torch.equal(torch.nn.functional.dropout(torch.ones(64, device="cuda")), dropped)
 
 
 @triton.jit

@@ -29,6 +29,7 @@ from .. import core, current, operators
 from ..capture import Capture
 from ..memory.storage import on_host
 from .benchmark import Benchmark
+from .generator import draw
 from .watching import watched
 
 aten = torch.ops.aten
@@ -131,6 +132,7 @@ class _Operator:
         self.in_float = schema.name.rstrip("_") in IN_FLOAT
         self.numbers_in_float = schema.name.rstrip("_") in NUMBERS_IN_FLOAT
         self.statistics = schema.name in STATISTICS
+        self.draws = torch.Tag.nondeterministic_seeded in op.tags
         self.parameters = [a.name for a in schema.arguments]
         #: those of running statistics are not marked
         self.written = {a.name for a in schema.arguments if a.is_write or a.name.startswith("running_")}
@@ -263,7 +265,8 @@ class _Call:
         named = [*zip(self.known.parameters, args), *kwargs.items()]
         self.half = self._half(named) if self.in_float else None
         lowered = [self._lower(name, value) for name, value in named]
-        result = self.op(*lowered[: len(args)], **dict(zip(kwargs, lowered[len(args) :])))
+        op = functools.partial(draw, self.op) if self.known.draws else self.op
+        result = op(*lowered[: len(args)], **dict(zip(kwargs, lowered[len(args) :])))
         if self.half:
             result = self._round(result)
         self._finish()

@@ -11,7 +11,7 @@ import torch
 from .. import core
 from ..capture import prohibit_in_capture
 from ..device import Device
-from . import clock
+from . import clock, generator
 from .tensors import check_ordinal, empty_strided, resize_storage
 
 #: of torch.cuda: what needs a driver, other processes or code for CUDA that torch does not have here
@@ -122,24 +122,6 @@ class StreamContext:
         _current.stream = self.before
 
 
-class Generator(torch.Generator):
-    """torch.Generator that takes device="cuda": its numbers are the CPU's."""
-
-    _device: torch.device
-
-    def __new__(cls, device: Any = "cpu") -> Generator:
-        device = torch.device(device)
-        if device.type == "cuda":
-            _index(device)
-        generator = super().__new__(cls, "cpu" if device.type == "cuda" else device)  # type: ignore[call-arg]
-        generator._device = torch.device("cuda", 0) if device.type == "cuda" else device
-        return generator
-
-    @property
-    def device(self) -> torch.device:  # type: ignore[override]
-        return self._device
-
-
 class _Current:
     stream: Stream
 
@@ -209,19 +191,19 @@ def _memory(device: Device) -> dict[str, Callable[..., Any]]:
 
 
 def _seeds() -> dict[str, Callable[..., Any]]:
-    """The interpreted GPU draws from the CPU's generator."""
-    generator = torch.default_generator
+    default = generator.default
 
     def manual_seed(seed: int) -> None:
-        generator.manual_seed(int(seed))
+        default.manual_seed(seed)
 
     return {
-        "manual_seed": manual_seed, "manual_seed_all": manual_seed, "seed": generator.seed, "seed_all": generator.seed,
-        "initial_seed": generator.initial_seed,
-        "get_rng_state": lambda device="cuda": generator.get_state(),
-        "get_rng_state_all": lambda: [generator.get_state()],
-        "set_rng_state": lambda state, device="cuda": generator.set_state(state) and None,
-        "set_rng_state_all": lambda states: generator.set_state(states[0]) and None,
+        "manual_seed": manual_seed, "manual_seed_all": manual_seed,
+        "seed": lambda: default.seed() and None, "seed_all": lambda: default.seed() and None,
+        "initial_seed": default.initial_seed,
+        "get_rng_state": lambda device="cuda": default.get_state(),
+        "get_rng_state_all": lambda: [default.get_state()],
+        "set_rng_state": lambda state, device="cuda": default.set_state(state) and None,
+        "set_rng_state_all": lambda states: default.set_state(states[0]) and None,
     }  # fmt: skip
 
 
@@ -283,7 +265,7 @@ def install(device: Device) -> None:
         "can_device_access_peer": lambda d, peer: False,
         "Stream": Stream, "ExternalStream": Stream, "Event": Event, "StreamContext": StreamContext,
         "stream": StreamContext, "current_stream": stream_of, "default_stream": lambda d=None: Stream(),
-        "set_stream": set_stream, "default_generators": (torch.default_generator,),
+        "set_stream": set_stream, "default_generators": (generator.default,),
         "get_sync_debug_mode": lambda: 0, "set_sync_debug_mode": nothing,
         **_memory(device), **_seeds(),
         **{name: refused(f"torch.cuda.{name}", getattr(cuda, name, None)) for name in REFUSED},
@@ -311,7 +293,7 @@ def install(device: Device) -> None:
     torch.UntypedStorage.__new__ = staticmethod(_storage)  # type: ignore[method-assign]
     torch.UntypedStorage.resize_ = _resize_storage  # type: ignore[method-assign, assignment]
     torch.UntypedStorage.new = lambda self: torch.UntypedStorage(device=self.device)  # type: ignore[method-assign]
-    torch.Generator = Generator  # type: ignore[misc]
+    torch.Generator = generator.Generator  # type: ignore[misc]
     torch.Tensor.pin_memory = lambda self, device=None: self.clone()  # type: ignore[method-assign]
     state = "_cuda_CUDAAllocator_AllocatorState"  # which torch._dynamo.reset imports
     if not hasattr(torch._C, state):
