@@ -4,6 +4,7 @@ import copy
 import io
 import os
 import pathlib
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
@@ -304,6 +305,11 @@ def test_random_numbers_of_the_cpu_and_of_cuda_are_apart():
     torch.rand(3)
     assert torch.equal(torch.rand(5, device="cuda"), cuda)
     assert torch.equal(torch.nn.functional.dropout(torch.ones(64, device="cuda")), dropped)
+
+
+def test_no_tensor_for_another_process():
+    with pytest.raises(NotImplementedError, match="sharing a cuda tensor with another process"):
+        ForkingPickler.dumps(A.cuda())
 
 
 @triton.jit

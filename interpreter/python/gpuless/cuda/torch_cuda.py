@@ -222,6 +222,10 @@ def _resize_storage(storage: torch.UntypedStorage, nbytes: int) -> torch.Untyped
     return storage
 
 
+def _share(storage: torch.UntypedStorage, *_: Any) -> NoReturn:
+    refuse("sharing a cuda tensor with another process")
+
+
 def _named(name: str, value: Any) -> Any:
     """A function of its own: torch.compile has rules for each name, and takes one function under two names for an error."""
     if isinstance(value, type) or not callable(value):
@@ -293,6 +297,7 @@ def install(device: Device) -> None:
     torch.UntypedStorage.__new__ = staticmethod(_storage)  # type: ignore[method-assign]
     torch.UntypedStorage.resize_ = _resize_storage  # type: ignore[method-assign, assignment]
     torch.UntypedStorage.new = lambda self: torch.UntypedStorage(device=self.device)  # type: ignore[method-assign]
+    torch.UntypedStorage._share_cuda_ = _share  # type: ignore[method-assign, assignment]
     torch.Generator = generator.Generator  # type: ignore[misc]
     torch.Tensor.pin_memory = lambda self, device=None: self.clone()  # type: ignore[method-assign]
     state = "_cuda_CUDAAllocator_AllocatorState"  # which torch._dynamo.reset imports
