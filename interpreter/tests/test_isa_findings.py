@@ -56,10 +56,12 @@ mov.u32 %r2, %r4;
 second:
 @%p0 atom.global.exch.b32 %r5, [%a0], 7;
 """
+ONE_OF_A_VECTOR = SWAP.replace("u32 %r2, [%a0]", "b32 {{ %r2 }}, [%a0]")
 FAULTS = {
     "a parity of -1": ("illegal", PARITY.format(-2), PARITY.format(0)),
     "a store at exit": ("in_flight", STORED.format(""), STORED.format("@%p0 cp.async.bulk.wait_group.read 0;")),
     "a load that is compared": ("race", SWAP.format(""), SWAP.format("relaxed.gpu.")),
+    "a load of Triton's that is compared": ("race", ONE_OF_A_VECTOR.format(""), ONE_OF_A_VECTOR.format("relaxed.gpu.")),
     "a load of L2": ("race", FRESH.format("cg."), FRESH.format("relaxed.gpu.")),
 }
 

@@ -372,8 +372,12 @@ void mark_compared_loads(const Bind& b, const Operand& address, const Operand& v
   const auto same_register = [](const Operand& x, const Operand& y) {
     return x.kind == Operand::Kind::reg && y.kind == Operand::Kind::reg && x.id == y.id;
   };
+  // Triton loads one register as a vector of one.
+  const auto loaded = [](const Operand& o) -> const Operand& {
+    return o.kind == Operand::Kind::vector && o.parts.size() == 1 ? o.parts[0] : o;
+  };
   for (uint32_t k = 0; k < b.instruction.index; ++k) {
-    if (body[k].opcode.compare(0, 3, "ld.") != 0 || !same_register(body[k].operands[0], value)) continue;
+    if (body[k].opcode.compare(0, 3, "ld.") != 0 || !same_register(loaded(body[k].operands[0]), value)) continue;
     const Operand& from = body[k].operands[1];
     if (from.offset != address.offset || !same_register(from.parts[0], address.parts[0])) continue;
     auto& t = *static_cast<Transfer*>(const_cast<void*>(b.code.instructions[k].data));
