@@ -14,7 +14,11 @@ from kernel_names import values
 #: of kernels without mask, ALiBi and softcap, on 9.0 from 128 keys a block on, by the dtype of q k
 MOST = {
     ("sm_80", "i8", 64, 64): 10.4,
-    ("sm_80", "i8", 128, 128): 13.0,
+    ("sm_80", "i8", 128, 128): 12.6,
+    ("sm_80", "i8", 256, 256): 19.5,
+    ("sm_89", "e4m3", 64, 64): 9.8,
+    ("sm_89", "e4m3", 128, 128): 11.9,
+    ("sm_89", "e4m3", 256, 256): 18.7,
     ("sm_90a", "f16", 128, 128): 6.5,
     ("sm_90a", "bf16", 128, 128): 6.5,
     ("sm_90a", "i8", 128, 128): 11.6,

@@ -165,7 +165,7 @@ INSTANCES = {
     ),
     "attention_8bit_mma_64": of_8_bits("sm_80", "", "int8", 64, plain(F16, 64, 40), F16),
     "attention_8bit_mma_general": of_8_bits("sm_80", "", "int8", 64, general(F16, 64, 40), F16, alibi="h"),
-    "attention_8bit_mma_fp8": of_8_bits("sm_89", "", "fp8", 64, plain(BF16, 64, 40), BF16),
+    "attention_8bit_mma_fp8": of_8_bits("sm_89", "", "fp8", 128, plain(BF16, 128, 104), BF16),
     "attention_8bit_wgmma_64": of_8_bits("sm_90a", "Wgmma", "int8", 64, plain(F16, 64, 40), F16),
     "attention_8bit_wgmma_general": of_8_bits("sm_90a", "Wgmma", "int8", 64, general(BF16, 64, 40), BF16, alibi="h"),
     "attention_8bit_wgmma_fp8": of_8_bits("sm_90a", "Wgmma", "fp8", 64, plain(BF16, 64, 40), BF16),

@@ -199,13 +199,24 @@ struct Int8AttentionConsumer {
   const int warp_row;  // this warp's first row in the tile
   typename Config::Softmax& sums;
   Output& o;
+  const uint32_t q_at, k_at, v_at;  // this lane's, for ldmatrix, where kOnce: address of q, offsets of k and v
   Row scale, shift;      // of a row's scores before modifiers, of these the shift; without, the scale of the softmax
   bool vectors = false;  // the mask's rows are read 16 bytes at a time
 
   __device__ Int8AttentionConsumer(const Int8AttentionArguments& a, typename Config::SharedStorage& s,
                                    const AttentionTile& tile, const KeyBlocks& blocks, typename Config::Softmax& sums,
                                    Output& o)
-      : a(a), p(a.p), s(s), tile(tile), blocks(blocks), warp_row(threadIdx.x / 32 * Config::kWarpM), sums(sums), o(o) {}
+      : a(a),
+        p(a.p),
+        s(s),
+        tile(tile),
+        blocks(blocks),
+        warp_row(threadIdx.x / 32 * Config::kWarpM),
+        sums(sums),
+        o(o),
+        q_at(shuffled<kOnce>(PanelsK::template matrices<Config::kM, true>(s.q8, warp_row, 0))),
+        k_at(shuffled<kOnce>(offset<PanelsK>())),
+        v_at(shuffled<kOnceV>(offset<PanelsV>())) {}
 
   __device__ void operator()() {
     o.clear();
@@ -217,6 +228,35 @@ struct Int8AttentionConsumer {
   }
 
  private:
+  using PanelsK = Panels<Config::kHeadDim / 2>;
+  using PanelsV = Panels<kInt8Keys / 2>;
+  // ptxas computes addresses that depend on the lane anew in each block of keys, unless a shuffle returns them.
+  // Modelled, that makes 64 columns up to 4 % slower, and v's addresses in int8 at 128 columns up to 19 %.
+  static constexpr bool kOnce = Config::kHeadDim > 64, kOnceV = kOnce && !Values::kUnsigned;
+  // x of this lane.
+  template <bool kShuffled>
+  __device__ static uint32_t shuffled(uint32_t x) {
+    return kShuffled ? __shfl_sync(0xffffffff, x, threadIdx.x % 32) : x;
+  }
+  template <class P>
+  __device__ uint32_t offset() const {
+    return P::template matrices<Config::kN, false>(s.q8, 0, 0) - ptx::shared_address(s.q8);
+  }
+  // Panels::matrices() by `lane`, this lane's at row 0 and column 0. Rows begin at multiples of kRowBytes, so columns
+  // change no bits but the swizzled ones.
+  template <class P, int kRows>
+  __device__ static uint32_t matrices(uint32_t lane, int row, int column) {
+    return (lane ^ column % P::kPanel * 2) + (column / P::kPanel * kRows + row) * P::kRowBytes;
+  }
+  __device__ uint32_t matrices_q(int row, int column) const {
+    return kOnce ? matrices<PanelsK, Config::kM>(q_at, row, column)
+                 : PanelsK::template matrices<Config::kM, true>(s.q8, warp_row + row, column);
+  }
+  template <class P, int kRows>
+  __device__ static uint32_t matrices(const uint16_t* shared, uint32_t lane, int row, int column) {
+    return kOnce ? ptx::shared_address(shared) + matrices<P, kRows>(lane, row, column)
+                 : P::template matrices<kRows, false>(shared, row, column);
+  }
   __device__ int first_row() const { return tile.row + warp_row; }  // this warp's, in the sequence
   template <class F>
   __device__ static void each_row(F f) {
@@ -284,7 +324,6 @@ struct Int8AttentionConsumer {
   // scores = q k^T, times the scales of the keys. What accumulators begin with comes from shared memory, as of
   // constants there are four MOVs for each mma; and anew for each block, as registers that keep it would spill.
   __device__ void qk(Scores& scores, const typename Config::Stage& stage) const {
-    using P = Panels<Config::kHeadDim / 2>;
     int32_t magic[4];
 #pragma unroll
     for (int e = 0; e < 4; ++e) magic[e] = s.magic[e];
@@ -293,12 +332,11 @@ struct Int8AttentionConsumer {
     for (int step = 0; step < Config::kHeadDim / 32; ++step) {
       uint32_t q[kTilesM][4];
 #pragma unroll
-      for (int i = 0; i < kTilesM; ++i)
-        ptx::ldmatrix_x4(q[i], P::template matrices<Config::kM, true>(s.q8, warp_row + i * 16, step * 16));
+      for (int i = 0; i < kTilesM; ++i) ptx::ldmatrix_x4(q[i], matrices_q(i * 16, step * 16));
 #pragma unroll
       for (int j = 0; j < Scores::kTilesN; j += 2) {
         uint32_t k[4];
-        ptx::ldmatrix_x4(k, P::template matrices<Config::kN, false>(stage.k, j * 8, step * 16));
+        ptx::ldmatrix_x4(k, matrices<PanelsK, Config::kN>(stage.k, k_at, j * 8, step * 16));
 #pragma unroll
         for (int next = 0; next < 2; ++next)
 #pragma unroll
@@ -343,13 +381,12 @@ struct Int8AttentionConsumer {
   // Sixteen columns, as their sums take registers.
   __device__ void pv(int j, const uint32_t (&packed)[Config::kN / 32][kTilesM][4], const typename Config::Stage& stage,
                      const Row& weight) {
-    using P = Panels<kInt8Keys / 2>;
     Fragments<typename Values::Sum, kTilesM, 2> sums;
     sums.clear();
 #pragma unroll
     for (int step = 0; step < Config::kN / 32; ++step) {
       uint32_t v[4];
-      ptx::ldmatrix_x4(v, P::template matrices<Config::kValueDim, false>(stage.v, j * 8, step * 16));
+      ptx::ldmatrix_x4(v, matrices<PanelsV, Config::kValueDim>(stage.v, v_at, j * 8, step * 16));
 #pragma unroll
       for (int next = 0; next < 2; ++next)
 #pragma unroll
