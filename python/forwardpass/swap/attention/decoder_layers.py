@@ -8,18 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
-from ...common.batches import Forward, device_of
-from ...common.environment import cpu_tier
+from ...common.batches import Forward
 from ...dispatch import Reason
-from ...integrations.transformers.attention import register
 from ...integrations.transformers.kv_scales import KV_CACHES
 from ...integrations.transformers.stacks.decoder_stack import DecoderStack, form_of
-from ...integrations.transformers.unpadding import why_replaced
 from ...proofs.activation import formula_of
-from .encoder_layers import EncoderDecision, decide_by_running, put_loaded
+from .encoder_layers import EncoderDecision, decide_by_running, put_loaded, why_not_layers
 from .unpadded_encoders import is_pretrained
 
 if TYPE_CHECKING:
@@ -72,29 +68,7 @@ def _stack(model: nn.Module, fqn: str, in_floats: bool) -> DecoderStack:
 
 
 def _why_not_layers(layers: nn.ModuleList) -> Reason | None:
-    """The reasons that hold for layers of any precision."""
-    if reason := register():
-        return reason
-    form = form_of(layers[0])
-    if form is None or any(form_of(layer) != form for layer in layers):
-        text = f"the code of a {type(layers[0]).__name__} is none that is known, Llama's"
-        return Reason("other_layers", text, "leave it")
-    if device_of(layers[0]).type != "cpu":
-        return Reason("on_gpu", "it is an operation of CPUs", "leave it")
-    if cpu_tier() in (None, "baseline"):
-        return Reason("instructions", "this CPU has no AVX2", "leave it")
-    for layer in layers:
-        if (dtype := layer.get_submodule(form.norm1).weight.dtype) != torch.float32:
-            text = f"its norms are {str(dtype).removeprefix('torch.')}, and the operation has norms in float32"
-            return Reason("dtype", text, "load the model in float32")
-    classes = dict.fromkeys(type(m) for layer in layers for m in layer.modules())
-    if (replaced := why_replaced(classes)) is not None:
-        return Reason(
-            "replaced", f"the code of {replaced} is not what transformers has in its file", "undo what replaced it"
-        )
-    if any("forward" in vars(m) for layer in layers for m in layer.modules()):
-        return Reason("replaced", "a forward of its layers was replaced", "undo what replaced it")
-    return None
+    return why_not_layers(layers, form_of, f"the code of a {type(layers[0]).__name__} is none that is known, Llama's")
 
 
 def _why_not(decision: Decision, layers: nn.ModuleList) -> Reason | None:

@@ -136,10 +136,17 @@ def _stack(model: nn.Module, fqn: str, in_floats: bool = False) -> Stack:
 
 
 def _why_not_layers(layers: nn.ModuleList) -> Reason | None:
-    """The reasons that hold for layers of any precision."""
+    return why_not_layers(layers, form_of, f"the parts of a {type(layers[0]).__name__} are none that are known")
+
+
+def why_not_layers(layers: nn.ModuleList, form_of: Callable[[nn.Module], Any], unknown: str) -> Reason | None:
+    """The reasons that hold for layers of any precision.
+
+    form_of: of a layer, which parts it has; None for a layer of another kind, of which `unknown` is said.
+    """
     form = form_of(layers[0])
     if form is None or any(form_of(layer) != form for layer in layers):
-        return Reason("other_layers", f"the parts of a {type(layers[0]).__name__} are none that are known", "leave it")
+        return Reason("other_layers", unknown, "leave it")
     if device_of(layers[0]).type != "cpu":
         return Reason("on_gpu", "it is an operation of CPUs", "leave it")
     if cpu_tier() in (None, "baseline"):
