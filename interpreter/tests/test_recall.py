@@ -28,6 +28,9 @@ def test_the_page_has_all():
 def test_found(name):
     bug = BUGS[name]
     for seed in range(SEEDS):
+        if bug.is_mended:
+            assert torch.equal(*bug.run(True, seed))
+            continue
         with pytest.raises(gpuless.Finding) as raised:
             bug.run(True, seed)
         finding = raised.value
