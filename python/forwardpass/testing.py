@@ -68,29 +68,34 @@ def pairwise(
     is up to a half longer, of few kernels: for each that a case launches, what a row, whole or not, tells of its constants.
     """
     names = list(factors)
+    position = {name: i for i, name in enumerate(names)}
     uncovered = {
         (a, i, b, j)
         for a, b in itertools.combinations(names, 2)
         for i in range(len(factors[a]))
         for j in range(len(factors[b]))
     }
-    compiled: list[list[Mapping[str, Any]]] = []
+    compiled: list[list[Mapping[str, Any]]] = [[] for _ in kernels]  # for each kernel, the constants of the rows
 
     def values(row: dict[str, int]) -> dict[str, Any]:
         return {n: factors[n][i] for n, i in row.items()}
 
     def gain(row: dict[str, int], name: str, value: int) -> int:
         """How many uncovered pairs `value` makes with what the row has; a kernel that is new costs as much as three."""
-        pairs = (
-            (name, value, m, w) if names.index(name) < names.index(m) else (m, w, name, value) for m, w in row.items()
-        )
-        constants = [kernel(values({**row, name: value})) for kernel in kernels]
-        new = sum(not any(known[i].items() >= c.items() for known in compiled) for i, c in enumerate(constants))
-        return sum(p in uncovered for p in pairs) - 3 * new
+        own, pairs = position[name], 0
+        for m, w in row.items():
+            pairs += ((name, value, m, w) if own < position[m] else (m, w, name, value)) in uncovered
+        if not kernels:
+            return pairs
+        whole = values({**row, name: value})
+        constants = [kernel(whole).items() for kernel in kernels]
+        return pairs - 3 * sum(not any(k.items() >= c for k in known) for known, c in zip(compiled, constants))
 
     rows = []
-    while uncovered:
-        a, i, b, j = min(uncovered)
+    for pair in sorted(uncovered):
+        if pair not in uncovered:
+            continue
+        a, i, b, j = pair
         row = {a: i, b: j}
         for n in names:
             if n not in row:
@@ -98,7 +103,9 @@ def pairwise(
                 row[n] = max((gain(row, n, v), -v) for v in choices)[1] * -1
         uncovered -= {(a, row[a], b, row[b]) for a, b in itertools.combinations(names, 2)}
         rows.append(values({n: row[n] for n in names}))
-        compiled.append([kernel(rows[-1]) for kernel in kernels])
+        for kernel, known in zip(kernels, compiled):
+            if (constants := kernel(rows[-1])) not in known:
+                known.append(constants)
     return rows
 
 
