@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from later import Later, later
 from processes import fork
 from torch import nn
 
@@ -15,16 +16,16 @@ import forwardpass as fp
 from forwardpass.swap import originals
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
-keras = pytest.importorskip("keras")
-if keras.config.backend() != "torch":
-    pytest.skip("keras was imported with another backend than torch", allow_module_level=True)
-layers = keras.layers
+keras = later("keras")
+layers = Later("keras.layers")
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(autouse=True)
 def fresh_names():
+    if keras.config.backend() != "torch":
+        pytest.skip("keras was imported with another backend than torch")
     keras.utils.clear_session()
     keras.utils.set_random_seed(0)
 
@@ -47,21 +48,9 @@ def encoder():
     return keras.Model(x, head(h)), torch.randn(3, 11, 64)
 
 
-class Subclassed(keras.Model):
-    def __init__(self):
-        super().__init__(name="outer")
-        self.first = layers.Dense(72)
-        self.inner = keras.Sequential([layers.Dense(72, "silu"), layers.Dense(72)], name="inner")
-        self.others = [layers.Dense(64), layers.Dense(64)]
-
-    def call(self, x, training=None):
-        x = self.inner(self.first(x))
-        for layer in self.others:
-            x = layer(x)
-        return x
-
-
 def subclassed():
+    from keras_models import Subclassed  # which imports keras
+
     model, x = Subclassed(), torch.randn(2, 3, 64)
     model(x)
     return model, x
@@ -102,6 +91,7 @@ def near(a, b, error=0.03):
     return (a - b).norm() < error * b.norm()
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("precision", ["int8", "w8a16", "bf16"])
 @pytest.mark.parametrize("make", MODELS)
 def test_swapped_and_restored(make, precision):
@@ -160,16 +150,12 @@ def test_a_keras_model_within_a_module_of_torch():
         assert torch.equal(model(x), before)
 
 
-class Own(layers.Dense):
-    pass
-
-
 def _lora(layer):
     layer.enable_lora(2)
 
 
 REFUSED = {
-    "subclass": (lambda: Own(64), None, "subclass"),
+    "subclass": (lambda: type("Own", (layers.Dense,), {})(64), None, "subclass"),
     "lora": (lambda: layers.Dense(64), _lora, "keras"),
     "quantised": (lambda: layers.Dense(64), lambda layer: layer.quantize("int8"), "keras"),
     "mixed": (lambda: layers.Dense(64, dtype="mixed_bfloat16"), None, "dtype"),
@@ -206,6 +192,8 @@ def test_layers_that_stay_are_named(name):
 
 
 def test_a_layer_that_is_not_built():
+    from keras_models import Subclassed
+
     model = Subclassed()
     report = fp.swap(model, "int8")
     assert not report.swapped and {s.reason.code for s in report.skipped} == {"uninitialized"}

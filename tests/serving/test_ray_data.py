@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from command_line import small_bert
+from later import later
 
 import forwardpass as fp
 from forwardpass.swap import rules
 
 ray = pytest.importorskip("ray", reason="ray[data] is not installed")
-sentence_transformers = pytest.importorskip("sentence_transformers")
+sentence_transformers = later("sentence_transformers")
 ray_data = pytest.importorskip(
     "examples.ray_data", reason="examples are in the checkout only; run pytest from its root"
 )
@@ -76,6 +77,7 @@ def by_loop(lines, **model):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.every(2)
 def test_a_plan_gives_an_actor_the_model_that_was_saved(folders):
     """Without Ray: an actor is a class."""
     lines = texts(110)
