@@ -64,7 +64,7 @@ def out_of_turn(*architectures):
     ("case", "arch"),
     [
         *on_each(ARCHITECTURES, CASES, 76, slow=("sm_89", "sm_120")),
-        *on_each(ARCHITECTURES, PATHS, 16, slow=("sm_89", "sm_120", *out_of_turn("sm_80", "sm_90a"))),
+        *on_each(ARCHITECTURES, PATHS, 32, slow=("sm_89", "sm_120", *out_of_turn("sm_80", "sm_90a"))),
         *on_each(("sm_90a", "sm_89", "sm_120"), FP8, 76, slow=("sm_120", *out_of_turn("sm_90a", "sm_89"))),
         *(whole(REST, arch, which="of cuda", marks=[pytest.mark.slow]) for arch in ("sm_80", "sm_90a")),
     ],
@@ -83,6 +83,7 @@ def test_what_no_kernel_takes_is_refused():
             dispatch.operations[FP8[0].op](*FP8[0].arguments())
 
 
+@pytest.mark.every(2)
 def test_a_sequence_has_its_bits_whatever_is_beside_it():
     """Each in a batch, packed, and alone; with NaN in a neighbour."""
     lengths = ((130, 300), (1, 257), (5, 0), (127, 127), (66, 191))
@@ -178,6 +179,7 @@ def test_blocks_of_v_of_other_sizes():
         cases.assert_matches(*with_lse("sm_80", q, k, v, **options))
 
 
+@pytest.mark.every(2)
 def test_a_peak_and_a_long_tail():
     """A key whose probability is a thousand times that of each of 4096 others leaves these what they add up to."""
     g = torch.Generator().manual_seed(0)

@@ -42,7 +42,7 @@ def check(name, case, implementation, arch, seed):
 LAUNCHES = [
     p
     for name, module in MODULES.items()
-    for implementation, parts in (("cuda", 4), ("triton", 20))
+    for implementation, parts in (("cuda", 4), ("triton", 60))
     for p in on_each(ARCHITECTURES, module.cases(), parts, name, implementation)
 ]
 

@@ -26,7 +26,7 @@ def test_cuda(case, arch, seed):
     cases.assert_matches(interpreted(OPERATION, args, "cuda", arch, seed), args)
 
 
-@pytest.mark.parametrize(("case", "arch"), in_triton(CASES))
+@pytest.mark.parametrize(("case", "arch"), in_triton(CASES, 32))
 def test_triton(case, arch, seed):
     args = case.arguments(seed=seed)
     cases.assert_matches(interpreted(OPERATION, args, "triton", arch, seed), args)
@@ -124,12 +124,14 @@ def read_while_counting(args, backend):
     return sum(32 * i.get("sectors", 0) for k in kernels for i in k.instructions if i["opcode"].startswith("ld.global"))
 
 
+@pytest.mark.every(2)
 @pytest.mark.interpreted
 def test_counting_reads_no_more_than_in_proportion_to_the_choices():
     """A thread block for every 2048 choices would add up what all others have counted: 134 MB for this, 8.6 GB for 2^22."""
     assert read_while_counting(choices_of_all(2**16, MOST_EXPERTS), "cuda") < 80e6
 
 
+@pytest.mark.every(2)
 @pytest.mark.interpreted
 def test_triton_reads_choices_as_often_whatever_the_experts():
     """By a program for each expert, which reads all choices twice, it is 269 MB for 64 KB of them."""

@@ -22,7 +22,7 @@ def test_cpu_against_reference(case, seed):
     cases.assert_matches(got, args)
 
 
-@pytest.mark.parametrize(("case", "arch"), on_each(("sm_80", "sm_89", "sm_90a"), GPU_CASES, 20))
+@pytest.mark.parametrize(("case", "arch"), on_each(("sm_80", "sm_89", "sm_90a"), GPU_CASES, len(GPU_CASES)))
 def test_triton(case, arch, seed):
     args = case.arguments(seed=seed)
     with poisoned_outputs(), fp.use_backend("triton"), fp.interpret(arch, seed=seed, guard=True) as device:
