@@ -83,6 +83,7 @@ def broken_peer(monkeypatch):
     return ["eager", "forwardpass int8", "torch_dynamic_int8"]
 
 
+@pytest.mark.every(2)
 def test_models_beside_their_peers(small_model, broken_peer):
     result = measure(small_model, "--batch", "1,2", "--length", "8")
     assert result["not_run"] == {"broken": "failed: ZeroDivisionError: of its own"}
@@ -101,6 +102,7 @@ def test_models_beside_their_peers(small_model, broken_peer):
     json.dumps(result)
 
 
+@pytest.mark.every(2)
 def test_grid_and_ragged_texts(small_model, broken_peer, monkeypatch):
     cells = [models.Cell(threads, 2, 8) for threads in (1, 2)]
     monkeypatch.setitem(models.MODES, "grid", dataclasses.replace(models.MODES["grid"], cells=lambda args: cells))
@@ -185,6 +187,7 @@ def generated(model, *options, module="generate_peers"):
     return generate, result
 
 
+@pytest.mark.every(2)
 def test_generate_beside_its_peers(small_decoder, monkeypatch):
     from forwardpass.common.models.decoding import Decoding
 

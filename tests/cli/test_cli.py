@@ -1,7 +1,6 @@
 """The command line: what it prints, what it writes, what it refuses and with which exit code."""
 
 import dataclasses
-import importlib
 import json
 import re
 import shutil
@@ -18,9 +17,6 @@ from processes import fork
 
 import forwardpass as fp
 from forwardpass.cli import comparison, console, embedding, source
-from forwardpass.serving import size_batch
-from forwardpass.serving.load_generator import Load
-from forwardpass.serving.queueing import Arrivals, Spread
 
 pytestmark = pytest.mark.usefixtures("fewer_texts")
 needs_minilm = pytest.mark.skipif(NO_MINILM, reason="the extra demo is not installed")
@@ -86,6 +82,7 @@ def test_swap_plan_and_save(folder, tmp_path):
     assert any((tmp_path / "saved").iterdir())
 
 
+@pytest.mark.every(2)
 def test_attention_in_8_bits(folder, tmp_path):
     args = ("swap", folder, "--calibrate", "none", "--batch", 2, "--length", 16, "--min-cosine", 0.99)
     done = run(
@@ -160,6 +157,7 @@ def test_save_does_not_touch_a_models_own_folder(folder, tmp_path, monkeypatch):
     assert {p.name: p.read_bytes() for p in source.iterdir()} == before
 
 
+@pytest.mark.every(2)
 def test_a_precision_without_a_kernel_here_is_asked_for(folder, stub_swap, tmp_path, monkeypatch):
     refused(
         run("swap", folder, "--precision", "fp8"),
@@ -194,6 +192,7 @@ def test_what_a_search_keeps():
     assert embedding.search_agreement(near, x)["spearman"] == pytest.approx(expected)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("columns", [80, 120])
 def test_tables_fit_the_terminal_and_each_column_has_a_head(folder, stub_swap, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
@@ -213,6 +212,7 @@ def test_tables_fit_the_terminal_and_each_column_has_a_head(folder, stub_swap, m
         assert line.split()[-3:] == [f"{x:.5f}" for x in expected]
 
 
+@pytest.mark.every(2)
 def test_save_over_other_files_is_asked_for(folder, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     swap = ("swap", folder, "--precision", "w8a16", "--batch", 1, "--length", 8, "--min-cosine", 0.9)
@@ -249,6 +249,7 @@ def test_a_config_that_names_a_kernel_is_not_loaded(folder, tmp_path, monkeypatc
     refused(run("profile", source), "names the code attn_implementation='kernels-community/flash-attn'")
 
 
+@pytest.mark.every(2)
 @needs_minilm
 @pytest.mark.parametrize(("every", "of_calibration"), [(36, 8), pytest.param(1, 1, marks=pytest.mark.slow)])
 def test_minilm_int8_keeps_its_embeddings(tmp_path, every, of_calibration):
@@ -264,6 +265,7 @@ def test_minilm_int8_keeps_its_embeddings(tmp_path, every, of_calibration):
     assert len(written["swapped"]) >= 36 and written["parity"]["cosine_min"] >= 0.999
 
 
+@pytest.mark.every(2)
 def test_swap_json(folder, stub_swap, tmp_path):
     out = tmp_path / "out.json"
     result = run("swap", folder, "--precision", "int8", "--batch", 2, "--length", 16, "--json", out)
@@ -286,6 +288,7 @@ def test_swap_json(folder, stub_swap, tmp_path):
     assert sum(len(b["input_ids"]) for b in stub_swap["calibrate"]) == 64
 
 
+@pytest.mark.every(2)
 def test_swap_says_what_it_calibrated_on_and_how_steady_the_times_are(folder, stub_swap):
     result = run("swap", folder, "--precision", "int8", "--batch", 2, "--length", 16, "--json", "-")
     said, written = " ".join(result.stderr.split()), json.loads(result.stdout)
@@ -367,6 +370,7 @@ def test_swap_reads_texts(folder, stub_swap, tmp_path):
     assert [b["input_ids"].shape[0] for b in stub_swap["calibrate"]] == [2]
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -388,6 +392,7 @@ def test_refusals(args, words):
     refused(run("swap", *args), words)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -491,6 +496,7 @@ def test_the_command_itself():
     assert done.exit_code == 2 and isinstance(done.exception, SystemExit)
 
 
+@pytest.mark.every(2)
 def test_profile_prints_the_phases_and_writes_json_page_and_trace(folder, tmp_path):
     files = {name: tmp_path / f"p.{name}" for name in ("json", "html", "trace")}
     result = run("profile", folder, "--batch", 2, "--length", 16, "--batches", 2, "--rounds", 1,
@@ -529,6 +535,7 @@ def test_profile_refuses(folder, tmp_path):
     refused(run("profile", tmp_path), "without a config.json")
 
 
+@pytest.mark.every(2)
 def test_parity_lists_layers_and_draws(folder, tmp_path):
     files = {"json": tmp_path / "parity.json", "html": tmp_path / "parity.html", "plot": tmp_path / "parity.png"}
     result = run("parity", folder, "--precision", "int8", *(x for n, f in files.items() for x in (f"--{n}", f)))
@@ -542,59 +549,3 @@ def test_parity_lists_layers_and_draws(folder, tmp_path):
     refused(run("parity", folder, "--precision", "int8", "--plan", "x"), "pass either --precision or --plan")
     refused(run("parity", folder, "--precision", "int9"), "--precision is one of")
     refused(run("parity", folder, "--precision", "int8", "--plot", tmp_path / "parity.txt"), "give it another name")
-
-
-@pytest.mark.every(3)
-def test_size_batch_gives_a_policy_and_tries_it(folder, tmp_path):
-    files = {"json": tmp_path / "size.json", "plot": tmp_path / "size.png"}
-    result = run("size-batch", folder, "--slo-ms", 60_000, "--rate", 50, "--length", 8, "--max-batch", 2, "--seconds", 0.1,
-                 "--check", 0.5, "--price-per-hour", 1, *(x for n, f in files.items() for x in (f"--{n}", f)))  # fmt: skip
-    assert result.exit_code == 0, result.output
-    assert "p99 within 60000 ms at 50 requests a second: max_batch=" in result.stdout
-    written = json.loads(files["json"].read_text())
-    replicas = written["policy"]["replicas"]  # more than one where the machine is slow
-    requests = round(0.5 * 50 / replicas)
-    assert f"real run of {requests} requests" in result.stdout and "holds the objective" in " ".join(
-        result.stdout.split()
-    )
-    assert written["policy"]["max_batch"] in (1, 2) and written["policy"]["max_wait_ms"] >= 0
-    assert written["check"]["requests"] == requests and written["check"]["ok"]
-    assert written["policy"]["cost_per_million"] == pytest.approx(replicas / (50 * 3600) * 1e6)
-    assert files["plot"].read_bytes()[:4] == b"\x89PNG"
-
-
-@pytest.mark.every(3)
-def test_size_batch_tries_what_it_simulated(folder, monkeypatch):
-    """One of three replicas gets each third request; a run that took longer than any that was simulated is said to."""
-    sent = []
-
-    def trial(model, make_batch, policy, arrivals, forward):
-        sent.append(arrivals)
-        return Load([0.001 if len(sent) == 1 else 60.0] * len(arrivals), [0.0] * len(arrivals))
-
-    three = size_batch.Candidate(1, 0.0, 3, {"p50": 1.0, "p95": 1.0, "p99": 1.0}, 0.5, 1.0, None)
-    size = ("size-batch", folder, "--length", 8, "--max-batch", 1, "--seconds", 0.1, "--rate", 30, "--check", 2)
-    monkeypatch.setattr(importlib.import_module("forwardpass.cli.commands.size_batch_command"), "try_policy", trial)
-    monkeypatch.setattr(size_batch, "_choose", lambda *args: (three, Spread(20, 0.5, 1.5), [], None))
-    holds, fails = (" ".join(run(*size, "--slo-ms", 100).stdout.split()) for _ in range(2))
-    assert sent == [Arrivals(30.0).of_replica(3, 20, seed=1)] * 2
-    assert "3 replicas, which take turns" in holds and "in 95% of runs of 20 requests p99 is 0.5 to 1.5 ms" in holds
-    assert "holds the objective" in holds and "not as simulated" not in holds
-    assert "FAILS the objective p99 is not as simulated" in fails
-
-
-@pytest.mark.every(3)
-def test_size_batch_with_a_trace_an_objective_that_cannot_hold_and_bad_usage(folder, tmp_path):
-    trace = tmp_path / "trace.txt"
-    trace.write_text("\n".join(str(i / 20) for i in range(40)))
-    size = ("size-batch", folder, "--length", 8, "--max-batch", 1, "--seconds", 0.1, "--check", 0.3)
-    result = run(*size, "--slo-ms", 60_000, "--trace", trace, "--json", "-")
-    written = json.loads(result.stdout)
-    assert result.exit_code == 0 and written["check"]["requests"] == -(-7 // written["policy"]["replicas"])
-    result = run(*size, "--slo-ms", 0.001, "--rate", 5, "--json", "-")
-    assert result.exit_code == 1 and json.loads(result.stdout)["policy"] is None
-    assert "no policy holds p99 within 0.001 ms" in result.stderr
-    refused(run(*size, "--slo-ms", 50), "either --rate or --trace: neither was given")
-    refused(run(*size, "--slo-ms", 0, "--rate", 5), "--slo-ms is a number above 0, not 0")
-    refused(run(*size, "--slo-ms", 50, "--trace", tmp_path / "none"), "No such file")
-    refused(run(*size, "--slo-ms", 50, "--rate", 5, "--precision", "int9"), "--precision is one of")

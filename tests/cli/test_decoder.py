@@ -121,6 +121,7 @@ def test_plan_of_a_decoder_replays(folder, text, tmp_path):
         assert done.exit_code == 0 and "decode, " in done.stdout, done.output
 
 
+@pytest.mark.every(2)
 def test_profile_has_prefill_and_decode_as_phases(folder, text, tmp_path):
     files = {"json": tmp_path / "profile.json", "html": tmp_path / "profile.html"}
     done = run("profile", folder, "--text", text, "--batch", 2, "--length", 6, "--steps", 3, "--batches", 2,

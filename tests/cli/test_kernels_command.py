@@ -18,6 +18,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.every(2)
 def test_layers_run_by_their_kernels(folder, tmp_path):
     out = tmp_path / "kernels.json"
     done = run("kernels", str(folder), "--gpu", "sm_80", "--json", str(out))

@@ -33,6 +33,7 @@ def weights(tmp_path_factory):
     return file
 
 
+@pytest.mark.every(2)
 def test_a_model_of_timm_by_name(photographs, weights, tmp_path):
     """Its convolutions are calibrated on one half of the crops and compared on the other."""
     args = (

@@ -167,6 +167,7 @@ def test_a_layer_is_one_operation(layer):
     assert called == [f"forwardpass.{module.operation}_cpu.default"]
 
 
+@pytest.mark.every(2)
 def test_limits_are_asked_as_swap_and_plan_ask_them():
     """Before there is a call: with its first arguments alone, on the meta device, and of any dtype of the first."""
     calls = {op: first_case(op).arguments() for op in operations.values()}

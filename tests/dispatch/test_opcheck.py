@@ -42,6 +42,7 @@ def test_every_op_is_checked():
     assert names == {f"{op.name}_{backend}" for op, backend in OPS} | SETTINGS | {"pack_int8_weight"}
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("op", "backend"), IN_TURN, ids=lambda x: x if isinstance(x, str) else x.name)
 def test_opcheck(op, backend):
     opcheck(op.runs[backend], arguments(op, backend))

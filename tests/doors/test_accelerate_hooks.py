@@ -44,6 +44,7 @@ class Counts(hooks.AlignDevicesHook):
     """No AlignDevicesHook, to which it is alike."""
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", MAPS)
 @torch.inference_mode()
 def test_hooks_go_on_around_swapped_layers(name, monkeypatch):
@@ -159,6 +160,7 @@ def test_calibrated():
     assert torch.equal(outputs(model, x), before) and all_hooks(model) == were
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("device_map", ["cpu", "auto", by_layer, by_module])
 @torch.no_grad()
 def test_from_pretrained_with_a_device_map(device_map, tmp_path, monkeypatch):

@@ -5,13 +5,14 @@ import pickle
 
 import pytest
 import torch
+from later import later
 from rotation import paired
 from small_models import assert_same_objects, objects
 
 import forwardpass as fp
 from forwardpass.dispatch.calls import Calls, counted
 
-diffusers = pytest.importorskip("diffusers")
+diffusers = later("diffusers")
 transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -116,6 +117,7 @@ def test_swapped_and_restored(make, precision, tmp_path):
     assert torch.equal(run(model, inputs), before)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("make", MODELS)
 def test_in_bfloat16(make):
     model, inputs = built(make)
@@ -131,6 +133,7 @@ def test_in_bfloat16(make):
     assert torch.equal(run(model, inputs), before)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("make", MODELS)
 def test_attention_runs_on_ours_within_sdpa(make):
     model, inputs = built(make)
@@ -171,6 +174,7 @@ def test_attention_is_swapped(make, tmp_path):
     assert torch.equal(run(model, inputs), before)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("make", MODELS)
 def test_attention_in_8_bits(make):
     """Masks and cross attention too; what 8 bits lose is all that changes."""
@@ -194,6 +198,7 @@ def test_attention_in_8_bits(make):
 ADAPTIVE = {dit: (4, 4), flux: (10, 10), sd3: (6, 7)}
 
 
+@pytest.mark.every(2)
 @pytest.mark.interpreted
 @pytest.mark.parametrize("make", ADAPTIVE)
 def test_adaln_on_kernels_of_a_gpu(make, monkeypatch):
@@ -299,6 +304,7 @@ def test_a_pipeline():
     assert torch.equal(image(), before)
 
 
+@pytest.mark.every(2)
 def test_adapters_of_a_pipeline():
     peft = pytest.importorskip("peft")
     model, inputs = built(flux)

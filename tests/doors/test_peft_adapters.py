@@ -5,13 +5,14 @@ import pickle
 
 import pytest
 import torch
+from later import later
 from small_models import transformers
 from torch import nn
 
 import forwardpass as fp
 from forwardpass.proofs.code import Reach
 
-peft = pytest.importorskip("peft")
+peft = later("peft")
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 IDS = torch.tensor([[5, 17, 99, 3, 8, 61, 2], [1, 7, 9, 33, 80, 12, 70]])
@@ -204,6 +205,7 @@ _OTHERS = {
 }
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", _OTHERS)
 def test_other_tuners(name):
     options, swappable = _OTHERS[name]
@@ -343,6 +345,7 @@ def test_peft_does_not_save_a_head_in_8_bits(tmp_path):
     model.save_pretrained(tmp_path)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     "targets", [["q_proj"], ["gate_proj"], ["gate_proj", "lm_head"], "all-linear", None, r".*\.up_proj"]
 )
@@ -389,6 +392,7 @@ def test_unloading_leaves_the_swapped_layers():
     assert torch.equal(logits(model.unload()), without)
 
 
+@pytest.mark.every(2)
 def test_compiled():
     model = adapted(lora_dropout=0.0)
     fp.swap(model, "int8")

@@ -384,6 +384,7 @@ def test_losses_on_8_9_are_named(bad):
     assert "4 tensor cores in the main loop of the code for 8.0, 0 in that for 8.9" in ada_gates.losses(right, scalar)
 
 
+@pytest.mark.every(2)
 def test_files_without_code_for_8_9_are_compiled_for_it(bad, bad_object, commands):
     """And compared: a kernel that differs is named, by one for 8.0 under another's name."""
     kernels = [k for (name, arch), k in bad.items() if arch == "sm_80" and name != "spilling_kernel"]
@@ -418,6 +419,7 @@ def test_an_unknown_architecture_is_refused():
         cubin.limits("sm_75")
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("source", "defined", "arch", "message"),
     in_turn(

@@ -6,8 +6,8 @@
 This is two tests: one calls the function with an eighth of the cases, the other, which is slow, with all others. Which eighth it is
 follows from the commit, so that a few commits run the whole. `some_of` chooses in the same way within a test.
 
-`@pytest.mark.every(3)` is for functions of more than a core-second: a run has a third of the tests of one. If it has only
-one, one commit in three runs it.
+`@pytest.mark.every(3)` is for functions of more than a core-second, `every(2)` for those of more than 0.4: a run has a third
+or a half of the tests of one. If it has only one test, one commit in three or two runs it.
 """
 
 from __future__ import annotations

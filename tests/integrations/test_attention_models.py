@@ -305,6 +305,7 @@ def test_gradients_and_dropout_are_those_of_before(swapped):
         torch.testing.assert_close(a.grad, b.grad)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", ["mistral", "gemma2", "gpt_oss", "t5"])
 @pytest.mark.parametrize("padded", [True, False])
 @torch.inference_mode()

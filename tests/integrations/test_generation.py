@@ -86,6 +86,7 @@ def test_padding_behind_tokens_is_a_mask(steps):
     assert not steps()
 
 
+@pytest.mark.every(2)
 @torch.inference_mode()
 @pytest.mark.parametrize("cache", ["dynamic", "static", "auto", "int8"])
 @pytest.mark.parametrize("tokens", [4, 8, 10])

@@ -51,6 +51,7 @@ def test_kv_cache(name, kv_cache):
     assert {type(layer).__module__ for layer in own.layers} == {"transformers.cache_utils"}
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 @pytest.mark.parametrize("kv_cache", ["auto", "int8"])
 def test_drafts_are_taken_back_and_prompts_come_in_pieces(name, kv_cache):
@@ -182,6 +183,7 @@ def test_calibrated_scales_are_reported():
     assert not any("calibrated" in w for w in report.warnings)
 
 
+@pytest.mark.every(2)
 def test_kv_cache_in_plans_and_checkpoints(tmp_path):
     model = decoder("llama")
     report = fp.swap(model, "int8", kv_cache="int8", include=["lm_head", "**"])

@@ -16,6 +16,7 @@ from forwardpass.integrations.transformers import continuous_batching
 transformers = pytest.importorskip("transformers")
 
 
+@pytest.mark.every(2)
 def test_tokens_are_those_of_whole_prompts(monkeypatch):
     """Prompts of more tokens than a batch has, beside steps of others: transformers gathers their keys from the pages that steps
     then read in place."""

@@ -163,6 +163,7 @@ def test_a_cache_that_gives_something_else_is_refused(monkeypatch):
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", ATTENTION)
 def test_what_is_as_it_reads_is_made(name):
     """At prefill and at a step, with padding on the left, in floats."""

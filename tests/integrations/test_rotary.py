@@ -163,6 +163,7 @@ def test_norms_in_threads():
             assert torch.equal(got, expected)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("kv_cache", ["auto", "int8"])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "cohere", "glm"])
 def test_steps_rotate_as_they_append(name, kv_cache, appended):
@@ -189,6 +190,7 @@ def test_steps_rotate_as_they_append(name, kv_cache, appended):
     assert len(appended()) == len(calls)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "cohere", "glm"])
 def test_logits_of_steps_are_those_of_the_models_rotation(name, appended):
     """In 16 bits they are no further from float32's, where a model rounds each product and the operation once."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 from command_line import NO_MINILM, refused, run, small_bert
 from fake_hub import FakeHub
+from later import later
 from rotation import some_of
 from small_models import assert_same_objects, objects
 
@@ -14,7 +15,7 @@ from forwardpass.cli import embedding, readout
 from forwardpass.integrations import sentence_transformers as around
 
 transformers = pytest.importorskip("transformers")
-sentence_transformers = pytest.importorskip("sentence_transformers")
+sentence_transformers = later("sentence_transformers")
 
 TEXTS = [
     "a cat",
@@ -54,6 +55,7 @@ def classifier(folder):
     return base
 
 
+@pytest.mark.every(2)
 def test_a_sentence_transformer(tmp_path):
     model = encoder(tmp_path)
     before, expected = objects(model), model.encode(TEXTS)
@@ -80,6 +82,7 @@ def test_a_sentence_transformer(tmp_path):
     assert (model.encode(TEXTS) == expected).all()
 
 
+@pytest.mark.every(2)
 def test_a_cross_encoder(tmp_path):
     model = sentence_transformers.CrossEncoder(str(classifier(tmp_path)), device="cpu")
     pairs = [(TEXTS[0], text) for text in TEXTS[1:]]
@@ -109,6 +112,7 @@ def swapped(folder, texts):
     return json.loads(result.stdout), " ".join(result.stderr.split())
 
 
+@pytest.mark.every(2)
 def test_the_folder_of_a_sentence_transformer(tmp_path, texts):
     """What is compared is what `encode` gives."""
     folder = tmp_path / "model"
@@ -142,6 +146,7 @@ def test_ways_to_pool(mode):
     assert [around._current("Pooling", config)["pooling_mode"] for config in configs] == [mode, mode]
 
 
+@pytest.mark.every(2)
 def test_the_folder_of_a_cross_encoder(tmp_path, texts):
     """Whoever saved it: transformers, with one label, or sentence-transformers."""
     folder = classifier(tmp_path / "plain")
@@ -226,6 +231,7 @@ def assert_same_model(loaded, model):
     assert not loaded.training and {p.device.type for p in loaded.parameters()} == {"cpu"}
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("dense", [False, True])
 def test_a_sentence_transformer_is_stored_whole(tmp_path, dense):
     model = adjusted(tmp_path / "bert", dense)
@@ -246,6 +252,7 @@ def test_a_sentence_transformer_is_stored_whole(tmp_path, dense):
         sentence_transformers.SentenceTransformer(str(tmp_path / "saved"), device="cpu", local_files_only=True)
 
 
+@pytest.mark.every(2)
 def test_a_cross_encoder_is_stored_whole(tmp_path):
     model = sentence_transformers.CrossEncoder(
         str(classifier(tmp_path / "bert")), device="cpu", max_length=24, activation_fn=torch.nn.Identity()
@@ -264,6 +271,7 @@ def test_a_cross_encoder_is_stored_whole(tmp_path):
     assert readout.readout_of(embedding.find_model(str(tmp_path / "saved"))) == readout.Scores(24)
 
 
+@pytest.mark.every(2)
 def test_pushed_to_the_hub(tmp_path, monkeypatch):
     hub = FakeHub(tmp_path / "hub", monkeypatch)
     model = encoder(tmp_path / "bert")
@@ -280,6 +288,7 @@ def test_pushed_to_the_hub(tmp_path, monkeypatch):
         model.save(str(tmp_path / "none"), safe_serialization=False)
 
 
+@pytest.mark.every(2)
 def test_what_would_not_come_back_is_refused_when_it_is_saved(tmp_path):
     modules = sentence_transformers.sentence_transformer.modules
     words = "cannot be saved whole .it has a module Dropout, .*: save the model of transformers in it"

@@ -42,6 +42,7 @@ def by_pickle(model):
     return type(model)(pickle.loads(pickle.dumps(model.config)))
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("how", [by_class, by_copy, by_auto_model, by_pickle])
 @pytest.mark.parametrize(
     ("name", "before"), [("llama", "sdpa"), ("llama", "eager"), ("mistral", "sdpa"), ("gpt_oss", "eager")]
@@ -161,6 +162,7 @@ def test_weights_that_a_call_asks_for(name):
         fp.restore(model)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.inference_mode()
 def test_a_config_that_asks_for_weights_keeps_its_attention(name):

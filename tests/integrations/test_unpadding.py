@@ -100,6 +100,7 @@ STAYS = {
 }
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("case", STAYS)
 @torch.inference_mode()
 def test_what_stays_padded(case):
@@ -160,6 +161,7 @@ def traced(model, batch):
         return torch.jit.trace(Ordered(model, tuple(batch)), values, check_trace=False)(*values)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("graph", in_turn([compiled, exported, traced]))
 def test_what_is_compiled_exported_or_traced_stays_padded(graph):
     model, batch = build("bert"), ragged()
@@ -239,6 +241,7 @@ def test_layers_that_were_taken_out():
     assert hidden(shorter, batch).shape == expected.shape
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", ["bert", "modernbert"])
 def test_attention_that_is_left_alone(name):
     """It computes padded, with its projections; excluded, off, and on a shared config."""
@@ -277,6 +280,7 @@ def test_attention_that_is_left_alone(name):
     assert off(hidden(second, batch), expected, batch["attention_mask"]) < 1e-5
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", ["bert", "modernbert"])
 @pytest.mark.parametrize("kernel", [True, False])
 def test_attention_that_is_not_swapped(name, kernel, monkeypatch):
@@ -360,6 +364,7 @@ def convolving(model):
     return transformers.DebertaV2Model(transformers.DebertaV2Config(**FAMILIES["bert"][2], conv_kernel_size=3)).eval()
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("change", "code"),
     [(with_hook, "hooks"), (chunked, "chunks"), (causal, "decoder"), (convolving, "between_layers")],
@@ -392,6 +397,7 @@ def test_unpad_is_an_argument():
     assert "padding" not in str(report)
 
 
+@pytest.mark.every(2)
 def test_plans():
     model, batch = build("bert"), ragged()
     ours, report = swapped(model)
@@ -418,6 +424,7 @@ def test_plans():
     assert torch.equal(hidden(again, batch), hidden(kept, batch))
 
 
+@pytest.mark.every(2)
 def test_checkpoints(tmp_path):
     model, batch = build("modernbert"), ragged()
     for options in ({"unpad": True}, {"unpad": False}, {"attention": False, "unpad": True}):

@@ -118,6 +118,7 @@ OTHERS = {
 }  # fmt: skip
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", OTHERS)
 @torch.inference_mode()
 def test_encoders_of_no_list(name):

@@ -110,6 +110,7 @@ def test_compiled_calls_are_interpreted_or_refused():
         assert device.counters["launches"] == launches + 1
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("missing", "words"),
     [

@@ -241,6 +241,7 @@ def test_integers_of_packed_sequences(operands, arch, seed):
     assert_quantized_as_the_reference(operands, q, k, v, True, starts, "int8", arch)
 
 
+@pytest.mark.every(2)
 @on_each_kernel
 def test_a_sequence_has_its_bits_whatever_is_beside_it(dtype, arch):
     """Each in a batch, packed, and alone; with NaN in a neighbour."""
@@ -300,6 +301,7 @@ def test_rows_of_zeros_and_large_scores(dtype, arch):
         cases.assert_matches(*args)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("dims", "dtype", "arch"),
     [
@@ -331,6 +333,7 @@ def test_scores_beyond_the_steps_of_their_exponents(dims, dtype, arch):
         cases.assert_matches(*with_lse(arch, q * times, k * times, v, causal=True, scale=100.0, dtype=dtype))
 
 
+@pytest.mark.every(2)
 @on_each_kernel
 @pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e7, 1e30])
 @torch.inference_mode()

@@ -142,6 +142,7 @@ def test_packed_sequences_are_a_batch(kernel, seen):
         assert_equal(got[1], lse, "lse beside NaN")
 
 
+@pytest.mark.every(2)
 def test_many_sequences(kernel):
     """More than a kernel looks at at once, most of them short, and empty ones at both ends."""
     lengths = [(0, 0)] + [(b % 4, (b * 7) % 5) for b in range(300)] + [(150, 10), (0, 3), (0, 0)]
@@ -161,6 +162,7 @@ def test_more_heads_than_run_together(arch, causal):
     cases.assert_matches(run(("cuda", arch), "attention_with_lse", args), args)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("dim", "seen"), paired([64, 96, 128, 256], [{}, {"causal": True}, {"window_left": 70, "window_right": 3}])
 )
@@ -179,6 +181,7 @@ def test_a_tile_has_the_same_bits_after_others(dim, seen):
             assert_equal(x, y)
 
 
+@pytest.mark.every(2)
 def test_a_row_has_the_same_bits_in_every_batch(kernel):
     case = cases.Case((130, 300), (40, 40), batch=3, heads=(4, 2), mask="dtype bij", alibi="bh", sinks="float32", lse=True,
                       batch_invariant=True, causal=True)  # fmt: skip
@@ -192,6 +195,7 @@ def test_a_row_has_the_same_bits_in_every_batch(kernel):
 
 
 #: in the last one a tile's first row sees all keys of a block but for the last
+@pytest.mark.every(2)
 @pytest.mark.parametrize("sizes", in_parts([(129, 384), (300, 131), (64, 257), (70, 196)], 4))
 def test_windows_at_the_edges_of_tiles(kernel, sizes):
     """Which keys are whole blocks, which are at an edge and which are none changes within a step of a side."""
@@ -257,6 +261,7 @@ def test_rows_that_are_far_apart(kernel):
     assert_equal(with_lse(kernel, q, far, v)[0], with_lse(kernel, q, k, v)[0])
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("packed", [False, True])
 def test_opcheck(kernel, packed):
     if kernel[0] == "cuda":

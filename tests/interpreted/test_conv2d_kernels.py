@@ -88,6 +88,7 @@ def test_geometry(name, arch, seed):
     run(GEOMETRIES[name], "cuda", arch, seed)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("case", "of_90a"),
     [

@@ -16,6 +16,7 @@ def programmatic(device):
     return {next(n for n in names if n in k.kernel): (k.programmatic, k.launches) for k in kernels}
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("arch", "rows", "depth", "launches"),
     [

@@ -90,6 +90,7 @@ def test_a_ragged_edge_changes_no_bits(name, arch, seed):
     assert_equal(ragged, whole[: RAGGED[0], : RAGGED[1]].contiguous())
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("activation", [None, "silu_mul"])
 def test_quantised_groups_with_a_ragged_edge_have_the_bits_of_whole_ones(activation, seed):
     """Of the groups that the edge leaves whole; tiles of 128 x 128, and of 128 x 256 where two warpgroups share a group."""

@@ -62,6 +62,7 @@ def test_w8a16(case, seed):
     w8a16_gemm.assert_matches(got, args)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(70, 240, 40), (6700, 300, 40)], ids=str)
 def test_a_bias_of_each_type(shape, dtype):
@@ -75,6 +76,7 @@ def test_a_bias_of_each_type(shape, dtype):
     w8a16_gemm.assert_matches(got, (x, w, weight_scale, bias.float(), activation))
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("case", in_parts(FP8, 4))
 def test_fp8(case, seed):
     got, args = interpreted(case, seed, "gemm_wgmma_kernel")
@@ -87,6 +89,7 @@ def test_fp8_is_promoted(case, seed):
     fp8_gemm.assert_matches(got, args, truncating=True)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("blocks", [False, True])
 @pytest.mark.parametrize(
     ("m", "n", "activation"),

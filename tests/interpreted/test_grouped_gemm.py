@@ -67,6 +67,7 @@ def test_blocks_compute_tile_after_tile(tile, room, seed):
     cases.assert_matches(got, args)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("room", in_turn([None, 5300]))
 def test_pairs_of_blocks_have_the_same_expert(room, seed):
     """And share its weight, where experts have many rows: odd numbers of tiles, one, none, and even ones."""

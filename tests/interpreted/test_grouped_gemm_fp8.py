@@ -57,6 +57,7 @@ def test_sums_are_promoted(case, implementation, arch, seed):
     cases.assert_matches(interpreted(args, arch, implementation, seed)[0], args, truncating=True)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("blocks", [False, True])
 @pytest.mark.parametrize("arch", ARCHITECTURES[:2])
 def test_bits_are_those_of_fp8_gemm(arch, blocks, seed):
@@ -119,6 +120,7 @@ def test_blocks_compute_tile_after_tile(tile, having, seed):
     cases.assert_matches(got, args)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("arch", ARCHITECTURES[:2])
 @pytest.mark.parametrize("blocks", [False, True])
 def test_blocks_compute_tile_after_tile_on_few_multiprocessors(blocks, arch, seed):
@@ -129,6 +131,7 @@ def test_blocks_compute_tile_after_tile_on_few_multiprocessors(blocks, arch, see
         cases.assert_matches(got, args, truncating=True)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("room", "blocks"), paired([None, 5300], [False, True]))
 def test_pairs_of_blocks_have_the_same_expert(room, blocks, seed):
     """And share its weight, where experts have many rows: odd numbers of tiles, one, none, and even ones."""
@@ -138,6 +141,7 @@ def test_pairs_of_blocks_have_the_same_expert(room, blocks, seed):
     cases.assert_matches(got, args)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("arch", "experts"), [("sm_89", 144), ("sm_89", 145), ("sm_90a", 384), ("sm_90a", 512)])
 def test_as_many_experts_as_there_may_be(arch, experts, seed):
     """Of which a few have rows; on sm_89 large tiles have no room for the list of more than 144."""

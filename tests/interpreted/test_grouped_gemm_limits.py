@@ -142,6 +142,7 @@ def ends_of(experts, rows, room):
     return right, wrong
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("room", [False, True])
 @pytest.mark.parametrize(("height", "share_bits"), [(16, 0), (64, 0), (128, 0), (128, 1)])
 def test_a_list_counts_any_number_of_tiles(write_list, height, share_bits, room):

@@ -64,6 +64,7 @@ def test_experts_of_any_number_of_rows(case, arch, seed):
         cases.assert_matches(got, args)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 def test_blocks_compute_tile_after_tile(arch, seed):
     for room in (None, 34):

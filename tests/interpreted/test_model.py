@@ -49,6 +49,7 @@ def by_its_parts(layer, x):
     return fp.ops.dequant_activation(acc, scale, layer.weight_scale, bias=layer.bias, out_dtype=x.dtype, **shift)
 
 
+@pytest.mark.every(2)
 @torch.inference_mode()
 def test_as_it_is(minilm):
     """auto takes a layer's CUDA kernel where it has one, and the CPU's elsewhere."""
@@ -62,6 +63,7 @@ def test_as_it_is(minilm):
     assert (device.counters["launches"] > 0) == has_kernel
 
 
+@pytest.mark.every(2)
 @torch.inference_mode()
 def test_with_its_activations_in_its_layers():
     """GELU may differ in the last bits, and a value that was about to be rounded the other way then is by a step of 8 bits."""
@@ -76,6 +78,7 @@ def test_with_its_activations_in_its_layers():
     assert 0 < off < 5e-4
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("implementation", ["cuda", "triton"])
 @torch.inference_mode()
 def test_every_layer_by_its_kernels(minilm, implementation, monkeypatch):

@@ -12,6 +12,7 @@ pytestmark = [pytest.mark.interpreted, pytest.mark.skipif(not KERNELS.exists(), 
 README = pathlib.Path(__file__).parents[2] / "README.md"
 
 
+@pytest.mark.every(2)
 def test_the_example():
     section = README.read_text().split("## Run its kernels without a GPU\n")[1].split("\n## ")[0]
     (code,) = re.findall(r"```python\n(.*?)```", section, re.S)

@@ -80,6 +80,7 @@ def test_copied_and_cast(change):
     assert torch.equal(change(mlp)(x), y)
 
 
+@pytest.mark.every(2)
 @torch.no_grad()
 def test_compiled_and_exported():
     up, _, down = linears()

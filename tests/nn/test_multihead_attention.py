@@ -82,6 +82,7 @@ def close(got, expected):
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.every(2)
 @pytest.mark.filterwarnings("ignore:Support for mismatched:UserWarning")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)

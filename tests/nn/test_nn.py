@@ -198,6 +198,7 @@ def test_threads(cls):
     assert not wrong
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("parts", A_QUARTER)
 @torch.inference_mode()
 def test_compiles_whole(parts):

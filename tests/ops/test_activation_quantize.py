@@ -69,6 +69,7 @@ def test_interleaves_the_rows_of_a_weight():
         fp.ops.separate_gate_up(rows[:24])
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("activation", PLAIN)
 def test_cpu_activation_within_its_own_bound(activation):
     """2^-22.5 |x|, tighter than what all backends keep, over every sign and exponent; one column a row leaves |value|

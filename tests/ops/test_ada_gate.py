@@ -166,6 +166,7 @@ LAYOUTS = [
 ]  # fmt: skip
 
 
+@pytest.mark.every(2)
 @pytest.mark.interpreted
 @pytest.mark.parametrize("activation", [None, "silu_mul"])
 @pytest.mark.parametrize(("name", "arch", "m"), LAYOUTS)

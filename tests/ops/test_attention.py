@@ -50,6 +50,7 @@ def test_backend(case, backend, seed):
 FLOAT32 = [dataclasses.replace(c, dtype=torch.float32) for c in CASES if takes(c, "cpu") and c.dtype != torch.float32]
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("case", in_parts(FLOAT32, 4))
 def test_float32(case, seed):
     """What models on a CPU are in."""
@@ -317,6 +318,7 @@ def test_scores_are_counted():
     assert case.flops() == 2 * case.scores() * 64
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("case", in_parts([c for c in CASES if takes(c, "cpu") and not c.packed][::4], 5))
 def test_opcheck(case):
     torch.library.opcheck(getattr(torch.ops.forwardpass, f"{case.op}_cpu").default, case.arguments())
@@ -327,6 +329,7 @@ def test_opcheck_of_packed_sequences():
     torch.library.opcheck(torch.ops.forwardpass.attention_with_lse_cpu.default, case.arguments())
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("backend", ["cpu", pytest.param("reference", marks=pytest.mark.slow)])
 def test_compiles_whole(backend, dynamic):

@@ -50,6 +50,7 @@ def operands(kind, d, keys, rows=256):
     return (3 * q if kind == "peaked" else q), k, v
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("backend", "dtype"), PRODUCTS)
 @pytest.mark.parametrize("d", [64, 128])
 @pytest.mark.parametrize("kind", BARS)
@@ -148,6 +149,7 @@ def test_backend(case, seed):
 FLOAT32 = [dataclasses.replace(c, dtype=torch.float32) for c in CASES if c.dtype != torch.float32]
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("case", in_parts(FLOAT32, 8))
 def test_float32(case, seed):
     args = case.arguments(seed=seed)
@@ -234,6 +236,7 @@ def test_values_and_probabilities_are_e4m3():
     assert o.flatten().tolist()[0] == pytest.approx((448 + 16 + small * 20) / total, rel=1e-6)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("case", in_parts(CASES, 8))
 def test_fp8_is_near_int8(case):
     """Every option: another rounding of the same scores."""
@@ -347,6 +350,7 @@ def test_the_bound_can_fail():
 # ---- as an operation
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("case", in_parts([c for c in CASES if not c.packed][::4], 5))
 def test_opcheck(case):
     torch.library.opcheck(getattr(torch.ops.forwardpass, f"{case.op}_cpu").default, case.arguments())

@@ -55,6 +55,7 @@ def test_rows_at_a_time(heads, cache):
         cases.assert_matches(run(args, "cpu"), args)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("cache", [torch.int8, E4M3], ids=str)
 @pytest.mark.parametrize(("dim", "heads"), [(64, (7, 7)), (40, (15, 5)), (200, (5, 5)), (128, (30, 3))], ids=str)
 def test_heads_that_are_taken_together(dim, heads, cache):
@@ -242,6 +243,7 @@ def test_bits_repeat(backend):
     assert_equal(run(args, backend), first)
 
 
+@pytest.mark.every(2)
 def test_bits_of_triton_repeat():
     case = cases.Case((300, 1, 0), 1, 64, (4, 2))
     _, first = interpreted(case, "sm_80", 0)
@@ -405,12 +407,14 @@ def test_the_bound_can_fail():
             cases.assert_matches(wrong, args)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("case", in_parts([c for c in CASES if not costs(c) and c.cache != E4M3][::6], 2))
 def test_opcheck(case):
     """Of dtypes that torch's own check can compute with."""
     torch.library.opcheck(torch.ops.forwardpass.attention_decode_cpu.default, case.arguments())
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("backend", ["cpu", pytest.param("reference", marks=pytest.mark.slow)])
 def test_compiles_whole(backend):
     case = cases.Case((20, 3), 1, 16, (4, 2), torch.float32, torch.int8)

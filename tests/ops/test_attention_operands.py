@@ -148,6 +148,7 @@ def of_a_cache(
     return q, (*caches, torch.tensor(lengths, dtype=torch.int32)), given
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("backend", "arch"),
     [("reference", None), ("cpu", None), ("cuda", "sm_80"), ("cuda", "sm_90a"), ("triton", "sm_80")],
@@ -258,6 +259,7 @@ def test_refusals_of_a_cache():
             call()
 
 
+@pytest.mark.every(2)
 def test_a_cache_compiles_whole():
     def f(q, k_cache, v_cache, lengths, table, k_scale, v_scale):
         x = AttentionOperands.of_cache(
@@ -281,6 +283,7 @@ def test_compiles_whole():
         assert_equal(torch.compile(f, fullgraph=True, backend="aot_eager")(*args), f(*args))
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("backend", ["cpu", "cuda", "triton"])
 def test_opcheck(backend):
     x = operands()

@@ -46,6 +46,7 @@ def keys_of(cache, table, b, n):
     return torch.stack([cache[table[b, i // page], i % page] for i in range(n)])[None] if n else cache[:1, :0]
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("parts", [4, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_cache_has_the_bits_of_tensors(parts, seed):
     for case in some_of(CASES, parts):
@@ -66,6 +67,7 @@ def test_a_cache_has_the_bits_of_tensors(parts, seed):
             assert_equal(lse[b : b + 1], alone[1])
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize("multiprocessors", [1, 3])
 def test_whatever_the_seed(seed, multiprocessors):

@@ -182,11 +182,13 @@ def test_many_tokens():
     assert all(same(y, first) for y in others)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("case", in_parts([*cases.cases()][::9], 2))
 def test_opcheck(case):
     torch.library.opcheck(torch.ops.forwardpass.decoder_layer_cpu.default, case.arguments())
 
 
+@pytest.mark.every(2)
 def test_compiles_whole():
     args = STEP.arguments()
 

@@ -157,11 +157,13 @@ def test_is_the_layer_of_torch(pre_norm):
     assert torch.cosine_similarity(y, exact).min() > 0.999
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("case", in_parts([*cases.cases()][::9], 2))
 def test_opcheck(case):
     torch.library.opcheck(torch.ops.forwardpass.encoder_layer_cpu.default, case.arguments())
 
 
+@pytest.mark.every(2)
 def test_compiles_whole():
     args = FEW.arguments()
 

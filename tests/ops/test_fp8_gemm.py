@@ -26,6 +26,7 @@ def outputs(result):
     return (result,) if isinstance(result, torch.Tensor) else result
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("case", "name"), [whole(of, name) for name, of in CASES.items()])
 def test_reference_is_what_the_comparison_expects(case, name, seed):
     args = case.arguments(seed=seed)
@@ -195,6 +196,7 @@ def test_empty_and_meta():
     assert (y.shape, y.device.type) == ((5, 16), "meta")
 
 
+@pytest.mark.every(2)
 def test_compiles_whole():
     torch.compiler.reset()
     x, w = torch.randn(5, 300), torch.randn(16, 300)
@@ -291,6 +293,7 @@ def test_needs_a_gpu_that_multiplies_fp8(arch, code):
                 fp.ops.fp8_gemm(A, W, ONE, ONE, **GEMM)
 
 
+@pytest.mark.every(2)
 @pytest.mark.skipif(
     triton_version() == "3.6",
     reason="Triton 3.6 gives tcgen05.commit an offset in shared memory where the ISA has a generic address",

@@ -30,6 +30,7 @@ def assert_expert_by_expert(got, args):
     assert not rows[of_none].float().any()
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("case", [whole(CASES)])
 def test_against_fp8_gemm(case, seed):
     args = case.arguments(seed=seed)

@@ -69,6 +69,7 @@ def test_sums_at_the_greatest_depth(backend, arch, zero_point):
     assert y.tolist() == [[float(torch.tensor(k * (128 + (zero_point or 0)) * 128.0))] * 2]
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("case", "op"), [p for op, cases in OPS.items() for p in in_parts([*cases.cases()][::9], 5, op)]
 )

@@ -99,6 +99,7 @@ def test_compiles_whole():
     )
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("case", in_parts(CASES[::9], 4))
 def test_opcheck(case):
     torch.library.opcheck(torch.ops.forwardpass.int8_grouped_gemm_cpu.default, case.arguments())

@@ -183,6 +183,7 @@ DROPPED = (
 )
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("numbered", "backend", "arch"), list(on_backends(DROPPED)))
 def test_append_kv(numbered, backend, arch):
     """Of a token without a place nothing is written, and q is NaN; the rest has the bits of a call with nothing but it."""

@@ -121,6 +121,7 @@ def test_special_rows(backend, dtype, symmetric):
 
 
 # opcheck takes NaN for a difference, and in fp16 the residual's row of extremes overflows
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     "case", in_parts([c for c in CASES if c.x_dtype is not torch.float16 or not c.residual][::4], 4)
 )

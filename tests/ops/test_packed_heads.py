@@ -44,6 +44,7 @@ def test_heads_are_rows_of_a_tile(parts, seed):
         cases.assert_matches(result, args)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("multiprocessors", [2, 24])
 def test_their_keys_are_shared(multiprocessors, seed):
     """Split-KV, and persistent blocks with several tiles each."""
@@ -66,6 +67,7 @@ def test_a_row_has_the_bits_of_its_head_alone():
         assert_equal(lse[:, head : head + 1].contiguous(), alone[1])
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("change", "arch", "kernel"),
     [

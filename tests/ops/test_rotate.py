@@ -90,6 +90,7 @@ def test_linears_are_quantize_and_a_product(name, backend):
     assert (y - exact).norm() < (0.02 if dtype == torch.int8 else 0.06) * exact.norm()
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("backend", ["reference", "cpu", "cuda", "triton"])
 def test_not_finite_shows_in_the_scale(value, backend):
@@ -125,6 +126,7 @@ def outliers(rows, columns):
     return x
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("cls", [fp.nn.Int8Linear, fp.nn.Fp8Linear])
 @torch.inference_mode()
 def test_layers(cls):

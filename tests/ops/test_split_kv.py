@@ -39,6 +39,7 @@ def run(operation, args, seed=0, arch="sm_80", **options):
         return result, " ".join(k.kernel for k in gpu.kernels())
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("arch", ARCHES)
 @pytest.mark.parametrize("parts", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_keys_of_few_tiles_are_shared(parts, arch, seed):
@@ -69,6 +70,7 @@ def test_whatever_the_seed(arch):
         cases.assert_matches(result, args)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("arch", ARCHES)
 @pytest.mark.parametrize(
     ("change", "options"),

@@ -197,6 +197,7 @@ for backend, arch in (("reference", None), ("cpu", None), ("cuda", "sm_90a")):
 """
 
 
+@pytest.mark.every(2)
 def test_debug_refuses_them():
     done = fork.run(_DEBUG, env=two_threads({"FORWARDPASS_DEBUG": "1"}))
     assert done.returncode == 0, done.stderr

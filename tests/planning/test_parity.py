@@ -415,6 +415,7 @@ def test_a_model_under_compile_is_compared_too():
     assert "under torch.compile" in str(report) and report.to_json()["compiled"]["samples"] == 5
 
 
+@pytest.mark.every(2)
 def test_layers_are_listed_worst_first_and_drawn(tmp_path):
     class Blocks(nn.Module):
         def __init__(self):

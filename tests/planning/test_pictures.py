@@ -336,6 +336,7 @@ def test_a_plan_holds_its_ssim(skimage, times):
     assert min(fp.parity(model, [0, 1], images=drawn).images.ssim) >= 0.9
 
 
+@pytest.mark.every(2)
 def test_calibration_draws(skimage, times, monkeypatch):
     monkeypatch.setitem(TIMES, "int8+calibrated", 0.9)
     model = block()

@@ -101,6 +101,7 @@ def test_exactly_one_criterion(given, words):
         planned(**{"max_error": None, **given})
 
 
+@pytest.mark.every(2)
 def test_a_plan_holds_its_budget_and_leaves_the_model_alone(times):
     model = block()
     model.first.train()
@@ -239,6 +240,7 @@ def test_kernel_error_is_apart_from_quantisation(times):
         assert x["candidates"]["w8a16"]["output"] is None  # refused for its time: not put into the model
 
 
+@pytest.mark.every(2)
 def test_a_bert_by_mask_and_name(times):
     model, given = build("bert"), [batch("bert", seed) for seed in range(3)]
     plan = fp.plan(model, given, min_cosine=0.9999, candidates=["fp8", "int8", "bf16"], exclude="pooler.**")
@@ -295,6 +297,7 @@ def test_json_round_trip(times, tmp_path):
     assert "first" in str(dataclasses.replace(plan, evidence=None))
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -413,6 +416,7 @@ def test_a_candidate_that_gives_nan_is_refused(times, monkeypatch):
     json.dumps(plan.to_json(), allow_nan=False)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
 def test_an_interrupt_keeps_what_was_measured(times, tmp_path, error):
     model, runs, file = block(), [], tmp_path / "partial.json"
@@ -544,6 +548,7 @@ def test_the_command_prints_json_alone(times, folder, tmp_path):
     assert json.loads(done.stdout)["evidence"]["candidates"] == ["fp8", "int8", "int8_rotated", "w8a16", "bf16"]
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -562,6 +567,7 @@ def test_the_command_refuses(times, folder, args, words):
     refused(command(folder, *args), words)
 
 
+@pytest.mark.every(2)
 def test_an_interrupted_command_says_what_it_kept(times, folder, tmp_path, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt

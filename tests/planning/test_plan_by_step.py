@@ -80,6 +80,7 @@ def all_in_8_bits(model, **options):
         return min(fp.parity(model, range(2), images=drawn).images.psnr)
 
 
+@pytest.mark.every(2)
 def test_the_steps_that_err_most_stay_as_they_are(tmp_path):
     model = Denoiser().eval()
     bound = all_in_8_bits(model) + 4
@@ -158,6 +159,7 @@ def test_steps_are_resumed(tmp_path):
     assert json.loads((tmp_path / "measured.json").read_text()) == kept
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("damage", [{"chosen": [1]}, {"parts": [{"timesteps": [1, 2, 3], "share": 1, "error": 0.1}]},
                                     {"parts": 3}, {"tried": ["1", 2]}])  # fmt: skip
 def test_a_damaged_file_is_refused(damage):

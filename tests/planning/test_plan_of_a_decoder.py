@@ -52,6 +52,7 @@ def by_name(plan):
     return {x["fqn"]: x for x in plan.evidence["layers"]}
 
 
+@pytest.mark.every(2)
 def test_a_phase_counts_as_often_as_there_is_it_and_a_slower_step_is_refused(times):
     times["prefill"] |= {"int8": 3.0, "w8a16": 0.1}
     times["decode"] |= {"int8": 1.0, "w8a16": 2.5}
@@ -70,6 +71,7 @@ def test_a_phase_counts_as_often_as_there_is_it_and_a_slower_step_is_refused(tim
     assert "\n    prefill " in text and "\n    decode " in text
 
 
+@pytest.mark.every(2)
 def test_a_tied_head_is_a_choice_of_the_plan(times):
     times["prefill"] |= {"int8": 1.0, "w8a16": 1.0}
     times["decode"] |= {"int8": 3.0, "w8a16": 1.0}
@@ -105,6 +107,7 @@ def test_a_cache_whose_steps_are_fastest_is_planned(times, monkeypatch, steps, c
     assert report.kv_cache == chosen and len(report.attention) == (2 if chosen else 0)
 
 
+@pytest.mark.every(2)
 def test_a_cache_that_perplexity_forbids(times, monkeypatch):
     times["prefill"] |= {"int8": 1.0}
     times["decode"] |= {"int8": 1.0}
@@ -115,6 +118,7 @@ def test_a_cache_that_perplexity_forbids(times, monkeypatch):
     assert "cache fp8, not within the budget" in str(plan)
 
 
+@pytest.mark.every(2)
 def test_refusals_of_caches(times):
     times["prefill"] |= {"int8": 1.0, "w8a16": 1.0}
     times["decode"] |= {"int8": 1.0, "w8a16": 1.0}
@@ -133,6 +137,7 @@ def test_refusals_of_caches(times):
     assert not model._forward_pre_hooks
 
 
+@pytest.mark.every(2)
 def test_several_lengths_and_batches_are_phases_of_their_own(times):
     times["prefill"] |= {"int8": 1.0}
     times["decode"] |= {"int8": 1.0}
@@ -148,6 +153,7 @@ def test_several_lengths_and_batches_are_phases_of_their_own(times):
     }
 
 
+@pytest.mark.every(2)
 def test_a_decoder_is_timed_as_one_without_being_told(times):
     times["prefill"] |= {"int8": 1.0}
     times["decode"] |= {"int8": 1.0}
@@ -167,6 +173,7 @@ def test_the_whole_model_may_not_decode_slower():
     assert planning._is_slower({"before": at(1.0), "after": at(1.0)}, {"before": {}, "after": {}})
 
 
+@pytest.mark.every(2)
 def test_perplexity_is_bounded_over_all_batches_together(times):
     times["prefill"] |= {"int8": 1.0}
     times["decode"] |= {"int8": 1.0}

@@ -62,6 +62,7 @@ def by_name(plan):
     return {x["fqn"]: x for x in plan.evidence["layers"]}
 
 
+@pytest.mark.every(2)
 def test_attention_is_a_row_of_the_table(times):
     times["layers"] |= {"int8": 1.5, "w8a16": 3.0}
     model = llama()
@@ -84,6 +85,7 @@ def test_attention_is_a_row_of_the_table(times):
     assert "model.layers.{0-1}.self_attn" in str(plan)
 
 
+@pytest.mark.every(2)
 def test_it_replays(times, tmp_path):
     """From its file, with what it says; and the least keys are those of the calls that were timed."""
     times["layers"] |= {"int8": 1.5, "w8a16": 3.0}
@@ -99,6 +101,7 @@ def test_it_replays(times, tmp_path):
         assert calls.kernel_calls == {name: 2}
 
 
+@pytest.mark.every(2)
 def test_what_is_not_faster_stays(times):
     times["layers"] |= {"int8": 1.5, "w8a16": 3.0}
     times["attention"]["int8"] = 2.5
@@ -184,6 +187,7 @@ def test_the_crossover_is_measured(times, monkeypatch):
     assert row["before"]["ms"]["low"] == 1 + 1 + 2 + 2 and row["candidates"]["int8"]["ms"]["low"] == 1 + 1 + 1 + 1
 
 
+@pytest.mark.every(2)
 def test_a_decoders_steps_are_as_they_are(times):
     """They read a cache."""
     times["layers"] |= {"int8": 1.5, "w8a16": 3.0}
@@ -227,6 +231,7 @@ def test_measurements_are_resumed(times, tmp_path):
         planned(resume=plain)
 
 
+@pytest.mark.every(2)
 def test_without_being_asked_no_attention_is_weighed(times):
     times["layers"] |= {"int8": 1.5, "w8a16": 3.0}
     for choice in ("auto", True, False):

@@ -66,6 +66,7 @@ def test_tokens_choose_each_expert_once():
     )
 
 
+@pytest.mark.every(2)
 def test_w8a16_of_experts_is_planned_on_a_gpu():
     """Whether w8a16 has a kernel there is asked before there is a call."""
     model = build("mixtral", {"mixtral": (*MODEL["mixtral"][:2], {**MODEL["mixtral"][2], "num_hidden_layers": 1})})

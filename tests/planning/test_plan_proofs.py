@@ -1,5 +1,6 @@
 """Plans run what they rewrite, and leave layers that no batch holds to the budget."""
 
+import pytest
 import torch
 from small_models import block, inputs
 from torch import nn
@@ -22,6 +23,7 @@ class Branching(nn.Module):
         return self.block(self.short(x) if len(x) < 8 else x)
 
 
+@pytest.mark.every(2)
 def test_layers_that_no_batch_reaches_stay():
     """It was planned, on the time of `shapes` alone: the criterion never saw it."""
     torch.manual_seed(0)

@@ -90,6 +90,7 @@ def test_one_at_a_time_with_constant_service_is_m_d_1(load):
     assert found.busy == pytest.approx(load, rel=0.02) and found.mean_batch == 1
 
 
+@pytest.mark.every(2)
 def test_one_at_a_time_with_exponential_service_is_m_m_1():
     """Latencies are exponential, of mean 1 / (1 - load), so the percentiles are known too."""
     quantiles = [-math.log(1 - (i + 0.5) / 2000) for i in range(2000)]
@@ -242,6 +243,7 @@ def chosen(times, rate, slo, p=99.0, price=None):
     return policy, frontier, reason
 
 
+@pytest.mark.every(2)
 def test_the_policy_is_the_surest_of_those_that_hold_the_objective():
     times = {1: 0.010, 2: 0.011, 4: 0.013, 8: 0.017}
     policy, frontier, reason = chosen(times, 50.0, 200.0)
@@ -252,6 +254,7 @@ def test_the_policy_is_the_surest_of_those_that_hold_the_objective():
     assert all(not (d.latency_ms["p99"] <= c.latency_ms["p99"] and d.busy < c.busy) for c in frontier for d in frontier)
 
 
+@pytest.mark.every(2)
 def test_replicas_share_what_one_cannot_serve():
     times = {1: 0.010, 2: 0.012}  # 167 a second at most
     policy, _, reason = chosen(times, 500.0, 60.0, price=3.6)
@@ -261,6 +264,7 @@ def test_replicas_share_what_one_cannot_serve():
     assert none is None and frontier == [] and "10.0 ms" in why
 
 
+@pytest.mark.every(2)
 def test_short_runs_need_more_to_spare():
     """One replica holds 99 ms at 1000 requests in a row, and at 40 in a row not often enough."""
 
@@ -278,6 +282,7 @@ def test_an_objective_that_cannot_hold_keeps_what_was_measured():
     assert "no policy holds p99 within 1 ms" in str(found) and found.to_json()["policy"] is None
 
 
+@pytest.mark.every(2)
 def test_what_is_printed_fits_and_its_line_is_not_below_0(exact):
     found = dataclasses.replace(sized(price_per_hour=1.0), notes=["because " * 40], ended="because " * 40)
     text = str(found)
@@ -299,6 +304,7 @@ def test_the_plot_says_why_there_is_no_policy(tmp_path):
     assert "no policy holds the objective" in (tmp_path / "size.svg").read_text()
 
 
+@pytest.mark.every(2)
 def test_larger_batches_are_tried_while_they_gain(exact):
     ms = {1: 1.0, 2: 2.1, 4: 3.0, 8: 6.0, 16: 12.0}
     exact(lambda n: ms[n] / 1e3)
@@ -308,6 +314,7 @@ def test_larger_batches_are_tried_while_they_gain(exact):
         assert p.first_ms == pytest.approx(ms[p.batch]) and p.rate == pytest.approx(1e3 * p.batch / ms[p.batch])
 
 
+@pytest.mark.every(2)
 def test_a_batch_that_fails_ends_the_measurement_with_what_there_is(exact):
     class Small(Sleeper):
         def forward(self, x):

@@ -72,6 +72,7 @@ MASKS = {
 }
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("mask", MASKS)
 @torch.inference_mode()
@@ -308,6 +309,7 @@ def test_save_and_load(keep, tmp_path):
     assert_same_objects(target, before)
 
 
+@pytest.mark.every(2)
 @torch.inference_mode()
 def test_plan_parity_and_calibration():
     model, x = encoder(1), torch.randn(8, L, E, generator=torch.Generator().manual_seed(4))

@@ -112,6 +112,7 @@ def test_the_dtype_is_the_models_and_not_what_its_config_said(tmp_path):
     assert loaded.dtype == torch.float32 and torch.equal(outputs(loaded, X), outputs(model, X))
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("change", "words"),
     [

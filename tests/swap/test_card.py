@@ -97,6 +97,7 @@ def test_what_is_not_known_is_not_said(tmp_path):
         assert re.search(r"\| int8 v1 \| \d+ \| [\d,]+ \|", text)
 
 
+@pytest.mark.every(2)
 def test_calibration(tmp_path):
     model, report = swapped(calibrate=[X])
     fp.save_pretrained(model, tmp_path)

@@ -95,6 +95,7 @@ def write(path, name, prefix="", change=lambda tensors, header: None):
     return weights
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 @pytest.mark.parametrize("name", KINDS)
 @torch.inference_mode()

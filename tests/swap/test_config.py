@@ -87,6 +87,7 @@ def test_models(name, tmp_path):
     }
 
 
+@pytest.mark.every(2)
 @torch.inference_mode()
 def test_saved_by_every_way(floats, tmp_path):
     model = load(floats, "int8", include="**")
@@ -137,6 +138,7 @@ def test_an_iterator_of_batches_serves_one_load(floats):
         AutoModelForCausalLM.from_pretrained(floats, quantization_config=again)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, torch.device("cpu"), "auto"])
 @torch.inference_mode()
 def test_dtype_and_device_map(floats, device_map):

@@ -84,6 +84,7 @@ def test_restore_brings_the_same_objects_back(name):
     assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", MODELS)
 @torch.inference_mode()
 def test_folders_plans_and_copies_give_the_same_bits(name, tmp_path):
@@ -367,6 +368,7 @@ def test_parity_compares_pixels():
     assert fp.parity(model, [x], reference=reference).output.cosine_min > 0.999
 
 
+@pytest.mark.every(2)
 def test_plan_has_a_row_for_each():
     model, x = build("yolo"), picture(4)
     before = {n: id(m) for n, m in model.named_modules()}

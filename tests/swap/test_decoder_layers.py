@@ -86,6 +86,7 @@ def close(a, b, mask=None):
     return torch.cosine_similarity(a, b).min() > 0.99 and (a - b).norm() < 0.05 * b.norm()
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("kind", "precision"),
     [("Llama", "int8"), ("Mistral", "int8"), ("Qwen2", "int8"), ("Llama", "w8a16"), ("Qwen2", "w8a16")],
@@ -194,6 +195,7 @@ def sends_back():
     return [hook, pre_hook, forward, module, window]
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("change", sends_back(), ids=lambda f: f.__name__)
 def test_goes_layer_by_layer_where_something_is_around_one(change, calls):
     model = swapped(llama())[0]
@@ -340,6 +342,7 @@ def test_another_rotation_disproves_it(calls):
     assert report.decoder.reason.code == "disproved"
 
 
+@pytest.mark.every(2)
 def test_why_not():
     for options, code in (
         ({"exclude": ("**.k_proj", "lm_head")}, "precision"),

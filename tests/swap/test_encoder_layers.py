@@ -67,6 +67,7 @@ def close(a, b, mask=None):
     return torch.cosine_similarity(a, b).min() > 0.999
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     "model", [bert, lambda: bert("Roberta"), lambda: bert("XLMRoberta"), lambda: bert("Electra"), distilbert],
     ids=["bert", "roberta", "xlm-roberta", "electra", "distilbert"],
@@ -117,6 +118,7 @@ def sends_back():
     return [hook, pre_hook, forward, module, dtype]
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("change", sends_back(), ids=lambda f: f.__name__)
 def test_goes_layer_by_layer_where_something_is_around_one(change, calls):
     model = swapped(bert())[0]
@@ -254,6 +256,7 @@ def test_attention_that_is_to_stay_keeps_the_layers_apart(attention, calls):
     assert hidden(model).isfinite().all() and not calls
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("calibrate", [None, [{"input_ids": IDS}] * 2])
 def test_folders_have_it(tmp_path, calls, calibrate):
     model = swapped(bert(), calibrate=calibrate)[0]

@@ -22,6 +22,7 @@ def swapped(precision, **options):
     return model
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("precision", ["int8", "w8a16", "fp8"])
 @torch.inference_mode()
 def test_read_back(precision, tmp_path):
@@ -36,6 +37,7 @@ def test_read_back(precision, tmp_path):
         assert torch.equal(outputs(again, X), outputs(model, X))
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("precision", ["int8", "w8a16", "fp8"])
 @torch.inference_mode()
 def test_read_by_compressed_tensors(precision, tmp_path):
@@ -152,6 +154,7 @@ def test_what_is_written_is_a_config_of_compressed_tensors(tmp_path, monkeypatch
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.every(2)
 @torch.inference_mode()
 def test_a_rounding_that_changes_more_than_one_is_refused(tmp_path, monkeypatch):
     model = rescaled_norms(llama())

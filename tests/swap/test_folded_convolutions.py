@@ -77,6 +77,7 @@ def test_restore_brings_the_same_objects_back(name):
     assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", MODELS)
 @torch.inference_mode()
 def test_folders_plans_and_copies_give_the_same_bits(name, tmp_path):

@@ -239,6 +239,7 @@ def test_a_layer_that_stays_keeps_its_activation():
     assert type(model.act) is nn.GELU
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "vit", "whisper"])
 def test_transformers(name):
     model, inputs = build(name), batch(name)

@@ -357,6 +357,7 @@ UNPROVEN = [
 ]  # fmt: skip
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("make", UNPROVEN, ids=lambda make: make.__name__)
 @pytest.mark.filterwarnings("ignore")
 def test_what_is_not_proven_is_not_fused(make):
@@ -410,6 +411,7 @@ def test_a_class_that_is_changed_later_is_read_anew(monkeypatch):
     assert behind(model) == {}
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("library", "model"), [("timm", "vit_tiny_patch16_224"), ("torchvision.models", "convnext_tiny")]
 )

@@ -117,6 +117,7 @@ def test_what_cannot_be_run_is_believed_as_it_was_saved(block, tmp_path, monkeyp
     assert torch.equal(loaded(x.clone()), model(x.clone()))
 
 
+@pytest.mark.every(2)
 @torch.inference_mode()
 @pytest.mark.parametrize("name", ["llama", "phi3"])
 @pytest.mark.filterwarnings("ignore:load_pretrained")

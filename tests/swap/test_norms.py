@@ -290,6 +290,7 @@ def test_parameters_are_those_of_the_norm(x):
         torch.testing.assert_close(new(x), nn.functional.layer_norm(x, (WIDTH,), new.weight, new.bias))
 
 
+@pytest.mark.every(2)
 @torch.no_grad()
 def test_compiled_as_for_a_gpu(x, monkeypatch):
     """The operations of a CPU stand for a GPU's: a launch cannot be interpreted within a graph."""

@@ -28,6 +28,7 @@ def hub(tmp_path, monkeypatch):
     return FakeHub(tmp_path / "hub", monkeypatch)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("options", [{}, {"max_shard_size": "200KB"}, {"private": True, "tags": ["mine"]}])
 @torch.inference_mode()
 def test_push_to_hub(hub, options):

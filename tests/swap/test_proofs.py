@@ -104,6 +104,7 @@ def test_what_is_proven_is_made():
     assert (after - before).norm() < 0.02 * before.norm()
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", ["llama", "qwen3", "t5", "bert", "gpt2", "vit", "whisper", "phi3", "gemma3"])
 def test_models_of_transformers_are_run_and_proven(name, monkeypatch):
     errors, error = [], run.Prover.error

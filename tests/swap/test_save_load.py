@@ -344,6 +344,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("case", DAMAGE)
 def test_damaged_files_are_refused(saved, case):
     folder, x, _ = saved

@@ -69,6 +69,7 @@ def test_bits_are_equal(tmp_path, size, most):
     assert torch.equal(outputs(by_auto_model(tmp_path), X), expected)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", ["llama_tied", "mixtral", "t5", "bert"])
 @torch.inference_mode()
 def test_models(tmp_path, name):
@@ -145,6 +146,7 @@ def integers():
     return sum(storages.values())
 
 
+@pytest.mark.every(2)
 def test_gates_of_mlps_are_copied_for_one_file_at_a_time(tmp_path, monkeypatch):
     """Those of all layers were copied before the first file was written: 1.6 times the model was in memory."""
     model, original, seen = llama(num_hidden_layers=6), save._gathered, []

@@ -35,6 +35,7 @@ def test_formats(name, tmp_path):
     assert torch.equal(outputs(fp.load_pretrained(tmp_path / "ours"), X), y)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("preset", ["W8A8", "FP8", "FP8_DYNAMIC", "FP8_BLOCK", "W8A16"])
 @torch.inference_mode()
 def test_what_compressed_tensors_writes(preset, tmp_path):
@@ -79,6 +80,7 @@ AO = {
 }
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", AO)
 @torch.no_grad()
 def test_what_torchao_writes(name, tmp_path):
@@ -124,6 +126,7 @@ AO_BROKEN = {
 LAYER = "model.layers.1.mlp.up_proj"
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", AO_BROKEN)
 def test_broken_torchao(name, tmp_path):
     from safetensors import safe_open
@@ -229,6 +232,7 @@ BROKEN = {
 }  # fmt: skip
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken(name, tmp_path):
     from safetensors.torch import load_file, save_file

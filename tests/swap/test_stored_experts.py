@@ -124,6 +124,7 @@ BROKEN = {
 }  # fmt: skip
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken(name, tmp_path):
     change, words = BROKEN[name]
@@ -145,6 +146,7 @@ def test_packed_weights_of_another_size(tmp_path):
         fp.load_pretrained(tmp_path)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("format", [f for f in FORMATS if f not in KINDS and f != "int8_asymmetric"])
 def test_formats_without_experts(format, tmp_path):
     write(tmp_path, format, mixture("Qwen3MoeForCausalLM"))

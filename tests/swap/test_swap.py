@@ -61,6 +61,7 @@ def test_architectures(name, precision):
         assert codes(report)["proj_out" if name == "whisper" else "lm_head"] == "lm_head"
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("precision", ["int8", "fp8", "bf16"])
 def test_code_may_ask_for_the_dtype_of_a_weight(precision):
     assert "weight_read" not in codes(fp.swap(build("t5"), precision)).values()
@@ -531,6 +532,7 @@ def test_in_threads():
     assert torch.equal(outputs(model, x), exact)
 
 
+@pytest.mark.every(2)
 def test_after_fork():
     script = """
 import os, torch

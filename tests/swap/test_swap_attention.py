@@ -94,6 +94,7 @@ def tier(request, monkeypatch):
     return request.param
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_a_cpu_is_left_alone_unless_asked(name, tier):
     """But for encoders, where there is AVX2, and decoders in 16 bits."""
@@ -308,6 +309,7 @@ print(fp.call_counts())
     assert done.stdout.strip() == "2 x MistralAttention: forwardpass"
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", ["encoder", "mistral", "t5"])
 def test_checkpoints(name, tmp_path):
     model = encoder() if name == "encoder" else build(name, ATTENTION)

@@ -49,6 +49,7 @@ def vnni(monkeypatch):
 # ---- what is computed
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", ATTENTION)
 @torch.inference_mode()
 def test_models(name):

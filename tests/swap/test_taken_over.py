@@ -64,6 +64,7 @@ def model_of(make):
     return model.eval(), weights
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("kind", KINDS)
 @torch.inference_mode()
 def test_taken_over(kind, tmp_path):

@@ -132,6 +132,7 @@ REFUSED = {
 }  # fmt: skip
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name, tmp_path):
     schemes, words, *form = REFUSED[name]
@@ -200,6 +201,7 @@ def test_matrices(size):
         assert SignedRotation.of(m) is None
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("calibrated", [False, True])
 @torch.inference_mode()
 def test_written_for_the_library(calibrated, tmp_path):

@@ -109,6 +109,7 @@ def error(y, expected):
     return float((y.float() - expected.float()).norm() / expected.float().norm())
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("precision", ["int8", "fp8", "w8a16", "bf16"])
 @pytest.mark.parametrize("cls", READERS)
@@ -215,6 +216,7 @@ def test_it_warns_once_of_the_cost():
         layer.weight.sum()
 
 
+@pytest.mark.every(2)
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_and_exported():
     model, x = build(), torch.randn(5, SIZE)

@@ -70,6 +70,7 @@ def both(folder, cls=AutoModelForCausalLM, precision="int8", loading=None, **opt
     return model, loaded, peaks
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("precision", ["int8", "w8a16", "fp8", "bf16"])
 @torch.inference_mode()
 def test_bits_and_memory(floats, precision, monkeypatch):
@@ -111,6 +112,7 @@ def test_families(name, tmp_path, monkeypatch):
     assert fp.report(loaded).swapped
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", MIXTURES)
 @torch.inference_mode()
 def test_experts(name, tmp_path, monkeypatch):
@@ -135,6 +137,7 @@ def test_dtypes(dtype, tmp_path):
         assert loaded.dtype == (stored if dtype == "auto" else dtype)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, "auto"])
 @torch.inference_mode()
 def test_shards_and_device_maps(device_map, tmp_path):
