@@ -117,6 +117,7 @@ class PartAttention {
                     .mask = static_cast<const float*>(mask ? mask->const_data_ptr() : nullptr),
                     .mask_batch = stride(0),
                     .mask_head = stride(1),
+                    .mask_row = part_.keys,
                     .sinks = p_.sinks ? sinks.data() : nullptr,
                     .batch = part_.batch,
                     .heads = p_.heads,

@@ -11,8 +11,8 @@ struct AttentionRows {
   AttentionTensor q, k, v, out;  // all rows have the same columns, last stride 1
   float* lse;                    // rows contiguous, heads and batches by strides; or null
   int64_t lse_batch, lse_head;
-  const float* mask;  // additive: [rows, keys] contiguous, heads and batches by strides, 0 if they share it; or null
-  int64_t mask_batch, mask_head;
+  const float* mask;  // additive: [rows, keys], keys contiguous, the rest by strides, 0 if it is shared; or null
+  int64_t mask_batch, mask_head, mask_row;
   const float* sinks;  // [heads] or null
   int64_t batch, heads, kv_heads, rows, keys, columns;
   float scale;

@@ -191,7 +191,7 @@ INLINE void tile(const AttentionRows& p, Block block, Rows& rows, int64_t i) {
   float* out = rows.out + i * rows.out_stride;
   const int64_t depth = (block.keys + A::kElements - 1) / A::kElements;
   for (int r = 0; r < R; ++r) {
-    const float* mask = rows.mask ? rows.mask + (i + r) * p.keys + block.first : nullptr;
+    const float* mask = rows.mask ? rows.mask + (i + r) * p.mask_row + block.first : nullptr;
     float *scores = block.scores + r * block.stride, *out_row = out + r * rows.out_stride;
     exponentials<A>(p, block, scores, mask, first + r, rows.maximum[i + r], rows.sum[i + r], out_row);
     if (!block.finite) add_seen<A>(p, block, scores, mask, first + r, depth, out_row);
@@ -256,7 +256,7 @@ INLINE void chunk(const AttentionRows& p, int64_t batch, int64_t head, int64_t f
   char* out = const_cast<char*>(data(p.out, head)) + first * p.out.row * kSize<kDtype>;
   Rows rows;
   rows.q = data(p.q, head) + first * p.q.row * kSize<kDtype>;
-  rows.mask = p.mask ? p.mask + batch * p.mask_batch + head * p.mask_head + first * p.keys : nullptr;
+  rows.mask = p.mask ? p.mask + batch * p.mask_batch + head * p.mask_head + first * p.mask_row : nullptr;
   rows.first_position = p.first_position + first;
   if constexpr (kDtype == Dtype::f32) {
     rows.out = reinterpret_cast<float*>(out), rows.out_stride = p.out.row;

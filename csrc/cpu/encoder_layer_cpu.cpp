@@ -35,8 +35,9 @@ std::vector<Sequence> sequences_of(const EncoderLayerParams& p) {
   std::vector<Sequence> all;
   int64_t row = 0;
   for (int64_t b = 0; b < known; ++b) {
-    const int64_t last = p.cu_seqlens[b + 1], keys = p.key_lens ? p.key_lens[b] : last - row;
-    all.push_back({row, last, keys, keys >= 0 && keys <= last - row});
+    const int64_t last = p.cu_seqlens[b + 1], rows = last - row, keys = p.key_lens ? p.key_lens[b] : rows;
+    const bool fits = !p.score_bias.data || rows <= p.score_bias.size;
+    all.push_back({row, last, keys, keys >= 0 && keys <= rows && fits});
     row = last;
   }
   if (row < p.x.rows) all.push_back({row, p.x.rows, 0, false});
@@ -149,6 +150,8 @@ AttentionRows attention_of(const EncoderLayerParams& p, const Projected& qkv, co
   a.q.head = a.k.head = a.v.head = head_dim;
   a.batch = 1, a.heads = a.kv_heads = p.heads, a.rows = last - first, a.keys = s.keys, a.columns = head_dim;
   a.scale = p.scale, a.left = a.right = kUnlimited;
+  if (const ScoreBias& b = p.score_bias; b.data)
+    a.mask = b.data + (first - s.first) * b.row, a.mask_head = b.head, a.mask_row = b.row;
   return a;
 }
 
@@ -221,6 +224,7 @@ class Steps {
     params.rows = static_cast<int32_t>(rows), params.keys = static_cast<int32_t>(s.keys);
     params.head_dim = params.value_dim = static_cast<int32_t>(head_dim);
     params.scale = p_.scale, params.left = params.right = kUnlimited;
+    if (a.mask) params.mask = {a.mask, AttentionMaskKind::f32, 0, a.mask_head, a.mask_row, 1};
     const auto from = [&](int64_t row, int64_t which) {
       return reshaped(qkv, {1, h}, {3 * h, 1}, (row * 3 + which) * h);
     };

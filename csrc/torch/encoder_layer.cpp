@@ -28,6 +28,16 @@ EncoderLayer layer_of(const Weights& weights, int64_t first, int64_t h, Activati
   return l;
 }
 
+ScoreBias score_bias_of(const OptionalTensor& t, int64_t heads, const Tensor& x) {
+  if (!t) return {};
+  const int64_t n = t->dim();
+  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float && same_device(*t, x) &&
+                      (n == 3 || (n == 4 && t->size(0) == 1)) && t->size(n - 3) == heads &&
+                      t->size(n - 2) == t->size(n - 1) && (t->size(n - 1) <= 1 || t->stride(n - 1) == 1),
+                  kOp, ": score_bias must be float32 [", heads, ", S, S], on x's device, with a last stride of 1");
+  return {static_cast<const float*>(t->const_data_ptr()), t->size(n - 1), t->stride(n - 3), t->stride(n - 2)};
+}
+
 }  // namespace
 
 LayerLinear layer_linear(const std::vector<OptionalTensor>& weights, int64_t i, int64_t n, int64_t k, const Tensor& x,
@@ -66,7 +76,8 @@ LayerLinear layer_linear(const std::vector<OptionalTensor>& weights, int64_t i, 
 
 Tensor encoder_layer(Backend, const Tensor& x, const Tensor& cu_seqlens, const Weights& weights, int64_t heads,
                      double eps, const std::optional<std::string>& activation, bool pre_norm,
-                     std::optional<double> scale, ScalarType attention_dtype, const OptionalTensor& key_lens) {
+                     std::optional<double> scale, ScalarType attention_dtype, const OptionalTensor& key_lens,
+                     const OptionalTensor& score_bias) {
   EncoderLayerParams p{};
   p.x = matrix(x, kOp, "x");
   const int64_t h = p.x.columns;
@@ -79,6 +90,7 @@ Tensor encoder_layer(Backend, const Tensor& x, const Tensor& cu_seqlens, const W
   p.batch = cu_seqlens.numel() - 1, p.heads = heads;
   p.cu_seqlens = ints(cu_seqlens, p.batch + 1, x, kOp, "cu_seqlens");
   p.key_lens = ints(key_lens, p.batch, x, kOp, "key_lens");
+  p.score_bias = score_bias_of(score_bias, heads, x);
   p.scale = static_cast<float>(scale.value_or(1 / std::sqrt(static_cast<double>(h / heads))));
   STD_TORCH_CHECK(p.scale > 0 && std::isfinite(p.scale), kOp, ": scale must be positive");
   STD_TORCH_CHECK(eps >= 0 && std::isfinite(eps), kOp, ": eps must be finite and at least 0");

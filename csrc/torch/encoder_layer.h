@@ -16,6 +16,6 @@ LayerLinear layer_linear(const std::vector<OptionalTensor>& weights, int64_t i, 
 Tensor encoder_layer(Backend backend, const Tensor& x, const Tensor& cu_seqlens,
                      const std::vector<std::optional<Tensor>>& weights, int64_t heads, double eps,
                      const std::optional<std::string>& activation, bool pre_norm, std::optional<double> scale,
-                     ScalarType attention_dtype, const OptionalTensor& key_lens);
+                     ScalarType attention_dtype, const OptionalTensor& key_lens, const OptionalTensor& score_bias);
 
 }  // namespace forwardpass

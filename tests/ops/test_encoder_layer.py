@@ -19,6 +19,7 @@ from forwardpass.testing import poisoned_outputs
 RUNS = operations["encoder_layer"].runs
 #: MANY: in blocks of rows with one thread.
 FEW, MANY = cases.THREADED_CASES[:2]
+BIASED_FEW, BIASED_MANY = (dataclasses.replace(case, score_bias=3) for case in (FEW, MANY))
 
 
 def run(args, **changed):
@@ -46,7 +47,9 @@ def test_bits_do_not_depend_on_the_threads(case):
     assert all(torch.equal(y, first) for y in others)
 
 
-@pytest.mark.parametrize("case", [FEW, MANY, dataclasses.replace(MANY, x_dtype=torch.float16, pre_norm=True)])
+@pytest.mark.parametrize(
+    "case", [FEW, MANY, BIASED_MANY, dataclasses.replace(MANY, x_dtype=torch.float16, pre_norm=True)]
+)
 def test_layers_in_one_call_are_as_many_calls(case):
     args = case.arguments()
     x, weights = args[0], args[2]
@@ -55,7 +58,7 @@ def test_layers_in_one_call_are_as_many_calls(case):
     assert torch.equal(x, run(args))
 
 
-@pytest.mark.parametrize("case", [FEW, MANY])
+@pytest.mark.parametrize("case", [FEW, MANY, BIASED_FEW, BIASED_MANY])
 def test_bits_are_those_of_a_sequence_alone(case):
     args, y = case.arguments(), run(case.arguments())
     for begin, end in itertools.pairwise(args[1].tolist()):
@@ -80,9 +83,10 @@ def test_q_k_and_v_are_quantised_each_in_its_own_way(case):
     cases.assert_matches(run(args), args)
 
 
-def test_key_lens_are_a_padded_batch():
+@pytest.mark.parametrize("score_bias", [None, 4])
+def test_key_lens_are_a_padded_batch(score_bias):
     """What stands behind a sequence's keys is computed, and is looked at by nobody."""
-    args = Case((40, 40, 40), 64, 4, 256, layers=2).arguments()
+    args = Case((40, 40, 40), 64, 4, 256, layers=2, score_bias=score_bias).arguments()
     y = run(args, key_lens=ints(40, 17, 1))
     packed = torch.cat([args[0][:40], args[0][40:57], args[0][80:81]])
     expected = run(args, x=packed, cu_seqlens=ints(0, 40, 57, 58))
@@ -92,7 +96,7 @@ def test_key_lens_are_a_padded_batch():
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("case", [FEW, MANY])
+@pytest.mark.parametrize("case", [FEW, MANY, BIASED_FEW, BIASED_MANY])
 def test_a_nan_or_an_infinity_stays_in_its_sequence(case, value):
     args = case.arguments()
     y, x = run(args), args[0].clone()
@@ -114,6 +118,35 @@ def test_rows_of_no_sequence_are_nan(cu_seqlens, nan):
     assert got[: nan[0]].isfinite().all() and got[nan[1] :].isfinite().all()
     full = run(args, key_lens=ints(33, 2, 64, 40))  # more keys than there are rows
     assert full[33:34].isnan().all() and full[:33].isfinite().all() and full[34:].isfinite().all()
+
+
+@pytest.mark.parametrize("case", [BIASED_FEW, BIASED_MANY])
+def test_scores_have_the_bias(case):
+    """A key that it hides by -inf is as if it were not there; a NaN reaches the rows that it is added to; zeros add nothing."""
+    args = dataclasses.replace(case, layers=1).arguments()
+    bias = torch.zeros_like(args[-1])
+    assert torch.equal(run(args, score_bias=bias), run(args, score_bias=None))
+    bias[:, :, 1:] = -torch.inf
+    y = run(args, score_bias=bias)
+    first = run(args, score_bias=None, key_lens=(args[1].diff() > 0).int())
+    assert torch.equal(y, first)
+    bias[1, 2, 0] = torch.nan
+    got, third = run(args, score_bias=bias), [a + 2 for a, b in itertools.pairwise(args[1].tolist()) if b - a > 2]
+    assert got[third].isnan().all()
+    others = [i for i in range(len(y)) if i not in third]
+    assert torch.equal(got[others], y[others])
+
+
+@pytest.mark.parametrize("case", [BIASED_FEW, BIASED_MANY])
+def test_sequences_longer_than_the_bias_are_nan(case):
+    args = case.arguments()
+    size = args[1].diff().max().item() - 1
+    got, y = run(args, score_bias=args[-1][:, :size, :size]), run(args)
+    for begin, end in itertools.pairwise(args[1].tolist()):
+        if end - begin > size:
+            assert got[begin:end].isnan().all()
+        else:
+            assert torch.equal(got[begin:end], y[begin:end])
 
 
 def test_nothing_and_one_token():
@@ -207,6 +240,10 @@ def part(name, **changed):
         ([part("up", weight=torch.zeros(248, 64, dtype=torch.int8), scale=torch.ones(248), bias=None, sum=None)],
          {"activation": "silu_mul"}, ValueError, "a multiple of 16"),
         ([LAYER_WEIGHTS], {"key_lens": ints(3)}, ValueError, "key_lens must be contiguous with 2 elements"),
+        ([LAYER_WEIGHTS], {"score_bias": torch.zeros(4, 3, 3).half()}, TypeError, "score_bias must be a tensor of torch.float32"),
+        ([LAYER_WEIGHTS], {"score_bias": torch.zeros(2, 4, 3, 3)}, ValueError, r"score_bias must be \[4, S, S\]"),
+        ([LAYER_WEIGHTS], {"score_bias": torch.zeros(4, 3, 4)}, ValueError, r"score_bias must be \[4, S, S\]"),
+        ([LAYER_WEIGHTS], {"score_bias": torch.zeros(4, 3, 3).mT}, ValueError, "score_bias must have stride 1"),
         ([LAYER_WEIGHTS], {"cu_seqlens": ints()}, ValueError, r"cu_seqlens must be \[B \+ 1\]"),
         ([LAYER_WEIGHTS], {"x": torch.zeros(2, 2, 64)}, ValueError, r"x must be \[T, H\]"),
         ([LAYER_WEIGHTS], {"scale": 0.0}, ValueError, "scale must be finite and positive"),

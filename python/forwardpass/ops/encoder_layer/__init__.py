@@ -66,6 +66,7 @@ def encoder_layer(
     scale: float | None = None,
     attention_dtype: torch.dtype | None = None,
     key_lens: Tensor | None = None,
+    score_bias: Tensor | None = None,
 ) -> Tensor:
     """The layers of an encoder, one after another, on packed sequences::
 
@@ -87,10 +88,14 @@ def encoder_layer(
         attention_dtype: float32, float16 or bfloat16; None: x's dtype. With AVX512_BF16 attention in bfloat16 takes half the time.
         key_lens: int32 [B]: rows of sequence b attend to its first key_lens[b] rows alone, as in a batch with padding on the right;
             none: to zeros. None: to all.
+        score_bias: float32 [heads, S, S] or [1, heads, S, S], last stride 1: score_bias[h, i, j] is added to the score of row i and
+            key j of each sequence, in all layers, after scale, such as MPNet's relative positions. Shorter sequences take its first
+            rows and columns. -inf: the key is not attended to. None: nothing is added.
 
     Returns:
         [T, H] of x's dtype, contiguous. A row of a sequence that is not known by cu_seqlens is NaN, and so are those of a sequence
-        with key_lens beyond it. A NaN or an infinity stays in its sequence. Bits do not depend on the number of threads.
+        with key_lens beyond it, or longer than score_bias. A NaN or an infinity stays in its sequence. Bits do not depend on the
+        number of threads.
 
     Raises:
         TypeError: an argument is of another type or dtype than above.
@@ -110,7 +115,7 @@ def encoder_layer(
         torch.Size([8, 64])
     """
     dtype = getattr(x, "dtype", None) if attention_dtype is None else attention_dtype
-    return OPERATION(x, cu_seqlens, flat(layers), heads, eps, activation, pre_norm, scale, dtype, key_lens)
+    return OPERATION(x, cu_seqlens, flat(layers), heads, eps, activation, pre_norm, scale, dtype, key_lens, score_bias)
 
 
 def check_linear(op: str, weights: Sequence[Tensor | None], name: str, rows: int | None, inputs: Tensor) -> int:
@@ -158,6 +163,26 @@ def _check_sequences(x: Tensor, cu_seqlens: Tensor, key_lens: Tensor | None) -> 
     check_vector(op, "key_lens", key_lens, cu_seqlens.numel() - 1, torch.int32, x)
 
 
+def _check_score_bias(bias: Tensor | None, heads: int, x: Tensor) -> None:
+    op = "encoder_layer"
+    if bias is None:
+        return
+    if not isinstance(bias, Tensor) or bias.dtype != torch.float32:
+        dtype = getattr(bias, "dtype", type(bias).__name__)
+        raise TypeError(f"{op}: score_bias must be a tensor of torch.float32, not {dtype}")
+    shape = tuple(bias.shape)
+    if len(shape) not in (3, 4) or shape[-3] != heads or shape[-2] != shape[-1] or (len(shape) == 4 and shape[0] != 1):
+        raise ValueError(
+            f"{op}: score_bias must be [{heads}, S, S] or [1, {heads}, S, S], one for all sequences, and has shape {shape}"
+        )
+    if shape[-1] > 1 and bias.stride(-1) != 1:
+        raise ValueError(
+            f"{op}: the last dimension of score_bias must have stride 1, not {bias.stride(-1)}: make it contiguous"
+        )
+    if bias.device != x.device:
+        raise ValueError(f"{op}: score_bias is on {bias.device} and x on {x.device}: move one of them")
+
+
 def _check(
     x: Tensor,
     cu_seqlens: Tensor,
@@ -169,6 +194,7 @@ def _check(
     scale: float | None,
     attention_dtype: torch.dtype,
     key_lens: Tensor | None,
+    score_bias: Tensor | None = None,
 ) -> None:
     op = "encoder_layer"
     check_float_rows(op, "x", x)
@@ -191,6 +217,7 @@ def _check(
     if attention_dtype not in FLOATS:
         raise TypeError(f"{op}: attention_dtype must be float32, float16 or bfloat16, not {attention_dtype}")
     _check_sequences(x, cu_seqlens, key_lens)
+    _check_score_bias(score_bias, heads, x)
     if not isinstance(weights, list) or not weights or len(weights) % LAYER:
         raise ValueError(f"{op}: layers must be one EncoderWeights or more")
     for i in range(0, len(weights), LAYER):

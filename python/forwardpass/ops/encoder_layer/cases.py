@@ -42,6 +42,7 @@ class Case:
     channel_scale: bool = False
     packed: bool = False
     key_lens: bool = False
+    score_bias: int | None = None  #: dimensions of the bias of scores, which is longer than all sequences
     apart: bool = False  #: rows of x
 
     def arguments(self, device: str = "cpu", seed: int = 0) -> tuple[Any, ...]:
@@ -77,7 +78,15 @@ class Case:
         keys = [n - i % 3 if n > i % 3 else n for i, n in enumerate(self.lengths)]
         key_lens = torch.tensor(keys, dtype=torch.int32, device=device) if self.key_lens else None
         return (x[:, : self.h], cu_seqlens, flat(weights), self.heads, 1e-12, self.activation, self.pre_norm, None,
-                self.attention_dtype, key_lens)  # fmt: skip
+                self.attention_dtype, key_lens, self._score_bias(device, g))  # fmt: skip
+
+    def _score_bias(self, device: str, g: torch.Generator) -> Tensor | None:
+        """With rows and heads that are not contiguous."""
+        if self.score_bias is None:
+            return None
+        most = max(self.lengths, default=0) + 2
+        bias = torch.randn(self.heads, most, most + 3, generator=g)[..., :most].to(device)
+        return bias if self.score_bias == 3 else bias[None]
 
     def bytes(self) -> int:
         """Weights, the stream in and out of each layer, q, k and v."""
@@ -124,6 +133,7 @@ def cases() -> Iterator[Case]:
         "channel_scale": (False, True),
         "packed": (False, True),
         "key_lens": (False, True),
+        "score_bias": (None, 3, 4),
         "apart": (False, True),
     }
     for row in pairwise(factors):
@@ -137,6 +147,8 @@ THREADED_CASES = (
     Case((33, 1, 64, 40), 64, 4, 256, layers=2),
     Case((90, 200, 11, 300), 96, 3, 80, layers=3, attention_dtype=torch.bfloat16, pre_norm=True),
     Case((70,), 128, 2, 512, x_dtype=torch.bfloat16, attention_dtype=torch.bfloat16, activation="gelu_mul"),
+    Case((5, 2), 64, 4, 256, layers=2, score_bias=3),
+    Case((90, 200, 11, 300), 96, 3, 80, layers=2, attention_dtype=torch.bfloat16, score_bias=4),
 )
 #: A layer of MiniLM, of BERT base.
 BENCHMARK_CASES = (

@@ -29,6 +29,7 @@ def encoder_layer(
     scale: float | None,
     attention_dtype: torch.dtype,
     key_lens: Tensor | None,
+    score_bias: Tensor | None = None,
 ) -> Tensor:
     """Products in exact integers, norms and attention in float64, each step's result rounded to float32."""
     dtype = x.dtype
@@ -60,7 +61,7 @@ def encoder_layer(
         layer = weights[first : first + LAYER]
         projected = norm(0, x) if pre_norm else x
         qkv = torch.stack([linear(i, projected).to(attention_dtype) for i in range(3)], 1)
-        attended = attention(qkv.unflatten(2, (heads, -1)), cu_seqlens, key_lens, scale)
+        attended = attention(qkv.unflatten(2, (heads, -1)), cu_seqlens, key_lens, scale, score_bias)
         y = linear(3, attended.to(attention_dtype).flatten(1), x.float())
         if pre_norm:
             y = linear(5, linear(4, norm(1, y), activation=activation), y)
@@ -71,8 +72,11 @@ def encoder_layer(
     return x.contiguous()
 
 
-def attention(qkv: Tensor, cu_seqlens: Tensor, key_lens: Tensor | None, scale: float | None) -> Tensor:
-    """qkv [T, 3, heads, head_dim] to [T, heads, head_dim], in float64; NaN in the rows of no known sequence."""
+def attention(
+    qkv: Tensor, cu_seqlens: Tensor, key_lens: Tensor | None, scale: float | None, score_bias: Tensor | None
+) -> Tensor:
+    """qkv [T, 3, heads, head_dim] to [T, heads, head_dim], in float64; NaN in the rows of no known sequence, and of one that is
+    longer than score_bias."""
     q, k, v = qkv.double().unbind(1)
     o = torch.full_like(q, torch.nan)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
@@ -81,7 +85,10 @@ def attention(qkv: Tensor, cu_seqlens: Tensor, key_lens: Tensor | None, scale: f
         count = rows.stop - rows.start
         if not 0 <= (count if keys is None else keys) <= count:
             continue
+        if score_bias is not None and count > score_bias.shape[-1]:
+            continue
         of_keys = slice(rows.start, rows.stop if keys is None else rows.start + keys)
         parts = q[None, rows], k[None, of_keys], v[None, of_keys]
-        o[rows] = attend(*parts, scale, None, None, 0.0, None, None, None)[0][0]
+        bias = None if score_bias is None else score_bias[..., :count, : parts[1].shape[1]]
+        o[rows] = attend(*parts, scale, None, None, 0.0, bias, None, None)[0][0]
     return o
