@@ -39,6 +39,16 @@ def distilbert():
     return transformers.DistilBertModel(config).eval()
 
 
+def mpnet():
+    """With position biases that matter."""
+    model = bert("MPNet")
+    nn.init.normal_(model.encoder.relative_attention_bias.weight, std=2.0)
+    return model
+
+
+FAMILIES = pytest.mark.parametrize("build", [bert, mpnet])
+
+
 def swapped(model, **options):
     report = fp.swap(model, "int8", **{"include": "**", **options})
     return model, report
@@ -69,8 +79,9 @@ def close(a, b, mask=None):
 
 @pytest.mark.every(2)
 @pytest.mark.parametrize(
-    "model", [bert, lambda: bert("Roberta"), lambda: bert("XLMRoberta"), lambda: bert("Electra"), distilbert],
-    ids=["bert", "roberta", "xlm-roberta", "electra", "distilbert"],
+    "model", [bert, lambda: bert("Roberta"), lambda: bert("XLMRoberta"), lambda: bert("Electra"), distilbert,
+              mpnet],
+    ids=["bert", "roberta", "xlm-roberta", "electra", "distilbert", "mpnet"],
 )  # fmt: skip
 def test_layers_are_one_operation(model, calls):
     model = model()
@@ -86,9 +97,10 @@ def test_layers_are_one_operation(model, calls):
     assert torch.equal(hidden(model), exact) and len(calls) == 2
 
 
-def test_it_is_what_the_layers_are(calls):
+@FAMILIES
+def test_it_is_what_the_layers_are(build, calls):
     """But for bfloat16 in attention and the order of sums."""
-    model = swapped(bert())[0]
+    model = swapped(build())[0]
     y = hidden(model)
     handle = model.encoder.layer[1].output.register_forward_hook(lambda *_: None)
     one_by_one = hidden(model)
@@ -146,9 +158,10 @@ def test_weights_that_change_count(calls):
     assert len(calls) == 4
 
 
+@FAMILIES
 @pytest.mark.parametrize("asked", [{"output_hidden_states": True}, {"output_attentions": True}])
-def test_what_is_between_layers_is_there_where_it_is_asked_for(asked, calls):
-    model = swapped(bert())[0]
+def test_what_is_between_layers_is_there_where_it_is_asked_for(build, asked, calls):
+    model = swapped(build())[0]
     with torch.inference_mode():
         out = model(IDS, **asked)
     found = out.hidden_states if "output_hidden_states" in asked else out.attentions
@@ -156,8 +169,9 @@ def test_what_is_between_layers_is_there_where_it_is_asked_for(asked, calls):
     assert close(out.last_hidden_state, hidden(model)) and len(calls) == 1
 
 
-def test_goes_layer_by_layer_in_training_under_autocast_and_for_other_masks(calls):
-    model = swapped(bert())[0]
+@FAMILIES
+def test_goes_layer_by_layer_in_training_under_autocast_and_for_other_masks(build, calls):
+    model = swapped(build())[0]
     with torch.autocast("cpu", torch.bfloat16):
         hidden(model)
     left = PADDED.flip(1)
@@ -170,13 +184,16 @@ def test_goes_layer_by_layer_in_training_under_autocast_and_for_other_masks(call
     assert not calls
 
 
-def test_layers_can_be_called_alone(calls):
-    model = swapped(bert())[0]
-    exact, x = bert(), torch.randn(1, 5, 64)
+@FAMILIES
+def test_layers_can_be_called_alone(build, calls):
+    model = swapped(build())[0]
+    exact, x = build(), torch.randn(1, 5, 64)
     hidden(model)
     for i in range(3):
         with torch.inference_mode():
-            assert close(model.encoder.layer[i](x), exact.encoder.layer[i](x))
+            y, expected = (m.encoder.layer[i](x) for m in (model, exact))
+            assert type(y) is type(expected)
+            assert close(*(t[0] if isinstance(t, tuple) else t for t in (y, expected)))
     assert len(calls) == 1
 
 
@@ -198,8 +215,9 @@ def test_goes_layer_by_layer_where_a_part_is_called_in_another_way(calls, monkey
     assert close(hidden(model), hidden(floats)) and not calls
 
 
-def test_copies_and_pickles_run_so_too(calls):
-    model = swapped(bert())[0]
+@FAMILIES
+def test_copies_and_pickles_run_so_too(build, calls):
+    model = swapped(build())[0]
     y = hidden(model)
     assert torch.equal(hidden(copy.deepcopy(model)), y)
     file = io.BytesIO()
@@ -209,12 +227,52 @@ def test_copies_and_pickles_run_so_too(calls):
     assert len(calls) == 3
 
 
-def test_without_padding(calls):
-    model, report = swapped(bert(), unpad=True)
+@FAMILIES
+def test_without_padding(build, calls):
+    model, report = swapped(build(), unpad=True)
     y = hidden(model, attention_mask=PADDED)
     assert calls and not y[1, 12:].any()
     assert torch.equal(y[0], hidden(model)[0]) and torch.equal(y[1, :12], hidden(model, IDS[1:, :12])[0])
     assert report.to_json()["encoder"] == {"stacks": [{"layers": "encoder.layer", "count": 3}], "reason": None}
+
+
+@pytest.mark.parametrize("unpad", [False, True])
+def test_a_mask_with_holes_has_other_positions_than_rows(unpad, calls):
+    """Its biases are those of positions, and the operation has those of rows."""
+    model, holes = mpnet(), PADDED.clone()
+    holes[1, 3:6] = 0
+    exact = hidden(model, attention_mask=holes)
+    swapped(model, unpad=unpad)
+    assert close(hidden(model, attention_mask=holes), exact, holes) and not calls
+
+
+def test_biases_that_differ_from_text_to_text_run_one_by_one(calls, monkeypatch):
+    model = swapped(mpnet())[0]
+    bias = torch.randn(2, 4, 20, 20)
+    monkeypatch.setattr(model.encoder, "compute_position_bias", lambda x: bias)
+    y = hidden(model)
+    assert not calls
+    monkeypatch.setattr(model.encoder, "compute_position_bias", lambda x: bias[1:].expand(2, -1, -1, -1))
+    assert close(hidden(model)[1:], y[1:]) and len(calls) == 1
+
+
+def test_a_form_without_the_biases_is_disproved(monkeypatch):
+    floats = encoder_stack.Stack._floats
+    monkeypatch.setattr(encoder_stack.Stack, "_floats", lambda self, *operands: floats(self, *operands[:-1], None))
+    assert swapped(mpnet())[1].encoder.reason.code == "disproved"
+
+
+def test_masks_that_are_added_to_scores(calls):
+    """MPNet's hide a key by the lowest number that there is. Others count as they are."""
+    model = swapped(mpnet())[0]
+    x, layers = model.embeddings(IDS), model.encoder
+    added = torch.zeros(2, 1, 20, 20)
+    added[..., 15:] = -torch.inf
+    with torch.inference_mode():
+        y = layers(x, added, return_dict=True).last_hidden_state
+        assert len(calls) == 1 and close(y[:, :15], hidden(model, IDS[:, :15]))
+        layers(x, added.clamp(min=-3), return_dict=True)
+    assert len(calls) == 2
 
 
 def test_calibrated_layers_too(calls):
@@ -249,17 +307,19 @@ def test_what_is_no_text_encoder_in_int8_says_nothing_of_it():
         assert report.encoder.reason.code == "no_encoder" and "layer by layer" not in str(report)
 
 
+@FAMILIES
 @pytest.mark.parametrize("attention", [False, {"encoder.layer.1": None, "**": True}])
-def test_attention_that_is_to_stay_keeps_the_layers_apart(attention, calls):
-    model, report = swapped(bert(), attention=attention)
+def test_attention_that_is_to_stay_keeps_the_layers_apart(build, attention, calls):
+    model, report = swapped(build(), attention=attention)
     assert report.encoder.reason.code == "attention_kept"
     assert hidden(model).isfinite().all() and not calls
 
 
 @pytest.mark.every(2)
+@FAMILIES
 @pytest.mark.parametrize("calibrate", [None, [{"input_ids": IDS}] * 2])
-def test_folders_have_it(tmp_path, calls, calibrate):
-    model = swapped(bert(), calibrate=calibrate)[0]
+def test_folders_have_it(build, tmp_path, calls, calibrate):
+    model = swapped(build(), calibrate=calibrate)[0]
     y = hidden(model)
     fp.save_pretrained(model, tmp_path)
     for load in (fp.load_pretrained, transformers.AutoModel.from_pretrained):
@@ -301,9 +361,10 @@ def test_parity_sees_each_layer(calls):
     assert "encoder.layer.1.output.dense" in str(report.to_json())
 
 
+@FAMILIES
 @pytest.mark.every(3)
-def test_compiled_models_run_layer_by_layer(calls):
-    model = swapped(bert())[0]
+def test_compiled_models_run_layer_by_layer(build, calls):
+    model = swapped(build())[0]
     y = hidden(model)
     compiled = torch.compile(model, backend="eager")
     with torch.inference_mode():
@@ -366,14 +427,11 @@ def tokens(**names):
     return {f"{name}_token_id": i for name, i in names.items()}
 
 
-@pytest.mark.parametrize(
-    ("kind", "options"), [("MPNet", {}), ("ModernBert", tokens(pad=98, cls=1, sep=2, bos=1, eos=2))]
-)
-def test_layers_of_another_form_run_one_by_one(kind, options, calls):
-    model = bert(kind, **options)
+def test_layers_of_another_form_run_one_by_one(calls):
+    model = bert("ModernBert", **tokens(pad=98, cls=1, sep=2, bos=1, eos=2))
     exact = hidden(model)
     report = swapped(model)[1]
-    assert report.encoder.reason.code == "other_layers" and f"the parts of a {kind}" in str(report)
+    assert report.encoder.reason.code == "other_layers" and "the parts of a ModernBert" in str(report)
     assert close(hidden(model), exact) and not calls
 
 

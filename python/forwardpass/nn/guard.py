@@ -115,7 +115,7 @@ class Beginning:
     def watch(self, holder: nn.Module) -> tuple[RemovableHandle, RemovableHandle]:
         """Hooks around the forward of the module that calls the layers."""
         after = holder.register_forward_hook(self.end, always_call=True)
-        return holder.register_forward_pre_hook(self.begin), after
+        return holder.register_forward_pre_hook(self.begin, with_kwargs=True), after
 
     def begin(self, holder: nn.Module, *_: Any) -> None:
         """Before the forward: the next call of the first layer is its."""

@@ -13,6 +13,7 @@ autocast, training, torch.compile, a cache, a mask that is no padding on the rig
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +39,8 @@ _RESULT = "_forwardpass_encoded"
 
 @dataclass(frozen=True)
 class Form:
-    """What the parts of a post-norm layer are called. `attention` has attention_head_size and scaling."""
+    """What the parts of a post-norm layer are called. `attention` has attention_head_size, and scaling unless it divides scores by
+    the root of that size."""
 
     attention: str
     qkv: tuple[str, str, str]
@@ -48,19 +50,24 @@ class Form:
     activation: str
     down: str
     norm2: str
+    score_bias: str | None = None  #: the layer's argument that is added to all scores
+    in_tuple: bool = False  #: whether the layer returns its hidden states in a tuple
 
     @property
     def linears(self) -> tuple[str, ...]:
         return (*self.qkv, self.out, self.up, self.down)
 
 
-#: BERT and its like (RoBERTa, XLM-R, ELECTRA, CamemBERT, …), DistilBERT.
+#: BERT and its like (RoBERTa, XLM-R, ELECTRA, CamemBERT, …), DistilBERT, MPNet.
 FORMS = (
     Form("attention.self", ("attention.self.query", "attention.self.key", "attention.self.value"), "attention.output.dense",
          "attention.output.LayerNorm", "intermediate.dense", "intermediate.intermediate_act_fn", "output.dense",
          "output.LayerNorm"),
     Form("attention", ("attention.q_lin", "attention.k_lin", "attention.v_lin"), "attention.out_lin", "sa_layer_norm",
          "ffn.lin1", "ffn.activation", "ffn.lin2", "output_layer_norm"),
+    Form("attention.attn", ("attention.attn.q", "attention.attn.k", "attention.attn.v"), "attention.attn.o",
+         "attention.LayerNorm", "intermediate.dense", "intermediate.intermediate_act_fn", "output.dense", "output.LayerNorm",
+         score_bias="position_bias", in_tuple=True),
 )  # fmt: skip
 
 
@@ -134,6 +141,14 @@ class Stack(Beginning):
             vars(layer)["forward"] = _Forward(self, i)
         self._handles = self.watch(self.holder)
 
+    def begin(self, holder: nn.Module, *call: Any) -> None:
+        """Nothing where the holder is asked for hidden states: MPNet's collects them in its own loop, past `attention.collects`."""
+        if torch.compiler.is_compiling():
+            return
+        args, kwargs = call
+        arguments = {**dict(zip(unpadding.parameters(type(holder).forward), args)), **kwargs}
+        self._begun = not arguments.get("output_hidden_states")
+
     def undo(self) -> None:
         for layer in self.layers:
             if stack_of(layer) is not None:
@@ -156,15 +171,15 @@ class Stack(Beginning):
 
     def result(self, hidden: Tensor, mask: Any, options: dict[str, Any]) -> Tensor | None:
         """What all layers give; None where they are to be called one by one."""
+        bias = options.pop(self.form.score_bias, None) if self.form.score_bias else None
         if not self._takes(hidden, options):
             return None
         lengths = _lengths(hidden, mask)
-        if lengths is None or not self._is_as_built():
+        if lengths is None or not self._is_as_built() or not self._takes_bias(bias, hidden):
             return None
-        cu_seqlens, key_lens = lengths
         self.calls += 1
-        x = hidden.flatten(0, 1)
-        y = self._floats(x, cu_seqlens, key_lens) if self.in_floats else self._int8(x, cu_seqlens, key_lens)
+        operands = hidden.flatten(0, 1), *lengths, None if bias is None else bias[0]
+        y = self._floats(*operands) if self.in_floats else self._int8(*operands)
         for _ in self.layers:
             take(self._name)
         return y.view(hidden.shape)
@@ -182,6 +197,27 @@ class Stack(Beginning):
         if attention.collects() or torch.jit.is_tracing():
             return False
         return all(x is None or x is False for x in options.values())
+
+    def _takes_bias(self, bias: Any, hidden: Tensor) -> bool:
+        """Whether it is one for all sequences, whose rows are at the positions that it has."""
+        if bias is None:
+            return True
+        rows = unpadding.current()
+        batch, length = hidden.shape[:2]
+        if rows is not None and rows.are(hidden):
+            if rows.has_holes:
+                return False
+            batch, length = rows.shape
+        heads = hidden.shape[2] // self.part(self.layers[0], self.form.attention).attention_head_size
+        return (
+            type(bias) is Tensor
+            and bias.dtype == torch.float32
+            and bias.shape[1:] == (heads, length, length)
+            and bias.shape[0] in (1, batch)
+            and bias.stride(-1) == 1
+            and not (torch.is_grad_enabled() and bias.requires_grad)
+            and torch.equal(bias[1:], bias[:-1])
+        )
 
     def _is_as_built(self) -> bool:
         """Whether modules, weights and code are those that were found, and nothing new is around them."""
@@ -203,7 +239,7 @@ class Stack(Beginning):
         for p in self._norms:
             if p.dtype is not torch.float32:
                 return False
-        if self._config._attn_implementation != self._implementation:
+        if getattr(self._config, "_attn_implementation", None) != self._implementation:
             return False
         if self._hooks != RemovableHandle.next_id:  # somebody has put one somewhere
             if any(map(_is_watched, (*self.layers, *self._modules))):
@@ -225,8 +261,9 @@ class Stack(Beginning):
             self._watched += list(self._tensors())
             self._norms = tuple(x for _, _, x in self._watched if isinstance(x, nn.Parameter))
         self._modules, self._attributes = modules, tuple(map(vars, modules))
-        self._config = self.part(self.layers[0], self.form.attention).config
-        self._implementation = self._config._attn_implementation
+        # MPNet's attention has none: it computes in its own code.
+        self._config = getattr(self.part(self.layers[0], self.form.attention), "config", None)
+        self._implementation = getattr(self._config, "_attn_implementation", None)
         return True
 
     def _flat(self, weights: Sequence[Any]) -> list[Tensor | None]:
@@ -235,7 +272,7 @@ class Stack(Beginning):
     def _constants(self, layer: nn.Module) -> tuple[Any, ...]:
         """What is one for all layers of a call."""
         of_attention, norm = self.part(layer, self.form.attention), self.part(layer, self.form.norm1)
-        return of_attention.attention_head_size, float(of_attention.scaling), norm.eps, self._activation(layer)
+        return of_attention.attention_head_size, _scale(of_attention), norm.eps, self._activation(layer)
 
     def _activation(self, layer: nn.Module) -> str | None:
         up: str | None = self.part(layer, self.form.up).activation
@@ -265,22 +302,28 @@ class Stack(Beginning):
         q, k, v, out, up, down = map(int8_weight, (*qkv, *others))
         return EncoderWeights(q, k, v, out, up, down, *pairs)
 
-    def _int8(self, x: Tensor, cu_seqlens: Tensor, key_lens: Tensor | None) -> Tensor:
+    def _int8(self, x: Tensor, cu_seqlens: Tensor, key_lens: Tensor | None, bias: Tensor | None) -> Tensor:
         head_size, scale, eps, activation = self._constants(self.layers[0])
         dtype = torch.bfloat16 if x.dtype == torch.float32 and self._in_bfloat16 else x.dtype
         heads = x.shape[1] // head_size
-        return OPERATION(x, cu_seqlens, self._weights, heads, eps, activation, False, scale, dtype, key_lens)
+        return OPERATION(x, cu_seqlens, self._weights, heads, eps, activation, False, scale, dtype, key_lens, bias)
 
-    def _floats(self, x: Tensor, cu_seqlens: Tensor, key_lens: Tensor | None) -> Tensor:
+    def _floats(self, x: Tensor, cu_seqlens: Tensor, key_lens: Tensor | None, bias: Tensor | None) -> Tensor:
         """The formula, by the layers' own modules."""
         f, spans = self.form, [*itertools.pairwise(cu_seqlens.tolist())]
         keys = [b - a for a, b in spans] if key_lens is None else key_lens.tolist()
         for layer in self.layers:
             part = {name: self.part(layer, name) for name in (*f.linears, f.norm1, f.norm2, f.activation, f.attention)}
-            size, scale = part[f.attention].attention_head_size, float(part[f.attention].scaling)
+            size, scale = part[f.attention].attention_head_size, _scale(part[f.attention])
             q, k, v = (part[name](x).unflatten(1, (-1, size)).transpose(0, 1) for name in f.qkv)
             sequences = [
-                F.scaled_dot_product_attention(q[:, a:b], k[:, a : a + n], v[:, a : a + n], scale=scale)
+                F.scaled_dot_product_attention(
+                    q[:, a:b],
+                    k[:, a : a + n],
+                    v[:, a : a + n],
+                    None if bias is None else bias[:, : b - a, :n],
+                    scale=scale,
+                )
                 for (a, b), n in zip(spans, keys)
             ]
             attended = torch.cat(sequences, 1)
@@ -300,11 +343,13 @@ class _Forward:
         if not torch.compiler.is_compiling():
             is_last = self.index + 1 == len(stack.layers)
             if self.index == 0:
-                result = stack.result_of_begun(hidden_states, attention_mask, _options(args, kwargs))
-                if result is not None:
-                    return result if is_last else _between(result)
-            elif (result := getattr(hidden_states, _RESULT, None)) is not None:
-                return result if is_last else hidden_states
+                result = stack.result_of_begun(hidden_states, attention_mask, _options(type(layer), args, kwargs))
+                between = None if result is None else _between(result)
+            else:
+                result, between = getattr(hidden_states, _RESULT, None), hidden_states
+            if result is not None:
+                y = result if is_last else between
+                return (y,) if stack.form.in_tuple else y
         return type(layer).forward(layer, hidden_states, attention_mask, *args, **kwargs)
 
 
@@ -321,8 +366,14 @@ def _between(result: Tensor) -> Tensor:
     return nan
 
 
-def _options(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {**{str(i): x for i, x in enumerate(args)}, **kwargs}
+def _options(cls: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """By name, all arguments of a layer of this class but hidden states and mask."""
+    names = unpadding.parameters(cls.forward)[2:]
+    return {**dict(zip(itertools.chain(names, map(str, itertools.count())), args)), **kwargs}
+
+
+def _scale(attention: Any) -> float:
+    return float(attention.scaling) if hasattr(attention, "scaling") else 1 / math.sqrt(attention.attention_head_size)
 
 
 def _is_ours(cls: type) -> bool:
@@ -331,7 +382,7 @@ def _is_ours(cls: type) -> bool:
 
 #: Hooks that do nothing that the one operation does not: they bring rows without padding, leave a rotation to a cache, or say that
 #: layers are called.
-_HOOKS = {unpadding.gather, unpadding.scatter, rotary.mark}
+_HOOKS = {unpadding.gather, unpadding.scatter, unpadding.pad, unpadding.unpad, rotary.mark}
 
 
 def _is_watched(m: nn.Module) -> bool:
@@ -364,7 +415,14 @@ def _lengths(hidden: Tensor, mask: Any) -> tuple[Tensor, Tensor | None] | None:
     cu_seqlens = torch.arange(0, batch * length + 1, length, dtype=torch.int32)
     if mask is None:
         return cu_seqlens, None
-    if type(mask) is not Tensor or mask.dtype != torch.bool or mask.shape != (batch, 1, length, length):
+    if type(mask) is not Tensor or mask.shape != (batch, 1, length, length):
+        return None
+    if mask.dtype in FLOATS:  # which is added to scores
+        attends = mask == 0
+        if not (attends | (mask <= torch.finfo(mask.dtype).min)).all():
+            return None
+        mask = attends
+    if mask.dtype != torch.bool:
         return None
     row = mask[:, 0, 0]
     if mask.stride(2) and not torch.equal(mask, row[:, None, None].expand_as(mask)):

@@ -111,14 +111,14 @@ def current() -> Rows | None:
 
 
 @functools.lru_cache(maxsize=256)
-def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+def parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(forward).parameters)[1:]  # without self
 
 
 def _rows(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows | None:
     if model.training or torch.jit.is_tracing():
         return None
-    arguments = {**dict(zip(_parameters(type(model).forward), args)), **kwargs}
+    arguments = {**dict(zip(parameters(type(model).forward), args)), **kwargs}
     mask, config = arguments.get("attention_mask"), model.config
     if type(mask) is not Tensor or mask.dim() != 2 or mask.is_meta:
         return None
@@ -264,7 +264,7 @@ class Stack:
             yield self.caller.register_forward_hook(leave_around, always_call=True)
         yield self.layers[0].register_forward_pre_hook(gather, with_kwargs=True)
         for layer in self.layers if self.by_interface else ():  # else attention gets padded rows, and all positions
-            if "position_embeddings" in _parameters(type(layer).forward):
+            if "position_embeddings" in parameters(type(layer).forward):
                 yield layer.register_forward_pre_hook(gather_positions, with_kwargs=True)
         # before hooks that were there: transformers' own record what layers return
         yield self.layers[-1].register_forward_hook(scatter, prepend=True)

@@ -45,6 +45,7 @@ class Form:
     activation: str = "mlp.act_fn"
     norm1: str = "input_layernorm"
     norm2: str = "post_attention_layernorm"
+    in_tuple: bool = False  #: whether the layer returns its hidden states in a tuple
 
     @property
     def linears(self) -> tuple[str, ...]:
