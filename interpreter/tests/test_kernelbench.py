@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 from gpuless import core  # noqa: E402
 from gpuless.__main__ import main  # noqa: E402
 from gpuless.verification import bounds, inputs  # noqa: E402
+from gpuless.verification.models import ModelFile  # noqa: E402
 from gpuless.verification.session import Verification  # noqa: E402
 from gpuless.verification.specification import Additions, read_specification  # noqa: E402
 
@@ -98,6 +99,73 @@ def test_the_file_s_sizes_are_halved_until_a_cpu_can():
     (sizes,) = problem("convolution").sizes
     assert sizes["in_channels"] % sizes["groups"] == sizes["out_channels"] % sizes["groups"] == 0
     assert (sizes["kernel_size"], sizes["groups"]) == (3, 8)
+
+
+CONSTANTS = """import torch
+rows = 300 * 8
+odd, vectors = 4095, 1000
+height = width = 224
+shape = (odd, 1, 4)
+ratio, flag, unused = 0.5, True, 4096
+both = rows + odd
+class Model(torch.nn.Module):
+    def __init__(self, shape, both):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.randn(shape))
+        self.both = both
+    def forward(self, x, y):
+        return x * self.scale + torch.zeros(self.both).sum() * y.sum()
+def helper():
+    return torch.rand(height, width)
+def get_inputs():
+    return [torch.rand(rows, odd, vectors, 4), helper()]
+def get_init_inputs():
+    return [shape, both]
+"""
+
+
+def test_constants(tmp_path):
+    """Those that are computed from others follow them: the model takes no scale of another shape than its input's."""
+    (tmp_path / "problem.py").write_text(CONSTANTS)
+    models = ModelFile(tmp_path / "problem.py")
+    assert models.constants == {
+        "rows": 2400, "odd": 4095, "vectors": 1000, "height": 224, "width": 224, "shape[1]": 1, "shape[2]": 4,
+    }  # fmt: skip
+    assert models.init_inputs({}) == "[(4095, 1, 4), 6495]"
+    assert models.init_inputs({"odd": 9, "rows": 3, "shape[2]": 5}) == "[(9, 1, 5), 12]"
+    x, y = models.inputs(rows=2, odd=3, vectors=5, width=6)
+    assert list(x.shape) == [2, 3, 5, 4] and list(y.shape) == [224, 6]
+    assert models.init_inputs({}) == "[(4095, 1, 4), 6495]"  # the file's own again
+
+
+def test_halves_of_odd_sizes_are_odd(tmp_path):
+    (tmp_path / "problem.py").write_text(CONSTANTS)
+    models = ModelFile(tmp_path / "problem.py")
+    sizes = models.halved(models.constants, [])
+    assert sizes["odd"] % 2 == 1 and sizes["odd"] < 100, sizes
+    assert sizes["rows"] % 8 == sizes["vectors"] % 8 == 0, sizes
+    elements, _ = models.cost(sizes)
+    assert elements <= 1 << 16
+
+
+def test_sizes_that_have_to_agree_are_halved_together(tmp_path):
+    text = PROBLEM % ("x * torch.ones(2 * m, device=x.device)", "None")
+    text = text.replace("n = 40", "n = 4096\nm = 2048\nk = 4096").replace(
+        "torch.rand(3, n)", "torch.rand(k, 8, n + 0 * m)"
+    )
+    (tmp_path / "problem.py").write_text(text)
+    (sizes,) = read_specification(tmp_path / "problem.py").sizes
+    assert sizes["n"] == 2 * sizes["m"] < 1000 and sizes["k"] < 1000
+
+
+def test_constants_that_are_too_large_as_literals(tmp_path):
+    """No option makes them smaller: up to a limit they are as they are, and beyond it the sentence says so."""
+    text = PROBLEM % ("x + 0", "None")
+    (tmp_path / "problem.py").write_text(text.replace("torch.rand(3, n)", "torch.rand(3, 1 << 19)"))
+    assert read_specification(tmp_path / "problem.py").sizes == [{"n": 8}]
+    (tmp_path / "problem.py").write_text(text.replace("torch.rand(3, n)", "torch.rand(3, 1 << 29)"))
+    with pytest.raises(ValueError, match=r"3221225472 elements.*has to become a constant"):
+        read_specification(tmp_path / "problem.py")
 
 
 def test_sizes_that_are_given():

@@ -86,7 +86,7 @@ def read_specification(path: pathlib.Path, additions: Additions | None = None) -
         raise ValueError(f"there is no reference {path}")
     module = importlib.util.module_from_spec(spec)
     trusted(path, spec.loader.exec_module, module)
-    models = ModelFile(module) if is_model_file(module) else None
+    models = ModelFile(path) if is_model_file(module) else None
     without = {**getattr(module, "WITHOUT", LAYOUTS_OF_MODELS if models else {}), **more.without}
     if unknown := without.keys() - set(FAMILIES):
         raise ValueError(f"{path}: WITHOUT names {', '.join(sorted(unknown))}, and there are {', '.join(FAMILIES)}")
