@@ -1,11 +1,13 @@
 """`gpuless verify`: right kernels are accepted, and wrong and cheating ones are refused, each for its own reason."""
 
 import json
+import os
 import pathlib
 import re
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -16,7 +18,7 @@ from gpuless import core  # noqa: E402
 from gpuless.__main__ import main  # noqa: E402
 from gpuless.commands.verify import compiled  # noqa: E402
 from gpuless.verification import bounds, inputs  # noqa: E402
-from gpuless.verification.session import Verification  # noqa: E402
+from gpuless.verification.session import Process, Verification  # noqa: E402
 from gpuless.verification.specification import Specification, chosen_sizes, read_specification  # noqa: E402
 
 pytestmark = pytest.mark.interpreted
@@ -156,7 +158,7 @@ def test_what_the_interpreter_does_not_know_is_incomplete(tmp_path):
 
 def test_a_candidate_that_does_not_end_is_incomplete(tmp_path):
     code, document = verify(tmp_path, "while True: pass", REFERENCE % "x", "--time-limit=3")
-    assert code == 4 and "--time-limit" in document["incomplete"][0]
+    assert code == 4 and "3 s were over before the candidate was loaded" in document["incomplete"][0]
 
 
 @pytest.mark.parametrize(
@@ -254,3 +256,29 @@ def test_integers_have_to_be_equal():
     assert (
         bounds.compare("y", torch.tensor([2]), e).problem == "y[0] is 2 instead of 1 (allowed: 0 off); 1 of 1 are wrong"
     )
+
+
+BUILDING = """import pathlib, subprocess, time
+lock = pathlib.Path(__file__).with_name("lock")
+try:
+    compiler = subprocess.Popen(["sleep", "3600"])
+    lock.write_text(str(compiler.pid))
+    time.sleep(3600)
+finally:
+    lock.unlink()
+"""
+
+
+def test_what_a_candidate_starts_ends_with_it(tmp_path):
+    """Torch builds extensions under a lock, and whoever comes later waits until its file is gone."""
+    (tmp_path / "kernel.py").write_text(BUILDING)
+    process = Process("sm_90a", dict(os.environ), time.monotonic() + 3600, 3600)
+    process.wire.send({"do": "load", "path": str(tmp_path / "kernel.py"), "library": "", "entry": "candidate"})
+    lock = tmp_path / "lock"
+    while not (lock.exists() and lock.read_text()):
+        time.sleep(0.05)
+    compiler = int(lock.read_text())
+    process.kill()
+    assert not lock.exists()
+    status = pathlib.Path(f"/proc/{compiler}/stat")
+    assert not status.exists() or status.read_text().split()[2] == "Z"

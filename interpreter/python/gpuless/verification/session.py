@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import selectors
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,6 +30,8 @@ NOT_COVERED = (
     "schedules other than seeds 0 and 1",
     "sizes and inputs that were not tried",
 )
+#: seconds that an interrupted process has before it is killed
+INTERRUPTED = 5.0
 
 
 class TimeIsUp(RuntimeError):
@@ -48,7 +52,10 @@ class Process:
             str(answers[1]),
             str(budget),
         ]
-        self._process = subprocess.Popen(command, env=environment, pass_fds=(requests[0], answers[1]))
+        # a group of its own: what the candidate starts, such as compilers, ends with it
+        self._process = subprocess.Popen(
+            command, env=environment, pass_fds=(requests[0], answers[1]), start_new_session=True
+        )
         os.close(requests[0])
         os.close(answers[1])
         self._answers, self._deadline = answers[0], deadline
@@ -70,12 +77,16 @@ class Process:
                 max(30.0, self._deadline - time.monotonic())
             )  # on a busy machine it takes a while
         except (Ended, subprocess.TimeoutExpired):
-            self._process.kill()
-            return self._process.wait()
+            return self.kill()
 
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
+    def kill(self) -> int:
+        """Interrupts it first: torch then removes the lock of an extension that it builds, where later processes wait."""
+        for signal_number, patience in ((signal.SIGINT, INTERRUPTED), (signal.SIGKILL, None)):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal_number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(patience)
+        return self._process.wait()
 
 
 class Verification:
@@ -96,6 +107,7 @@ class Verification:
         self.arch, self.strict, self.library = arch, strict, library
         self.coverage, self.keep_going = coverage, keep_going
         self.time_limit = time_limit
+        self.loaded = False
         self.report = Report(str(candidate), arch, [0, 1], not_covered=list(NOT_COVERED))
         self.random: list[tuple[list[Tensor], list[Expected]]] = []  # of the first two trials: output, reference
 
@@ -118,6 +130,8 @@ class Verification:
             process.kill()
             self.report.incomplete.append(
                 f"{self.time_limit:g} s were over after {len(self.report.cases)} calls (--time-limit)"
+                if self.loaded
+                else f"{self.time_limit:g} s were over before the candidate was loaded, with all that it compiles (--time-limit)"
             )
         except Ended:
             process.kill()
@@ -138,6 +152,7 @@ class Verification:
     def _trials(self, process: Process) -> None:
         where = {"path": str(self.candidate.absolute()), "library": self.library, "entry": self.entry}
         answer, _ = process.ask({"do": "load", **where})
+        self.loaded = True
         if answer["error"]:
             self.report.errors.append(f"the candidate cannot be loaded: {answer['error']}")
             return
