@@ -219,7 +219,7 @@ def get_init_inputs():
 @pytest.mark.parametrize(
     ("forward", "init", "words"),
     [
-        ("torch.nn.functional.dropout(x)", "None", "Model is random"),
+        ("torch.nn.functional.dropout(x)", "None", "cannot be verified at n=40: Model is random"),
         ("x @ x", "None", "fails on tensors without values.*RuntimeError"),
         ("x + 1 if x.sum() > 0 else x", "None", "fails on tensors without values"),
     ],

@@ -135,15 +135,15 @@ def _sizes_of_models(
         halved |= {name: n for name, n in models.halved(start, [*asked]).items() if name in left}
     changed = [f"{name}={n}" for name, n in models.constants.items() if halved[name] != n]
     not_covered = [f"the file's own {', '.join(changed)}, which were halved for a CPU (--size)"] if changed else []
-    sizes = []
+    sizes, refused = [], []
     for choice in chosen_sizes({**halved, **asked}):
         if why := models.why_not(choice):
-            not_covered.append(f"{', '.join(f'{k}={n}' for k, n in choice.items())}: {why}")
+            refused.append(f"{', '.join(f'{k}={n}' for k, n in choice.items())}: {why}")
         else:
             sizes.append(choice)
     if not sizes:
-        raise ValueError(f"{path} cannot be verified at {'; '.join(not_covered)}")
-    return sizes, not_covered
+        raise ValueError(f"{path} cannot be verified at {'; '.join(refused)}")
+    return sizes, not_covered + refused
 
 
 def _runs(path: pathlib.Path, models: ModelFile, choices: list[dict[str, int]]) -> dict[str, int]:
