@@ -168,10 +168,7 @@ INLINE float scores(const Head& h, const Rows& rows, Tile& t, int r) {
   for (int c = 0; c < t.keys; c += kLanes<V>) {
     V s = load<V, Dtype::i32>(t.integers[r], c) * load<V, Dtype::f32>(k_scale, c) * factor;
     if (h.modifies) s = modified(h, s, shift, c - position, t.mask[r] + c);
-    if (c < low || c + kLanes<V> - 1 > high) {
-      const Ints<V> lanes = lane_numbers<V>() + c;
-      s = (lanes >= low) & (lanes <= high) ? s : splat<V>(-INFINITY);
-    }
+    if (c < low || c + kLanes<V> - 1 > high) s = between(lane_numbers<V>() + c, low, high, s, -INFINITY);
     store<Dtype::f32>(s, t.scores, c);
     largest = max(s, largest);
   }
@@ -208,6 +205,16 @@ INLINE void weigh(const Rows& rows, Tile& t) {
   }
 }
 
+// The probabilities of a tile's rows, with zeros from the last key to `depth`; and what outputs are multiplied by.
+template <class V>
+INLINE void softmax(const Head& h, const Rows& rows, Tile& t, int64_t depth) {
+  apart<V>(APART_CODE {
+    if (h.p.mask.kind != AttentionMaskKind::none) copy_masks<V>(h, t);
+    for (int r = 0; r < t.rows; ++r) t.units[r] = scores<V>(h, rows, t, r), probabilities<V>(t, r, depth);
+    weigh<V>(rows, t);
+  });
+}
+
 // A tile's rows against a block of keys.
 template <class V, class A>
 INLINE void attend(const Head& h, const Rows& rows, Tile& t) {
@@ -223,10 +230,8 @@ INLINE void attend(const Head& h, const Rows& rows, Tile& t) {
           __attribute__((always_inline)) { return load_bits<Ints<V>>(corrections + v * kLanes<V>, kLanes<V>); },
       [&](int64_t r, int64_t v, auto sums)
           __attribute__((always_inline)) { store_bits(sums, t.integers[r] + v * kLanes<V>, kLanes<V>); });
-  if (h.p.mask.kind != AttentionMaskKind::none) copy_masks<V>(h, t);
   const int64_t depth = whole(t.keys, A::kDepth);
-  for (int r = 0; r < t.rows; ++r) t.units[r] = scores<V>(h, rows, t, r), probabilities<V>(t, r, depth);
-  weigh<V>(rows, t);
+  softmax<V>(h, rows, t, depth);
   const float unit = h.keys.v_block_scale[t.first_key / kBlockKeys] * (1 / 255.0f);
   for (int64_t c = 0; c < h.p.value_dim; c += kPanelColumns) {
     float* out = rows.out + t.first_row * rows.out_stride + c;
@@ -295,10 +300,23 @@ INLINE void finish(const Head& h, const Rows& rows) {
   }
 }
 
+template <class V>
+INLINE void begin_rows(const Head& h, const Rows& rows) {
+  apart<V>(APART_CODE {
+    with_float_dtype(h.p.dtype, [&](auto d) __attribute__((always_inline)) { begin<V, decltype(d)::value>(h, rows); });
+  });
+}
+template <class V>
+INLINE void finish_rows(const Head& h, const Rows& rows) {
+  apart<V>(APART_CODE {
+    with_float_dtype(h.p.dtype, [&](auto d) __attribute__((always_inline)) { finish<V, decltype(d)::value>(h, rows); });
+  });
+}
+
 template <class V, class A>
 INLINE void run(const Head& h, const Rows& rows, Tile& t) {
   const typename A::Setup setup(h.operands.columns());
-  with_float_dtype(h.p.dtype, [&](auto d) __attribute__((always_inline)) { begin<V, decltype(d)::value>(h, rows); });
+  begin_rows<V>(h, rows);
   const int64_t first = h.position(0), end = std::min(h.sequence.keys, first + h.chunk.rows + h.p.right);
   for (t.first_key = std::max<int64_t>(0, first - h.p.left) / kBlockKeys * kBlockKeys; t.first_key < end;
        t.first_key += kBlockKeys)
@@ -306,7 +324,7 @@ INLINE void run(const Head& h, const Rows& rows, Tile& t) {
       t.rows = static_cast<int>(std::min<int64_t>(A::kRows, h.chunk.rows - t.first_row));
       attend<V, A>(h, rows, t);
     }
-  with_float_dtype(h.p.dtype, [&](auto d) __attribute__((always_inline)) { finish<V, decltype(d)::value>(h, rows); });
+  finish_rows<V>(h, rows);
 }
 
 std::vector<Chunk> chunks_of(const AttentionParams& p, const std::vector<Sequence>& sequences) {

@@ -203,7 +203,7 @@ class Worker {
   // What follows is prefetched.
   void run(const Keys& keys, int64_t heads, float* sums, const Keys& following) {
     const auto& [first_head, begin, end] = keys;
-    const int64_t row_count = first_head.rows(), length = p_.cache.seq_lens[first_head.batch];
+    const int64_t row_count = first_head.rows();
     const int64_t size = size_of(p_.cache.dtype), k_bytes = p_.cache.k.head * size, v_bytes = p_.cache.v.head * size;
     for (int64_t h = 0; h < heads; ++h) {
       const Sums s(sums + h * stride_, row_count, p_.cache.value_dim);
@@ -233,25 +233,10 @@ class Worker {
         place_scales(head, p_.cache.k_scale, tile, buffers_.k_scale);
         place_scales(head, p_.cache.v_scale, tile, buffers_.v_scale);
         for (int64_t first = 0; first < row_count; first += kMostRows) {
-          Rows rows{.q = q_ + (h * row_count + first) * words_,
-                    .factors = factors_ + h * row_count + first,
-                    .words = words_,
-                    .low = {},
-                    .high = {},
-                    .place = {},
-                    .slope = {},
-                    .sums = Sums(sums + h * stride_, row_count, p_.cache.value_dim)};
           const auto count = static_cast<int>(std::min<int64_t>(row_count - first, kMostRows));
-          rows.sums.values += first * value_columns_, rows.sums.maxima += first, rows.sums.totals += first;
-          bool sees_keys = false;
-          for (int r = 0; r < count; ++r) {
-            const int64_t place = length - p_.rows + head.row_of_sequence(first + r) - key;
-            rows.low[r] = static_cast<int>(std::clamp<int64_t>(place - p_.left, 0, kTileKeys));
-            rows.high[r] = static_cast<int>(std::clamp<int64_t>(place, -1, tile.n - 1));
-            rows.place[r] = static_cast<float>(place), rows.slope[r] = slope_of(head, first + r);
-            sees_keys |= rows.low[r] <= rows.high[r];
-          }
-          if (!sees_keys) continue;
+          const Rows rows =
+              rows_before(tile, head, h, first, count, Sums(sums + h * stride_, row_count, p_.cache.value_dim));
+          if (!rows.see_keys) continue;
           with_rows(count, [&](auto count) __attribute__((always_inline)) {
             with_arithmetic(p_, [&]<class A>(A) __attribute__((always_inline)) {
               attend<A, count()>(p_, copies_rows_ ? copied : tile, heads > 1 ? share : next, rows, buffers_);
@@ -267,13 +252,37 @@ class Worker {
     head.head += h;
     return head;
   }
+  // `count` rows from `first` on of a head, number h of those together, before a tile of keys.
+  Rows rows_before(const Tile& tile, const Head& head, int64_t h, int64_t first, int count, Sums sums) const {
+    sums.values += first * value_columns_, sums.maxima += first, sums.totals += first;
+    Rows rows{.q = q_ + (h * head.rows() + first) * words_,
+              .factors = factors_ + h * head.rows() + first,
+              .words = words_,
+              .low = {},
+              .high = {},
+              .all_low = 0,
+              .all_high = kTileKeys,
+              .see_keys = false,
+              .place = {},
+              .slope = {},
+              .sums = sums};
+    for (int r = 0; r < count; ++r) {
+      const int64_t place = p_.cache.seq_lens[head.batch] - p_.rows + head.row_of_sequence(first + r) - tile.key;
+      rows.low[r] = static_cast<int>(std::clamp<int64_t>(place - p_.left, 0, kTileKeys));
+      rows.high[r] = static_cast<int>(std::clamp<int64_t>(place, -1, tile.n - 1));
+      rows.place[r] = static_cast<float>(place), rows.slope[r] = slope_of(head, first + r);
+      rows.all_low = std::max(rows.all_low, rows.low[r]), rows.all_high = std::min(rows.all_high, rows.high[r]);
+      rows.see_keys |= rows.low[r] <= rows.high[r];
+    }
+    return rows;
+  }
   float slope_of(const Head& head, int64_t row) const {
     if (!p_.alibi_slopes) return 0;
     return p_.alibi_slopes[head.batch * p_.alibi_batch_stride + head.q_head(row)] * kLog2e;
   }
   // The rows of q as words, and what scores have to be multiplied by.
   void place_rows(const Head& head, int64_t index) {
-    with_arithmetic(p_, [&]<class A>(A) __attribute__((always_inline)) { place_rows<A>(head, index); });
+    with_arithmetic(p_, [&]<class A>(A) __attribute__((always_inline)) { place_rows<typename A::Words>(head, index); });
   }
   template <class A>
   INLINE void place_rows(const Head& head, int64_t index) {
@@ -285,17 +294,19 @@ class Worker {
     float most = 0;  // sums of products with int8 are less than 2^31
     if constexpr (kIntegers<A>) most = std::min(A::kMost, static_cast<float>((int64_t{1} << 23) / columns_ - 1));
     std::fill_n(row_, columns_, 0.0f);
-    for (int64_t row = 0; row < rows; ++row) {
-      const int64_t h = head.q_head(row), i = head.row_of_sequence(row);
-      const auto q = static_cast<const char*>(p_.q.data) +
-                     (head.batch * p_.q.batch + i * p_.q.row + h * p_.q.head) * size_of(p_.dtype);
-      with_float_dtype(p_.dtype, [&](auto dtype) __attribute__((always_inline)) {
-        for_each_vector<V>(
-            0, columns, VECTOR_BODY(&) { store<Dtype::f32>(load<V, decltype(dtype)::value>(q, c, n), row_, c, n); });
-      });
-      const float unit = pack<A>(row_, round_up(columns, kStep), most, q_ + (index * rows + row) * words_);
-      factors_[index * rows + row] = (p_.softcap > 0 ? p_.scale / p_.softcap : p_.scale * kLog2e) * unit;
-    }
+    apart<V>(APART_CODE {
+      for (int64_t row = 0; row < rows; ++row) {
+        const int64_t h = head.q_head(row), i = head.row_of_sequence(row);
+        const auto q = static_cast<const char*>(p_.q.data) +
+                       (head.batch * p_.q.batch + i * p_.q.row + h * p_.q.head) * size_of(p_.dtype);
+        with_float_dtype(p_.dtype, [&](auto dtype) __attribute__((always_inline)) {
+          for_each_vector<V>(
+              0, columns, VECTOR_BODY(&) { store<Dtype::f32>(load<V, decltype(dtype)::value>(q, c, n), row_, c, n); });
+        });
+        const float unit = pack<A>(row_, round_up(columns, kStep), most, q_ + (index * rows + row) * words_);
+        factors_[index * rows + row] = (p_.softcap > 0 ? p_.scale / p_.softcap : p_.scale * kLog2e) * unit;
+      }
+    });
   }
 
   void place_scales(const Head& head, const CacheScale& s, const Tile& tile, float* to) const {

@@ -110,7 +110,7 @@ INLINE void exponentials(const AttentionRows& p, const Block& block, float* scor
       const V m = load<V, Dtype::f32>(mask, c, static_cast<int>(std::min<int64_t>(kLanes<V>, block.keys - c)));
       s = m == splat<V>(-INFINITY) ? m : s + m * kLog2e;  // not the NaN of an infinite score and -infinity
     }
-    if (c < low || c + kLanes<V> - 1 > high) s = (lanes + c >= low) & (lanes + c <= high) ? s : splat<V>(-INFINITY);
+    if (c < low || c + kLanes<V> - 1 > high) s = between(lanes + c, low, high, s, -INFINITY);
     store<Dtype::f32>(s, scores, c);
     largest = max(s, largest);
   }
@@ -168,38 +168,48 @@ INLINE void add_seen(const AttentionRows& p, const Block& block, const float* pr
     multiply<A, 1, true, true>(probabilities, 0, block.v + c * kKeys, out + c, 0, depth, p.columns - c, bits);
 }
 
-// R rows of a chunk, from row i on, against a key block.
+// R rows of a chunk, from row i on, whose words are q, q_stride apart, against a key block. Compiled once for all
+// dtypes whose words are A's.
 template <class A, int R, class V = typename A::V>
+INLINE void tile_of_words(const AttentionRows& p, const Block& block, Rows& rows, int64_t i, const float* q,
+                          int64_t q_stride) {
+  apart<V>(APART_CODE {
+    constexpr int64_t kPanel = kPanelColumns<V>;
+    const int64_t words = p.columns / A::kElements;
+    for (int64_t j = 0; j < block.keys; j += kPanel)
+      multiply<A, R, false>(q, q_stride, block.k + j * words, block.scores + j, block.stride, words);
+    float* out = rows.out + i * rows.out_stride;
+    const int64_t depth = (block.keys + A::kElements - 1) / A::kElements;
+    for (int r = 0; r < R; ++r) {
+      const float* mask = rows.mask ? rows.mask + (i + r) * p.mask_row + block.first : nullptr;
+      float *scores = block.scores + r * block.stride, *out_row = out + r * rows.out_stride;
+      const int64_t position = rows.first_position + i + r;
+      exponentials<A>(p, block, scores, mask, position, rows.maximum[i + r], rows.sum[i + r], out_row);
+      if (!block.finite) add_seen<A>(p, block, scores, mask, position, depth, out_row);
+    }
+    if (!block.finite) return;
+    for (int64_t c = 0; c < p.columns; c += kPanel)
+      multiply<A, R, true>(block.scores, block.stride, block.v + c * kKeys, out + c, rows.out_stride, depth,
+                           p.columns - c);
+  });
+}
+
+// R rows of a chunk, from row i on, against a key block.
+template <class A, int R>
 INLINE void tile(const AttentionRows& p, Block block, Rows& rows, int64_t i) {
   const int64_t first = rows.first_position + i, last = first + R - 1;
   if (last + p.right < block.first || first - p.left >= block.first + block.keys) return;
   block.keys = std::min(block.keys, last + p.right + 1 - block.first);
-  constexpr int64_t kPanel = kPanelColumns<V>;
-  block.stride = (block.keys + kPanel - 1) / kPanel * kPanel;
+  block.stride = round_up(block.keys, kPanelColumns<typename A::V>);
   const int64_t words = p.columns / A::kElements;
-  const float* q;
-  int64_t q_stride;
-  if constexpr (A::kDtype == Dtype::f32) {
-    q = reinterpret_cast<const float*>(rows.q) + i * p.q.row, q_stride = p.q.row;
-  } else {
+  const float* q = reinterpret_cast<const float*>(rows.q) + i * p.q.row;
+  int64_t q_stride = p.q.row;
+  if constexpr (A::kDtype != Dtype::f32) {
     q = rows.tile_q, q_stride = words;
     for (int r = 0; r < R; ++r)
       copy_words<A>(rows.q + (i + r) * p.q.row * kSize<A::kDtype>, p.columns, rows.tile_q + r * words);
   }
-  for (int64_t j = 0; j < block.keys; j += kPanel)
-    multiply<A, R, false>(q, q_stride, block.k + j * words, block.scores + j, block.stride, words);
-  float* out = rows.out + i * rows.out_stride;
-  const int64_t depth = (block.keys + A::kElements - 1) / A::kElements;
-  for (int r = 0; r < R; ++r) {
-    const float* mask = rows.mask ? rows.mask + (i + r) * p.mask_row + block.first : nullptr;
-    float *scores = block.scores + r * block.stride, *out_row = out + r * rows.out_stride;
-    exponentials<A>(p, block, scores, mask, first + r, rows.maximum[i + r], rows.sum[i + r], out_row);
-    if (!block.finite) add_seen<A>(p, block, scores, mask, first + r, depth, out_row);
-  }
-  if (!block.finite) return;
-  for (int64_t c = 0; c < p.columns; c += kPanel)
-    multiply<A, R, true>(block.scores, block.stride, block.v + c * kKeys, out + c, rows.out_stride, depth,
-                         p.columns - c);
+  tile_of_words<typename A::Words, R>(p, block, rows, i, q, q_stride);
 }
 
 // Copies k, transposed, and v. The scores of a last panel's unused columns are never read; the probability of a key

@@ -88,10 +88,7 @@ INLINE void multiply_tile(const uint8_t* a, int64_t a_stride, const int8_t* pane
                           Begin begin, Finish finish) {
   constexpr int64_t kBytes = sizeof(typename A::Sums);
   typename A::Sums sums[kRows][kVectors];
-  const auto for_each_sum = [&](auto f) __attribute__((always_inline)) {
-    unrolled<kRows>(UNROLLED_BODY(r) { unrolled<kVectors>(UNROLLED_BODY(j) { f(r, j); }); });
-  };
-  for_each_sum([&](auto r, auto j) __attribute__((always_inline)) { sums[r][j] = begin(j); });
+  unrolled<kRows * kVectors>(UNROLLED_BODY(i) { sums[i / kVectors][i % kVectors] = begin(i % kVectors); });
   for (int64_t d = 0; d < depth; d += 4, panel += panel_row) {
     typename A::Signed columns[kVectors];
     unrolled<kVectors>(UNROLLED_BODY(j) { columns[j] = A::signed_bytes(panel + j * kBytes); });
@@ -100,7 +97,8 @@ INLINE void multiply_tile(const uint8_t* a, int64_t a_stride, const int8_t* pane
       unrolled<kVectors>(UNROLLED_BODY(j) { A::add(sums[r][j], row, columns[j]); });
     });
   }
-  for_each_sum([&](auto r, auto j) __attribute__((always_inline)) { finish(r, j, sums[r][j]); });
+  unrolled<kRows * kVectors>(
+      UNROLLED_BODY(i) { finish(i / kVectors, i % kVectors, sums[i / kVectors][i % kVectors]); });
 }
 
 // As multiply_tile, of the first `vectors` of the panel and of `rows` rows, at most A::kRows.

@@ -75,7 +75,7 @@ struct Tile {
     find_rows(keys.head, c.k, size_of(c.dtype), k), find_rows(keys.head, c.v, size_of(c.dtype), v);
   }
   // Its values, with zeros as those of all keys but the ones from low to high.
-  Tile values_between(int low, int high, const char* zeros) const {
+  __attribute__((noinline)) Tile values_between(int low, int high, const char* zeros) const {
     Tile seen;
     seen.n = high + 1;
     for (int i = 0; i < kTileKeys; ++i) seen.v[i] = i < low || i > high ? zeros : v[i];
@@ -165,6 +165,8 @@ struct Rows {
   const float* factors;  // [R], of scores
   int64_t words;
   int low[kMostRows], high[kMostRows];
+  int all_low, all_high;                     // that all rows see
+  bool see_keys;                             // any of them any
   float place[kMostRows], slope[kMostRows];  // where it stands, from the tile's first key on; ALiBi's, times log2(e)
   Sums sums;                                 // the first row's
 
@@ -175,9 +177,7 @@ struct Rows {
 template <class V>
 INLINE V seen(const Rows& rows, int r, int key, V v, float other) {
   if (rows.sees_all(r, key, key + kLanes<V> - 1)) return v;
-  const auto j = lane_numbers<V>() + key;
-  v = select_less(j, splat<Ints<V>>(rows.low[r]), splat<V>(other), v);
-  return select_less(splat<Ints<V>>(rows.high[r]), j, splat<V>(other), v);
+  return between(lane_numbers<V>() + key, rows.low[r], rows.high[r], v, other);
 }
 
 // What a tile's scores and values are multiplied by, scores that become probabilities, and these as words;
@@ -212,8 +212,7 @@ INLINE void add_values(const Tile& tile, const Tile& next, const float* p, int64
   using Sum = typename A::Sum;
   constexpr int kE = A::kElements, kN = kLanes<V>;
   constexpr int kBytes = C * kN * kE * static_cast<int>(size_of(A::kDtype));
-  Sum x[R * C * kE];
-  unrolled<R * C * kE>(UNROLLED_BODY(i) { x[i] = Sum{}; });
+  Sum x[R * C * kE]{};
   for (int j = 0; j < tile.n; j += kE) {
     V v[C * kE];
     unrolled<C>(UNROLLED_BODY(c) {
@@ -230,16 +229,16 @@ INLINE void add_values(const Tile& tile, const Tile& next, const float* p, int64
     for (int b = 0; b < kBytes; b += 64)
       unrolled<kE>(UNROLLED_BODY(e) { prefetch(next.v[j + e] + vector * (kBytes / C) + b); });
   }
-  unrolled<R>(UNROLLED_BODY(r) {
-    unrolled<C>(UNROLLED_BODY(c) {
-      V y[kE];
-      unrolled<kE>(UNROLLED_BODY(e) { y[e] = floats<V>(x[(r * C + c) * kE + e]) * factors.units[r()]; });
-      if constexpr (kE == 2) put_in_order(y[0], y[1]);
-      unrolled<kE>(UNROLLED_BODY(e) {
-        float* to = sums + r * stride + (vector + c) * kN * kE + e * kN;
-        store<Dtype::f32>(load<V, Dtype::f32>(to, 0) * factors.corrections[r()] + y[e], to, 0);
-      });
-    });
+  unrolled<R * C>(UNROLLED_BODY(i) {
+    constexpr int r = i / C, c = i % C;
+    float* to = sums + r * stride + (vector + c) * kN * kE;
+    V y = floats<V>(x[i * kE]) * factors.units[r];
+    if constexpr (kE == 2) {
+      V high = floats<V>(x[i * kE + 1]) * factors.units[r];
+      put_in_order(y, high);
+      store<Dtype::f32>(load<V, Dtype::f32>(to, kN) * factors.corrections[r] + high, to, kN);
+    }
+    store<Dtype::f32>(load<V, Dtype::f32>(to, 0) * factors.corrections[r] + y, to, 0);
   });
 }
 
@@ -250,8 +249,7 @@ INLINE void multiply_keys(const Tile& tile, const Tile& next, int key, const Row
   constexpr int kN = kLanes<V>, kKeys = kN == 16 ? 4 : 2;  // whose sums are in registers together
   Sum sums[R][kN / kKeys];
   for (int i = 0; i < kN; i += kKeys) {
-    Sum s[R][kKeys];
-    unrolled<R * kKeys>(UNROLLED_BODY(j) { s[j / kKeys][j % kKeys] = Sum{}; });
+    Sum s[R][kKeys]{};
     const char* const* k = tile.k + key + i;
     for (int64_t w = 0; w < rows.words / kN; ++w) {
       V row[kKeys];
@@ -274,35 +272,70 @@ INLINE void multiply_keys(const Tile& tile, const Tile& next, int key, const Row
   });
 }
 
-// Scores of R rows; the largest of each.
+// Scores of R rows, as if these saw all keys; the largest of each.
 template <class A, int R>
 INLINE Four find_scores(const AttentionDecodeParams& p, const Tile& tile, const Tile& next, const Rows& rows,
                         const Buffers& buffers) {
   using V = typename A::V;
-  constexpr int kN = kLanes<V>;
-  const int keys = static_cast<int>(round_up(tile.n, kN));
-  V largest[R];
-  unrolled<R>(UNROLLED_BODY(r) { largest[r] = splat<V>(-INFINITY); });
-  for (int key = 0; key < keys; key += kN) {
-    V x[R];
-    multiply_keys<A, R>(tile, next, key, rows, p.cache.head_dim * size_of(A::kDtype), x);
-    const V k_scale = load<V, Dtype::f32>(buffers.k_scale, key);
-    const auto j = lane_numbers<V>() + key;
-    unrolled<R>(UNROLLED_BODY(r) {
-      V s = x[r] * (k_scale * rows.factors[r]);
-      if (p.softcap > 0) s = tanh(s) * (p.softcap * kLog2e);
-      if (p.alibi_slopes) s -= abs(rows.place[r] - __builtin_convertvector(j, V)) * rows.slope[r];
-      s = seen(rows, r(), key, s, -INFINITY);
-      store<Dtype::f32>(s, buffers.scores + r * kTileKeys, key);
-      largest[r] = max(s, largest[r]);
-    });
-  }
-  return of_rows(largest, kMax);
+  Four most{};
+  apart<V>(APART_CODE {
+    V largest[R];
+    unrolled<R>(UNROLLED_BODY(r) { largest[r] = splat<V>(-INFINITY); });
+    for (int key = 0; key < tile.n; key += kLanes<V>) {
+      V x[R];
+      multiply_keys<A, R>(tile, next, key, rows, p.cache.head_dim * size_of(A::kDtype), x);
+      const V k_scale = load<V, Dtype::f32>(buffers.k_scale, key);
+      unrolled<R>(UNROLLED_BODY(r) {
+        const V s = x[r] * (k_scale * rows.factors[r]);
+        store<Dtype::f32>(s, buffers.scores + r * kTileKeys, key);
+        largest[r] = max(s, largest[r]);
+      });
+    }
+    most = of_rows(largest, kMax);
+  });
+  return most;
 }
 
-// Scores become probabilities, times v_scale, as words.
+// Scores as options change them, -inf those of keys that a row does not see; the largest of each of `count` rows. In
+// the loop of find_scores g++ made copies of that for each option.
+template <class V>
+INLINE Four change_scores(const AttentionDecodeParams& p, const Tile& tile, const Rows& rows, int count,
+                          const Buffers& buffers) {
+  float most[kMostRows]{};
+  apart<V>(APART_CODE {
+    for (int r = 0; r < count; ++r) {
+      V largest[1]{splat<V>(-INFINITY)};
+      for (int key = 0; key < tile.n; key += kLanes<V>) {
+        float* const scores = buffers.scores + r * kTileKeys;
+        const auto j = lane_numbers<V>() + key;
+        V s = load<V, Dtype::f32>(scores, key);
+        if (p.softcap > 0) s = tanh(s) * (p.softcap * kLog2e);
+        if (p.alibi_slopes) s -= abs(rows.place[r] - __builtin_convertvector(j, V)) * rows.slope[r];
+        s = seen(rows, r, key, s, -INFINITY);
+        store<Dtype::f32>(s, scores, key);
+        largest[0] = max(s, largest[0]);
+      }
+      most[r] = of_rows(largest, kMax)[0];
+    }
+  });
+  return load<Four, Dtype::f32>(most, 0);
+}
+
+// Four numbers as V, whose fma has the tier's instructions, and back.
+template <class V>
+INLINE V repeated(Four x) {
+  return [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    return __builtin_shufflevector(x, x, I % kMostRows...);
+  }(std::make_integer_sequence<int, kLanes<V>>{});
+}
+template <class V>
+INLINE Four first_four(V x) {
+  return __builtin_shufflevector(x, x, 0, 1, 2, 3);
+}
+
+// Scores become probabilities, times v_scale, as A's words.
 template <class A, int R>
-INLINE Factors find_probabilities(const Tile& tile, Four largest, const Rows& rows, const Buffers& buffers) {
+INLINE Factors probabilities(const Tile& tile, Four largest, const Rows& rows, const Buffers& buffers) {
   using V = typename A::V;
   constexpr int kN = kLanes<V>;
   const int keys = static_cast<int>(round_up(tile.n, kN));
@@ -310,7 +343,7 @@ INLINE Factors find_probabilities(const Tile& tile, Four largest, const Rows& ro
   const Four before = load<Four, Dtype::f32>(sums.maxima, 0), maxima = max(largest, before);
   // While no key counts yet the maximum is -inf, and the difference to it would be NaN.
   const Four subtrahends = select_less(maxima, splat<Four>(-FLT_MAX), Four{}, maxima);
-  Factors factors{exp2_negative(before - subtrahends), splat<Four>(1.0f)};
+  Factors factors{first_four(exp2_negative(repeated<V>(before - subtrahends))), splat<Four>(1.0f)};
   store<Dtype::f32>(maxima, sums.maxima, 0);
   V totals[R];
   Ints<V> ranges[R];
@@ -346,6 +379,13 @@ INLINE Factors find_probabilities(const Tile& tile, Four largest, const Rows& ro
   return factors;
 }
 
+template <class A, int R>
+INLINE Factors find_probabilities(const Tile& tile, Four largest, const Rows& rows, const Buffers& buffers) {
+  Factors factors{};
+  apart<typename A::V>(APART_CODE { factors = probabilities<A, R>(tile, largest, rows, buffers); });
+  return factors;
+}
+
 // Vectors of words of a row of v.
 template <class A>
 INLINE int64_t value_vectors(const AttentionDecodeParams& p) {
@@ -356,15 +396,19 @@ INLINE int64_t value_vectors(const AttentionDecodeParams& p) {
 // Whether the values of keys from `begin` to `end` are.
 template <class A, class V = typename A::V>
 INLINE bool are_finite(const AttentionDecodeParams& p, const Tile& tile, int begin, int end) {
-  if constexpr (A::kDtype == Dtype::i8) return true;
-  Ints<V> largest{};  // magnitudes as integers, of which those of infinities and NaNs are the largest
-  for (int j = begin; j < end; ++j)
-    for (int64_t i = 0; i < value_vectors<A>(p); ++i) {
-      const auto words = bits<Uints<V>>(A::load_words(tile.v[j], i));
-      largest = max(bits<Ints<V>>(words & 0x7fffffff), largest);
-      if constexpr (A::kElements == 2) largest = max(bits<Ints<V>>(words << 16 & 0x7fffffff), largest);
-    }
-  return cpu::largest(largest) < bits<int32_t>(INFINITY);
+  if (A::kDtype == Dtype::i8 || begin >= end) return true;
+  bool finite = true;
+  apart<V>(APART_CODE {
+    Ints<V> largest{};  // magnitudes as integers, of which those of infinities and NaNs are the largest
+    for (int j = begin; j < end; ++j)
+      for (int64_t i = 0; i < value_vectors<A>(p); ++i) {
+        const auto words = bits<Uints<V>>(A::load_words(tile.v[j], i));
+        largest = max(bits<Ints<V>>(words & 0x7fffffff), largest);
+        if constexpr (A::kElements == 2) largest = max(bits<Ints<V>>(words << 16 & 0x7fffffff), largest);
+      }
+    finite = cpu::largest(largest) < bits<int32_t>(INFINITY);
+  });
+  return finite;
 }
 
 // sums [R, columns] = sums * correction + unit * p v
@@ -373,11 +417,13 @@ INLINE void add_values(const AttentionDecodeParams& p, const Tile& tile, const T
                        const Factors& factors, float* sums) {
   const int64_t stride = round_up(p.cache.value_dim, kColumnStep), vectors = value_vectors<A>(p);
   constexpr int kVectors = (kLanes<typename A::V> == 16 ? 4 : 2) / A::kElements;
-  int64_t c = 0;
-  for (; c + kVectors <= vectors; c += kVectors)
-    add_values<A, R, kVectors>(tile, next, words, c, factors, sums, stride);
-  if constexpr (kVectors > 1)
-    for (; c < vectors; ++c) add_values<A, R, 1>(tile, next, words, c, factors, sums, stride);
+  apart<typename A::V>(APART_CODE {
+    int64_t c = 0;
+    for (; c + kVectors <= vectors; c += kVectors)
+      add_values<A, R, kVectors>(tile, next, words, c, factors, sums, stride);
+    if constexpr (kVectors > 1)
+      for (; c < vectors; ++c) add_values<A, R, 1>(tile, next, words, c, factors, sums, stride);
+  });
 }
 
 // R rows against a tile, while a part of the next one is prefetched. 0 * NaN is NaN: where a value that not all rows
@@ -387,10 +433,12 @@ INLINE void add_values(const AttentionDecodeParams& p, const Tile& tile, const T
 template <class A, int R>
 INLINE void attend(const AttentionDecodeParams& p, const Tile& tile, const Tile& next, const Rows& rows,
                    const Buffers& buffers) {
-  const Four largest = find_scores<A, R>(p, tile, next, rows, buffers);
-  const Factors factors = find_probabilities<A, R>(tile, largest, rows, buffers);
-  const int low = *std::max_element(rows.low, rows.low + R), high = *std::min_element(rows.high, rows.high + R);
-  if (are_finite<A>(p, tile, 0, low) && are_finite<A>(p, tile, high + 1, tile.n))
+  using V = typename A::V;
+  Four largest = find_scores<A, R>(p, tile, next, rows, buffers);
+  const bool sees_all = rows.all_low == 0 && rows.all_high == round_up(tile.n, kLanes<V>) - 1;
+  if (!sees_all || p.softcap > 0 || p.alibi_slopes) largest = change_scores<V>(p, tile, rows, R, buffers);
+  const Factors factors = find_probabilities<typename A::Words, R>(tile, largest, rows, buffers);
+  if (are_finite<A>(p, tile, 0, rows.all_low) && are_finite<A>(p, tile, rows.all_high + 1, tile.n))
     return add_values<A, R>(p, tile, next, buffers.words, factors, rows.sums.values);
   for (int r = 0; r < R; ++r) {
     const Tile seen = tile.values_between(rows.low[r], rows.high[r], buffers.zeros);

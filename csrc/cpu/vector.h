@@ -70,14 +70,30 @@ INLINE V permute(V a, V b) {
 
 #if defined(__x86_64__)
 template <class F>
-__attribute__((target("arch=x86-64-v4"))) void with_avx512(const F& code) {
+__attribute__((noinline, target("arch=x86-64-v4"))) void with_avx512(const F& code) {
   code(Vectors<16>::f32{});
 }
 template <class F>
-__attribute__((target("arch=x86-64-v3"))) void with_avx2(const F& code) {
+__attribute__((noinline, target("arch=x86-64-v3"))) void with_avx2(const F& code) {
   code(Vectors<8>::f32{});
 }
 #endif
+template <class F>
+__attribute__((noinline)) void with_any(const F& code) {
+  code(Vectors<4>::f32{});
+}
+
+// Runs code, an APART_CODE { … }, as a function of its own, for code that has chosen its vectors V: g++ compiles it
+// once for all that call it, where it compiles INLINE functions again for each.
+template <class V, class F>
+INLINE void apart(const F& code) {
+#if defined(__x86_64__)
+  if constexpr (kLanes<V> == 16) return with_avx512(code);
+  if constexpr (kLanes<V> == 8) return with_avx2(code);
+#endif
+  if constexpr (kLanes<V> == 4) with_any(code);
+}
+#define APART_CODE [&](auto) __attribute__((always_inline))
 
 // Runs code, a VECTOR_CODE { … }, with the vectors of this process's tier.
 template <class F>
@@ -87,7 +103,7 @@ void with_vectors(const F& code) {
   if (t >= Tier::avx512) return with_avx512(code);
   if (t >= Tier::avx2) return with_avx2(code);
 #endif
-  code(Vectors<4>::f32{});
+  with_any(code);
 }
 
 template <class To, class From>
@@ -119,8 +135,20 @@ template <class V>
 INLINE V abs(V v) {
   return bits<V>(bits<Ints<V>>(v) & 0x7fffffff);
 }
+#if defined(__x86_64__)
+// Plain x86-64 has no fma, and calls a function for each lane: inlined, those calls were most of the code for four
+// lanes. So code for other tiers, which has the instruction, must not use fma with four lanes.
+inline __attribute__((noinline)) Vectors<4>::f32 fma_by_calls(Vectors<4>::f32 a, Vectors<4>::f32 b, Vectors<4>::f32 c) {
+  Vectors<4>::f32 r;
+  for (int i = 0; i < 4; ++i) r[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return r;
+}
+#endif
 template <class V>
 INLINE V fma(V a, V b, V c) {  // one rounding, as the formulas say; contraction is off
+#if defined(__x86_64__)
+  if constexpr (kLanes<V> == 4) return fma_by_calls(a, b, c);
+#endif
   V r;
   for (int i = 0; i < kLanes<V>; ++i) r[i] = __builtin_fmaf(a[i], b[i], c[i]);
   return r;
@@ -272,6 +300,14 @@ INLINE Ints<V> lane_numbers() {
 template <class V>
 INLINE V first_lanes(V v, int n) {
   return n == kLanes<V> ? v : select_less(lane_numbers<V>(), splat<Ints<V>>(n), v, V{});
+}
+
+// Lanes of v whose numbers are from low to high, the others `other`. With one comparison: g++ 12 joins two,
+// and made code for one lane after the other of them, with AVX-512 half of attention_decode's softmax.
+template <class V>
+INLINE V between(Ints<V> numbers, int low, int high, V v, float other) {
+  const uint32_t count = high < low ? 0 : high - low + 1;
+  return select_less(bits<Uints<V>>(numbers - low), splat<Uints<V>>(count), v, splat<V>(other));
 }
 
 template <class V, Dtype D>

@@ -18,6 +18,7 @@ template <class Vector, Dtype D>
 struct Floats {
   using V = Vector;
   using Sum = V;
+  using Words = Floats<V, Dtype::f32>;  // what makes words of floats, for each D the same
   static constexpr Dtype kDtype = D;
   static constexpr int kElements = 1;  // of a word
 
@@ -70,6 +71,7 @@ struct Pairs {
 // ... or pairs of bfloat16, of which one instruction adds both products ...
 struct BfloatPairs : Pairs<Vectors<16>::f32> {
   using Sum = V;
+  using Words = BfloatPairs;
   static constexpr Dtype kDtype = Dtype::bf16;
 
   INLINE static V load_words(const void* row, int64_t i) {
@@ -94,6 +96,7 @@ template <class Vector>
 struct IntegerPairs : Pairs<Vector> {
   using V = Vector;
   using Sum = Ints<V>;
+  using Words = IntegerPairs;
   static constexpr Dtype kDtype = Dtype::i8;
 
   INLINE static V load_words(const void* row, int64_t i) {
