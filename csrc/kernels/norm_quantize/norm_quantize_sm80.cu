@@ -11,7 +11,7 @@ template <class T, class F>
 __device__ inline void for_each_affine(float (&v)[kVec], const Affine& a, int column, int n, bool aligned, F f) {
   if (!a.data) return;
   float c[kVec];
-  if (a.dtype == Dtype::f32) {
+  if (!std::is_same_v<T, float> && a.dtype == Dtype::f32) {
     load_floats(c, static_cast<const float*>(a.data) + column, n, aligned);
   } else {
     load_floats(c, static_cast<const T*>(a.data) + column, n, aligned);
