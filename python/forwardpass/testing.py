@@ -82,9 +82,9 @@ def pairwise(
 
     def gain(row: dict[str, int], name: str, value: int) -> int:
         """How many uncovered pairs `value` makes with what the row has; a kernel that is new costs as much as three."""
-        own, pairs = position[name], 0
+        here, pairs = position[name], 0
         for m, w in row.items():
-            pairs += ((name, value, m, w) if own < position[m] else (m, w, name, value)) in uncovered
+            pairs += ((name, value, m, w) if here < position[m] else (m, w, name, value)) in uncovered
         if not kernels:
             return pairs
         whole = values({**row, name: value})
