@@ -201,6 +201,36 @@ def test_weights_are_inputs_of_the_reference():
     assert bounds.compare("y", at.reference(x, weight, bias + 1e-4), e).share > 3
 
 
+NORMALISED = """import torch
+columns = 64
+class Model(torch.nn.Module):
+    def __init__(self, columns):
+        super().__init__()
+        self.linear = torch.nn.Linear(columns, columns)
+        self.scale = torch.nn.Parameter(torch.randn(columns))
+        self.norm = torch.nn.BatchNorm1d(columns)
+    def forward(self, x):
+        return self.norm(self.linear(x) * self.scale)
+def get_inputs():
+    return [torch.rand(128, columns)]
+def get_init_inputs():
+    return [columns]
+"""
+
+
+def test_a_right_result_where_all_but_rounding_cancels(tmp_path):
+    """Zeros make all rows equal. A kernel that fuses scale and mean is off by the rounding of a product, times 316."""
+    (tmp_path / "problem.py").write_text(NORMALISED)
+    sizes = {"columns": 1024}
+    spec = read_specification(tmp_path / "problem.py").at(sizes)
+    weights = spec.models.weights(sizes)
+    scale, bias = weights[0].double(), weights[2].double()
+    fused = ((bias * scale - (bias * scale).float().double()) / 1e-5**0.5).float().expand(128, 1024)
+    (e,) = bounds.expected(spec, [torch.zeros(128, 1024), *weights])
+    assert bounds.compare("y", fused, e).share < 1
+    assert bounds.compare("y", fused + 1e-3, e).share > 1
+
+
 PROBLEM = """import torch
 n = 40
 class Model(torch.nn.Module):
