@@ -195,7 +195,7 @@ def _single(statement: ast.stmt) -> list[ast.stmt]:
 
 
 def _places(tree: ast.Module) -> Iterator[_Place]:
-    """Of each name at the top level, and of the elements of tuples and lists."""
+    """Each name at the top level, and each element of tuples and lists."""
     for statement in tree.body:
         if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
             continue
