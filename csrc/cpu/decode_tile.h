@@ -272,13 +272,24 @@ INLINE void multiply_keys(const Tile& tile, const Tile& next, int key, const Row
   });
 }
 
+// As apart, but inlined for one row: of one row the calls took 30 to 50 ns of some 450 for each tile of 64 columns of
+// bfloat16 or int8.
+template <int R, class V, class F>
+INLINE void apart_from_one(const F& code) {
+  if constexpr (R == 1) {
+    code(V{});
+  } else {
+    apart<V>(code);
+  }
+}
+
 // Scores of R rows, as if these saw all keys; the largest of each.
 template <class A, int R>
 INLINE Four find_scores(const AttentionDecodeParams& p, const Tile& tile, const Tile& next, const Rows& rows,
                         const Buffers& buffers) {
   using V = typename A::V;
   Four most{};
-  apart<V>(APART_CODE {
+  apart_from_one<R, V>(APART_CODE {
     V largest[R];
     unrolled<R>(UNROLLED_BODY(r) { largest[r] = splat<V>(-INFINITY); });
     for (int key = 0; key < tile.n; key += kLanes<V>) {
@@ -382,7 +393,7 @@ INLINE Factors probabilities(const Tile& tile, Four largest, const Rows& rows, c
 template <class A, int R>
 INLINE Factors find_probabilities(const Tile& tile, Four largest, const Rows& rows, const Buffers& buffers) {
   Factors factors{};
-  apart<typename A::V>(APART_CODE { factors = probabilities<A, R>(tile, largest, rows, buffers); });
+  apart_from_one<R, typename A::V>(APART_CODE { factors = probabilities<A, R>(tile, largest, rows, buffers); });
   return factors;
 }
 
@@ -417,12 +428,24 @@ INLINE void add_values(const AttentionDecodeParams& p, const Tile& tile, const T
                        const Factors& factors, float* sums) {
   const int64_t stride = round_up(p.cache.value_dim, kColumnStep), vectors = value_vectors<A>(p);
   constexpr int kVectors = (kLanes<typename A::V> == 16 ? 4 : 2) / A::kElements;
-  apart<typename A::V>(APART_CODE {
+  apart_from_one<R, typename A::V>(APART_CODE {
     int64_t c = 0;
     for (; c + kVectors <= vectors; c += kVectors)
       add_values<A, R, kVectors>(tile, next, words, c, factors, sums, stride);
     if constexpr (kVectors > 1)
       for (; c < vectors; ++c) add_values<A, R, 1>(tile, next, words, c, factors, sums, stride);
+  });
+}
+
+// The same for row r alone, with zeros for the values of keys that it does not see.
+template <class A>
+INLINE void add_seen_values(const AttentionDecodeParams& p, const Tile& tile, const Tile& next, const Rows& rows, int r,
+                            const Buffers& buffers, const Factors& factors) {
+  apart<typename A::V>(APART_CODE {
+    const Tile seen = tile.values_between(rows.low[r], rows.high[r], buffers.zeros);
+    const Factors row_factors{splat<Four>(factors.corrections[r]), splat<Four>(factors.units[r])};
+    float* const sums = rows.sums.values + r * round_up(p.cache.value_dim, kColumnStep);
+    add_values<A, 1>(p, seen, next, buffers.words + r * kTileKeys, row_factors, sums);
   });
 }
 
@@ -440,12 +463,7 @@ INLINE void attend(const AttentionDecodeParams& p, const Tile& tile, const Tile&
   const Factors factors = find_probabilities<typename A::Words, R>(tile, largest, rows, buffers);
   if (are_finite<A>(p, tile, 0, rows.all_low) && are_finite<A>(p, tile, rows.all_high + 1, tile.n))
     return add_values<A, R>(p, tile, next, buffers.words, factors, rows.sums.values);
-  for (int r = 0; r < R; ++r) {
-    const Tile seen = tile.values_between(rows.low[r], rows.high[r], buffers.zeros);
-    const Factors row_factors{splat<Four>(factors.corrections[r]), splat<Four>(factors.units[r])};
-    float* const sums = rows.sums.values + r * round_up(p.cache.value_dim, kColumnStep);
-    add_values<A, 1>(p, seen, next, buffers.words + r * kTileKeys, row_factors, sums);
-  }
+  for (int r = 0; r < R; ++r) add_seen_values<A>(p, tile, next, rows, r, buffers, factors);
 }
 
 }  // namespace forwardpass::cpu
