@@ -272,39 +272,24 @@ INLINE void multiply_keys(const Tile& tile, const Tile& next, int key, const Row
   });
 }
 
-// As apart, but inlined for one row: of one row the calls took 30 to 50 ns of some 450 for each tile of 64 columns of
-// bfloat16 or int8.
-template <int R, class V, class F>
-INLINE void apart_from_one(const F& code) {
-  if constexpr (R == 1) {
-    code(V{});
-  } else {
-    apart<V>(code);
-  }
-}
-
 // Scores of R rows, as if these saw all keys; the largest of each.
 template <class A, int R>
 INLINE Four find_scores(const AttentionDecodeParams& p, const Tile& tile, const Tile& next, const Rows& rows,
                         const Buffers& buffers) {
   using V = typename A::V;
-  Four most{};
-  apart_from_one<R, V>(APART_CODE {
-    V largest[R];
-    unrolled<R>(UNROLLED_BODY(r) { largest[r] = splat<V>(-INFINITY); });
-    for (int key = 0; key < tile.n; key += kLanes<V>) {
-      V x[R];
-      multiply_keys<A, R>(tile, next, key, rows, p.cache.head_dim * size_of(A::kDtype), x);
-      const V k_scale = load<V, Dtype::f32>(buffers.k_scale, key);
-      unrolled<R>(UNROLLED_BODY(r) {
-        const V s = x[r] * (k_scale * rows.factors[r]);
-        store<Dtype::f32>(s, buffers.scores + r * kTileKeys, key);
-        largest[r] = max(s, largest[r]);
-      });
-    }
-    most = of_rows(largest, kMax);
-  });
-  return most;
+  V largest[R];
+  unrolled<R>(UNROLLED_BODY(r) { largest[r] = splat<V>(-INFINITY); });
+  for (int key = 0; key < tile.n; key += kLanes<V>) {
+    V x[R];
+    multiply_keys<A, R>(tile, next, key, rows, p.cache.head_dim * size_of(A::kDtype), x);
+    const V k_scale = load<V, Dtype::f32>(buffers.k_scale, key);
+    unrolled<R>(UNROLLED_BODY(r) {
+      const V s = x[r] * (k_scale * rows.factors[r]);
+      store<Dtype::f32>(s, buffers.scores + r * kTileKeys, key);
+      largest[r] = max(s, largest[r]);
+    });
+  }
+  return of_rows(largest, kMax);
 }
 
 // Scores as options change them, -inf those of keys that a row does not see; the largest of each of `count` rows. In
@@ -346,7 +331,7 @@ INLINE Four first_four(V x) {
 
 // Scores become probabilities, times v_scale, as A's words.
 template <class A, int R>
-INLINE Factors probabilities(const Tile& tile, Four largest, const Rows& rows, const Buffers& buffers) {
+INLINE Factors find_probabilities(const Tile& tile, Four largest, const Rows& rows, const Buffers& buffers) {
   using V = typename A::V;
   constexpr int kN = kLanes<V>;
   const int keys = static_cast<int>(round_up(tile.n, kN));
@@ -390,13 +375,6 @@ INLINE Factors probabilities(const Tile& tile, Four largest, const Rows& rows, c
   return factors;
 }
 
-template <class A, int R>
-INLINE Factors find_probabilities(const Tile& tile, Four largest, const Rows& rows, const Buffers& buffers) {
-  Factors factors{};
-  apart_from_one<R, typename A::V>(APART_CODE { factors = probabilities<A, R>(tile, largest, rows, buffers); });
-  return factors;
-}
-
 // Vectors of words of a row of v.
 template <class A>
 INLINE int64_t value_vectors(const AttentionDecodeParams& p) {
@@ -428,13 +406,11 @@ INLINE void add_values(const AttentionDecodeParams& p, const Tile& tile, const T
                        const Factors& factors, float* sums) {
   const int64_t stride = round_up(p.cache.value_dim, kColumnStep), vectors = value_vectors<A>(p);
   constexpr int kVectors = (kLanes<typename A::V> == 16 ? 4 : 2) / A::kElements;
-  apart_from_one<R, typename A::V>(APART_CODE {
-    int64_t c = 0;
-    for (; c + kVectors <= vectors; c += kVectors)
-      add_values<A, R, kVectors>(tile, next, words, c, factors, sums, stride);
-    if constexpr (kVectors > 1)
-      for (; c < vectors; ++c) add_values<A, R, 1>(tile, next, words, c, factors, sums, stride);
-  });
+  int64_t c = 0;
+  for (; c + kVectors <= vectors; c += kVectors)
+    add_values<A, R, kVectors>(tile, next, words, c, factors, sums, stride);
+  if constexpr (kVectors > 1)
+    for (; c < vectors; ++c) add_values<A, R, 1>(tile, next, words, c, factors, sums, stride);
 }
 
 // The same for row r alone, with zeros for the values of keys that it does not see.
