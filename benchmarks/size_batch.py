@@ -79,6 +79,12 @@ def verdict(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return verdicts
 
 
+def summary(verdicts: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{p} {x['median_error']:.1%} of {x['bar']:.0%} {'ok' if x['ok'] else 'MISSED'}" for p, x in verdicts.items()
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--length", type=int, default=32, help="tokens of a request")
@@ -104,12 +110,8 @@ def main() -> None:
     result["verdicts"] = {
         str(load): verdict([row for row in result["results"] if row["load"] == load]) for load in args.loads
     }
-    for load, by_percentile in result["verdicts"].items():
-        parts = [
-            f"{p} {x['median_error']:.1%} of {x['most']:.0%} {'ok' if x['ok'] else 'MISSED'}"
-            for p, x in by_percentile.items()
-        ]
-        print(f"load {float(load):.0%}, median error of {args.runs} runs: {', '.join(parts)}")
+    for load, verdicts in result["verdicts"].items():
+        print(f"load {float(load):.0%}, median error of {args.runs} runs: {summary(verdicts)}")
     bench.write(result, args.json)
 
 

@@ -401,3 +401,27 @@ def test_peak_memory_of_the_cpu():
         torch.ones(8 << 20)  # 32 MB, gone at once
     if used() is not None:
         assert 30e6 < used() < 60e6
+
+
+def test_the_benchmark_of_the_simulation_ends_in_a_verdict(monkeypatch, capsys, tmp_path):
+    """Its runs of a model replaced by figures."""
+    from benchmarks import bench, size_batch
+
+    figures = {
+        "simulated_ms": 1.0,
+        "measured_ms": 1.0,
+        "interval_ms": [1.0, 1.0],
+        "error": 0.15,
+        "within_interval": False,
+    }
+    row = {"load": 0.3, "rate": 1.0, "saturation_rate": 3.0, "policy": {"max_batch": 8, "max_wait_ms": 10.0},
+           "lateness_ms": {"p50": 0.1, "p99": 1.0}, "percentiles": {f"p{p}": figures for p in size_batch.BARS}}  # fmt: skip
+    monkeypatch.setattr(size_batch, "run", lambda *args: row)
+    monkeypatch.setattr(size_batch.embedding, "load", lambda *args: (None, None))
+    monkeypatch.setattr(size_batch.embedding, "full_batch", lambda *args: {})
+    monkeypatch.setattr(size_batch.embedding, "find_model", lambda name: None)
+    monkeypatch.setattr(bench, "header", lambda *args: {})
+    monkeypatch.setattr("sys.argv", ["size_batch", "--runs", "1", "--loads", "0.3", "--json", str(tmp_path / "f.json")])
+    size_batch.main()
+    assert "p50 15.0% of 10% MISSED, p95 15.0% of 20% ok" in capsys.readouterr().out
+    assert json.loads((tmp_path / "f.json").read_text())["verdicts"]["0.3"]["p50"]["ok"] is False
