@@ -76,43 +76,15 @@ INLINE V hard_swish(V x) {
   return x * (relu6(x + 3.0f) * (1.0f / 6));
 }
 
-// Calls f with the activation, if it is gated that of the gate, as a function of a vector.
-template <class F>
-INLINE void with_activation(Activation activation, F f) {
-  switch (activation) {
-    case Activation::none:
-      return f([](auto x) __attribute__((always_inline)) { return x; });
-    case Activation::relu:
-      return f([](auto x) __attribute__((always_inline)) { return relu(x); });
-    case Activation::gelu:
-    case Activation::gelu_mul:
-      return f([](auto x) __attribute__((always_inline)) { return gelu(x); });
-    case Activation::gelu_tanh:
-    case Activation::gelu_tanh_mul:
-      return f([](auto x) __attribute__((always_inline)) { return gelu_tanh(x); });
-    case Activation::silu:
-    case Activation::silu_mul:
-      return f([](auto x) __attribute__((always_inline)) { return silu(x); });
-    case Activation::relu6:
-      return f([](auto x) __attribute__((always_inline)) { return relu6(x); });
-    case Activation::hard_swish:
-      return f([](auto x) __attribute__((always_inline)) { return hard_swish(x); });
-  }
-}
+// Outputs that an activation makes of x, of a float dtype: of x[i], or of a gate and of what it is multiplied by. Those
+// are gate and up, or, where up is null, in x = gate: 8 columns of gate, 8 of up, and so on.
+struct Activated {
+  Activation activation;
+  Dtype dtype;
+  const void *gate, *up;
+};
 
-// activate(gate) * up for n outputs from output column c on, a multiple of the lanes. x has 8 columns of gate, 8 of up,
-// and so on; of 16 lanes n is 16 or 8.
-template <class V, Dtype D, class F>
-INLINE V gated(F activate, const void* x, int64_t c, int n) {
-  if constexpr (kLanes<V> == 16) {
-    const V low = load<V, D>(x, 2 * c), high = load<V, D>(x, 2 * c + 16, 2 * n - 16);
-    const V gate = __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
-    const V up = __builtin_shufflevector(low, high, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-    return activate(gate) * up;
-  } else {
-    const int64_t gate = c / 8 * 16 + c % 8;
-    return activate(load<V, D>(x, gate)) * load<V, D>(x, gate + 8);
-  }
-}
+// n of them, to fp32. Compiled in activation.cpp alone. `to` may be x.
+void activate(const Activated& x, int64_t n, float* to);
 
 }  // namespace forwardpass::cpu

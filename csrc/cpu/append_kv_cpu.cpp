@@ -7,6 +7,7 @@
 #include "cpu/append_kv.h"
 #include "cpu/memory.h"
 #include "cpu/quantize_rows.h"
+#include "cpu/vector.h"
 #include "params/append_kv.h"
 
 namespace forwardpass {
@@ -97,9 +98,7 @@ INLINE void write(const AppendKvParams& p, const float* row, int32_t columns, co
     } else {
       out.static_scale = s;
     }
-    quantize_row<V>(out, 0, [=](int64_t column, int n) __attribute__((always_inline)) {
-      return load<V, Dtype::f32>(row, column, n);
-    });
+    quantize_to_row(row, Dtype::f32, out, 0);
   } else {
     from_floats<V>(row, c.dtype, columns, data);
   }

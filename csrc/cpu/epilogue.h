@@ -49,20 +49,6 @@ INLINE void dequantize(const Epilogue& e, const void* acc, int64_t row, int64_t 
   });
 }
 
-// Activates y in place. Gated: y has 8 columns of gate, 8 of up, and so on, and n / 2 outputs replace them.
-template <class V>
-INLINE void activate_block(Activation activation, float* y, int64_t n) {
-  if (activation == Activation::none) return;
-  with_activation(activation, [&](auto activate) __attribute__((always_inline)) {
-    if (is_gated(activation)) {
-      for_each_vector<V>(
-          0, n / 2, VECTOR_BODY(&) { store<Dtype::f32>(gated<V, Dtype::f32>(activate, y, c, n), y, c, n); });
-    } else {
-      for_each_vector<V>(0, n, VECTOR_BODY(&) { store<Dtype::f32>(activate(load<V, Dtype::f32>(y, c, n)), y, c, n); });
-    }
-  });
-}
-
 // Stores n outputs from column `first` on.
 template <class V>
 INLINE void store_block(const Epilogue& e, const float* y, int64_t row, int64_t first, int64_t n) {
@@ -187,7 +173,7 @@ INLINE void epilogue_blocks(const Epilogue& e, int64_t row, int64_t columns, F d
     dequantize(c, n, y);
     const int64_t first = c / columns_per_output, outputs = n / columns_per_output;
     if (kResidual && e.residual_first) add_residual<V>(e, y, row, c, n);
-    activate_block<V>(e.activation, y, n);
+    if (e.activation != Activation::none) activate({e.activation, Dtype::f32, y, nullptr}, outputs, y);
     if (kResidual && e.ada_gate) multiply_by_ada_gate<V>(e, y, row, first, outputs);
     if (kResidual && !e.residual_first) add_residual<V>(e, y, row, first, outputs);
     if (!direct) store_block<V>(e, y, row, first, outputs);

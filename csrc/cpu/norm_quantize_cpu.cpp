@@ -4,6 +4,7 @@
 
 #include "cpu/norm_rows.h"
 #include "cpu/quantize_rows.h"
+#include "cpu/vector.h"
 #include "params/norm_quantize.h"
 
 namespace forwardpass {
@@ -73,7 +74,7 @@ void norm_quantize_rows(const NormQuantizeParams& p, int64_t first, int64_t last
   cpu::with_vectors(VECTOR_CODE {
     for (int64_t row = first; row < last; ++row) {
       cpu::with_float_dtype(p.x.dtype, [&](auto D) __attribute__((always_inline)) { norm_row<V, D()>(p, v, row); });
-      cpu::quantize_buffer<V>(p.out, row, v);
+      quantize_to_row(v, Dtype::f32, p.out, row);
     }
   });
 }

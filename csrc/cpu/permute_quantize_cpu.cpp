@@ -1,9 +1,11 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "cpu/quantize_rows.h"
+#include "cpu/vector.h"
 #include "params/permute_quantize.h"
 
 namespace forwardpass {
@@ -26,15 +28,14 @@ void find_positions(const PermuteQuantizeParams& p) {
 }
 
 // Tokens' rows: quantised to the first of their places, copied to the others.
-template <class V, Dtype D>
-INLINE void quantize_tokens(const PermuteQuantizeParams& p, int64_t first_token, int64_t last_token) {
+void quantize_tokens(const PermuteQuantizeParams& p, int64_t first_token, int64_t last_token) {
   const auto q = [&](int64_t row) { return static_cast<char*>(p.out.q) + row * p.out.q_stride; };
   const auto scale = [&](int64_t row, int64_t group) -> float& {
     return p.out.scale[row + group * p.out.scale_stride];
   };
   const int64_t groups = (p.out.columns + p.out.group - 1) / p.out.group, used = p.offs[p.experts - 1];
   for (int64_t token = first_token; token < last_token; ++token) {
-    const char* x = static_cast<const char*>(p.x.data) + token * p.x.stride * size_of(D);
+    const char* x = static_cast<const char*>(p.x.data) + token * p.x.stride * size_of(p.x.dtype);
     const int64_t begin = token * p.choices, end = begin + p.choices;
     int64_t first = -1;
     for (int64_t i = begin; i < end; ++i) {
@@ -42,7 +43,7 @@ INLINE void quantize_tokens(const PermuteQuantizeParams& p, int64_t first_token,
       if (row < 0) continue;
       if (first < 0) {
         first = row;
-        cpu::quantize_row<V>(p.out, row, VECTOR_BODY(=) { return cpu::load<V, D>(x, c, n); });
+        quantize_to_row(x, p.x.dtype, p.out, row);
       } else {
         std::memcpy(q(row), q(first), p.out.columns);
         for (int64_t group = 0; group < groups; ++group) scale(row, group) = scale(first, group);
@@ -53,13 +54,6 @@ INLINE void quantize_tokens(const PermuteQuantizeParams& p, int64_t first_token,
       for (int64_t group = 0; group < groups; ++group) scale(row, group) = 0;
     }
   }
-}
-
-void quantize_tokens(const PermuteQuantizeParams& p, int64_t first, int64_t last) {
-  cpu::with_vectors(VECTOR_CODE {
-    cpu::with_float_dtype(p.x.dtype,
-                          [&](auto D) __attribute__((always_inline)) { quantize_tokens<V, D()>(p, first, last); });
-  });
 }
 
 }  // namespace

@@ -42,7 +42,7 @@ from ..ops.common.rotation import rotate
 DAMPING = 0.05
 
 # Columns rounded before the columns after them are updated in one product. Sets the time, not the result.
-BLOCK = 128
+BLOCK = 64
 
 # How far a channel's smoothing scale may be from their geometric mean: a channel that whispered during calibration may
 # speak later. MiniLM's are all between 0.11 and 10.4.
@@ -189,8 +189,12 @@ def round_weight(
     left to mend them. (Error as under DAMPING: 0.495, in natural order 0.521. With three sweeps of coordinate descent
     behind it 0.480, not worth their code.)
 
+    What a column's error adds to another is a ratio of entries of H's own Cholesky factor, as GPTQ is Babai's nearest
+    plane (arXiv 2507.18553): without the inverse of H, whose factor the algorithm of the paper takes. The same integers
+    came of four shapes to 768 x 3072, in .28 to .45 of the time.
+
     Damping makes an H definite that is singular by silent channels or by fewer rows than K. fp64 throughout, since H
-    comes with condition numbers of 1e6 and more: 8 (4 K^2 + 2 N K) bytes while it runs. Same inputs, same bits.
+    comes with condition numbers of 1e6 and more: 8 (2 K^2 + 3 N K) bytes while it runs. Same inputs, same bits.
     """
     absmax = weight.float().abs().amax(1)
     if not absmax.isfinite().all():
@@ -201,26 +205,27 @@ def round_weight(
     if second_moment is None:
         return steps.round_().clamp_(-127, 127).to(torch.int8), scale
 
-    order = second_moment.diagonal().argsort(descending=True, stable=True).to(weight.device)
+    # The first to be rounded stands last.
+    order = second_moment.diagonal().argsort(descending=True, stable=True).flip(0).to(weight.device)
     hessian = second_moment.to(weight.device, torch.float64)[order][:, order]
     # Where no input was ever anything but zero, the identity, which rounds to nearest.
     mean = hessian.diagonal().mean().item()
     hessian.diagonal().add_(damping * mean if mean > 0 else 1.0)
-    # Row k of the upper Cholesky factor of H^-1, over its diagonal: what column k's error adds to those after it.
-    compensation = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
-    compensation /= compensation.diagonal()[:, None].clone()
+    compensation = torch.linalg.cholesky(hessian)
+    compensation /= compensation.diagonal().clone()  # [i, j]: what column i's error adds to column j, j < i
 
-    steps = steps[:, order]
-    rounded = torch.empty_like(steps, dtype=torch.int8)
-    for begin in range(0, steps.shape[1], BLOCK):
-        end = min(begin + BLOCK, steps.shape[1])
-        for k in range(begin, end):
-            nearest = steps[:, k].round().clamp(-127, 127)
-            rounded[:, k] = nearest.to(torch.int8)
-            steps[:, k] -= nearest  # from here on the column holds its error
-            steps[:, k + 1 : end] -= steps[:, k, None] * compensation[k, k + 1 : end]
-        steps[:, end:] -= steps[:, begin:end] @ compensation[begin:end, end:]
-    return rounded[:, order.argsort()], scale
+    errors = steps.T[order].contiguous()  # a row is a column of the weight, and becomes its error
+    centres = errors.clone()
+    rounded = torch.empty_like(errors, dtype=torch.int8)
+    for end in range(len(errors), 0, -BLOCK):
+        begin = max(end - BLOCK, 0)
+        for i in range(end - 1, begin - 1, -1):
+            nearest = centres[i].round().clamp_(-127, 127)
+            rounded[i] = nearest
+            errors[i] -= nearest
+            centres[begin:i].addr_(compensation[i, begin:i], errors[i])
+        centres[:begin].addmm_(compensation[begin:end, :begin].T, errors[begin:end])
+    return rounded[order.argsort()].T.contiguous(), scale
 
 
 @torch.no_grad()

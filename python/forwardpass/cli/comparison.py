@@ -41,7 +41,7 @@ def compare(
         models[DYNAMIC_INT8] = dynamic
     parity = compare_results(models, batches, readout, track)
     calls = {name: _forward(model, timed) for name, model in models.items()}
-    rounds, warmup = 11, 2
+    rounds, warmup = 7, 1
     device = timed["input_ids"].device
     allocator = keep_freed_memory()
     with torch.inference_mode():
