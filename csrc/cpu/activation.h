@@ -76,15 +76,15 @@ INLINE V hard_swish(V x) {
   return x * (relu6(x + 3.0f) * (1.0f / 6));
 }
 
-// Outputs that an activation makes of x, of a float dtype: of x[i], or of a gate and of what it is multiplied by. Those
-// are gate and up, or, where up is null, in x = gate: 8 columns of gate, 8 of up, and so on.
+// What an activation is applied to, of a float dtype: gate[i]. If it is gated, the result is multiplied by up[i]; where
+// up is null, gate has 8 columns of gate, 8 of up, and so on.
 struct Activated {
   Activation activation;
   Dtype dtype;
   const void *gate, *up;
 };
 
-// n of them, to fp32. Compiled in activation.cpp alone. `to` may be x.
+// n outputs in fp32 to `to`, which may be the gate. Compiled in activation.cpp alone.
 void activate(const Activated& x, int64_t n, float* to);
 
 }  // namespace forwardpass::cpu

@@ -135,23 +135,23 @@ template <class V>
 INLINE V abs(V v) {
   return bits<V>(bits<Ints<V>>(v) & 0x7fffffff);
 }
-#if defined(__x86_64__)
-// Plain x86-64 has no fma, and calls a function for each lane: inlined, those calls were most of the code for four
-// lanes. So code for other tiers, which has the instruction, must not use fma with four lanes.
-inline __attribute__((noinline)) Vectors<4>::f32 fma_by_calls(Vectors<4>::f32 a, Vectors<4>::f32 b, Vectors<4>::f32 c) {
-  Vectors<4>::f32 r;
-  for (int i = 0; i < 4; ++i) r[i] = __builtin_fmaf(a[i], b[i], c[i]);
-  return r;
-}
-#endif
 template <class V>
-INLINE V fma(V a, V b, V c) {  // one rounding, as the formulas say; contraction is off
-#if defined(__x86_64__)
-  if constexpr (kLanes<V> == 4) return fma_by_calls(a, b, c);
-#endif
+INLINE V fma_of_lanes(V a, V b, V c) {  // one rounding, as the formulas say; contraction is off
   V r;
   for (int i = 0; i < kLanes<V>; ++i) r[i] = __builtin_fmaf(a[i], b[i], c[i]);
   return r;
+}
+// Plain x86-64 has no fma, and calls a function for each lane: inlined, those calls were most of the code for four
+// lanes. So code for other tiers, which has the instruction, must not use fma with four lanes.
+inline __attribute__((noinline)) Vectors<4>::f32 fma_by_calls(Vectors<4>::f32 a, Vectors<4>::f32 b, Vectors<4>::f32 c) {
+  return fma_of_lanes(a, b, c);
+}
+template <class V>
+INLINE V fma(V a, V b, V c) {
+#if defined(__x86_64__)
+  if constexpr (kLanes<V> == 4) return fma_by_calls(a, b, c);
+#endif
+  return fma_of_lanes(a, b, c);
 }
 constexpr auto kAdd = [](auto a, auto b) __attribute__((always_inline)) { return a + b; };
 constexpr auto kMax = [](auto a, auto b) __attribute__((always_inline)) { return max(a, b); };
