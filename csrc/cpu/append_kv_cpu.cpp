@@ -7,7 +7,7 @@
 #include "cpu/append_kv.h"
 #include "cpu/memory.h"
 #include "cpu/quantize_rows.h"
-#include "cpu/vector.h"
+#include "cpu/rotary.h"
 #include "params/append_kv.h"
 
 namespace forwardpass {
@@ -16,22 +16,6 @@ namespace {
 
 const char* element(const AttentionTensor& t, int64_t batch, int64_t row, int64_t head, Dtype dtype) {
   return static_cast<const char*>(t.data) + (batch * t.batch + row * t.row + head * t.head) * size_of(dtype);
-}
-
-template <class V>
-INLINE void to_floats(const char* from, Dtype dtype, int64_t columns, float* to) {
-  with_float_dtype(dtype, [&](auto d) __attribute__((always_inline)) {
-    for_each_vector<V>(
-        0, columns, VECTOR_BODY(&) { store<Dtype::f32>(load<V, decltype(d)::value>(from, c, n), to, c, n); });
-  });
-}
-
-template <class V>
-INLINE void from_floats(const float* from, Dtype dtype, int64_t columns, char* to) {
-  with_float_dtype(dtype, [&](auto d) __attribute__((always_inline)) {
-    for_each_vector<V>(
-        0, columns, VECTOR_BODY(&) { store<decltype(d)::value>(load<V, Dtype::f32>(from, c, n), to, c, n); });
-  });
 }
 
 // A row that is worked on, the cosines and sines of its token, and the sums of a norm.
@@ -59,29 +43,6 @@ INLINE void norm(const Affine& weight, float eps, int64_t columns, const Buffers
           store<Dtype::f32>(x * load<V, decltype(d)::value>(weight.data, c, n), row, c, n);
         });
   });
-}
-
-template <class V>
-INLINE void rotate(int64_t rotated, bool interleaved, const Buffers& b) {
-  const int64_t half = rotated / 2;
-  float* row = b.row;
-  const float *cos = b.cos, *sin = b.sin;
-  if (interleaved) {
-    for (int64_t c = 0; c < rotated; c += 2) {
-      const float low = row[c], high = row[c + 1];
-      row[c] = low * cos[c] - high * sin[c];
-      row[c + 1] = high * cos[c + 1] + low * sin[c + 1];
-    }
-    return;
-  }
-  for_each_vector<V>(
-      0, half, VECTOR_BODY(=) {
-        const auto part = [&](const float* x, int64_t first)
-                              __attribute__((always_inline)) { return load<V, Dtype::f32>(x, first + c, n); };
-        const V low = part(row, 0), high = part(row, half);
-        store<Dtype::f32>(low * part(cos, 0) - high * part(sin, 0), row, c, n);
-        store<Dtype::f32>(high * part(cos, half) + low * part(sin, half), row, half + c, n);
-      });
 }
 
 template <class V>
@@ -124,7 +85,7 @@ void append(const AppendKvParams& p, int64_t begin, int64_t end) {
                                __attribute__((always_inline)) {
                                  to_floats<V>(element(x, batch, token, head, p.dtype), p.dtype, c.head_dim, b.row);
                                  if (weight.data) norm<V>(weight, p.eps, c.head_dim, b);
-                                 if (p.rotated) rotate<V>(p.rotated, p.interleaved, b);
+                                 if (p.rotated) rotate<V>(b.row, b.cos, b.sin, p.rotated, p.interleaved);
                                };
       const AppendKvParams::Place to = p.place(static_cast<int32_t>(batch), static_cast<int32_t>(token));
       for (int64_t head = 0; head < p.q_heads; ++head) {

@@ -278,7 +278,7 @@ class Block {
 class Blocks {
  public:
   Blocks(const DecoderLayerParams& p, const Int8Kernel& kernel) : p_(p), one_(p), kernel_(kernel) {
-    for (const DecoderLayer& l : p.layers) layers_.push_back(BlockLayer{&l.qkv, &l.out, &l.up, &l.down});
+    for (const DecoderLayer& l : p.layers) layers_.push_back(BlockLayer({&l.qkv, &l.out, &l.up, &l.down}));
   }
 
   void run() {

@@ -3,12 +3,23 @@
 #include <vector>
 
 #include "cpu/layer_linear.h"
+#include "params/attention.h"
 
 namespace forwardpass {
 
+// Cosines and sines of all rows of x.
+struct LayerRotary {
+  const void *cos, *sin;  // [T, rotated], rows by strides in elements; null: nothing is rotated
+  int64_t cos_row, sin_row;
+};
+
 struct EncoderLayer {
-  LayerLinear qkv[3], out, up, down;
+  std::vector<LayerLinear> qkv;  // q, k and v; or one whose rows are those of the three
+  LayerLinear out, up, down;
   Affine norm1_weight, norm1_bias, norm2_weight, norm2_bias;  // fp32; bias: or null
+  bool norms_first;                                           // norm1 comes before qkv: pre-norm
+  LayerRotary rotary;
+  int64_t window;  // row i attends to the keys from i - window to i + window; kUnlimited: to all
 };
 
 // Added to the scores of a sequence's row i and key j: of its head, [i, j].
@@ -22,7 +33,7 @@ struct ScoreBias {
 //   pre-norm:  y = x + out(attention(qkv(norm1(x)))), x = y + down(activation(up(norm2(y))))
 //
 // Values are fp32, and are rounded to `attention` in q, k, v and what attention returns, and to x's dtype between
-// layers.
+// layers. The first columns of each head of q and k are rotated, as append_kv has it, and rounded again.
 struct EncoderLayerParams {
   Matrix x;   // [T, H] of a float dtype
   void* out;  // as x, contiguous
@@ -31,6 +42,8 @@ struct EncoderLayerParams {
   const int32_t* key_lens;    // [batch]: a sequence's rows attend to its first keys; or null: to all
   int64_t batch, heads;
   ScoreBias score_bias;
+  Dtype rotary_dtype;
+  int64_t rotated;  // columns; 0: none
   float scale, eps;
   Activation activation;
   bool pre_norm;

@@ -15,6 +15,7 @@
 #include "cpu/attention_rows.h"
 #include "cpu/encoder_layer.h"
 #include "cpu/norm_rows.h"
+#include "cpu/rotary.h"
 #include "cpu/sequences.h"
 #include "torch/int8_operands.h"
 #include "torch/torch_ops.h"
@@ -71,20 +72,24 @@ class Formula {
     return layer.up.weight.rows / (is_gated(p_.activation) ? 2 : 1);
   }
 
-  // q, k and v of x, some rows of a layer's input of x's dtype.
+  // q, k and v, those rotated that are, of x: rows from `first` on of a layer's input of x's dtype.
   template <class Steps>
-  void qkv(const EncoderLayer& layer, Steps& steps, const Matrix& x, float* normed, void* to) const {
+  void qkv(const EncoderLayer& layer, Steps& steps, const Matrix& x, int64_t first, float* normed, void* to) const {
     Matrix in = x;
-    if (p_.pre_norm) {
+    if (layer.norms_first) {
       norm(as_floats(x, normed), layer.norm1_weight, layer.norm1_bias, normed, Dtype::f32);
       in = floats(normed, x.rows, columns());
     }
     const int64_t h = columns();
-    for (int64_t i = 0; i < 3; ++i) {
+    for (int64_t i = 0; i < std::ssize(layer.qkv); ++i) {
       const bool is_quantized = i > 0 && quantize_alike(layer.qkv[i - 1], layer.qkv[i]);
       const Outputs outputs{static_cast<char*>(to) + i * h * size_of(p_.attention), 3 * h, p_.attention};
       steps.linear(layer.qkv[i], in, outputs, is_quantized);
     }
+    if (!p_.rotated) return;
+    torch::stable::parallel_for(0, x.rows, grain(2 * h), [&](int64_t begin, int64_t end) {
+      rotate_heads(layer.rotary, first, begin, end, static_cast<char*>(to));
+    });
   }
 
   // From what attention gave for rows of x on to the end of the layer, out.
@@ -105,6 +110,28 @@ class Formula {
   }
 
  private:
+  // q and k of rows from `begin` to `end` of qkv, which are x's from `first` on.
+  void rotate_heads(const LayerRotary& r, int64_t first, int64_t begin, int64_t end, char* qkv) const {
+    const int64_t n = p_.rotated, heads = 2 * p_.heads, head_dim = columns() / p_.heads;
+    const CacheLines memory = allocate(4 * 3 * n);
+    float *row = at<float>(memory), *cos = row + n, *sin = cos + n;
+    const auto of_row = [&](const void* data, int64_t stride, int64_t i) {
+      return static_cast<const char*>(data) + (first + i) * stride * size_of(p_.rotary_dtype);
+    };
+    with_vectors(VECTOR_CODE {
+      for (int64_t i = begin; i < end; ++i) {
+        to_floats<V>(of_row(r.cos, r.cos_row, i), p_.rotary_dtype, n, cos);
+        to_floats<V>(of_row(r.sin, r.sin_row, i), p_.rotary_dtype, n, sin);
+        for (int64_t head = 0; head < heads; ++head) {
+          char* x = qkv + (i * 3 * columns() + head * head_dim) * size_of(p_.attention);
+          to_floats<V>(x, p_.attention, n, row);
+          rotate<V>(row, cos, sin, n, false);
+          from_floats<V>(row, p_.attention, n, x);
+        }
+      }
+    });
+  }
+
   // x, contiguous; in `to` unless it is that already.
   static Matrix as_floats(const Matrix& x, float* to) {
     if (x.dtype == Dtype::f32 && x.stride == x.columns) return x;
@@ -141,15 +168,15 @@ struct Projected {
   }
 };
 
-AttentionRows attention_of(const EncoderLayerParams& p, const Projected& qkv, const Sequence& s, int64_t first,
-                           int64_t last, void* out) {
+AttentionRows attention_of(const EncoderLayerParams& p, const EncoderLayer& layer, const Projected& qkv,
+                           const Sequence& s, int64_t first, int64_t last, void* out) {
   const int64_t h = p.x.columns, head_dim = h / p.heads;
   AttentionRows a{};
   a.dtype = p.attention;
   a.q = qkv.at(first, 0), a.k = qkv.at(s.first, 1), a.v = qkv.at(s.first, 2), a.out = {out, 0, h, head_dim};
   a.q.head = a.k.head = a.v.head = head_dim;
   a.batch = 1, a.heads = a.kv_heads = p.heads, a.rows = last - first, a.keys = s.keys, a.columns = head_dim;
-  a.scale = p.scale, a.left = a.right = kUnlimited;
+  a.scale = p.scale, a.first_position = first - s.first, a.left = a.right = layer.window;
   if (const ScoreBias& b = p.score_bias; b.data)
     a.mask = b.data + (first - s.first) * b.row, a.mask_head = b.head, a.mask_row = b.row;
   return a;
@@ -196,10 +223,10 @@ class Steps {
     const auto all = sequences_of(p_);
     Matrix x = p_.x;
     for (const EncoderLayer& layer : p_.layers) {
-      one_.qkv(layer, *this, x, buffers.normed, qkv.mutable_data_ptr());
+      one_.qkv(layer, *this, x, 0, buffers.normed, qkv.mutable_data_ptr());
       for_each_sequence(p_, all, 0, rows, buffers.attended,
                         [&](const Sequence& s, int64_t first, int64_t last, void* out) {
-                          attend(qkv, attended, s, first, last, out);
+                          attend(layer, qkv, attended, s, first, last, out);
                         });
       one_.rest(layer, *this, x, buffers, p_.out);
       x = {p_.out, p_.x.dtype, rows, h, h};
@@ -214,9 +241,10 @@ class Steps {
   }
 
   // The kernel by hand where there is one, whatever the rows: the bits are those of blocks.
-  void attend(const Tensor& qkv, const Tensor& attended, const Sequence& s, int64_t first, int64_t last, void* out) {
+  void attend(const EncoderLayer& layer, const Tensor& qkv, const Tensor& attended, const Sequence& s, int64_t first,
+              int64_t last, void* out) {
     const int64_t h = one_.columns(), head_dim = h / p_.heads, rows = last - first;
-    const AttentionRows a = attention_of(p_, {qkv.const_data_ptr(), p_.attention, h}, s, first, last, out);
+    const AttentionRows a = attention_of(p_, layer, {qkv.const_data_ptr(), p_.attention, h}, s, first, last, out);
     if (has_attention_rows(p_.attention, head_dim)) return attention_rows(a);
     AttentionParams params{};
     params.q = a.q, params.k = a.k, params.v = a.v, params.out = out, params.dtype = p_.attention;
@@ -225,11 +253,25 @@ class Steps {
     params.head_dim = params.value_dim = static_cast<int32_t>(head_dim);
     params.scale = p_.scale, params.left = params.right = kUnlimited;
     if (a.mask) params.mask = {a.mask, AttentionMaskKind::f32, 0, a.mask_head, a.mask_row, 1};
+    std::vector<float> window;
+    if (a.left < s.last - s.first) params.mask = window_mask(a, window);
     const auto from = [&](int64_t row, int64_t which) {
       return reshaped(qkv, {1, h}, {3 * h, 1}, (row * 3 + which) * h);
     };
     Tensor to = reshaped(attended, {rows, h}, {h, 1}, first * h);
     attention_cpu(params, from(first, 0), from(s.first, 1), from(s.first, 2), to);
+  }
+
+  // The window of all rows of a sequence as a mask in `memory`, with the mask that there is: attention_cpu aligns the
+  // last row with the last key, and here rows of padding come after it.
+  static AttentionMask window_mask(const AttentionRows& a, std::vector<float>& memory) {
+    const int64_t heads = a.mask ? a.heads : 1;
+    memory.assign(heads * a.rows * a.keys, -INFINITY);
+    for (int64_t h = 0; h < heads; ++h)
+      for (int64_t i = 0; i < a.rows; ++i)
+        for (int64_t j = std::max<int64_t>(0, i - a.left); j < std::min(a.keys, i + a.right + 1); ++j)
+          memory[(h * a.rows + i) * a.keys + j] = a.mask ? a.mask[h * a.mask_head + i * a.mask_row + j] : 0;
+    return {memory.data(), AttentionMaskKind::f32, 0, a.mask ? a.rows * a.keys : 0, a.keys, 1};
   }
 
   const Tensor& x_;
@@ -272,8 +314,11 @@ class Blocks {
  public:
   Blocks(const EncoderLayerParams& p, const Int8Kernel& kernel)
       : p_(p), one_(p), kernel_(kernel), sequences_(sequences_of(p)) {
-    for (const EncoderLayer& l : p.layers)
-      layers_.push_back(BlockLayer{&l.qkv[0], &l.qkv[1], &l.qkv[2], &l.out, &l.up, &l.down});
+    for (const EncoderLayer& l : p.layers) {
+      std::vector<const LayerLinear*> linears = {&l.out, &l.up, &l.down};
+      for (const LayerLinear& projected : l.qkv) linears.push_back(&projected);
+      layers_.push_back(BlockLayer(linears));
+    }
   }
 
   void run() {
@@ -298,10 +343,11 @@ class Blocks {
   void layer(Block& block, int64_t l, int64_t first, int64_t last, char* qkv, char* next) const {
     const int64_t h = one_.columns();
     if (l >= 0)
-      for_each_sequence(p_, sequences_, first, last, block.buffers().attended,
-                        [&](const Sequence& s, int64_t begin, int64_t end, void* out) {
-                          attention_rows_here(attention_of(p_, {qkv, p_.attention, h}, s, begin, end, out));
-                        });
+      for_each_sequence(
+          p_, sequences_, first, last, block.buffers().attended,
+          [&](const Sequence& s, int64_t begin, int64_t end, void* out) {
+            attention_rows_here(attention_of(p_, p_.layers[l], {qkv, p_.attention, h}, s, begin, end, out));
+          });
     for (int64_t r = first; r < last; r += kBlockRows) {
       const int64_t count = std::min(kBlockRows, last - r);
       if (l >= 0) {
@@ -312,7 +358,7 @@ class Blocks {
       }
       if (l + 1 == std::ssize(layers_)) continue;
       block.take(layers_[l + 1]);
-      one_.qkv(p_.layers[l + 1], block, input(l + 1, r, count), block.buffers().normed,
+      one_.qkv(p_.layers[l + 1], block, input(l + 1, r, count), r, block.buffers().normed,
                next + r * 3 * h * size_of(p_.attention));
     }
   }

@@ -69,11 +69,11 @@ class BlockLayer {
     WeightMemory memory{};
   };
 
-  explicit BlockLayer(std::initializer_list<const LayerLinear*> linears) {
+  explicit BlockLayer(const std::vector<const LayerLinear*>& linears) {
     for (const LayerLinear* linear : linears) weights_.push_back({linear});
   }
 
-  // By all threads, in the memory of a layer that is done; null: in new memory.
+  // By all threads, in the memory of a layer of as many weights that is done; null: in new memory.
   void pack(const Int8Kernel& kernel, BlockLayer* done);
 
   const PackedWeight& operator[](const LayerLinear& linear) const {

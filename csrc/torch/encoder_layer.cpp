@@ -1,5 +1,8 @@
 #include "torch/encoder_layer.h"
 
+#include <algorithm>
+#include <tuple>
+
 #include "cpu/encoder_layer.h"
 #include "torch/int8_operands.h"
 
@@ -15,7 +18,11 @@ using Weights = std::vector<std::optional<Tensor>>;
 
 EncoderLayer layer_of(const Weights& weights, int64_t first, int64_t h, Activation activation, const Tensor& x) {
   EncoderLayer l{};
-  for (int64_t i = 0; i < 3; ++i) l.qkv[i] = layer_linear(weights, first + i * kOfLinear, h, h, x, kOp);
+  // One weight of q, k and v in q's place, none in theirs.
+  const bool fused =
+      std::all_of(&weights[first + kOfLinear], &weights[first + 3 * kOfLinear], [](const auto& t) { return !t; });
+  for (int64_t i = 0; i < (fused ? 1 : 3); ++i)
+    l.qkv.push_back(layer_linear(weights, first + i * kOfLinear, fused ? 3 * h : h, h, x, kOp));
   l.out = layer_linear(weights, first + 3 * kOfLinear, h, h, x, kOp);
   l.up = layer_linear(weights, first + 4 * kOfLinear, 0, h, x, kOp);
   const bool gated = is_gated(activation);
@@ -36,6 +43,43 @@ ScoreBias score_bias_of(const OptionalTensor& t, int64_t heads, const Tensor& x)
                       t->size(n - 2) == t->size(n - 1) && (t->size(n - 1) <= 1 || t->stride(n - 1) == 1),
                   kOp, ": score_bias must be float32 [", heads, ", S, S], on x's device, with a last stride of 1");
   return {static_cast<const float*>(t->const_data_ptr()), t->size(n - 1), t->stride(n - 3), t->stride(n - 2)};
+}
+
+// Rows [T, rotated] of a layer's cosines or sines, and their stride.
+std::pair<const void*, int64_t> rotary_of(const Tensor& t, const Tensor& like, const EncoderLayerParams& p,
+                                          const Tensor& x) {
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == p.x.rows && t.size(1) == like.size(1) && t.stride(1) == 1 &&
+                      t.scalar_type() == like.scalar_type() && same_device(t, x),
+                  kOp, ": cos and sin must be [T, R] of one dtype, on x's device, with a last stride of 1");
+  return {t.const_data_ptr(), t.stride(0)};
+}
+
+void set_rotary(EncoderLayerParams& p, const std::vector<Tensor>& cos, const std::vector<Tensor>& sin,
+                const Tensor& x) {
+  STD_TORCH_CHECK(cos.size() == sin.size() && (cos.empty() || cos.size() == p.layers.size()), kOp,
+                  ": cos and sin are one a layer, or none");
+  if (cos.empty()) return;
+  p.rotary_dtype = dtype_of(cos[0].scalar_type(), kOp, "cos");
+  STD_TORCH_CHECK((p.rotary_dtype == Dtype::f32 || p.rotary_dtype == p.x.dtype) && cos[0].dim() == 2, kOp,
+                  ": cos must be float32 or of x's dtype, [T, R]");
+  p.rotated = cos[0].size(1);
+  STD_TORCH_CHECK(p.rotated >= 2 && p.rotated % 2 == 0 && p.rotated <= p.x.columns / p.heads, kOp,
+                  ": cos must have an even number of columns, at most those of a head");
+  for (size_t i = 0; i < p.layers.size(); ++i) {
+    LayerRotary& r = p.layers[i].rotary;
+    std::tie(r.cos, r.cos_row) = rotary_of(cos[i], cos[0], p, x);
+    std::tie(r.sin, r.sin_row) = rotary_of(sin[i], cos[0], p, x);
+  }
+}
+
+// -1: unlimited.
+void set_windows(EncoderLayerParams& p, const std::vector<int64_t>& windows) {
+  STD_TORCH_CHECK(windows.empty() || windows.size() == p.layers.size(), kOp, ": windows are one a layer, or none");
+  for (size_t i = 0; i < p.layers.size(); ++i) {
+    const int64_t window = windows.empty() ? -1 : windows[i];
+    STD_TORCH_CHECK(window >= -1, kOp, ": a window must be at least 0, or -1");
+    p.layers[i].window = window < 0 ? kUnlimited : std::min<int64_t>(window, kUnlimited);
+  }
 }
 
 }  // namespace
@@ -77,7 +121,8 @@ LayerLinear layer_linear(const std::vector<OptionalTensor>& weights, int64_t i, 
 Tensor encoder_layer(Backend, const Tensor& x, const Tensor& cu_seqlens, const Weights& weights, int64_t heads,
                      double eps, const std::optional<std::string>& activation, bool pre_norm,
                      std::optional<double> scale, ScalarType attention_dtype, const OptionalTensor& key_lens,
-                     const OptionalTensor& score_bias) {
+                     const OptionalTensor& score_bias, const std::vector<Tensor>& cos, const std::vector<Tensor>& sin,
+                     const std::vector<int64_t>& windows, bool first_norm) {
   EncoderLayerParams p{};
   p.x = matrix(x, kOp, "x");
   const int64_t h = p.x.columns;
@@ -99,6 +144,14 @@ Tensor encoder_layer(Backend, const Tensor& x, const Tensor& cu_seqlens, const W
                   " tensors a layer");
   for (int64_t i = 0; i < std::ssize(weights); i += kOfLayer)
     p.layers.push_back(layer_of(weights, i, h, p.activation, x));
+  STD_TORCH_CHECK(first_norm || pre_norm, kOp, ": first_norm=False is for pre_norm=True");
+  const bool fused = p.layers[0].qkv.size() == 1;
+  for (EncoderLayer& layer : p.layers) {
+    STD_TORCH_CHECK((layer.qkv.size() == 1) == fused, kOp, ": q, k and v are one weight in all layers, or in none");
+    layer.norms_first = pre_norm && (first_norm || &layer != &p.layers[0]);
+  }
+  set_rotary(p, cos, sin, x);
+  set_windows(p, windows);
   Tensor out = contiguous_rows({p.x.rows, h}, x.scalar_type(), x);
   p.out = out.mutable_data_ptr();
   encoder_layer_cpu(p, x);

@@ -16,6 +16,8 @@ LayerLinear layer_linear(const std::vector<OptionalTensor>& weights, int64_t i, 
 Tensor encoder_layer(Backend backend, const Tensor& x, const Tensor& cu_seqlens,
                      const std::vector<std::optional<Tensor>>& weights, int64_t heads, double eps,
                      const std::optional<std::string>& activation, bool pre_norm, std::optional<double> scale,
-                     ScalarType attention_dtype, const OptionalTensor& key_lens, const OptionalTensor& score_bias);
+                     ScalarType attention_dtype, const OptionalTensor& key_lens, const OptionalTensor& score_bias,
+                     const std::vector<Tensor>& cos, const std::vector<Tensor>& sin,
+                     const std::vector<int64_t>& windows, bool first_norm);
 
 }  // namespace forwardpass

@@ -92,8 +92,8 @@ constexpr std::tuple kOps{
 
     CpuOp<encoder_layer>{
         "encoder_layer(Tensor x, Tensor cu_seqlens, Tensor?[] weights, int heads, float eps, str? activation, "
-        "bool pre_norm, float? scale, ScalarType attention_dtype, Tensor? key_lens, Tensor? score_bias=None) -> "
-        "Tensor"},
+        "bool pre_norm, float? scale, ScalarType attention_dtype, Tensor? key_lens, Tensor? score_bias, "
+        "Tensor[] cos, Tensor[] sin, int[] windows, bool first_norm) -> Tensor"},
 
     CpuOp<decoder_layer>{
         "decoder_layer(Tensor x, Tensor(a!)[] k_caches, Tensor(b!)[] v_caches, Tensor seq_lens, Tensor?[] weights, "

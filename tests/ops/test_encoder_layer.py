@@ -19,6 +19,9 @@ from forwardpass.testing import poisoned_outputs
 RUNS = operations["encoder_layer"].runs
 #: MANY: in blocks of rows with one thread.
 FEW, MANY = cases.THREADED_CASES[:2]
+#: Rotated, with windows, q, k and v in one weight, without the first norm.
+MODERN_FEW, MODERN_MANY, MODERN_OF_TORCH = (case for case in cases.THREADED_CASES if case.rotated)
+SCORE_BIAS = operations["encoder_layer"].parameters.index("score_bias")
 BIASED_FEW, BIASED_MANY = (dataclasses.replace(case, score_bias=3) for case in (FEW, MANY))
 
 
@@ -48,21 +51,92 @@ def test_bits_do_not_depend_on_the_threads(case):
 
 
 @pytest.mark.parametrize(
-    "case", [FEW, MANY, BIASED_MANY, dataclasses.replace(MANY, x_dtype=torch.float16, pre_norm=True)]
+    "case",
+    [FEW, MANY, BIASED_MANY, MODERN_FEW, MODERN_MANY, dataclasses.replace(MANY, x_dtype=torch.float16, pre_norm=True)],
 )
 def test_layers_in_one_call_are_as_many_calls(case):
     args = case.arguments()
     x, weights = args[0], args[2]
-    for first in range(0, len(weights), LAYER):
-        x = run(args, x=x, weights=weights[first : first + LAYER])
+    for i in range(case.layers):
+        x = run(args, x=x, weights=weights[i * LAYER : (i + 1) * LAYER], **of_layer(args, i))
     assert torch.equal(x, run(args))
 
 
-@pytest.mark.parametrize("case", [FEW, MANY, BIASED_FEW, BIASED_MANY])
+def named(args):
+    return dict(zip(operations["encoder_layer"].parameters, args))
+
+
+def of_layer(args, i):
+    """What layer i alone has of the lists, one a layer."""
+    lists = {name: x[i : i + 1] for name, x in named(args).items() if name in ("cos", "sin", "windows")}
+    return {**lists, "first_norm": i > 0 or args[-1]}
+
+
+def of_rows(args, rows):
+    """What these rows have of what is of rows."""
+    return {"x": args[0][rows]} | {name: [x[rows] for x in named(args)[name]] for name in ("cos", "sin")}
+
+
+@pytest.mark.parametrize("case", [FEW, MANY, BIASED_FEW, BIASED_MANY, MODERN_FEW, MODERN_MANY])
 def test_bits_are_those_of_a_sequence_alone(case):
     args, y = case.arguments(), run(case.arguments())
     for begin, end in itertools.pairwise(args[1].tolist()):
-        assert torch.equal(run(args, x=args[0][begin:end], cu_seqlens=ints(0, end - begin)), y[begin:end])
+        got = run(args, **of_rows(args, slice(begin, end)), cu_seqlens=ints(0, end - begin))
+        assert torch.equal(got, y[begin:end])
+
+
+@pytest.mark.parametrize("case", [MODERN_FEW, MODERN_MANY])
+def test_one_weight_of_q_k_and_v_gives_the_bits_of_three(case):
+    args = case.arguments()
+    weights = [*args[2]]
+    for first in range(0, len(weights), LAYER):
+        parts = [t if t is None else t.chunk(3) for t in weights[first : first + LINEAR]]
+        for i in range(3):
+            weights[first + i * LINEAR : first + (i + 1) * LINEAR] = [p if p is None else p[i] for p in parts]
+    assert torch.equal(run(args, weights=weights), run(args))
+
+
+@pytest.mark.parametrize("case", [MODERN_FEW, MODERN_MANY, MODERN_OF_TORCH])
+def test_a_window_as_wide_as_the_sequences_and_angles_of_zero_change_nothing(case):
+    args = case.arguments()
+    y = run(args, windows=[])
+    assert torch.equal(run(args, windows=[max(case.lengths)] * case.layers), y)
+    zero = {"cos": [torch.ones_like(x) for x in args[11]], "sin": [torch.zeros_like(x) for x in args[12]]}
+    assert torch.equal(run(args, **zero), run(args, cos=[], sin=[]))
+
+
+@pytest.mark.parametrize("window", [0, 1, 5, 16, 30])
+@pytest.mark.parametrize("case", [MODERN_FEW, MODERN_MANY, MODERN_OF_TORCH])
+def test_rows_depend_on_those_within_their_window_alone(case, window):
+    """Of one layer: a NaN and another value at one row reach the rows that see it, and no others. Padding is seen by none. Torch's
+    attention multiplies a NaN behind its mask by zero."""
+    case = dataclasses.replace(case, layers=1, lengths=(70, 40), windows=(window,))
+    args = case.arguments()
+    x, lens = args[0].clone(), ints(60, 40) if case.key_lens else None
+    y = run(args, key_lens=lens)
+    for row in (0, 33, 59, 65, 69):
+        seen = range(max(0, row - window), min(70, row + window + 1)) if lens is None or row < 60 else [row]
+        others = [i for i in range(110) if i not in seen]
+        for value in (torch.nan, torch.inf) if case.h // case.heads % 16 == 0 else ():
+            x.copy_(args[0])[row, 2] = value
+            got = run(args, x=x, key_lens=lens)
+            assert got[list(seen)].isnan().all() and torch.equal(got[others], y[others])
+        x.copy_(args[0])[row] *= -1
+        got = run(args, x=x, key_lens=lens)
+        assert torch.equal(got[others], y[others]) and all((got[i] != y[i]).any() for i in seen)
+
+
+@pytest.mark.parametrize("case", [MODERN_FEW, MODERN_MANY])
+def test_the_comparison_sees_another_rotation_window_or_norm(case):
+    args = dataclasses.replace(case, lengths=(60,)).arguments()
+    cos, sin = args[11], args[12]
+    faults = (
+        {"cos": cos[::-1], "sin": sin[::-1]}, {"sin": [-x for x in sin]}, {"windows": [-1, 15, 16]}, {"windows": [-1, 16, -1]},
+        {"windows": [16, 16, 16]}, {"first_norm": True}, {"pre_norm": False, "first_norm": True},
+    )  # fmt: skip
+    for fault in faults:
+        with pytest.raises(AssertionError, match="off by"):
+            cases.assert_matches(run(args, **fault), args)
 
 
 @pytest.mark.parametrize("case", [FEW, MANY])
@@ -124,7 +198,7 @@ def test_rows_of_no_sequence_are_nan(cu_seqlens, nan):
 def test_scores_have_the_bias(case):
     """A key that it hides by -inf is as if it were not there; a NaN reaches the rows that it is added to; zeros add nothing."""
     args = dataclasses.replace(case, layers=1).arguments()
-    bias = torch.zeros_like(args[-1])
+    bias = torch.zeros_like(args[SCORE_BIAS])
     assert torch.equal(run(args, score_bias=bias), run(args, score_bias=None))
     bias[:, :, 1:] = -torch.inf
     y = run(args, score_bias=bias)
@@ -141,7 +215,7 @@ def test_scores_have_the_bias(case):
 def test_sequences_longer_than_the_bias_are_nan(case):
     args = case.arguments()
     size = args[1].diff().max().item() - 1
-    got, y = run(args, score_bias=args[-1][:, :size, :size]), run(args)
+    got, y = run(args, score_bias=args[SCORE_BIAS][:, :size, :size]), run(args)
     for begin, end in itertools.pairwise(args[1].tolist()):
         if end - begin > size:
             assert got[begin:end].isnan().all()
@@ -216,6 +290,10 @@ def weights(**changed):
 LAYER_WEIGHTS = weights()
 
 
+FUSED = weights(q=Int8Weight(torch.zeros(192, 64, dtype=torch.int8), torch.ones(192)), k=None, v=None)
+ROTARY = torch.ones(4, 8), torch.ones(4, 8)
+
+
 def part(name, **changed):
     return weights(**{name: getattr(LAYER_WEIGHTS, name)._replace(**changed)})
 
@@ -246,6 +324,23 @@ def part(name, **changed):
         ([LAYER_WEIGHTS], {"score_bias": torch.zeros(4, 3, 3).mT}, ValueError, "score_bias must have stride 1"),
         ([LAYER_WEIGHTS], {"cu_seqlens": ints()}, ValueError, r"cu_seqlens must be \[B \+ 1\]"),
         ([LAYER_WEIGHTS], {"x": torch.zeros(2, 2, 64)}, ValueError, r"x must be \[T, H\]"),
+        ([weights(k=None, v=None)], {}, ValueError, r"q.weight must be \[192, 64\]"),
+        ([weights(k=None)], {}, TypeError, "k must be an Int8Weight with weight and scale"),
+        ([LAYER_WEIGHTS, FUSED], {}, ValueError, "one weight in all layers, or in none"),
+        ([LAYER_WEIGHTS], {"rotary": ROTARY}, TypeError, "rotary must be a list of"),
+        ([LAYER_WEIGHTS], {"rotary": [ROTARY, ROTARY]}, ValueError, r"\(cos, sin\) of each of 1 layers, and has 2"),
+        ([LAYER_WEIGHTS], {"rotary": [(ROTARY[0], ROTARY[0].half())]}, TypeError, "float32 or all of x's dtype"),
+        ([LAYER_WEIGHTS], {"rotary": [(ROTARY[0].half(), ROTARY[0].half())]}, TypeError, "float32 or all of x's dtype"),
+        ([LAYER_WEIGHTS], {"rotary": [(torch.ones(4, 18), torch.ones(4, 18))]}, ValueError, r"\[4, R\], R even, .* at most 16"),
+        ([LAYER_WEIGHTS], {"rotary": [(torch.ones(4, 7), torch.ones(4, 7))]}, ValueError, r"\[4, R\], R even"),
+        ([LAYER_WEIGHTS], {"rotary": [(ROTARY[0], torch.ones(4, 6))]}, ValueError, r"\[4, R\], R even"),
+        ([LAYER_WEIGHTS], {"rotary": [(torch.ones(3, 8), torch.ones(3, 8))]}, ValueError, r"\[4, R\], R even"),
+        ([LAYER_WEIGHTS], {"rotary": [(torch.ones(8, 4).mT, torch.ones(8, 4).mT)]}, ValueError, "must have stride 1"),
+        ([LAYER_WEIGHTS], {"windows": [3, None]}, ValueError, "windows must be one of each of 1 layers"),
+        ([LAYER_WEIGHTS], {"windows": [-2]}, ValueError, "windows must be one of each of 1 layers, at least 0 or None"),
+        ([LAYER_WEIGHTS], {"windows": [2.0]}, TypeError, "windows must be integers or None"),
+        ([LAYER_WEIGHTS], {"first_norm": False}, ValueError, "first_norm=False is for pre_norm=True"),
+        ([LAYER_WEIGHTS], {"first_norm": 0}, TypeError, "first_norm must be True or False"),
         ([LAYER_WEIGHTS], {"scale": 0.0}, ValueError, "scale must be finite and positive"),
         ([LAYER_WEIGHTS], {"attention_dtype": torch.int8}, TypeError, "attention_dtype must be float32"),
     ],

@@ -33,8 +33,8 @@ from ...ops.common.quantized_rows import FLOATS
 from ...ops.encoder_layer import OPERATION, EncoderWeights, Int8Weight, flat
 from . import attention, rotary, unpadding
 
-#: The attribute of a tensor of NaN between layers that has what the last layer gives.
-_RESULT = "_forwardpass_encoded"
+#: The attribute of a tensor of NaN between layers that has what the last layer gives, or is to know.
+RESULT = "_forwardpass_encoded"
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,11 @@ class Stack(Beginning):
 
     def put(self) -> None:
         for i, layer in enumerate(self.layers):
-            vars(layer)["forward"] = _Forward(self, i)
+            vars(layer)["forward"] = self.forward_of(i)
         self._handles = self.watch(self.holder)
+
+    def forward_of(self, index: int) -> Forward:
+        return Forward(self, index)
 
     def begin(self, holder: nn.Module, *call: Any) -> None:
         """Nothing where the holder is asked for hidden states: MPNet's collects them in its own loop, past `attention.collects`."""
@@ -174,7 +177,7 @@ class Stack(Beginning):
         bias = options.pop(self.form.score_bias, None) if self.form.score_bias else None
         if not self._takes(hidden, options):
             return None
-        lengths = _lengths(hidden, mask)
+        lengths = lengths_of(hidden, mask)
         if lengths is None or not self._is_as_built() or not self._takes_bias(bias, hidden):
             return None
         self.calls += 1
@@ -306,7 +309,9 @@ class Stack(Beginning):
         head_size, scale, eps, activation = self._constants(self.layers[0])
         dtype = torch.bfloat16 if x.dtype == torch.float32 and self._in_bfloat16 else x.dtype
         heads = x.shape[1] // head_size
-        return OPERATION(x, cu_seqlens, self._weights, heads, eps, activation, False, scale, dtype, key_lens, bias)
+        return OPERATION(
+            x, cu_seqlens, self._weights, heads, eps, activation, False, scale, dtype, key_lens, bias, [], [], [], True
+        )
 
     def _floats(self, x: Tensor, cu_seqlens: Tensor, key_lens: Tensor | None, bias: Tensor | None) -> Tensor:
         """The formula, by the layers' own modules."""
@@ -332,7 +337,7 @@ class Stack(Beginning):
         return x
 
 
-class _Forward:
+class Forward:
     """In the place of a layer's forward."""
 
     def __init__(self, stack: Stack, index: int) -> None:
@@ -344,11 +349,11 @@ class _Forward:
             is_last = self.index + 1 == len(stack.layers)
             if self.index == 0:
                 result = stack.result_of_begun(hidden_states, attention_mask, _options(type(layer), args, kwargs))
-                between = None if result is None else _between(result)
+                nan = None if result is None else between(result, result)
             else:
-                result, between = getattr(hidden_states, _RESULT, None), hidden_states
+                result, nan = getattr(hidden_states, RESULT, None), hidden_states
             if result is not None:
-                y = result if is_last else between
+                y = result if is_last else nan
                 return (y,) if stack.form.in_tuple else y
         return type(layer).forward(layer, hidden_states, attention_mask, *args, **kwargs)
 
@@ -356,13 +361,13 @@ class _Forward:
 def stack_of(layer: nn.Module) -> Stack | None:
     """The stack whose operation computes this layer."""
     forward = vars(layer).get("forward")
-    return forward.stack if isinstance(forward, _Forward) else None
+    return forward.stack if isinstance(forward, Forward) else None
 
 
-def _between(result: Tensor) -> Tensor:
-    """What all layers but the last one give."""
-    nan = torch.full((1, 1, 1), torch.nan, dtype=result.dtype).expand(result.shape)
-    setattr(nan, _RESULT, result)
+def between(like: Tensor, result: Any) -> Tensor:
+    """What all layers but the last one give, with what that one is to know."""
+    nan = torch.full((1, 1, 1), torch.nan, dtype=like.dtype).expand(like.shape)
+    setattr(nan, RESULT, result)
     return nan
 
 
@@ -382,7 +387,14 @@ def _is_ours(cls: type) -> bool:
 
 #: Hooks that do nothing that the one operation does not: they bring rows without padding, leave a rotation to a cache, or say that
 #: layers are called.
-_HOOKS = {unpadding.gather, unpadding.scatter, unpadding.pad, unpadding.unpad, rotary.mark}
+_HOOKS = {
+    unpadding.gather,
+    unpadding.gather_positions,
+    unpadding.scatter,
+    unpadding.pad,
+    unpadding.unpad,
+    rotary.mark,
+}
 
 
 def _is_watched(m: nn.Module) -> bool:
@@ -406,15 +418,18 @@ def int8_weight(m: Int8Linear) -> Int8Weight:
     return Int8Weight(m.qweight, m.weight_scale, m.bias, m.weight_sum, m.channel_scale, m.packed())
 
 
-def _lengths(hidden: Tensor, mask: Any) -> tuple[Tensor, Tensor | None] | None:
-    """(cu_seqlens, key_lens) of a call; None where its mask is another than padding on the right."""
+def lengths_of(hidden: Tensor, mask: Any, window: int | None = None) -> tuple[Tensor, Tensor | None] | None:
+    """(cu_seqlens, key_lens) of a call; None where its mask is another than padding on the right and a window.
+
+    window: how far a row sees to both sides; None: to all keys.
+    """
     rows = unpadding.current()
     if rows is not None and rows.are(hidden):
-        return rows.cu_seqlens, None
+        return None if window is not None and rows.has_holes else (rows.cu_seqlens, None)
     batch, length = hidden.shape[:2]
     cu_seqlens = torch.arange(0, batch * length + 1, length, dtype=torch.int32)
-    if mask is None:
-        return cu_seqlens, None
+    if mask is None:  # a window is in the mask
+        return (cu_seqlens, None) if window is None or length <= window + 1 else None
     if type(mask) is not Tensor or mask.shape != (batch, 1, length, length):
         return None
     if mask.dtype in FLOATS:  # which is added to scores
@@ -424,10 +439,18 @@ def _lengths(hidden: Tensor, mask: Any) -> tuple[Tensor, Tensor | None] | None:
         mask = attends
     if mask.dtype != torch.bool:
         return None
-    row = mask[:, 0, 0]
-    if mask.stride(2) and not torch.equal(mask, row[:, None, None].expand_as(mask)):
+    row = mask[:, 0, 0] if window is None else mask.any(2).squeeze(1)
+    if mask.stride(2) and not torch.equal(mask, _expected(row, window).expand_as(mask)):
         return None
     key_lens = row.sum(1, dtype=torch.int32)
     if not torch.equal(row, torch.arange(length, dtype=torch.int32) < key_lens[:, None]) or not row[:, 0].all():
         return None
     return cu_seqlens, key_lens
+
+
+def _expected(row: Tensor, window: int | None) -> Tensor:
+    """The mask of sequences whose keys count where row, bool [B, S], is True."""
+    if window is None:
+        return row[:, None, None]
+    place = torch.arange(row.shape[1])
+    return row[:, None, None] & ((place[:, None] - place).abs() <= window)

@@ -14,7 +14,7 @@ from ..common.activations import GATED, PLAIN, check_activation, is_gated
 from ..common.quantized_rows import FLOATS, check_float_rows, check_vector
 from ..int8_gemm import check_int8_weight, check_packed
 from . import reference
-from .reference import LAYER, LINEAR, LINEARS
+from .reference import LAYER, LINEAR, LINEARS, NO_WINDOW, is_fused
 
 
 class Int8Weight(NamedTuple):
@@ -33,13 +33,17 @@ class Int8Weight(NamedTuple):
     packed: Tensor | None = None
 
 
+_NO_WEIGHT = (None,) * LINEAR
+
+
 class EncoderWeights(NamedTuple):
     """One layer: q, k, v and out [H, H]; up [I, H], gated [2 I, H] by `interleave_gate_up`; down [H, I]; weight and bias of both
-    norms, float32 [H] or None. q, k and v with the same `channel_scale`, or with none, share one quantisation of their input."""
+    norms, float32 [H] or None. q, k and v with the same `channel_scale`, or with none, share one quantisation of their input. Where
+    k and v are None, q is [3 H, H], the rows of q, k and v one after another; in all layers of a call, or in none."""
 
     q: Int8Weight
-    k: Int8Weight
-    v: Int8Weight
+    k: Int8Weight | None
+    v: Int8Weight | None
     out: Int8Weight
     up: Int8Weight
     down: Int8Weight
@@ -51,7 +55,7 @@ def flat(layers: Sequence[EncoderWeights]) -> list[Tensor | None]:
     """In the order of the schema. TypeError where they are none."""
     if not isinstance(layers, (list, tuple)) or not all(isinstance(layer, EncoderWeights) for layer in layers):
         raise TypeError("encoder_layer: layers must be a list of EncoderWeights, one a layer")
-    return [t for layer in layers for part in layer for t in part]
+    return [t for layer in layers for part in layer for t in (_NO_WEIGHT if part is None else part)]
 
 
 def encoder_layer(
@@ -67,6 +71,9 @@ def encoder_layer(
     attention_dtype: torch.dtype | None = None,
     key_lens: Tensor | None = None,
     score_bias: Tensor | None = None,
+    rotary: Sequence[tuple[Tensor, Tensor]] | None = None,
+    windows: Sequence[int | None] | None = None,
+    first_norm: bool = True,
 ) -> Tensor:
     """The layers of an encoder, one after another, on packed sequences::
 
@@ -91,11 +98,17 @@ def encoder_layer(
         score_bias: float32 [heads, S, S] or [1, heads, S, S], last stride 1: score_bias[h, i, j] is added to the score of row i and
             key j of each sequence, in all layers, after scale, such as MPNet's relative positions. Shorter sequences take its first
             rows and columns. -inf: the key is not attended to. None: nothing is added.
+        rotary: (cos, sin) of each layer, float32 or x's dtype [T, R], R even and at most H / heads, last stride 1: in each head the
+            first R columns of q and k are rotated by those of their row, x[c] cos[c] + (c < R / 2 ? -x[c + R / 2] : x[c - R / 2])
+            sin[c], as `append_kv` has it. q and k are rounded to attention_dtype before and after. None: nothing is rotated.
+        windows: of each layer: row i of a sequence attends to its rows from i - window to i + window alone, of its key_lens; to
+            none: to zeros. None, of a layer or of all: no window.
+        first_norm: False: the first layer has no norm1, as in ModernBERT, which norms its embeddings; with pre_norm alone.
 
     Returns:
         [T, H] of x's dtype, contiguous. A row of a sequence that is not known by cu_seqlens is NaN, and so are those of a sequence
-        with key_lens beyond it, or longer than score_bias. A NaN or an infinity stays in its sequence. Bits do not depend on the
-        number of threads.
+        with key_lens beyond it, or longer than score_bias. A NaN or an infinity stays in its sequence. Of one
+        layer it stays in the rows that see it, where heads have 16, 32, …, 128 columns. Bits do not depend on the number of threads.
 
     Raises:
         TypeError: an argument is of another type or dtype than above.
@@ -115,7 +128,18 @@ def encoder_layer(
         torch.Size([8, 64])
     """
     dtype = getattr(x, "dtype", None) if attention_dtype is None else attention_dtype
-    return OPERATION(x, cu_seqlens, flat(layers), heads, eps, activation, pre_norm, scale, dtype, key_lens, score_bias)
+    cos, sin = _split(rotary)
+    ints = [] if windows is None else [NO_WINDOW if window is None else window for window in windows]
+    return OPERATION(x, cu_seqlens, flat(layers), heads, eps, activation, pre_norm, scale, dtype, key_lens, score_bias, cos, sin,
+                     ints, first_norm)  # fmt: skip
+
+
+def _split(rotary: Sequence[tuple[Tensor, Tensor]] | None) -> tuple[list[Tensor], list[Tensor]]:
+    if rotary is None:
+        return [], []
+    if not isinstance(rotary, (list, tuple)) or any(not isinstance(x, (list, tuple)) or len(x) != 2 for x in rotary):
+        raise TypeError("encoder_layer: rotary must be a list of (cos, sin), one a layer")
+    return [cos for cos, _ in rotary], [sin for _, sin in rotary]
 
 
 def check_linear(op: str, weights: Sequence[Tensor | None], name: str, rows: int | None, inputs: Tensor) -> int:
@@ -141,8 +165,10 @@ def _check_layer(weights: Sequence[Tensor | None], activation: str | None, x: Te
     op, h = "encoder_layer", x.shape[1]
     q, k, v, out, up, down = (weights[i * LINEAR : (i + 1) * LINEAR] for i in range(LINEARS))
     inputs = x.new_empty(0, h)
+    fused = is_fused(weights)
     for name, linear in (("q", q), ("k", k), ("v", v), ("out", out)):
-        check_linear(op, linear, name, h, inputs)
+        if not fused or linear not in (k, v):
+            check_linear(op, linear, name, 3 * h if fused and linear is q else h, inputs)
     n = check_linear(op, up, "up", None, inputs)
     if is_gated(activation) and n % 16:
         raise ValueError(f"{op}: the rows of up must be a multiple of 16 with {activation}, 8 of gate beside 8 of up, and are {n}: "
@@ -183,6 +209,34 @@ def _check_score_bias(bias: Tensor | None, heads: int, x: Tensor) -> None:
         raise ValueError(f"{op}: score_bias is on {bias.device} and x on {x.device}: move one of them")
 
 
+def _check_rotary(cos: list[Tensor], sin: list[Tensor], layers: int, heads: int, x: Tensor) -> None:
+    op = "encoder_layer"
+    if len(cos) != len(sin) or len(cos) not in (0, layers):
+        raise ValueError(f"{op}: rotary must have (cos, sin) of each of {layers} layers, and has {len(cos)}")
+    for t in (*cos, *sin):
+        if not isinstance(t, Tensor) or t.dtype not in (torch.float32, x.dtype) or t.dtype != cos[0].dtype:
+            dtype = getattr(t, "dtype", type(t).__name__)
+            raise TypeError(f"{op}: cos and sin must be tensors of float32 or all of x's dtype, not {dtype}")
+        columns = t.shape[-1] if t.dim() == 2 else 0
+        if t.shape != (len(x), cos[0].shape[-1]) or columns < 2 or columns % 2 or columns > x.shape[1] // heads:
+            raise ValueError(
+                f"{op}: cos and sin must be [{len(x)}, R], R even, the same in all layers and at most {x.shape[1] // heads}, the "
+                f"columns of a head, and have shape {tuple(t.shape)}"
+            )
+        if t.stride(1) != 1:
+            raise ValueError(f"{op}: the last dimension of cos and sin must have stride 1: make them contiguous")
+        if t.device != x.device:
+            raise ValueError(f"{op}: cos or sin is on {t.device} and x on {x.device}: move one of them")
+
+
+def _check_windows(windows: list[int], layers: int) -> None:
+    op = "encoder_layer"
+    if any(isinstance(w, bool) or not isinstance(w, int) for w in windows):
+        raise TypeError(f"{op}: windows must be integers or None, one a layer, not {windows}")
+    if len(windows) not in (0, layers) or any(w < NO_WINDOW for w in windows):
+        raise ValueError(f"{op}: windows must be one of each of {layers} layers, at least 0 or None, and are {windows}")
+
+
 def _check(
     x: Tensor,
     cu_seqlens: Tensor,
@@ -195,6 +249,10 @@ def _check(
     attention_dtype: torch.dtype,
     key_lens: Tensor | None,
     score_bias: Tensor | None = None,
+    cos: Sequence[Tensor] = (),
+    sin: Sequence[Tensor] = (),
+    windows: Sequence[int] = (),
+    first_norm: bool = True,
 ) -> None:
     op = "encoder_layer"
     check_float_rows(op, "x", x)
@@ -220,8 +278,17 @@ def _check(
     _check_score_bias(score_bias, heads, x)
     if not isinstance(weights, list) or not weights or len(weights) % LAYER:
         raise ValueError(f"{op}: layers must be one EncoderWeights or more")
-    for i in range(0, len(weights), LAYER):
-        _check_layer(weights[i : i + LAYER], activation, x)
+    layers = [weights[i : i + LAYER] for i in range(0, len(weights), LAYER)]
+    if len({is_fused(layer) for layer in layers}) > 1:
+        raise ValueError(f"{op}: q, k and v must be one weight in all layers, or in none")
+    for layer in layers:
+        _check_layer(layer, activation, x)
+    _check_rotary([*cos], [*sin], len(layers), heads, x)
+    _check_windows([*windows], len(layers))
+    if not isinstance(first_norm, bool):
+        raise TypeError(f"{op}: first_norm must be True or False, not {first_norm!r}")
+    if not (first_norm or pre_norm):
+        raise ValueError(f"{op}: first_norm=False is for pre_norm=True, where norm1 comes first")
 
 
 def _fake(x: Tensor, *options: object) -> Tensor:

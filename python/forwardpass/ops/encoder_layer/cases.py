@@ -16,6 +16,7 @@ from ..common.quantized_rows import FLOATS
 from ..int8_linear import pack_int8_weight
 from ..quantize.reference import quantize
 from . import EncoderWeights, Int8Weight, flat, reference
+from .reference import NO_WINDOW
 
 #: A value that is within its error of a tie between two steps of its 8 bits is rounded to one of them here and to the other there.
 #: Of values off by a relative e that is a share of e / STEP, each off by a STEP: together sqrt(e STEP). With fp32 between the steps
@@ -44,6 +45,11 @@ class Case:
     key_lens: bool = False
     score_bias: int | None = None  #: dimensions of the bias of scores, which is longer than all sequences
     apart: bool = False  #: rows of x
+    fused: bool = False  #: q, k and v
+    rotated: int = 0  #: columns of a head
+    rotary_apart: bool = False  #: rows of cosines and sines
+    windows: tuple[int, ...] = ()  #: of the layers in turn
+    first_norm: bool = True
 
     def arguments(self, device: str = "cpu", seed: int = 0) -> tuple[Any, ...]:
         """In the schema's order."""
@@ -68,7 +74,8 @@ class Case:
         gated = is_gated(self.activation)
         weights = [
             EncoderWeights(
-                linear(self.h, self.h), linear(self.h, self.h), linear(self.h, self.h), linear(self.h, self.h),
+                *((linear(3 * self.h, self.h), None, None) if self.fused else (linear(self.h, self.h) for _ in range(3))),
+                linear(self.h, self.h),
                 linear(self.inner * (1 + gated), self.h, gated), linear(self.h, self.inner), norm(), norm(),
             )
             for _ in range(self.layers)
@@ -78,7 +85,22 @@ class Case:
         keys = [n - i % 3 if n > i % 3 else n for i, n in enumerate(self.lengths)]
         key_lens = torch.tensor(keys, dtype=torch.int32, device=device) if self.key_lens else None
         return (x[:, : self.h], cu_seqlens, flat(weights), self.heads, 1e-12, self.activation, self.pre_norm, None,
-                self.attention_dtype, key_lens, self._score_bias(device, g))  # fmt: skip
+                self.attention_dtype, key_lens, self._score_bias(device, g), *self._rotary(device, g),
+                [self.windows[i % len(self.windows)] for i in range(self.layers) if self.windows],
+                self.first_norm or not self.pre_norm)  # fmt: skip
+
+    def _rotary(self, device: str, g: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:
+        """Of another angle in each layer, of no regular positions."""
+        if not self.rotated:
+            return [], []
+        cos, sin = [], []
+        for _ in range(self.layers):
+            angles = torch.randn(sum(self.lengths), self.rotated, generator=g).to(device)
+            for to, x in ((cos, angles.cos()), (sin, angles.sin())):
+                to.append(
+                    torch.cat([x, torch.full_like(x, torch.nan)], 1)[:, : self.rotated] if self.rotary_apart else x
+                )
+        return cos, sin
 
     def _score_bias(self, device: str, g: torch.Generator) -> Tensor | None:
         """With rows and heads that are not contiguous."""
@@ -135,12 +157,21 @@ def cases() -> Iterator[Case]:
         "key_lens": (False, True),
         "score_bias": (None, 3, 4),
         "apart": (False, True),
+        "fused": (False, True),
+        "rotated": (0, 8, 16),
+        "rotary_apart": (False, True),
+        "windows": ((), (3,), (NO_WINDOW, 20), (0, NO_WINDOW)),
+        "first_norm": (True, False),
     }
     for row in pairwise(factors):
         h, heads, inner = row.pop("sizes")
+        row["rotated"] = min(row["rotated"], h // heads)
         yield Case(h=h, heads=heads, inner=inner, **row)
 
 
+#: What ModernBERT's layers have that BERT's have not.
+MODERN: dict[str, Any] = {"activation": "gelu_mul", "pre_norm": True, "first_norm": False, "fused": True, "rotated": 12,
+                          "windows": (NO_WINDOW, 16, 16), "bias": False}  # fmt: skip
 #: Few rows, blocks of them, and a number between: by blocks with one thread, by columns with seven.
 THREADED_CASES = (
     Case((5, 2), 64, 4, 256, layers=2),
@@ -149,6 +180,10 @@ THREADED_CASES = (
     Case((70,), 128, 2, 512, x_dtype=torch.bfloat16, attention_dtype=torch.bfloat16, activation="gelu_mul"),
     Case((5, 2), 64, 4, 256, layers=2, score_bias=3),
     Case((90, 200, 11, 300), 96, 3, 80, layers=2, attention_dtype=torch.bfloat16, score_bias=4),
+    Case((5, 2), 64, 4, 256, layers=3, **MODERN),
+    Case((90, 200, 11, 300), 96, 3, 80, layers=3, attention_dtype=torch.bfloat16, **MODERN),
+    # Of 20 columns attention is torch's.
+    Case((33, 1, 64, 40), 40, 2, 64, layers=3, key_lens=True, **MODERN),
 )
 #: A layer of MiniLM, of BERT base.
 BENCHMARK_CASES = (

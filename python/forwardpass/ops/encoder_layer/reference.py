@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +17,13 @@ from ..norm_quantize.reference import normalize
 #: layer has, and how many tensors.
 LINEAR, LINEARS = 6, 6
 LAYER = LINEAR * LINEARS + 4
+#: What the schema has for a layer without a window.
+NO_WINDOW = -1
+
+
+def is_fused(layer: Sequence[Tensor | None]) -> bool:
+    """Whether one weight of a layer, q's, is that of q, k and v."""
+    return all(t is None for t in layer[LINEAR : 3 * LINEAR])
 
 
 def encoder_layer(
@@ -30,6 +38,10 @@ def encoder_layer(
     attention_dtype: torch.dtype,
     key_lens: Tensor | None,
     score_bias: Tensor | None = None,
+    cos: Sequence[Tensor] = (),
+    sin: Sequence[Tensor] = (),
+    windows: Sequence[int] = (),
+    first_norm: bool = True,
 ) -> Tensor:
     """Products in exact integers, norms and attention in float64, each step's result rounded to float32."""
     dtype = x.dtype
@@ -57,11 +69,15 @@ def encoder_layer(
         weight, bias = layer[LINEARS * LINEAR + 2 * i : LINEARS * LINEAR + 2 * i + 2]
         return normalize(x, weight, eps, "layer", bias).float()
 
-    for first in range(0, len(weights), LAYER):
-        layer = weights[first : first + LAYER]
-        projected = norm(0, x) if pre_norm else x
-        qkv = torch.stack([linear(i, projected).to(attention_dtype) for i in range(3)], 1)
-        attended = attention(qkv.unflatten(2, (heads, -1)), cu_seqlens, key_lens, scale, score_bias)
+    for n in range(len(weights) // LAYER):
+        layer = weights[n * LAYER : (n + 1) * LAYER]
+        projected = norm(0, x) if pre_norm and (first_norm or n > 0) else x
+        parts = linear(0, projected).chunk(3, 1) if is_fused(layer) else [linear(i, projected) for i in range(3)]
+        qkv = torch.stack(parts, 1).to(attention_dtype).unflatten(2, (heads, -1))
+        if cos:
+            qkv = torch.cat([rotated(qkv[:, :2], cos[n], sin[n]), qkv[:, 2:]], 1)
+        window = windows[n] if windows and windows[n] != NO_WINDOW else None
+        attended = attention(qkv, cu_seqlens, key_lens, scale, score_bias, window)
         y = linear(3, attended.to(attention_dtype).flatten(1), x.float())
         if pre_norm:
             y = linear(5, linear(4, norm(1, y), activation=activation), y)
@@ -72,8 +88,21 @@ def encoder_layer(
     return x.contiguous()
 
 
+def rotated(qk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The first columns of each head of q and k, [T, 2, heads, head_dim], by those of their rows."""
+    columns = cos.shape[1]
+    x, (c, s) = qk[..., :columns].float(), (t.float()[:, None, None] for t in (cos, sin))
+    low, high = x.chunk(2, -1)
+    return torch.cat([(x * c + torch.cat([-high, low], -1) * s).to(qk.dtype), qk[..., columns:]], -1)
+
+
 def attention(
-    qkv: Tensor, cu_seqlens: Tensor, key_lens: Tensor | None, scale: float | None, score_bias: Tensor | None
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    key_lens: Tensor | None,
+    scale: float | None,
+    score_bias: Tensor | None,
+    window: int | None = None,
 ) -> Tensor:
     """qkv [T, 3, heads, head_dim] to [T, heads, head_dim], in float64; NaN in the rows of no known sequence, and of one that is
     longer than score_bias."""
@@ -89,6 +118,10 @@ def attention(
             continue
         of_keys = slice(rows.start, rows.stop if keys is None else rows.start + keys)
         parts = q[None, rows], k[None, of_keys], v[None, of_keys]
-        bias = None if score_bias is None else score_bias[..., :count, : parts[1].shape[1]]
+        bias = None if score_bias is None else score_bias[..., :count, : parts[1].shape[1]].double()
+        if window is not None:
+            distance = torch.arange(count)[:, None] - torch.arange(parts[1].shape[1])
+            outside = torch.zeros_like(distance, dtype=torch.float64).masked_fill(distance.abs() > window, -torch.inf)
+            bias = outside if bias is None else bias + outside
         o[rows] = attend(*parts, scale, None, None, 0.0, bias, None, None)[0][0]
     return o
