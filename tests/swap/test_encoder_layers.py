@@ -10,6 +10,7 @@ from torch import nn
 import forwardpass as fp
 from forwardpass.common.environment import cpu_tier
 from forwardpass.integrations.transformers import encoder_stack
+from forwardpass.integrations.transformers.stacks import rotary_encoder_stack
 from forwardpass.ops.encoder_layer import OPERATION
 
 transformers = pytest.importorskip("transformers")
@@ -46,7 +47,30 @@ def mpnet():
     return model
 
 
-FAMILIES = pytest.mark.parametrize("build", [bert, mpnet])
+def modernbert(**changed):
+    """Its second and third layer see two tokens to each side, and have another rotation."""
+    special = {f"{name}_token_id": i for name, i in {"pad": 98, "cls": 1, "sep": 2, "bos": 1, "eos": 2}.items()}
+    model = bert("ModernBert", **special, **{"local_attention": 4, "initializer_range": 0.1, **changed})
+    nn.init.normal_(model.embeddings.norm.weight)  # of ones a second norm would do nothing
+    for layer in model.layers:  # whose attention would matter little
+        nn.init.normal_(layer.attn.Wo.weight, std=0.07)
+    return model
+
+
+def layers_of(model):
+    return model.layers if hasattr(model, "layers") else model.encoder.layer
+
+
+def list_of(model):
+    return "layers" if hasattr(model, "layers") else "encoder.layer"
+
+
+def last_of(layer):
+    """A module that the layer calls towards its end."""
+    return layer.mlp_norm if hasattr(layer, "mlp_norm") else layer.output
+
+
+FAMILIES = pytest.mark.parametrize("build", [bert, mpnet, modernbert])
 
 
 def swapped(model, **options):
@@ -63,7 +87,8 @@ def calls(monkeypatch):
         count.append(len(args[2]))
         return OPERATION(*args)
 
-    monkeypatch.setattr(encoder_stack, "OPERATION", counted)
+    for module in (encoder_stack, rotary_encoder_stack):
+        monkeypatch.setattr(module, "OPERATION", counted)
     return count
 
 
@@ -80,8 +105,8 @@ def close(a, b, mask=None):
 @pytest.mark.every(2)
 @pytest.mark.parametrize(
     "model", [bert, lambda: bert("Roberta"), lambda: bert("XLMRoberta"), lambda: bert("Electra"), distilbert,
-              mpnet],
-    ids=["bert", "roberta", "xlm-roberta", "electra", "distilbert", "mpnet"],
+              mpnet, modernbert],
+    ids=["bert", "roberta", "xlm-roberta", "electra", "distilbert", "mpnet", "modernbert"],
 )  # fmt: skip
 def test_layers_are_one_operation(model, calls):
     model = model()
@@ -91,7 +116,7 @@ def test_layers_are_one_operation(model, calls):
     assert "3 layers" in str(report) and "are one operation" in str(report)
     assert close(hidden(model), exact) and len(calls) == 1
     assert close(hidden(model, attention_mask=PADDED), exact_padded, PADDED) and len(calls) == 2
-    assert [name for name, _ in model.named_modules()] == names
+    assert {*names} <= {name for name, _ in model.named_modules()}
     assert isinstance(model.get_submodule(report.swapped[0].fqn), fp.nn.Int8Linear)
     fp.restore(model)
     assert torch.equal(hidden(model), exact) and len(calls) == 2
@@ -102,7 +127,7 @@ def test_it_is_what_the_layers_are(build, calls):
     """But for bfloat16 in attention and the order of sums."""
     model = swapped(build())[0]
     y = hidden(model)
-    handle = model.encoder.layer[1].output.register_forward_hook(lambda *_: None)
+    handle = last_of(layers_of(model)[1]).register_forward_hook(lambda *_: None)
     one_by_one = hidden(model)
     assert len(calls) == 1 and not torch.equal(y, one_by_one) and close(y, one_by_one)
     assert ((y - one_by_one).norm() / one_by_one.norm()) < 5e-3
@@ -184,6 +209,13 @@ def test_goes_layer_by_layer_in_training_under_autocast_and_for_other_masks(buil
     assert not calls
 
 
+def positions(model, x, i):
+    if not hasattr(model, "rotary_emb"):
+        return {}
+    kind = model.config.layer_types[i]
+    return {"position_embeddings": model.rotary_emb(x, torch.arange(x.shape[1])[None], kind)}
+
+
 @FAMILIES
 def test_layers_can_be_called_alone(build, calls):
     model = swapped(build())[0]
@@ -191,7 +223,7 @@ def test_layers_can_be_called_alone(build, calls):
     hidden(model)
     for i in range(3):
         with torch.inference_mode():
-            y, expected = (m.encoder.layer[i](x) for m in (model, exact))
+            y, expected = (layers_of(m)[i](x, **positions(m, x, i)) for m in (model, exact))
             assert type(y) is type(expected)
             assert close(*(t[0] if isinstance(t, tuple) else t for t in (y, expected)))
     assert len(calls) == 1
@@ -233,7 +265,7 @@ def test_without_padding(build, calls):
     y = hidden(model, attention_mask=PADDED)
     assert calls and not y[1, 12:].any()
     assert torch.equal(y[0], hidden(model)[0]) and torch.equal(y[1, :12], hidden(model, IDS[1:, :12])[0])
-    assert report.to_json()["encoder"] == {"stacks": [{"layers": "encoder.layer", "count": 3}], "reason": None}
+    assert report.to_json()["encoder"] == {"stacks": [{"layers": list_of(model), "count": 3}], "reason": None}
 
 
 @pytest.mark.parametrize("unpad", [False, True])
@@ -308,9 +340,10 @@ def test_what_is_no_text_encoder_in_int8_says_nothing_of_it():
 
 
 @FAMILIES
-@pytest.mark.parametrize("attention", [False, {"encoder.layer.1": None, "**": True}])
-def test_attention_that_is_to_stay_keeps_the_layers_apart(build, attention, calls):
-    model, report = swapped(build(), attention=attention)
+@pytest.mark.parametrize("is_one", [False, True])
+def test_attention_that_is_to_stay_keeps_the_layers_apart(build, is_one, calls):
+    model = build()
+    model, report = swapped(model, attention={f"{list_of(model)}.1": None, "**": True} if is_one else False)
     assert report.encoder.reason.code == "attention_kept"
     assert hidden(model).isfinite().all() and not calls
 
@@ -423,15 +456,11 @@ def test_weights_are_passed_with_what_the_layers_have_packed(monkeypatch):
     assert len(packed) == 18 and all(any(t is p for t in passed) for p in packed)
 
 
-def tokens(**names):
-    return {f"{name}_token_id": i for name, i in names.items()}
-
-
 def test_layers_of_another_form_run_one_by_one(calls):
-    model = bert("ModernBert", **tokens(pad=98, cls=1, sep=2, bos=1, eos=2))
+    model = bert("Deberta")
     exact = hidden(model)
     report = swapped(model)[1]
-    assert report.encoder.reason.code == "other_layers" and "the parts of a ModernBert" in str(report)
+    assert report.encoder.reason.code == "other_layers" and "the parts of a Deberta" in str(report)
     assert close(hidden(model), exact) and not calls
 
 

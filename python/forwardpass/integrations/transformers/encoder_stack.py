@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,10 @@ from . import attention, rotary, unpadding
 
 #: The attribute of a tensor of NaN between layers that has what the last layer gives, or is to know.
 RESULT = "_forwardpass_encoded"
+
+
+#: The ids of stacks whose holders' forward runs, and has not called the first layer yet: of each thread, as threads share a stack.
+_begun: ContextVar[frozenset[int]] = ContextVar("forwardpass_encoders", default=frozenset())
 
 
 @dataclass(frozen=True)
@@ -150,7 +155,18 @@ class Stack(Beginning):
             return
         args, kwargs = call
         arguments = {**dict(zip(unpadding.parameters(type(holder).forward), args)), **kwargs}
-        self._begun = not arguments.get("output_hidden_states")
+        if not arguments.get("output_hidden_states"):
+            _begun.set(_begun.get() | {id(self)})
+
+    def end(self, *_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            _begun.set(_begun.get() - {id(self)})
+
+    def has_begun(self) -> bool:
+        """Of a call of the first layer, whether it is the holder's; no other call of it is then."""
+        begun = id(self) in _begun.get()
+        self.end()
+        return begun
 
     def undo(self) -> None:
         for layer in self.layers:
@@ -166,8 +182,7 @@ class Stack(Beginning):
 
     def result_of_begun(self, hidden: Tensor, mask: Any, options: dict[str, Any]) -> Tensor | None:
         """`result` in the holder's forward; a first layer that is called alone computes itself."""
-        begun, self._begun = self._begun, False
-        return self.result(hidden, mask, options) if begun else None
+        return self.result(hidden, mask, options) if self.has_begun() else None
 
     def part(self, layer: nn.Module, name: str) -> Any:
         return layer.get_submodule(name)

@@ -72,14 +72,14 @@ class Case:
             return weight.to(device), bias.to(device) if self.bias else None
 
         gated = is_gated(self.activation)
-        weights = [
-            EncoderWeights(
-                *((linear(3 * self.h, self.h), None, None) if self.fused else (linear(self.h, self.h) for _ in range(3))),
-                linear(self.h, self.h),
-                linear(self.inner * (1 + gated), self.h, gated), linear(self.h, self.inner), norm(), norm(),
-            )
-            for _ in range(self.layers)
-        ]  # fmt: skip
+
+        def layer() -> EncoderWeights:
+            q = linear(3 * self.h, self.h) if self.fused else linear(self.h, self.h)
+            k, v = (None if self.fused else linear(self.h, self.h) for _ in range(2))
+            out, up = linear(self.h, self.h), linear(self.inner * (1 + gated), self.h, gated)
+            return EncoderWeights(q, k, v, out, up, linear(self.h, self.inner), norm(), norm())
+
+        weights = [layer() for _ in range(self.layers)]
         x = torch.randn(sum(self.lengths), 2 * self.h if self.apart else self.h, generator=g).to(device, self.x_dtype)
         cu_seqlens = torch.tensor([0, *itertools.accumulate(self.lengths)], dtype=torch.int32, device=device)
         keys = [n - i % 3 if n > i % 3 else n for i, n in enumerate(self.lengths)]
@@ -93,7 +93,8 @@ class Case:
         """Of another angle in each layer, of no regular positions."""
         if not self.rotated:
             return [], []
-        cos, sin = [], []
+        cos: list[Tensor] = []
+        sin: list[Tensor] = []
         for _ in range(self.layers):
             angles = torch.randn(sum(self.lengths), self.rotated, generator=g).to(device)
             for to, x in ((cos, angles.cos()), (sin, angles.sin())):

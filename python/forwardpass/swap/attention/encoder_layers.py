@@ -18,8 +18,11 @@ from ...common.batches import Forward, device_of
 from ...common.environment import cpu_tier
 from ...common.printing.quiet import warn_once
 from ...dispatch import Reason
+from ...integrations.transformers import encoder_stack
 from ...integrations.transformers.attention import register
-from ...integrations.transformers.encoder_stack import Stack, form_of, stack_of
+from ...integrations.transformers.encoder_stack import Stack, stack_of
+from ...integrations.transformers.stacks import rotary_encoder_stack
+from ...integrations.transformers.stacks.rotary_encoder_stack import RotaryEncoderStack
 from ...integrations.transformers.unpadding import why_replaced
 from ...ops.common.activations import PLAIN
 from ...proofs import inputs, run
@@ -121,18 +124,24 @@ def put_loaded(
         warnings.warn(f"load: the layers of {', '.join(ready)} run one by one: {reason.text}", stacklevel=2)
 
 
-def stacks_in(model: nn.Module, kind: type[Stack] = Stack) -> list[str]:
-    """The names of lists whose layers are one operation, an encoder's or of another kind, for a record."""
+def stacks_in(model: nn.Module, *kinds: type[Stack]) -> list[str]:
+    """The names of lists whose layers are one operation, an encoder's or of other kinds, for a record."""
     lists = ((fqn, m) for fqn, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m))
-    return [fqn for fqn, m in lists if type(stack_of(m[0])) is kind]
+    return [fqn for fqn, m in lists if type(stack_of(m[0])) in (kinds or (Stack, RotaryEncoderStack))]
 
 
 def _stack(model: nn.Module, fqn: str, in_floats: bool = False) -> Stack:
     holder, layers = model.get_submodule(fqn.rpartition(".")[0]), model.get_submodule(fqn)
     assert isinstance(layers, nn.ModuleList)
-    form = form_of(layers[0])
+    form: Any = form_of(layers[0])
     assert form is not None
-    return Stack(holder, [*layers], form, formula_of(layers[0].get_submodule(form.activation)), in_floats)
+    kind = RotaryEncoderStack if isinstance(form, rotary_encoder_stack.Form) else Stack
+    return kind(holder, [*layers], form, formula_of(layers[0].get_submodule(form.activation)), in_floats)
+
+
+def form_of(layer: nn.Module) -> encoder_stack.Form | rotary_encoder_stack.Form | None:
+    """None where its parts are none that are known."""
+    return encoder_stack.form_of(layer) or rotary_encoder_stack.form_of(layer)
 
 
 def _why_not_layers(layers: nn.ModuleList) -> Reason | None:
@@ -154,7 +163,8 @@ def why_not_layers(layers: nn.ModuleList, form_of: Callable[[nn.Module], Any], u
     if reason := register():
         return reason
     for layer in layers:
-        if (dtype := layer.get_submodule(form.norm1).weight.dtype) != torch.float32:
+        # norm1 of a first layer may be none
+        if (dtype := layer.get_submodule(form.norm2).weight.dtype) != torch.float32:
             text = f"its norms are {str(dtype).removeprefix('torch.')}, and the operation has norms in float32"
             return Reason("dtype", text, "load the model in float32")
     classes = dict.fromkeys(type(m) for layer in layers for m in layer.modules())

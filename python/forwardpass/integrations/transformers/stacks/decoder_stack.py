@@ -61,7 +61,7 @@ def form_of(layer: nn.Module) -> Form | None:
     modules = dict(layer.named_modules())
     if any(name not in modules for name in (FORM.attention, FORM.activation, FORM.norm1, FORM.norm2, *FORM.linears)):
         return None
-    attention, mlp, *norms = (_written(modules[name]) for name in (FORM.attention, FORM.mlp, FORM.norm1, FORM.norm2))
+    attention, mlp, *norms = (written(modules[name]) for name in (FORM.attention, FORM.mlp, FORM.norm1, FORM.norm2))
     windows = (getattr(x, "sliding_window", None) for x in (attention, getattr(attention, "config", None)))
     if not (
         all(map(_is_llamas, (layer, attention, mlp), ("DecoderLayer", "Attention", "MLP")))
@@ -74,7 +74,7 @@ def form_of(layer: nn.Module) -> Form | None:
     return FORM
 
 
-def _written(module: nn.Module) -> Any:
+def written(module: nn.Module) -> Any:
     """The module itself, or the one that a module of ours stands for in a model that is in 8 bits already."""
     return module.written if isinstance(module, TwoProducts | QuantizingNorm) else module
 
