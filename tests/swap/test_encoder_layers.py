@@ -5,6 +5,21 @@ import io
 
 import pytest
 import torch
+from tiny_encoders import (
+    IDS,
+    PADDED,
+    SIZES,
+    bert,
+    close,
+    distilbert,
+    hidden,
+    last_of,
+    layers_of,
+    list_of,
+    modernbert,
+    mpnet,
+    swapped,
+)
 from torch import nn
 
 import forwardpass as fp
@@ -16,66 +31,7 @@ from forwardpass.ops.encoder_layer import OPERATION
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.skipif(cpu_tier() in (None, "baseline"), reason="needs AVX2")
 
-SIZES = {
-    "hidden_size": 64,
-    "num_attention_heads": 4,
-    "num_hidden_layers": 3,
-    "intermediate_size": 256,
-    "vocab_size": 99,
-}
-IDS = torch.arange(40).reshape(2, 20) % 99
-PADDED = torch.ones(2, 20, dtype=torch.int64)
-PADDED[1, 12:] = 0
-
-
-def bert(kind="Bert", **changed):
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**{**SIZES, "pad_token_id": 98, **changed})
-    return getattr(transformers, f"{kind}Model")(config).eval()
-
-
-def distilbert():
-    torch.manual_seed(0)
-    config = transformers.DistilBertConfig(dim=64, n_heads=4, n_layers=3, hidden_dim=256, vocab_size=99)
-    return transformers.DistilBertModel(config).eval()
-
-
-def mpnet():
-    """With position biases that matter."""
-    model = bert("MPNet")
-    nn.init.normal_(model.encoder.relative_attention_bias.weight, std=2.0)
-    return model
-
-
-def modernbert(**changed):
-    """Its second and third layer see two tokens to each side, and have another rotation."""
-    special = {f"{name}_token_id": i for name, i in {"pad": 98, "cls": 1, "sep": 2, "bos": 1, "eos": 2}.items()}
-    model = bert("ModernBert", **special, **{"local_attention": 4, "initializer_range": 0.1, **changed})
-    nn.init.normal_(model.embeddings.norm.weight)  # of ones a second norm would do nothing
-    for layer in model.layers:  # whose attention would matter little
-        nn.init.normal_(layer.attn.Wo.weight, std=0.07)
-    return model
-
-
-def layers_of(model):
-    return model.layers if hasattr(model, "layers") else model.encoder.layer
-
-
-def list_of(model):
-    return "layers" if hasattr(model, "layers") else "encoder.layer"
-
-
-def last_of(layer):
-    """A module that the layer calls towards its end."""
-    return layer.mlp_norm if hasattr(layer, "mlp_norm") else layer.output
-
-
 FAMILIES = pytest.mark.parametrize("build", [bert, mpnet, modernbert])
-
-
-def swapped(model, **options):
-    report = fp.swap(model, "int8", **{"include": "**", **options})
-    return model, report
 
 
 @pytest.fixture
@@ -90,16 +46,6 @@ def calls(monkeypatch):
     for module in (encoder_stack, rotary_encoder_stack):
         monkeypatch.setattr(module, "OPERATION", counted)
     return count
-
-
-@torch.inference_mode()
-def hidden(model, ids=IDS, **inputs):
-    return model(ids, **inputs).last_hidden_state
-
-
-def close(a, b, mask=None):
-    a, b = (x.flatten(0, 1) if mask is None else x[mask.bool()] for x in (a, b))
-    return torch.cosine_similarity(a, b).min() > 0.999
 
 
 @pytest.mark.every(2)
@@ -167,6 +113,31 @@ def test_goes_layer_by_layer_where_something_is_around_one(change, calls):
         except RuntimeError:  # a norm of another dtype than its input, as without the swap
             assert change.__name__ == "dtype"
     assert len(calls) == 1
+
+
+def others_among_layers():
+    def without_last(layers):
+        del layers[2]
+
+    def in_another_order(layers):
+        layers[1], layers[2] = layers[2], layers[1]
+
+    def compiled(layers):
+        layers[1] = torch.compile(layers[1], backend="eager")
+
+    def compiled_in_place(layers):
+        layers[1].compile(backend="eager")
+
+    return [without_last, in_another_order, compiled, compiled_in_place]
+
+
+@FAMILIES
+@pytest.mark.parametrize("change", others_among_layers(), ids=lambda f: f.__name__)
+def test_goes_layer_by_layer_where_the_list_of_layers_is_another(build, change, calls):
+    model, exact = swapped(build())[0], build()
+    for m in (model, exact):
+        change(layers_of(m))
+    assert close(hidden(model), hidden(exact)) and not calls
 
 
 def test_weights_that_change_count(calls):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_encoder_layers import close, hidden, last_of, modernbert, swapped
+from tiny_encoders import close, hidden, last_of, modernbert, swapped
 from torch import nn
 
 import forwardpass as fp
@@ -193,14 +193,6 @@ def test_another_rotation_function_runs_one_by_one(passed, monkeypatch):
     y = hidden(model, LONG)
     monkeypatch.setattr(modeling, "apply_rotary_pos_emb", lambda q, k, cos, sin, **kw: rotate(q, k, cos, -sin, **kw))
     assert len(passed) == 1 and not close(hidden(model, LONG), y) and len(passed) == 1
-
-
-def test_layers_that_are_called_in_another_order_are_called_so(passed):
-    """Nobody computes what the model's own loop does not."""
-    model, exact = swapped(both_kinds())[0], both_kinds()
-    for m in (model, exact):
-        m.layers = nn.ModuleList([m.layers[i] for i in (0, 2, 1, 3)])
-    assert close(hidden(model, LONG), hidden(exact, LONG)) and not passed
 
 
 @pytest.mark.parametrize("kind", ["MaskedLM", "SequenceClassification"])

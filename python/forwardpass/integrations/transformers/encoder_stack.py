@@ -155,15 +155,21 @@ class Stack(Beginning):
             return
         args, kwargs = call
         arguments = {**dict(zip(unpadding.parameters(type(holder).forward), args)), **kwargs}
-        if not arguments.get("output_hidden_states"):
+        if not arguments.get("output_hidden_states") and self._are_in(holder):
             _begun.set(_begun.get() | {id(self)})
 
     def end(self, *_: Any) -> None:
         if not torch.compiler.is_compiling():
             _begun.set(_begun.get() - {id(self)})
 
+    def _are_in(self, holder: nn.Module) -> bool:
+        """Whether the holder still has a list of just these layers, none of them compiled: nothing but NaN comes from a first layer
+        where no last one follows."""
+        lists = (tuple(m._modules.values()) for m in holder._modules.values() if isinstance(m, nn.ModuleList))
+        return self.layers in lists and all(layer._compiled_call_impl is None for layer in self.layers)
+
     def has_begun(self) -> bool:
-        """Of a call of the first layer, whether it is the holder's; no other call of it is then."""
+        """Whether a call of the first layer is its holder's. No other call of it is then."""
         begun = id(self) in _begun.get()
         self.end()
         return begun

@@ -90,7 +90,7 @@ class Case:
                 self.first_norm or not self.pre_norm)  # fmt: skip
 
     def _rotary(self, device: str, g: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:
-        """Of another angle in each layer, of no regular positions."""
+        """Each layer has other angles, of no regular positions."""
         if not self.rotated:
             return [], []
         cos: list[Tensor] = []

@@ -73,7 +73,7 @@ def form_of(layer: nn.Module) -> Form | None:
 
 @dataclass
 class _Operands:
-    """Of a call: all rows, where sequences begin and how many of their rows count, and of each layer cosines, sines and window."""
+    """A call's rows, where sequences begin and how many of their rows count, and the cosines, sines and window of each layer."""
 
     x: Tensor
     cu_seqlens: Tensor
