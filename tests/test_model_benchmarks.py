@@ -11,6 +11,7 @@ import torch
 
 import forwardpass as fp
 from forwardpass.common.timing import untracked
+from forwardpass.swap import rules
 
 bench = pytest.importorskip("benchmarks.bench", reason="benchmarks are in the checkout only; run pytest from its root")
 models, peers, tiers = (importlib.import_module(f"benchmarks.{m}") for m in ("models", "peers", "tiers"))
@@ -32,11 +33,16 @@ def test_a_tier_is_one_that_the_machine_has():
             tiers.choose(asked, held, VNNI)
 
 
-def test_a_lower_tier_is_a_new_process_in_its_environment(monkeypatch):
-    started = []
-    monkeypatch.setattr(tiers.os, "execve", lambda *call: started.append(call))
+@pytest.fixture
+def no_tier(monkeypatch):
+    """The environment of a process that is held to no tier. One that is begins a new process, in the place of pytest's."""
     for name in ("FORWARDPASS_CPU", *tiers.TIERS["avx2"].environment):
         monkeypatch.delenv(name, raising=False)
+
+
+def test_a_lower_tier_is_a_new_process_in_its_environment(no_tier, monkeypatch):
+    started = []
+    monkeypatch.setattr(tiers.os, "execve", lambda *call: started.append(call))
     environment = tiers.hold_to("avx2")
     ((_, arguments, new),) = started
     assert arguments == tiers.sys.orig_argv and environment.items() <= new.items()
@@ -163,7 +169,7 @@ def test_the_rival_is_the_fastest_that_is_the_same_model():
         (["--model", "no folder"], "neither a folder"),
     ],
 )
-def test_models_refuse_what_they_cannot_run(arguments, reason, monkeypatch, capsys):
+def test_models_refuse_what_they_cannot_run(arguments, reason, no_tier, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["models", *arguments])
     with pytest.raises(SystemExit):
         models.main()
@@ -372,8 +378,9 @@ def test_networks_of_convolutions_beside_peers(monkeypatch, capsys, tmp_path):
         networks.main()
 
 
-def test_shares_of_convolutions():
+def test_shares_of_convolutions(monkeypatch):
     """Of a small random network on noise: each layer's product is counted, and the model is left as it was."""
+    monkeypatch.setattr(rules, "LEAST_CONVOLUTIONS_ON_CPU", {})  # of AVX2 they are larger
     from conv_models import build
 
     models = importlib.import_module("benchmarks.convolution_models")
