@@ -119,10 +119,10 @@ def test_a_fault_would_be_seen(fault, monkeypatch):
     assert off(hidden(model, LONG, attention_mask=LONG_PADDED)[real], expected[real]) > 2 * BOUND
 
 
-@pytest.mark.parametrize("part", ["_rotated", "_band"])
+@pytest.mark.parametrize("part", ["rotated", "band"])
 def test_a_formula_with_another_rotation_or_window_is_disproved(part, monkeypatch):
     right = getattr(rotary_encoder_stack, part)
-    wrong = {"_rotated": lambda x, cos, sin: right(x, cos, -sin), "_band": lambda n, k, window: right(n, k, window + 1)}
+    wrong = {"rotated": lambda x, cos, sin: right(x, cos, -sin), "band": lambda n, k, window: right(n, k, window + 1)}
     monkeypatch.setattr(rotary_encoder_stack, part, wrong[part])
     assert swapped(modernbert())[1].encoder.reason.code == "disproved"
 

@@ -473,5 +473,9 @@ def _expected(row: Tensor, window: int | None) -> Tensor:
     """The mask of sequences whose keys count where row, bool [B, S], is True."""
     if window is None:
         return row[:, None, None]
-    place = torch.arange(row.shape[1])
-    return row[:, None, None] & ((place[:, None] - place).abs() <= window)
+    return row[:, None, None] & band(row.shape[1], row.shape[1], window)
+
+
+def band(rows: int, keys: int, window: int) -> Tensor:
+    """bool [rows, keys]: the keys within the window of each row."""
+    return (torch.arange(rows)[:, None] - torch.arange(keys)).abs() <= window

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from ....dispatch.calls import take
 from ....nn import GatedMLP
 from ....ops.encoder_layer import OPERATION, EncoderWeights
-from ....ops.encoder_layer.reference import NO_WINDOW
+from ....ops.encoder_layer.reference import NO_WINDOW, rotated
 from .. import rotary, unpadding
-from ..encoder_stack import RESULT, Forward, Stack, between, int8_weight, is_plain, lengths_of
+from ..encoder_stack import RESULT, Forward, Stack, band, between, int8_weight, is_plain, lengths_of
 from .decoder_stack import written
 
 
@@ -193,11 +193,11 @@ class RotaryEncoderStack(Stack):
         for layer, cos, sin, window in zip(self.layers, o.cos, o.sin, o.windows):
             head_dim = self.part(layer, f.attention).head_dim
             qkv = self.part(layer, f.qkv)(self.part(layer, f.norm1)(x)).unflatten(1, (3, -1, head_dim))
-            q, k, v = qkv.permute(1, 2, 0, 3)  # each [heads, T, D]
-            q, k = (_rotated(t, cos, sin) for t in (q, k))
+            q, k = rotated(qkv[:, :2], cos, sin).permute(1, 2, 0, 3)  # each [heads, T, D], as v
+            v = qkv[:, 2].transpose(0, 1)
             sequences = [
                 F.scaled_dot_product_attention(
-                    q[:, a:b], k[:, a : a + n], v[:, a : a + n], None if window is None else _band(b - a, n, window),
+                    q[:, a:b], k[:, a : a + n], v[:, a : a + n], None if window is None else band(b - a, n, window),
                     scale=head_dim**-0.5,
                 )
                 for (a, b), n in zip(spans, keys)
@@ -261,12 +261,3 @@ def _common(lengths: Sequence[Any], rows: int) -> tuple[Tensor | None, Tensor | 
         if key_lens is not first and not torch.equal(*(all_rows if x is None else x for x in (key_lens, first))):
             return None, None
     return cu_seqlens, first
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    low, high = x.float().chunk(2, -1)
-    return (x.float() * cos + torch.cat([-high, low], -1) * sin).to(x.dtype)
-
-
-def _band(rows: int, keys: int, window: int) -> Tensor:
-    return (torch.arange(rows)[:, None] - torch.arange(keys)).abs() <= window
