@@ -380,9 +380,9 @@ def test_networks_of_convolutions_beside_peers(monkeypatch, capsys, tmp_path):
 
 def test_shares_of_convolutions(monkeypatch):
     """Of a small random network on noise: each layer's product is counted, and the model is left as it was."""
-    monkeypatch.setattr(rules, "LEAST_CONVOLUTIONS_ON_CPU", {})  # of AVX2 they are larger
     from conv_models import build
 
+    monkeypatch.setattr(rules, "LEAST_CONVOLUTIONS_ON_CPU", {})  # of AVX2 they are larger
     models = importlib.import_module("benchmarks.convolution_models")
     noise = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():

@@ -107,9 +107,8 @@ def encoder_layer(
 
     Returns:
         [T, H] of x's dtype, contiguous. A row of a sequence that is not known by cu_seqlens is NaN, and so are those of a sequence
-        with key_lens beyond it, or longer than score_bias. A NaN or an infinity stays in its sequence. Of one
-        layer it stays in the rows that see it, where heads have 16, 32, …, 128 columns. Bits do not depend on the number of
-        threads.
+        with key_lens beyond it, or longer than score_bias. A NaN or an infinity stays in its sequence. In one
+        layer it stays in the rows that see it, if heads have 16, 32, …, 128 columns. Bits do not depend on the number of threads.
 
     Raises:
         TypeError: an argument is of another type or dtype than above.
