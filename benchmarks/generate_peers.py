@@ -31,7 +31,7 @@ from forwardpass.proofs.walker import linear_like
 from forwardpass.swap.plan import PlannedLayer
 from forwardpass.swap.precision import find_precision
 
-#: Behind a precision, in this order: the head in w8a16; the layers as one operation, `decoder=True`; steps compiled.
+#: Behind a precision, in this order: the head in w8a16; the layers as one operation; steps compiled.
 HEAD, DECODER, COMPILED = "+head", "+decoder", "+compiled"
 
 
@@ -133,13 +133,13 @@ def ours(precision: str) -> Callable[[Subject], Candidate]:
         name, head, decoder, compiles = parts_of(precision)
         options: dict[str, Any] = {} if subject.kv_cache is None else {"kv_cache": subject.kv_cache}
         if decoder:
-            options = {"kv_cache": "auto", **options, "decoder": True}
+            options = {"kv_cache": "auto", **options}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             plan = fp.swap(model, name, dry_run=True).plan
             if head:
                 plan = dataclasses.replace(plan, layers=(*plan.layers, head_layer(model)))
-            report = fp.swap(model, plan=plan, **options)
+            report = fp.swap(model, plan=plan, decoder=decoder, **options)
         if decoder and not report.decoder.stacks:
             raise Missing(f"its layers are no operation: {report.decoder.reason}")
         prepare = compiled_steps(model) if compiles else None

@@ -299,10 +299,7 @@ class Worker {
         const int64_t h = head.q_head(row), i = head.row_of_sequence(row);
         const auto q = static_cast<const char*>(p_.q.data) +
                        (head.batch * p_.q.batch + i * p_.q.row + h * p_.q.head) * size_of(p_.dtype);
-        with_float_dtype(p_.dtype, [&](auto dtype) __attribute__((always_inline)) {
-          for_each_vector<V>(
-              0, columns, VECTOR_BODY(&) { store<Dtype::f32>(load<V, decltype(dtype)::value>(q, c, n), row_, c, n); });
-        });
+        to_floats<V>(q, p_.dtype, columns, row_);
         const float unit = pack<A>(row_, round_up(columns, kStep), most, q_ + (index * rows + row) * words_);
         factors_[index * rows + row] = (p_.softcap > 0 ? p_.scale / p_.softcap : p_.scale * kLog2e) * unit;
       }

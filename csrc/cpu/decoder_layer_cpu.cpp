@@ -379,12 +379,17 @@ class Blocks {
   std::vector<BlockLayer> layers_;
 };
 
+// The most rows of which threads share the columns; for more, weights that no one keeps packed are packed on each call.
+int64_t most_shared_rows(const DecoderLayerParams& p, const Int8Kernel& kernel) {
+  return p.weight_only() || kernel.keeps_packed ? kernel.few_rows : kernel.few_rows_unpacked;
+}
+
 }  // namespace
 
 void decoder_layer_cpu(const DecoderLayerParams& p, const Tensor& x) {
   if (p.x.rows == 0) return;
   const Int8Kernel* kernel = int8_kernel(tier());
-  if (kernel && p.x.rows > kernel->few_rows) {
+  if (kernel && p.x.rows > most_shared_rows(p, *kernel)) {
     Blocks(p, *kernel).run();
   } else {
     SharedSteps(p, x, kernel).run();

@@ -53,11 +53,7 @@ INLINE void dequantize(const Epilogue& e, const void* acc, int64_t row, int64_t 
 template <class V>
 INLINE void store_block(const Epilogue& e, const float* y, int64_t row, int64_t first, int64_t n) {
   auto out = static_cast<char*>(e.out) + (row * e.out_stride + first) * size_of(e.out_dtype);
-  if (!e.out_scale) {
-    return with_float_dtype(e.out_dtype, [&](auto D) __attribute__((always_inline)) {
-      for_each_vector<V>(0, n, VECTOR_BODY(&) { store<decltype(D)::value>(load<V, Dtype::f32>(y, c, n), out, c, n); });
-    });
-  }
+  if (!e.out_scale) return from_floats<V>(y, e.out_dtype, n, out);
   const float *scales = e.out_scale_per_column ? e.out_scale + first : nullptr, scale = *e.out_scale;
   auto scaled = [&](int64_t c, int n) __attribute__((always_inline)) {
     return load<V, Dtype::f32>(y, c, n) / (scales ? load<V, Dtype::f32>(scales, c, n) : splat<V>(scale));

@@ -60,6 +60,7 @@ __attribute__((target("amx-tile,amx-int8"))) void multiply_block(const PackedWei
 const Int8Kernel& amx_int8() {
   static const Int8Kernel kernel = [] {
     Int8Kernel k = avx512_vnni_int8();
+    k.few_rows_unpacked = k.few_rows;  // more go by tiles, which VNNI's measurements say nothing of
     k.pack_strip = pack_strip, k.prepare_block = prepare_block, k.multiply_block = multiply_block;
     return k;
   }();

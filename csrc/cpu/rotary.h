@@ -4,22 +4,6 @@
 
 namespace forwardpass::cpu {
 
-template <class V>
-INLINE void to_floats(const char* from, Dtype dtype, int64_t columns, float* to) {
-  with_float_dtype(dtype, [&](auto d) __attribute__((always_inline)) {
-    for_each_vector<V>(
-        0, columns, VECTOR_BODY(&) { store<Dtype::f32>(load<V, decltype(d)::value>(from, c, n), to, c, n); });
-  });
-}
-
-template <class V>
-INLINE void from_floats(const float* from, Dtype dtype, int64_t columns, char* to) {
-  with_float_dtype(dtype, [&](auto d) __attribute__((always_inline)) {
-    for_each_vector<V>(
-        0, columns, VECTOR_BODY(&) { store<decltype(d)::value>(load<V, Dtype::f32>(from, c, n), to, c, n); });
-  });
-}
-
 // The first `rotated` columns of a row, as AppendKvParams (params/append_kv.h) says.
 template <class V>
 INLINE void rotate(float* row, const float* cos, const float* sin, int64_t rotated, bool interleaved) {

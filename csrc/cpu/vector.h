@@ -378,6 +378,23 @@ INLINE void for_each_vector(int64_t begin, int64_t end, F f) {
 }
 #define VECTOR_BODY(captures) [captures](int64_t c, int n) __attribute__((always_inline))
 
+// A row of float32, float16 or bfloat16 to one of float32, and back.
+template <class V>
+INLINE void to_floats(const char* from, Dtype dtype, int64_t columns, float* to) {
+  with_float_dtype(dtype, [&](auto d) __attribute__((always_inline)) {
+    for_each_vector<V>(
+        0, columns, VECTOR_BODY(&) { store<Dtype::f32>(load<V, decltype(d)::value>(from, c, n), to, c, n); });
+  });
+}
+
+template <class V>
+INLINE void from_floats(const float* from, Dtype dtype, int64_t columns, char* to) {
+  with_float_dtype(dtype, [&](auto d) __attribute__((always_inline)) {
+    for_each_vector<V>(
+        0, columns, VECTOR_BODY(&) { store<decltype(d)::value>(load<V, Dtype::f32>(from, c, n), to, c, n); });
+  });
+}
+
 // The least number of rows per thread: 16 K elements take about 5 us, as long as waking the other threads.
 INLINE int64_t grain(int64_t columns) { return columns < 16384 ? 16384 / (columns > 0 ? columns : 1) : 1; }
 

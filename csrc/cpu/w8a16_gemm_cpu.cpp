@@ -106,14 +106,11 @@ void W8a16Product::many_rows(Tensor x, int64_t first, int64_t last, const Tensor
 
 void rows_to_fp32(const Matrix& a, int64_t first, int64_t last, float* to, int64_t stride) {
   with_vectors(VECTOR_CODE {
-    with_float_dtype(a.dtype, [&](auto D) __attribute__((always_inline)) {
-      for (int64_t r = first; r < last; ++r) {
-        const void* x = static_cast<const char*>(a.data) + r * a.stride * size_of(D);
-        float* row = to + (r - first) * stride;
-        for_each_vector<V>(0, a.columns, VECTOR_BODY(&) { store<Dtype::f32>(load<V, D()>(x, c, n), row, c, n); });
-        std::fill(row + a.columns, row + stride, 0.0f);
-      }
-    });
+    for (int64_t r = first; r < last; ++r) {
+      float* row = to + (r - first) * stride;
+      to_floats<V>(static_cast<const char*>(a.data) + r * a.stride * size_of(a.dtype), a.dtype, a.columns, row);
+      std::fill(row + a.columns, row + stride, 0.0f);
+    }
   });
 }
 

@@ -89,7 +89,8 @@ def of_sequence(args, b):
     "case",
     [
         STEP,
-        dataclasses.replace(PROMPTS, leftpad=True),
+        # each by itself has rows enough to be shared among threads, too
+        dataclasses.replace(PROMPTS, lengths=(80, 75, 70), tokens=70, leftpad=True),
         OTHER_HEADS,
         dataclasses.replace(PROMPTS, scales="row", weight_dtype=E4M3),
     ],

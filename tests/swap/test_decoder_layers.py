@@ -1,4 +1,4 @@
-"""swap(decoder=True): a decoder's layers as one operation, and everything that sends a call back to the layers one by one."""
+"""A decoder's layers as one operation, and everything that sends a call back to the layers one by one."""
 
 import copy
 import dataclasses
@@ -47,9 +47,7 @@ def llama(kind="Llama", **changed):
 
 
 def swapped(model, precision="int8", **options):
-    report = fp.swap(
-        model, precision, **{"decoder": True, "kv_cache": "auto", "include": "**", "exclude": "lm_head", **options}
-    )
+    report = fp.swap(model, precision, **{"kv_cache": "auto", "include": "**", "exclude": "lm_head", **options})
     return model, report
 
 

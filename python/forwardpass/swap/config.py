@@ -83,8 +83,9 @@ class Config:
         encoder: on a CPU the layers of a text encoder of transformers (BERT and its like, DistilBERT) in int8 run as one
             operation, `fp.ops.encoder_layer`, where a run in floats proves it. They stay in the model, and run one by one where a
             hook, a gradient, hidden states or attention weights are asked of them, or torch.compile. False: always one by one.
-        decoder: True: on a CPU the layers of a decoder of transformers (Llama and models with its code) in int8 or w8a16, with
+        decoder: on a CPU the layers of a decoder of transformers (Llama and models with its code) in int8 or w8a16, with
             kv_cache="auto", run as one operation, `fp.ops.decoder_layer`, in prompts and in steps, under the same conditions.
+            False: always one by one.
         kv_cache: what a decoder's caches of keys and values become as they come to its forward: "auto", of the model's dtype, in
             place of transformers' dynamic ones, which copy themselves for every token; "int8" or "fp8" (e4m3), static ones too,
             with a scale for each token and head. Attention is then swapped wherever it can be. None: as a plan says, or they stay.
@@ -124,7 +125,7 @@ class Config:
     crossover: int | None = None
     unpad: str | bool = "auto"
     encoder: bool = True
-    decoder: bool = False
+    decoder: bool = True
     kv_cache: str | None = None
     include: str | Iterable[str] = ()
     exclude: str | Iterable[str] = ()

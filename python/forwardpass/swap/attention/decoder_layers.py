@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 #: Of all linear layers of a layer: one of these.
 PRECISIONS = ("int8", "w8a16")
-_OFF = Reason("decoder_off", "decoder=False keeps them", "pass decoder=True")
-_NO_DECODER = Reason("no_decoder", "there is no decoder of a known form in transformers' code", "leave it")
+_OFF = Reason("decoder_off", "decoder=False keeps them", "drop it")
+_NO_DECODER = Reason("no_decoder", "there is no decoder of transformers with layers in int8 or w8a16", "leave it")
 
 
 def decide_decoder(
@@ -37,10 +37,13 @@ def decide_decoder(
     if not asked:
         return EncoderDecision((), _OFF)
     model = decision.model
-    candidates = (
-        (fqn, _why_not(decision, layers) or _stack(model, fqn, in_floats=True)) for fqn, layers in _stacks_of(model)
-    )
-    return decide_by_running(decision, [*candidates], _NO_DECODER, batch, forward)
+    swapped = {id(leaf.module) for leaf, p in decision.swapped if p.precision.name in PRECISIONS}
+    candidates = [
+        (fqn, _why_not(decision, layers) or _stack(model, fqn, in_floats=True))
+        for fqn, layers in _stacks_of(model)
+        if any(id(m) in swapped for m in layers.modules())
+    ]
+    return decide_by_running(decision, candidates, _NO_DECODER, batch, forward)
 
 
 def _stacks_of(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
