@@ -279,9 +279,9 @@ def test_generate_passes_kv_cache_on(small_decoder, monkeypatch):
 
     seen, swap = [], fp.swap
 
-    def with_cache(model, precision=None, *, plan=None, kv_cache=None, dry_run=False):
+    def with_cache(model, precision=None, *, kv_cache=None, dry_run=False, **options):
         seen.append((dry_run, kv_cache))
-        return swap(model, precision, plan=plan, kv_cache=kv_cache, dry_run=dry_run)
+        return swap(model, precision, kv_cache=kv_cache, dry_run=dry_run, **options)
 
     options = ("--batch", "1", "--prompt", "4", "--peers", "", "--precisions", "int8", "--kv-cache", "int8")
     monkeypatch.setattr(fp, "swap", with_cache)
