@@ -158,7 +158,7 @@ class SharedSteps {
       const auto x = at<float>(all_.x_);
       const Buffers b{at<float>(all_.sum_), at<float>(normed_), at<float>(all_.mid_)};
       for (int64_t r = of(rows, begin_); r < of(rows, end_); ++r)
-        convert(static_cast<const char*>(p_.x.data) + r * p_.x.stride * size, p_.x.dtype, x + r * h, Dtype::f32, h);
+        convert(static_cast<const char*>(p_.x.data) + r * p_.x.stride * size, p_.x.dtype, x + r * h, h);
       meet();
       for (const DecoderLayer& layer : p_.layers) {
         one.qkv(layer, *this, x, rows, b, at<char>(all_.qkv_));
@@ -172,7 +172,7 @@ class SharedSteps {
         meet();
       }
       for (int64_t r = of(rows, begin_); r < of(rows, end_); ++r)
-        convert(x + r * h, Dtype::f32, static_cast<char*>(p_.out) + r * h * size, p_.x.dtype, h);
+        convert(x + r * h, static_cast<char*>(p_.out) + r * h * size, p_.x.dtype, h);
     }
 
     void meet() { all_.team_.wait(end_ - begin_); }
@@ -309,12 +309,12 @@ class Blocks {
     if (l >= 0) attend(p_.layers[l], first, last, q, block.attended());
     for (int64_t r = first; r < last; r += kBlockRows) {
       const int64_t count = std::min(kBlockRows, last - r);
-      for (int64_t i = 0; i < count; ++i) convert(input(l, r + i), p_.x.dtype, block.x + i * h, Dtype::f32, h);
+      for (int64_t i = 0; i < count; ++i) convert(input(l, r + i), p_.x.dtype, block.x + i * h, h);
       if (l >= 0) {
         block.take(layers_[l]);
         one_.rest(p_.layers[l], block, block.x, count, block.attended() + (r - first) * one_.sizes.q_columns * size,
                   block.buffers);
-        convert(block.x, Dtype::f32, out(r), p_.x.dtype, count * h);
+        convert(block.x, out(r), p_.x.dtype, count * h);
         round_rows(block.x, 1, count * h, 0, p_.x.dtype);
       }
       if (l + 1 == std::ssize(layers_)) continue;

@@ -47,7 +47,7 @@ std::vector<Sequence> sequences_of(const EncoderLayerParams& p) {
 
 void fill_nan(void* to, Dtype dtype, int64_t n) {
   const float nan = NAN;
-  for (int64_t i = 0; i < n; ++i) convert(&nan, Dtype::f32, static_cast<char*>(to) + i * size_of(dtype), dtype, 1);
+  for (int64_t i = 0; i < n; ++i) convert(&nan, static_cast<char*>(to) + i * size_of(dtype), dtype, 1);
 }
 
 // Whether both give one input the same bytes, scales and zero points.
@@ -105,7 +105,7 @@ class Formula {
     // Not in place: the epilogue adds the residual to what it has stored.
     float *to = pre ? b.normed : b.sum, *second = pre ? b.sum : b.normed;
     steps.linear(layer.down, floats(b.mid, rows, i), {to, h, Dtype::f32, second});
-    if (pre) return convert(to, Dtype::f32, out, p_.x.dtype, rows * h);
+    if (pre) return convert(to, out, p_.x.dtype, rows * h);
     norm(floats(b.sum, rows, h), layer.norm2_weight, layer.norm2_bias, out, p_.x.dtype);
   }
 
@@ -137,7 +137,7 @@ class Formula {
     if (x.dtype == Dtype::f32 && x.stride == x.columns) return x;
     for (int64_t r = 0; r < x.rows; ++r)
       convert(static_cast<const char*>(x.data) + r * x.stride * size_of(x.dtype), x.dtype, to + r * x.columns,
-              Dtype::f32, x.columns);
+              x.columns);
     return floats(to, x.rows, x.columns);
   }
 

@@ -20,14 +20,12 @@ Epilogue epilogue_of(const LayerLinear& linear, const Outputs& o) {
 
 }  // namespace
 
-void convert(const void* from, Dtype from_dtype, void* to, Dtype to_dtype, int64_t n) {
-  with_vectors(VECTOR_CODE {
-    with_float_dtype(from_dtype, [&](auto From) __attribute__((always_inline)) {
-      with_float_dtype(to_dtype, [&](auto To) __attribute__((always_inline)) {
-        for_each_vector<V>(0, n, VECTOR_BODY(&) { store<To()>(load<V, From()>(from, c, n), to, c, n); });
-      });
-    });
-  });
+void convert(const void* from, Dtype dtype, float* to, int64_t n) {
+  with_vectors(VECTOR_CODE { to_floats<V>(from, dtype, n, to); });
+}
+
+void convert(const float* from, void* to, Dtype dtype, int64_t n) {
+  with_vectors(VECTOR_CODE { from_floats<V>(from, dtype, n, to); });
 }
 
 QuantizeParams quantization(const LayerLinear& linear, const Matrix& x, float* scale, int32_t* zero_point) {

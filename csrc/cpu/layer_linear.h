@@ -38,8 +38,9 @@ inline Matrix floats(const float* data, int64_t rows, int64_t columns) {
   return {data, Dtype::f32, rows, columns, columns};
 }
 
-// n elements of one float dtype as another.
-void convert(const void* from, Dtype from_dtype, void* to, Dtype to_dtype, int64_t n);
+// n elements of a float dtype as float32, and back.
+void convert(const void* from, Dtype dtype, float* to, int64_t n);
+void convert(const float* from, void* to, Dtype dtype, int64_t n);
 
 // Where a linear layer's results go, and what is added to them: [rows, columns] each, rows `stride` apart.
 struct Outputs {

@@ -380,7 +380,7 @@ INLINE void for_each_vector(int64_t begin, int64_t end, F f) {
 
 // A row of float32, float16 or bfloat16 to one of float32, and back.
 template <class V>
-INLINE void to_floats(const char* from, Dtype dtype, int64_t columns, float* to) {
+INLINE void to_floats(const void* from, Dtype dtype, int64_t columns, float* to) {
   with_float_dtype(dtype, [&](auto d) __attribute__((always_inline)) {
     for_each_vector<V>(
         0, columns, VECTOR_BODY(&) { store<Dtype::f32>(load<V, decltype(d)::value>(from, c, n), to, c, n); });
@@ -388,7 +388,7 @@ INLINE void to_floats(const char* from, Dtype dtype, int64_t columns, float* to)
 }
 
 template <class V>
-INLINE void from_floats(const float* from, Dtype dtype, int64_t columns, char* to) {
+INLINE void from_floats(const float* from, Dtype dtype, int64_t columns, void* to) {
   with_float_dtype(dtype, [&](auto d) __attribute__((always_inline)) {
     for_each_vector<V>(
         0, columns, VECTOR_BODY(&) { store<decltype(d)::value>(load<V, Dtype::f32>(from, c, n), to, c, n); });
