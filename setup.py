@@ -8,6 +8,8 @@ FORWARDPASS_BUILD_STRICT  1: a warning fails the build, and so does a spill; 0 (
 TORCH_CUDA_ARCH_LIST      default: the architectures of the GPUs that torch finds, else all; "all" is "8.0 8.9 9.0a 12.0".
                           PTX is there of every entry to 9.0, with or without "+PTX"; 9.0 means 9.0a too. What the
                           kernels or this nvcc cannot be built for is left out, and named
+FORWARDPASS_BUILD_MACHINE_CODE
+                          1 (default); 0: PTX alone, which gpuless runs and a GPU's driver compiles when it loads it
 CXX                       default g++; a g++ >= 12, no clang++; arguments may follow ("ccache g++"). It compiles nvcc's host
                           code too, unless NVCC_CCBIN or CUDAHOSTCXX names another
 CUDA_HOME, MAX_JOBS       as everywhere
@@ -46,6 +48,7 @@ def choice(name, *allowed):
 
 WANT_CUDA = choice("FORWARDPASS_BUILD_CUDA", "auto", "0", "1")
 STRICT = choice("FORWARDPASS_BUILD_STRICT", "0", "1") == "1"
+MACHINE_CODE = choice("FORWARDPASS_BUILD_MACHINE_CODE", "1", "0") == "1"
 
 
 @functools.cache
@@ -233,8 +236,10 @@ OWN_CODE_ON_89 = ("activation_quantize", "append_kv", "dequant_activation", "gem
 CODE_BESIDE_90A = ("table_int8_conv2d",)
 
 
-def gencode(source):
-    """-gencode flags of one file: its name says the lowest architecture that runs it (…_sm80.cu; …_sm90a.cu: that one only).
+def code_of(source):
+    """{architecture of PTX: those of the machine code made of it} for one file.
+
+    Its name says the lowest architecture that runs it (…_sm80.cu; …_sm90a.cu: that one only).
 
     A file without an "a" is portable: built for the plain architectures. PTX comes with each: the interpreter runs it, and
     the driver makes code of it for GPUs that came later. Where there is 9.0, Blackwell's code is made of 9.0's PTX: for 12.0 nvcc
@@ -242,7 +247,7 @@ def gencode(source):
     """
     minimum = re.search(r"_sm(\d+a?)\.cu$", source.name)[1]
     if minimum.endswith("a"):
-        return [f"-gencode=arch=compute_{a},code=[sm_{a},compute_{a}]" for a in arches()[0] if a == minimum]
+        return {a: [a] for a in arches()[0] if a == minimum}
     plain = sorted(n for n in (int(a.rstrip("a")) for a in arches()[0]) if n >= int(minimum))
     if 80 in plain and source.name.removesuffix("_sm80.cu") not in OWN_CODE_ON_89:
         plain = [n for n in plain if n != 89]
@@ -251,12 +256,18 @@ def gencode(source):
     portable = minimum == "89" or source.with_name(re.sub(r"_sm\d+a?\.cu$", "_sm90a.cu", source.name)).exists()
     portable = portable and source.name.removesuffix("_sm80.cu") not in CODE_BESIDE_90A
     if portable and arches()[0] == ["90a"]:  # a build for that GPU alone
-        return []
-    code = {a: [f"sm_{a}"] * (not (portable and a == 90)) for a in plain if a <= 90 or 90 not in plain}
+        return {}
+    code = {a: [a] * (not (portable and a == 90)) for a in plain if a <= 90 or 90 not in plain}
     for a in plain:
         if a not in code:
-            code[90].append(f"sm_{a}")
-    return [f"-gencode=arch=compute_{a},code=[{','.join([*real, f'compute_{a}'])}]" for a, real in code.items()]
+            code[90].append(a)
+    return code
+
+
+def gencode(source):
+    """nvcc's -gencode flags of one file; none where none of its architectures is built."""
+    return [f"-gencode=arch=compute_{ptx},code=[{','.join([*(f'sm_{a}' for a in code * MACHINE_CODE), f'compute_{ptx}'])}]"
+            for ptx, code in code_of(source).items()]  # fmt: skip
 
 
 def jobs(sources):
@@ -418,8 +429,8 @@ class Build(build_ext):
         no_cuda, (folder, version) = why_no_cuda(), gpuless()
         if no_cuda and WANT_CUDA == "1":
             sys.exit(f"forwardpass: FORWARDPASS_BUILD_CUDA=1, but {no_cuda}")
-        for folder in (out, obj):
-            folder.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
+        obj.mkdir(parents=True, exist_ok=True)
         # pip builds in the tree: what an earlier build has made would be shipped
         for name in ["_kernels.so"] * bool(no_cuda) + ["_kernels_interpreted.so"] * (bool(no_cuda) or folder is None):
             out.joinpath(name).unlink(missing_ok=True)
@@ -430,7 +441,8 @@ class Build(build_ext):
             without = f"; left out of TORCH_CUDA_ARCH_LIST: {', '.join(left_out)}" if left_out else ""
             chosen = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_arches() == "all"
             why = "" if chosen else ", the GPUs here (TORCH_CUDA_ARCH_LIST=all builds for all)"
-            print(f"forwardpass: building CUDA kernels for {', '.join(f'sm_{a}' for a in built)}{why}{without}")
+            what = "" if MACHINE_CODE else ", in PTX alone (FORWARDPASS_BUILD_MACHINE_CODE=0)"
+            print(f"forwardpass: building CUDA kernels for {', '.join(f'sm_{a}' for a in built)}{what}{why}{without}")
         if folder is None and not no_cuda:
             print(f"forwardpass: building no CUDA kernels for gpuless: {version}")
         text, count = rules(out, obj, None if no_cuda else cuda_home())
@@ -444,7 +456,7 @@ class Build(build_ext):
                 "machine": cxx()[1], "gpuless": version if folder else None,
                 "gpuless_skipped": None if folder else version,
                 "cuda_skipped": no_cuda, "nvcc": None if no_cuda else nvcc_release(cuda_home()),
-                "arches": [f"sm_{a}" for a in built], "arches_left_out": left_out}  # fmt: skip
+                "arches": [f"{'sm' if MACHINE_CODE else 'compute'}_{a}" for a in built], "arches_left_out": left_out}  # fmt: skip
         out.joinpath("_build.json").write_text(json.dumps(info, indent=1) + "\n")
 
 

@@ -2,6 +2,7 @@
 
 import importlib.machinery
 import importlib.util
+import json
 import pathlib
 import platform
 import re
@@ -18,7 +19,7 @@ from forwardpass.cli.console import print_examination
 
 ROOT = pathlib.Path(__file__).parents[1]
 VARIABLES = (
-    "CUDA_HOME", "CUDAHOSTCXX", "CXX", "FORWARDPASS_BUILD_CUDA", "FORWARDPASS_BUILD_INTERPRETER", "FORWARDPASS_BUILD_STRICT",
+    "CUDA_HOME", "CUDAHOSTCXX", "CXX", "FORWARDPASS_BUILD_CUDA", "FORWARDPASS_BUILD_MACHINE_CODE", "FORWARDPASS_BUILD_STRICT",
     "FORWARDPASS_BUILD_TORCH", "NVCC_APPEND_FLAGS", "NVCC_CCBIN", "NVCC_PREPEND_FLAGS", "TORCH_CUDA_ARCH_LIST",
 )  # fmt: skip
 
@@ -144,6 +145,14 @@ def test_code_for_blackwell_is_made_of_ptx_for_hopper(setup_py, listed, quantize
         assert made.gencode(ROOT / "csrc/kernels" / name) == [f"-gencode=arch=compute_{f}" for f in flags]
 
 
+def test_without_machine_code_there_is_ptx_of_the_same_architectures(setup_py):
+    made = setup_py(TORCH_CUDA_ARCH_LIST="8.0 9.0a 12.0", FORWARDPASS_BUILD_MACHINE_CODE="0")
+    quantize = made.gencode(ROOT / "csrc/kernels/quantize/quantize_sm80.cu")
+    assert quantize == [f"-gencode=arch=compute_{a},code=[compute_{a}]" for a in ("80", "90")]
+    hopper = made.gencode(ROOT / "csrc/kernels/attention/table_sm90a.cu")
+    assert hopper == ["-gencode=arch=compute_90a,code=[compute_90a]"]
+
+
 def test_8_9_has_code_of_its_own_where_e4m3_is_converted(setup_py):
     """Else it runs that for 8.0 (tests/gates/ada_gates.py compares them)."""
     sources = [(p.name.removesuffix("_sm80.cu"), p) for p in (ROOT / "csrc/kernels").rglob("*_sm80.cu")]
@@ -219,6 +228,26 @@ def test_doctor_names_the_architectures_that_were_left_out(monkeypatch):
     print_examination(found, console)
     printed = " ".join(console.export_text().split())
     assert "CUDA 13.0 for sm_80, without 7.5 (the kernels need 8.0 or later)" in printed
+
+
+def test_a_build_without_gpuless_says_so_and_leaves_no_library_for_it(setup_py, monkeypatch, tmp_path, capsys):
+    """What an earlier build made for gpuless would be shipped."""
+    made = setup_py()
+    out, run = tmp_path / "out", made.Build.run
+    stale = script(out / "_kernels_interpreted.so", "")
+    monkeypatch.setitem(run.__globals__, "ROOT", tmp_path)
+    (tmp_path / "csrc").symlink_to(ROOT / "csrc")
+    monkeypatch.setitem(run.__globals__, "gpuless", lambda: (None, "gpuless is not there"))
+    monkeypatch.setattr(subprocess, "check_call", lambda command, cwd: None)
+    run(
+        types.SimpleNamespace(
+            get_ext_fullpath=lambda _: out / "_ops.so", distribution=types.SimpleNamespace(get_version=str)
+        )
+    )
+    assert not stale.exists()
+    assert "building no CUDA kernels for gpuless: gpuless is not there" in capsys.readouterr().out
+    info = json.loads((out / "_build.json").read_text())
+    assert (info["gpuless"], info["gpuless_skipped"]) == (None, "gpuless is not there")
 
 
 def rules(made, tmp_path):

@@ -217,6 +217,8 @@ def test_a_first_call_that_a_capture_forbids_says_what_to_do(monkeypatch):
         (["sm_80", "sm_89", "sm_90a", "sm_120"], {(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 1)}),
         (["sm_89"], {(8, 9), (9, 0), (10, 0), (12, 1)}),
         (["sm_90a"], {(9, 0)}),  # which leaves out the portable kernels that it never runs
+        (["compute_90a"], {(9, 0)}),  # PTX alone
+        (["compute_80"], {(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 1)}),
     ],
 )
 def test_which_gpus_a_build_is_for(monkeypatch, arches, runs):
