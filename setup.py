@@ -348,8 +348,10 @@ def rules(out, obj, home):
         )
         lib = next(p for p in (home / "lib64", home / "lib") if p.is_dir())
         # -lineinfo: gpuless reads lines of the source from the PTX. ptxas would copy that PTX, compressed 40 % of the library,
-        # into the machine code for each architecture.
-        nvcc = (f"{q(f'{home}/bin/nvcc')}{nvcc_host(obj / 'host-c++')} {common} -Icsrc -O3 -lineinfo --compress-mode=size"
+        # into the machine code for each architecture. Compression by size takes a second or two a file, and that of machine code
+        # comes to a quarter of what it is by balance; of PTX to two thirds.
+        compression = "size" if MACHINE_CODE else "balance"
+        nvcc = (f"{q(f'{home}/bin/nvcc')}{nvcc_host(obj / 'host-c++')} {common} -Icsrc -O3 -lineinfo --compress-mode={compression}"
                 f"{' -Werror all-warnings' * STRICT} -Xptxas --suppress-debug-info,-warn-spills,-warn-lmem-usage"
                 f"{',-Werror' * STRICT} -Xcompiler -fPIC,-fvisibility=hidden $flags -c $in -o $out")  # fmt: skip
         # Strict: any ptxas warning fails the build: a spill (-warn-spills, -warn-lmem-usage), or C75xx, which is only an "info".
