@@ -189,6 +189,41 @@ def test_a_model_that_needs_the_layer_as_it_is_keeps_it():
     assert not fp.swap(model, "int8", calibrate=[picture()]).folded
 
 
+class Forwards(nn.Module):
+    """Torchvision's ResNet calls its layers in a method that its forward calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(3, 32, 3, bias=False), nn.BatchNorm2d(32), nn.ReLU(inplace=True)
+        self.also = nn.Conv2d(32, 3, 1)
+
+    def forward(self, x):
+        return self._forward_impl(x)
+
+    def _forward_impl(self, x):
+        x = self.conv(x)
+        x = self.bn(x)
+        x = self.relu(x)
+        return self.also(x)
+
+
+class Leaks(Forwards):
+    def _forward_impl(self, x):
+        return super()._forward_impl(x) + self._sum(x)
+
+    def _sum(self, x):
+        return self.conv(x).sum()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("cls", "expected"), [(Forwards, {"conv": "batch norm + relu"}), (Leaks, {})])
+def test_a_method_that_forward_calls_is_read_too(cls, expected):
+    model = randomised(cls())
+    y = model(picture())
+    assert folded(fp.swap(model, "int8", calibrate=[picture(4)], exclude=["also"])) == expected
+    assert off(model(picture()), y) < 1e-6
+
+
 class Shifted(nn.Module):
     def __init__(self) -> None:
         super().__init__()

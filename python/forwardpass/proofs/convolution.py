@@ -126,10 +126,8 @@ def _norm(parent: nn.Module, name: str) -> tuple[nn.Module, str | None] | None:
 
 @lru_cache(maxsize=4096)
 def _from_forward(methods: tuple[Function, ...]) -> tuple[Function, ...]:
-    """Those that forward calls, and that those call: YOLO's Conv has another for when its norm is gone."""
+    """forward and those that it calls, and that those call: YOLO's Conv has another for when its norm is gone."""
     by_name = {m.name: m for m in methods if not isinstance(m, ast.Lambda)}
-    if "forward" not in by_name:
-        return methods
     todo, reached = ["forward"], {}
     while todo:
         name = todo.pop()
@@ -142,9 +140,8 @@ def _from_forward(methods: tuple[Function, ...]) -> tuple[Function, ...]:
 
 @lru_cache(maxsize=4096)
 def called_next(methods: tuple[Function, ...], name: str) -> tuple[str | None, bool]:
-    """(the member that forward calls on what `self.<name>` gives, which is mentioned nowhere else; whether the other is so too)."""
-    forwards = [m for m in methods if isinstance(m, ast.FunctionDef) and m.name == "forward"]
-    behind = [other for forward in forwards for other in pairs(forward, name)]
+    """(the member that is called on what `self.<name>` gives, which is mentioned nowhere else; whether the other is so too)."""
+    behind = [other for m in methods if isinstance(m, ast.FunctionDef) for other in pairs(m, name)]
     mentioned = [word for method in methods for word in words(method)]
     if len(behind) != 1 or mentioned.count(name) != 1:
         return None, False
