@@ -100,6 +100,18 @@ def test_a_sequence_has_its_bits_whatever_is_beside_it():
         assert bool(o[rows].isnan().any()) == (b == 1)
 
 
+def test_rows_of_a_sequence_without_keys_are_zero_and_their_sink():
+    """Nothing is quantised for it, and what is not written is NaN here."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(n, 2, 64, generator=g).half() for n in (70, 65, 65))
+    starts = [torch.tensor(n, dtype=torch.int32) for n in ([0, 67, 70], [0, 65, 65])]
+    sinks = torch.tensor([0.5, -1.25])
+    (o, lse), args = with_lse("sm_80", q, k, v, sinks=sinks, cu_seqlens_q=starts[0], cu_seqlens_k=starts[1])
+    cases.assert_matches((o, lse), args)
+    assert not o[67:].any()
+    torch.testing.assert_close(lse[:, 67:], sinks[:, None].expand(2, 3))
+
+
 @pytest.mark.every(3)
 def test_sums_of_a_block_are_exact():
     """Products of one sign, 255 * 127 * 64, and 127 * 127 * 256: what an accumulator holds at most."""

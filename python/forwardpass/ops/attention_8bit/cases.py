@@ -14,7 +14,7 @@ from . import reference
 
 #: Of the output's norm, by which a backend may differ from the reference, whose operands in 8 bits are the same: exponentials
 #: differ by rounding, and now and then a probability by one of 255 steps. A step of e4m3 is up to a sixteenth of a value.
-CLOSE = {"int8": 2e-3, "fp8": 4e-3}
+CLOSE = {"int8": 2e-3, "fp8": 1e-3}
 
 
 @dataclass(frozen=True)
