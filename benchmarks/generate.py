@@ -36,7 +36,10 @@ from forwardpass.profiling.roofline import roofline
 #: The least and most rounds of a cell.
 ROUNDS = (2, 21)
 FIRST = "eager fp32"  #: what others are compared with
-PRECISIONS = ["int8", "int8+head", "int8+head+decoder", "w8a16+head+decoder", "int8+head+compiled"]  #: of ours
+#: of ours
+PRECISIONS = [
+    "int8", "int8+head", "int8+head+decoder", "w8a16+head+decoder", "w8a16+bf16+head+cache", "int8+head+compiled",
+]  # fmt: skip
 
 
 #: A candidate of its name.
@@ -206,8 +209,9 @@ def arguments() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     p.add_argument("--model", default="smollm2", help="smollm2, or the folder of a decoder")
     p.add_argument("--precisions", type=words, default=PRECISIONS,
-                   help="of ours, with commas; behind one, +head puts the head into w8a16, +decoder runs all layers as one "
-                        "operation, +compiled compiles steps")  # fmt: skip
+                   help="of ours, with commas; behind one, +bf16 swaps a model in bfloat16, +head puts the head into w8a16, "
+                        "+cache has kv_cache=auto, +decoder runs all layers as one operation besides, +compiled compiles "
+                        "steps")  # fmt: skip
     p.add_argument("--kv-cache", choices=tuple(KV_CACHES), help="of ours, passed on to fp.swap")
     p.add_argument(
         "--peers", type=words, help=f"beside {FIRST} and ours; default: all of {', '.join(generate_peers.PEERS)}"

@@ -31,8 +31,9 @@ from forwardpass.proofs.walker import linear_like
 from forwardpass.swap.plan import PlannedLayer
 from forwardpass.swap.precision import find_precision
 
-#: Behind a precision, in this order: the head in w8a16; the layers as one operation; steps compiled.
-HEAD, DECODER, COMPILED = "+head", "+decoder", "+compiled"
+#: Behind a precision: a model in bfloat16; the head in w8a16; our cache (kv_cache="auto"), layer by layer; the layers as one
+#: operation, with our cache; steps compiled.
+MARKS = ("bf16", "head", "cache", "decoder", "compiled")
 
 
 @dataclass(frozen=True)
@@ -126,34 +127,38 @@ def compiled_steps(model: Any) -> Callable[[Decoding], Run]:
 
 
 def ours(precision: str) -> Callable[[Subject], Candidate]:
-    """A swapped copy. With HEAD behind the precision the head has a w8a16 copy of its own, though it is tied to the embedding."""
+    """A swapped copy. With "+head" behind the precision the head has a w8a16 copy of its own, though it is tied to the
+    embedding."""
 
     def build(subject: Subject) -> Candidate:
+        name, marks = parts_of(precision)
         model = copy.deepcopy(subject.model)
-        name, head, decoder, compiles = parts_of(precision)
+        if "bf16" in marks:
+            model = model.bfloat16()
         options: dict[str, Any] = {} if subject.kv_cache is None else {"kv_cache": subject.kv_cache}
-        if decoder:
+        if marks & {"cache", "decoder"}:
             options = {"kv_cache": "auto", **options}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             plan = fp.swap(model, name, dry_run=True).plan
-            if head:
+            if "head" in marks:
                 plan = dataclasses.replace(plan, layers=(*plan.layers, head_layer(model)))
-            report = fp.swap(model, plan=plan, decoder=decoder, **options)
-        if decoder and not report.decoder.stacks:
+            report = fp.swap(model, plan=plan, decoder="decoder" in marks, **options)
+        if "decoder" in marks and not report.decoder.stacks:
             raise Missing(f"its layers are no operation: {report.decoder.reason}")
-        prepare = compiled_steps(model) if compiles else None
-        return of_model(model, prepare, itemsize=4 if KV_CACHES.get(subject.kv_cache or "auto") is None else 1)
+        prepare = compiled_steps(model) if "compiled" in marks else None
+        in_8_bits = KV_CACHES.get(subject.kv_cache or "auto") is not None
+        return of_model(model, prepare, itemsize=1 if in_8_bits else model.dtype.itemsize)
 
     return build
 
 
-def parts_of(precision: str) -> tuple[str, bool, bool, bool]:
-    """The precision of the Linears, whether the head has one too, whether the layers are one operation, and whether steps are
-    compiled."""
-    eager = precision.removesuffix(COMPILED)
-    name = eager.removesuffix(DECODER)
-    return name.removesuffix(HEAD), name.endswith(HEAD), eager.endswith(DECODER), precision.endswith(COMPILED)
+def parts_of(precision: str) -> tuple[str, set[str]]:
+    """The precision of the Linears, and the MARKS behind it."""
+    parts, marks = precision.split("+"), set[str]()
+    while len(parts) > 1 and parts[-1] in MARKS:
+        marks.add(parts.pop())
+    return "+".join(parts), marks
 
 
 def head_layer(model: Any) -> PlannedLayer:

@@ -17,8 +17,9 @@ struct DecoderLayer {
 //   y = x + out(attention(q, cache)), x = y + down(activation(up(norm2(y))))
 //
 // Linear layers are all of one kind, weight_only or not. Norms are RMS norms. Values are fp32, and are rounded to x's
-// dtype in q, k, v, what attention returns, and between layers. Token i of a sequence is at position seq_len - tokens +
-// i of its cache, as append_kv has it; it attends to the keys from leftpad to itself, as attention_decode has it.
+// dtype in q, k, v, what attention returns, and between layers; and to bfloat16 where W8a16Product::operand says so.
+// Token i of a sequence is at position seq_len - tokens + i of its cache, as append_kv has it; it attends to the keys
+// from leftpad to itself, as attention_decode has it.
 struct DecoderLayerParams {
   Matrix x;   // [batch * tokens, H] of a float dtype
   void* out;  // as x, contiguous

@@ -180,7 +180,7 @@ class SharedSteps {
     void linear(const LayerLinear& linear, const Matrix& x, const Outputs& o) {
       const auto [begin, end] = columns_of(linear.weight.rows);
       if (linear.weight_only) {
-        const W8a16Product product = weight_only_product(linear, x, o, at<float>(floats_));
+        const W8a16Product product = weight_only_product(linear, x, o, Dtype::f32, at<float>(floats_));
         return product.few_rows(begin, end);
       }
       QuantizeParams q = quantization(linear, x, at<float>(scales_), at<int32_t>(zero_points_));
@@ -252,7 +252,7 @@ class SharedSteps {
 class Block {
  public:
   Block(const DecoderLayerParams& p, const Sizes& sizes, const Int8Kernel& kernel)
-      : products_(kernel, sizes.depth, p.weight_only()),
+      : products_(kernel, sizes.depth, operand(p)),
         attended_(allocate(kMostRows * sizes.q_columns * size_of(p.x.dtype))),
         floats_(allocate(kBlockRows * (3 * sizes.columns + sizes.mid) * 4)) {
     const int64_t each = kBlockRows * sizes.columns;
@@ -269,6 +269,10 @@ class Block {
   void linear(const LayerLinear& linear, const Matrix& x, const Outputs& o) { products_.linear(*layer_, linear, x, o); }
 
  private:
+  static std::optional<Dtype> operand(const DecoderLayerParams& p) {
+    return p.weight_only() ? std::optional(W8a16Product::operand(p.x.dtype, kBlockRows)) : std::nullopt;
+  }
+
   BlockProducts products_;
   const BlockLayer* layer_ = nullptr;
   CacheLines attended_, floats_;

@@ -5,6 +5,7 @@
 // A tier's Dot says how:
 //   Sums, Wide      vectors of partial sums, and of kStep elements of b as they are multiplied
 //   kBytes          of an element of a
+//   kBytesOfB       of one of b: 1, but of a copy that is in a cache 2
 //   kSums           how many Sums the registers hold
 //   widen(b)        kStep elements of b
 //   add(sums, a, wide)
@@ -57,16 +58,20 @@ struct Tile {
   INLINE void add(const uint8_t* a, int64_t a_stride, const uint8_t* b, int64_t b_stride, int64_t begin, int64_t end) {
     int64_t k = begin;
     for (; k + kLine <= end; k += kLine) {
+      if constexpr (Dot::kBytesOfB == 1) {
 #pragma GCC unroll 4
-      for (int j = 0; j < kColumns; ++j) __builtin_prefetch(b + j * b_stride + k + kAhead, 0, kToL2);
+        for (int j = 0; j < kColumns; ++j) __builtin_prefetch(b + j * b_stride + k + kAhead, 0, kToL2);
+      }
 #pragma GCC unroll 8
-      for (int i = 0; i < kLine; i += Dot::kStep) step(a + (k + i) * Dot::kBytes, a_stride, b + k + i, b_stride);
+      for (int i = 0; i < kLine; i += Dot::kStep) step(a, a_stride, b, b_stride, k + i);
     }
-    for (; k + Dot::kStep <= end; k += Dot::kStep) step(a + k * Dot::kBytes, a_stride, b + k, b_stride);
+    for (; k + Dot::kStep <= end; k += Dot::kStep) step(a, a_stride, b, b_stride, k);
     if (k == end) return;
-    uint8_t rest[kColumns][Dot::kStep] = {};
-    for (int j = 0; j < kColumns; ++j) std::memcpy(rest[j], b + j * b_stride + k, end - k);
-    step(a + k * Dot::kBytes, a_stride, rest[0], Dot::kStep);
+    constexpr int kBytes = Dot::kStep * Dot::kBytesOfB;
+    uint8_t rest[kColumns][kBytes] = {};
+    for (int j = 0; j < kColumns; ++j)
+      std::memcpy(rest[j], b + j * b_stride + k * Dot::kBytesOfB, (end - k) * Dot::kBytesOfB);
+    step(a + k * Dot::kBytes, a_stride, rest[0], kBytes, 0);
   }
 
   // Adds another tile's sums, a column's times scale(column).
@@ -93,7 +98,9 @@ struct Tile {
   }
 
  private:
-  INLINE void step(const uint8_t* a, int64_t a_stride, const uint8_t* b, int64_t b_stride) {
+  // From column k of K on. Strides are in bytes.
+  INLINE void step(const uint8_t* a, int64_t a_stride, const uint8_t* b, int64_t b_stride, int64_t k) {
+    a += k * Dot::kBytes, b += k * Dot::kBytesOfB;
     typename Dot::Wide wide[kColumns];
     unrolled<kColumns>(UNROLLED_BODY(j) { wide[j] = Dot::widen(b + j * b_stride); });
     unrolled<kRows * kColumns>(UNROLLED_BODY(i) {

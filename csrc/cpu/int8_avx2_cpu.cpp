@@ -188,7 +188,7 @@ AVX2 void multiply_block(const PackedWeight& b, const uint8_t* a, int64_t a_stri
 struct Dot {
   using Sums = Vectors<8>::i32;
   using Wide = Sums;
-  static constexpr int kStep = 16, kBytes = 2, kSums = 8;
+  static constexpr int kStep = 16, kBytes = 2, kBytesOfB = 1, kSums = 8;
   INLINE static Wide widen(const uint8_t* b) {
     Wide wide;
     asm("vpmovsxbw %1, %0" : "=x"(wide) : "m"(*reinterpret_cast<const char (*)[kStep]>(b)));

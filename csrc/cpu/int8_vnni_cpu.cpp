@@ -75,7 +75,7 @@ template <class Isa, int kSumsOfTier>
 struct VnniDot {
   using Sums = typename Isa::Ints;
   using Wide = Sums;
-  static constexpr int kStep = sizeof(Sums), kBytes = 1, kSums = kSumsOfTier;
+  static constexpr int kStep = sizeof(Sums), kBytes = 1, kBytesOfB = 1, kSums = kSumsOfTier;
   INLINE static Wide widen(const uint8_t* b) { return Isa::load(b) ^ Isa::broadcast(kShift); }
   INLINE static void add(Sums& sums, const uint8_t* a, Wide b) { Isa::add_products(sums, b, Isa::load(a)); }
 };

@@ -44,10 +44,11 @@ Epilogue epilogue_of(const LayerLinear& linear, const QuantizeParams& q, const O
   return e;
 }
 
-W8a16Product weight_only_product(const LayerLinear& linear, const Matrix& x, const Outputs& o, float* buffer) {
-  const int64_t stride = floats_of(x.columns);
-  rows_to_fp32(x, 0, x.rows, buffer, stride);
-  return {buffer, x.rows, stride, linear.weight, linear.block_scale, epilogue_of(linear, o)};
+W8a16Product weight_only_product(const LayerLinear& linear, const Matrix& x, const Outputs& o, Dtype operand,
+                                 void* buffer) {
+  const Matrix a{buffer, operand, x.rows, x.columns, floats_of(x.columns)};
+  convert_rows(x, 0, a);
+  return {a, linear.weight, linear.block_scale, epilogue_of(linear, o)};
 }
 
 void BlockLayer::pack(const Int8Kernel& kernel, BlockLayer* done) {
@@ -61,7 +62,8 @@ void BlockLayer::pack(const Int8Kernel& kernel, BlockLayer* done) {
   }
 }
 
-BlockProducts::BlockProducts(const Int8Kernel& kernel, int64_t depth, bool weight_only) : kernel_(kernel) {
+BlockProducts::BlockProducts(const Int8Kernel& kernel, int64_t depth, std::optional<Dtype> weight_only)
+    : kernel_(kernel), operand_(weight_only.value_or(Dtype::i8)) {
   depth = round_up(depth, kTileBytes);
   rows_ = allocate(kBlockRows * (weight_only ? 4 * depth : stride_of_block(depth)));
   if (weight_only) return;
@@ -70,7 +72,8 @@ BlockProducts::BlockProducts(const Int8Kernel& kernel, int64_t depth, bool weigh
 
 void BlockProducts::linear(const BlockLayer& layer, const LayerLinear& linear, const Matrix& x, const Outputs& o,
                            bool is_quantized) {
-  if (linear.weight_only) return weight_only_product(linear, x, o, at<float>(rows_)).few_rows(0, linear.weight.rows);
+  if (linear.weight_only)
+    return weight_only_product(linear, x, o, operand_, at<uint8_t>(rows_)).few_rows(0, linear.weight.rows);
   const PackedWeight& b = layer[linear];
   const auto rows = at<uint8_t>(rows_), scratch = at<uint8_t>(scratch_);
   const int64_t stride = stride_of_block(b.depth);

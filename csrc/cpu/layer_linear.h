@@ -2,6 +2,7 @@
 // What encoder_layer and decoder_layer share on a CPU: their linear layers, and what a thread needs to take a block of
 // rows through these.
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "cpu/int8_blocks.h"
@@ -57,7 +58,8 @@ QuantizeParams quantization(const LayerLinear& linear, const Matrix& x, float* s
 Epilogue epilogue_of(const LayerLinear& linear, const QuantizeParams& q, const Outputs& o);
 
 // x, f32 or of another float dtype, as W8a16Product has it, in `buffer`, of x.rows rows of floats_of(x.columns).
-W8a16Product weight_only_product(const LayerLinear& linear, const Matrix& x, const Outputs& o, float* buffer);
+W8a16Product weight_only_product(const LayerLinear& linear, const Matrix& x, const Outputs& o, Dtype operand,
+                                 void* buffer);
 inline int64_t floats_of(int64_t columns) { return round_up(columns, kTileBytes); }
 
 // The weights of one layer as blocks read them. Those of weight_only are read as they are.
@@ -88,8 +90,8 @@ class BlockLayer {
 // The products of one thread, of a block of at most 32 rows at a time.
 class BlockProducts {
  public:
-  // depth: the most columns that an input has; weight_only: of all linear layers.
-  BlockProducts(const Int8Kernel& kernel, int64_t depth, bool weight_only = false);
+  // depth: the most columns that an input has. weight_only: where all linear layers are so, what multiplies the weight.
+  BlockProducts(const Int8Kernel& kernel, int64_t depth, std::optional<Dtype> weight_only = {});
 
   // is_quantized: the call before this one quantised the same x in the same way.
   void linear(const BlockLayer& layer, const LayerLinear& linear, const Matrix& x, const Outputs& o,
@@ -97,6 +99,7 @@ class BlockProducts {
 
  private:
   const Int8Kernel& kernel_;
+  const Dtype operand_;
   CacheLines rows_, scratch_, sums_;
   float scales_[kBlockRows];
   int32_t zero_points_[kBlockRows];

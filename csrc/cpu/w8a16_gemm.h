@@ -15,20 +15,24 @@ void w8a16_grouped_gemm_cpu(const Tensor& x, const GemmParams& p);
 
 // What they are made of: the columns from `first`, a multiple of 16, to `last`, and their epilogue.
 struct W8a16Product {
-  const float* a;  // [rows, K], rows `stride` elements apart, zero from K to the next multiple of 16 on
-  int64_t rows, stride;
+  Matrix a;  // of float32 or bfloat16, zero from K to the next multiple of kDepth on
   Matrix b;
   const float* block_scale;
   Epilogue epilogue;
 
-  // Rows up to which few_rows takes less time than many_rows.
+  static constexpr int64_t kDepth = 32;
+
+  // What `rows` rows of x's dtype are multiplied as: bfloat16 where one instruction adds two products of them, and 8
+  // bits are bfloat16 without loss; but of few rows the time is that of reading b, which each conversion prolongs.
+  static Dtype operand(Dtype x, int64_t rows);
+  // Rows of float32 up to which few_rows takes less time than many_rows; of bfloat16 there is no such number.
   static int64_t most_few_rows(Dtype b);
   void few_rows(int64_t first, int64_t last) const;
   // By a copy of those rows of b in fp32, in `buffer`, of at least as many rows [.., K]. x: as a, rows of any stride.
   void many_rows(Tensor x, int64_t first, int64_t last, const Tensor& buffer) const;
 };
 
-// Rows of a from `first` to `last` as W8a16Product has them.
-void rows_to_fp32(const Matrix& a, int64_t first, int64_t last, float* to, int64_t stride);
+// Rows of a from `first` on to those of `to`, which W8a16Product has as its own: [rows, K], of float32 or bfloat16.
+void convert_rows(const Matrix& a, int64_t first, const Matrix& to);
 
 }  // namespace forwardpass

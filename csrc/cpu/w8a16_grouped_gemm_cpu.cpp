@@ -32,23 +32,24 @@ std::vector<ExpertProduct> products_of(const GemmParams& p, const float* x, int6
     take_expert(e, p.epilogue, expert * columns);
     const float* block_scale =
         p.blocks.b ? p.blocks.b + expert * columns * ceil_div(p.b.columns, kScaleBlock) : nullptr;
-    products.push_back({{x + begin * stride, end - begin, stride, b, block_scale, e}, begin});
+    const Matrix rows{x + begin * stride, Dtype::f32, end - begin, p.b.columns, stride};
+    products.push_back({{rows, b, block_scale, e}, begin});
   });
   std::stable_sort(products.begin(), products.end(),
-                   [](const ExpertProduct& a, const ExpertProduct& b) { return a.product.rows > b.product.rows; });
+                   [](const ExpertProduct& a, const ExpertProduct& b) { return a.product.a.rows > b.product.a.rows; });
   return products;
 }
 
 }  // namespace
 
 void w8a16_grouped_gemm_cpu(const Tensor& x, const GemmParams& p) {
-  const int64_t stride = round_up(p.a.columns, cpu::kMostLanes), columns = p.columns();
+  const int64_t stride = round_up(p.a.columns, W8a16Product::kDepth), columns = p.columns();
   const Tensor x_fp32 = contiguous_rows({p.a.rows, stride}, ScalarType::Float, x);
   auto rows = static_cast<float*>(x_fp32.mutable_data_ptr());
   const auto products = products_of(p, rows, stride);
   if (products.empty()) return;
   int64_t product_rows = 0;
-  for (const auto& [product, first_row] : products) product_rows += product.rows;
+  for (const auto& [product, first_row] : products) product_rows += product.a.rows;
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(),
                                             product_rows * columns * p.a.columns / cpu::kLeastProducts + 1);
   const auto on_threads = [&](auto work) {
@@ -60,7 +61,7 @@ void w8a16_grouped_gemm_cpu(const Tensor& x, const GemmParams& p) {
   on_threads([&] {
     for (int64_t i; (i = next_product++) < static_cast<int64_t>(products.size());) {
       const auto& [product, first_row] = products[i];
-      rows_to_fp32(p.a, first_row, first_row + product.rows, rows + first_row * stride, stride);
+      convert_rows(p.a, first_row, product.a);
     }
   });
 
@@ -73,11 +74,11 @@ void w8a16_grouped_gemm_cpu(const Tensor& x, const GemmParams& p) {
     for (int64_t i; (i = next_item++) < static_cast<int64_t>(products.size()) * chunks;) {
       const auto& [product, first_row] = products[i / chunks];
       const int64_t first = i % chunks * chunk, last = std::min(first + chunk, columns);
-      if (product.rows <= most_few_rows) {
+      if (product.a.rows <= most_few_rows) {
         product.few_rows(first, last);
       } else {
         if (!buffer) buffer = contiguous_rows({chunk, p.a.columns}, ScalarType::Float, x);
-        product.many_rows(reshaped(x_fp32, {product.rows, p.a.columns}, {stride, 1}, first_row * stride), first, last,
+        product.many_rows(reshaped(x_fp32, {product.a.rows, p.a.columns}, {stride, 1}, first_row * stride), first, last,
                           *buffer);
       }
     }

@@ -86,7 +86,8 @@ def decoder_layer(
     Norms are RMS norms. Each product is `int8_linear`, dynamic per row, or with `W8a16Weight`s `w8a16_gemm` of float32 values. Keys
     go to the cache as `append_kv` writes them. Attention reads it as `attention_decode` does, for any number of tokens. Values
     between the steps are float32. They are rounded to x's dtype in q, k, v and what attention returns, and between layers: layers
-    in one call give the bits of as many calls.
+    in one call give the bits of as many calls. Many rows of a bfloat16 x are rounded before each product with a `W8a16Weight` too,
+    where a CPU multiplies bfloat16 in pairs.
 
     Args:
         x: float32, float16 or bfloat16 [B, S, H], last stride 1: S new tokens of each sequence.
