@@ -33,9 +33,8 @@ struct FloatDot {
   }
 };
 
-// Sums of `b`'s rows, which are p.b's from `column` on as Dot has them: sums[i * stride + j] of its row j. Without
-// scales of blocks a row is one block, of scale 1: a loop of its own for it was no faster, and this file took 24 s to
-// compile, now 7.
+// sums[i * stride + j] of b's row j, which is p.b's row column + j as Dot takes it. Without scales of blocks a row is
+// one block, of scale 1: a loop of its own for it was no faster, and this file took 24 s to compile, now 7.
 template <class Dot>
 INLINE void multiply(const W8a16Product& p, const Matrix& b, int64_t column, float* sums, int64_t stride) {
   const int64_t k = b.columns, a_stride = p.a.stride * Dot::kBytes, b_stride = b.stride * Dot::kBytesOfB;
@@ -113,7 +112,7 @@ void multiply_by_tier(const W8a16Product& p, int64_t first, int64_t last, float*
 }
 
 constexpr int64_t kMaxColumns = 256;
-constexpr int64_t kLeastPairs = 16;
+constexpr int64_t kLeastPairs = 16;  // 8 rows take as long in float32 (csrc/README.md)
 // Of bfloat16, 384 KB of 768 columns: they stay in a core's second-level cache while the columns pass.
 constexpr int64_t kMostRowsOfA = 256;
 
