@@ -42,6 +42,10 @@ ARCHITECTURES = ("sm_80", "sm_90a", "sm_89", "sm_120")
 FP8 = [dataclasses.replace(c, products="fp8") for c in CASES + PATHS]
 
 
+#: Of the norm. Scores of these cases are small, so that few probabilities move by a step of e4m3: one that is rounded twice fails.
+CLOSE = {"int8": 2e-3, "fp8": 1e-3}
+
+
 def run(arch, op, args, seed=0, guard=True):
     with fp.interpret(arch, seed=seed, guard=guard) as device, fp.use_backend("triton"):
         got = dispatch.operations[op](*args)
@@ -71,7 +75,7 @@ def out_of_turn(*architectures):
 )
 def test_kernel(case, arch, seed):
     args = case.arguments(seed=seed)
-    cases.assert_matches(run(arch, case.op, args, seed), args)
+    cases.assert_matches(run(arch, case.op, args, seed), args, CLOSE[case.products])
 
 
 def test_what_no_kernel_takes_is_refused():

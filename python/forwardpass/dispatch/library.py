@@ -73,7 +73,8 @@ def runs_on(capability: tuple[int, int]) -> bool:
     Machine code runs on its own major version from its minor on; PTX, which is there of each, on anything later. A build for 9.0a
     alone has not all of the portable ones.
     """
-    built = [a.partition("_")[2] for a in build_info.get("arches", ())]  # of sm_80; of compute_80, where PTX alone was built
+    # sm_80; compute_80 where PTX alone was built
+    built = [a.partition("_")[2] for a in build_info.get("arches", ())]
     if built == ["90a"]:
         return capability == (9, 0)
     built = [a.rstrip("af") for a in built]

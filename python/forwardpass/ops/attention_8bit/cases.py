@@ -14,7 +14,7 @@ from . import reference
 
 #: Of the output's norm, by which a backend may differ from the reference, whose operands in 8 bits are the same: exponentials
 #: differ by rounding, and now and then a probability by one of 255 steps. A step of e4m3 is up to a sixteenth of a value.
-CLOSE = {"int8": 2e-3, "fp8": 1e-3}
+CLOSE = {"int8": 2e-3, "fp8": 4e-3}
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class QuantizeCase(Case):
         return elements * (self.dtype.itemsize + 1) + 4 * (2 * rows * h + keys * hk + len(self.lengths()) * hk * dv)
 
 
-def assert_matches(actual: Tensor | tuple[Tensor, Tensor], args: tuple[Any, ...]) -> None:
-    """actual is what a backend may return for args: o, or o and lse, beside the reference's."""
+def assert_matches(actual: Tensor | tuple[Tensor, Tensor], args: tuple[Any, ...], close: float | None = None) -> None:
+    """actual is what a backend may return for args: o, or o and lse, beside the reference's. close: in place of CLOSE."""
     o, lse = actual if isinstance(actual, tuple) else (actual, None)
     args = tuple(a.cpu() if isinstance(a, Tensor) else a for a in args)
     expected, expected_lse = reference.attention_8bit_with_lse(args[0].float(), *args[1:])
@@ -77,7 +77,7 @@ def assert_matches(actual: Tensor | tuple[Tensor, Tensor], args: tuple[Any, ...]
         raise AssertionError(
             f"o: {o.dtype} {o.shape} {o.stride()}, expected {args[0].dtype} {expected.shape}, contiguous"
         )
-    close = CLOSE[args[3]]
+    close = CLOSE[args[3]] if close is None else close
     _assert_near(o, expected, close + 2 * attention.ULP[o.dtype], "o")
     if lse is not None:
         if lse.dtype != torch.float32 or not lse.is_contiguous():
