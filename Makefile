@@ -104,7 +104,6 @@ endef
 
 # Compiling is done by setup.py, which shows what and how many files; pip then finds all of it done. One pip call names torch, so
 # that no later one replaces it. Beside the compilation pip installs what the demo needs: for 25 s of that it takes one core.
-
 .venv/cpu: $(SOURCES) constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit("make: the versions in constraints.txt need Python 3.11 or later, and \
 	$(PYTHON) is %d.%d: name another, as in make demo PYTHON=python3.12" % v[:2] if v < (3, 11) else 0)'

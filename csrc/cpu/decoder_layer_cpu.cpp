@@ -269,8 +269,8 @@ class Block {
   void linear(const LayerLinear& linear, const Matrix& x, const Outputs& o) { products_.linear(*layer_, linear, x, o); }
 
  private:
-  static std::optional<Dtype> operand(const DecoderLayerParams& p) {
-    return p.weight_only() ? std::optional(W8a16Product::operand(p.x.dtype, kBlockRows)) : std::nullopt;
+  static Dtype operand(const DecoderLayerParams& p) {
+    return p.weight_only() ? W8a16Product::operand(p.x.dtype, kBlockRows) : Dtype::i8;
   }
 
   BlockProducts products_;

@@ -62,11 +62,11 @@ void BlockLayer::pack(const Int8Kernel& kernel, BlockLayer* done) {
   }
 }
 
-BlockProducts::BlockProducts(const Int8Kernel& kernel, int64_t depth, std::optional<Dtype> weight_only)
-    : kernel_(kernel), operand_(weight_only.value_or(Dtype::i8)) {
+BlockProducts::BlockProducts(const Int8Kernel& kernel, int64_t depth, Dtype operand)
+    : kernel_(kernel), operand_(operand) {
   depth = round_up(depth, kTileBytes);
-  rows_ = allocate(kBlockRows * (weight_only ? 4 * depth : stride_of_block(depth)));
-  if (weight_only) return;
+  rows_ = allocate(kBlockRows * (operand == Dtype::i8 ? stride_of_block(depth) : size_of(operand) * depth));
+  if (operand != Dtype::i8) return;
   scratch_ = allocate(kernel.scratch_bytes_per_column * depth), sums_ = allocate(kBlockRows * kChunkColumns * 4);
 }
 

@@ -2,7 +2,6 @@
 // What encoder_layer and decoder_layer share on a CPU: their linear layers, and what a thread needs to take a block of
 // rows through these.
 #include <algorithm>
-#include <optional>
 #include <vector>
 
 #include "cpu/int8_blocks.h"
@@ -90,8 +89,9 @@ class BlockLayer {
 // The products of one thread, of a block of at most 32 rows at a time.
 class BlockProducts {
  public:
-  // depth: the most columns that an input has. weight_only: where all linear layers are so, what multiplies the weight.
-  BlockProducts(const Int8Kernel& kernel, int64_t depth, std::optional<Dtype> weight_only = {});
+  // depth: the most columns that an input has. operand: what inputs are multiplied as; not i8 where all linear layers
+  // are weight_only.
+  BlockProducts(const Int8Kernel& kernel, int64_t depth, Dtype operand = Dtype::i8);
 
   // is_quantized: the call before this one quantised the same x in the same way.
   void linear(const BlockLayer& layer, const LayerLinear& linear, const Matrix& x, const Outputs& o,

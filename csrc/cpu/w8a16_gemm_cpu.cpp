@@ -186,9 +186,13 @@ void w8a16_gemm_cpu(const Tensor& x, const Matrix& a, const Matrix& b, const flo
   const Dtype operand = W8a16Product::operand(a.dtype, m);
   if (operand == Dtype::f32 && m > W8a16Product::most_few_rows(b.dtype))
     return by_many_rows(as_matrix(x, a), {{nullptr, Dtype::f32, m, a.columns, 0}, b, block_scale, epilogue});
-  const CacheLines buffer = allocate(m * stride * size_of(operand));
-  const Matrix rows{buffer[0].bytes, operand, m, a.columns, stride};
-  convert_rows(a, 0, rows);
+  CacheLines buffer;
+  Matrix rows = a;
+  if (a.dtype != operand || a.columns != stride) {
+    buffer = allocate(m * stride * size_of(operand));
+    rows = {buffer[0].bytes, operand, m, a.columns, stride};
+    convert_rows(a, 0, rows);
+  }
   for (int64_t r = 0; r < m; r += kMostRowsOfA) {
     const W8a16Product p{rows_of(rows, r, std::min(m, r + kMostRowsOfA)), b, block_scale, rows_from(epilogue, r)};
     multiply_few_rows<Dtype::f32>(p.a.rows, b, p.epilogue,
