@@ -9,7 +9,7 @@ namespace forwardpass {
 
 struct DecoderLayer {
   LayerLinear qkv, out, up, down;
-  Affine norm1, norm2;  // fp32 weights
+  Affine norm1, norm2;  // weights
   KvCache cache;        // of the attention's dtype, contiguous
 };
 

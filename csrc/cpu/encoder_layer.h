@@ -16,7 +16,7 @@ struct LayerRotary {
 struct EncoderLayer {
   std::vector<LayerLinear> qkv;  // q, k and v; or one whose rows are those of the three
   LayerLinear out, up, down;
-  Affine norm1_weight, norm1_bias, norm2_weight, norm2_bias;  // fp32; bias: or null
+  Affine norm1_weight, norm1_bias, norm2_weight, norm2_bias;  // bias: or null
   bool norms_first;                                           // norm1 comes before qkv: pre-norm
   LayerRotary rotary;
   int64_t window;  // row i attends to the keys from i - window to i + window; kUnlimited: to all

@@ -10,9 +10,11 @@
 namespace forwardpass {
 namespace {
 
-template <class V, Dtype D>
+template <class V>
 INLINE V load_affine(const Affine& a, int64_t c, int n) {
-  return a.dtype == Dtype::f32 ? cpu::load<V, Dtype::f32>(a.data, c, n) : cpu::load<V, D>(a.data, c, n);
+  V v;
+  cpu::with_float_dtype(a.dtype, [&](auto D) __attribute__((always_inline)) { v = cpu::load<V, D()>(a.data, c, n); });
+  return v;
 }
 
 // The row's norm goes to v, [columns] floats, which stay in the cache: 16-bit values are converted once.
@@ -60,10 +62,10 @@ INLINE void norm_row(const NormQuantizeParams& p, float* v, int64_t row) {
   cpu::for_each_vector<V>(
       0, columns, VECTOR_BODY(&) {
         V y = (cpu::load<V, Dtype::f32>(v, c, n) - mean) * inverse;
-        if (p.weight.data) y *= load_affine<V, D>(p.weight, c, n);
-        if (p.bias.data) y += load_affine<V, D>(p.bias, c, n);
-        if (ada_scale.data) y *= 1.0f + load_affine<V, D>(ada_scale, c, n);
-        if (ada_shift.data) y += load_affine<V, D>(ada_shift, c, n);
+        if (p.weight.data) y *= load_affine<V>(p.weight, c, n);
+        if (p.bias.data) y += load_affine<V>(p.bias, c, n);
+        if (ada_scale.data) y *= 1.0f + load_affine<V>(ada_scale, c, n);
+        if (ada_shift.data) y += load_affine<V>(ada_shift, c, n);
         cpu::store<Dtype::f32>(y, v, c, n);
       });
 }

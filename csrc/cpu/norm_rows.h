@@ -4,8 +4,8 @@
 
 namespace forwardpass {
 
-// The normalised rows of p.x, which are fp32 as its weight and bias, to out [rows, columns] of a float dtype,
-// contiguous.
+// The normalised rows of p.x, which are fp32, to out [rows, columns] of a float dtype, contiguous. Weight and bias are
+// of any float dtype.
 void norm_rows(const NormQuantizeParams& p, void* out, Dtype out_dtype);
 
 }  // namespace forwardpass

@@ -18,6 +18,7 @@
 #include <utility>
 #include <vector>
 
+#include "params/affine.h"
 #include "params/common.h"
 #include "torch/library.h"
 
@@ -165,6 +166,14 @@ inline const float* floats(OptionalTensorRef v, int64_t size, const Tensor& x, c
 }
 inline const int32_t* ints(OptionalTensorRef v, int64_t size, const Tensor& x, const char* op, const char* name) {
   return vector<int32_t>(v, size, ScalarType::Int, x, op, name);
+}
+
+// A vector over the columns of x, whose tensor is `like`, in float32 or in the dtype of x.
+inline Affine affine(OptionalTensorRef v, const Matrix& x, const Tensor& like, const char* op, const char* name) {
+  if (!v) return {nullptr, x.dtype};
+  const Dtype dtype = dtype_of(v->scalar_type(), op, name);
+  STD_TORCH_CHECK(dtype == x.dtype || dtype == Dtype::f32, op, ": ", name, " must be float32 or have the dtype of x");
+  return {vector<void>(v, x.columns, v->scalar_type(), like, op, name), dtype};
 }
 
 // Throws unless t is of these sizes: as many elements in another shape would be read as others.

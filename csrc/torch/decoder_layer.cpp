@@ -46,7 +46,7 @@ DecoderLayer layer_of(const std::vector<OptionalTensor>& weights, int64_t first,
   for (int64_t i = 0; i < 2; ++i) {
     const OptionalTensor& weight = weights[first + kLinears * kOfLayerLinear + i];
     STD_TORCH_CHECK(weight, kOp, ": a norm has a weight");
-    *norms[i] = {floats(weight, h, x, kOp, "a norm's weight"), Dtype::f32};
+    *norms[i] = affine(weight, p.x, x, kOp, "a norm's weight");
   }
   return l;
 }

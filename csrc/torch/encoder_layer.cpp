@@ -16,7 +16,8 @@ constexpr int64_t kLinears = 6, kOfLinear = kOfLayerLinear, kOfLayer = kLinears 
 
 using Weights = std::vector<std::optional<Tensor>>;
 
-EncoderLayer layer_of(const Weights& weights, int64_t first, int64_t h, Activation activation, const Tensor& x) {
+EncoderLayer layer_of(const Weights& weights, int64_t first, const EncoderLayerParams& p, const Tensor& x) {
+  const int64_t h = p.x.columns;
   EncoderLayer l{};
   // One weight of q, k and v in q's place, none in theirs.
   const bool fused =
@@ -25,13 +26,13 @@ EncoderLayer layer_of(const Weights& weights, int64_t first, int64_t h, Activati
     l.qkv.push_back(layer_linear(weights, first + i * kOfLinear, fused ? 3 * h : h, h, x, kOp));
   l.out = layer_linear(weights, first + 3 * kOfLinear, h, h, x, kOp);
   l.up = layer_linear(weights, first + 4 * kOfLinear, 0, h, x, kOp);
-  const bool gated = is_gated(activation);
+  const bool gated = is_gated(p.activation);
   STD_TORCH_CHECK(!gated || l.up.weight.rows % 16 == 0, kOp,
                   ": a gated activation needs a multiple of 16 columns, 8 of gate beside 8 of up");
   l.down = layer_linear(weights, first + 5 * kOfLinear, h, l.up.weight.rows / (gated ? 2 : 1), x, kOp);
   Affine* norms[] = {&l.norm1_weight, &l.norm1_bias, &l.norm2_weight, &l.norm2_bias};
   for (int64_t i = 0; i < 4; ++i)
-    *norms[i] = {floats(weights[first + kLinears * kOfLinear + i], h, x, kOp, "a norm's weight or bias"), Dtype::f32};
+    *norms[i] = affine(weights[first + kLinears * kOfLinear + i], p.x, x, kOp, "a norm's weight or bias");
   return l;
 }
 
@@ -142,8 +143,7 @@ Tensor encoder_layer(Backend, const Tensor& x, const Tensor& cu_seqlens, const W
   p.eps = static_cast<float>(eps), p.pre_norm = pre_norm, p.activation = activation_of(activation, kOp);
   STD_TORCH_CHECK(!weights.empty() && weights.size() % kOfLayer == 0, kOp, ": weights must be ", kOfLayer,
                   " tensors a layer");
-  for (int64_t i = 0; i < std::ssize(weights); i += kOfLayer)
-    p.layers.push_back(layer_of(weights, i, h, p.activation, x));
+  for (int64_t i = 0; i < std::ssize(weights); i += kOfLayer) p.layers.push_back(layer_of(weights, i, p, x));
   STD_TORCH_CHECK(first_norm || pre_norm, kOp, ": first_norm=False is for pre_norm=True");
   const bool fused = p.layers[0].qkv.size() == 1;
   for (EncoderLayer& layer : p.layers) {

@@ -6,13 +6,6 @@
 namespace forwardpass {
 namespace {
 
-Affine affine(OptionalTensorRef v, const Matrix& x, const Tensor& like, const char* op, const char* name) {
-  if (!v) return {nullptr, x.dtype};
-  const Dtype dtype = dtype_of(v->scalar_type(), op, name);
-  STD_TORCH_CHECK(dtype == x.dtype || dtype == Dtype::f32, op, ": ", name, " must be float32 or have the dtype of x");
-  return {vector<void>(v, x.columns, v->scalar_type(), like, op, name), dtype};
-}
-
 SampleAffine sample_affine(OptionalTensorRef v, const Matrix& x, const Tensor& like, const char* op, const char* name) {
   if (!v) return {nullptr, x.dtype, 0};
   const Dtype dtype = dtype_of(v->scalar_type(), op, name);

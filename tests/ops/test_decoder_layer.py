@@ -234,7 +234,7 @@ def cache(*shape, **options):
         ([part("out", weight=None)], {}, TypeError, "out must be an Int8Weight with weight and scale"),
         ([part("up", scale=torch.ones(3))], {}, ValueError, "up.scale must be contiguous with 192 elements"),
         ([weights(norm2=torch.ones(64).half())], {}, TypeError, "norm2 must be a tensor of torch.float32"),
-        ([weights(norm1=None)], {}, TypeError, "norm1 must be a tensor of torch.float32, and is None"),
+        ([weights(norm1=None)], {}, TypeError, "norm1 must be a tensor of torch.float32 or x's dtype, and is None"),
         ([LAYER_WEIGHTS], {"heads": 3}, ValueError, "heads must be a positive multiple of the 2 heads"),
         ([LAYER_WEIGHTS], {"activation": "tanh"}, ValueError, "activation must be one of"),
         ([LAYER_WEIGHTS], {"leftpad": ints(3, 4)}, ValueError, "leftpad must be contiguous with 1 element"),

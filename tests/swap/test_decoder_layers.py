@@ -126,6 +126,29 @@ def test_weights_alone_in_8_bits_differ_from_the_layers_by_rounding_alone(calls)
     assert (y - one_by_one).norm() / one_by_one.norm() < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("precision", ["int8", "w8a16"])
+def test_a_model_of_16_bits_is_as_near_to_float32_as_by_its_layers(precision, dtype, calls):
+    exact = logits(llama())
+    model = swapped(llama().to(dtype), precision)[0]
+    y = in_steps(model)
+    assert calls == [15, 1, 3, 1] and y.dtype == dtype
+    model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+    one_by_one = in_steps(model)
+    assert len(calls) == 4 and not torch.equal(y, one_by_one)
+    assert (y - exact).norm() < 1.2 * (one_by_one - exact).norm() < 0.08 * exact.norm()
+
+
+def test_norms_in_another_dtype_than_the_hidden_states_count(calls):
+    model = swapped(llama())[0]
+    model.model.layers[1].input_layernorm.bfloat16()
+    logits(model)
+    assert not calls
+    model.model.layers[1].input_layernorm.float()
+    logits(model)
+    assert calls == [20]
+
+
 def test_layers_of_two_precisions_stay_apart(calls):
     model = llama()
     plan = fp.swap(model, "w8a16", include="**", exclude="lm_head", dry_run=True).plan
@@ -349,7 +372,6 @@ def test_why_not():
         ({"kv_cache": "int8"}, "kv_cache"),
     ):
         assert swapped(llama(), **options)[1].decoder.reason.code == code
-    assert swapped(llama().bfloat16())[1].decoder.reason.code == "dtype"
     assert swapped(llama("Qwen3"))[1].decoder.reason.code == "other_layers"
     assert swapped(llama("Mistral", sliding_window=4))[1].decoder.reason.code == "other_layers"
     with pytest.raises(TypeError, match="decoder is True or False"):

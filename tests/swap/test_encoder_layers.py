@@ -81,6 +81,19 @@ def test_it_is_what_the_layers_are(build, calls):
     assert torch.equal(hidden(model), y) and len(calls) == 2
 
 
+@FAMILIES
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_model_of_16_bits_is_as_near_to_float32_as_by_its_layers(build, dtype, calls):
+    exact = hidden(build())
+    model = swapped(build().to(dtype))[0]
+    y = hidden(model)
+    assert len(calls) == 1 and y.dtype == dtype
+    last_of(layers_of(model)[1]).register_forward_hook(lambda *_: None)
+    one_by_one = hidden(model)
+    assert len(calls) == 1 and not torch.equal(y, one_by_one)
+    assert (y - exact).norm() < 1.2 * (one_by_one - exact).norm() < 0.05 * exact.norm()
+
+
 def sends_back():
     def hook(model):
         model.encoder.layer[2].register_forward_hook(lambda *_: None)
@@ -413,7 +426,6 @@ def test_layers_that_others_call_stay_apart(calls):
 def test_why_not():
     for options, code in (({"exclude": "**.key"}, "precision"), ({"encoder": False}, "encoder_off")):
         assert swapped(bert(), **options)[1].encoder.reason.code == code
-    assert swapped(bert().bfloat16())[1].encoder.reason.code == "dtype"
     with pytest.raises(TypeError, match="encoder is True or False"):
         fp.swap(bert(), "int8", encoder="auto")
 

@@ -184,7 +184,7 @@ class Stack(Beginning):
 
     def is_ready(self) -> bool:
         """Whether the modules that are there now can be one operation."""
-        return self._find() and all(p.dtype is torch.float32 for p in self._norms)
+        return self._find()
 
     def result_of_begun(self, hidden: Tensor, mask: Any, options: dict[str, Any]) -> Tensor | None:
         """`result` in the holder's forward; a first layer that is called alone computes itself."""
@@ -199,7 +199,7 @@ class Stack(Beginning):
         if not self._takes(hidden, options):
             return None
         lengths = lengths_of(hidden, mask)
-        if lengths is None or not self._is_as_built() or not self._takes_bias(bias, hidden):
+        if lengths is None or not self._is_as_built(hidden) or not self._takes_bias(bias, hidden):
             return None
         self.calls += 1
         operands = hidden.flatten(0, 1), *lengths, None if bias is None else bias[0]
@@ -211,7 +211,7 @@ class Stack(Beginning):
     def _takes(self, hidden: Tensor, options: dict[str, Any]) -> bool:
         if type(hidden) is not Tensor or hidden.dim() != 3 or hidden.device.type != "cpu" or hidden.dtype not in FLOATS:
             return False
-        if torch.is_grad_enabled() and (hidden.requires_grad or any(p.requires_grad for p in self._norms)):
+        if torch.is_grad_enabled() and hidden.requires_grad:
             return False
         if torch.is_autocast_enabled("cpu") or self.layers[0].training:
             return False
@@ -235,7 +235,7 @@ class Stack(Beginning):
         heads = hidden.shape[2] // self.part(self.layers[0], self.form.attention).attention_head_size
         return (
             type(bias) is Tensor
-            and bias.dtype == torch.float32
+            and bias.dtype in (torch.float32, hidden.dtype)
             and bias.shape[1:] == (heads, length, length)
             and bias.shape[0] in (1, batch)
             and bias.stride(-1) == 1
@@ -243,8 +243,9 @@ class Stack(Beginning):
             and torch.equal(bias[1:], bias[:-1])
         )
 
-    def _is_as_built(self) -> bool:
-        """Whether modules, weights and code are those that were found, and nothing new is around them."""
+    def _is_as_built(self, hidden: Tensor) -> bool:
+        """Whether modules, weights and code are those that were found, nothing new is around them, and norms have a dtype that
+        goes with these hidden states."""
         for holder, name, x in self._watched:
             if holder.get(name) is not x:
                 self._forget()
@@ -261,7 +262,7 @@ class Stack(Beginning):
             if cls.__call__ is not call:
                 return False
         for p in self._norms:
-            if p.dtype is not torch.float32:
+            if p.dtype not in (torch.float32, hidden.dtype) or (p.requires_grad and torch.is_grad_enabled()):
                 return False
         if getattr(self._config, "_attn_implementation", None) != self._implementation:
             return False
@@ -329,7 +330,7 @@ class Stack(Beginning):
     def _int8(self, x: Tensor, cu_seqlens: Tensor, key_lens: Tensor | None, bias: Tensor | None) -> Tensor:
         head_size, scale, eps, activation = self._constants(self.layers[0])
         dtype = torch.bfloat16 if x.dtype == torch.float32 and self._in_bfloat16 else x.dtype
-        heads = x.shape[1] // head_size
+        heads, bias = x.shape[1] // head_size, None if bias is None else bias.float()
         return OPERATION(
             x, cu_seqlens, self._weights, heads, eps, activation, False, scale, dtype, key_lens, bias, [], [], [], True
         )

@@ -34,7 +34,7 @@ class W8a16Weight(NamedTuple):
 class DecoderWeights(NamedTuple):
     """One layer of H columns, with H' columns of all query heads and Hk' of all key heads: qkv [H' + 2 Hk', H], the rows of q, k
     and v one after another; out [H, H']; up [I, H], gated [2 I, H] by `interleave_gate_up`; down [H, I]; the weights of both norms,
-    float32 [H]. All of a call are `Int8Weight`s, or all are `W8a16Weight`s."""
+    float32 or x's dtype [H]. All of a call are `Int8Weight`s, or all are `W8a16Weight`s."""
 
     qkv: Int8Weight | W8a16Weight
     out: Int8Weight | W8a16Weight
@@ -152,8 +152,8 @@ def _check_layer(
     check(op, down, "down", h, x.new_empty(0, n // 2 if is_gated(activation) else n))
     for name, v in zip(("norm1", "norm2"), weights[LINEARS * LINEAR :]):
         if v is None:
-            raise TypeError(f"{op}: {name} must be a tensor of torch.float32, and is None")
-        check_vector(op, name, v, h, torch.float32, x)
+            raise TypeError(f"{op}: {name} must be a tensor of torch.float32 or x's dtype, and is None")
+        check_vector(op, name, v, h, (x.dtype, torch.float32), x)
 
 
 def _check_weight_only(op: str, weights: Sequence[Tensor | None], name: str, rows: int | None, inputs: Tensor) -> int:

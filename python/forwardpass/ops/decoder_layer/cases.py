@@ -44,6 +44,7 @@ class Case:
     leftpad: bool = False
     heads_first: bool = True  #: in the memory of the caches, as transformers has them
     apart: bool = False  #: rows of x
+    wide_norms: bool = True  #: in float32; False: in `dtype`
 
     def arguments(self, device: str = "cpu", seed: int = 0) -> tuple[Any, ...]:
         """In the schema's order."""
@@ -73,7 +74,7 @@ class Case:
             return Int8Weight(w.to(device), scale.to(device), *on_device)
 
         def norm() -> Tensor:
-            return (torch.rand(self.h, generator=g) + 0.5).to(device)
+            return (torch.rand(self.h, generator=g) + 0.5).to(device, torch.float32 if self.wide_norms else self.dtype)
 
         def caches() -> list[Tensor]:
             room = max((*self.lengths, self.tokens)) + ROOM
@@ -168,6 +169,7 @@ def cases() -> Iterator[Case]:
         "leftpad": (False, True),
         "heads_first": (True, False),
         "apart": (False, True),
+        "wide_norms": (False, True),
     }  # fmt: skip
     for row in pairwise(factors):
         (lengths, tokens), (h, heads, kv_heads, columns, inner) = row.pop("rows"), row.pop("sizes")

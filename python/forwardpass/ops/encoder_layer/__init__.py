@@ -38,8 +38,8 @@ _NO_WEIGHT = (None,) * LINEAR
 
 class EncoderWeights(NamedTuple):
     """One layer: q, k, v and out [H, H]; up [I, H], gated [2 I, H] by `interleave_gate_up`; down [H, I]; weight and bias of both
-    norms, float32 [H] or None. q, k and v with the same `channel_scale`, or with none, share one quantisation of their input. Where
-    k and v are None, q is [3 H, H], the rows of q, k and v one after another; in all layers of a call, or in none."""
+    norms, float32 or x's dtype [H], or None. q, k and v with the same `channel_scale`, or with none, share one quantisation of
+    their input. Where k and v are None, q is [3 H, H], their rows one after another; in all layers of a call, or in none."""
 
     q: Int8Weight
     k: Int8Weight | None
@@ -176,7 +176,7 @@ def _check_layer(weights: Sequence[Tensor | None], activation: str | None, x: Te
     check_linear(op, down, "down", h, x.new_empty(0, n // 2 if is_gated(activation) else n))
     names = ("norm1's weight", "norm1's bias", "norm2's weight", "norm2's bias")
     for name, vector in zip(names, weights[LINEARS * LINEAR :]):
-        check_vector(op, name, vector, h, torch.float32, x)
+        check_vector(op, name, vector, h, (x.dtype, torch.float32), x)
 
 
 def _check_sequences(x: Tensor, cu_seqlens: Tensor, key_lens: Tensor | None) -> None:

@@ -50,6 +50,7 @@ class Case:
     rotary_apart: bool = False  #: rows of cosines and sines
     windows: tuple[int, ...] = ()  #: of the layers in turn
     first_norm: bool = True
+    wide_norms: bool = True  #: in float32; False: in `x_dtype`
 
     def arguments(self, device: str = "cpu", seed: int = 0) -> tuple[Any, ...]:
         """In the schema's order."""
@@ -69,7 +70,8 @@ class Case:
 
         def norm() -> tuple[Tensor, Tensor | None]:
             weight, bias = torch.rand(self.h, generator=g) + 0.5, torch.randn(self.h, generator=g) / 4
-            return weight.to(device), bias.to(device) if self.bias else None
+            dtype = torch.float32 if self.wide_norms else self.x_dtype
+            return weight.to(device, dtype), bias.to(device, dtype) if self.bias else None
 
         gated = is_gated(self.activation)
 
@@ -163,6 +165,7 @@ def cases() -> Iterator[Case]:
         "rotary_apart": (False, True),
         "windows": ((), (3,), (NO_WINDOW, 20), (0, NO_WINDOW)),
         "first_norm": (True, False),
+        "wide_norms": (False, True),
     }
     for row in pairwise(factors):
         h, heads, inner = row.pop("sizes")

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from ...common.batches import Forward, device_of
@@ -162,11 +161,6 @@ def why_not_layers(layers: nn.ModuleList, form_of: Callable[[nn.Module], Any], u
         return Reason("instructions", "this CPU has no AVX2", "leave it")
     if reason := register():
         return reason
-    for layer in layers:
-        # norm1 of a first layer may be none
-        if (dtype := layer.get_submodule(form.norm2).weight.dtype) != torch.float32:
-            text = f"its norms are {str(dtype).removeprefix('torch.')}, and the operation has norms in float32"
-            return Reason("dtype", text, "load the model in float32")
     classes = dict.fromkeys(type(m) for layer in layers for m in layer.modules())
     if (replaced := why_replaced(classes)) is not None:
         return Reason(

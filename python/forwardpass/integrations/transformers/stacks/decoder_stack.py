@@ -119,7 +119,7 @@ class DecoderStack(Stack):
         if not self._takes(hidden, options) or not isinstance(rotary, tuple):
             return None
         before = _before(cache, len(self.layers), self.in_floats)
-        if before is None or (padding := _leftpad(hidden, mask, before)) is None or not self._is_as_built():
+        if before is None or (padding := _leftpad(hidden, mask, before)) is None or not self._is_as_built(hidden):
             return None
         self.calls += 1
         y = (
@@ -131,10 +131,10 @@ class DecoderStack(Stack):
             take(self._name)
         return y
 
-    def _is_as_built(self) -> bool:
+    def _is_as_built(self, hidden: Tensor) -> bool:
         """The rotation is a function of a Python module, which no class has."""
         attention = self.part(self.layers[0], self.form.attention)
-        return rotary.replaced(attention) is None and super()._is_as_built()
+        return rotary.replaced(attention) is None and super()._is_as_built(hidden)
 
     def _constants(self, layer: nn.Module) -> tuple[Any, ...]:
         of_attention, norm = self.part(layer, self.form.attention), self.part(layer, self.form.norm1)

@@ -93,7 +93,11 @@ class RotaryEncoderStack(Stack):
 
     def begins(self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """In the first layer, whether the last one may compute all of them."""
-        return self.has_begun() and self._takes(hidden, _others(self.layers[0], args, kwargs)) and self._is_as_built()
+        return (
+            self.has_begun()
+            and self._takes(hidden, _others(self.layers[0], args, kwargs))
+            and self._is_as_built(hidden)
+        )
 
     def result_of_calls(self, hidden: Tensor, calls: Sequence[_Call]) -> Tensor:
         """What the layers give that were called so, one after another, the first with these hidden states."""
@@ -137,10 +141,10 @@ class RotaryEncoderStack(Stack):
             return None
         return _Operands(hidden.flatten(0, 1), cu_seqlens, key_lens, cos, sin, windows)
 
-    def _is_as_built(self) -> bool:
+    def _is_as_built(self, hidden: Tensor) -> bool:
         """The rotation is a function of a Python module, which no class has."""
         attention = self.part(self.layers[0], self.form.attention)
-        return rotary.replaced(attention) is None and super()._is_as_built()
+        return rotary.replaced(attention) is None and super()._is_as_built(hidden)
 
     def _constants(self, layer: nn.Module) -> tuple[Any, ...]:
         mlp = self.part(layer, self.form.mlp)
