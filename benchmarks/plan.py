@@ -63,7 +63,8 @@ class Subject:
         self.current: Plan | None = None
 
     def plan(self, choices: dict[str, str]) -> Plan:
-        """The plan that gives each layer its candidate."""
+        """The plan that gives each layer its candidate. A plan names the layers of a model as it is before any."""
+        self.put(None)
         return planned(
             self.model, [(self.leaves[fqn], find_candidate(name)) for fqn, name in choices.items()], (), None, None
         )
