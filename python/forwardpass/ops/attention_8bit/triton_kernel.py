@@ -256,8 +256,8 @@ class Tiling:
 def tiling_of(dims: tuple[int, int], arch: int) -> Tiling:
     """A function of the bucket and the architecture: a row's bits depend on neither batch nor lengths.
 
-    Static, ptxas: of those tried the ones that spill least; up to 200 bytes of stack at 256 columns, 112 at fewer (STACK in
-    test_triton.py).
+    Static, ptxas: of those tried the ones that spill least; up to 328 bytes of stack at 256 columns, 112 at fewer (STACK in
+    test_triton.py). v's columns by 128 at 256 spill nothing without modifiers, and 96 bytes with them instead of 8 to 40.
     """
     if dims[1] == 256:
         # warps side by side: 16 rows of all columns do not fit a warp's registers beside a block's products
