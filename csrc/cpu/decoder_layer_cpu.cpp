@@ -111,7 +111,7 @@ class Formula {
     NormQuantizeParams n{};
     n.x = floats(x, rows, sizes.columns), n.weight = weight, n.eps = p_.eps, n.kind = Norm::rms;
     n.rows_per_sample = INT64_MAX;
-    norm_rows(n, out, Dtype::f32);
+    norm_rows(n, p_.x.dtype, out, Dtype::f32);
   }
 
   const DecoderLayerParams& p_;

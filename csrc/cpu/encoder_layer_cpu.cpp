@@ -144,7 +144,7 @@ class Formula {
   void norm(const Matrix& x, const Affine& weight, const Affine& bias, void* out, Dtype out_dtype) const {
     NormQuantizeParams n{};
     n.x = x, n.weight = weight, n.bias = bias, n.eps = p_.eps, n.kind = Norm::layer, n.rows_per_sample = INT64_MAX;
-    norm_rows(n, out, out_dtype);
+    norm_rows(n, p_.x.dtype, out, out_dtype);
   }
 
   const EncoderLayerParams& p_;

@@ -5,7 +5,7 @@
 namespace forwardpass {
 
 // The normalised rows of p.x, which are fp32, to out [rows, columns] of a float dtype, contiguous. Weight and bias are
-// of any float dtype.
-void norm_rows(const NormQuantizeParams& p, void* out, Dtype out_dtype);
+// fp32 or of affine_dtype.
+void norm_rows(const NormQuantizeParams& p, Dtype affine_dtype, void* out, Dtype out_dtype);
 
 }  // namespace forwardpass

@@ -261,8 +261,9 @@ class Stack(Beginning):
         for cls, call in self._calls:
             if cls.__call__ is not call:
                 return False
+        dtypes, has_grad = (torch.float32, hidden.dtype), torch.is_grad_enabled()
         for p in self._norms:
-            if p.dtype not in (torch.float32, hidden.dtype) or (p.requires_grad and torch.is_grad_enabled()):
+            if p.dtype not in dtypes or (has_grad and p.requires_grad):
                 return False
         if getattr(self._config, "_attn_implementation", None) != self._implementation:
             return False
