@@ -28,6 +28,7 @@ __device__ inline float ex2(float x) {
 }
 
 // Nothing for the machine: the compiler has x computed where this stands, and not anew where it is used.
+__device__ inline void compute_here(uint32_t& x) { asm("" : "+r"(x)); }
 __device__ inline void compute_here(int64_t& x) { asm("" : "+l"(x)); }
 template <class T>
 __device__ inline void compute_here(T*& x) {

@@ -41,8 +41,7 @@ class Loop:
 
 # The bars are of the tiles that large products take; smaller ones have less to reuse.
 LOOPS = [
-    # windows: a slice's predicates and a test of the tap's end, beside what a GEMM's 391 are; on 12.0 without branches
-    Loop(r"gemm_mma_kernel<MmaConfig<Int8, MmaTile\{m=128, n=128\b.*\bWindowMainloop\b", r"sm_120$", 460, SM80),
+    # windows: a slice's predicates and a test of the tap's end, beside what a GEMM's 391 are
     Loop(r"gemm_mma_kernel<MmaConfig<Int8, MmaTile\{m=128, n=128\b.*\bWindowMainloop\b", r"", 410, SM80),
     Loop(r"gemm_wgmma_kernel<WgmmaConfig<Int8, WgmmaTile\{m=128, n=64\b.*\bWindowMainloop\b", r"", None, None),
     Loop(r"gemm_mma_kernel<MmaConfig<Int8, MmaTile\{m=128, n=128\b", r"sm_80$", 450, SM80),

@@ -56,8 +56,9 @@ struct BlockScaleCopy {
   }
 };
 
-// A lane's addresses for an operand's ldmatrix: 16 rows x 32 bytes, for each 32 bytes of a stage's K.
-template <class Config>
+// A lane's addresses for an operand's ldmatrix: 16 rows x 32 bytes, for each 32 bytes of a stage's K. kOnce: not computed
+// anew in each trip of the main loop (csrc/README.md).
+template <class Config, bool kOnce>
 struct MatrixAddress {
   static constexpr int kSteps = Config::kStageK / 32;
   uint32_t step[kSteps];
@@ -65,16 +66,18 @@ struct MatrixAddress {
   // chunk: which 16 of the 32 bytes this lane's 8 x 8 matrix has
   __device__ MatrixAddress(const uint8_t* stage, int row, int chunk) {
 #pragma unroll
-    for (int k = 0; k < kSteps; ++k)
+    for (int k = 0; k < kSteps; ++k) {
       step[k] = ptx::shared_address(stage) + SwizzledRows<Config::kStageK>::offset(row, 2 * k + chunk);
+      if (kOnce) ptx::compute_here(step[k]);
+    }
   }
 };
 
 // The product of one slice of K in shared memory: acc += a b.
-template <class Config>
+template <class Config, bool kAddressesOnce>
 struct SliceProduct {
   using Accumulators = typename Config::Accumulators;
-  using Address = MatrixAddress<Config>;
+  using Address = MatrixAddress<Config, kAddressesOnce>;
   const Address from_a, from_b;
 
   // a: the four 8 x 8 matrices of an ldmatrix are rows 0-7 and 8-15 of bytes 0-15, then of bytes 16-31; b: bytes 0-15
@@ -128,6 +131,7 @@ struct SliceProduct {
 template <class Config>
 struct MatrixRowsCopy : OperandCopy<Config::kStageK, Config::kM, Config::kThreads> {
   using Base = OperandCopy<Config::kStageK, Config::kM, Config::kThreads>;
+  static constexpr bool kAddressesOnce = Config::Element::kPromoted;
   __device__ MatrixRowsCopy(const GemmArguments& p, int64_t first_row, int64_t k, int64_t k_end, uint8_t* stage)
       : Base(p.a, first_row, k, k_end, stage) {}
   __device__ void next() const {}
@@ -165,7 +169,7 @@ struct MmaMainloopOf {
     const int whole = static_cast<int>((tile.k_end - tile.k) / Config::kStageK), slices = tile.slices(Config::kStageK);
     RowsCopy copy_a(p, tile.row, tile.k, tile.k_end, s.stage.a[0]);
     Copy<Config::kN> copy_b(p.b, tile.b_row, tile.k, tile.k_end, s.stage.b[0]);
-    const SliceProduct<Config> product(s, warp_m, warp_n, threadIdx.x % 32);
+    const SliceProduct<Config, RowsCopy::kAddressesOnce> product(s, warp_m, warp_n, threadIdx.x % 32);
     BlockScaleCopy<Config> scales(p, tile, warp_n, s.stage.a_scale[0]);
     const auto copy_masked = [&](int stage, int ahead, int slice) {
       if constexpr (Element::kBlockScaled) scales(stage, slice < slices);

@@ -13,6 +13,7 @@ namespace forwardpass {
 template <class Config>
 struct WindowCopy {
   static constexpr int kSliceK = Config::kStageK, kRows = Config::kM;
+  static constexpr bool kAddressesOnce = true;
   using Share = CopyShare<kSliceK, kRows, Config::kThreads>;
   // Bits of one of the kernel's rows or columns, one for each of this thread's rows.
   static constexpr int kBits = 64 / kMostKernelSide;
@@ -81,10 +82,10 @@ struct WindowCopy {
     left = tap_slices() - static_cast<int>(k) / kSliceK % max(tap_slices(), 1);
   }
   __device__ void next_in_round(int ahead) {
-    if (left != ahead + 1) [[likely]]
-      return;
-    left += tap_slices();
-    move(next_tap());
+    while (left == ahead + 1) {
+      left += tap_slices();
+      move(next_tap());
+    }
   }
   __device__ void end_rounds(const GemmArguments&, int64_t, int64_t k, int64_t, uint8_t*) {
     channel = (static_cast<int>(k) + Share::chunk() * 16) % windows.channels;
