@@ -108,12 +108,15 @@ define extras
 endef
 
 # Compiling is done by setup.py, which shows what and how many files; pip then finds all of it done. One pip call names torch, so
-# that no later one replaces it. Beside the compilation pip installs what the demo needs: for 25 s of that it takes one core.
+# that no later one replaces it; the core that it leaves begins with gpuless, whose objects stay where they are complete (timeout
+# hands the signal on to ninja). Beside the compilation pip installs what the demo needs: for 25 s of that it takes one core.
 .venv/cpu: $(SOURCES) constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit("make: the versions in constraints.txt need Python 3.11 or later, and \
 	$(PYTHON) is %d.%d: name another, as in make demo PYTHON=python3.12" % v[:2] if v < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
-	$(INSTALL) torch 'setuptools>=77' ninja
+	$(INSTALL) 'setuptools>=77' ninja
+	(cd interpreter && MAX_JOBS=1 GPULESS_BUILD_HOST=0 exec timeout 0 ../$(BIN)/python setup.py build_ext --inplace) > /dev/null 2>&1 & \
+	ahead=$$!; $(INSTALL) torch; installed=$$?; kill $$ahead 2> /dev/null; wait $$ahead; exit $$installed
 	$(call extras,hf cli generate demo) > .venv/demo.txt
 	$(INSTALL) -q -r .venv/demo.txt & FORWARDPASS_BUILD_CUDA=0 $(BIN)/python setup.py build_ext --inplace; built=$$?; wait $$! && exit $$built
 	FORWARDPASS_BUILD_CUDA=0 $(INSTALL) --no-build-isolation -e '.[demo]'
