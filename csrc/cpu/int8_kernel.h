@@ -122,9 +122,7 @@ INLINE void multiply_few(const FewRows& a, const Matrix& b, int64_t first, int64
                      [&](auto rows, auto columns, int64_t i, int64_t j) __attribute__((always_inline)) {
                        Tile<Dot, rows, columns> tile;
                        tile.add(a.data + i * a.stride, a.stride, data + j * b.stride, b.stride, 0, b.columns);
-                       tile.store(sums + i * stride + j - first, stride, [&](int32_t sum, int row) {
-                         return static_cast<int32_t>(static_cast<uint32_t>(sum) + a.corrections[i + row]);
-                       });
+                       tile.store(sums + i * stride + j - first, stride, a.corrections + i);
                      });
 }
 

@@ -50,7 +50,7 @@ INLINE void multiply(const W8a16Product& p, const Matrix& b, int64_t column, flo
           part.add(a, a_stride, of_b, b_stride, n * block, std::min((n + 1) * block, k));
           tile.add_scaled(part, [&](int column) { return scales ? scales[(j + column) * blocks + n] : 1.0f; });
         }
-        tile.store(sums + i * stride + j, stride, [](float sum, int) { return sum; });
+        tile.store(sums + i * stride + j, stride);
       });
 }
 

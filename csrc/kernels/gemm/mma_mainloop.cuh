@@ -56,8 +56,8 @@ struct BlockScaleCopy {
   }
 };
 
-// A lane's addresses for an operand's ldmatrix: 16 rows x 32 bytes, for each 32 bytes of a stage's K. kOnce: not computed
-// anew in each trip of the main loop (csrc/README.md).
+// A lane's addresses for an operand's ldmatrix: 16 rows x 32 bytes, for each 32 bytes of a stage's K. kOnce: not
+// computed anew in each trip of the main loop (csrc/README.md).
 template <class Config, bool kOnce>
 struct MatrixAddress {
   static constexpr int kSteps = Config::kStageK / 32;

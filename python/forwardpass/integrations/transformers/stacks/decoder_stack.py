@@ -143,14 +143,12 @@ class DecoderStack(Stack):
         kind = type(self.part(layer, self.form.out))
         return of_attention.head_dim, float(of_attention.scaling), norm.variance_epsilon, activation, kind
 
-    def _tensors(self) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    def _tensors(self) -> Iterator[dict[str, Any]]:
         """But those of q, k and v, which their product looks after."""
+        f = self.form
         for layer in self.layers:
-            for linear in (self.part(layer, self.form.out), *self.part(layer, self.form.mlp).layers):
-                yield from ((linear._buffers, key, x) for key, x in linear._buffers.items())
-            for name in (self.form.norm1, self.form.norm2):
-                parameters = self.part(layer, name)._parameters
-                yield from ((parameters, key, x) for key, x in parameters.items())
+            yield from (linear._buffers for linear in (self.part(layer, f.out), *self.part(layer, f.mlp).layers))
+            yield from (self.part(layer, name)._parameters for name in (f.norm1, f.norm2))
 
     def _weights_of(self, layer: nn.Module) -> Any:
         f = self.form

@@ -151,14 +151,12 @@ class RotaryEncoderStack(Stack):
         activation = mlp.layers[0].activation if isinstance(mlp, GatedMLP) else None
         return self.part(layer, self.form.attention).head_dim, self.part(layer, self.form.norm2).eps, activation
 
-    def _tensors(self) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    def _tensors(self) -> Iterator[dict[str, Any]]:
         f = self.form
         for layer in self.layers:
-            for linear in (self.part(layer, f.qkv), self.part(layer, f.out), *self.part(layer, f.mlp).layers):
-                yield from ((linear._buffers, key, x) for key, x in linear._buffers.items())
-            for name in (f.norm1, f.norm2):
-                parameters = self.part(layer, name)._parameters
-                yield from ((parameters, key, x) for key, x in parameters.items())
+            linears = self.part(layer, f.qkv), self.part(layer, f.out), *self.part(layer, f.mlp).layers
+            yield from (linear._buffers for linear in linears)
+            yield from (self.part(layer, name)._parameters for name in (f.norm1, f.norm2))
 
     def _weights_of(self, layer: nn.Module) -> EncoderWeights | None:
         f = self.form
