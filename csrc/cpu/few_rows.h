@@ -95,7 +95,7 @@ struct Tile {
         unrolled<kLast - kFirst>(UNROLLED_BODY(i) { added[i()] = terms[(kFirst + i) / kColumns]; });
         four = bits<Vectors<4>::i32>(bits<Vectors<4>::u32>(four) + added);
       }
-      if constexpr (kColumns == 4) {  // neighbours; lane by lane 8 to 48 rows took 1.03 to 1.1 times as long
+      if constexpr (kColumns == 4) {  // neighbours; lane by lane 8 to 48 rows took up to 1.1 times as long
         std::memcpy(to + group * stride, &four, sizeof(four));
       } else {
         unrolled<kLast - kFirst>(UNROLLED_BODY(i) {
