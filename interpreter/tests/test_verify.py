@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -269,10 +270,14 @@ finally:
 """
 
 
-def test_what_a_candidate_starts_ends_with_it(tmp_path):
-    """Torch builds extensions under a lock, and whoever comes later waits until its file is gone."""
+@pytest.mark.parametrize("in_background", [False, True])
+def test_what_a_candidate_starts_ends_with_it(tmp_path, in_background):
+    """Torch builds extensions under a lock, and whoever comes later waits until its file is gone. A shell has what it starts with
+    an & ignore interrupts."""
     (tmp_path / "kernel.py").write_text(BUILDING)
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN if in_background else signal.default_int_handler)
     process = Process("sm_90a", dict(os.environ), time.monotonic() + 3600, 3600)
+    signal.signal(signal.SIGINT, handler)
     process.wire.send({"do": "load", "path": str(tmp_path / "kernel.py"), "library": "", "entry": "candidate"})
     lock = tmp_path / "lock"
     while not (lock.exists() and lock.read_text()):

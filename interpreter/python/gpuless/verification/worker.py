@@ -11,6 +11,7 @@ import ctypes
 import importlib.util
 import os
 import pathlib
+import signal
 import sys
 import threading
 import time
@@ -236,6 +237,7 @@ def _words(e: BaseException) -> str:
 
 
 def main(arch: str, reading: str, writing: str, budget: str) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, as what it starts does
     wire = Wire(int(reading), int(writing))
     gpu = device.make(arch, findings="collect")
     cuda.present(gpu)
