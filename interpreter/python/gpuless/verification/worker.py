@@ -237,7 +237,9 @@ def _words(e: BaseException) -> str:
 
 
 def main(arch: str, reading: str, writing: str, budget: str) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, as what it starts does
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background job ignores it, as what it starts does
     wire = Wire(int(reading), int(writing))
     gpu = device.make(arch, findings="collect")
     cuda.present(gpu)
