@@ -167,6 +167,16 @@ def test_weights_that_change_count(calls):
     assert len(calls) == 4
 
 
+def test_a_weight_that_is_gone_is_noticed(calls):
+    """The last one that is looked at: nothing comes after it that would stand in its place."""
+    model = swapped(bert())[0]
+    hidden(model)
+    del model.encoder.layer[-1].output.LayerNorm.bias
+    with pytest.raises(AttributeError, match="bias"):
+        hidden(model)
+    assert len(calls) == 1
+
+
 @FAMILIES
 @pytest.mark.parametrize("asked", [{"output_hidden_states": True}, {"output_attentions": True}])
 def test_what_is_between_layers_is_there_where_it_is_asked_for(build, asked, calls):

@@ -39,6 +39,7 @@ from . import attention, rotary, unpadding
 RESULT = "_forwardpass_encoded"
 
 
+_END = object()
 #: The ids of stacks whose holders' forward runs, and has not called the first layer yet: of each thread, as threads share a stack.
 _begun: ContextVar[frozenset[int]] = ContextVar("forwardpass_encoders", default=frozenset())
 
@@ -392,7 +393,8 @@ def between(like: Tensor, result: Any) -> Tensor:
 
 
 def _values(holders: Iterable[dict[str, Any]]) -> Iterator[Any]:
-    return itertools.chain.from_iterable(map(dict.values, holders))
+    """And an end, as two sequences are compared that may differ in length."""
+    return itertools.chain(itertools.chain.from_iterable(map(dict.values, holders)), (_END,))
 
 
 def _options(cls: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
