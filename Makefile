@@ -118,7 +118,7 @@ endef
 	$(PYTHON) -m venv .venv
 	$(INSTALL) 'setuptools>=77' ninja
 	(cd interpreter && MAX_JOBS=1 GPULESS_BUILD_HOST=0 exec timeout 0 ../$(BIN)/python setup.py build_ext --inplace) > /dev/null 2>&1 & \
-	ahead=$$!; $(INSTALL) torch; installed=$$?; kill $$ahead 2> /dev/null; wait $$ahead; exit $$installed
+	ahead=$$!; trap 'kill $$ahead 2> /dev/null; wait $$ahead' EXIT; trap 'exit 130' INT TERM; $(INSTALL) torch
 	$(call extras,hf cli generate demo) > .venv/demo.txt
 	$(INSTALL) -q -r .venv/demo.txt & FORWARDPASS_BUILD_CUDA=0 $(BIN)/python setup.py build_ext --inplace; built=$$?; wait $$! && exit $$built
 	FORWARDPASS_BUILD_CUDA=0 $(INSTALL) --no-build-isolation -e '.[demo]'
