@@ -237,9 +237,8 @@ def _words(e: BaseException) -> str:
 
 
 def main(arch: str, reading: str, writing: str, budget: str) -> None:
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a shell's background job ignores it, as what it starts does
+    # What a shell starts in the background ignores interrupts, and so would this.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     wire = Wire(int(reading), int(writing))
     gpu = device.make(arch, findings="collect")
     cuda.present(gpu)
