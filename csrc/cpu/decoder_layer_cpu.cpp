@@ -138,94 +138,71 @@ class SharedSteps {
   }
 
  private:
-  // A thread, and its shares.
-  class Member {
+  class Member : TeamMember {
    public:
     Member(SharedSteps& all, int64_t begin, int64_t end)
-        : all_(all), p_(all.p_), sizes_(all.one_.sizes), begin_(begin), end_(end) {
-      const int64_t rows = sizes_.rows;
-      normed_ = allocate(rows * sizes_.columns * 4), scales_ = allocate(rows * 4);
-      zero_points_ = allocate(rows * 4), corrections_ = allocate(rows * 4);
-      if (p_.weight_only()) floats_ = allocate(rows * sizes_.depth * 4);
-      if (!all.kernel_ || p_.weight_only()) return;
-      quantized_ = allocate(rows * sizes_.depth);
-      prepared_ = allocate(rows * sizes_.depth * all.kernel_->few_bytes);
+        : TeamMember(all.team_, begin, end),
+          all_(all),
+          p_(all.p_),
+          sizes_(all.one_.sizes),
+          products_(all.kernel_, sizes_.rows, p_.weight_only() ? 0 : sizes_.depth, all.tensor_),
+          normed_(allocate(sizes_.rows * sizes_.columns * 4)) {
+      if (p_.weight_only()) floats_ = allocate(sizes_.rows * sizes_.depth * 4);
     }
+
+    using TeamMember::meet;
 
     void run() {
       const Formula& one = all_.one_;
-      const int64_t rows = sizes_.rows, h = sizes_.columns, size = size_of(p_.x.dtype);
+      const int64_t h = sizes_.columns, size = size_of(p_.x.dtype);
+      const Range rows = range(sizes_.rows), columns = TeamMember::columns(h);
       const auto x = at<float>(all_.x_);
       const Buffers b{at<float>(all_.sum_), at<float>(normed_), at<float>(all_.mid_)};
-      for (int64_t r = of(rows, begin_); r < of(rows, end_); ++r)
+      for (int64_t r = rows.first; r < rows.last; ++r)
         convert(static_cast<const char*>(p_.x.data) + r * p_.x.stride * size, p_.x.dtype, x + r * h, h);
       meet();
       for (const DecoderLayer& layer : p_.layers) {
-        one.qkv(layer, *this, x, rows, b, at<char>(all_.qkv_));
+        one.qkv(layer, *this, x, sizes_.rows, b, at<char>(all_.qkv_));
         meet();
-        append(one.append(layer, at<char>(all_.qkv_), at<char>(all_.q_)), of(rows, begin_), of(rows, end_));
+        append(one.append(layer, at<char>(all_.qkv_), at<char>(all_.q_)), rows.first, rows.last);
         meet();
         attend(layer);
-        one.rest(layer, *this, x, rows, at<char>(all_.attended_), b);
-        const auto [first, last] = columns_of(h);
-        round_rows(x + first, rows, last - first, h, p_.x.dtype);
+        one.rest(layer, *this, x, sizes_.rows, at<char>(all_.attended_), b);
+        round_rows(x + columns.first, sizes_.rows, columns.last - columns.first, h, p_.x.dtype);
         meet();
       }
-      for (int64_t r = of(rows, begin_); r < of(rows, end_); ++r)
+      for (int64_t r = rows.first; r < rows.last; ++r)
         convert(x + r * h, static_cast<char*>(p_.out) + r * h * size, p_.x.dtype, h);
     }
 
-    void meet() { all_.team_.wait(end_ - begin_); }
-
     void linear(const LayerLinear& linear, const Matrix& x, const Outputs& o) {
-      const auto [begin, end] = columns_of(linear.weight.rows);
+      const Range columns = TeamMember::columns(linear.weight.rows);
       if (linear.weight_only) {
         const W8a16Product product = weight_only_product(linear, x, o, Dtype::f32, at<float>(floats_));
-        return product.few_rows(begin, end);
+        return product.few_rows(columns.first, columns.last);
       }
-      QuantizeParams q = quantization(linear, x, at<float>(scales_), at<int32_t>(zero_points_));
-      const Epilogue e = epilogue_of(linear, q, o);
-      if (!all_.kernel_)
-        return int8_gemm_cpu(all_.tensor_, {nullptr, Dtype::i8, x.rows, x.columns, 0}, linear.weight, e, &q,
-                             linear.packed);
-      const int64_t depth = round_up(x.columns, kTileBytes);
-      const auto rows = at<uint8_t>(quantized_);
-      q.out.q = rows, q.out.q_stride = depth;
-      quantize_cpu(q);
-      for (int64_t r = 0; r < x.rows; ++r) std::fill_n(rows + r * depth + x.columns, depth - x.columns, 0);
-      const Int8Kernel& kernel = *all_.kernel_;
-      kernel.prepare_few(rows, x.rows, depth, at<uint8_t>(prepared_), at<uint32_t>(corrections_));
-      const FewRows few{at<uint8_t>(prepared_), x.rows, depth * kernel.few_bytes, at<uint32_t>(corrections_)};
-      multiply_columns<Dtype::i32>(x.rows, begin, end, e,
-                                   [&](int64_t first, int64_t last, int32_t* sums, int64_t stride) {
-                                     kernel.multiply_few(few, linear.weight, first, last, sums, stride);
-                                   });
+      products_.quantize(linear, x, {0, x.rows});
+      products_.multiply(linear, x, o, columns);
     }
 
    private:
-    // The first of n that are a share's.
-    int64_t of(int64_t n, int64_t share) const { return n * share / all_.team_.shares(); }
-    std::pair<int64_t, int64_t> columns_of(int64_t n) const {
-      const int64_t groups = (n + kGroupColumns - 1) / kGroupColumns;
-      return {std::min(n, of(groups, begin_) * kGroupColumns), std::min(n, of(groups, end_) * kGroupColumns)};
-    }
-
     void attend(const DecoderLayer& layer) {
       const auto attention = all_.one_.attention(layer, at<char>(all_.q_), at<char>(all_.attended_));
       const SharedDecode decode(attention, all_.team_.shares());
-      const int64_t first = std::min(begin_, decode.shares()), last = std::min(end_, decode.shares());
-      if (first < last) decode.attend(first, last, at<float>(all_.workspace_));
+      if (const Range shares = range(decode.shares()); shares.first < shares.last)
+        decode.attend(shares.first, shares.last, at<float>(all_.workspace_));
       meet();
       if (!decode.workspace_floats()) return;
-      decode.combine(of(decode.heads(), begin_), of(decode.heads(), end_), at<float>(all_.workspace_));
+      const Range heads = range(decode.heads());
+      decode.combine(heads.first, heads.last, at<float>(all_.workspace_));
       meet();
     }
 
     SharedSteps& all_;
     const DecoderLayerParams& p_;
     const Sizes& sizes_;
-    const int64_t begin_, end_;
-    CacheLines normed_, scales_, zero_points_, corrections_, quantized_, prepared_, floats_;
+    const FewRowsProducts products_;
+    CacheLines normed_, floats_;
   };
 
   // A thread has so many products in a layer that meeting the others does not take a tenth of its time.

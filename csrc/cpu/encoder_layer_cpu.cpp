@@ -1,8 +1,8 @@
 // Layers of an encoder in one call. All steps of a layer but attention's keys and values concern one row each. So a
 // thread takes some rows through all of it, in its core's caches: attention, its output, residual and norm, the MLP,
 // residual and norm, and q, k and v of the next layer. Then all threads meet, once a layer, as rows attend to all keys
-// of their sequence. Where rows are too few for that, threads share the columns of each product instead, and meet at
-// every step.
+// of their sequence. Where rows are too few for that, threads are forked once for all layers, share the columns of each
+// product, the heads, and the rows of what concerns rows alone, and meet between these steps (team.h).
 //
 // A layer of MiniLM (384, 12 heads of 32, 1536) and 1024 rows is 1.81 G multiply-adds in int8, 7.9 ms of a core that
 // does 230 G a second; attention, 8 x 128, .1 G in fp32 or bf16; 3072 + 1536 values of a row through epilogues and
@@ -17,6 +17,7 @@
 #include "cpu/norm_rows.h"
 #include "cpu/rotary.h"
 #include "cpu/sequences.h"
+#include "cpu/team.h"
 #include "torch/int8_operands.h"
 #include "torch/torch_ops.h"
 
@@ -61,8 +62,10 @@ struct Buffers {
   float *sum, *normed, *mid;  // [rows, H], [rows, H], [rows, I]
 };
 
-// The steps of a layer, written once for both ways. Steps: linear(linear layer, x, outputs, whether the call before it
-// had quantised x alike).
+// The steps of a layer, written once for both ways. Steps:
+//   range(rows)                          the rows that the calling thread takes through what concerns rows alone
+//   linear(layer, x, outputs, quantized) quantized: x is as the call before had it
+//   meet()                               where what follows reads what other threads write
 class Formula {
  public:
   explicit Formula(const EncoderLayerParams& p) : p_(p) {}
@@ -75,43 +78,49 @@ class Formula {
   // q, k and v, those rotated that are, of x: rows from `first` on of a layer's input of x's dtype.
   template <class Steps>
   void qkv(const EncoderLayer& layer, Steps& steps, const Matrix& x, int64_t first, float* normed, void* to) const {
+    const Range rows = steps.range(x.rows);
     Matrix in = x;
     if (layer.norms_first) {
-      norm(as_floats(x, normed), layer.norm1_weight, layer.norm1_bias, normed, Dtype::f32);
+      norm(as_floats(x, rows, normed), rows, layer.norm1_weight, layer.norm1_bias, normed, Dtype::f32);
       in = floats(normed, x.rows, columns());
     }
     const int64_t h = columns();
     for (int64_t i = 0; i < std::ssize(layer.qkv); ++i) {
       const bool is_quantized = i > 0 && quantize_alike(layer.qkv[i - 1], layer.qkv[i]);
+      if (i > 0 && !is_quantized) steps.meet();
       const Outputs outputs{static_cast<char*>(to) + i * h * size_of(p_.attention), 3 * h, p_.attention};
       steps.linear(layer.qkv[i], in, outputs, is_quantized);
     }
     if (!p_.rotated) return;
-    torch::stable::parallel_for(0, x.rows, grain(2 * h), [&](int64_t begin, int64_t end) {
-      rotate_heads(layer.rotary, first, begin, end, static_cast<char*>(to));
-    });
+    steps.meet();
+    rotate_heads(layer.rotary, first, rows, static_cast<char*>(to));
   }
 
   // From what attention gave for rows of x on to the end of the layer, out.
   template <class Steps>
   void rest(const EncoderLayer& layer, Steps& steps, const Matrix& x, const Buffers& b, void* out) const {
-    const int64_t rows = x.rows, h = columns(), i = mid_columns(layer);
-    const auto residual = static_cast<const float*>(as_floats(x, b.normed).data);
-    steps.linear(layer.out, {b.attended, p_.attention, rows, h, h}, {b.sum, h, Dtype::f32, residual});
+    const int64_t h = columns(), i = mid_columns(layer);
+    const Range rows = steps.range(x.rows);
+    const auto residual = static_cast<const float*>(as_floats(x, rows, b.normed).data);
+    steps.linear(layer.out, {b.attended, p_.attention, x.rows, h, h}, {b.sum, h, Dtype::f32, residual});
+    steps.meet();
     const bool pre = p_.pre_norm;
-    norm(floats(b.sum, rows, h), pre ? layer.norm2_weight : layer.norm1_weight,
+    norm(floats(b.sum, x.rows, h), rows, pre ? layer.norm2_weight : layer.norm1_weight,
          pre ? layer.norm2_bias : layer.norm1_bias, b.normed, Dtype::f32);
-    steps.linear(layer.up, floats(b.normed, rows, h), {b.mid, i, Dtype::f32, nullptr, p_.activation});
+    steps.linear(layer.up, floats(b.normed, x.rows, h), {b.mid, i, Dtype::f32, nullptr, p_.activation});
+    steps.meet();
     // Not in place: the epilogue adds the residual to what it has stored.
     float *to = pre ? b.normed : b.sum, *second = pre ? b.sum : b.normed;
-    steps.linear(layer.down, floats(b.mid, rows, i), {to, h, Dtype::f32, second});
-    if (pre) return convert(to, out, p_.x.dtype, rows * h);
-    norm(floats(b.sum, rows, h), layer.norm2_weight, layer.norm2_bias, out, p_.x.dtype);
+    steps.linear(layer.down, floats(b.mid, x.rows, i), {to, h, Dtype::f32, second});
+    steps.meet();
+    if (!pre) return norm(floats(b.sum, x.rows, h), rows, layer.norm2_weight, layer.norm2_bias, out, p_.x.dtype);
+    convert(to + rows.first * h, static_cast<char*>(out) + rows.first * h * size_of(p_.x.dtype), p_.x.dtype,
+            (rows.last - rows.first) * h);
   }
 
  private:
-  // q and k of rows from `begin` to `end` of qkv, which are x's from `first` on.
-  void rotate_heads(const LayerRotary& r, int64_t first, int64_t begin, int64_t end, char* qkv) const {
+  // q and k of some rows of qkv, which are x's from `first` on.
+  void rotate_heads(const LayerRotary& r, int64_t first, Range rows, char* qkv) const {
     const int64_t n = p_.rotated, heads = 2 * p_.heads, head_dim = columns() / p_.heads;
     const CacheLines memory = allocate(4 * 3 * n);
     float *row = at<float>(memory), *cos = row + n, *sin = cos + n;
@@ -119,7 +128,7 @@ class Formula {
       return static_cast<const char*>(data) + (first + i) * stride * size_of(p_.rotary_dtype);
     };
     with_vectors(VECTOR_CODE {
-      for (int64_t i = begin; i < end; ++i) {
+      for (int64_t i = rows.first; i < rows.last; ++i) {
         to_floats<V>(of_row(r.cos, r.cos_row, i), p_.rotary_dtype, n, cos);
         to_floats<V>(of_row(r.sin, r.sin_row, i), p_.rotary_dtype, n, sin);
         for (int64_t head = 0; head < heads; ++head) {
@@ -132,19 +141,21 @@ class Formula {
     });
   }
 
-  // x, contiguous; in `to` unless it is that already.
-  static Matrix as_floats(const Matrix& x, float* to) {
+  // x, contiguous: itself, or `to`, with some of its rows.
+  static Matrix as_floats(const Matrix& x, Range rows, float* to) {
     if (x.dtype == Dtype::f32 && x.stride == x.columns) return x;
-    for (int64_t r = 0; r < x.rows; ++r)
+    for (int64_t r = rows.first; r < rows.last; ++r)
       convert(static_cast<const char*>(x.data) + r * x.stride * size_of(x.dtype), x.dtype, to + r * x.columns,
               x.columns);
     return floats(to, x.rows, x.columns);
   }
 
-  void norm(const Matrix& x, const Affine& weight, const Affine& bias, void* out, Dtype out_dtype) const {
+  // Some rows of x, which are floats and contiguous.
+  void norm(Matrix x, Range rows, const Affine& weight, const Affine& bias, void* out, Dtype out_dtype) const {
+    x.data = static_cast<const float*>(x.data) + rows.first * x.columns, x.rows = rows.last - rows.first;
     NormQuantizeParams n{};
     n.x = x, n.weight = weight, n.bias = bias, n.eps = p_.eps, n.kind = Norm::layer, n.rows_per_sample = INT64_MAX;
-    norm_rows(n, p_.x.dtype, out, out_dtype);
+    norm_rows(n, p_.x.dtype, static_cast<char*>(out) + rows.first * x.columns * size_of(out_dtype), out_dtype);
   }
 
   const EncoderLayerParams& p_;
@@ -163,22 +174,26 @@ struct Projected {
   Dtype dtype;
   int64_t columns;  // H
 
-  AttentionTensor at(int64_t row, int64_t which) const {
-    return {static_cast<const char*>(data) + (row * 3 + which) * columns * size_of(dtype), 0, 3 * columns, 0};
+  AttentionTensor at(int64_t row, int64_t which, int64_t column) const {
+    const int64_t element = (row * 3 + which) * columns + column;
+    return {static_cast<const char*>(data) + element * size_of(dtype), 0, 3 * columns, 0};
   }
 };
 
+// Some rows of a sequence, and some heads, to out, where the first of the rows begins.
 AttentionRows attention_of(const EncoderLayerParams& p, const EncoderLayer& layer, const Projected& qkv,
-                           const Sequence& s, int64_t first, int64_t last, void* out) {
-  const int64_t h = p.x.columns, head_dim = h / p.heads;
+                           const Sequence& s, Range rows, Range heads, void* out) {
+  const int64_t h = p.x.columns, head_dim = h / p.heads, column = heads.first * head_dim;
   AttentionRows a{};
   a.dtype = p.attention;
-  a.q = qkv.at(first, 0), a.k = qkv.at(s.first, 1), a.v = qkv.at(s.first, 2), a.out = {out, 0, h, head_dim};
+  a.q = qkv.at(rows.first, 0, column), a.k = qkv.at(s.first, 1, column), a.v = qkv.at(s.first, 2, column);
+  a.out = {static_cast<char*>(out) + column * size_of(p.attention), 0, h, head_dim};
   a.q.head = a.k.head = a.v.head = head_dim;
-  a.batch = 1, a.heads = a.kv_heads = p.heads, a.rows = last - first, a.keys = s.keys, a.columns = head_dim;
-  a.scale = p.scale, a.first_position = first - s.first, a.left = a.right = layer.window;
+  a.batch = 1, a.heads = a.kv_heads = heads.last - heads.first, a.columns = head_dim;
+  a.rows = rows.last - rows.first, a.keys = s.keys;
+  a.scale = p.scale, a.first_position = rows.first - s.first, a.left = a.right = layer.window;
   if (const ScoreBias& b = p.score_bias; b.data)
-    a.mask = b.data + (first - s.first) * b.row, a.mask_head = b.head, a.mask_row = b.row;
+    a.mask = b.data + heads.first * b.head + a.first_position * b.row, a.mask_head = b.head, a.mask_row = b.row;
   return a;
 }
 
@@ -201,39 +216,82 @@ void for_each_sequence(const EncoderLayerParams& p, const std::vector<Sequence>&
   }
 }
 
-// A step at a time, of all rows: threads share each.
-class Steps {
+// All rows at once. Without a kernel each product and each attention is a call of its own, by all threads.
+class SharedSteps {
  public:
-  Steps(const EncoderLayerParams& p, const Tensor& x)
-      : x_(x), scales_(p.x.rows), zero_points_(p.x.rows), one_(p), p_(p) {}
-
-  void linear(const LayerLinear& linear, const Matrix& x, const Outputs& o, bool = false) {
-    const QuantizeParams q = quantization(linear, x, scales_.data(), zero_points_.data());
-    int8_gemm_cpu(x_, {nullptr, Dtype::i8, x.rows, x.columns, 0}, linear.weight, epilogue_of(linear, q, o), &q,
-                  linear.packed);
-  }
+  SharedSteps(const EncoderLayerParams& p, const Tensor& x, const Int8Kernel* kernel)
+      : p_(p),
+        one_(p),
+        sequences_(sequences_of(p)),
+        is_team_(kernel),
+        team_(shares()),
+        products_(kernel, p.x.rows, std::max(p.x.columns, most_mid_columns(p)), x),
+        qkv_(contiguous_rows({p.x.rows, 3 * p.x.columns}, scalar_type(), x)),
+        attended_(contiguous_rows({p.x.rows, p.x.columns}, scalar_type(), x)),
+        sum_(allocate(p.x.rows * p.x.columns * 4)),
+        normed_(allocate(p.x.rows * p.x.columns * 4)),
+        mid_(allocate(p.x.rows * most_mid_columns(p) * 4)) {}
 
   void run() {
-    const int64_t rows = p_.x.rows, h = one_.columns();
-    const int64_t mid = most_mid_columns(p_);
-    const Tensor qkv = contiguous_rows({rows, 3 * h}, scalar_type(), x_);
-    Tensor attended = contiguous_rows({rows, h}, scalar_type(), x_);
-    const CacheLines sum = allocate(rows * h * 4), normed = allocate(rows * h * 4), wide = allocate(rows * mid * 4);
-    const Buffers buffers{attended.mutable_data_ptr(), at<float>(sum), at<float>(normed), at<float>(wide)};
-    const auto all = sequences_of(p_);
-    Matrix x = p_.x;
-    for (const EncoderLayer& layer : p_.layers) {
-      one_.qkv(layer, *this, x, 0, buffers.normed, qkv.mutable_data_ptr());
-      for_each_sequence(p_, all, 0, rows, buffers.attended,
-                        [&](const Sequence& s, int64_t first, int64_t last, void* out) {
-                          attend(layer, qkv, attended, s, first, last, out);
-                        });
-      one_.rest(layer, *this, x, buffers, p_.out);
-      x = {p_.out, p_.x.dtype, rows, h, h};
-    }
+    if (!is_team_) return Member(*this, 0, 1).run();
+    torch::stable::parallel_for(0, team_.shares(), 1,
+                                [&](int64_t begin, int64_t end) { Member(*this, begin, end).run(); });
   }
 
  private:
+  class Member : TeamMember {
+   public:
+    Member(SharedSteps& all, int64_t begin, int64_t end) : TeamMember(all.team_, begin, end), all_(all), p_(all.p_) {}
+
+    using TeamMember::meet;
+    using TeamMember::range;
+
+    void run() {
+      const int64_t rows = p_.x.rows, h = p_.x.columns;
+      const Buffers buffers{all_.attended_.mutable_data_ptr(), at<float>(all_.sum_), at<float>(all_.normed_),
+                            at<float>(all_.mid_)};
+      Matrix x = p_.x;
+      for (const EncoderLayer& layer : p_.layers) {
+        all_.one_.qkv(layer, *this, x, 0, buffers.normed, all_.qkv_.mutable_data_ptr());
+        meet();
+        attend(layer);
+        meet();
+        all_.one_.rest(layer, *this, x, buffers, p_.out);
+        x = {p_.out, p_.x.dtype, rows, h, h};
+      }
+    }
+
+    void linear(const LayerLinear& linear, const Matrix& x, const Outputs& o, bool is_quantized = false) {
+      if (!is_quantized) {
+        all_.products_.quantize(linear, x, range(x.rows));
+        meet();
+      }
+      all_.products_.multiply(linear, x, o, columns(linear.weight.rows));
+    }
+
+   private:
+    // The heads of all sequences, one sequence after another.
+    void attend(const EncoderLayer& layer) {
+      const Range items = range(std::ssize(all_.sequences_) * p_.heads);
+      int64_t first = 0;
+      for (const Sequence& s : all_.sequences_) {
+        const Range heads{std::max<int64_t>(items.first - first, 0), std::min(items.last - first, p_.heads)};
+        first += p_.heads;
+        if (heads.first < heads.last) all_.attend(layer, s, heads);
+      }
+    }
+
+    SharedSteps& all_;
+    const EncoderLayerParams& p_;
+  };
+
+  // A thread has so many products in a layer that meeting the others does not take a tenth of its time.
+  int64_t shares() const {
+    if (!is_team_) return 1;
+    const int64_t h = p_.x.columns, products = p_.x.rows * (4 * h * h + 2 * h * most_mid_columns(p_));
+    return std::clamp<int64_t>(products / kLeastProducts, 1, torch::stable::get_num_threads());
+  }
+
   ScalarType scalar_type() const {
     return p_.attention == Dtype::f32   ? ScalarType::Float
            : p_.attention == Dtype::f16 ? ScalarType::Half
@@ -241,10 +299,14 @@ class Steps {
   }
 
   // The kernel by hand where there is one, whatever the rows: the bits are those of blocks.
-  void attend(const EncoderLayer& layer, const Tensor& qkv, const Tensor& attended, const Sequence& s, int64_t first,
-              int64_t last, void* out) {
-    const int64_t h = one_.columns(), head_dim = h / p_.heads, rows = last - first;
-    const AttentionRows a = attention_of(p_, layer, {qkv.const_data_ptr(), p_.attention, h}, s, first, last, out);
+  void attend(const EncoderLayer& layer, const Sequence& s, Range heads) {
+    const int64_t h = p_.x.columns, head_dim = h / p_.heads, rows = s.last - s.first;
+    if (rows == 0) return;
+    void* out = static_cast<char*>(attended_.mutable_data_ptr()) + s.first * h * size_of(p_.attention);
+    if (!s.known) return heads.first == 0 ? fill_nan(out, p_.attention, rows * h) : void();
+    const AttentionRows a =
+        attention_of(p_, layer, {qkv_.const_data_ptr(), p_.attention, h}, s, {s.first, s.last}, heads, out);
+    if (is_team_) return attention_rows_here(a);
     if (has_attention_rows(p_.attention, head_dim)) return attention_rows(a);
     AttentionParams params{};
     params.q = a.q, params.k = a.k, params.v = a.v, params.out = out, params.dtype = p_.attention;
@@ -254,12 +316,10 @@ class Steps {
     params.scale = p_.scale, params.left = params.right = kUnlimited;
     if (a.mask) params.mask = {a.mask, AttentionMaskKind::f32, 0, a.mask_head, a.mask_row, 1};
     std::vector<float> window;
-    if (a.left < s.last - s.first) params.mask = window_mask(a, window);
-    const auto from = [&](int64_t row, int64_t which) {
-      return reshaped(qkv, {1, h}, {3 * h, 1}, (row * 3 + which) * h);
-    };
-    Tensor to = reshaped(attended, {rows, h}, {h, 1}, first * h);
-    attention_cpu(params, from(first, 0), from(s.first, 1), from(s.first, 2), to);
+    if (a.left < rows) params.mask = window_mask(a, window);
+    const auto projected = [&](int64_t which) { return reshaped(qkv_, {1, h}, {3 * h, 1}, (s.first * 3 + which) * h); };
+    Tensor to = reshaped(attended_, {rows, h}, {h, 1}, s.first * h);
+    attention_cpu(params, projected(0), projected(1), projected(2), to);
   }
 
   // The window of all rows of a sequence as a mask in `memory`, with the mask that there is: attention_cpu aligns the
@@ -274,11 +334,15 @@ class Steps {
     return {memory.data(), AttentionMaskKind::f32, 0, a.mask ? a.rows * a.keys : 0, a.keys, 1};
   }
 
-  const Tensor& x_;
-  std::vector<float> scales_;
-  std::vector<int32_t> zero_points_;
-  const Formula one_;
   const EncoderLayerParams& p_;
+  const Formula one_;
+  const std::vector<Sequence> sequences_;
+  const bool is_team_;
+  Team team_;
+  const FewRowsProducts products_;
+  const Tensor qkv_;
+  Tensor attended_;
+  const CacheLines sum_, normed_, mid_;
 };
 
 // What one thread has for its rows, a block of at most 32 at a time.
@@ -287,6 +351,8 @@ class Block {
   Block(const EncoderLayerParams& p, const Int8Kernel& kernel) : Block(p, kernel, p.x.columns, most_mid_columns(p)) {}
 
   void take(const BlockLayer& layer) { layer_ = &layer; }
+  void meet() {}
+  Range range(int64_t rows) const { return {0, rows}; }
 
   void linear(const LayerLinear& linear, const Matrix& x, const Outputs& o, bool is_quantized = false) {
     products_.linear(*layer_, linear, x, o, is_quantized);
@@ -343,11 +409,11 @@ class Blocks {
   void layer(Block& block, int64_t l, int64_t first, int64_t last, char* qkv, char* next) const {
     const int64_t h = one_.columns();
     if (l >= 0)
-      for_each_sequence(
-          p_, sequences_, first, last, block.buffers().attended,
-          [&](const Sequence& s, int64_t begin, int64_t end, void* out) {
-            attention_rows_here(attention_of(p_, p_.layers[l], {qkv, p_.attention, h}, s, begin, end, out));
-          });
+      for_each_sequence(p_, sequences_, first, last, block.buffers().attended,
+                        [&](const Sequence& s, int64_t begin, int64_t end, void* out) {
+                          attention_rows_here(attention_of(p_, p_.layers[l], {qkv, p_.attention, h}, s, {begin, end},
+                                                           {0, p_.heads}, out));
+                        });
     for (int64_t r = first; r < last; r += kBlockRows) {
       const int64_t count = std::min(kBlockRows, last - r);
       if (l >= 0) {
@@ -379,11 +445,16 @@ class Blocks {
   std::vector<BlockLayer> layers_;
 };
 
-// Whether rows go by blocks: there are enough of them for every thread.
-bool goes_by_blocks(const EncoderLayerParams& p, const Int8Kernel* kernel) {
-  if (!kernel || !has_attention_rows(p.attention, p.x.columns / p.heads)) return false;
+// The most rows whose products threads share: more are faster by blocks, but for packing where no one keeps it.
+int64_t most_shared_rows(const EncoderLayerParams& p, const Int8Kernel& kernel) {
+  const auto& packed = p.layers[0].out.packed;
+  return kernel.keeps_packed || (packed && packed->numel()) ? kernel.few_rows : kernel.few_rows_unpacked;
+}
+
+// Whether there are enough rows for every thread to take blocks of them.
+bool goes_by_blocks(const EncoderLayerParams& p) {
   const int64_t threads = torch::stable::get_num_threads(), blocks = (p.x.rows + kBlockRows - 1) / kBlockRows;
-  return p.x.rows > kernel->few_rows && (threads == 1 || blocks >= 2 * threads);
+  return threads == 1 || blocks >= 2 * threads;
 }
 
 }  // namespace
@@ -391,11 +462,10 @@ bool goes_by_blocks(const EncoderLayerParams& p, const Int8Kernel* kernel) {
 void encoder_layer_cpu(const EncoderLayerParams& p, const Tensor& x) {
   if (p.x.rows == 0) return;
   const Int8Kernel* kernel = int8_kernel(tier());
-  if (goes_by_blocks(p, kernel)) {
-    Blocks(p, *kernel).run();
-  } else {
-    Steps(p, x).run();
-  }
+  if (!kernel || !has_attention_rows(p.attention, p.x.columns / p.heads)) return SharedSteps(p, x, nullptr).run();
+  if (p.x.rows <= most_shared_rows(p, *kernel)) return SharedSteps(p, x, kernel).run();
+  if (goes_by_blocks(p)) return Blocks(p, *kernel).run();
+  SharedSteps(p, x, nullptr).run();
 }
 
 }  // namespace forwardpass

@@ -1,6 +1,8 @@
 #include "cpu/layer_linear.h"
 
+#include "cpu/quantize_rows.h"
 #include "cpu/vector.h"
+#include "torch/int8_operands.h"
 
 namespace forwardpass::cpu {
 namespace {
@@ -85,6 +87,42 @@ void BlockProducts::linear(const BlockLayer& layer, const LayerLinear& linear, c
   }
   multiply_block(kernel_, {rows, stride, x.rows, scratch, at<int32_t>(sums_), kChunkColumns}, linear.weight.rows, b, 0,
                  b.columns, epilogue_of(linear, q, o));
+}
+
+FewRowsProducts::FewRowsProducts(const Int8Kernel* kernel, int64_t rows, int64_t depth, const Tensor& x)
+    : kernel_(kernel), tensor_(x), scales_(allocate(rows * 4)), zero_points_(allocate(rows * 4)) {
+  if (!kernel) return;
+  const int64_t bytes = rows * round_up(depth, kTileBytes);
+  quantized_ = allocate(bytes), prepared_ = allocate(bytes * kernel->few_bytes), corrections_ = allocate(rows * 4);
+}
+
+QuantizeParams FewRowsProducts::quantization(const LayerLinear& linear, const Matrix& x) const {
+  QuantizeParams q = cpu::quantization(linear, x, at<float>(scales_), at<int32_t>(zero_points_));
+  if (kernel_) q.out.q = at<uint8_t>(quantized_), q.out.q_stride = round_up(x.columns, kTileBytes);
+  return q;
+}
+
+void FewRowsProducts::quantize(const LayerLinear& linear, const Matrix& x, Range rows) const {
+  if (!kernel_ || rows.first == rows.last) return;
+  const QuantizeParams q = quantization(linear, x);
+  quantize_rows(q, rows.first, rows.last);
+  const int64_t depth = q.out.q_stride, count = rows.last - rows.first;
+  uint8_t* quantized = at<uint8_t>(quantized_) + rows.first * depth;
+  for (int64_t r = 0; r < count; ++r) std::fill_n(quantized + r * depth + x.columns, depth - x.columns, 0);
+  kernel_->prepare_few(quantized, count, depth, at<uint8_t>(prepared_) + rows.first * depth * kernel_->few_bytes,
+                       at<uint32_t>(corrections_) + rows.first);
+}
+
+void FewRowsProducts::multiply(const LayerLinear& linear, const Matrix& x, const Outputs& o, Range columns) const {
+  const QuantizeParams q = quantization(linear, x);
+  const Epilogue e = epilogue_of(linear, q, o);
+  if (!kernel_)
+    return int8_gemm_cpu(tensor_, {nullptr, Dtype::i8, x.rows, x.columns, 0}, linear.weight, e, &q, linear.packed);
+  const FewRows few{at<uint8_t>(prepared_), x.rows, q.out.q_stride * kernel_->few_bytes, at<uint32_t>(corrections_)};
+  multiply_columns<Dtype::i32>(x.rows, columns.first, columns.last, e,
+                               [&](int64_t first, int64_t last, int32_t* sums, int64_t stride) {
+                                 kernel_->multiply_few(few, linear.weight, first, last, sums, stride);
+                               });
 }
 
 }  // namespace forwardpass::cpu

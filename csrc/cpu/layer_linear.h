@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cpu/int8_blocks.h"
+#include "cpu/team.h"
 #include "cpu/w8a16_gemm.h"
 #include "params/affine.h"
 #include "torch/check.h"
@@ -103,6 +104,25 @@ class BlockProducts {
   CacheLines rows_, scratch_, sums_;
   float scales_[kBlockRows];
   int32_t zero_points_[kBlockRows];
+};
+
+// The int8 products of few rows, whose columns threads share. Without a kernel every product is a call of
+// int8_gemm_cpu.
+class FewRowsProducts {
+ public:
+  // depth: the most columns that an input has. x: any tensor, of the device.
+  FewRowsProducts(const Int8Kernel* kernel, int64_t rows, int64_t depth, const Tensor& x);
+
+  // Some rows of x; all of them have been before `multiply`.
+  void quantize(const LayerLinear& linear, const Matrix& x, Range rows) const;
+  void multiply(const LayerLinear& linear, const Matrix& x, const Outputs& o, Range columns) const;
+
+ private:
+  QuantizeParams quantization(const LayerLinear& linear, const Matrix& x) const;
+
+  const Int8Kernel* const kernel_;
+  const Tensor& tensor_;
+  CacheLines scales_, zero_points_, quantized_, prepared_, corrections_;
 };
 
 }  // namespace cpu

@@ -1,10 +1,17 @@
 #pragma once
 // Threads of one parallel_for that meet between the steps of a call: a step of a decoder has some two hundred, and to
 // fork and join threads for each takes as long as the small ones of them.
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 
+#include "cpu/few_rows.h"
+
 namespace forwardpass::cpu {
+
+struct Range {
+  int64_t first, last;
+};
 
 // What is to be done has so many shares, of which each thread has some, perhaps one thread all. A thread that throws
 // leaves the others waiting: arguments are checked, and shared memory is allocated, before a team begins.
@@ -37,6 +44,26 @@ class Team {
   const int64_t shares_;
   alignas(64) std::atomic<int64_t> arrived_{0};
   alignas(64) std::atomic<uint32_t> meetings_{0};
+};
+
+// A thread of a team, which has the shares from `begin` to `end`.
+class TeamMember {
+ public:
+  TeamMember(Team& team, int64_t begin, int64_t end) : team_(team), begin_(begin), end_(end) {}
+
+  void meet() { team_.wait(end_ - begin_); }
+
+  // Which of n things are this thread's.
+  Range range(int64_t n) const { return {n * begin_ / team_.shares(), n * end_ / team_.shares()}; }
+  // Which of n columns of a product.
+  Range columns(int64_t n) const {
+    const auto [first, last] = range((n + kGroupColumns - 1) / kGroupColumns);
+    return {std::min(n, first * kGroupColumns), std::min(n, last * kGroupColumns)};
+  }
+
+ private:
+  Team& team_;
+  const int64_t begin_, end_;
 };
 
 }  // namespace forwardpass::cpu

@@ -20,7 +20,9 @@ RUNS = operations["encoder_layer"].runs
 #: MANY: in blocks of rows with one thread.
 FEW, MANY = cases.THREADED_CASES[:2]
 #: Rotated, with windows, q, k and v in one weight, without the first norm.
-MODERN_FEW, MODERN_MANY, MODERN_OF_TORCH = (case for case in cases.THREADED_CASES if case.rotated)
+MODERN_FEW, MODERN_MANY, MODERN_SHARED, MODERN_OF_TORCH = (case for case in cases.THREADED_CASES if case.rotated)
+#: Rows whose products and heads threads share.
+SHARED = cases.THREADED_CASES[-3]
 SCORE_BIAS = operations["encoder_layer"].parameters.index("score_bias")
 BIASED_FEW, BIASED_MANY = (dataclasses.replace(case, score_bias=3) for case in (FEW, MANY))
 
@@ -192,6 +194,15 @@ def test_rows_of_no_sequence_are_nan(cu_seqlens, nan):
     assert got[: nan[0]].isfinite().all() and got[nan[1] :].isfinite().all()
     full = run(args, key_lens=ints(33, 2, 64, 40))  # more keys than there are rows
     assert full[33:34].isnan().all() and full[:33].isfinite().all() and full[34:].isfinite().all()
+
+
+@pytest.mark.parametrize("case", [SHARED, MODERN_SHARED], ids=str)
+def test_threads_that_share_heads_find_the_same_sequences(case):
+    args = case.arguments()
+    for cu_seqlens in ((0, 9, 16), (0, 9, 9, 12), (0, 9, 5, 16), (3, 9, 16)):
+        first, *others = by_threads(lambda: run(args, cu_seqlens=ints(*cu_seqlens), key_lens=None))  # noqa: B023
+        assert all(torch.equal(y.nan_to_num(7), first.nan_to_num(7)) for y in others)
+        assert first.isnan().any() == (cu_seqlens != (0, 9, 16))
 
 
 @pytest.mark.parametrize("case", [BIASED_FEW, BIASED_MANY])

@@ -176,7 +176,7 @@ def cases() -> Iterator[Case]:
 #: What ModernBERT's layers have that BERT's have not.
 MODERN: dict[str, Any] = {"activation": "gelu_mul", "pre_norm": True, "first_norm": False, "fused": True, "rotated": 12,
                           "windows": (NO_WINDOW, 16, 16), "bias": False}  # fmt: skip
-#: Few rows, blocks of them, and a number between: by blocks with one thread, by columns with seven.
+#: Few rows, blocks of them, and a number between: by blocks with one thread, and with seven a product at a time.
 THREADED_CASES = (
     Case((5, 2), 64, 4, 256, layers=2),
     Case((33, 1, 64, 40), 64, 4, 256, layers=2),
@@ -186,6 +186,10 @@ THREADED_CASES = (
     Case((90, 200, 11, 300), 96, 3, 80, layers=2, attention_dtype=torch.bfloat16, score_bias=4),
     Case((5, 2), 64, 4, 256, layers=3, **MODERN),
     Case((90, 200, 11, 300), 96, 3, 80, layers=3, attention_dtype=torch.bfloat16, **MODERN),
+    # Few rows of so many columns that seven threads share them, and the heads; q, k and v quantised alike, and not.
+    Case((9, 0, 7), 256, 8, 512, layers=2),
+    Case((9, 1, 6), 256, 4, 512, layers=2, x_dtype=torch.bfloat16, channel_scale=True, score_bias=3, key_lens=True,
+         **{**MODERN, "fused": False}),
     # Of 20 columns attention is torch's.
     Case((33, 1, 64, 40), 40, 2, 64, layers=3, key_lens=True, **MODERN),
 )
