@@ -188,8 +188,18 @@ THREADED_CASES = (
     Case((90, 200, 11, 300), 96, 3, 80, layers=3, attention_dtype=torch.bfloat16, **MODERN),
     # Few rows of so many columns that seven threads share them, and the heads; q, k and v quantised alike, and not.
     Case((9, 0, 7), 256, 8, 512, layers=2),
-    Case((9, 1, 6), 256, 4, 512, layers=2, x_dtype=torch.bfloat16, channel_scale=True, score_bias=3, key_lens=True,
-         **{**MODERN, "fused": False}),
+    Case(
+        (9, 1, 6),
+        256,
+        4,
+        512,
+        layers=2,
+        x_dtype=torch.bfloat16,
+        channel_scale=True,
+        score_bias=3,
+        key_lens=True,
+        **{**MODERN, "fused": False},
+    ),
     # Of 20 columns attention is torch's.
     Case((33, 1, 64, 40), 40, 2, 64, layers=3, key_lens=True, **MODERN),
 )
