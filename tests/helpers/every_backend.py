@@ -9,7 +9,7 @@ import forwardpass as fp
 from forwardpass.testing import poisoned_outputs
 
 #: One in so many of the cases that Triton has to compile GEMMs and attention for, a second or two each.
-OF_TRITON = 160
+OF_TRITON = 240
 #: (backend, the architecture to interpret): each backend, and each kind of kernel
 EVERY_BACKEND = (
     ("reference", None),

@@ -59,8 +59,8 @@ def with_lse(arch, q, k, v, truncating=False, **options):
 
 @pytest.mark.parametrize(
     ("case", "arch"),
-    on_each(ARCHES["int8"], cases_of("int8") + paths("int8"), 8, slow=("sm_89", "sm_120"))
-    + on_each(ARCHES["fp8"], cases_of("fp8") + paths("fp8"), 8, slow=("sm_120",)),
+    on_each(ARCHES["int8"], cases_of("int8") + paths("int8"), 16, slow=("sm_89", "sm_120"))
+    + on_each(ARCHES["fp8"], cases_of("fp8") + paths("fp8"), 16, slow=("sm_120",)),
 )
 def test_kernel(case, arch, seed):
     args = case.arguments(seed=seed)

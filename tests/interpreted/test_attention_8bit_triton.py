@@ -67,9 +67,9 @@ def out_of_turn(*architectures):
 @pytest.mark.parametrize(
     ("case", "arch"),
     [
-        *on_each(ARCHITECTURES, CASES, 76, slow=("sm_89", "sm_120")),
-        *on_each(ARCHITECTURES, PATHS, 32, slow=("sm_89", "sm_120", *out_of_turn("sm_80", "sm_90a"))),
-        *on_each(("sm_90a", "sm_89", "sm_120"), FP8, 76, slow=("sm_120", *out_of_turn("sm_90a", "sm_89"))),
+        *on_each(ARCHITECTURES, CASES, 160, slow=("sm_89", "sm_120")),
+        *on_each(ARCHITECTURES, PATHS, 64, slow=("sm_89", "sm_120", *out_of_turn("sm_80", "sm_90a"))),
+        *on_each(("sm_90a", "sm_89", "sm_120"), FP8, 160, slow=("sm_120", *out_of_turn("sm_90a", "sm_89"))),
         *(whole(REST, arch, which="of cuda", marks=[pytest.mark.slow]) for arch in ("sm_80", "sm_90a")),
     ],
 )

@@ -84,8 +84,8 @@ def launches():
     """Triton, which takes two seconds to compile a kernel, has cases with few of them; in `make test-all` CUDA's too."""
     refused, of_cuda = ([c for c in CASES if bool(reason_of_refusal(c)) == is_refused] for is_refused in (True, False))
     of_triton = [c for c in FEW_KERNELS if not reason_of_refusal(c)]
-    yield from on_each(("sm_80", "sm_90a", "sm_120"), of_cuda, 6, "cuda")
-    yield from on_each(("sm_80", "sm_90a", "sm_89", "sm_120"), of_triton, 76, "triton", slow=("sm_89",))
+    yield from on_each(("sm_80", "sm_90a", "sm_120"), of_cuda, 12, "cuda")
+    yield from on_each(("sm_80", "sm_90a", "sm_89", "sm_120"), of_triton, 160, "triton", slow=("sm_89",))
     rest = [c for c in of_cuda if c not in of_triton]
     for arch in ("sm_80", "sm_89", "sm_90a", "sm_120"):
         yield whole(rest, "triton", arch, which="of cuda", marks=[pytest.mark.slow])

@@ -69,7 +69,7 @@ def launches():
     """Triton's cases with few kernels, and in `make test-all` CUDA's too."""
     for name in MODULES:
         of_cuda, of_triton = ([c for c in cases[name] if not is_refused(name, c)] for cases in (CASES, FEW_KERNELS))
-        yield from on_each(ARCHITECTURES, of_cuda, 8, name, "cuda")
+        yield from on_each(ARCHITECTURES, of_cuda, 12, name, "cuda")
         # of sm_89, where all but what has e4m3 is sm_80's code, and of sm_120 one in turn
         slow = [arch for arch in ("sm_89", "sm_120") if not_in_turn(arch, ("sm_89", "sm_120"))]
         slow = slow if name in FP8 else ["sm_89", *slow]

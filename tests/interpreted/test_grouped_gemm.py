@@ -31,7 +31,7 @@ def interpreted(args, arch, implementation="cuda", seed=0, **options):
 
 
 LAUNCHES = [
-    *on_each(ARCHITECTURES, cases.cases(), 8, "cuda"),
+    *on_each(ARCHITECTURES, cases.cases(), 12, "cuda"),
     *on_each(ARCHITECTURES, cases.cases(few_kernels=True), OF_TRITON, "triton", slow=("sm_89",)),  # which is sm_80's
 ]
 

@@ -35,7 +35,7 @@ def interpreted(args, arch, implementation="cuda", seed=0, truncating=True, **op
 
 
 LAUNCHES = [
-    *on_each(ARCHITECTURES, cases.cases(), 8, "cuda"),
+    *on_each(ARCHITECTURES, cases.cases(), 12, "cuda"),
     *on_each(ARCHITECTURES, cases.cases(few_kernels=True), OF_TRITON, "triton"),
 ]
 

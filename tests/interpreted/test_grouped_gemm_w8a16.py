@@ -31,7 +31,7 @@ def interpreted(args, arch, seed=0, operation=OPERATION, **options):
     return got, device.kernels()
 
 
-@pytest.mark.parametrize(("case", "arch"), on_each(ARCHITECTURES, CASES, 8))
+@pytest.mark.parametrize(("case", "arch"), on_each(ARCHITECTURES, CASES, 12))
 def test_kernel(case, arch, seed):
     args = case.arguments(seed=seed)
     with fp.interpret(arch, seed=seed) as device, fp.use_backend("cuda"):

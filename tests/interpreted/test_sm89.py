@@ -1,6 +1,7 @@
 """What an L40S or a 4090 runs of operations that have no code for 8.9: the kernels for 8.0, by tiles that fit its shared memory."""
 
 import pytest
+from rotation import in_turn
 
 import forwardpass as fp
 from forwardpass import dispatch
@@ -22,7 +23,7 @@ def some(name, count):
     return [(name, cases[i * len(cases) // count]) for i in range(count)]
 
 
-@pytest.mark.parametrize(("name", "case"), [pair for name in MODULES for pair in some(name, 12)], ids=str)
+@pytest.mark.parametrize(("name", "case"), in_turn([pair for name in MODULES for pair in some(name, 12)], 2), ids=str)
 def test_kernel(name, case):
     args = case.arguments()
     operation = dispatch.operations[getattr(case, "op", name)]

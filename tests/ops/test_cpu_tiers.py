@@ -12,7 +12,7 @@ from rotation import in_turn
 TIERS = torch.ops.forwardpass._cpu_tiers().split(",")
 
 
-@pytest.mark.parametrize("parts", [8, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("parts", [12, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("tier", TIERS)
 def test_every_tier(tier, parts):
     checks = (*GEMMS, *OF_WIDTHS) if tier in ("baseline", "avx2", "avx512") else (*GEMMS, attention_8bit)

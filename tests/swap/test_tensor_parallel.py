@@ -156,6 +156,7 @@ def loaded(folder, floats):
     assert not (folder / "again").exists()
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_a_checkpoint_is_divided_as_it_is_loaded(processes, folders, tmp_path, calibrated):
     model = one_process(folders / "llama")
