@@ -43,6 +43,7 @@ def test_doctor_json(examined):
         assert rows["quantize", "cuda"]["code"] in ("no_gpu", "not_built")
 
 
+@pytest.mark.every(2)
 def test_doctor_knows_what_can_be_interpreted(examined):
     found = examined["interpreter"]
     assert found["problem"] is None

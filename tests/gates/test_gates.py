@@ -126,6 +126,7 @@ GROUPED = {"sm_80": ({"Int8"}, 4), "sm_89": ({"E4m3Blocks"}, 2), "sm_90": (set()
            "sm_120": (set(), 2)}  # fmt: skip
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("arch", ONE_ARCHITECTURE)
 def test_main_loops_of_experts_are_those_of_one_product(kernels, arch):
     """Issued instructions, of each tile that both have, at most 3 % more."""

@@ -209,6 +209,7 @@ def other_modules():
     torch.testing.assert_close(linear(x), expected)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("function", [nan_stays, layouts, weights_of_rank_0, copies, refusals, other_modules])
 def test_parts(processes, function):
     processes.run(function)

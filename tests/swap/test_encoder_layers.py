@@ -144,6 +144,7 @@ def others_among_layers():
     return [without_last, in_another_order, compiled, compiled_in_place]
 
 
+@pytest.mark.every(2)
 @FAMILIES
 @pytest.mark.parametrize("change", others_among_layers(), ids=lambda f: f.__name__)
 def test_goes_layer_by_layer_where_the_list_of_layers_is_another(build, change, calls):
