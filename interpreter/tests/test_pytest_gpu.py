@@ -42,9 +42,9 @@ def run(file, *options, folder):
     return done, outcomes
 
 
-@pytest.mark.parametrize("guard", [[], ["--gpu-guard"]])
-def test_device_is_cuda(guard, tmp_path):
-    done, outcomes = run("device_checks.py", "--gpu=sm_90a", "-q", *guard, folder=tmp_path)
+@pytest.mark.parametrize("options", [[], pytest.param(["--gpu-guard"], marks=pytest.mark.slow)])
+def test_device_is_cuda(options, tmp_path):
+    done, outcomes = run("device_checks.py", "--gpu=sm_90a", "-q", *options, folder=tmp_path)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert len(outcomes) > 50 and set(outcomes.values()) == {"PASSED"}
     assert "0 findings" in done.stdout
