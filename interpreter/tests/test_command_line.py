@@ -79,6 +79,19 @@ def test_flags_that_are_refused(flags, words, capsys):
     assert re.search(words, line)
 
 
+@pytest.mark.parametrize("command", ["run", "report"])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("prog.cu", "prog.cu -o PROG` makes one of CUDA source"), ("prog", "no program that"), ("no.py", "there is no ")],
+)
+def test_what_is_no_program_is_refused(command, name, words, tmp_path, capsys):
+    for source in ("prog.cu", "prog"):
+        (tmp_path / source).write_text("__global__ void nothing() {}\n")
+    assert main([command, str(tmp_path / name)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+
+
 ALL = ["80", "89", "90a", "100a", "120"]
 
 

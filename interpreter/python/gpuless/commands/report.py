@@ -16,6 +16,7 @@ from ..latencies import as_text, machine
 from ..timing.model import modelled
 from ..timing.profile import Counts, KernelProfile, LineProfile, by_line
 from ..timing.timeline import ERROR, KernelTimeline, Timeline
+from .program import check_program
 
 
 def report(arguments: list[str]) -> int:
@@ -37,8 +38,7 @@ def report(arguments: list[str]) -> int:
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     options = parser.parse_args(arguments)
     program = pathlib.Path(options.program)
-    if not program.is_file():
-        raise ValueError(f"there is no {program}")
+    check_program(program)
     timed = options.timeline or options.trace is not None
     status, counts, timeline = 0, program.read_text() if program.suffix == ".json" else "", ""
     if counts and timed:

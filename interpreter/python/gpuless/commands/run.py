@@ -18,6 +18,7 @@ from ..verdicts.finding_log import FindingLog, read_log
 from ..verdicts.junit import write_junit
 from ..verdicts.sarif import write_sarif
 from ..verdicts.verdict import Report
+from .program import check_program
 
 #: launches end by themselves at their time limit; a program that takes so many seconds more, its own work, is ended
 GRACE = 20.0
@@ -28,8 +29,7 @@ MOST_LINES = 20
 def run(arguments: list[str]) -> int:
     """The exit code of the verdict."""
     options = _parser().parse_args(arguments)
-    if not options.program.is_file():
-        raise ValueError(f"there is no {options.program}")
+    check_program(options.program)
     if options.time_limit < 0:
         raise ValueError(f"--time-limit is a number of seconds, or 0 for none, not {options.time_limit}")
     report = run_program(options)
