@@ -14,7 +14,6 @@
 #include "cpu/norm_rows.h"
 #include "cpu/team.h"
 #include "cpu/vector.h"
-#include "torch/int8_operands.h"
 
 namespace forwardpass {
 namespace {
@@ -132,9 +131,7 @@ class SharedSteps {
   }
 
   void run() {
-    if (!kernel_) return Member(*this, 0, 1).run();
-    torch::stable::parallel_for(0, team_.shares(), 1,
-                                [&](int64_t begin, int64_t end) { Member(*this, begin, end).run(); });
+    team_.run([&](int64_t begin, int64_t end) { Member(*this, begin, end).run(); });
   }
 
  private:

@@ -18,7 +18,6 @@
 #include "cpu/rotary.h"
 #include "cpu/sequences.h"
 #include "cpu/team.h"
-#include "torch/int8_operands.h"
 #include "torch/torch_ops.h"
 
 namespace forwardpass {
@@ -233,9 +232,7 @@ class SharedSteps {
         mid_(allocate(p.x.rows * most_mid_columns(p) * 4)) {}
 
   void run() {
-    if (!is_team_) return Member(*this, 0, 1).run();
-    torch::stable::parallel_for(0, team_.shares(), 1,
-                                [&](int64_t begin, int64_t end) { Member(*this, begin, end).run(); });
+    team_.run([&](int64_t begin, int64_t end) { Member(*this, begin, end).run(); });
   }
 
  private:

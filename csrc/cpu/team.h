@@ -21,6 +21,14 @@ class Team {
 
   int64_t shares() const { return shares_; }
 
+  // member(begin, end) by each thread, with its shares. Whoever has all is no part of a parallel_for: what it calls may
+  // take all threads.
+  template <class F>
+  void run(F member) {
+    if (shares_ == 1) return member(0, 1);
+    torch::stable::parallel_for(0, shares_, 1, member);
+  }
+
   // Returns once this was called for all shares; `shares` of them are the caller's.
   void wait(int64_t shares) {
     const uint32_t before = meetings_.load(std::memory_order_relaxed);
