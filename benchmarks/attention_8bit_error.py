@@ -74,6 +74,16 @@ def by_groups(block: int, group_of: Callable[[Tensor], Tensor]) -> Callable[[Ten
     return largest
 
 
+def in_order_of_scales(x: Tensor) -> Tensor:
+    """Eight rows share a scale, of each 64 those whose largest values are next to one another."""
+    blocks = [most.sort(0) for most in by_row(x).squeeze(1).split(64)]
+    shared = [
+        torch.cat([most[-1:].expand_as(most) for most in ordered.split(8)]).gather(0, places.argsort())
+        for ordered, places in blocks
+    ]
+    return torch.cat(shared).unsqueeze(1)
+
+
 #: A thread's rows of q, and its columns of a block of 64 keys, in the accumulators of mma.sync.
 Q_OF_THREAD = by_groups(32, lambda place: place % 8)
 K_OF_THREAD = by_groups(64, lambda place: place % 8 // 2)
@@ -174,10 +184,11 @@ def _e4m3_by_block(x: Tensor) -> Rounded:
     return _by_block(x, LARGEST_E4M3, to_e4m3)
 
 
+_K = _int8(in_order_of_scales)
 ARITHMETICS = {
     "fp16": Arithmetic(_fp16, _fp16, _fp16, _p_fp16),
-    "int8": Arithmetic(_int8(by_row), _int8(by_row), _int8_by_block, _p_u8, rotates=True, centre=mean, by_block=True),
-    "fp8": Arithmetic(_int8(by_row), _int8(by_row), _e4m3(by_channel), _p_e4m3, rotates=True, centre=mean, by_block=True),
+    "int8": Arithmetic(_int8(by_row), _K, _int8_by_block, _p_u8, rotates=True, centre=mean, by_block=True),
+    "fp8": Arithmetic(_int8(by_row), _K, _e4m3(by_channel), _p_e4m3, rotates=True, centre=mean, by_block=True),
     "Sage 2": Arithmetic(_int8(Q_OF_THREAD), _int8(K_OF_THREAD), _e4m3(by_channel), _p_e4m3, centre=mean),
     "FA3 fp8": Arithmetic(_e4m3(by_tensor), _e4m3(by_tensor), _e4m3(by_tensor), _p_e4m3, block=128),
     "kitchen": Arithmetic(
@@ -185,26 +196,29 @@ ARITHMETICS = {
         sums_rounded=True,
     ),
     # what the int8 and fp8 above are without one of their parts
-    "int8, not rotated": Arithmetic(_int8(by_row), _int8(by_row), _int8_by_block, _p_u8, centre=mean, by_block=True),
-    "int8, not centred": Arithmetic(_int8(by_row), _int8(by_row), _int8_by_block, _p_u8, rotates=True, by_block=True),
-    "int8, p by the row": Arithmetic(_int8(by_row), _int8(by_row), _int8_by_block, _p_u8, rotates=True, centre=mean),
+    "int8, not rotated": Arithmetic(_int8(by_row), _K, _int8_by_block, _p_u8, centre=mean, by_block=True),
+    "int8, not centred": Arithmetic(_int8(by_row), _K, _int8_by_block, _p_u8, rotates=True, by_block=True),
+    "int8, p by the row": Arithmetic(_int8(by_row), _K, _int8_by_block, _p_u8, rotates=True, centre=mean),
     "int8, p by 128 keys": Arithmetic(
-        _int8(by_row), _int8(by_row), _int8_by_block, _p_u8, rotates=True, centre=mean, by_block=True, block=128
+        _int8(by_row), _K, _int8_by_block, _p_u8, rotates=True, centre=mean, by_block=True, block=128
     ),
     "int8, v by channel": Arithmetic(
-        _int8(by_row), _int8(by_row), _int8(by_channel), _p_u8, rotates=True, centre=mean, by_block=True
+        _int8(by_row), _K, _int8(by_channel), _p_u8, rotates=True, centre=mean, by_block=True
+    ),
+    "int8, k by key": Arithmetic(
+        _int8(by_row), _int8(by_row), _int8_by_block, _p_u8, rotates=True, centre=mean, by_block=True
     ),
     "int8, k by thread": Arithmetic(
         _int8(by_row), _int8(K_OF_THREAD), _int8_by_block, _p_u8, rotates=True, centre=mean, by_block=True
     ),
-    "fp8, p by the row": Arithmetic(_int8(by_row), _int8(by_row), _e4m3(by_channel), _p_e4m3, rotates=True, centre=mean),
+    "fp8, p by the row": Arithmetic(_int8(by_row), _K, _e4m3(by_channel), _p_e4m3, rotates=True, centre=mean),
     "fp8, p by 128 keys": Arithmetic(
-        _int8(by_row), _int8(by_row), _e4m3(by_channel), _p_e4m3, rotates=True, centre=mean, by_block=True, block=128
+        _int8(by_row), _K, _e4m3(by_channel), _p_e4m3, rotates=True, centre=mean, by_block=True, block=128
     ),
     "fp8, v by 64 keys too": Arithmetic(
-        _int8(by_row), _int8(by_row), _e4m3_by_block, _p_e4m3, rotates=True, centre=mean, by_block=True
+        _int8(by_row), _K, _e4m3_by_block, _p_e4m3, rotates=True, centre=mean, by_block=True
     ),
-    "int8 q k, fp16 p v": Arithmetic(_int8(by_row), _int8(by_row), _fp16, _p_fp16, rotates=True, centre=mean),
+    "int8 q k, fp16 p v": Arithmetic(_int8(by_row), _K, _fp16, _p_fp16, rotates=True, centre=mean),
 }  # fmt: skip
 
 

@@ -264,7 +264,7 @@ INLINE void begin(const Head& h, const Rows& rows) {
     } else {
       const char* q = row_of(p, p.q, s, s.first_row, h.chunk.head, h.chunk.first + i);
       shift = shift_of<V, D>(p, q, h.keys.centre);
-      scale = quantize_row<V, D, 128>(h.operands, q, nullptr, rows.row, integers);
+      scale = quantize_row<V, D, 128>(h.operands, q, rows.row, integers);
     }
     rows.factors[i] = scale * p.scale * (h.modifies ? 1 : kLog2e);
     rows.shifts[i] = shift * p.scale;

@@ -1,5 +1,7 @@
 #include "cpu/attention_8bit_operands.h"
 
+#include <cmath>
+
 #include "cpu/attention_8bit.h"
 #include "cpu/sequences.h"
 #include "torch/check.h"
@@ -68,21 +70,41 @@ INLINE void pack_key(const Operands8bit& o, const Keys8bit& to, int64_t key, con
   for (int64_t c = 0; c < o.columns(); c += 4) std::memcpy(&to.k_at(o.columns(), key, c), integers + c, 4);
 }
 
-// A block of k, from its key on.
+// Of keys' largest magnitudes, n of one block, the largest of the group that shares a scale: keys are in the order of
+// their magnitudes, of equal ones in their own. Those that are NaN come last, and stay as they are.
+void share_ranges(float* ranges, int64_t n) {
+  uint64_t order[kBlockKeys];
+  for (int64_t i = 0; i < n; ++i) order[i] = uint64_t{bits<uint32_t>(ranges[i])} << 32 | static_cast<uint64_t>(i);
+  std::sort(order, order + n);
+  for (int64_t first = 0; first < n; first += kGroupKeys) {
+    float most = 0;
+    const int64_t end = std::min(first + kGroupKeys, n);
+    for (int64_t i = first; i < end; ++i) most = std::fmax(most, ranges[static_cast<uint32_t>(order[i])]);
+    for (int64_t i = first; i < end; ++i) {
+      float& range = ranges[static_cast<uint32_t>(order[i])];
+      if (range == range) range = most;
+    }
+  }
+}
+
+// A block of k. x: room for its rows as floats.
 template <class V, Dtype D>
 INLINE void pack_k(const Operands8bit& o, const Sequence& s, int64_t head, int64_t block, const Keys8bit& to, float* x,
                    int8_t* integers) {
   const AttentionParams& p = o.params();
   const float unrotate = 1 / static_cast<float>(o.rotated());
+  const int64_t first = block * kBlockKeys, n = std::min(kBlockKeys, s.keys - first);
+  float ranges[kBlockKeys];
+  for (int64_t i = 0; i < n; ++i)
+    ranges[i] = rotate_row<V, D>(o, key_of(p, p.k, s, head, first + i), to.centre, x + i * o.row_floats());
+  share_ranges(ranges, n);
   for (int64_t i = 0; i < kBlockKeys; ++i) {
-    const int64_t key = block * kBlockKeys + i;
-    if (key < s.keys) {
-      to.k_scale[key] = quantize_row<V, D, 0>(o, key_of(p, p.k, s, head, key), to.centre, x, integers) * unrotate;
-    } else {
-      to.k_scale[key] = 0;
+    if (i < n)
+      round_row<V, 0>(o, x + i * o.row_floats(), ranges[i], integers);
+    else
       std::fill_n(integers, o.columns(), int8_t{0});
-    }
-    pack_key<V>(o, to, key, integers);
+    to.k_scale[first + i] = i < n ? ranges[i] / 127 * unrotate : 0;
+    pack_key<V>(o, to, first + i, integers);
   }
 }
 
@@ -205,7 +227,7 @@ void Operands8bit::quantize() {
       for (int64_t first = 0; first < sequences_[s].blocks(); first += kChunkBlocks)
         items.push_back({s, head, first, std::min(first + kChunkBlocks, sequences_[s].blocks())});
   torch::stable::parallel_for(0, std::ssize(items), 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> row(row_floats()), inverse(value_columns());
+    std::vector<float> rows(kBlockKeys * row_floats()), inverse(value_columns());
     std::vector<int8_t> integers(row_floats());
     with_vectors_and_dtype(p_.dtype,
                            [&]<class V, Dtype D>(V, std::integral_constant<Dtype, D>) __attribute__((always_inline)) {
@@ -214,7 +236,7 @@ void Operands8bit::quantize() {
                                const Keys8bit to = keys(s, head);
                                for (int64_t c = 0; c < value_columns(); ++c) inverse[c] = inverse_of(to.v_range[c]);
                                for (int64_t block = first; block < last; ++block) {
-                                 pack_k<V, D>(*this, sequences_[s], head, block, to, row.data(), integers.data());
+                                 pack_k<V, D>(*this, sequences_[s], head, block, to, rows.data(), integers.data());
                                  pack_v<V, D>(*this, sequences_[s], head, block, to, inverse.data());
                                }
                              }
@@ -278,7 +300,7 @@ void return_rows(const QuantizeAttentionParams& p, const Operands8bit& o, int64_
     const int64_t to = s.row_token(p, row) * p.heads + head;
     with_vectors_and_dtype(p.dtype,
                            [&]<class V, Dtype D>(V, std::integral_constant<Dtype, D>) __attribute__((always_inline)) {
-                             p.to.q_scale[to] = quantize_row<V, D, 0>(o, q, nullptr, x.data(), integers.data());
+                             p.to.q_scale[to] = quantize_row<V, D, 0>(o, q, x.data(), integers.data());
                              p.to.q_shift[to] = shift_of<V, D>(p, q, centre);
                            });
     std::copy_n(integers.data(), p.head_dim, p.to.q + to * p.head_dim);

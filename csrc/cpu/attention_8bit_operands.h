@@ -14,6 +14,7 @@ namespace forwardpass::cpu {
 constexpr int64_t kBlockKeys = 64, kPanelColumns = 64;
 // Four bytes of each column, of which one instruction adds all products.
 constexpr int64_t kPanelRow = 4 * kPanelColumns;
+constexpr int64_t kGroupKeys = 8;     // that share a scale of k
 constexpr int64_t kMostSamples = 64;  // keys whose mean is subtracted from each
 
 inline int64_t whole(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
@@ -135,10 +136,9 @@ INLINE void rotate(float* x, int64_t columns, int64_t n) {
       }
 }
 
-// Integers of a row of q or k, minus its centre where there is one, plus an offset; the scale. `x` is room for the row
-// as floats.
-template <class V, Dtype D, int kOffset>
-INLINE float quantize_row(const Operands8bit& o, const void* row, const float* centre, float* x, void* integers) {
+// A row of q or k, minus its centre where there is one, and rotated, as floats to x; its largest magnitude.
+template <class V, Dtype D>
+INLINE float rotate_row(const Operands8bit& o, const void* row, const float* centre, float* x) {
   const int64_t columns = o.params().head_dim;
   for_each_vector<V>(
       0, columns, VECTOR_BODY(&) {
@@ -150,10 +150,23 @@ INLINE float quantize_row(const Operands8bit& o, const void* row, const float* c
   Uints<V> highs{};
   for (int64_t c = 0; c < columns; c += kLanes<V>)
     highs = max(highs, bits<Uints<V>>(load<V, Dtype::f32>(x, c)) & 0x7fffffff);
-  const float range = range_of<V>(highs), inverse = inverse_of(range);
-  for (int64_t c = 0; c < columns; c += kLanes<V>)
+  return range_of<V>(highs);
+}
+
+// The integers of a row of floats whose largest magnitude is `range`, plus an offset.
+template <class V, int kOffset>
+INLINE void round_row(const Operands8bit& o, const float* x, float range, void* integers) {
+  const float inverse = inverse_of(range);
+  for (int64_t c = 0; c < o.params().head_dim; c += kLanes<V>)
     store_low_bytes<V>(to_int(load<V, Dtype::f32>(x, c) * inverse, -127, 127) + kOffset,
                        static_cast<char*>(integers) + c);
+}
+
+// The integers of a row of q, plus an offset; its scale. `x` is room for the row as floats.
+template <class V, Dtype D, int kOffset>
+INLINE float quantize_row(const Operands8bit& o, const void* row, float* x, void* integers) {
+  const float range = rotate_row<V, D>(o, row, nullptr, x);
+  round_row<V, kOffset>(o, x, range, integers);
   return range / 127;
 }
 

@@ -122,7 +122,7 @@ INTERPRETED_STREAM = 2
 
 def dumped(quantized, q, k, v, rotates, starts, products="int8", arch="sm_80"):
     """The workspace's (q, q_scale, shift, k, k_scale, v, v_scale, v_block_scale) of one call, in memory that only the kernels have
-    written. An int8 v is unsigned there, 128 more, and its blocks' scales are 2^109 times as large."""
+    written, but keys in their order. An int8 v is unsigned there, 128 more, and its blocks' scales are 2^109 times as large."""
     from gpuless.operators import Operator
 
     varlen = starts is not None
@@ -156,30 +156,39 @@ def dumped(quantized, q, k, v, rotates, starts, products="int8", arch="sm_80"):
         return workspace[places[i] : places[i] + count * dtype.itemsize].view(dtype).reshape(shape)
 
     is_unsigned = products == "int8"
-    v8 = part(5, (hk, blocks, values, 64), torch.int8)
-    scales = part(4, (hk, blocks, 68), torch.float32)
+    v8 = in_order(part(5, (hk, blocks, values, 64), torch.int8))
+    scales = part(4, (hk, blocks, 92), torch.float32)
+    # Without modifiers keys are in the order of their scales, and eight that a thread of attention has share one.
+    key = scales[..., 76:].contiguous().view(torch.uint8).long()
+    is_grouped = key.sort(-1).values.eq(torch.arange(64)).all(-1, keepdim=True)
+    group = torch.tensor([j // 32 * 4 + j % 8 // 2 for j in range(64)])
+    k_scale = scales[..., :64] * torch.where(is_grouped, scales[..., 68:76][..., group], 1)
+    place = torch.where(is_grouped, key, torch.arange(64)).argsort(-1)
+
+    def by_key(x):  # [hk, blocks, 64, ...]
+        return x.take_along_dim(place.reshape(*place.shape, *(1,) * (x.dim() - 3)), 2).flatten(1, 2)
+
     return (
         part(0, (rows, columns), torch.int8),
         part(1, (rows,), torch.float32),
         part(2, (rows,), torch.float32),
-        part(3, (hk, blocks * 64, columns), torch.int8),
-        scales[..., :64].flatten(1),
-        v8.bitwise_xor(-128) if is_unsigned else v8,
+        by_key(part(3, (hk, blocks, 64, columns), torch.int8)),
+        by_key(k_scale),
+        by_key(v8.bitwise_xor(-128) if is_unsigned else v8),
         part(6, (call.batch, hk, values), torch.float32),
         scales[..., 64] * (2.0**-109 if is_unsigned else 1),
     )
 
 
 def in_order(v):
-    """v [.., blocks, columns, 64] of the workspace as [.., keys, columns]: byte i of word w is of this key."""
-    keys = torch.tensor([w // 4 * 16 + i // 2 * 8 + w % 4 * 2 + i % 2 for w in range(16) for i in range(4)])
-    return v[..., keys.argsort()].transpose(-1, -2).flatten(-3, -2)
+    """v [.., blocks, columns, 64] of the workspace as [.., blocks, 64, columns]: byte i of word w is of this place."""
+    places = torch.tensor([w // 4 * 16 + i // 2 * 8 + w % 4 * 2 + i % 2 for w in range(16) for i in range(4)])
+    return v[..., places.argsort()].transpose(-1, -2)
 
 
 def assert_quantized_as_the_reference(operands, q, k, v, rotates, starts, products="int8", arch="sm_80"):
     """The integers and e4m3 bit for bit, and scales; columns, keys and rows beyond those that there are: zeros."""
     q8, q_scale, shift, k8, k_scale, v8, v_scale, v_block_scale = operands(q, k, v, rotates, starts, products, arch)
-    v8 = in_order(v8)
     v8 = v8.view(torch.float8_e4m3fn).float() if products == "fp8" else v8
     (h, d), dv, varlen = q.shape[-2:], v.shape[-1], starts is not None
     for b in range(len(v_scale)):

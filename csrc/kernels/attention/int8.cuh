@@ -28,13 +28,15 @@ struct Int8AttentionConfig {
   using Schedule = MmaAttentionSchedule<Int8AttentionConfig>;
   using Source = Int8Source<Int8AttentionConfig>;
   using Scores = Fragments<float, kTilesM, kN / 8>;
-  using Softmax = BlockSoftmax<kTilesM, Values>;
+  using Softmax = BlockSoftmax<kTilesM, Values, !kModified>;
   using Output = Fragments<float, kTilesM, kValueDim / 8>;
   using Consumer = Int8AttentionConsumer<Int8AttentionConfig>;
 
+  // Keys are grouped unless modifiers need them in their order.
+  static constexpr int kScales = kModified ? kInt8GroupScales : kInt8Scales;
   struct Stage {  // a block of keys; bytes in pairs
     alignas(128) uint16_t k[kN * kHeadDim / 2], v[kValueDim * kN / 2];
-    float scales[kInt8Scales];  // of the keys, and of v
+    float scales[kScales];
   };
   struct SharedStorage {
     union {

@@ -35,10 +35,17 @@ __device__ inline void multiply_values(float (&d)[4], const uint32_t (&p)[4], co
 // last took its place, so that the comparison needs no addition; sum is times 2^(kLog2Unit - max). A row that has seen
 // no key has the lowest float as its max, which no score is below: with -inf, whose differences are NaN, each row takes
 // four instructions more.
-template <int kTilesM, class Values>
+//
+// kGrouped: scores are sums of products, kInt8Magic more, and a thread's are of kGroups groups of keys, each of which
+// has a factor to units of log2(e). Else they are in these units.
+template <int kTilesM, class Values, bool kGrouped>
 struct BlockSoftmax : OnlineSoftmax<kTilesM> {
   using Row = RowValues<kTilesM>;
+  static constexpr int kGroups = kGrouped ? 2 : 1;
+  using Factors = Row[kGroups];
   static constexpr float kLowest = -0x1.fffffep127f;
+  // Of a larger factor kInt8Magic times it, which the offset of an exponent has, is rounded too coarsely.
+  static constexpr float kMostFactor = 0x1p-9f;
   Row bytes;  // of unsigned v: sums of this thread's p as whole numbers, in units of the output
 
   __device__ BlockSoftmax() {
@@ -51,30 +58,41 @@ struct BlockSoftmax : OnlineSoftmax<kTilesM> {
 #pragma unroll
       for (int half = 0; half < 2; ++half) f(i, half);
   }
-  // Turns scores s, times `scale` of their row in units of log2(e), into rounded probabilities. Multiplies what has
-  // been added up so far, which o has too, where a maximum has grown.
+  // Turns scores s into rounded probabilities. Multiplies what has been added up so far, which o has too, where a
+  // maximum has grown. Rounded up and down so that no probability is more than 1.
   template <int kTilesN, class Output>
-  __device__ void update(Fragments<float, kTilesM, kTilesN>& s, const Row& scale, Row& weight, Output& o) {
-    bool rare = false;
+  __device__ void update(Fragments<float, kTilesM, kTilesN>& s, Factors& factors, Row& weight, Output& o) {
+    bool rare = false, far = false;
     Row largest, unit;
     each_row([&](int i, int half) {
-      // Rounded up: no score times the scale is more, so that no probability is more than 1.
-      largest[i][half] = fmaxf(__fmul_ru(largest_of(s[i], half), scale[i][half]), kLowest);
-      unit[i][half] = __fsub_ru(largest[i][half], Values::kLog2Unit);
-      rare |= largest[i][half] > this->max[i][half] || fabsf(largest[i][half]) > Values::kFar;
+      largest[i][half] = fmaxf(
+          largest_of_row(s[i], half,
+                         [&](float v, int g) { return kGrouped ? __fmul_ru(v - kInt8Magic, factors[g][i][half]) : v; }),
+          kLowest);
+      rare |= largest[i][half] > this->max[i][half];
+      far |= is_far(largest, factors, i, half);
     });
-    if (__any_sync(0xffffffff, rare)) {
-      grow(largest, o);
-      bring_near(s, largest, unit);
-    }
+    if (__any_sync(0xffffffff, rare)) grow(largest, o);
     each_row([&](int i, int half) {
       weight[i][half] = ptx::ex2(largest[i][half] - this->max[i][half]);
+      unit[i][half] = __fsub_ru(largest[i][half], Values::kLog2Unit);
+    });
+    if (__any_sync(0xffffffff, far)) bring_near(s, largest, factors, unit);
+    Factors offset;
+    each_row([&](int i, int half) {
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g)
+        offset[g][i][half] = kGrouped ? __fmaf_rd(-kInt8Magic, factors[g][i][half], -unit[i][half]) : -unit[i][half];
+    });
+    each_row([&](int i, int half) {
       float add;
 #pragma unroll
       for (int j = 0; j < kTilesN; ++j)
 #pragma unroll
         for (int e = half * 2; e < half * 2 + 2; ++e) {
-          s[i][j][e] = ptx::ex2(fmaf(s[i][j][e], scale[i][half], -unit[i][half]));
+          const int g = j / (kTilesN / kGroups);
+          s[i][j][e] = ptx::ex2(kGrouped ? fmaf(s[i][j][e], factors[g][i][half], offset[g][i][half])
+                                         : s[i][j][e] + offset[g][i][half]);
           add = j == 0 && e == half * 2 ? s[i][j][e] : add + s[i][j][e];
         }
       this->sum[i][half] = fmaf(add, weight[i][half], this->sum[i][half]);
@@ -110,14 +128,30 @@ struct BlockSoftmax : OnlineSoftmax<kTilesM> {
   }
 
  private:
-  // Of a row's scores.
-  template <int kTilesN>
-  __device__ static float largest_of(const float (&tiles)[kTilesN][4], int half) {
-    float most = fmaxf(tiles[0][half * 2], tiles[0][half * 2 + 1]);
+  // The largest of a row's scores; in_units(v, g) of the largest of a group.
+  template <int kTilesN, class F>
+  __device__ static float largest_of_row(const float (&tiles)[kTilesN][4], int half, F in_units) {
+    constexpr int kEach = kTilesN / kGroups;
+    float all;
 #pragma unroll
-    for (int j = 1; j < kTilesN; ++j) most = fmaxf(most, fmaxf(tiles[j][half * 2], tiles[j][half * 2 + 1]));
-    most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 1));
-    return fmaxf(most, __shfl_xor_sync(0xffffffff, most, 2));
+    for (int g = 0; g < kGroups; ++g) {
+      float most = fmaxf(tiles[g * kEach][half * 2], tiles[g * kEach][half * 2 + 1]);
+#pragma unroll
+      for (int j = g * kEach + 1; j < (g + 1) * kEach; ++j)
+        most = fmaxf(most, fmaxf(tiles[j][half * 2], tiles[j][half * 2 + 1]));
+      most = in_units(most, g);
+      all = g == 0 ? most : fmaxf(all, most);
+    }
+    return over_group(all);
+  }
+  __device__ static float over_group(float v) {
+    v = fmaxf(v, __shfl_xor_sync(0xffffffff, v, 1));
+    return fmaxf(v, __shfl_xor_sync(0xffffffff, v, 2));
+  }
+  // Of this thread's scores of a row.
+  __device__ static bool is_far(const Row& largest, const Factors& factors, int i, int half) {
+    if (kGrouped) return fmaxf(factors[0][i][half], factors[kGroups - 1][i][half]) > kMostFactor;
+    return fabsf(largest[i][half]) > Values::kFar;
   }
   template <class Output>
   __device__ void grow(const Row& largest, Output& o) {
@@ -135,15 +169,26 @@ struct BlockSoftmax : OnlineSoftmax<kTilesM> {
   // Makes far scores relative to the largest of their row, which is then 1 exactly. Rows of the warp that are not far
   // stay as they are: a row's bits do not depend on them.
   template <int kTilesN>
-  __device__ static void bring_near(Fragments<float, kTilesM, kTilesN>& s, const Row& largest, Row& unit) {
+  __device__ static void bring_near(Fragments<float, kTilesM, kTilesN>& s, const Row& largest, Factors& factors,
+                                    Row& unit) {
+    constexpr float kFactor = kGrouped ? 0x1p-20f : 1, kOffset = kGrouped ? kInt8Magic * kFactor : 0;
     each_row([&](int i, int half) {
-      const bool far = fabsf(largest[i][half]) > Values::kFar;
-      const float most = fmaxf(largest_of(s[i], half), kLowest), less = far ? most : 0;
+      const bool far = over_group(is_far(largest, factors, i, half)) > 0;
+      // At 128 columns 8 bytes are spilled without this branch in int8, and 16 with it in e4m3.
+      if (Values::kUnsigned && !__any_sync(0xffffffff, far)) return;
+      const auto each_score = [&](auto f) {
 #pragma unroll
-      for (int j = 0; j < kTilesN; ++j)
+        for (int j = 0; j < kTilesN; ++j)
 #pragma unroll
-        for (int e = half * 2; e < half * 2 + 2; ++e) s[i][j][e] -= less;
-      if (far) unit[i][half] = -Values::kLog2Unit;
+          for (int e = half * 2; e < half * 2 + 2; ++e) f(s[i][j][e], j / (kTilesN / kGroups));
+      };
+      each_score([&](float& v, int g) { v = kGrouped && far ? (v - kInt8Magic) * factors[g][i][half] : v; });
+      const float most = fmaxf(largest_of_row(s[i], half, [](float v, int) { return v; }), kLowest),
+                  less = far ? most : 0, times = far ? 1 / kFactor : 1;
+      each_score([&](float& v, int) { v = (v - less) * times; });
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) factors[g][i][half] = far ? kFactor : factors[g][i][half];
+      unit[i][half] = far ? -Values::kLog2Unit - kOffset : unit[i][half];
     });
   }
 };
@@ -160,7 +205,7 @@ struct Int8Source {
   __device__ static void copy(typename Config::Stage& to, const Int8Operands& x, int64_t block) {
     CopyK k({.data = x.k, .row = Config::kHeadDim / 2}, block * (Config::kN * Config::kHeadDim / 2));
     CopyV v({.data = x.v, .row = kInt8Keys / 2}, block * (Config::kValueDim * kInt8Keys / 2));
-    if (threadIdx.x < kInt8Scales / 4)
+    if (threadIdx.x < Config::kScales / 4)
       ptx::cp_async_16(ptx::shared_address(to.scales + threadIdx.x * 4),
                        x.k_scale(block, static_cast<int>(threadIdx.x) * 4));
     k.template copy<true>(to.k, kStepK, Config::kN, Config::kHeadDim / 2);
@@ -216,7 +261,7 @@ struct Int8AttentionConsumer {
         o(o),
         q_at(shuffled<kOnce>(PanelsK::template matrices<Config::kM, true>(s.q8, warp_row, 0))),
         k_at(shuffled<kOnce>(offset<PanelsK>())),
-        v_at(shuffled<kOnceV>(offset<PanelsV>())) {}
+        v_at(shuffled<kOnceQV>(offset<PanelsV>())) {}
 
   __device__ void operator()() {
     o.clear();
@@ -232,7 +277,7 @@ struct Int8AttentionConsumer {
   using PanelsV = Panels<kInt8Keys / 2>;
   // ptxas computes addresses that depend on the lane anew in each block of keys, unless a shuffle returns them.
   // Modelled, that makes 64 columns up to 4 % slower, and v's addresses in int8 at 128 columns up to 19 %.
-  static constexpr bool kOnce = Config::kHeadDim > 64, kOnceV = kOnce && !Values::kUnsigned;
+  static constexpr bool kOnce = Config::kHeadDim > 64, kOnceQV = kOnce && !Values::kUnsigned;
   // x of this lane.
   template <bool kShuffled>
   __device__ static uint32_t shuffled(uint32_t x) {
@@ -284,7 +329,7 @@ struct Int8AttentionConsumer {
         scale[i][half] = of_q;
         shift[i][half] = p.softcap > 0 ? of_row(a.x.shift, i, half) : 0;
       } else {
-        scale[i][half] = above_zero(of_q * a.scale);
+        scale[i][half] = of_q * a.scale;
       }
     });
   }
@@ -307,22 +352,41 @@ struct Int8AttentionConsumer {
     if (kModified) Modifiers{p, tile, first_row(), vectors}.load(mask, key);
     Scores scores;
     qk(scores, stage);
+    typename Config::Softmax::Factors factors;
     if constexpr (kModified) {
       scores.for_each([&](float& v, int i, int, int e) { v = fmaf(v, scale[i][e / 2], shift[i][e / 2]); });
       Modifiers{p, tile, first_row(), vectors}(scores, mask, key);
+      if (masked) RowBounds<Scores>(p, tile, first_row())(scores, key);
+    } else {
+#pragma unroll
+      for (int g = 0; g < 2; ++g) {
+        const float of_k = stage.scales[kInt8GroupScales + g * 4 + thread_in_group()];
+        each_row([&](int i, int half) { factors[g][i][half] = fmaf(of_k, scale[i][half], kLeastFactor); });
+      }
+      if (masked) mask_keys(scores, stage, block);
     }
-    if (masked) RowBounds<Scores>(p, tile, first_row())(scores, key);
-    Row weight, one;
-    each_row([&](int i, int half) { one[i][half] = 1; });
-    sums.update(scores, kModified ? one : scale, weight, o);
-    if (Values::kBlockScales) each_row([&](int i, int half) { weight[i][half] *= stage.scales[kInt8Keys]; });
+    Row weight;
+    sums.update(scores, factors, weight, o);
+    if (Values::kBlockScales) each_row([&](int i, int half) { weight[i][half] *= stage.scales[kInt8BlockScales]; });
     uint32_t packed[Config::kN / 32][kTilesM][4];
     pack_bytes(packed, scores);
     if (Values::kUnsigned) sums.add_bytes(packed, weight);
     pv(packed, stage, weight);
   }
-  // scores = q k^T, times the scales of the keys. What accumulators begin with comes from shared memory, as of
-  // constants there are four MOVs for each mma; and anew for each block, as registers that keep it would spill.
+  // So that a factor is never 0: 0 times a masked score would be NaN. Sums of products are below 2^23.
+  static constexpr float kLeastFactor = 0x1p-126f;
+  // -inf for all keys that a row does not attend to. They are in the order of their scales.
+  __device__ void mask_keys(Scores& scores, const typename Config::Stage& stage, int block) const {
+    const auto order = reinterpret_cast<const uint8_t*>(stage.scales + kInt8Order) + accumulator_column(0);
+    uint16_t places[Scores::kTilesN];  // of two keys each
+#pragma unroll
+    for (int j = 0; j < Scores::kTilesN; ++j) places[j] = *reinterpret_cast<const uint16_t*>(order + j * 8);
+    RowBounds<Scores>(p, tile, first_row())(scores, block * Config::kN,
+                                            [&](int j, int e) { return places[j] >> 8 * e & 255; });
+  }
+  // scores = q k^T: with modifiers times the scales of the keys; else kInt8Magic more, in units of their groups. What
+  // accumulators begin with comes from shared memory, as of constants there are four MOVs for each mma; and anew for
+  // each block, as registers that keep it would spill.
   __device__ void qk(Scores& scores, const typename Config::Stage& stage) const {
     int32_t magic[4];
 #pragma unroll
@@ -344,15 +408,20 @@ struct Int8AttentionConsumer {
             ptx::mma_m16n8k32(sums[i][j + next], q[i], k + next * 2, step == 0 ? magic : sums[i][j + next]);
       }
     }
+    sums.for_each([&](int32_t sum, int i, int j, int e) { scores[i][j][e] = __int_as_float(sum); });
+    if (!kModified && stage.scales[kInt8BlockScales + 1] == 0) return;
 #pragma unroll
     for (int j = 0; j < Scores::kTilesN; ++j) {
       const auto k = *reinterpret_cast<const float2*>(stage.scales + j * 8 + accumulator_column(0));
-      const float offset[2] = {-kInt8Magic * k.x, -kInt8Magic * k.y};  // exact, as the scales have 22 bits
 #pragma unroll
       for (int i = 0; i < kTilesM; ++i)
 #pragma unroll
-        for (int e = 0; e < 4; ++e)
-          scores[i][j][e] = fmaf(__int_as_float(sums[i][j][e]), e % 2 ? k.y : k.x, offset[e % 2]);
+        for (int e = 0; e < 4; ++e) {
+          const float of_k = e % 2 ? k.y : k.x;
+          float& score = scores[i][j][e];
+          // A scale of 22 bits times kInt8Magic is exact.
+          score = kModified ? fmaf(score, of_k, -kInt8Magic * of_k) : fmaf(score - kInt8Magic, of_k, kInt8Magic);
+        }
     }
   }
   // Four tiles of p, a byte each, are the first operand of an mma.

@@ -11,8 +11,20 @@ namespace forwardpass {
 // Keys of a block, which share the unit of their probabilities. Each sequence begins with a block of its own.
 constexpr int kInt8Keys = 64;
 
-// Floats of a block of keys: a scale of each key of k, one of v, and the rest of 16 bytes, which is not written.
-constexpr int kInt8Scales = kInt8Keys + 4;
+// Keys of a block that share a scale, as python/forwardpass/ops/attention_8bit/reference.py groups them.
+constexpr int kInt8Group = 8, kInt8Groups = kInt8Keys / kInt8Group;
+
+// Floats of a block of keys: one for each key, four of the block, a scale for each group, and a byte for each key.
+// Those from kInt8GroupScales on are there where keys are grouped.
+constexpr int kInt8BlockScales = kInt8Keys, kInt8GroupScales = kInt8BlockScales + 4,
+              kInt8Order = kInt8GroupScales + kInt8Groups, kInt8Scales = kInt8Order + kInt8Keys / 4;
+
+// Where a key is in a block whose keys are grouped, of its number in the order of their scales: a thread's accumulators
+// of eight keys after another, two a tile, are of one group.
+HOST_DEVICE constexpr int int8_slot(int rank) {
+  const int group = rank / kInt8Group, i = rank % kInt8Group;
+  return (group / 4 * 4 + i / 2) * 8 + group % 4 * 2 + i % 2;
+}
 
 // Accumulators of int8 products begin with its bits: as a float each is then this plus the sum, below 2^22.
 constexpr float kInt8Magic = 0x1.8p23f;
@@ -26,11 +38,12 @@ struct Int8Operands {
   int32_t head_dim, value_dim;  // columns that there is room for: the kernel's, beyond the call's they are 0
   int64_t blocks;               // of keys of a kv head, of all sequences; of packed ones as many as there may be
   bool unsigned_v;              // v is 128 more
+  bool grouped;                 // a block's keys are in the order of their scales, as int8_slot() has them
   int32_t chunks;               // of a sequence's keys, whose largest values are found separately
   int8_t* q;                    // [row, head_dim]; rows are in the order of the lse
   float *q_scale, *shift;       // of each row; shift: q times k's centre, what all scores of the row have lost
   int8_t* k;                    // [kv head, block, key, head_dim]; keys beyond the sequence's are 0
-  float* scales;                // [kv head, block, kInt8Scales]; k_scale and v_block_scale are where
+  float* scales;                // [kv head, block, kInt8Scales]; the functions below say what is where
   int8_t* v;       // [kv head, block, value_dim, key]; keys in the order of `int8_key`; int8, unsigned or e4m3
   float* v_scale;  // [sequence, kv head, value_dim]
   float* centre;   // of k: [sequence, kv head, head_dim]
@@ -38,8 +51,9 @@ struct Int8Operands {
   int64_t bytes;   // of the workspace
 
   // Those of a call, for a kernel of so many columns.
-  static Int8Operands of(const AttentionParams& p, int head_dim, int value_dim, bool unsigned_v = false) {
-    Int8Operands x{.head_dim = head_dim, .value_dim = value_dim, .unsigned_v = unsigned_v};
+  static Int8Operands of(const AttentionParams& p, int head_dim, int value_dim, bool unsigned_v = false,
+                         bool grouped = false) {
+    Int8Operands x{.head_dim = head_dim, .value_dim = value_dim, .unsigned_v = unsigned_v, .grouped = grouped};
     const bool varlen = p.cu_seqlens_q;
     const int64_t rows = int64_t{p.heads} * p.rows * (varlen ? 1 : p.batch);
     x.blocks = varlen ? p.keys / kInt8Keys + p.batch : int64_t{p.batch} * blocks_of(p.keys);
@@ -58,10 +72,16 @@ struct Int8Operands {
     x.bytes = next - reinterpret_cast<char*>(p.workspace);
     return x;
   }
-  // block: of all heads'. Of a key 22 bits of its scale, so that kInt8Magic times it is exact.
+  // block: of all heads'. Of a key 22 bits of its scale, so that kInt8Magic times it is exact; of grouped ones the
+  // scale in units of their group's.
   HOST_DEVICE float* k_scale(int64_t block, int key) const { return scales + block * kInt8Scales + key; }
   // Of unsigned v it is v_unit() times the scale.
-  HOST_DEVICE float* v_block_scale(int64_t block) const { return k_scale(block, kInt8Keys); }
+  HOST_DEVICE float* v_block_scale(int64_t block) const { return k_scale(block, kInt8BlockScales); }
+  // Where keys are grouped: whether some scale is not its group's, as of a cache or of a NaN; the groups' scales; and
+  // which of the block's keys is where.
+  HOST_DEVICE float* uneven(int64_t block) const { return k_scale(block, kInt8BlockScales + 1); }
+  HOST_DEVICE float* group_scale(int64_t block, int group) const { return k_scale(block, kInt8GroupScales + group); }
+  HOST_DEVICE uint8_t* order(int64_t block) const { return reinterpret_cast<uint8_t*>(k_scale(block, kInt8Order)); }
   // Sums of unsigned products are read as the floats that have their bits, denormal ones: the kernel would have to
   // multiply each block's weight by this.
   HOST_DEVICE float v_unit() const { return unsigned_v ? 0x1p109f : 1; }

@@ -49,7 +49,7 @@ struct ValueArithmetic<Dtype::e4m3> {
 
 template <class Config>
 Int8Operands int8_operands(const AttentionParams& p) {
-  return Int8Operands::of(p, Config::kHeadDim, Config::kValueDim, Config::Values::kUnsigned);
+  return Int8Operands::of(p, Config::kHeadDim, Config::kValueDim, Config::Values::kUnsigned, !Config::kModified);
 }
 
 }  // namespace forwardpass

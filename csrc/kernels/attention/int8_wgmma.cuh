@@ -84,7 +84,7 @@ struct Int8WgmmaAttentionConfig {
     alignas(128) float shift[kM];
   };
   struct Scales {  // of 64 keys, and of their v
-    alignas(128) float value[kInt8Scales];
+    alignas(128) float value[kModified ? kInt8GroupScales : kInt8Scales];
   };
   struct SharedStorage {
     Query q[kQStages];

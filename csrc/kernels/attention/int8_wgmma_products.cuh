@@ -38,7 +38,7 @@ struct Int8WgmmaArguments {
     };
     if (auto e = floats(q_scale, x.q_scale, 1, static_cast<int>(rows), 1, m)) return e;
     if (auto e = floats(shift, x.shift, 1, static_cast<int>(rows), 1, m)) return e;
-    return floats(scales, x.scales, all, kInt8Scales, 1, kInt8Scales);
+    return floats(scales, x.scales, all, kInt8Scales, 1, x.grouped ? kInt8Scales : kInt8GroupScales);
   }
 };
 
@@ -120,6 +120,10 @@ struct Int8Products {
   static constexpr int kUnits = Config::kN / kInt8Keys, kParts = Config::kValueDim / Config::kPart,
                        kSteps = kUnits * kParts;
   static constexpr int kTiles = kInt8Keys / 8;  // of a unit
+  // A thread's scores of a unit are of kGroups groups of keys, in the order of their scales, unless modifiers need the
+  // keys in their own order.
+  static constexpr bool kGrouped = !Config::kModified;
+  static constexpr int kGroups = kGrouped ? 2 : 1, kGroupTiles = kTiles / kGroups;
   using Scores = typename Config::Scores;
   using Output = typename Config::Output;
   struct Sums {
@@ -129,12 +133,14 @@ struct Int8Products {
 
   const AttentionParams& p;
   uint32_t q_rows, k_rows, v_rows;  // low halves of the wgmma descriptors: of this warpgroup's rows; in the first stage
-  RowValues<1> scale;               // of a row's scores: with modifiers q's alone
+  RowValues<1> scale;               // of a row's scores: with modifiers q's alone; without, of the softmax too
   RowValues<1> shift;               // what all scores of a row lack
   RowValues<kUnits> weight;         // of the units whose p v comes next, times their scales of v
   float v_scale[kUnits];            // of the units whose scores there are
-  RowValues<1> total;               // of unsigned v: sums of this thread's p as whole numbers, in units of o
-  uint32_t packed[Config::kN / 32][4];  // p of the block of keys whose p v comes next: an mma's first operand
+  RowValues<1> factors[kUnits][kGroups];  // of these scores, to units of log2(e), where keys are grouped
+  RowValues<kUnits> most;                 // the largest of this thread's, in these units
+  RowValues<1> total;                     // of unsigned v: sums of this thread's p as whole numbers, in units of o
+  uint32_t packed[Config::kN / 32][4];    // p of the block of keys whose p v comes next: an mma's first operand
   typename Values::Sum values[Config::kPart / 8][4];  // p v of a step
 
   __device__ Int8Products(const Int8WgmmaArguments& a, const typename Config::SharedStorage& s, int warpgroup)
@@ -150,7 +156,7 @@ struct Int8Products {
     for (int half = 0; half < 2; ++half) {
       const int row = first_row + Scores::row(0, 2 * half);
       shift[0][half] = q.shift[row];
-      scale[0][half] = Config::kModified ? q.scale[row] : above_zero(q.scale[row] * p.scale * kLog2e);
+      scale[0][half] = Config::kModified ? q.scale[row] : q.scale[row] * p.scale * kLog2e;
       total[0][half] = 0;
       sums.max[0][half] = kNoKeys;
     }
@@ -166,24 +172,53 @@ struct Int8Products {
       ptx::wgmma_s8<kRowBytes>(sums.tile, q + panel * Config::kM + column, rows + panel * Config::kN + column, i > 0);
     }
   }
-  // Once it has completed, while the stage is there: times the scales of the keys, and with modifiers of the rows.
+  // Once it has completed, while the stage is there: with modifiers times the scales of the keys and of the rows; else
+  // as it is.
   __device__ Scores& scores(Sums& sums, const typename Config::SharedStorage& s, int k_stage) {
     ptx::wgmma_keep(sums.tile);
     const auto& scales = s.scales[k_stage];
 #pragma unroll
-    for (int unit = 0; unit < kUnits; ++unit) v_scale[unit] = Values::kBlockScales ? scales[unit].value[kInt8Keys] : 1;
+    for (int unit = 0; unit < kUnits; ++unit)
+      v_scale[unit] = Values::kBlockScales ? scales[unit].value[kInt8BlockScales] : 1;
+    if constexpr (kGrouped) {
+      bool uneven = false;
 #pragma unroll
-    for (int j = 0; j < Scores::kTilesN; ++j) {
-      const float* const of_k = scales[j / kTiles].value + j % kTiles * 8 + accumulator_column(0);
-      const auto k = *reinterpret_cast<const float2*>(of_k);
+      for (int unit = 0; unit < kUnits; ++unit) uneven |= scales[unit].value[kInt8BlockScales + 1] != 0;
+      load_factors(scales);
+      each_group([&](int unit, int g, int half) {
+        const int first = unit * kTiles + g * kGroupTiles;
+        int32_t largest = max(sums.tile[first][half * 2], sums.tile[first][half * 2 + 1]);
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        float& score = sums.scores[0][j][e];
-        score = static_cast<float>(sums.tile[j][e]) * (e % 2 ? k.y : k.x);
-        if (Config::kModified) score = fmaf(score, scale[0][e / 2], p.softcap > 0 ? shift[0][e / 2] : 0);
+        for (int j = first + 1; j < first + kGroupTiles; ++j)
+          largest = __vimax3_s32(largest, sums.tile[j][half * 2], sums.tile[j][half * 2 + 1]);
+        add_most(static_cast<float>(largest), unit, g, half);
+      });
+#pragma unroll
+      for (int j = 0; j < Scores::kTilesN; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sums.scores[0][j][e] = static_cast<float>(sums.tile[j][e]);
+      if (uneven) {
+        each_key(scales, [&](int j, int e, float of_k) { sums.scores[0][j][e] *= of_k; });
+        find_most(sums.scores);
       }
+    } else {
+      each_key(scales, [&](int j, int e, float of_k) {
+        const float score = static_cast<float>(sums.tile[j][e]) * of_k;
+        sums.scores[0][j][e] = fmaf(score, scale[0][e / 2], p.softcap > 0 ? shift[0][e / 2] : 0);
+      });
     }
     return sums.scores;
+  }
+  // -inf for the keys that rows do not attend to, where they are not in their order. volatile: places that are loaded
+  // before they are needed spill.
+  template <class Bounds>
+  __device__ void mask_keys(const Bounds& bounds, Scores& scores, const typename Config::SharedStorage& s, int k_stage,
+                            int first_key) {
+    bounds(scores, first_key, [&](int j, int e) {
+      const auto order = reinterpret_cast<const volatile uint8_t*>(s.scales[k_stage][j / kTiles].value + kInt8Order);
+      return j / kTiles * kInt8Keys + order[j % kTiles * 8 + accumulator_column(e)];
+    });
+    find_most(scores);
   }
   static constexpr bool kWaitsInSoftmax = !Config::kModified;
   // Issues p v: its first step.
@@ -197,13 +232,14 @@ struct Int8Products {
   __device__ bool update(OnlineSoftmax<1>& sums, Scores& s, RowValues<1>& factor, Output& o, int v_stage, Turn turn) {
     RowValues<kUnits> top, below, add;
     bool grown = false, far = false;
+    if (!kGrouped) find_most(s);
     end_steps<kPending>(o, v_stage, 0, kSteps / 4);
 #pragma unroll
     for (int unit = 0; unit < kUnits; ++unit)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         // Rounded up: no probability is more than 255 of 255.
-        top[unit][half] = __fmaf_ru(largest(s, unit, half), of_row(half), kBelow);
+        top[unit][half] = __fadd_ru(over_group(most[unit][half]), kBelow);
         grown |= top[unit][half] - sums.max[0][half] > kMostGrowth;
         far |= fabsf(top[unit][half]) > kFar;
         below[unit][half] = -fmaxf(top[unit][half], kNoKeys);
@@ -264,16 +300,55 @@ struct Int8Products {
   static constexpr float kNoKeys = -0x1.fffffep127f;
   // Beyond this kBelow is no longer exact enough as a part of the maximum, beyond 2^27 it is lost.
   static constexpr float kFar = Values::kFar;
-  __device__ float of_row(int half) const { return Config::kModified ? 1 : scale[0][half]; }
-  // Of a row's scores of a unit.
-  __device__ static float largest(const Scores& s, int unit, int half) {
-    const auto& tiles = s[0];
-    const int first = unit * kTiles, e = half * 2;
-    float most = fmaxf(tiles[first][e], tiles[first][e + 1]);
+  // So that a factor is never 0: 0 times a masked score would be NaN.
+  static constexpr float kLeastFactor = 0x1p-126f;
+  __device__ float factor_of(int unit, int g, int half) const { return kGrouped ? factors[unit][g][0][half] : 1; }
+  template <class F>
+  __device__ static void each_group(F f) {
 #pragma unroll
-    for (int j = first + 1; j < first + kTiles; ++j) most = fmaxf(most, fmaxf(tiles[j][e], tiles[j][e + 1]));
-    most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 1));
-    return fmaxf(most, __shfl_xor_sync(0xffffffff, most, 2));
+    for (int unit = 0; unit < kUnits; ++unit)
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) f(unit, g, half);
+  }
+  template <class Scales>
+  __device__ void load_factors(const Scales& scales) {
+    each_group([&](int unit, int g, int half) {
+      const float of_k = scales[unit].value[kInt8GroupScales + g * 4 + thread_in_group()];
+      factors[unit][g][0][half] = fmaf(of_k, scale[0][half], kLeastFactor);
+    });
+  }
+  // f(j, e, of_k): of each score, with the number that its key has.
+  template <class Scales, class F>
+  __device__ static void each_key(const Scales& scales, F f) {
+#pragma unroll
+    for (int j = 0; j < Scores::kTilesN; ++j) {
+      const float* const of_k = scales[j / kTiles].value + j % kTiles * 8 + accumulator_column(0);
+      const auto k = *reinterpret_cast<const float2*>(of_k);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) f(j, e, e % 2 ? k.y : k.x);
+    }
+  }
+  // Takes the largest score of a group into `most`; rounded up, so that no score is more.
+  __device__ void add_most(float score, int unit, int g, int half) {
+    const float x = kGrouped ? __fmul_ru(score, factor_of(unit, g, half)) : score;
+    most[unit][half] = g == 0 ? x : fmaxf(most[unit][half], x);
+  }
+  __device__ void find_most(const Scores& s) {
+    each_group([&](int unit, int g, int half) {
+      const auto& tiles = s[0];
+      const int first = unit * kTiles + g * kGroupTiles, e = half * 2;
+      float largest = fmaxf(tiles[first][e], tiles[first][e + 1]);
+#pragma unroll
+      for (int j = first + 1; j < first + kGroupTiles; ++j)
+        largest = fmaxf(largest, fmaxf(tiles[j][e], tiles[j][e + 1]));
+      add_most(largest, unit, g, half);
+    });
+  }
+  __device__ static float over_group(float v) {
+    v = fmaxf(v, __shfl_xor_sync(0xffffffff, v, 1));
+    return fmaxf(v, __shfl_xor_sync(0xffffffff, v, 2));
   }
   // A maximum that is exceeded by more than kMostGrowth gives way.
   __device__ void grow(OnlineSoftmax<1>& sums, const RowValues<kUnits>& top, RowValues<1>& factor) {
@@ -289,18 +364,30 @@ struct Int8Products {
   }
   // Makes scores relative to the largest of their units, which keeps 255 of 255: of a row that is masked whole by -1e9
   // all are alike.
-  __device__ static void bring_near(Scores& s, const RowValues<kUnits>& top, RowValues<kUnits>& below) {
+  __device__ void bring_near(Scores& s, const RowValues<kUnits>& top, RowValues<kUnits>& below) {
 #pragma unroll
     for (int unit = 0; unit < kUnits; ++unit)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         // Of other rows of the warp nothing changes: a row's bits do not depend on them.
         const bool is_far = fabsf(top[unit][half]) > kFar;
-        const float most = fmaxf(largest(s, unit, half), kNoKeys), less = is_far ? most : 0;
+        float largest = kNoKeys;
+        const auto each_score = [&](auto f) {
 #pragma unroll
-        for (int j = unit * kTiles; j < (unit + 1) * kTiles; ++j)
+          for (int j = 0; j < kTiles; ++j)
 #pragma unroll
-          for (int e = half * 2; e < half * 2 + 2; ++e) s[0][j][e] -= less;
+            for (int e = half * 2; e < half * 2 + 2; ++e) f(s[0][unit * kTiles + j][e], j / kGroupTiles);
+        };
+        each_score([&](float& v, int g) {
+          v *= is_far ? factor_of(unit, g, half) : 1;
+          largest = fmaxf(largest, v);
+        });
+        largest = over_group(largest);
+        const float less = is_far ? largest : 0;
+        each_score([&](float& v, int) { v -= less; });
+#pragma unroll
+        for (int g = 0; g < kGroups; ++g)
+          if (is_far && kGrouped) factors[unit][g][0][half] = 1;
         if (is_far) below[unit][half] = -kBelow;
       }
   }
@@ -312,7 +399,8 @@ struct Int8Products {
       for (int e = 0; e < 4; ++e) {
         const int half = e / 2;
         float& sum = sums[unit][half];
-        s[0][j][e] = ptx::ex2(fmaf(s[0][j][e], of_row(half), below[unit][half]));
+        s[0][j][e] =
+            ptx::ex2(fmaf(s[0][j][e], factor_of(unit, (j - unit * kTiles) / kGroupTiles, half), below[unit][half]));
         sum = j == unit * kTiles && e % 2 == 0 ? s[0][j][e] : sum + s[0][j][e];
       }
   }

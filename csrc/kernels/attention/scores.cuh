@@ -244,15 +244,21 @@ struct RowBounds {
           const int row = min(first_row + r, t.rows - 1);
           return KeyRange{t.first(p, row), t.end(p, row)};
         }) {}
-  // -inf for all other keys; first_key: of this thread's first column. What has no window needs one comparison a score.
-  __device__ void operator()(Scores& s, int first_key) const {
+  // -inf for all other keys. place_of(j, e): where the key of a score is, from first_key on. What has no window needs
+  // one comparison a score.
+  template <class F>
+  __device__ void operator()(Scores& s, int first_key, F place_of) const {
     s.for_each([&](float& v, int i, int j, int e) {
-      if (j * 8 + e % 2 >= end[i][e / 2] - first_key) v = -INFINITY;
+      if (place_of(j, e % 2) >= end[i][e / 2] - first_key) v = -INFINITY;
     });
     if (!from_first) return;
     s.for_each([&](float& v, int i, int j, int e) {
-      if (j * 8 + e % 2 < first[i][e / 2] - first_key) v = -INFINITY;
+      if (place_of(j, e % 2) < first[i][e / 2] - first_key) v = -INFINITY;
     });
+  }
+  // Of keys in their order; first_key: of this thread's first column.
+  __device__ void operator()(Scores& s, int first_key) const {
+    (*this)(s, first_key, [](int j, int e) { return j * 8 + e; });
   }
 };
 

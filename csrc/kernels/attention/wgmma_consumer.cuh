@@ -144,7 +144,7 @@ struct WgmmaAttentionConsumer {
     const Block block = first();
     MaskWords mask;
     load_mask(mask, block);
-    Scores& scores = wait_qk<0>(dots);
+    Scores& scores = wait_qk<0>(dots, block);
     RowValues<1> factor;
     softmax<false>(scores, mask, block, factor, 0);
     products.pack(scores);
@@ -157,7 +157,7 @@ struct WgmmaAttentionConsumer {
     pass_products();
     MaskWords mask;
     load_mask(mask, block);
-    Scores& scores = wait_qk<1>(dots);
+    Scores& scores = wait_qk<1>(dots, block);
     // The registers of `weights` are needed: without this wait 968 bytes are spilled at 128 columns. Blocks of 96 keys
     // need no wait here; with them a bool mask was 7 % faster and one of 16 bits slower (modelled).
     if (kModified) wait_pv(v_stage);
@@ -182,7 +182,7 @@ struct WgmmaAttentionConsumer {
     finish_softmax(previous_factor);
     begin_tile();
     const Block block = first();
-    Scores& scores = wait_qk<1>(dots);
+    Scores& scores = wait_qk<1>(dots, block);
     MaskWords none;  // kAhead is of kernels without modifiers
     RowValues<1> factor;
     softmax<false>(scores, none, block, factor, 0);
@@ -238,9 +238,11 @@ struct WgmmaAttentionConsumer {
   }
   // Waits for it; kPending: wgmmas that were begun later, which go on.
   template <int kPending>
-  __device__ Scores& wait_qk(Sums& dots) {
+  __device__ Scores& wait_qk(Sums& dots, const Block& block) {
     ptx::wgmma_wait<kPending>();
     Scores& scores = products.scores(dots, s, k.stage);
+    if constexpr (Products::kGrouped)
+      if (block.masked) products.mask_keys(current.bounds, scores, s, k.stage, block.key - accumulator_column(0));
     k.release(k.stage);
     k.advance();
     return scores;
@@ -265,7 +267,7 @@ struct WgmmaAttentionConsumer {
   template <bool kPending>
   __device__ bool softmax(Scores& scores, MaskWords& mask, const Block& block, RowValues<1>& factor, int v_stage) {
     if (kModified) current.modify(scores, mask, block.key);
-    if (block.masked) current.bounds(scores, block.key);
+    if (!Products::kGrouped && block.masked) current.bounds(scores, block.key);
     const bool grown = products.template update<kPending>(sums, scores, factor, o, v_stage, [&](bool begins) {
       if (Config::kPingPong != PingPong::exponentials) return;
       begins ? wait_turn() : pass_turn();

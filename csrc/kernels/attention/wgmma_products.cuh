@@ -54,6 +54,7 @@ struct HalfProducts {
     for (int i = 0; i < Config::kN / 16; ++i) ptx::wgmma_k16<kDtype, 1>(o[0], weights[i], rows + i * 16 * kRow, true);
     ptx::wgmma_commit();
   }
+  static constexpr bool kGrouped = false;         // keys are in their order
   static constexpr bool kWaitsInSoftmax = false;  // where update<true>() waits for it, else wait_pv()
   __device__ static void wait_pv(Output& o, int) {
     ptx::wgmma_wait<0>();

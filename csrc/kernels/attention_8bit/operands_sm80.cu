@@ -3,7 +3,7 @@
 // 6 bytes of q and k an element are moved, and 5 of v.
 #include "device/dependent_launch.cuh"
 #include "device/vec.cuh"
-#include "kernels/attention/int8_operands.h"
+#include "kernels/attention/int8_order.cuh"
 #include "schedule/attention_tile.cuh"
 
 namespace forwardpass {
@@ -18,7 +18,7 @@ struct QuantizeArguments {
   bool fp8;          // v is to be e4m3
   int rotation;      // columns that are rotated together; 1: none
   unsigned tiles;    // of q's rows, of a head
-  int64_t q_blocks;  // thread blocks for q; so many for k and for v follow
+  int64_t q_blocks;  // thread blocks for q; so many for keys follow
   int64_t key_blocks;
 };
 
@@ -83,18 +83,19 @@ __device__ inline float over_row(float v, int threads, F f) {
   return v;
 }
 
-// Quantises a row of which this thread has eight columns, to `q`; returns its scale.
-__device__ inline float quantize_row(float (&x)[kVec], uint2& q, int threads, int rotation) {
+// Rotates a row of which this thread has eight columns; returns its largest magnitude.
+__device__ inline float rotate_row(float (&x)[kVec], int threads, int rotation) {
   rotate(x, rotation);
   float largest = 0;
 #pragma unroll
   for (const float v : x) largest = ptx::max_nan(largest, fabsf(v));
-  const Scale s(over_row(largest, threads, ptx::max_nan));
+  return over_row(largest, threads, ptx::max_nan);
+}
+__device__ inline uint2 round_row(const float (&x)[kVec], float inverse) {
   uint32_t words[2] = {};
 #pragma unroll
-  for (int i = 0; i < kVec; ++i) words[i / 4] |= to_int8(x[i], s.inverse) << i % 4 * 8;
-  q = {words[0], words[1]};
-  return s.scale;
+  for (int i = 0; i < kVec; ++i) words[i / 4] |= to_int8(x[i], inverse) << i % 4 * 8;
+  return {words[0], words[1]};
 }
 
 // The sum of a column's samples, in their order: evenly spaced keys or, of few, all. key_of(i): of sample i. Eight
@@ -220,12 +221,11 @@ __device__ inline void quantize_q(const QuantizeArguments& a, unsigned block, in
 #pragma unroll
         for (int i = 0; i < kVec; ++i) shift = fmaf(x[i], centre[i], shift);
         shift = over_row(shift, across, [](float a, float b) { return a + b; });
-        uint2 q;
-        const float scale = quantize_row(x, q, across, a.rotation);
+        const Scale scale(rotate_row(x, across, a.rotation));
         if (tile.row + r >= tile.rows) return;
         const int64_t to = tile.lse(p, tile.row + r);
-        *reinterpret_cast<uint2*>(a.to.q + to * a.to.head_dim + column) = q;
-        if (column == 0) a.to.q_scale[to] = scale, a.to.shift[to] = shift;
+        *reinterpret_cast<uint2*>(a.to.q + to * a.to.head_dim + column) = round_row(x, scale.inverse);
+        if (column == 0) a.to.q_scale[to] = scale.scale, a.to.shift[to] = shift;
       });
 }
 
@@ -259,26 +259,44 @@ __device__ inline float without_two_bits(float x) {
   return __fsub_rn(wide, __fsub_rn(wide, x));
 }
 
-__device__ inline void quantize_k(const QuantizeArguments& a, const KeysOf& keys, int head, int64_t block) {
+// Twice over the keys: a key's scale is its group's, and in registers they would spill at 256 columns.
+__device__ inline void quantize_k(const QuantizeArguments& a, SharedKeys& s, const KeysOf& keys, int head,
+                                  int64_t block) {
   const AttentionParams& p = a.p;
   const int across = a.to.head_dim / kVec, column = static_cast<int>(threadIdx.x) % across * kVec;
   const int64_t from = keys.sequence * p.k.batch + head * p.k.head + keys.first_of_sequence * p.k.row + column;
-  const auto inside = [&](int r) { return keys.first + r < keys.keys && column < p.head_dim; };
+  const int left = keys.keys - keys.first;
+  const auto inside = [&](int r) { return r < left && column < p.head_dim; };
   float centre[kVec];
   load_floats(centre, a.to.centre + (int64_t{keys.sequence} * p.kv_heads + head) * a.to.head_dim + column, kVec, true);
-  each_row(
-      across, [&](int r) { return inside(r) ? load16(p.k.data, from + (keys.first + r) * p.k.row) : uint4{}; },
-      [&](int r, const uint4& raw) {
-        float x[kVec];
-        widen(x, raw, p.dtype);
+  const int key = static_cast<int>(threadIdx.x);
+#pragma unroll 1
+  for (int pass = 0; pass < 2; ++pass) {
+    each_row(
+        across, [&](int r) { return inside(r) ? load16(p.k.data, from + (keys.first + r) * p.k.row) : uint4{}; },
+        [&](int r, const uint4& raw) {
+          float x[kVec];
+          widen(x, raw, p.dtype);
 #pragma unroll
-        for (int i = 0; i < kVec; ++i) x[i] = inside(r) ? __fsub_rn(x[i], centre[i]) : 0;
-        const int64_t to = block * kInt8Keys + r;
-        uint2 q;
-        const float scale = quantize_row(x, q, across, a.rotation);
-        *reinterpret_cast<uint2*>(a.to.k + to * a.to.head_dim + column) = q;
-        if (column == 0) *a.to.k_scale(block, r) = without_two_bits(__fmul_rn(scale, 1.f / a.rotation));
-      });
+          for (int i = 0; i < kVec; ++i) x[i] = inside(r) ? __fsub_rn(x[i], centre[i]) : 0;
+          const float largest = rotate_row(x, across, a.rotation);
+          if (pass > 0)
+            *reinterpret_cast<uint2*>(a.to.k + (block * kInt8Keys + s.slot[r]) * a.to.head_dim + column) =
+                round_row(x, s.inverse[r]);
+          else if (column == 0)
+            s.largest[r] = largest;
+        });
+    if (pass > 0) break;
+    __syncthreads();
+    const float magnitude = key < kInt8Keys ? s.largest[key] : 0;
+    const GroupOf group(s, order_bits(magnitude, key < left));
+    if (key < kInt8Keys) {
+      const Scale scale(fabsf(magnitude) < INFINITY ? (key < left ? group.largest : 0) : NAN);
+      s.inverse[key] = scale.inverse, s.scale[key] = without_two_bits(__fmul_rn(scale.scale, 1.f / a.rotation));
+    }
+    __syncthreads();
+    place_keys(a.to, s, block, left);
+  }
 }
 // The largest absolute values of eight channels of v: of all chunks, one or more of which each thread of 16 loads.
 __device__ inline void load_largest(float (&largest)[kVec], const QuantizeArguments& a, int64_t sequence, int column) {
@@ -296,7 +314,7 @@ __device__ inline void load_largest(float (&largest)[kVec], const QuantizeArgume
 // f(column, stored, largest, raw): of eight channels from `column` on the largest values, and four keys of v, which are
 // a word of each channel. A warp reads 32 bytes of each of its keys. stored: the kernel has these columns.
 template <class F>
-__device__ inline void each_word(const QuantizeArguments& a, const KeysOf& keys, int head, F f) {
+__device__ inline void each_word(const QuantizeArguments& a, const SharedKeys& s, const KeysOf& keys, int head, F f) {
   const AttentionParams& p = a.p;
   const int word = threadIdx.x % kWords;
   const int left = keys.keys - keys.first;
@@ -310,7 +328,7 @@ __device__ inline void each_word(const QuantizeArguments& a, const KeysOf& keys,
     uint4 raw[4] = {};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int key = int8_key(word, i);
+      const int key = s.key[int8_key(word, i)];
       if (inside && key < left) raw[i] = load16(p.v.data, from + key * p.v.row + column);
     }
     f(column, stored, largest, raw);
@@ -327,9 +345,10 @@ __device__ inline float over_block(float v) {
 }
 // The scale of a block of v whose values are in units of their channels: one for all channels, of those without a NaN.
 // e4m3 has none: its steps grow with the values.
-__device__ inline Scale block_scale(const QuantizeArguments& a, const KeysOf& keys, int head, float steps) {
+__device__ inline Scale block_scale(const QuantizeArguments& a, const SharedKeys& s, const KeysOf& keys, int head,
+                                    float steps) {
   float most = 0;
-  each_word(a, keys, head, [&](int, bool, const float (&largest)[kVec], const uint4(&raw)[4]) {
+  each_word(a, s, keys, head, [&](int, bool, const float (&largest)[kVec], const uint4(&raw)[4]) {
     float of_keys[kVec] = {};
 #pragma unroll
     for (const uint4& key : raw) {
@@ -344,17 +363,18 @@ __device__ inline Scale block_scale(const QuantizeArguments& a, const KeysOf& ke
   return Scale(over_block(most), steps);
 }
 // A warp writes 64 bytes of two channels at a time.
-__device__ inline void quantize_v(const QuantizeArguments& a, const KeysOf& keys, int head, int64_t block) {
+__device__ inline void quantize_v(const QuantizeArguments& a, const SharedKeys& shared, const KeysOf& keys, int head,
+                                  int64_t block) {
   const float steps = a.fp8 ? 448 : 127;
   float inverse_of_block = 1;
   if (!a.fp8) {
-    const Scale s = block_scale(a, keys, head, steps);
+    const Scale s = block_scale(a, shared, keys, head, steps);
     inverse_of_block = s.inverse;
     if (threadIdx.x == 0) *a.to.v_block_scale(block) = s.scale * a.to.v_unit();
   }
   const int word = threadIdx.x % kWords;
   float* const v_scale = a.to.v_scale + (int64_t{keys.sequence} * a.p.kv_heads + head) * a.to.value_dim;
-  each_word(a, keys, head, [&](int column, bool stored, const float (&largest)[kVec], const uint4(&raw)[4]) {
+  each_word(a, shared, keys, head, [&](int column, bool stored, const float (&largest)[kVec], const uint4(&raw)[4]) {
     float inverse[kVec];
 #pragma unroll
     for (int c = 0; c < kVec; ++c) {
@@ -385,22 +405,17 @@ __device__ inline void quantize_v(const QuantizeArguments& a, const KeysOf& keys
   });
 }
 
-// What a block does: q of rows of q, k or v of a block of keys.
-template <class Q, class K, class V>
-__device__ inline void each_block(const QuantizeArguments& a, Q q, K k, V v) {
+// What a block does: q of rows of q, or kv of a block of keys. v's keys are where k's are.
+template <class Q, class KV>
+__device__ inline void each_block(const QuantizeArguments& a, Q q, KV kv) {
   const int known = known_sequences(a.p);
   int64_t block = blockIdx.x;
   if (block < a.q_blocks) return q(blockIdx.x, known);
   block -= a.q_blocks;
-  const bool is_v = block >= a.key_blocks;
-  if (is_v) block -= a.key_blocks;
   KeysOf keys;
   if (!keys.find(a.p, static_cast<int>(block % a.to.blocks), known)) return;
-  const int head = static_cast<int>(block / a.to.blocks);
-  if (is_v)
-    v(keys, head, block);
-  else
-    k(keys, head, block);
+  __shared__ SharedKeys shared;
+  kv(shared, keys, static_cast<int>(block / a.to.blocks), block);
 }
 // Three blocks on a multiprocessor: left to itself ptxas takes 64 registers for 9.0, and spills.
 __global__ void __launch_bounds__(kThreads, 3) qkv_to_int8_kernel(const __grid_constant__ QuantizeArguments a) {
@@ -408,8 +423,10 @@ __global__ void __launch_bounds__(kThreads, 3) qkv_to_int8_kernel(const __grid_c
   ptx::launch_dependents();
   each_block(
       a, [&](unsigned block, int known) { quantize_q(a, block, known); },
-      [&](const KeysOf& keys, int head, int64_t block) { quantize_k(a, keys, head, block); },
-      [&](const KeysOf& keys, int head, int64_t block) { quantize_v(a, keys, head, block); });
+      [&](SharedKeys& shared, const KeysOf& keys, int head, int64_t block) {
+        quantize_k(a, shared, keys, head, block);
+        quantize_v(a, shared, keys, head, block);
+      });
 }
 
 // AttentionOperands, to the layout in which kernels read them or from it. a.p.q, k and v are theirs.
@@ -446,26 +463,32 @@ __device__ inline void exchange_q(const ExchangeArguments& e, unsigned block, in
 }
 
 template <bool kGive>
-__device__ inline void exchange_k(const ExchangeArguments& e, const KeysOf& keys, int head, int64_t block) {
+__device__ inline void exchange_k(const ExchangeArguments& e, SharedKeys& s, const KeysOf& keys, int head,
+                                  int64_t block) {
   const QuantizeArguments& a = e.a;
   const AttentionParams& p = a.p;
   const int across = a.to.head_dim / kVec, column = static_cast<int>(threadIdx.x) % across * kVec;
-  const int64_t first = keys.sequence * p.k.batch + head * p.k.head + keys.first_of_sequence * p.k.row;
-  for (int r = static_cast<int>(threadIdx.x) / across; r < kInt8Keys; r += kThreads / across) {
-    const bool inside = keys.first + r < keys.keys;
-    const int64_t to = block * kInt8Keys + r, from = first + (keys.first + r) * p.k.row;
-    exchange<kGive>(words(bytes(p.k), from + column), words(a.to.k, to * a.to.head_dim + column),
-                    inside && column < p.head_dim);
-    if (column > 0) continue;
-    float* const scale = a.to.k_scale(block, r);
-    exchange<kGive>(e.scales.k_scale + from / p.head_dim, scale, inside);
-    if (kGive) *scale = without_two_bits(*scale);
+  const int64_t first = keys.sequence * p.k.batch + head * p.k.head + (keys.first_of_sequence + keys.first) * p.k.row;
+  const int left = keys.keys - keys.first;
+  if (const int key = static_cast<int>(threadIdx.x); key < kInt8Keys) {
+    float* const callers = e.scales.k_scale + (first + key * p.k.row) / p.head_dim;
+    if (kGive)
+      s.scale[key] = key < left ? without_two_bits(*callers) : 0;
+    else
+      exchange<false>(callers, a.to.k_scale(block, key), key < left), s.slot[key] = s.key[key] = key;
   }
+  __syncthreads();
+  if (kGive) place_keys(a.to, s, block, left);
+  for (int r = static_cast<int>(threadIdx.x) / across; r < kInt8Keys; r += kThreads / across)
+    exchange<kGive>(words(bytes(p.k), first + r * p.k.row + column),
+                    words(a.to.k, (block * kInt8Keys + s.slot[r]) * a.to.head_dim + column),
+                    r < left && column < p.head_dim);
 }
 
 // Four keys of a channel, byte by byte: unrolled, it spills.
 template <bool kGive>
-__device__ inline void exchange_v(const ExchangeArguments& e, const KeysOf& keys, int head, int64_t block) {
+__device__ inline void exchange_v(const ExchangeArguments& e, const SharedKeys& s, const KeysOf& keys, int head,
+                                  int64_t block) {
   const QuantizeArguments& a = e.a;
   const AttentionParams& p = a.p;
   const int word = threadIdx.x % kWords;
@@ -484,7 +507,7 @@ __device__ inline void exchange_v(const ExchangeArguments& e, const KeysOf& keys
                       is_column);
 #pragma unroll 1
     for (int i = 0; i < 4; ++i) {
-      const int key = keys.first + int8_key(word, i);
+      const int key = keys.first + s.key[int8_key(word, i)];
       int8_t& kernels = a.to.v[(block * a.to.value_dim + c) * kInt8Keys + word * 4 + i];
       exchange<kGive>(bytes(p.v) + from + key * p.v.row + c, &kernels, is_column && key < keys.keys);
       if (kGive && a.to.unsigned_v) kernels ^= -128;
@@ -496,8 +519,10 @@ template <bool kGive>
 __global__ void __launch_bounds__(kThreads) exchange_operands_kernel(const __grid_constant__ ExchangeArguments e) {
   each_block(
       e.a, [&](unsigned block, int known) { exchange_q<kGive>(e, block, known); },
-      [&](const KeysOf& keys, int head, int64_t block) { exchange_k<kGive>(e, keys, head, block); },
-      [&](const KeysOf& keys, int head, int64_t block) { exchange_v<kGive>(e, keys, head, block); });
+      [&](SharedKeys& shared, const KeysOf& keys, int head, int64_t block) {
+        exchange_k<kGive>(e, shared, keys, head, block);
+        exchange_v<kGive>(e, shared, keys, head, block);
+      });
 }
 
 int quantize_attention(const Attention8bitParams& p, const Int8Operands& to, void* cuda_stream,
@@ -511,7 +536,7 @@ int quantize_attention(const Attention8bitParams& p, const Int8Operands& to, voi
                                     .tiles = static_cast<unsigned>(tiles),
                                     .q_blocks = tiles * all_heads(p),
                                     .key_blocks = to.blocks * p.kv_heads};
-  const int64_t grid = arguments.q_blocks + 2 * arguments.key_blocks;
+  const int64_t grid = arguments.q_blocks + arguments.key_blocks;
   if (grid > INT32_MAX || statistics > INT32_MAX) return cudaErrorInvalidConfiguration;
   if (p.quantized.q) {
     exchange_operands_kernel<true><<<static_cast<unsigned>(grid), kThreads, 0, stream>>>({arguments, p.quantized});

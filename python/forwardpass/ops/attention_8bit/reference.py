@@ -14,6 +14,9 @@ from ..attention.reference import known_sequences, outputs_of
 #: Keys that share the unit of their probabilities, and in int8 a scale of v. Sums of their products are exact in int8,
 #: 64 x 255 x 127 < 2^21; of e4m3 they are what tensor cores add with fewer bits than float32 has, before float32 adds them up.
 BLOCK = 64
+#: Keys of a block that share a scale: those whose largest values are next to one another. On a GPU a thread has the scores of
+#: such keys, and multiplies them by one factor.
+GROUP = 8
 #: Keys, evenly spaced over a sequence, whose mean is subtracted from each.
 SAMPLES = 64
 
@@ -64,6 +67,25 @@ def to_8bit(x: Tensor, dim: int, dtype: str) -> tuple[Tensor, Tensor]:
     """(whole numbers from -127 to 127 or e4m3 to 448, the largest of which `dim` has, the scale)."""
     values, scale = in_units(x, largest_of(x, dim), dtype)
     return rounded(values, dtype), scale
+
+
+def keys_to_8bit(k: Tensor) -> tuple[Tensor, Tensor]:
+    """k [..., keys, columns] in int8, and a scale for each key, [..., keys, 1].
+
+    In each BLOCK the keys are put in the order of their largest values, of equal ones in their own, and each GROUP takes the
+    scale of its largest. A key with a NaN comes last and has NaN as its scale, but does not change that of its group.
+    """
+    keys = k.shape[-2]
+    n = math.ceil(keys / BLOCK)
+    largest = largest_of(k, -1).squeeze(-1)
+    largest = torch.where(largest.isinf(), torch.nan, largest)
+    blocks = F.pad(largest, (0, n * BLOCK - keys), value=torch.nan).unflatten(-1, (n, BLOCK))
+    order = torch.where(blocks.isnan(), torch.inf, blocks).argsort(dim=-1, stable=True)
+    of_groups = blocks.gather(-1, order).nan_to_num(0).unflatten(-1, (BLOCK // GROUP, GROUP)).amax(-1, keepdim=True)
+    shared = torch.empty_like(blocks).scatter(-1, order, of_groups.expand(*of_groups.shape[:-1], GROUP).flatten(-2, -1))
+    shared = torch.where(blocks.isnan(), torch.nan, shared).flatten(-2, -1)[..., :keys]
+    values, scale = in_units(k, shared.unsqueeze(-1), "int8")
+    return rounded(values, "int8"), scale
 
 
 def values_to_8bit(v: Tensor, dtype: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,7 +143,7 @@ def quantize(q: Tensor, k: Tensor, v: Tensor, rotates: bool, dtype: str = "int8"
     n = rotation_size(q.shape[-1]) if rotates else 1
     if rotates:
         q, k = rotate(q), rotate(k)
-    (q, q_scale), (k, k_scale) = to_8bit(q, -1, "int8"), to_8bit(k, -1, "int8")
+    (q, q_scale), (k, k_scale) = to_8bit(q, -1, "int8"), keys_to_8bit(k)
     return Operands(q, q_scale, shift, k, k_scale * (1 / n), *values_to_8bit(v, dtype), dtype)
 
 

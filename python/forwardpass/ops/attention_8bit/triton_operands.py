@@ -19,7 +19,7 @@ from torch import Tensor
 from ..attention.triton_kernel import find_sequence, sequence_of, sequences, strides, tiles_of
 from ..common.quantized_rows import E4M3
 from ..common.triton_rows import magnitudes, to_e4m3_bits
-from .reference import BLOCK, LEAST, SAMPLES, Quantized, rotation_size
+from .reference import BLOCK, GROUP, LEAST, SAMPLES, Quantized, rotation_size
 
 #: Rows of q that a program quantises.
 ROWS = 32
@@ -31,6 +31,7 @@ EXACT = {"enable_fp_fusion": False}
 MAGIC_BITS = tl.constexpr(0x4B400000)
 MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23
 KEYS = tl.constexpr(BLOCK)
+GROUP_KEYS = tl.constexpr(GROUP)
 LEAST_RANGE = tl.constexpr(LEAST)
 CENTRE_SAMPLES = tl.constexpr(SAMPLES)
 
@@ -52,6 +53,19 @@ def magnitude_bits(x):
 def in_units(x, largest, steps: tl.constexpr):
     """x in units of which `largest` has `steps`; 0 where it is less than what a scale can be of."""
     return x * tl.where(largest < LEAST_RANGE, 0.0, tl.math.div_rn(steps, largest))
+
+
+@triton.jit
+def shared_range(largest, inside):
+    """For each key of a block the largest magnitude of the group that shares a scale: keys are in the order of their magnitudes,
+    of equal ones in their own. Those that are NaN come last, and stay as they are."""
+    n = tl.arange(0, KEYS)
+    bits = tl.where(inside, largest.to(tl.int32, bitcast=True), 0x7FFFFFFF)
+    before = (bits[None, :] < bits[:, None]) | ((bits[None, :] == bits[:, None]) & (n[None, :] < n[:, None]))
+    group = tl.sum(before.to(tl.int32), 1) // GROUP_KEYS
+    share = (group[None, :] == group[:, None]) & (bits < 0x7F800000)[None, :]
+    most = tl.max(tl.where(share, bits[None, :], 0), 1)
+    return tl.where(inside, tl.where(bits < 0x7F800000, most, bits), 0).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -195,7 +209,7 @@ def quantize_kv_kernel(
     k += (batch_index * k_batch + origin.to(tl.int64) * k_step + head.to(tl.int64) * k_head) * 8
     x = load_rows(k, key, keys, c, dim * 8, k_step) - tl.load(centre_ptr + kv_sequence * COLUMNS + c)[None, :]
     x = rotated(tl.where((key < keys)[:, None], x, 0.0), KEYS, COLUMNS, ROTATION, STEPS)
-    largest = range_of(magnitude_bits(x), 1)
+    largest = shared_range(range_of(magnitude_bits(x), 1), key < keys)
     tl.store(k8 + to[:, None] * D + c[None, :], to_int8(x, largest[:, None]), mask=(c < D)[None, :])
     tl.store(k_scale_ptr + to, tl.math.div_rn(largest, 127.0) * (1.0 / ROTATION))
 
