@@ -9,8 +9,8 @@ namespace forwardpass {
 // What the threads of a block share of its keys.
 struct SharedKeys {
   float largest[kInt8Keys], inverse[kInt8Keys], scale[kInt8Keys];
-  uint32_t bits[kInt8Keys];
-  int rank[kInt8Keys];
+  alignas(16) uint32_t bits[kInt8Keys];
+  alignas(16) uint32_t rank[kInt8Keys];
   uint8_t slot[kInt8Keys], key[kInt8Keys];  // where a key is, and which key is there
 };
 // Of magnitudes, by which keys are put in order: NaN comes last, and then what is behind the last key.
@@ -18,55 +18,69 @@ constexpr uint32_t kNan = 0x7f800000, kBehind = 0x7fffffff;
 __device__ inline uint32_t order_bits(float x, bool inside) {
   return !inside ? kBehind : fabsf(x) < INFINITY ? __float_as_uint(fabsf(x)) : kNan;
 }
-// Each of 64 threads has a key, of which `bits` are. Returns how many come before it, and the largest of its group that
-// is no NaN. Equal ones keep their order. Called by all threads.
+// Four threads have a key, of which `bits` are, and compare it with a quarter of the others each.
+constexpr int kKeyThreads = 4;
+__device__ inline int ordered_key() { return static_cast<int>(threadIdx.x) / kKeyThreads; }
+__device__ inline bool is_first_of_key() { return threadIdx.x % kKeyThreads == 0; }
+
+// How many keys come before a thread's, where equal ones keep their order, and the largest of its group that is no NaN.
+// Called by all threads, four for each key.
 struct GroupOf {
-  int rank;
-  float largest;
+  uint32_t rank = 0;
+  float largest = 0;
   __device__ GroupOf(SharedKeys& s, uint32_t bits) {
-    const int key = static_cast<int>(threadIdx.x);
-    const bool has_key = key < kInt8Keys;
+    const int key = ordered_key();
     __syncthreads();  // all have read what was there
-    if (has_key) s.bits[key] = bits;
+    if (is_first_of_key()) s.bits[key] = bits;
     __syncthreads();
-    rank = 0, largest = 0;
-    if (has_key) {
-#pragma unroll 2
-      for (int i = 0; i < kInt8Keys; ++i) rank += s.bits[i] < bits || (s.bits[i] == bits && i < key);
-      s.rank[key] = rank;
+    each_other(s, [&](int i, uint32_t other, uint32_t) { rank += other < bits || (other == bits && i < key); });
+    rank += __shfl_xor_sync(0xffffffff, rank, 1);
+    rank += __shfl_xor_sync(0xffffffff, rank, 2);
+    if (is_first_of_key()) s.rank[key] = rank;
+    __syncthreads();
+    each_other(s, [&](int, uint32_t other, uint32_t its_rank) {
+      if (its_rank / kInt8Group == rank / kInt8Group && other < kNan) largest = fmaxf(largest, __uint_as_float(other));
+    });
+    largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 1));
+    largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 2));
+  }
+
+ private:
+  // f(i, bits, rank): of a quarter of the keys. The four threads read neighbouring words.
+  template <class F>
+  __device__ static void each_other(const SharedKeys& s, F f) {
+#pragma unroll 1
+    for (int n = 0; n < kInt8Keys / 4 / kKeyThreads; ++n) {
+      const int i = (n * kKeyThreads + static_cast<int>(threadIdx.x) % kKeyThreads) * 4;
+      const auto bits = *reinterpret_cast<const uint4*>(s.bits + i), rank = *reinterpret_cast<const uint4*>(s.rank + i);
+      f(i, bits.x, rank.x), f(i + 1, bits.y, rank.y), f(i + 2, bits.z, rank.z), f(i + 3, bits.w, rank.w);
     }
-    __syncthreads();
-    if (!has_key) return;
-    // Over all keys: the group's own, in the order of ranks, would be read from banks that others read too.
-#pragma unroll 2
-    for (int i = 0; i < kInt8Keys; ++i)
-      if (s.rank[i] / kInt8Group == rank / kInt8Group && s.bits[i] < kNan)
-        largest = fmaxf(largest, __uint_as_float(s.bits[i]));
   }
 };
 
 // Puts a block's keys where the kernel has them, by their scales in shared memory, and writes these.
 __device__ inline void place_keys(const Int8Operands& to, SharedKeys& s, int64_t block, int keys) {
-  const int key = static_cast<int>(threadIdx.x);
   if (!to.grouped) {
+    const int key = static_cast<int>(threadIdx.x);
     if (key < kInt8Keys) s.slot[key] = s.key[key] = key, *to.k_scale(block, key) = s.scale[key];
     __syncthreads();
     return;
   }
-  const bool has_key = key < kInt8Keys, inside = key < keys;
-  const float scale = has_key ? s.scale[key] : 0;
+  const int key = ordered_key();
+  const bool inside = key < keys;
+  const float scale = s.scale[key];
   const GroupOf group(s, order_bits(scale, inside));
   // A scale that is its group's is 1 exactly; of a group of zeros all are.
   const float factor = inside && (scale != 0 || group.largest != 0) ? __fdiv_rn(scale, group.largest) : 1;
-  if (has_key) {
-    const int slot = int8_slot(group.rank);
+  if (is_first_of_key()) {
+    const int slot = int8_slot(static_cast<int>(group.rank));
     s.slot[key] = slot, s.key[slot] = key;
     to.order(block)[slot] = key;
     *to.k_scale(block, slot) = factor;
     if (group.rank % kInt8Group == 0) *to.group_scale(block, group.rank / kInt8Group) = group.largest;
   }
-  const bool uneven = __syncthreads_or(has_key && factor != 1);
-  if (key == 0) *to.uneven(block) = uneven;
+  const bool uneven = __syncthreads_or(factor != 1);
+  if (threadIdx.x == 0) *to.uneven(block) = uneven;
 }
 
 }  // namespace forwardpass

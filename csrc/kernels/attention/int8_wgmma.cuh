@@ -6,21 +6,21 @@
 // of 128 keys:
 //
 //   instructions                                                                        a score
-//   q k^T to float (I2FP), times the key's scale (FMUL, half an LDS.64)                   2.25
-//   the maximum; less the maximum (FFMA), 2^x, the sum                                    4
+//   q k^T to float (I2FP)                                                                 1
+//   the maximum of three sums (VIMNMX3); less the maximum, times the keys' scale (FFMA), 2^x, the sum   3.5
 //   to bytes: F2FP of two, PRMT of four                                                   0.75
 //   the sum of the bytes, IDP of four                                                     0.25
 //   p v: one FFMA for each of 64 columns, of 32 keys                                      2
-//   all else: descriptors and pipelines 1, maxima and weights of rows 0.9, IGMMA 0.2      2.3
-//   in the main loop                                                                     11.6
+//   all else: descriptors and pipelines 1, factors and weights of rows and groups 1.8, IGMMA 0.2   3
+//   in the main loop                                                                     10.5
 //
-//   clocks of a multiprocessor's subpartition for 32 scores: tensor cores 8, special functions 8, ALU 6, issue 11.6
+//   clocks of a multiprocessor's subpartition for 32 scores: tensor cores 8, special functions 8, ALU 5.5, issue 10.5
 //   bytes of shared memory: q k^T 96 a clock of the 128, p v 64; 16 KB of k, of v and of q; 4 stages and 2 of q: 165 KB
 //   registers of 240: scores 64, output 64, a step's sums 32, p 16, all else 64
 //
 // So issue binds, and 8 a score is out of reach: what units of 64 keys cost is 2 for p v, where 128 would take 1. In
-// e4m3 it is 11.05: four probabilities are packed by two F2FP, and their bytes are not added up. 7.4, which q k^T in
-// e4m3 without scales of keys would come near, is out of reach by those 2 and by the 2.25 of the keys' scales.
+// e4m3 it is 9.9: four probabilities are packed by two F2FP, and their bytes are not added up. q k^T in e4m3 would need
+// no I2FP, at three times the error.
 // What was tried to come nearer is in csrc/README.md.
 //
 // - **No sum is converted by the pipe of the exponentials.** q k^T goes through I2FP, which has a fixed latency as the

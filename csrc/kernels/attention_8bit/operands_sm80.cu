@@ -8,9 +8,9 @@
 
 namespace forwardpass {
 
-constexpr int kThreads = 256, kRows = kInt8Keys;  // rows of q or k that a block has
-constexpr int kSamples = 64;                      // keys whose mean is subtracted
-constexpr int kWords = kInt8Keys / 4;             // of a channel of v, in a block of keys
+constexpr int kThreads = kKeyThreads * kInt8Keys, kRows = kInt8Keys;  // rows of q or k that a block has
+constexpr int kSamples = 64;                                          // keys whose mean is subtracted
+constexpr int kWords = kInt8Keys / 4;                                 // of a channel of v, in a block of keys
 
 struct QuantizeArguments {
   AttentionParams p;
@@ -259,43 +259,64 @@ __device__ inline float without_two_bits(float x) {
   return __fsub_rn(wide, __fsub_rn(wide, x));
 }
 
-// Twice over the keys: a key's scale is its group's, and in registers they would spill at 256 columns.
+// Of a row of k, eight columns of which this thread has, less the centre: rotated. Returns its largest magnitude.
+__device__ inline float load_key(float (&x)[kVec], const QuantizeArguments& a, const uint4& raw,
+                                 const float (&centre)[kVec], bool inside, int across) {
+  widen(x, raw, a.p.dtype);
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) x[i] = inside ? __fsub_rn(x[i], centre[i]) : 0;
+  return rotate_row(x, across, a.rotation);
+}
+
+// Of a block's keys, by their magnitudes in shared memory: scales and places.
+__device__ inline void put_in_order(const QuantizeArguments& a, SharedKeys& s, int64_t block, int keys) {
+  __syncthreads();
+  const int key = ordered_key();
+  const float magnitude = s.largest[key];
+  const GroupOf group(s, order_bits(magnitude, key < keys));
+  if (is_first_of_key()) {
+    const Scale scale(fabsf(magnitude) < INFINITY ? (key < keys ? group.largest : 0) : NAN);
+    s.inverse[key] = scale.inverse, s.scale[key] = without_two_bits(__fmul_rn(scale.scale, 1.f / a.rotation));
+  }
+  __syncthreads();
+  place_keys(a.to, s, block, keys);
+}
+
+// A key's scale is its group's, so that all keys of the block are loaded before one is rounded. At 256 columns they are
+// loaded again: registers hold half of them.
 __device__ inline void quantize_k(const QuantizeArguments& a, SharedKeys& s, const KeysOf& keys, int head,
                                   int64_t block) {
+  constexpr int kHeld = 4;  // rows that a thread has at a time
   const AttentionParams& p = a.p;
   const int across = a.to.head_dim / kVec, column = static_cast<int>(threadIdx.x) % across * kVec;
-  const int64_t from = keys.sequence * p.k.batch + head * p.k.head + keys.first_of_sequence * p.k.row + column;
+  const int step = kThreads / across, parts = max(kRows / (step * kHeld), 1);
+  const int64_t from =
+      keys.sequence * p.k.batch + head * p.k.head + (keys.first_of_sequence + keys.first) * p.k.row + column;
   const int left = keys.keys - keys.first;
-  const auto inside = [&](int r) { return r < left && column < p.head_dim; };
-  float centre[kVec];
+  float centre[kVec], x[kHeld][kVec];
   load_floats(centre, a.to.centre + (int64_t{keys.sequence} * p.kv_heads + head) * a.to.head_dim + column, kVec, true);
-  const int key = static_cast<int>(threadIdx.x);
-#pragma unroll 1
-  for (int pass = 0; pass < 2; ++pass) {
-    each_row(
-        across, [&](int r) { return inside(r) ? load16(p.k.data, from + (keys.first + r) * p.k.row) : uint4{}; },
-        [&](int r, const uint4& raw) {
-          float x[kVec];
-          widen(x, raw, p.dtype);
+  const auto each_held = [&](int part, auto f) {
 #pragma unroll
-          for (int i = 0; i < kVec; ++i) x[i] = inside(r) ? __fsub_rn(x[i], centre[i]) : 0;
-          const float largest = rotate_row(x, across, a.rotation);
-          if (pass > 0)
-            *reinterpret_cast<uint2*>(a.to.k + (block * kInt8Keys + s.slot[r]) * a.to.head_dim + column) =
-                round_row(x, s.inverse[r]);
-          else if (column == 0)
-            s.largest[r] = largest;
-        });
-    if (pass > 0) break;
-    __syncthreads();
-    const float magnitude = key < kInt8Keys ? s.largest[key] : 0;
-    const GroupOf group(s, order_bits(magnitude, key < left));
-    if (key < kInt8Keys) {
-      const Scale scale(fabsf(magnitude) < INFINITY ? (key < left ? group.largest : 0) : NAN);
-      s.inverse[key] = scale.inverse, s.scale[key] = without_two_bits(__fmul_rn(scale.scale, 1.f / a.rotation));
-    }
-    __syncthreads();
-    place_keys(a.to, s, block, left);
+    for (int i = 0; i < kHeld; ++i)
+      if (i * step < kRows) f(x[i], (part * kHeld + i) * step + static_cast<int>(threadIdx.x) / across);
+  };
+  const auto load = [&](int part) {
+    each_held(part, [&](float (&values)[kVec], int r) {
+      const bool inside = r < left && column < p.head_dim;
+      const float largest =
+          load_key(values, a, inside ? load16(p.k.data, from + r * p.k.row) : uint4{}, centre, inside, across);
+      if (column == 0) s.largest[r] = largest;
+    });
+  };
+#pragma unroll 1
+  for (int i = 0; i < 2 * parts; ++i) {
+    if (i == parts) put_in_order(a, s, block, left);
+    if (i < parts || parts > 1) load(i % parts);
+    if (i < parts) continue;
+    each_held(i - parts, [&](const float (&values)[kVec], int r) {
+      *reinterpret_cast<uint2*>(a.to.k + (block * kInt8Keys + s.slot[r]) * a.to.head_dim + column) =
+          round_row(values, s.inverse[r]);
+    });
   }
 }
 // The largest absolute values of eight channels of v: of all chunks, one or more of which each thread of 16 loads.
@@ -417,8 +438,8 @@ __device__ inline void each_block(const QuantizeArguments& a, Q q, KV kv) {
   __shared__ SharedKeys shared;
   kv(shared, keys, static_cast<int>(block / a.to.blocks), block);
 }
-// Three blocks on a multiprocessor: left to itself ptxas takes 64 registers for 9.0, and spills.
-__global__ void __launch_bounds__(kThreads, 3) qkv_to_int8_kernel(const __grid_constant__ QuantizeArguments a) {
+// Two blocks on a multiprocessor: with three the rows of k that a thread holds spill.
+__global__ void __launch_bounds__(kThreads, 2) qkv_to_int8_kernel(const __grid_constant__ QuantizeArguments a) {
   ptx::wait_for_earlier_kernels();
   ptx::launch_dependents();
   each_block(
