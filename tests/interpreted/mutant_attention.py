@@ -6,7 +6,7 @@ import torch
 from mutant_instances import Instance
 
 from forwardpass.ops.attention.cases import Case
-from forwardpass.ops.attention_8bit.cases import GrowingCase, of_attention
+from forwardpass.ops.attention_8bit.cases import GrowingCase, RareCase, of_attention
 from forwardpass.ops.attention_decode.cases import Case as OfCache
 
 F16, BF16 = torch.float16, torch.bfloat16
@@ -120,6 +120,12 @@ def triton(cases):
     return Instance(("sm_80", "sm_90a"), "attention_kernel", cases, "triton")
 
 
+def rare(dtype, dim, products, **options):
+    """Blocks of keys with and without a bound, several of them. Of rows the first 128 do not see the last key, which is NaN."""
+    case = Case((140, 700), (dim, dim), dtype, 1, (2, 1), window=(300, 11), scale=10.0, lse=True, **options)
+    return RareCase(**vars(of_attention(case, True, products)))
+
+
 def of_8_bits(arch, kind, products, dim, cases, dtype, **every):
     """The launches of 16 bits. Out's dtype is a branch of these kernels, so a few more have it otherwise: packed, several
     sequences, rows of fewer columns. And scores beyond 2^20, and maxima that grow for eight rows of a warp alone."""
@@ -144,7 +150,8 @@ def of_8_bits(arch, kind, products, dim, cases, dtype, **every):
         # Beyond 2^16 and 2^20 as well, where ALiBi's term would be rounded in other units than the reference's.
         for scale in ((None,) if every else (None, 120.0, 1800.0))
     )
-    return Instance((arch,), kernel, (*both, *growing), clusters=2 * (arch == "sm_90a"))
+    launches = (*both, *growing, rare(dtype, dim, products, **every))
+    return Instance((arch,), kernel, launches, clusters=2 * (arch == "sm_90a"))
 
 
 def of_8_bits_triton(archs, products, cases):

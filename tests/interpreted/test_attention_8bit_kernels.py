@@ -37,11 +37,13 @@ REFUSED = [c for c in cases.cases() if c not in INT8]
 
 #: those that take every path of attention's kernels: tiles at edges, maxima that grow, cu_seqlens that are wrong
 def paths(products):
-    return [
+    kernels = (torch.float16, 64, 40), (torch.bfloat16, 128, 72), (torch.float16, 256, 192)
+    both = [
         cases.of_attention(case, n % 2 == 0, products)
-        for kernel in ((torch.float16, 64, 40), (torch.bfloat16, 128, 72), (torch.float16, 256, 192))
+        for kernel in kernels
         for n, case in enumerate((*mutant_attention.plain(*kernel), *mutant_attention.general(*kernel)))
     ]
+    return both + [mutant_attention.rare(dtype, dim, products) for dtype, dim, _ in kernels]
 
 
 def run(arch, op, args, seed=0, **options):

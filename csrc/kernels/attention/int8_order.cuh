@@ -18,28 +18,28 @@ constexpr uint32_t kNan = 0x7f800000, kBehind = 0x7fffffff;
 __device__ inline uint32_t order_bits(float x, bool inside) {
   return !inside ? kBehind : fabsf(x) < INFINITY ? __float_as_uint(fabsf(x)) : kNan;
 }
-// Four threads have a key, of which `bits` are, and compare it with a quarter of the others each.
+// Four threads have a key, of which `bits` are, and compare it with a quarter of the others each. What they make of it
+// all four store.
 constexpr int kKeyThreads = 4;
 __device__ inline int ordered_key() { return static_cast<int>(threadIdx.x) / kKeyThreads; }
-__device__ inline bool is_first_of_key() { return threadIdx.x % kKeyThreads == 0; }
 
 // How many keys come before a thread's, where equal ones keep their order, and the largest of its group that is no NaN.
-// Called by all threads, four for each key.
+// Called by all threads, four for each key, behind a barrier.
 struct GroupOf {
   uint32_t rank = 0;
   float largest = 0;
   __device__ GroupOf(SharedKeys& s, uint32_t bits) {
     const int key = ordered_key();
-    __syncthreads();  // all have read what was there
-    if (is_first_of_key()) s.bits[key] = bits;
+    s.bits[key] = bits;
     __syncthreads();
     each_other(s, [&](int i, uint32_t other, uint32_t) { rank += other < bits || (other == bits && i < key); });
     rank += __shfl_xor_sync(0xffffffff, rank, 1);
     rank += __shfl_xor_sync(0xffffffff, rank, 2);
-    if (is_first_of_key()) s.rank[key] = rank;
+    s.rank[key] = rank;
     __syncthreads();
     each_other(s, [&](int, uint32_t other, uint32_t its_rank) {
-      if (its_rank / kInt8Group == rank / kInt8Group && other < kNan) largest = fmaxf(largest, __uint_as_float(other));
+      const bool shares = its_rank / kInt8Group == rank / kInt8Group && other < kNan;
+      largest = fmaxf(largest, shares ? __uint_as_float(other) : 0);
     });
     largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 1));
     largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 2));
@@ -72,13 +72,11 @@ __device__ inline void place_keys(const Int8Operands& to, SharedKeys& s, int64_t
   const GroupOf group(s, order_bits(scale, inside));
   // A scale that is its group's is 1 exactly; of a group of zeros all are.
   const float factor = inside && (scale != 0 || group.largest != 0) ? __fdiv_rn(scale, group.largest) : 1;
-  if (is_first_of_key()) {
-    const int slot = int8_slot(static_cast<int>(group.rank));
-    s.slot[key] = slot, s.key[slot] = key;
-    to.order(block)[slot] = key;
-    *to.k_scale(block, slot) = factor;
-    if (group.rank % kInt8Group == 0) *to.group_scale(block, group.rank / kInt8Group) = group.largest;
-  }
+  const int slot = int8_slot(static_cast<int>(group.rank));
+  s.slot[key] = slot, s.key[slot] = key;
+  to.order(block)[slot] = key;
+  *to.k_scale(block, slot) = factor;
+  if (group.rank % kInt8Group == 0) *to.group_scale(block, group.rank / kInt8Group) = group.largest;
   const bool uneven = __syncthreads_or(factor != 1);
   if (threadIdx.x == 0) *to.uneven(block) = uneven;
 }

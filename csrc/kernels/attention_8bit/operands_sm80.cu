@@ -274,10 +274,8 @@ __device__ inline void put_in_order(const QuantizeArguments& a, SharedKeys& s, i
   const int key = ordered_key();
   const float magnitude = s.largest[key];
   const GroupOf group(s, order_bits(magnitude, key < keys));
-  if (is_first_of_key()) {
-    const Scale scale(fabsf(magnitude) < INFINITY ? (key < keys ? group.largest : 0) : NAN);
-    s.inverse[key] = scale.inverse, s.scale[key] = without_two_bits(__fmul_rn(scale.scale, 1.f / a.rotation));
-  }
+  const Scale scale(fabsf(magnitude) < INFINITY ? (key < keys ? group.largest : 0) : NAN);
+  s.inverse[key] = scale.inverse, s.scale[key] = without_two_bits(__fmul_rn(scale.scale, 1.f / a.rotation));
   __syncthreads();
   place_keys(a.to, s, block, keys);
 }
@@ -305,7 +303,7 @@ __device__ inline void quantize_k(const QuantizeArguments& a, SharedKeys& s, con
       const bool inside = r < left && column < p.head_dim;
       const float largest =
           load_key(values, a, inside ? load16(p.k.data, from + r * p.k.row) : uint4{}, centre, inside, across);
-      if (column == 0) s.largest[r] = largest;
+      s.largest[r] = largest;
     });
   };
 #pragma unroll 1
@@ -435,8 +433,9 @@ __device__ inline void each_block(const QuantizeArguments& a, Q q, KV kv) {
   block -= a.q_blocks;
   KeysOf keys;
   if (!keys.find(a.p, static_cast<int>(block % a.to.blocks), known)) return;
+  const int head = static_cast<int>(block / a.to.blocks);
   __shared__ SharedKeys shared;
-  kv(shared, keys, static_cast<int>(block / a.to.blocks), block);
+  kv(shared, keys, head, block);
 }
 // Two blocks on a multiprocessor: with three the rows of k that a thread holds spill.
 __global__ void __launch_bounds__(kThreads, 2) qkv_to_int8_kernel(const __grid_constant__ QuantizeArguments a) {
