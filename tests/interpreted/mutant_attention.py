@@ -121,8 +121,8 @@ def triton(cases):
 
 
 def rare(dtype, dim, products, **options):
-    """Blocks of keys with and without a bound, several of them. Of rows the first 128 do not see the last key, which is NaN."""
-    case = Case((140, 700), (dim, dim), dtype, 1, (2, 1), window=(300, 11), scale=10.0, lse=True, **options)
+    """Blocks of keys with and without a bound, several of them. The first 41 rows attend to the key that is NaN."""
+    case = Case((140, 700), (dim, dim), dtype, 1, (2, 1), window=(300, 30), scale=10.0, lse=True, **options)
     return RareCase(**vars(of_attention(case, True, products)))
 
 

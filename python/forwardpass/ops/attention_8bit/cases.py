@@ -57,8 +57,8 @@ class RareCase(Case):
         q8, q_scale, q_shift, k8, k_scale, v8, v_scale, of_block = reference.quantize_attention(
             q, k, v, products, rotates, *options[-3:-1]
         )
-        k_scale *= torch.linspace(1, 1.5, 150, device=device)[torch.arange(k_scale.shape[1]) * 7 % 150, None]
-        k_scale[:, -1] = torch.nan
+        k_scale *= torch.linspace(-2, 2, 150, device=device).exp2()[torch.arange(k_scale.shape[1]) * 7 % 150, None]
+        k_scale[:, -400] = torch.nan
         scales = q_scale, q_shift, k_scale, v_scale, of_block if products == "int8" else None
         return q8, k8, v8, products, rotates, *options, *scales, q.dtype
 
