@@ -144,6 +144,7 @@ def of_8_bits(arch, kind, products, dim, cases, dtype, **every):
     kernel = f"<Int8{kind}AttentionConfig<AttentionInstance{{dtype={name}, head_dim={dim},"
     if every:  # score modifiers
         more += (case((40, 90), dim, dtype, packed=True, softcap=8.0, sinks="float32", heads=(2, 1)),)
+        more += (case((40, 150), dim, other, mask="dtype bhij"),)
     both = tuple(of_attention(case, n % 2 == 0, products) for n, case in enumerate((*cases, *more)))
     growing = (
         GrowingCase(**vars(of_attention(case((64, 560), dim, dtype, awkward=False, scale=scale), True, products)))
