@@ -8,6 +8,17 @@ namespace forwardpass {
 __device__ inline int group_id() { return threadIdx.x % 32 / 4; }
 __device__ inline int thread_in_group() { return threadIdx.x % 4; }
 
+// f of the values that the four lanes of a group have: of a row's maximum, or its sum.
+template <class T, class F>
+__device__ inline T over_group(T v, F f) {
+  v = f(v, __shfl_xor_sync(0xffffffff, v, 1));
+  return f(v, __shfl_xor_sync(0xffffffff, v, 2));
+}
+template <class T>
+__device__ inline T sum_of_group(T v) {
+  return over_group(v, [](T a, T b) { return a + b; });
+}
+
 // Row and column of this thread's element e in an accumulator tile of 16 x 8: two neighbouring columns of two rows that
 // are eight apart.
 __device__ inline int accumulator_row(int e) { return group_id() + e / 2 * 8; }

@@ -80,8 +80,7 @@ struct OnlineSoftmax {
         float block_max = fmaxf(s[i][0][half * 2], s[i][0][half * 2 + 1]);
 #pragma unroll
         for (int j = 1; j < kTilesN; ++j) block_max = fmaxf(block_max, fmaxf(s[i][j][half * 2], s[i][j][half * 2 + 1]));
-        block_max = fmaxf(block_max, __shfl_xor_sync(0xffffffff, block_max, 1));
-        block_max = fmaxf(block_max, __shfl_xor_sync(0xffffffff, block_max, 2)) * scale;
+        block_max = over_group(block_max, fmaxf) * scale;
         const float before = max[i][half];
         const bool grows = block_max > before + kMostGrowth;
         const float now = grows ? block_max : before;
@@ -110,10 +109,7 @@ struct OnlineSoftmax {
     for (int i = 0; i < kTilesM; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float total = sum[i][half];
-        total += __shfl_xor_sync(0xffffffff, total, 1);
-        total += __shfl_xor_sync(0xffffffff, total, 2);
-        const Denominator d(max[i][half], total, sink_of(i, half));
+        const Denominator d(max[i][half], sum_of_group(sum[i][half]), sink_of(i, half));
         factor[i][half] = d.factor, max[i][half] = d.base, sum[i][half] = d.sum;
       }
   }

@@ -17,9 +17,7 @@ __device__ inline void store_sums(const PartialResult& to, int warp_row, const O
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = warp_row + Fragments<float, kTilesM, 1>::row(i, 2 * half);
-      float sum = softmax.sum[i][half];
-      sum += __shfl_xor_sync(0xffffffff, sum, 1);
-      sum += __shfl_xor_sync(0xffffffff, sum, 2);
+      const float sum = sum_of_group(softmax.sum[i][half]);
       if (thread_in_group() == 0) to.max[row] = softmax.max[i][half], to.sum[row] = sum;
     }
 }

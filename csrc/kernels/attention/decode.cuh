@@ -248,8 +248,7 @@ struct DecodeWarp {
       }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      most[half] = fmaxf(most[half], __shfl_xor_sync(0xffffffff, most[half], 1));
-      most[half] = fmaxf(most[half], __shfl_xor_sync(0xffffffff, most[half], 2));
+      most[half] = over_group(most[half], fmaxf);
       if (thread_in_group() == 0) s.q_largest[warp][accumulator_row(half * 2)] = most[half];
     }
     __syncthreads();
@@ -335,8 +334,7 @@ struct DecodeWarp {
     for (int j = 0; j < 2; ++j)
 #pragma unroll
       for (int e = 0; e < 2; ++e) most = fmaxf(most, v_scales[j * 8 + accumulator_column(e)]);
-    most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 1));
-    most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 2));
+    most = over_group(most, fmaxf);
     const float exponent = fmaxf(v_exponent, static_cast<float>(ilogbf(most) + 1));
     const bool grown = exponent > v_exponent;
     if (grown) {
@@ -403,9 +401,7 @@ __device__ inline void finish_part(const AttentionDecodeParams& p, typename Conf
   const float unit = Config::k8Bit && p.cache.v_scale.per_token ? ptx::ex2(warp.v_exponent) : 1;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float sum = warp.sums.sum[0][half];
-    sum += __shfl_xor_sync(0xffffffff, sum, 1);
-    sum += __shfl_xor_sync(0xffffffff, sum, 2);
+    const float sum = sum_of_group(warp.sums.sum[0][half]);
     const int r = accumulator_row(half * 2);
     if (thread_in_group() == 0) partial.max[r] = warp.sums.max[0][half], partial.sum[r] = sum;
   }

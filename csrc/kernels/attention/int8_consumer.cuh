@@ -114,11 +114,7 @@ struct BlockSoftmax : OnlineSoftmax<kTilesM> {
   // After all keys: takes 128 times the sum off the output.
   template <class Output>
   __device__ void take_off_bytes(Output& o) {
-    each_row([&](int i, int half) {
-      float& sum = bytes[i][half];
-      sum += __shfl_xor_sync(0xffffffff, sum, 1);
-      sum += __shfl_xor_sync(0xffffffff, sum, 2);
-    });
+    each_row([&](int i, int half) { bytes[i][half] = sum_of_group(bytes[i][half]); });
     o.for_each([&](float& v, int i, int, int e) { v = fmaf(bytes[i][e / 2], -128, v); });
   }
   template <class F>
@@ -142,11 +138,7 @@ struct BlockSoftmax : OnlineSoftmax<kTilesM> {
       most = in_units(most, g);
       all = g == 0 ? most : fmaxf(all, most);
     }
-    return over_group(all);
-  }
-  __device__ static float over_group(float v) {
-    v = fmaxf(v, __shfl_xor_sync(0xffffffff, v, 1));
-    return fmaxf(v, __shfl_xor_sync(0xffffffff, v, 2));
+    return over_group(all, fmaxf);
   }
   // Of this thread's scores of a row.
   __device__ static bool is_far(const Row& largest, const Factors& factors, int i, int half) {
@@ -173,7 +165,7 @@ struct BlockSoftmax : OnlineSoftmax<kTilesM> {
                                     Row& unit) {
     constexpr float kFactor = kGrouped ? 0x1p-20f : 1, kOffset = kGrouped ? kInt8Magic * kFactor : 0;
     each_row([&](int i, int half) {
-      const bool far = over_group(is_far(largest, factors, i, half)) > 0;
+      const bool far = over_group<float>(is_far(largest, factors, i, half), fmaxf) > 0;
       // At 128 columns 8 bytes are spilled without this branch in int8, and 16 with it in e4m3.
       if (Values::kUnsigned && !__any_sync(0xffffffff, far)) return;
       const auto each_score = [&](auto f) {
@@ -361,7 +353,7 @@ struct Int8AttentionConsumer {
 #pragma unroll
       for (int g = 0; g < 2; ++g) {
         const float of_k = stage.scales[kInt8GroupScales + g * 4 + thread_in_group()];
-        each_row([&](int i, int half) { factors[g][i][half] = fmaf(of_k, scale[i][half], kLeastFactor); });
+        each_row([&](int i, int half) { factors[g][i][half] = score_factor(of_k, scale[i][half]); });
       }
       if (masked) mask_keys(scores, stage, block);
     }
@@ -373,8 +365,6 @@ struct Int8AttentionConsumer {
     if (Values::kUnsigned) sums.add_bytes(packed, weight);
     pv(packed, stage, weight);
   }
-  // So that a factor is never 0: 0 times a masked score would be NaN. Sums of products are below 2^23.
-  static constexpr float kLeastFactor = 0x1p-126f;
   // -inf for all keys that a row does not attend to. They are in the order of their scales.
   __device__ void mask_keys(Scores& scores, const typename Config::Stage& stage, int block) const {
     const auto order = reinterpret_cast<const uint8_t*>(stage.scales + kInt8Order) + accumulator_column(0);
@@ -409,7 +399,7 @@ struct Int8AttentionConsumer {
       }
     }
     sums.for_each([&](int32_t sum, int i, int j, int e) { scores[i][j][e] = __int_as_float(sum); });
-    if (!kModified && stage.scales[kInt8BlockScales + 1] == 0) return;
+    if (!kModified && stage.scales[kInt8Uneven] == 0) return;
 #pragma unroll
     for (int j = 0; j < Scores::kTilesN; ++j) {
       const auto k = *reinterpret_cast<const float2*>(stage.scales + j * 8 + accumulator_column(0));

@@ -16,7 +16,7 @@ constexpr int kInt8Group = 8, kInt8Groups = kInt8Keys / kInt8Group;
 
 // Floats of a block of keys: one for each key, four of the block, a scale for each group, and a byte for each key.
 // Those from kInt8GroupScales on are there where keys are grouped.
-constexpr int kInt8BlockScales = kInt8Keys, kInt8GroupScales = kInt8BlockScales + 4,
+constexpr int kInt8BlockScales = kInt8Keys, kInt8Uneven = kInt8BlockScales + 1, kInt8GroupScales = kInt8BlockScales + 4,
               kInt8Order = kInt8GroupScales + kInt8Groups, kInt8Scales = kInt8Order + kInt8Keys / 4;
 
 // Where a key is in a block whose keys are grouped, of its number in the order of their scales: a thread's accumulators
@@ -29,10 +29,6 @@ HOST_DEVICE constexpr int int8_slot(int rank) {
 // Accumulators of int8 products begin with its bits: as a float each is then this plus the sum, below 2^22.
 constexpr float kInt8Magic = 0x1.8p23f;
 constexpr int32_t kInt8MagicBits = 0x4b400000;
-
-// A row's scale of scores; the least float for 0, of a row of zeros or a scale that is no float: 0 times a masked score
-// would be NaN. Scores are below 2^128, so that this adds less than 2^-21 to them.
-HOST_DEVICE inline float above_zero(float scale) { return scale == 0 ? 0x1p-149f : scale; }
 
 struct Int8Operands {
   int32_t head_dim, value_dim;  // columns that there is room for: the kernel's, beyond the call's they are 0
@@ -79,7 +75,7 @@ struct Int8Operands {
   HOST_DEVICE float* v_block_scale(int64_t block) const { return k_scale(block, kInt8BlockScales); }
   // Where keys are grouped: whether some scale is not its group's, as of a cache or of a NaN; the groups' scales; and
   // which of the block's keys is where.
-  HOST_DEVICE float* uneven(int64_t block) const { return k_scale(block, kInt8BlockScales + 1); }
+  HOST_DEVICE float* uneven(int64_t block) const { return k_scale(block, kInt8Uneven); }
   HOST_DEVICE float* group_scale(int64_t block, int group) const { return k_scale(block, kInt8GroupScales + group); }
   HOST_DEVICE uint8_t* order(int64_t block) const { return reinterpret_cast<uint8_t*>(k_scale(block, kInt8Order)); }
   // Sums of unsigned products are read as the floats that have their bits, denormal ones: the kernel would have to

@@ -2,6 +2,7 @@
 // The order of attention_8bit's keys in a block, by their scales, and which of them share one: what the quantising pass
 // makes of their magnitudes, and the layout of operands that are given of their scales. python/forwardpass/ops/
 // attention_8bit/reference.py has the rule.
+#include "device/fragments.cuh"
 #include "kernels/attention/int8_operands.h"
 
 namespace forwardpass {
@@ -33,16 +34,14 @@ struct GroupOf {
     s.bits[key] = bits;
     __syncthreads();
     each_other(s, [&](int i, uint32_t other, uint32_t) { rank += other < bits || (other == bits && i < key); });
-    rank += __shfl_xor_sync(0xffffffff, rank, 1);
-    rank += __shfl_xor_sync(0xffffffff, rank, 2);
+    rank = sum_of_group(rank);
     s.rank[key] = rank;
     __syncthreads();
     each_other(s, [&](int, uint32_t other, uint32_t its_rank) {
       const bool shares = its_rank / kInt8Group == rank / kInt8Group && other < kNan;
       largest = fmaxf(largest, shares ? __uint_as_float(other) : 0);
     });
-    largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 1));
-    largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 2));
+    largest = over_group(largest, fmaxf);
   }
 
  private:

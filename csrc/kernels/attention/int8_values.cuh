@@ -47,6 +47,10 @@ struct ValueArithmetic<Dtype::e4m3> {
   __device__ static float value(Sum sum) { return sum; }
 };
 
+// What sums of products are multiplied by, of a group's scale and a row's. It is never 0, as 0 times a masked score
+// would be NaN: a sum is below 2^23, so this adds less than 2^-103 to a score.
+__device__ inline float score_factor(float of_keys, float of_row) { return fmaf(of_keys, of_row, 0x1p-126f); }
+
 template <class Config>
 Int8Operands int8_operands(const AttentionParams& p) {
   return Int8Operands::of(p, Config::kHeadDim, Config::kValueDim, Config::Values::kUnsigned, !Config::kModified);

@@ -183,7 +183,7 @@ struct Int8Products {
     if constexpr (kGrouped) {
       bool uneven = false;
 #pragma unroll
-      for (int unit = 0; unit < kUnits; ++unit) uneven |= scales[unit].value[kInt8BlockScales + 1] != 0;
+      for (int unit = 0; unit < kUnits; ++unit) uneven |= scales[unit].value[kInt8Uneven] != 0;
       load_factors(scales);
       each_group([&](int unit, int g, int half) {
         const int first = unit * kTiles + g * kGroupTiles;
@@ -239,7 +239,7 @@ struct Int8Products {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         // Rounded up: no probability is more than 255 of 255.
-        top[unit][half] = __fadd_ru(over_group(most[unit][half]), kBelow);
+        top[unit][half] = __fadd_ru(over_group(most[unit][half], fmaxf), kBelow);
         grown |= top[unit][half] - sums.max[0][half] > kMostGrowth;
         far |= fabsf(top[unit][half]) > kFar;
         below[unit][half] = -fmaxf(top[unit][half], kNoKeys);
@@ -287,9 +287,7 @@ struct Int8Products {
     if constexpr (Values::kUnsigned) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float& sum = total[0][half];
-        sum += __shfl_xor_sync(0xffffffff, sum, 1);
-        sum += __shfl_xor_sync(0xffffffff, sum, 2);
+        total[0][half] = sum_of_group(total[0][half]);
       }
       o.for_each([&](float& v, int, int, int e) { v = fmaf(total[0][e / 2], -128, v); });
     }
@@ -300,8 +298,6 @@ struct Int8Products {
   static constexpr float kNoKeys = -0x1.fffffep127f;
   // Beyond this kBelow is no longer exact enough as a part of the maximum, beyond 2^27 it is lost.
   static constexpr float kFar = Values::kFar;
-  // So that a factor is never 0: 0 times a masked score would be NaN.
-  static constexpr float kLeastFactor = 0x1p-126f;
   __device__ float factor_of(int unit, int g, int half) const { return kGrouped ? factors[unit][g][0][half] : 1; }
   template <class F>
   __device__ static void each_group(F f) {
@@ -316,7 +312,7 @@ struct Int8Products {
   __device__ void load_factors(const Scales& scales) {
     each_group([&](int unit, int g, int half) {
       const float of_k = scales[unit].value[kInt8GroupScales + g * 4 + thread_in_group()];
-      factors[unit][g][0][half] = fmaf(of_k, scale[0][half], kLeastFactor);
+      factors[unit][g][0][half] = score_factor(of_k, scale[0][half]);
     });
   }
   // f(j, e, of_k): of each score, with the number that its key has.
@@ -345,10 +341,6 @@ struct Int8Products {
         largest = fmaxf(largest, fmaxf(tiles[j][e], tiles[j][e + 1]));
       add_most(largest, unit, g, half);
     });
-  }
-  __device__ static float over_group(float v) {
-    v = fmaxf(v, __shfl_xor_sync(0xffffffff, v, 1));
-    return fmaxf(v, __shfl_xor_sync(0xffffffff, v, 2));
   }
   // A maximum that is exceeded by more than kMostGrowth gives way.
   __device__ void grow(OnlineSoftmax<1>& sums, const RowValues<kUnits>& top, RowValues<1>& factor) {
@@ -382,7 +374,7 @@ struct Int8Products {
           v *= is_far ? factor_of(unit, g, half) : 1;
           largest = fmaxf(largest, v);
         });
-        largest = over_group(largest);
+        largest = over_group(largest, fmaxf);
         const float less = is_far ? largest : 0;
         each_score([&](float& v, int) { v -= less; });
 #pragma unroll
