@@ -18,6 +18,7 @@ namespace {
 
 constexpr int64_t kChunk = 96, kShortChunk = 24;  // rows, a multiple of those of a tile; short ones not of AMX's
 constexpr int kMostRows = 16;                     // of a tile
+constexpr float k255th = 1 / 255.0f;
 
 // Some rows of a head of a sequence.
 struct Chunk {
@@ -56,10 +57,10 @@ struct Head {
 struct Rows {
   uint8_t* q;               // + 128, rows q_stride bytes apart
   float *factors, *shifts;  // of their integer scores; what k's centre adds
-  float* maxima;            // so far, in units of log2
   float* totals;            // kMostLanes of each row
   float* out;               // rows out_stride apart
   float* row;               // room for one
+  float* maxima;            // so far, in units of log2; with room for a vector from the last on
   int64_t q_stride, out_stride;
 };
 
@@ -67,12 +68,11 @@ struct Rows {
 struct Tile {
   int64_t first_key, keys, first_row;
   int rows;
-  alignas(64) int32_t integers[kMostRows][kBlockKeys];
-  alignas(64) float scores[kBlockKeys];
+  alignas(64) int32_t integers[kMostRows][kBlockKeys];  // and in their place the scores
   alignas(64) float mask[kMostRows][kBlockKeys];
   alignas(64) uint8_t probabilities[kMostRows][kBlockKeys];
   alignas(64) float units[kMostLanes];            // the largest score
-  alignas(64) float sums[kMostRows][kMostLanes];  // of probabilities, by lanes
+  alignas(64) float sums[kMostRows][kMostLanes];  // of probabilities in 255ths, by lanes
   alignas(64) float rescale[kMostLanes], weight[kMostLanes];
 };
 
@@ -165,12 +165,20 @@ INLINE float scores(const Head& h, const Rows& rows, Tile& t, int r) {
   const float factor = rows.factors[row], shift = rows.shifts[row];
   const float* k_scale = h.keys.k_scale + t.first_key;
   V largest = splat<V>(-INFINITY);
-  for (int c = 0; c < t.keys; c += kLanes<V>) {
-    V s = load<V, Dtype::i32>(t.integers[r], c) * load<V, Dtype::f32>(k_scale, c) * factor;
-    if (h.modifies) s = modified(h, s, shift, c - position, t.mask[r] + c);
-    if (c < low || c + kLanes<V> - 1 > high) s = between(lane_numbers<V>() + c, low, high, s, -INFINITY);
-    store<Dtype::f32>(s, t.scores, c);
-    largest = max(s, largest);
+  const auto each = [&](auto change) __attribute__((always_inline)) {
+    for (int c = 0; c < t.keys; c += kLanes<V>) {
+      const V s = change(load<V, Dtype::i32>(t.integers[r], c) * load<V, Dtype::f32>(k_scale, c) * factor, c);
+      store_bits(bits<Ints<V>>(s), t.integers[r] + c, kLanes<V>);
+      largest = max(s, largest);
+    }
+  };
+  if (!h.modifies && low == 0 && high == kBlockKeys - 1) {
+    each([](V s, int) __attribute__((always_inline)) { return s; });
+  } else {
+    each([&](V s, int c) __attribute__((always_inline)) {
+      if (h.modifies) s = modified(h, s, shift, c - position, t.mask[r] + c);
+      return between(lane_numbers<V>() + c, low, high, s, -INFINITY);
+    });
   }
   return cpu::largest(largest);
 }
@@ -182,9 +190,13 @@ INLINE void probabilities(Tile& t, int r, int64_t depth) {
   V sums{};
   int64_t c = 0;
   for (; c < t.keys; c += kLanes<V>) {
-    const V p = exp2_negative(load<V, Dtype::f32>(t.scores, c) - unit);
+    const V score = bits<V>(load_bits<Ints<V>>(t.integers[r] + c, kLanes<V>));
+    const V p =
+        exp2_negative(score - unit, [](V x) __attribute__((always_inline)) {  // in 255ths, to 2^-18.4; exact at 0
+          return polynomial(x, 1.2218138f, 7.12806892f, 30.6307259f, 88.3733368f, 127.5f);
+        });
     sums += p;
-    store_low_bytes<V>(bits<Ints<V>>(p * 255 + 0x1.8p23f), t.probabilities[r] + c);
+    store_low_bytes<V>(bits<Ints<V>>(p + 0x1.8p23f), t.probabilities[r] + c);
   }
   for (; c < depth; c += kLanes<V>) store_low_bytes<V>(Ints<V>{}, t.probabilities[r] + c);
   store<Dtype::f32>(sums, t.sums[r], 0);
@@ -193,15 +205,15 @@ INLINE void probabilities(Tile& t, int r, int64_t depth) {
 // The rows' new maxima, and what their outputs and this block's sums have to be multiplied by.
 template <class V>
 INLINE void weigh(const Rows& rows, Tile& t) {
-  const V unit = load<V, Dtype::f32>(t.units, 0), before = load<V, Dtype::f32>(rows.maxima + t.first_row, 0, t.rows);
+  const V unit = load<V, Dtype::f32>(t.units, 0), before = load<V, Dtype::f32>(rows.maxima + t.first_row, 0);
   const V maximum = max(unit, before), finite = maximum == -INFINITY ? V{} : maximum;
   store<Dtype::f32>(exp2_negative(before - finite), t.rescale, 0);
   store<Dtype::f32>(exp2_negative(unit - finite), t.weight, 0);
-  store<Dtype::f32>(maximum, rows.maxima + t.first_row, 0, t.rows);
+  store<Dtype::f32>(maximum, rows.maxima + t.first_row, 0);
   for (int r = 0; r < t.rows; ++r) {
     float* total = rows.totals + (t.first_row + r) * kMostLanes;
-    store<Dtype::f32>(load<V, Dtype::f32>(total, 0) * t.rescale[r] + load<V, Dtype::f32>(t.sums[r], 0) * t.weight[r],
-                      total, 0);
+    const V sums = load<V, Dtype::f32>(t.sums[r], 0) * (t.weight[r] * k255th);
+    store<Dtype::f32>(load<V, Dtype::f32>(total, 0) * t.rescale[r] + sums, total, 0);
   }
 }
 
@@ -210,7 +222,10 @@ template <class V>
 INLINE void softmax(const Head& h, const Rows& rows, Tile& t, int64_t depth) {
   apart<V>(APART_CODE {
     if (h.p.mask.kind != AttentionMaskKind::none) copy_masks<V>(h, t);
-    for (int r = 0; r < t.rows; ++r) t.units[r] = scores<V>(h, rows, t, r), probabilities<V>(t, r, depth);
+    // All maxima first, as exponentials wait for theirs.
+    store<Dtype::f32>(splat<V>(-INFINITY), t.units, 0);
+    for (int r = 0; r < t.rows; ++r) t.units[r] = scores<V>(h, rows, t, r);
+    for (int r = 0; r < t.rows; ++r) probabilities<V>(t, r, depth);
     weigh<V>(rows, t);
   });
 }
@@ -232,7 +247,7 @@ INLINE void attend(const Head& h, const Rows& rows, Tile& t) {
           __attribute__((always_inline)) { store_bits(sums, t.integers[r] + v * kLanes<V>, kLanes<V>); });
   const int64_t depth = whole(t.keys, A::kDepth);
   softmax<V>(h, rows, t, depth);
-  const float unit = h.keys.v_block_scale[t.first_key / kBlockKeys] * (1 / 255.0f);
+  const float unit = h.keys.v_block_scale[t.first_key / kBlockKeys] * k255th;
   for (int64_t c = 0; c < h.p.value_dim; c += kPanelColumns) {
     float* out = rows.out + t.first_row * rows.out_stride + c;
     multiply_bytes<A>(
@@ -351,15 +366,15 @@ void attention_8bit_cpu(const Attention8bitParams& p) {
   torch::stable::parallel_for(0, std::ssize(chunks), 1, [&](int64_t first, int64_t last) {
     const int64_t q_stride = operands.row_floats(), out_stride = whole(p.value_dim, kMostLanes);
     const CacheLines q = allocate(kChunk * q_stride), tile = allocate(sizeof(Tile));
-    const CacheLines floats = allocate(4 * (kChunk * (3 + kMostLanes + out_stride) + q_stride));
+    const CacheLines floats = allocate(4 * (kChunk * (3 + kMostLanes + out_stride) + kMostLanes + q_stride));
     const auto next = reinterpret_cast<float*>(floats[0].bytes);
     const Rows rows{.q = q[0].bytes,
                     .factors = next,
                     .shifts = next + kChunk,
-                    .maxima = next + 2 * kChunk,
-                    .totals = next + 3 * kChunk,
-                    .out = next + (3 + kMostLanes) * kChunk,
-                    .row = next + (3 + kMostLanes + out_stride) * kChunk,
+                    .totals = next + 2 * kChunk,
+                    .out = next + (2 + kMostLanes) * kChunk,
+                    .row = next + (2 + kMostLanes + out_stride) * kChunk,
+                    .maxima = next + (2 + kMostLanes + out_stride) * kChunk + q_stride,
                     .q_stride = q_stride,
                     .out_stride = out_stride};
     std::fill_n(rows.row, q_stride, 0.0f);
