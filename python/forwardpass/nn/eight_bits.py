@@ -23,11 +23,10 @@ from ..dispatch.operation import GPU_BACKENDS
 from ..ops.attention import ATTENTION
 from ..ops.attention_8bit import ATTENTION_8BIT, DTYPES, attention_8bit
 
-#: Rows and keys from which 8 bits are faster on a CPU, times columns of a head, by the tier and the model's dtype: measured on one
-#: thread of an AMD EPYC (Zen 4), held to these tiers (python -m benchmarks.attention_8bit --crossover). With VNNI, 64 columns and
-#: causal, float32 takes 1.04, 1.30 and 1.58 times as long as 8 bits at 128, 256 and 512 keys, float16 .96, 1.21 and 1.46; bfloat16,
-#: which that CPU multiplies, .80, 1.11 and 1.17 at 512, 1024 and 2048. With AVX2 it is 1.15 at most, of 2048 keys and 128 columns.
-#: A CPU with AMX runs the kernel for VNNI, and 16 bits on AMX, which was not measured.
+#: Rows and keys from which 8 bits are faster on a CPU, times columns of a head, of which 64 count at most, by the tier and the
+#: model's dtype: measured on one thread of an AMD EPYC 9005, held to these tiers (python -m benchmarks.attention_8bit --crossover;
+#: docs/attention.md has the times, of which the causal ones are the shorter calls). With AVX2 8 bits save an eighth at most. A CPU
+#: with AMX runs the kernel for VNNI, and 16 bits on AMX, which was not measured.
 ON_CPU = {
     "avx512": {torch.float32: 65536, torch.float16: 65536, torch.bfloat16: 65536},
     "avx512_vnni": {torch.float32: 16384, torch.float16: 16384, torch.bfloat16: 65536},
@@ -104,7 +103,7 @@ def check_crossover(crossover: object) -> None:
 
 def least_keys(device: torch.device, dtype: torch.dtype, head_dim: int) -> int:
     """Keys, and rows, from which 8 bits take less time than `attention` where `why_not` has nothing against them."""
-    return ON_GPU if gpu_takes(device) else -(-ON_CPU[cpu_tier() or ""][dtype] // head_dim)
+    return ON_GPU if gpu_takes(device) else -(-ON_CPU[cpu_tier() or ""][dtype] // min(head_dim, 64))
 
 
 def why_not(bits: str, device: torch.device, dtype: torch.dtype, head_dim: int, head_dim_of_v: int) -> Reason | None:
