@@ -175,7 +175,8 @@ def test_short_calls_stay_in_their_dtype():
     assert computed_in_8_bits(256, 256)
     assert not computed_in_8_bits(255, 4096) and not computed_in_8_bits(4096, 255)
     assert computed_in_8_bits(64, 256, heads=8) and not computed_in_8_bits(63, 256, heads=8)
-    assert computed_in_8_bits(128, 128, dim=128) and not computed_in_8_bits(127, 128, dim=128)
+    assert computed_in_8_bits(256, 256, dim=128) and not computed_in_8_bits(255, 256, dim=128)
+    assert computed_in_8_bits(512, 512, dim=32) and not computed_in_8_bits(511, 512, dim=32)
     assert not computed_in_8_bits(1023, 1023, dtype=torch.bfloat16) and computed_in_8_bits(
         1024, 1024, dtype=torch.bfloat16
     )
