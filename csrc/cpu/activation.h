@@ -16,9 +16,10 @@ INLINE V polynomial(V x, float leading, C... rest) {
   return p;
 }
 
-// 2^y for y <= 0, times what half_power(r) has more than 2^(r - 1). Below -119 it is 0, so that neither it nor gelu's
-// product with it is denormal: with one denormal in a hundred values gelu took 1.7 times as long. Adding 1.5 * 2^23
-// rounds y to an integer, in the low bits of the sum; with 128 more these are the exponent of 2^(y + 1).
+// 2^y for y <= 0, where half_power(r) is 2^(r - 1); r is what y has more than the nearest integer. Below -119 it is 0,
+// so that neither it nor gelu's product with it is denormal: with one denormal in a hundred values gelu took 1.7 times
+// as long. Adding 1.5 * 2^23 rounds y to an integer, in the low bits of the sum. With 128 more they are an exponent, of
+// 2 to that integer plus 1.
 template <class V, class F>
 INLINE V exp2_negative(V y, F half_power) {
   const V shifted = y + (0x1.8p23f + 128), r = y - (shifted - (0x1.8p23f + 128));  // r in [-1/2, 1/2], exact
