@@ -162,22 +162,23 @@ INLINE float scores(const Head& h, const Rows& rows, Tile& t, int r) {
   const int64_t row = t.first_row + r, position = h.position(row) - t.first_key;
   const int low = static_cast<int>(std::max<int64_t>(position - h.p.left, 0)),
             high = static_cast<int>(std::min(position + h.p.right, t.keys - 1));
+  const bool sees_all = low == 0 && high == kBlockKeys - 1;
   const float factor = rows.factors[row], shift = rows.shifts[row];
   const float* k_scale = h.keys.k_scale + t.first_key;
   V largest = splat<V>(-INFINITY);
   const auto each = [&](auto change) __attribute__((always_inline)) {
     for (int c = 0; c < t.keys; c += kLanes<V>) {
       const V s = change(load<V, Dtype::i32>(t.integers[r], c) * load<V, Dtype::f32>(k_scale, c) * factor, c);
-      store_bits(bits<Ints<V>>(s), t.integers[r] + c, kLanes<V>);
+      store<Dtype::f32>(s, t.integers[r], c);
       largest = max(s, largest);
     }
   };
-  if (!h.modifies && low == 0 && high == kBlockKeys - 1) {
+  if (!h.modifies && sees_all) {
     each([](V s, int) __attribute__((always_inline)) { return s; });
   } else {
     each([&](V s, int c) __attribute__((always_inline)) {
       if (h.modifies) s = modified(h, s, shift, c - position, t.mask[r] + c);
-      return between(lane_numbers<V>() + c, low, high, s, -INFINITY);
+      return sees_all ? s : between(lane_numbers<V>() + c, low, high, s, -INFINITY);
     });
   }
   return cpu::largest(largest);
@@ -190,7 +191,7 @@ INLINE void probabilities(Tile& t, int r, int64_t depth) {
   V sums{};
   int64_t c = 0;
   for (; c < t.keys; c += kLanes<V>) {
-    const V score = bits<V>(load_bits<Ints<V>>(t.integers[r] + c, kLanes<V>));
+    const V score = load<V, Dtype::f32>(t.integers[r], c);
     const V p =
         exp2_negative(score - unit, [](V x) __attribute__((always_inline)) {  // in 255ths, to 2^-18.4; exact at 0
           return polynomial(x, 1.2218138f, 7.12806892f, 30.6307259f, 88.3733368f, 127.5f);
