@@ -46,10 +46,11 @@ INLINE V bits_of_both(V a, V b) {
 }
 
 // c [R, N] = or += a [R, depth] b [depth, N], N being the columns of a panel and depth that of the words. With `bits`,
-// [depth], the bits of b's words that count; the others are read as zeros.
+// [depth], the bits of b's words that count; the others are read as zeros. With `largest`, each row's maxima, the sums'
+// are taken into them.
 template <class A, int R, bool kAdd, bool kBits = false, class V = typename A::V>
 INLINE void multiply(const float* a, int64_t a_stride, const float* b, float* c, int64_t c_stride, int64_t depth,
-                     int64_t columns = kPanelColumns<V>, const float* bits = nullptr) {
+                     int64_t columns = kPanelColumns<V>, const float* bits = nullptr, V* largest = nullptr) {
   V sums[R][2];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = V{};
@@ -68,13 +69,15 @@ INLINE void multiply(const float* a, int64_t a_stride, const float* b, float* c,
     }
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
+  for (int r = 0; r < R; ++r) {
+    if (largest) largest[r] = max(sums[r][0], max(sums[r][1], largest[r]));
 #pragma GCC unroll 2
     for (int v = 0; v < 2; ++v) {
       float* to = c + r * c_stride + kLanes<V> * v;
       if (kLanes<V> * v >= columns) break;
       store<Dtype::f32>(kAdd ? load<V, Dtype::f32>(to, 0) + sums[r][v] : sums[r][v], to, 0);
     }
+  }
 }
 
 // A key block of one head.
@@ -95,14 +98,12 @@ struct Band {
         high(static_cast<int>(std::min(position + p.right - block.first, block.keys - 1))) {}
 };
 
-// Turns a row's scores, in units of log2(e), into exponentials of their distance to the running maximum; updates the
-// row's maximum, sum and output.
-template <class A, class V = typename A::V>
-INLINE void exponentials(const AttentionRows& p, const Block& block, float* scores, const float* mask, int64_t position,
-                         float& maximum, float& sum, float* out) {
-  const auto [low, high] = Band(p, block, position);
+// Multiplies a row's scores by `factor`, adds its mask, makes those that it does not see -infinity, and returns the
+// largest.
+template <class V>
+INLINE V masked_scores(const Block& block, Band band, float factor, const float* mask, float* scores) {
+  const auto [low, high] = band;
   const Ints<V> lanes = lane_numbers<V>();
-  const float factor = p.scale * kLog2e;
   V largest = splat<V>(-INFINITY);
   for (int c = 0; c < block.keys; c += kLanes<V>) {
     V s = load<V, Dtype::f32>(scores, c) * factor;
@@ -114,13 +115,30 @@ INLINE void exponentials(const AttentionRows& p, const Block& block, float* scor
     store<Dtype::f32>(s, scores, c);
     largest = max(s, largest);
   }
+  return largest;
+}
+
+// Turns a row's scores into exponentials of their distance to the running maximum, in units of log2(e); updates the
+// row's maximum, sum and output. `largest` are the maxima of all the block's panels: where the row sees all of them,
+// its scores need not be read for their maximum, which takes 8 to 10 % of the time with AVX2.
+template <class A, class V = typename A::V>
+INLINE void exponentials(const AttentionRows& p, const Block& block, float* scores, V largest, const float* mask,
+                         int64_t position, float& maximum, float& sum, float* out) {
+  float factor = p.scale * kLog2e;
+  const Band band(p, block, position);
+  if (!mask && band.low == 0 && band.high == block.keys - 1 && block.keys % kPanelColumns<V> == 0) {
+    largest *= factor;  // positive, so that the order stays
+  } else {
+    largest = masked_scores<V>(block, band, factor, mask, scores);
+    factor = 1;
+  }
   const float old_maximum = maximum;
   maximum = std::max(old_maximum, cpu::largest(largest));
   // While no key counts yet the maximum is -inf, and the difference to it would be NaN.
   const float subtrahend = maximum == -INFINITY ? 0 : maximum;
   V sums{};
   for (int c = 0; c < block.keys; c += kLanes<V>) {
-    const V e = exp2_negative(load<V, Dtype::f32>(scores, c) - subtrahend);
+    const V e = exp2_negative(load<V, Dtype::f32>(scores, c) * factor - subtrahend);
     A::store_probabilities(e, scores, c);
     sums += e;
   }
@@ -176,15 +194,18 @@ INLINE void tile_of_words(const AttentionRows& p, const Block& block, Rows& rows
   apart<V>(APART_CODE {
     constexpr int64_t kPanel = kPanelColumns<V>;
     const int64_t words = p.columns / A::kElements;
+    V largest[R];
+    std::fill_n(largest, R, splat<V>(-INFINITY));
     for (int64_t j = 0; j < block.keys; j += kPanel)
-      multiply<A, R, false>(q, q_stride, block.k + j * words, block.scores + j, block.stride, words);
+      multiply<A, R, false>(q, q_stride, block.k + j * words, block.scores + j, block.stride, words, kPanel, nullptr,
+                            largest);
     float* out = rows.out + i * rows.out_stride;
     const int64_t depth = (block.keys + A::kElements - 1) / A::kElements;
     for (int r = 0; r < R; ++r) {
       const float* mask = rows.mask ? rows.mask + (i + r) * p.mask_row + block.first : nullptr;
       float *scores = block.scores + r * block.stride, *out_row = out + r * rows.out_stride;
       const int64_t position = rows.first_position + i + r;
-      exponentials<A>(p, block, scores, mask, position, rows.maximum[i + r], rows.sum[i + r], out_row);
+      exponentials<A>(p, block, scores, largest[r], mask, position, rows.maximum[i + r], rows.sum[i + r], out_row);
       if (!block.finite) add_seen<A>(p, block, scores, mask, position, depth, out_row);
     }
     if (!block.finite) return;
