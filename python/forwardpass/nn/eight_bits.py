@@ -26,9 +26,9 @@ from ..ops.attention_8bit import ATTENTION_8BIT, DTYPES, attention_8bit
 #: Rows and keys from which 8 bits are faster on a CPU, times columns of a head, of which 64 count at most, by the tier and the
 #: model's dtype: measured on one thread of an AMD EPYC 9005, held to these tiers (python -m benchmarks.attention_8bit --crossover;
 #: docs/attention.md has the times). With AVX2 8 bits save a seventh at most. A CPU with AMX runs the kernel for VNNI, and 16 bits
-#: on AMX, which was not measured.
+#: on AMX, which was not measured. Without VNNI 8 bits gained from half as many keys on, before `attention` became faster.
 ON_CPU = {
-    "avx512": {torch.float32: 65536, torch.float16: 65536, torch.bfloat16: 65536},
+    "avx512": {torch.float32: 131072, torch.float16: 131072, torch.bfloat16: 131072},
     "avx512_vnni": {torch.float32: 16384, torch.float16: 16384, torch.bfloat16: 65536},
     "amx": {torch.float32: 16384},
 }
