@@ -120,7 +120,7 @@ INLINE V masked_scores(const Block& block, Band band, float factor, const float*
 
 // Turns a row's scores into exponentials of their distance to the running maximum, in units of log2(e); updates the
 // row's maximum, sum and output. `largest` are the maxima of all the block's panels: where the row sees all of them,
-// its scores need not be read for their maximum, which took a Zen 3 7 to 11 % of the time. Exponentials of a tile's
+// its scores need not be read for their maximum, which took a Zen 3 some 7 % of the time. Exponentials of a tile's
 // rows in turn, a vector of each, were slower there.
 template <class A, class V = typename A::V>
 INLINE void exponentials(const AttentionRows& p, const Block& block, float* scores, V largest, const float* mask,
