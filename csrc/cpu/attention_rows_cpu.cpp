@@ -46,8 +46,8 @@ INLINE V bits_of_both(V a, V b) {
 }
 
 // c [R, N] = or += a [R, depth] b [depth, N], N being the columns of a panel and depth that of the words. With `bits`,
-// [depth], the bits of b's words that count; the others are read as zeros. With `largest`, each row's maxima, the sums'
-// are taken into them.
+// [depth], the bits of b's words that count; the others are read as zeros. `largest`, [R] or null,
+// are the maxima of each row's lanes so far; those of the sums join them.
 template <class A, int R, bool kAdd, bool kBits = false, class V = typename A::V>
 INLINE void multiply(const float* a, int64_t a_stride, const float* b, float* c, int64_t c_stride, int64_t depth,
                      int64_t columns = kPanelColumns<V>, const float* bits = nullptr, V* largest = nullptr) {
@@ -121,7 +121,7 @@ INLINE V masked_scores(const Block& block, Band band, float factor, const float*
 // Turns a row's scores into exponentials of their distance to the running maximum, in units of log2(e); updates the
 // row's maximum, sum and output. `largest` are the maxima of all the block's panels: where the row sees all of them,
 // its scores need not be read for their maximum, which took a Zen 3 some 7 % of the time. Exponentials of a tile's
-// rows in turn, a vector of each, were slower there.
+// rows in turn, a vector of each, were no faster there.
 template <class A, class V = typename A::V>
 INLINE void exponentials(const AttentionRows& p, const Block& block, float* scores, V largest, const float* mask,
                          int64_t position, float& maximum, float& sum, float* out) {

@@ -13,10 +13,11 @@
 // weights of 7 bits, so that nothing saturates: other sums than ours. Packing takes 1.6 ns an element of b, so that
 // without a packed weight up to some hundred rows are multiplied as they are, at 55 to 60 GMAC/s.
 //
-// On a Zen 3 (137 GMAC/s by its two multiplications a cycle) the tile takes 117 to 122 with its operands in L1 and 103
-// in MiniLM's layers, what was taken out 17 % of the time of 384 columns. Two attempts gained nothing. What was taken
-// out, by vpmaddubsw in groups of six whose sums fit into 16 bits: 15.6 %, as half of a group's time goes into 32 bits.
-// And 512 columns at a time, so that 32 rows of 1536 stay in L1: 10 % slower, as the stream of b breaks at each strip.
+// A Zen 3's two multiplications a cycle bound the tile to 137 GMAC/s. It reaches 117 to 122 with its operands in L1,
+// and 103 in MiniLM's layers. There, what was taken out is 17 % of the time of 384 columns. Two attempts are not worth
+// their code. Multiplied by vpmaddubsw, in groups of six whose sums fit into 16 bits, it is 15.6 %: a third of a
+// group's instructions widen its sums. With 512 columns at a time 32 rows of 1536 stay in L1; the tile was a tenth
+// slower, perhaps because the stream of b breaks at each strip.
 #include "cpu/int8_kernel.h"
 
 #if defined(__x86_64__)
